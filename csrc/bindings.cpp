@@ -1,0 +1,128 @@
+// The Python face of the compiled ops, and the only file that includes pybind11. Built twice: pymerge._C holds the CPU
+// functions, pymerge._cuda (PM_CUDA) those for NVIDIA devices. Pointers, streams and dtypes come as integers; Python
+// has checked devices, shapes, contiguity and overlap, and owns every buffer.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "ops/adam_step.h"
+#include "ops/combine.h"
+#include "ops/task_gram.h"
+#include "ops/task_vector.h"
+
+namespace py = pybind11;
+using namespace pymerge;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Matrix = std::tuple<Address, std::int32_t, std::int64_t>;  // address, dtype code, row stride
+
+template <class T = void>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+MatrixView view(const Matrix& m) {
+    return {pointer<const void>(std::get<0>(m)), checked_dtype(std::get<1>(m)), std::get<2>(m)};
+}
+
+std::vector<MatrixView> views(const std::vector<Matrix>& matrices) {
+    std::vector<MatrixView> result;
+    for (const Matrix& m : matrices) result.push_back(view(m));
+    return result;
+}
+
+void combine(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype,
+             const std::vector<Address>& inputs, const std::vector<std::int32_t>& dtypes,
+             const std::vector<double>& weights, std::int64_t numel, std::intptr_t threads_or_stream) {
+    PM_CHECK(inputs.size() == dtypes.size() && inputs.size() == weights.size(),
+             "combine: " << inputs.size() << " inputs, " << dtypes.size() << " dtypes, " << weights.size()
+                         << " weights; give one of each");
+    std::vector<const void*> pointers;
+    std::vector<DType> codes;
+    for (std::size_t t = 0; t < inputs.size(); ++t) {
+        pointers.push_back(pointer<const void>(inputs[t]));
+        codes.push_back(checked_dtype(dtypes[t]));
+    }
+    const CombineParams p{pointer(out),     checked_dtype(out_dtype), pointer<const void>(base), checked_dtype(base_dtype),
+                          pointers.data(),  codes.data(),             weights.data(),
+                          static_cast<std::int64_t>(inputs.size()),   numel};
+#if defined(PM_CUDA)
+    combine_cuda(p, reinterpret_cast<void*>(threads_or_stream));
+#else
+    combine_cpu(p, static_cast<int>(threads_or_stream));
+#endif
+}
+
+#if defined(PM_CUDA)
+
+void task_gram(Address out, const Matrix& base, const std::vector<Matrix>& experts, const std::vector<double>& weights,
+               Address means, std::int64_t rows, std::int64_t columns, std::intptr_t stream) {
+    PM_CHECK(experts.size() == weights.size(),
+             "task_gram: " << experts.size() << " experts, " << weights.size() << " weights; give one of each");
+    const std::vector<MatrixView> matrices = views(experts);
+    task_gram_cuda({pointer<float>(out), view(base), matrices.data(), weights.data(), pointer<const float>(means),
+                    static_cast<std::int64_t>(experts.size()), rows, columns},
+                   reinterpret_cast<void*>(stream));
+}
+
+#else
+
+void task_vector(Address out, const Matrix& base, const Matrix& expert, Address mean, std::int64_t rows,
+                 std::int64_t columns, int threads) {
+    task_vector_cpu({pointer<float>(out), view(base), view(expert), pointer<const float>(mean), rows, columns}, threads);
+}
+
+void task_stats(Address norms, Address traces, Address means, const Matrix& base, const std::vector<Matrix>& experts,
+                std::int64_t rows, std::int64_t columns, int threads) {
+    const std::vector<MatrixView> matrices = views(experts);
+    task_stats_cpu({pointer<double>(norms), pointer<double>(traces), pointer<float>(means), view(base), matrices.data(),
+                    static_cast<std::int64_t>(experts.size()), rows, columns},
+                   threads);
+}
+
+void adam_step(Address D, Address m, Address v, Address product, Address B, std::int32_t dtype, std::int64_t numel,
+               double beta1, double beta2, double correction1, double correction2, double lr, double eps, int threads) {
+    adam_step_cpu({pointer(D), pointer(m), pointer(v), pointer<const void>(product), pointer<const void>(B),
+                   checked_dtype(dtype), numel, beta1, beta2, correction1, correction2, lr, eps},
+                  threads);
+}
+
+#endif
+
+std::string build_info() {
+    std::string text = "C++" + std::to_string(__cplusplus / 100 % 100);
+#if defined(__VERSION__)
+    text += ", compiler " __VERSION__;
+#endif
+#if defined(PM_CUDA)
+    text += ", CUDA architectures " PM_CUDA_ARCHS;
+#elif defined(_OPENMP)
+    text += ", OpenMP";
+#else
+    text += ", no OpenMP (one thread)";
+#endif
+    return text;
+}
+
+}  // namespace
+
+#if defined(PM_CUDA)
+PYBIND11_MODULE(_cuda, module) {
+    module.doc() = "Compiled ops for NVIDIA devices; see pymerge.backends.cuda.";
+    module.def("task_gram", &task_gram, py::call_guard<py::gil_scoped_release>());
+#else
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Compiled ops for the CPU; see pymerge.backends.native.";
+    module.def("task_vector", &task_vector, py::call_guard<py::gil_scoped_release>());
+    module.def("task_stats", &task_stats, py::call_guard<py::gil_scoped_release>());
+    module.def("adam_step", &adam_step, py::call_guard<py::gil_scoped_release>());
+#endif
+    module.def("combine", &combine, py::call_guard<py::gil_scoped_release>());
+    module.def("build_info", &build_info);
+}

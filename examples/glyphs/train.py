@@ -1,0 +1,279 @@
+"""Make the example from nothing: render the characters, pretrain a base, freeze heads, fine-tune the experts.
+
+What --out or --cache hold already is not done again, so a killed run goes on where it stopped. All random
+numbers of a step come from a generator seeded by (seed, stage, step): a resumed run draws the same ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from data import (
+    PRETRAINING,
+    TASKS,
+    TEST_FAMILIES,
+    TRAIN_FAMILIES,
+    VALIDATION_FAMILIES,
+    augment,
+    handwritten_digits,
+    render,
+    vary,
+)
+from model import HEAD_SCALE, GlyphVit, GlyphVitConfig, cosine_logits, load_model, save_model
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+BATCH = 128
+TEST_IMAGES, VALIDATION_IMAGES = 400, 80  # a task
+CHECKPOINT_EVERY = 500  # steps of pretraining
+
+
+def generator(seed: int, stage: str, step: int = 0) -> torch.Generator:
+    """The random numbers of one step of one stage."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{stage}/{step}".encode()))
+
+
+def render_all(progress: Progress) -> dict[str, Tensor]:
+    """Images (n, 32, 32) uint8 and labels (n,) int64 for "pretraining" and each part of each task."""
+    parts: dict[str, tuple[str, str]] = {"pretraining": (PRETRAINING, TRAIN_FAMILIES)}
+    for name, task in TASKS.items():
+        if task.characters:
+            parts[f"{name}.train"] = (task.characters, TRAIN_FAMILIES)
+            parts[f"{name}.validation"] = (task.characters, VALIDATION_FAMILIES)
+            parts[f"{name}.test"] = (task.characters, TEST_FAMILIES)
+    tensors: dict[str, Tensor] = {}
+    for part, (characters, families) in progress.track(parts.items(), description="render"):
+        rendered = list(render(characters, families))
+        tensors[f"{part}.images"] = torch.from_numpy(np.stack([pixels for _, _, pixels in rendered]))
+        tensors[f"{part}.labels"] = torch.tensor([index for index, _, _ in rendered])
+    images, labels = handwritten_digits()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    cuts = {"test": order[:400], "validation": order[400:500], "train": order[500:]}
+    for part, chosen in cuts.items():
+        tensors[f"digits.{part}.images"] = torch.from_numpy(images)[chosen]
+        tensors[f"digits.{part}.labels"] = torch.from_numpy(labels)[chosen]
+    return tensors
+
+
+class Sampler:
+    """Draws batches in which every class is equally likely."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.order = labels.argsort(stable=True)
+        self.counts = labels.bincount()
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`n` float images in [0, 1] and their labels."""
+        labels = torch.randint(len(self.counts), (n,), generator=rng)
+        offset = (torch.rand(n, generator=rng) * self.counts[labels]).long()
+        return self.images[self.order[self.starts[labels] + offset]].float() / 255, labels
+
+
+def train(
+    model: GlyphVit,
+    parameters: list[nn.Parameter],
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    logits: Callable[[Tensor], Tensor],
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    ticks: Iterable[int],
+    checkpoint: Path | None = None,
+) -> None:
+    """AdamW with warm-up and a cosine schedule; goes on from `checkpoint` when it exists."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    first = 0
+    if checkpoint and checkpoint.exists():
+        first = restore(parameters, optimizer, checkpoint)
+    model.train()
+    for step in ticks:
+        if step < first:
+            continue
+        warm = min(1.0, (step + 1) / (0.05 * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        images, labels = batch(step)
+        loss = F.cross_entropy(logits(model(images)), labels)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        if checkpoint and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
+            keep(parameters, optimizer, step + 1, checkpoint)
+            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+def keep(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, step: int, path: Path) -> None:
+    """Write weights and optimiser moments under a temporary name, then rename."""
+    tensors = {"step": torch.tensor(step)}
+    for i, parameter in enumerate(parameters):
+        state = optimizer.state[parameter]
+        tensors[f"{i}.value"] = parameter.detach()
+        tensors |= {f"{i}.m": state["exp_avg"], f"{i}.v": state["exp_avg_sq"]}
+    save_file(tensors, path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)
+
+
+def restore(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, path: Path) -> int:
+    """Undo `keep`; returns the number of steps already taken."""
+    tensors = load_file(path)
+    step = tensors["step"]
+    for i, parameter in enumerate(parameters):
+        parameter.data.copy_(tensors[f"{i}.value"])
+        optimizer.state[parameter] = {
+            "step": step.float(),
+            "exp_avg": tensors[f"{i}.m"],
+            "exp_avg_sq": tensors[f"{i}.v"],
+        }
+    return int(step)
+
+
+def pretrain(glyphs: dict[str, Tensor], args: argparse.Namespace, progress: Progress) -> GlyphVit:
+    """The base: a cosine classifier over the pretraining characters, whose head is thrown away."""
+    torch.manual_seed(args.seed)
+    model = GlyphVit(GlyphVitConfig())
+    classes = nn.Parameter(torch.randn(len(PRETRAINING), model.config.hidden_size) * 0.02)
+    sampler = Sampler(glyphs["pretraining.images"], glyphs["pretraining.labels"])
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        rng = generator(args.seed, "pretrain", step)
+        images, labels = sampler.draw(BATCH, rng)
+        return vary(augment(images, rng), rng), labels
+
+    train(
+        model,
+        [*model.parameters(), classes],
+        batch,
+        lambda features: cosine_logits(features, torch.zeros(()), classes),
+        args.pretrain_steps,
+        args.pretrain_lr,
+        0.05,
+        progress.track(range(args.pretrain_steps), description="pretrain"),
+        args.cache / f"pretrain-{args.seed}-{args.pretrain_steps}-{args.pretrain_lr}.safetensors",
+    )
+    return model
+
+
+@torch.no_grad()
+def make_head(model: GlyphVit, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, head): the mean feature of clean images, and class means of the centred, normalised features."""
+    features = torch.cat([model(chunk.float() / 255) for chunk in torch.split(images, 512)])
+    sums = torch.zeros(int(labels.max()) + 1, features.shape[1])
+    counts = labels.bincount()[:, None]
+    mean = (sums.index_add(0, labels, features) / counts).mean(0).half().float()
+    centred = F.normalize(features - mean, dim=1)
+    head = F.normalize(sums.index_add(0, labels, centred) / counts, dim=1)
+    return mean.half(), head.half()
+
+
+def held_out(images: Tensor, labels: Tensor, task: str, n: int, rng: torch.Generator) -> list[Tensor]:
+    """`n` uint8 images with the task's nuisance, classes in turn, and uint8 labels.
+
+    A rendered image is used again, distorted anew, only where its class has too few.
+    """
+    queues = [(labels == c).nonzero()[:, 0] for c in range(int(labels.max()) + 1)]
+    queues = [queue[torch.randperm(len(queue), generator=rng)] for queue in queues]
+    rounds = [divmod(i, len(queues)) for i in range(n)]
+    chosen = torch.stack([queues[c][turn % len(queues[c])] for turn, c in rounds])
+    clean = images[chosen].float() / 255
+    noisy = TASKS[task].nuisance(augment(clean, rng, 0.7), rng)
+    return [(noisy * 255).round().byte(), labels[chosen].byte()]
+
+
+def finetune(
+    base: Path,
+    glyphs: dict[str, Tensor],
+    task: str,
+    heads: dict[str, Tensor],
+    args: argparse.Namespace,
+    progress: Progress,
+) -> GlyphVit:
+    """An expert: the base's body trained on one task with its nuisance; the head stays as it is."""
+    model = load_model(base)
+    mean, head = heads[f"{task}.mean"].float(), heads[f"{task}.head"].float()
+    sampler = Sampler(glyphs[f"{task}.train.images"], glyphs[f"{task}.train.labels"])
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        rng = generator(args.seed, task, step)
+        images, labels = sampler.draw(BATCH, rng)
+        return TASKS[task].nuisance(augment(images, rng), rng), labels
+
+    train(
+        model,
+        list(model.parameters()),
+        batch,
+        lambda features: cosine_logits(features, mean, head),
+        args.finetune_steps,
+        args.finetune_lr,
+        0.0,
+        progress.track(range(args.finetune_steps), description=f"fine-tune {task}"),
+    )
+    return model
+
+
+def settings() -> argparse.Namespace:
+    """The command line."""
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--out", type=Path, default=HERE, help="where base/, experts/ and testset.safetensors go")
+    add("--cache", type=Path, default=Path("glyphs-cache"), help="rendered characters, half-done pretraining")
+    add("--seed", type=int, default=0, help="of all random numbers")
+    add("--threads", type=int, default=1, help="of torch; results depend on it in the last bits")
+    add("--pretrain-steps", type=int, default=3500, help="batches of 128")
+    add("--pretrain-lr", type=float, default=1e-3, help="peak of the schedule")
+    add("--finetune-steps", type=int, default=400, help="batches of 128, an expert")
+    add("--finetune-lr", type=float, default=2e-4, help="peak of the schedule")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the stages that the cache doesn't hold yet."""
+    args = settings()
+    torch.set_num_threads(args.threads)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    recipe = {key: value for key, value in vars(args).items() if key not in ("out", "cache")}
+    told = args.out / "recipe.json"
+    if told.exists() and json.loads(told.read_text()) != recipe:
+        raise SystemExit(f"{told} says that other settings than {recipe} were used there; pass another --out")
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(json.dumps(recipe, indent=2) + "\n")
+    columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        store = args.cache / "glyphs.safetensors"
+        if not store.exists():
+            save_file(render_all(progress), store)
+        glyphs = load_file(store)
+        base = args.out / "base"
+        if not (base / "model.safetensors").exists():
+            save_model(pretrain(glyphs, args, progress), base)
+        tensors: dict[str, Tensor] = {}
+        model = load_model(base)
+        for task in TASKS:
+            mean, head = make_head(model, glyphs[f"{task}.train.images"], glyphs[f"{task}.train.labels"])
+            tensors |= {f"{task}.mean": mean, f"{task}.head": head}
+            for part, n in (("test", TEST_IMAGES), ("validation", VALIDATION_IMAGES)):
+                source = (glyphs[f"{task}.{part}.images"], glyphs[f"{task}.{part}.labels"])
+                images, labels = held_out(*source, task, n, generator(args.seed, f"{task}.{part}"))
+                tensors |= {f"{task}.{part}.images": images, f"{task}.{part}.labels": labels}
+        save_file(tensors, args.out / "testset.safetensors", metadata={"head_scale": str(HEAD_SCALE)})
+        for task in TASKS:
+            folder = args.out / "experts" / task
+            if not (folder / "model.safetensors").exists():
+                save_model(finetune(base, glyphs, task, tensors, args, progress), folder)
+
+
+if __name__ == "__main__":
+    main()

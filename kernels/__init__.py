@@ -1,0 +1,1 @@
+"""Triton kernels. They import triton and torch only; pymerge.backends.triton calls them."""

@@ -1,0 +1,63 @@
+"""combine: W_0 + sum_t w_t (W_t - W_0), or sum_t w_t W_t, in one pass over the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import sizes
+
+
+@triton.jit
+def combine_kernel(
+    out,
+    base,
+    tensors,  # tuple of T pointers, each of its own type
+    weights,  # tuple of T float32
+    count,
+    HAS_BASE: tl.constexpr,
+    TO_BF16: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < count
+    if HAS_BASE:
+        origin = tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        origin = tl.zeros((BLOCK,), dtype=tl.float32)
+    total = origin
+    for t in tl.static_range(len(tensors)):
+        value = tl.load(tensors[t] + offsets, mask=mask, other=0.0).to(tl.float32)
+        total += (value - origin) * weights[t]
+    if TO_BF16:
+        # Round to nearest even by hand: the interpreter truncates, and both must give the same.
+        bits = total.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(total != total, 0x7FC0, rounded)
+        tl.store(out + offsets, rounded.to(tl.int16), mask=mask)
+    else:
+        tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
+
+
+def launch(out: Tensor, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]) -> None:
+    """Write the result to `out`. All contiguous, of one element count; float32, float16 or bfloat16."""
+    count = out.numel()
+    if count == 0:
+        return
+    block, _, warps = sizes("combine", out.device)
+    to_bf16 = out.dtype == torch.bfloat16
+    combine_kernel[(triton.cdiv(count, block),)](
+        out.view(torch.int16) if to_bf16 else out,
+        out if base is None else base,
+        tuple(tensors),
+        tuple(float(weight) for weight in weights),
+        count,
+        HAS_BASE=base is not None,
+        TO_BF16=to_bf16,
+        BLOCK=block,
+        num_warps=warps,
+    )

@@ -1,0 +1,50 @@
+# csrc/bindings.cpp for the CPU. Addresses are data_ptr(), dtypes the codes of pymerge.backends.native.DTYPE_CODES,
+# a matrix is (address, dtype, row stride in elements), address 0 stands for None.
+from collections.abc import Sequence
+
+_Matrix = tuple[int, int, int]
+
+def build_info() -> str: ...
+def combine(
+    out: int,
+    out_dtype: int,
+    base: int,
+    base_dtype: int,
+    inputs: Sequence[int],
+    dtypes: Sequence[int],
+    weights: Sequence[float],
+    numel: int,
+    threads: int,
+    /,
+) -> None: ...
+def task_vector(
+    out: int, base: _Matrix, expert: _Matrix, mean: int, rows: int, columns: int, threads: int, /
+) -> None: ...
+def task_stats(
+    norms: int,
+    traces: int,
+    means: int,
+    base: _Matrix,
+    experts: Sequence[_Matrix],
+    rows: int,
+    columns: int,
+    threads: int,
+    /,
+) -> None: ...
+def adam_step(
+    D: int,
+    m: int,
+    v: int,
+    product: int,
+    B: int,
+    dtype: int,
+    numel: int,
+    beta1: float,
+    beta2: float,
+    correction1: float,
+    correction2: float,
+    lr: float,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...

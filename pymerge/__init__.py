@@ -1,0 +1,38 @@
+"""pymerge merges fine-tuned models: WUDI-Merging, ACE-Merging, task arithmetic, averages; streaming, on CPU or CUDA."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pymerge.api import merge, merge_state_dicts, merge_tensors, plan
+    from pymerge.errors import PymergeError
+    from pymerge.planner import Plan
+    from pymerge.report import MergeReport
+
+    __version__: str
+
+__all__ = ["MergeReport", "Plan", "PymergeError", "merge", "merge_state_dicts", "merge_tensors", "plan"]
+
+_HOMES = {
+    "MergeReport": "pymerge.report",
+    "Plan": "pymerge.planner",
+    "PymergeError": "pymerge.errors",
+    "merge": "pymerge.api",
+    "merge_state_dicts": "pymerge.api",
+    "merge_tensors": "pymerge.api",
+    "plan": "pymerge.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `pymerge --help` does not wait for PyTorch."""
+    if name == "__version__":
+        from pymerge.env import version
+
+        return version()
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pymerge' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

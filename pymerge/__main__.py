@@ -1,0 +1,7 @@
+"""`python -m pymerge` is the `pymerge` command."""
+
+from __future__ import annotations
+
+from pymerge.cli import main
+
+main()

@@ -1,0 +1,29 @@
+# csrc/bindings.cpp for NVIDIA devices; conventions as in _C.pyi, streams as integers.
+from collections.abc import Sequence
+
+_Matrix = tuple[int, int, int]
+
+def build_info() -> str: ...
+def combine(
+    out: int,
+    out_dtype: int,
+    base: int,
+    base_dtype: int,
+    inputs: Sequence[int],
+    dtypes: Sequence[int],
+    weights: Sequence[float],
+    numel: int,
+    stream: int,
+    /,
+) -> None: ...
+def task_gram(
+    out: int,
+    base: _Matrix,
+    experts: Sequence[_Matrix],
+    weights: Sequence[float],
+    means: int,
+    rows: int,
+    columns: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -1,0 +1,238 @@
+"""C++ on the CPU (pymerge._C), with PyTorch's GEMMs between its passes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymerge.ops.normal_equations import NormalEquations, outputs_first
+from pymerge.ops.task_stats import TaskStats
+from pymerge.ops.wudi_adam import bias_corrections
+
+NAME = "native"
+
+# The codes of csrc/common/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+# Ops that also accumulate in float64; the others form task vectors in float32.
+_DOUBLE_OPS = ("combine", "wudi_adam")
+
+_HALF_FROM = 2048
+_PANEL = 512
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why C++ cannot compute on this device; None if it can."""
+    if device.type != "cpu":
+        return f"it computes on the CPU and the tensors are on {device}; use --device cpu, or --backend reference"
+    try:
+        importlib.import_module("pymerge._C")
+    except ImportError as error:
+        return f"pymerge._C does not load ({error}); install again where a C++20 compiler is: pip install ."
+    return None
+
+
+def implementations() -> Mapping[str, Callable[..., Any]]:
+    """The ops with C++ in them."""
+    return {
+        "combine": combine,
+        "task_stats": task_stats,
+        "task_gram": task_gram,
+        "normal_equations": normal_equations,
+        "wudi_adam": wudi_adam,
+    }
+
+
+def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
+    """A reason if the C++ code does not know one of the dtypes."""
+    unknown = sorted(str(dtype) for dtype in dtypes - set(DTYPE_CODES))
+    if unknown:
+        return f"{', '.join(unknown)} is not one of float32, float64, float16, bfloat16"
+    if torch.float64 in dtypes and op not in _DOUBLE_OPS:
+        return "it forms task vectors in float32, and float64 was given or asked for"
+    return None
+
+
+def combine(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`combine` in one pass over the inputs; bit for bit the reference's result."""
+    from pymerge import _C
+
+    like = tensors[0] if base is None else base
+    out = torch.empty(like.shape, dtype=out_dtype or like.dtype)
+    base = None if base is None else base.contiguous()
+    inputs = [tensor.contiguous() for tensor in tensors]
+    _C.combine(
+        out.data_ptr(),
+        DTYPE_CODES[out.dtype],
+        0 if base is None else base.data_ptr(),
+        DTYPE_CODES[torch.float32 if base is None else base.dtype],
+        [tensor.data_ptr() for tensor in inputs],
+        [DTYPE_CODES[tensor.dtype] for tensor in inputs],
+        [float(weight) for weight in weights],
+        out.numel(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def task_stats(base: Tensor, experts: Sequence[Tensor]) -> TaskStats:
+    """`task_stats` in one pass over each expert, sums in float64."""
+    from pymerge import _C
+
+    rows, columns = base.shape
+    norms = torch.empty(len(experts), dtype=torch.float64)
+    traces = torch.empty_like(norms)
+    means = torch.empty(len(experts), columns)
+    base = rows_contiguous(base)
+    inputs = [rows_contiguous(expert) for expert in experts]
+    _C.task_stats(
+        norms.data_ptr(),
+        traces.data_ptr(),
+        means.data_ptr(),
+        matrix_argument(base),
+        [matrix_argument(expert) for expert in inputs],
+        rows,
+        columns,
+        torch.get_num_threads(),
+    )
+    return TaskStats(norms, traces, means)
+
+
+def task_gram(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    weights: Sequence[float],
+    means: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`task_gram` with one task vector in memory at a time, and half the products where that is faster."""
+    columns = base.shape[1]
+    gram = torch.zeros(columns, columns)
+    tau = torch.empty(base.shape)
+    for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+        if weight != 0.0:
+            _task_vector(tau, base, expert, None if means is None else means[index])
+            _add_gram(gram, tau, weight)
+    return _mirror(gram)
+
+
+def normal_equations(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    weights: Sequence[float],
+    means: Tensor | None = None,
+    origin: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> NormalEquations:
+    """`normal_equations` with two d_out x d_in buffers and one d_in x d_in buffer for all tasks."""
+    rows, columns = base.shape
+    A = torch.zeros(columns, columns)
+    B = torch.zeros(rows, columns)
+    tau = torch.empty(rows, columns)
+    left = tau if origin is None else torch.empty_like(tau)
+    gram = None if outputs_first(rows, columns) else torch.empty_like(A)
+    for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+        if weight == 0.0:
+            continue
+        _task_vector(tau, base, expert, None if means is None else means[index])
+        if origin is not None:
+            torch.sub(tau, origin, out=left)
+        if gram is None:
+            _add_gram(A, tau, weight)
+            B.addmm_(left @ tau.mT, tau, alpha=weight)
+        else:
+            _add_gram(gram.zero_(), tau, 1.0)
+            A.add_(_mirror(gram), alpha=weight)
+            B.addmm_(left, gram, alpha=weight)
+    return NormalEquations(A if gram is not None else _mirror(A), B)
+
+
+def wudi_adam(
+    A: Tensor,
+    B: Tensor,
+    iterations: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Tensor:
+    """`wudi_adam` with one GEMM and one fused pass a step."""
+    from pymerge import _C
+
+    A, B = A.contiguous(), B.contiguous()
+    D, m, v = torch.zeros_like(B), torch.zeros_like(B), torch.zeros_like(B)
+    product = torch.empty_like(B)
+    for step in range(1, iterations + 1):
+        torch.mm(D, A, out=product)
+        _C.adam_step(
+            D.data_ptr(),
+            m.data_ptr(),
+            v.data_ptr(),
+            product.data_ptr(),
+            B.data_ptr(),
+            DTYPE_CODES[B.dtype],
+            B.numel(),
+            betas[0],
+            betas[1],
+            *bias_corrections(step, betas),
+            lr,
+            eps,
+            torch.get_num_threads(),
+        )
+    return D
+
+
+def rows_contiguous(matrix: Tensor) -> Tensor:
+    """The matrix itself if its rows are contiguous and do not overlap, else a copy."""
+    if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]:
+        return matrix
+    # Strides of dimensions of size 0 or 1 mean nothing, and PyTorch calls such tensors contiguous whatever they are.
+    return torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device).copy_(matrix)
+
+
+def matrix_argument(matrix: Tensor) -> tuple[int, int, int]:
+    """(address, dtype code, row stride), as csrc/bindings.cpp takes matrices."""
+    return matrix.data_ptr(), DTYPE_CODES[matrix.dtype], matrix.stride(0)
+
+
+def _task_vector(out: Tensor, base: Tensor, expert: Tensor, mean: Tensor | None) -> None:
+    """Write tau~ in float32 to `out`, in one pass over base and expert."""
+    from pymerge import _C
+
+    base, expert = rows_contiguous(base), rows_contiguous(expert)
+    mean = None if mean is None else mean.to(torch.float32).contiguous()
+    _C.task_vector(
+        out.data_ptr(),
+        matrix_argument(base),
+        matrix_argument(expert),
+        0 if mean is None else mean.data_ptr(),
+        *out.shape,
+        torch.get_num_threads(),
+    )
+
+
+def _panels(columns: int) -> list[tuple[int, int]]:
+    """Column ranges of the lower-triangle products; one range (a full product) where halving does not pay."""
+    size = max(columns, 1) if columns < _HALF_FROM else _PANEL
+    return [(start, min(start + size, columns)) for start in range(0, columns, size)]
+
+
+def _add_gram(gram: Tensor, tau: Tensor, weight: float) -> None:
+    """Add w tau^T tau to the lower triangle of `gram` (and to some of the rest; `_mirror` sets it)."""
+    for start, stop in _panels(tau.shape[1]):
+        gram[start:, start:stop].addmm_(tau[:, start:].mT, tau[:, start:stop], alpha=weight)
+
+
+def _mirror(gram: Tensor) -> Tensor:
+    """Copy the lower triangle's panels above the diagonal, in place."""
+    for start, stop in _panels(gram.shape[0]):
+        gram[start:stop, stop:] = gram[stop:, start:stop].mT
+    return gram

@@ -1,0 +1,90 @@
+"""Triton kernels on NVIDIA devices (pymerge.kernels), or on the CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymerge.backends.native import rows_contiguous
+
+NAME = "triton"
+
+_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+def _interpreted() -> bool:
+    """True if Triton runs kernels on the CPU, for tests. Triton reads the variable when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton cannot compute on this device; None if it can."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not load ({error}); install it: pip install 'pymerge-engine[triton]'"
+    if device.type != "cuda" and not _interpreted():
+        return f"Triton needs an NVIDIA device and the tensors are on {device}; use --device cuda"
+    return None
+
+
+def implementations() -> Mapping[str, Callable[..., Any]]:
+    """The ops with a Triton kernel."""
+    return {"combine": combine, "task_gram": task_gram}
+
+
+def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
+    """A reason if the kernels do not know one of the dtypes."""
+    unknown = sorted(str(dtype) for dtype in dtypes - _DTYPES)
+    return f"{', '.join(unknown)} is not one of float32, float16, bfloat16" if unknown else None
+
+
+def combine(
+    base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`combine` in one pass over the inputs."""
+    from pymerge.kernels import combine as kernel
+
+    like = tensors[0] if base is None else base
+    out = torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device)
+    inputs = [tensor.contiguous() for tensor in tensors]
+    with _on(like.device):
+        kernel.launch(out, None if base is None else base.contiguous(), inputs, weights)
+    return out
+
+
+def task_gram(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    weights: Sequence[float],
+    means: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`task_gram` with task vectors formed inside the tiles, lower triangle only."""
+    from pymerge.kernels import task_gram as kernel
+
+    columns = base.shape[1]
+    out = torch.empty(columns, columns, dtype=torch.float32, device=base.device)
+    used = [index for index, weight in enumerate(weights) if weight != 0.0]
+    if not used:
+        return out.zero_()
+    with _on(base.device):
+        kernel.launch(
+            out,
+            rows_contiguous(base),
+            [rows_contiguous(experts[index]) for index in used],
+            [weights[index] for index in used],
+            None if means is None else means[used].to(torch.float32).contiguous(),
+        )
+    return out
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device current: Triton launches there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,38 @@
+"""Checkpoints on disk: safetensors headers, positional reads, planned layouts, resumable writes, checks."""
+
+from __future__ import annotations
+
+from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, code_of, is_float
+from pymerge.checkpoint.files import MANIFEST_NAME, WORK_FOLDER, atomic_write, fsync_directory
+from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
+from pymerge.checkpoint.layout import ShardLayout, TensorLayout, index_json, index_name, layout_shards
+from pymerge.checkpoint.manifest import VerifyReport, build_manifest, read_manifest, verify
+from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.writer import OutputDirectory
+
+__all__ = [
+    "ITEM_SIZES",
+    "MANIFEST_NAME",
+    "TORCH_DTYPES",
+    "WORK_FOLDER",
+    "Checkpoint",
+    "Header",
+    "OutputDirectory",
+    "Reader",
+    "ShardLayout",
+    "TensorEntry",
+    "TensorLayout",
+    "VerifyReport",
+    "atomic_write",
+    "build_manifest",
+    "code_of",
+    "fsync_directory",
+    "index_json",
+    "index_name",
+    "is_float",
+    "layout_shards",
+    "open_checkpoint",
+    "read_header",
+    "read_manifest",
+    "verify",
+]

@@ -1,0 +1,48 @@
+"""Element types of the safetensors format and what torch calls them."""
+
+from __future__ import annotations
+
+import torch
+
+from pymerge.errors import ArgumentError
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Unsigned types wider than a byte came with torch 2.3; older versions read every other type.
+for _code, _attribute in (("U16", "uint16"), ("U32", "uint32"), ("U64", "uint64")):
+    if hasattr(torch, _attribute):
+        TORCH_DTYPES[_code] = getattr(torch, _attribute)
+
+ITEM_SIZES: dict[str, int] = {code: dtype.itemsize for code, dtype in TORCH_DTYPES.items()}
+
+_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in TORCH_DTYPES.items()}
+
+
+def is_float(code: str) -> bool:
+    """Whether a dtype code is a floating-point type, 8-bit floats included."""
+    return code in TORCH_DTYPES and TORCH_DTYPES[code].is_floating_point
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """The safetensors code of a torch dtype. Raises ArgumentError when the format has none for it."""
+    if dtype not in _CODES:
+        raise ArgumentError(f"{dtype} cannot be stored in safetensors; use one of {', '.join(TORCH_DTYPES)}")
+    return _CODES[dtype]
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes, shared, without a copy."""
+    # numpy has no bfloat16, and a 0-d tensor cannot change its item size: flatten, then see bytes.
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,181 @@
+"""Positional reads of tensors, or of row ranges of them, from any number of threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from pymerge.checkpoint.dtypes import TORCH_DTYPES, bytes_of
+from pymerge.checkpoint.fileformat import TensorEntry, shorten
+from pymerge.errors import ArgumentError, CheckpointError
+
+CHUNK_BYTES = 64 << 20
+# Eight experts of 160 shards would pass the usual limit of 1024 descriptors a process.
+_MAX_DESCRIPTORS = 128
+
+
+class _Descriptor:
+    """An open file and how many reads use it right now."""
+
+    __slots__ = ("number", "users")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.users = 0
+
+
+class Reader:
+    """Reads tensors of the files in `stamps`, which maps each file to its planned (size, mtime_ns).
+
+    Thread-safe. A file that is not as planned, when opened or after any read of it, raises CheckpointError.
+    """
+
+    def __init__(self, stamps: Mapping[Path, tuple[int, int]]) -> None:
+        self._stamps = dict(stamps)
+        self._lock = threading.Lock()
+        self._descriptors: OrderedDict[Path, _Descriptor] = OrderedDict()  # least recently used first
+        self._closed = False
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; those being read by other threads are closed when their read ends."""
+        with self._lock:
+            self._closed = True
+            self._close_idle(0)
+
+    def read(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Rows `start_row` to `stop_row` (exclusive; None: to the end) along dim 0, as a fresh CPU tensor.
+
+        The dtype is the stored one; the shape is that of the slice. A 0-d tensor is read whole. Raises
+        ArgumentError for rows outside the tensor, CheckpointError when the file cannot be read.
+        """
+        shape, _, _ = _span(entry, start_row, stop_row)
+        out = torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
+        self.read_into(entry, out, start_row, stop_row)
+        return out
+
+    def read_into(
+        self, entry: TensorEntry, out: torch.Tensor, start_row: int = 0, stop_row: int | None = None
+    ) -> None:
+        """As `read`, into a contiguous CPU tensor (pinned or not) of the slice's shape and dtype."""
+        shape, offset, nbytes = _span(entry, start_row, stop_row)
+        right = out.dtype == TORCH_DTYPES[entry.dtype] and tuple(out.shape) == shape
+        if not right or out.device.type != "cpu" or not out.is_contiguous():
+            raise ArgumentError(
+                f"{entry.name}: cannot read {entry.dtype} {shape} into {out.dtype} {tuple(out.shape)} on "
+                f"{out.device}; pass a contiguous CPU tensor of that dtype and shape"
+            )
+        with self._descriptor(entry.file) as descriptor:
+            _fill(entry, descriptor, bytes_of(out), offset, nbytes)
+            self._check_stamp(entry.file, descriptor)
+
+    def release(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Tell the kernel that these rows are not needed again, so that inputs do not fill the page cache."""
+        _, offset, nbytes = _span(entry, start_row, stop_row)
+        # Length 0 would mean "to the end of the file". macOS has no posix_fadvise; this is only advice.
+        if nbytes and hasattr(os, "posix_fadvise"):
+            with self._descriptor(entry.file) as descriptor:
+                os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    @contextmanager
+    def _descriptor(self, path: Path) -> Iterator[int]:
+        with self._lock:
+            if self._closed:
+                raise ArgumentError(f"{path}: the reader is closed; make a new Reader")
+            if path not in self._descriptors:
+                self._descriptors[path] = _Descriptor(self._open(path))
+            held = self._descriptors[path]
+            self._descriptors.move_to_end(path)
+            held.users += 1
+            self._close_idle(_MAX_DESCRIPTORS)
+        try:
+            yield held.number
+        finally:
+            with self._lock:
+                held.users -= 1
+                if self._closed:
+                    self._close_idle(0)
+
+    def _open(self, path: Path) -> int:
+        if path not in self._stamps:
+            raise ArgumentError(
+                f"{path}: is not a file of this plan; give the reader the stamps of its checkpoint"
+            )
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be opened ({error.strerror}); was it moved since the plan was made?"
+                " Put it back or plan again"
+            ) from error
+        try:
+            self._check_stamp(path, descriptor)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _check_stamp(self, path: Path, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        if (status.st_size, status.st_mtime_ns) != self._stamps[path]:
+            raise CheckpointError(
+                f"{path}: changed since the plan was made ({self._stamps[path][0]} bytes then, "
+                f"{status.st_size} now); make sure that nothing writes to it and start again"
+            )
+
+    def _close_idle(self, keep: int) -> None:
+        """Close unused descriptors, least recently used first, until `keep` are open. The lock is held."""
+        for path in list(self._descriptors):
+            if len(self._descriptors) <= keep:
+                break
+            if self._descriptors[path].users == 0:
+                os.close(self._descriptors.pop(path).number)
+
+
+def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tuple[int, ...], int, int]:
+    """Shape, absolute offset and bytes of a row range; a 0-d tensor is one row that cannot be split."""
+    rows = entry.shape[0] if entry.shape else 1
+    stop = rows if stop_row is None else stop_row
+    if not 0 <= start_row <= stop <= rows or (not entry.shape and start_row == stop):
+        raise ArgumentError(
+            f"{entry.file}: tensor {shorten(entry.name)} has rows 0 to {rows}, not {start_row} to {stop}; "
+            "ask for rows inside the tensor"
+        )
+    row_bytes = entry.nbytes // rows if rows else 0
+    shape = (stop - start_row, *entry.shape[1:]) if entry.shape else ()
+    return shape, entry.offset + start_row * row_bytes, (stop - start_row) * row_bytes
+
+
+def _fill(entry: TensorEntry, descriptor: int, view: memoryview, offset: int, nbytes: int) -> None:
+    done = 0
+    while done < nbytes:
+        part = view[done : min(done + CHUNK_BYTES, nbytes)]
+        try:
+            count = os.preadv(descriptor, [part], offset + done)  # Python itself goes on after EINTR
+        except OSError as error:
+            raise CheckpointError(
+                f"{entry.file}: reading tensor {shorten(entry.name)} failed ({error.strerror}); "
+                "check the disk"
+            ) from error
+        if count == 0:
+            raise CheckpointError(
+                f"{entry.file}: ends at byte {offset + done}, inside tensor {shorten(entry.name)}, "
+                "so it changed since the plan was made; download or copy the file again"
+            )
+        done += count

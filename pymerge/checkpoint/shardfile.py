@@ -1,0 +1,94 @@
+"""One output file while it is written: created at full size, filled at planned offsets, hashed by tensor."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+from pymerge.checkpoint.files import output_error
+from pymerge.checkpoint.layout import ShardLayout, TensorLayout
+from pymerge.errors import OutputError
+
+_CHUNK_BYTES = 64 << 20
+# What file systems without preallocation answer; ENOSPC then comes from the writes.
+_NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class ShardFile:
+    """A `.partial` file. Any failure removes it: a partial shard is never continued, only redone."""
+
+    def __init__(self, layout: ShardLayout, path: Path) -> None:
+        """Create the file, reserve its full size and write the header. Raises OutputError."""
+        self.layout = layout
+        self.path = path
+        self._hashes = {tensor.name: hashlib.sha256() for tensor in layout.tensors}
+        self._written = dict.fromkeys(self._hashes, 0)
+        self._remaining = sum(tensor.nbytes for tensor in layout.tensors)
+        self._descriptor = -1
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._reserve()
+        except OSError as error:
+            self.discard()
+            raise output_error(path, "creating the file", error, layout.nbytes) from error
+        self._pwrite(memoryview(layout.header), 0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte of every tensor is there."""
+        return self._remaining == 0
+
+    def write(self, tensor: TensorLayout, data: memoryview) -> None:
+        """Append the next bytes (format "B") of a tensor. Raises OutputError; then the file is gone."""
+        done = self._written[tensor.name]
+        if done + len(data) > tensor.nbytes:
+            self.discard()
+            raise OutputError(
+                f"{self.path}: internal error: {done + len(data)} bytes for tensor {tensor.name}, "
+                f"which has {tensor.nbytes}; please report this"
+            )
+        self._pwrite(data, tensor.offset + done)
+        self._hashes[tensor.name].update(data)
+        self._written[tensor.name] = done + len(data)
+        self._remaining -= len(data)
+
+    def finish(self, target: Path) -> dict[str, str]:
+        """Sync the complete file and rename it to `target`; returns the sha256 of each tensor."""
+        try:
+            os.fsync(self._descriptor)
+            os.replace(self.path, target)
+        except OSError as error:
+            self.discard()
+            raise output_error(self.path, "finishing the file", error, self.layout.nbytes) from error
+        os.close(self._descriptor)
+        self._descriptor = -1
+        return {name: digest.hexdigest() for name, digest in self._hashes.items()}
+
+    def discard(self) -> None:
+        """Close and remove the file; harmless when that was done before."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self.path.unlink(missing_ok=True)
+
+    def _reserve(self) -> None:
+        nbytes = self.layout.nbytes
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._descriptor, 0, nbytes)
+                return
+            except OSError as error:
+                if error.errno not in _NO_PREALLOCATION:
+                    raise
+        os.ftruncate(self._descriptor, nbytes)
+
+    def _pwrite(self, data: memoryview, offset: int) -> None:
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._descriptor, data[done : done + _CHUNK_BYTES], offset + done)
+        except OSError as error:
+            self.discard()
+            raise output_error(self.path, "writing", error, self.layout.nbytes) from error

@@ -1,0 +1,266 @@
+"""Write an output directory: shards at planned offsets, resume after a kill, visible only when all is whole.
+
+Until `publish`, everything lies in the hidden folder `.pymerge` of the output, so that nothing takes a
+half-written directory for a model:
+
+    OUT/.pymerge/lock                  held (flock) by the run that writes here
+    OUT/.pymerge/state.json            whose merge this is and which shards are whole
+    OUT/.pymerge/<shard>.partial       being written, at full size from the start
+    OUT/.pymerge/<shard>               whole, synced, its tensors' sha256 in state.json
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from pymerge.checkpoint.claim import (
+    LOCK_NAME,
+    NOTE_NAME,
+    TEMPORARY_NAME,
+    State,
+    acquire_lock,
+    check_claim,
+    clear_work,
+    earlier_bytes,
+    partial_name,
+    remove_earlier,
+)
+from pymerge.checkpoint.dtypes import bytes_of, code_of
+from pymerge.checkpoint.files import WORK_FOLDER, free_bytes, install, os_errors
+from pymerge.checkpoint.layout import ShardLayout
+from pymerge.checkpoint.publishing import check_names, publish_files
+from pymerge.checkpoint.shardfile import ShardFile
+from pymerge.errors import OutputError
+
+# Written at the start and not when a run fails, so that a killed run leaves it too.
+_NOTE = b"""\
+This folder belongs to a pymerge run that has not finished. If none is running:
+- to go on, run the same pymerge command again; whole shards (see state.json) are kept;
+- to give up, delete this folder, or give --overwrite with another merge.
+"""
+
+
+def _internal(message: str) -> OutputError:
+    return OutputError(f"internal error: {message}; please report this")
+
+
+class OutputDirectory:
+    """An output directory that belongs to this process between `open` and `publish` or `abandon`.
+
+    `layouts` are all files of the output, `fingerprint` identifies inputs and parameters: a run with the same
+    one goes on where an earlier run stopped. Not thread-safe: one thread writes. As a context manager it
+    opens, and abandons what was not published.
+    """
+
+    def __init__(
+        self, path: Path | str, layouts: Sequence[ShardLayout], *, fingerprint: str, overwrite: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.layouts = tuple(layouts)
+        self.fingerprint = fingerprint
+        self.overwrite = overwrite
+        self._work = self.path / WORK_FOLDER
+        self._shards = {layout.file: layout for layout in self.layouts}
+        self._places = {tensor.name: (shard, tensor) for shard in self.layouts for tensor in shard.tensors}
+        self._active: dict[str, ShardFile] = {}
+        self._created: list[Path] = []  # directories made by this run, outermost first
+        self._lock: int | None = None
+        self._state: State | None = None  # set while the directory is ours
+
+    def __enter__(self) -> OutputDirectory:
+        return self.open() if self._lock is None else self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abandon()
+
+    @property
+    def finished(self) -> frozenset[str]:
+        """Shard files that are whole and need not be written again."""
+        return frozenset(self._own_state().finished)
+
+    @property
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """sha256 (hex) of every tensor of the finished shards: file -> tensor -> digest."""
+        return {file: dict(digests) for file, digests in self._own_state().finished.items()}
+
+    def open(self) -> OutputDirectory:
+        """Take the directory: create, lock, check, resume or clear it, and check the disk space.
+
+        Raises OutputError when it is a file, is in use by another run, holds anything that is not of this
+        merge, or when the disk is too full; the directory is then as it was before.
+        """
+        try:
+            self._create_directory()
+            if not self._work.exists():
+                self._check_claim()  # before anything is changed
+            self._lock = acquire_lock(self.path)
+            state = self._check_claim()
+            if state is None:
+                self._check_space(self.layouts, earlier_bytes(self.path))
+                remove_earlier(self.path)
+                state = State(self.fingerprint, list(self._shards))
+                state.save(self._work)
+            self._state = state
+            install(_NOTE, self._work / NOTE_NAME, self._work / TEMPORARY_NAME)
+            with os_errors(self._work, "resuming"):
+                self._drop_damaged(state)
+            unfinished = [layout for layout in self.layouts if layout.file not in state.finished]
+            self._check_space(unfinished, 0)
+            for layout in unfinished:
+                if layout.nbytes == len(layout.header):  # empty tensors only: nothing is going to be written
+                    self._finish(layout)
+        except BaseException:
+            self.abandon()
+            raise
+        return self
+
+    def write(self, tensor_name: str, data: torch.Tensor | memoryview) -> None:
+        """Append the next piece of a tensor: a CPU tensor of the planned dtype, or raw bytes.
+
+        Pieces of one tensor come in order, tensors in any order. A shard that has all its bytes is synced and
+        recorded as finished. Raises OutputError when writing fails (the partial shard is removed) or when the
+        pieces do not fit the plan.
+        """
+        state = self._own_state()
+        if tensor_name not in self._places:
+            raise _internal(f"{self.path}: tensor {tensor_name} is not in the plan")
+        layout, tensor = self._places[tensor_name]
+        if isinstance(data, torch.Tensor):
+            if data.device.type != "cpu" or code_of(data.dtype) != tensor.dtype:
+                raise _internal(
+                    f"{self.path}: tensor {tensor_name} is {data.dtype} on {data.device}, "
+                    f"planned {tensor.dtype} on cpu"
+                )
+            data = bytes_of(data.contiguous())
+        if data.nbytes == 0:
+            return
+        if layout.file in state.finished:
+            raise _internal(f"{self.path}: tensor {tensor_name} is in {layout.file}, which is finished")
+        if layout.file not in self._active:
+            self._active[layout.file] = ShardFile(layout, self._work / partial_name(layout.file))
+        shard = self._active[layout.file]
+        shard.write(tensor, data.cast("B"))
+        if shard.complete:
+            self._finish(layout)
+
+    def publish(self, files: Mapping[str, bytes | Path], manifest: Mapping[str, Any]) -> None:
+        """Make the output visible: shards, `files` (name -> content, or a file to copy), manifest, index.
+
+        Names are relative, with "/". What makes the directory a model (the index, or the single weight file)
+        comes last. After a kill in between, opening the same merge and publishing again completes it. Raises
+        OutputError when a shard is unfinished, a name is not allowed or writing fails, and CheckpointError
+        when a file to be copied is not what the manifest says.
+        """
+        state = self._own_state()
+        unfinished = [file for file in self._shards if file not in state.finished]
+        if unfinished:
+            raise _internal(
+                f"{self.path}: {len(unfinished)} shards are unfinished, {unfinished[0]} among them"
+            )
+        state.publishing = check_names(self.path, self.layouts, files)
+        state.save(self._work)
+        publish_files(self.path, self.layouts, files, manifest)
+        self._state = None
+        self._created.clear()
+        self._remove_work(state)
+
+    def abandon(self) -> None:
+        """Stop writing. Finished shards are kept for the next run, beside a note how to go on.
+
+        Without any, everything that this run created is removed. Does nothing after `publish`.
+        """
+        for shard in self._active.values():
+            shard.discard()
+        self._active.clear()
+        state, self._state = self._state, None
+        if state is not None and state.finished:
+            self._created.clear()
+            self._release()
+            return
+        self._remove_work(state)
+        while self._created:
+            try:
+                self._created.pop().rmdir()
+            except OSError:  # somebody else has put something there since
+                self._created.clear()
+
+    def _own_state(self) -> State:
+        if self._state is None:
+            raise _internal(f"{self.path}: the output directory is not open")
+        return self._state
+
+    def _create_directory(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path}: is a file; give a directory")
+        with os_errors(self.path, "creating the directory"):
+            for folder in [*reversed(self.path.parents), self.path]:
+                if not folder.exists():
+                    folder.mkdir()
+                    self._created.append(folder)
+
+    def _check_claim(self) -> State | None:
+        return check_claim(self.path, self.fingerprint, list(self._shards), overwrite=self.overwrite)
+
+    def _drop_damaged(self, state: State) -> None:
+        """Keep the shards whose size and header are as planned, remove the others. Raises OSError."""
+        for file, layout in self._shards.items():
+            (self._work / partial_name(file)).unlink(missing_ok=True)
+            folders = [self._work, self.path] if file in state.publishing else [self._work]
+            digests = state.finished.get(file, {})
+            known = set(digests) == {tensor.name for tensor in layout.tensors}
+            if not (known and any(_is_whole(folder / file, layout) for folder in folders)):
+                state.finished.pop(file, None)
+                for folder in folders:
+                    (folder / file).unlink(missing_ok=True)
+        state.save(self._work)
+
+    def _check_space(self, layouts: Sequence[ShardLayout], reclaimed: int) -> None:
+        needed = sum(layout.nbytes for layout in layouts)
+        with os_errors(self.path, "asking for free space"):
+            free = free_bytes(self.path) + reclaimed
+        if needed > free:
+            raise OutputError(
+                f"{self.path}: not enough space: needs {needed:,} bytes, {free:,} bytes free; "
+                "free some space or choose another disk"
+            )
+
+    def _finish(self, layout: ShardLayout) -> None:
+        state = self._own_state()
+        shard = self._active.get(layout.file)
+        if shard is None:
+            shard = ShardFile(layout, self._work / partial_name(layout.file))
+        state.finished[layout.file] = shard.finish(self._work / layout.file)
+        self._active.pop(layout.file, None)
+        state.save(self._work)
+
+    def _remove_work(self, state: State | None) -> None:
+        """Remove what `state` lists from the work folder, then lock and folder if nothing else is in it."""
+        try:
+            with os_errors(self._work, "removing the work folder"):
+                if state is not None:
+                    clear_work(self._work, state)
+                if self._lock is not None and os.listdir(self._work) == [LOCK_NAME]:
+                    (self._work / LOCK_NAME).unlink()
+                    self._work.rmdir()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _is_whole(file: Path, layout: ShardLayout) -> bool:
+    if not file.is_file() or file.stat().st_size != layout.nbytes:
+        return False
+    with open(file, "rb") as stream:
+        return stream.read(len(layout.header)) == layout.header

@@ -1,0 +1,205 @@
+"""The command line: merge, plan, verify, methods, env, demo."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from pymerge.errors import OutputError, PymergeError
+
+app = typer.Typer(
+    help="Merge fine-tuned models of one base into one model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# In a file or a pipe, wide enough that tables keep one line a row.
+_out = Console(width=None if sys.stdout.isatty() else 160)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_INTERRUPTED = 130
+_TERMINATED = 143
+
+
+class Backend(str, Enum):
+    auto = "auto"
+    reference = "reference"
+    native = "native"
+    triton = "triton"
+    cuda = "cuda"
+
+
+class OutputDtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+Config = Annotated[Path, typer.Argument(help="YAML file; mergekit's format is understood.", show_default=False)]
+Memory = Annotated[
+    str | None, typer.Option(help="Refuse to hold more than this of tensors at once, such as 8GiB.", show_default=False)
+]
+ShardSize = Annotated[str, typer.Option(help="Start a new file above this size.")]
+Dtype = Annotated[
+    OutputDtype | None, typer.Option(help="Output dtype, instead of the config's or the base's.", show_default=False)
+]
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Errors as one line and an exit code; signals as a clean stop that the same command continues."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(_TERMINATED)
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except PymergeError as error:
+        _err.print(f"error: {error}", style="red", markup=False)
+        raise SystemExit(error.exit_code) from error
+    except KeyboardInterrupt:
+        _err.print("interrupted; the same command goes on where this one stopped", markup=False)
+        raise SystemExit(_INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _print_warnings(warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        _err.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+@app.command()
+def merge(
+    config: Config,
+    out: Annotated[Path, typer.Argument(help="Directory of the merged model.", show_default=False)],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    backend: Annotated[Backend | None, typer.Option(help="Which kernels compute.", show_default="auto")] = None,
+    memory: Memory = None,
+    max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another merge in OUT.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say which backend computes what, and why.")] = False,
+) -> None:
+    """Merge the models of CONFIG into the directory OUT.
+
+    The same command continues an interrupted merge, and verifies a finished one.
+    """
+    with _reported():
+        if verbose:
+            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+        from pymerge import api
+
+        if dry_run:
+            _show_plan(config, memory, max_shard_size, dtype)
+            return
+        report = api.merge(
+            config,
+            out,
+            device=device,
+            backend=backend.value if backend else None,
+            memory=memory,
+            progress=not quiet,
+            max_shard_size=max_shard_size,
+            dtype=dtype.value if dtype else None,
+            overwrite=overwrite,
+        )
+        if not quiet:
+            _print_warnings(report.warnings)
+            for line in report.lines():
+                _out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(config: Config, memory: Memory = None, max_shard_size: ShardSize = "5GB", dtype: Dtype = None) -> None:
+    """Show what a merge would read, compute and write, from the files' headers alone."""
+    with _reported():
+        _show_plan(config, memory, max_shard_size, dtype)
+
+
+def _show_plan(config: Path, memory: str | None, max_shard_size: str, dtype: OutputDtype | None) -> None:
+    from pymerge import api
+    from pymerge.views import plan_view
+
+    planned = api.plan(config, memory=memory, max_shard_size=max_shard_size, dtype=dtype.value if dtype else None)
+    _out.print(plan_view(planned))
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="Directory that `pymerge merge` wrote.", show_default=False)],
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Read a merged model again and compare every byte with its manifest."""
+    with _reported():
+        from pymerge.checkpoint import read_manifest
+        from pymerge.checkpoint import verify as verify_output
+        from pymerge.progress import NoProgress, ProgressBar
+
+        manifest = read_manifest(out) or {"shards": {}}
+        progress = NoProgress() if quiet else ProgressBar("verifying")
+        progress.start(sum(shard["size"] for shard in manifest["shards"].values()))
+
+        def advance(count: int, name: str) -> None:
+            progress.tensor(name)
+            progress.advance(count)
+
+        try:
+            report = verify_output(out, progress=advance, allow_nonfinite=allow_nonfinite)
+        finally:
+            progress.close()
+        if report.problems:
+            raise OutputError(f"{out} is not as it was written:\n" + "\n".join(f"- {p}" for p in report.problems))
+        if not quiet:
+            _out.print(f"{out}: {report.tensors} tensors, {report.parameters:,} parameters, all as written", markup=False)
+
+
+@app.command()
+def methods() -> None:
+    """List the merge methods with their parameters."""
+    _print_view("methods_view")
+
+
+@app.command("env")
+def environment() -> None:
+    """Show versions, devices, and which backends work (or why not)."""
+    _print_view("env_view")
+
+
+def _print_view(name: str) -> None:
+    with _reported():
+        from pymerge import views
+
+        view: Callable[[], Any] = getattr(views, name)
+        _out.print(view())
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def demo(context: typer.Context) -> None:
+    """Merge the example experts by every method and compare them on their tasks (in a checkout; see examples/glyphs)."""
+    with _reported():
+        script = Path(__file__).resolve().parent.parent / "examples" / "glyphs" / "demo.py"
+        if not script.is_file():
+            raise OutputError(f"the demo's models are not installed ({script} is missing); clone the repository for them")
+        raise SystemExit(subprocess.run([sys.executable, str(script), *context.args], check=False).returncode)
+
+
+def main() -> None:
+    """Entry point of the `pymerge` command."""
+    app()

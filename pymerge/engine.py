@@ -1,0 +1,291 @@
+"""Follows a plan: reads ahead, computes, writes behind. The only owner of threads and devices."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pymerge import env, pieces
+from pymerge.backends import Dispatcher
+from pymerge.checkpoint import (
+    MANIFEST_NAME,
+    TORCH_DTYPES,
+    OutputDirectory,
+    Reader,
+    TensorEntry,
+    build_manifest,
+    read_manifest,
+    verify,
+)
+from pymerge.errors import ArgumentError, BackendError, NonFiniteError, OutputError
+from pymerge.pieces import Piece
+from pymerge.planner import READ_AHEAD, WRITE_BEHIND, Plan, Step
+from pymerge.progress import NoProgress, ProgressSink
+from pymerge.report import RECIPE_NAME, MergeReport, model_card
+
+_READ_THREADS = 4
+
+
+@dataclass
+class _Clock:
+    """Seconds that the computing thread spent on each part of the work."""
+
+    reading: float = 0.0
+    computing: float = 0.0
+    writing: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU. BackendError for a device that PyTorch does not know."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise BackendError(f"unknown device {str(device)!r}; choose auto, cpu, cuda or cuda:N") from error
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    device: str | torch.device = "auto",
+    backend: str = "auto",
+    overwrite: bool = False,
+    progress: ProgressSink | None = None,
+) -> MergeReport:
+    """Carry out a plan.
+
+    Args:
+        plan: from `build_plan`.
+        out: output directory; new, empty, or holding this very merge (unfinished: it goes on; finished: it is
+            verified).
+        device, backend: where and with what to compute.
+        overwrite: replace another merge that is there.
+        progress: told about bytes and tensors; default: nobody.
+
+    Raises:
+        OutputError, CheckpointError, BackendError: as their names say.
+        NonFiniteError: an input holds NaN or infinity (and the config does not allow it), or a result overflows.
+    """
+    clock = _Clock()
+    progress = progress or NoProgress()
+    target = resolve_device(device)
+    run_op = Dispatcher(backend, target)
+    fingerprint = plan.fingerprint(backend, str(target))
+    manifest = read_manifest(out)
+    if manifest is not None and manifest["fingerprint"] == fingerprint and not overwrite:
+        return _verified(plan, out, clock, progress)
+    if target.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target)
+    with (
+        OutputDirectory(out, plan.layouts, fingerprint=fingerprint, overwrite=overwrite) as output,
+        Reader(plan.inputs.stamps) as reader,
+    ):
+        resumed = len(output.finished)
+        steps = [step for step in plan.steps if step.file not in output.finished]
+        read = sum(step.bytes_read for step in steps)
+        written = sum(step.nbytes for step in steps)
+        progress.start(read + written)
+        try:
+            _merge(steps, plan.config.allow_nonfinite, run_op, reader, output, clock, progress)
+        finally:
+            progress.close()
+        _publish(plan, output, fingerprint)
+    return MergeReport(
+        output=out,
+        tensors=len(plan.steps),
+        parameters=plan.parameters,
+        bytes_read=read,
+        bytes_written=written,
+        seconds=clock.elapsed,
+        reading=clock.reading,
+        computing=clock.computing,
+        writing=clock.writing,
+        peak_memory=peak_resident_bytes(),
+        peak_device_memory=torch.cuda.max_memory_allocated(target) if target.type == "cuda" else 0,
+        backends={op: choice.backend for op, choice in run_op.choices.items()},
+        warnings=plan.warnings,
+        resumed_shards=resumed,
+    )
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _merge(
+    steps: list[Step],
+    allow_nonfinite: bool,
+    run_op: Dispatcher,
+    reader: Reader,
+    output: OutputDirectory,
+    clock: _Clock,
+    progress: ProgressSink,
+) -> None:
+    """The pipeline. Memory is bounded by the pieces in flight: READ_AHEAD + 1 + WRITE_BEHIND."""
+    readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="pymerge-read")
+    writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
+    writes: deque[Future[None]] = deque()
+
+    def write(step: Step, merged: Tensor) -> None:
+        output.write(step.name, merged)
+        progress.advance(merged.nbytes)
+
+    try:
+        for step, piece, loaded in _read_ahead(steps, reader, readers):
+            progress.tensor(step.name)
+            mark = time.perf_counter()
+            tensors = [future.result() for future in loaded]
+            progress.advance(sum(tensor.nbytes for tensor in tensors))
+            read = time.perf_counter()
+            merged = _compute(step, piece, tensors, run_op, allow_nonfinite)
+            del tensors, loaded
+            computed = time.perf_counter()
+            while len(writes) >= WRITE_BEHIND:
+                writes.popleft().result()
+            writes.append(writer.submit(write, step, merged))
+            del merged
+            clock.reading += read - mark
+            clock.computing += computed - read
+            clock.writing += time.perf_counter() - computed
+        mark = time.perf_counter()
+        while writes:
+            writes.popleft().result()
+        clock.writing += time.perf_counter() - mark
+    finally:
+        readers.shutdown(cancel_futures=True)
+        writer.shutdown(cancel_futures=True)
+
+
+def _read_ahead(
+    steps: list[Step], reader: Reader, readers: ThreadPoolExecutor
+) -> Iterator[tuple[Step, Piece, list[Future[Tensor]]]]:
+    """Pieces in the order of the plan, with the reads of the next ones already under way."""
+    ahead: deque[tuple[Step, Piece, list[Future[Tensor]]]] = deque()
+    for step in steps:
+        for piece in step.pieces:
+            reads = [readers.submit(_read, reader, entry, piece) for entry in step.inputs]
+            ahead.append((step, piece, reads))
+            if len(ahead) > READ_AHEAD:
+                yield ahead.popleft()
+    while ahead:
+        yield ahead.popleft()
+
+
+def _read(reader: Reader, entry: TensorEntry, piece: Piece) -> Tensor:
+    return reader.read(entry, piece.start, piece.stop) if entry.shape else reader.read(entry)
+
+
+def _compute(
+    step: Step, piece: Piece, tensors: list[Tensor], run_op: Dispatcher, allow_nonfinite: bool
+) -> Tensor:
+    """The merged piece, on the CPU, in the output's dtype."""
+    if not allow_nonfinite:
+        for entry, tensor in zip(step.inputs, tensors, strict=True):
+            _check_finite(entry, piece, tensor)
+    moved = [tensor.to(run_op.device) for tensor in tensors]
+    base, experts = (moved[0], moved[1:]) if step.reads_base else (moved[0], moved)
+    try:
+        merged = pieces.run(step.action, step.layer, run_op, base, experts, TORCH_DTYPES[step.dtype])
+    except ArgumentError as error:
+        raise ArgumentError(f"{step.name}: {error}") from error
+    if not allow_nonfinite and not is_finite(merged):
+        raise NonFiniteError(
+            f"{step.name}: the merged tensor has values that {merged.dtype} cannot hold; "
+            "choose out_dtype bfloat16 or float32, or smaller weights"
+        )
+    return merged.cpu()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite. A finite sum proves it in one pass; only else each element is asked."""
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
+def _check_finite(entry: TensorEntry, piece: Piece, tensor: Tensor) -> None:
+    if is_finite(tensor):
+        return
+    wrong = ~torch.isfinite(tensor)
+    first = wrong.nonzero()[0].tolist()
+    if first:
+        first[0] += piece.start
+    raise NonFiniteError(
+        f"{entry.file}: tensor {entry.name!r} has {int(wrong.sum())} values that are NaN or infinite, the first at "
+        f"{first}; use a sound checkpoint, or set allow_nonfinite: true in the config to merge it all the same"
+    )
+
+
+def _publish(plan: Plan, output: OutputDirectory, fingerprint: str) -> None:
+    """Put everything beside the weights in place, and make the output visible."""
+    donor = plan.inputs.donor
+    # The base may be a merge itself: its recipe and manifest describe that one.
+    files: dict[str, bytes | Path] = {
+        path.as_posix(): donor.path / path
+        for path in donor.other_files
+        if path.as_posix() not in (RECIPE_NAME, MANIFEST_NAME)
+    }
+    if plan.config_json is not None:
+        files["config.json"] = plan.config_json
+    files["README.md"] = model_card(plan)
+    files[RECIPE_NAME] = plan.config.source_text.encode()
+    manifest = build_manifest(
+        plan.layouts,
+        output.checksums,
+        files,
+        fingerprint=fingerprint,
+        pymerge_version=env.version(),
+        base_parameters=plan.parameters,
+    )
+    output.publish(files, manifest)
+
+
+def _verified(plan: Plan, out: Path, clock: _Clock, progress: ProgressSink) -> MergeReport:
+    """The report of an output that was there already, after reading it again."""
+    progress.start(plan.bytes_written)
+
+    def advance(count: int, name: str) -> None:
+        progress.tensor(name)
+        progress.advance(count)
+
+    try:
+        found = verify(out, progress=advance, allow_nonfinite=plan.config.allow_nonfinite)
+    finally:
+        progress.close()
+    if found.problems:
+        raise OutputError(
+            f"{out} holds this merge, but damaged: " + "; ".join(found.problems) + "; give --overwrite to redo it"
+        )
+    return MergeReport(
+        output=out,
+        tensors=found.tensors,
+        parameters=found.parameters,
+        bytes_read=found.nbytes,
+        bytes_written=0,
+        seconds=clock.elapsed,
+        reading=clock.elapsed,
+        computing=0.0,
+        writing=0.0,
+        peak_memory=peak_resident_bytes(),
+        peak_device_memory=0,
+        warnings=plan.warnings,
+        already_done=True,
+    )

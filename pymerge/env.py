@@ -1,0 +1,42 @@
+"""Environment variables, each parsed in one place, and the report of `pymerge env`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+VARIABLES = {
+    "PYMERGE_BACKEND": "backend when none is named on the command line: auto, reference, native, triton, cuda",
+    "PYMERGE_CUDA": "at build time: auto (build the CUDA extension where nvcc is found), 0 (don't), 1 (must)",
+    "PYMERGE_CUDA_ARCHS": "at build time: CUDA architectures, default 80;90",
+}
+
+_PACKAGES = ("torch", "triton", "safetensors", "numpy", "pydantic", "transformers")
+
+
+def default_backend() -> str:
+    """PYMERGE_BACKEND, or "auto"."""
+    return os.environ.get("PYMERGE_BACKEND") or "auto"
+
+
+def version() -> str:
+    """The version of the installed distribution."""
+    return importlib.metadata.version("pymerge-engine")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide results and speed; "not installed" where one is missing."""
+    found = {"pymerge-engine": version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine_line() -> str:
+    """Python, operating system and processor, for reports and result files."""
+    return f"Python {sys.version.split()[0]}, {platform.system()} {platform.release()}, {platform.machine()}"

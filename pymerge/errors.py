@@ -1,0 +1,61 @@
+"""Every error that pymerge raises on purpose. The CLI prints them as one line and exits with `exit_code`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class PymergeError(Exception):
+    """Base class. The message says what is wrong, where (file, tensor, value), and what to do about it."""
+
+    exit_code = 1
+
+
+class ConfigError(PymergeError):
+    """The config cannot be read: unknown key, misspelled method, missing or invalid parameter."""
+
+    exit_code = 2
+
+
+class CheckpointError(PymergeError):
+    """An input file is missing, damaged, or changed while it was being read."""
+
+    exit_code = 3
+
+
+class PlanError(PymergeError):
+    """The merge cannot be done as asked; `problems` lists everything that is wrong, not only the first."""
+
+    exit_code = 4
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__(
+            f"{head} found before anything was read:\n" + "\n".join(f"- {p}" for p in self.problems)
+        )
+
+
+class ArgumentError(PymergeError, ValueError):
+    """An op or a Python API function was called with tensors or parameters that do not fit together."""
+
+    exit_code = 5
+
+
+class NonFiniteError(PymergeError):
+    """An input tensor holds NaN or infinity."""
+
+    exit_code = 6
+
+
+class BackendError(PymergeError):
+    """A backend or device was asked for by name and cannot run here."""
+
+    exit_code = 7
+
+
+class OutputError(PymergeError):
+    """The output directory cannot be used, or writing to it failed."""
+
+    exit_code = 8

@@ -1,0 +1,132 @@
+"""Weighted averages: linear and task_arithmetic, and the actions that other methods give to tensors they don't solve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pymerge.errors import ArgumentError
+from pymerge.methods.base import Action, Cost, Method, OpRunner, Parameter, Values
+
+# Row chunks of a combine are read as float32 in PyTorch's form: accumulator, upcast input, and their difference.
+_COMBINE_SCRATCH_ITEMS = 3
+
+
+@dataclass(frozen=True)
+class Copy(Action):
+    """Takes the base's tensor as it is."""
+
+    label: ClassVar[str] = "copy"
+    chunkable: ClassVar[bool] = True
+
+    def run(
+        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return base.to(out_dtype or base.dtype)
+
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        return Cost(0, 0)
+
+
+@dataclass(frozen=True)
+class WeightedSum(Action):
+    """sum_t w_t W_t."""
+
+    weights: tuple[float, ...]
+    label: ClassVar[str] = "weighted sum"
+    chunkable: ClassVar[bool] = True
+
+    def run(
+        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        merged: Tensor = run_op("combine", None, experts, self.weights, out_dtype or base.dtype)
+        return merged
+
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        items = element_count(shape)
+        return Cost(2 * experts * items, 4 * _COMBINE_SCRATCH_ITEMS * items)
+
+
+@dataclass(frozen=True)
+class AddTaskVectors(Action):
+    """W_0 + sum_t w_t tau_t."""
+
+    weights: tuple[float, ...]
+    label: ClassVar[str] = "add task vectors"
+    chunkable: ClassVar[bool] = True
+
+    def run(
+        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        merged: Tensor = run_op("combine", base, experts, self.weights, out_dtype)
+        return merged
+
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        items = element_count(shape)
+        return Cost(3 * experts * items, 4 * _COMBINE_SCRATCH_ITEMS * items)
+
+
+def mean_of_tasks(experts: int) -> AddTaskVectors:
+    """W_0 + (1/T) sum_t tau_t, the average of the fine-tuned weights."""
+    return AddTaskVectors((1.0 / experts,) * experts)
+
+
+def element_count(shape: tuple[int, ...]) -> int:
+    """Number of elements of a tensor of this shape."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def normalised(weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights divided by their sum; ArgumentError if the sum is 0."""
+    total = sum(weights)
+    if total == 0.0:
+        raise ArgumentError(
+            f"the weights {list(weights)} add up to 0 and cannot be normalised; change one, or set normalize: false"
+        )
+    return tuple(weight / total for weight in weights)
+
+
+_WEIGHT = Parameter("weight", "number", 1.0, "weight of this model", scope="model", required=True)
+
+
+class Linear(Method):
+    """Weighted average of the models listed; the base is only a model like the others, if it is listed."""
+
+    name = "linear"
+    summary = "weighted average of the models"
+    source = "Model Soups, arXiv 2203.05482"
+    needs_base = False
+    parameters = (_WEIGHT, Parameter("normalize", "flag", True, "divide the weights by their sum"))
+
+    def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
+        weights = values.model["weight"]
+        return WeightedSum(normalised(weights) if values.merge["normalize"] else weights)
+
+
+class TaskArithmetic(Method):
+    """Base plus the weighted sum of task vectors."""
+
+    name = "task_arithmetic"
+    summary = "base + lambda * sum_t weight_t * tau_t"
+    source = "Task Arithmetic, arXiv 2212.04089"
+    parameters = (
+        _WEIGHT,
+        Parameter("normalize", "flag", False, "divide the weights by their sum"),
+        Parameter("lambda", "number", 1.0, "factor of the sum"),
+        Parameter("density", "number", 1.0, "used by other methods", scope="model", no_effect=True),
+        Parameter("int8_mask", "flag", False, "used by other methods", no_effect=True),
+        Parameter("rescale", "flag", False, "used by other methods", no_effect=True),
+    )
+
+    def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
+        weights = values.model["weight"]
+        if values.merge["normalize"]:
+            weights = normalised(weights)
+        return AddTaskVectors(tuple(values.merge["lambda"] * weight for weight in weights))

@@ -1,0 +1,159 @@
+"""What a method is: parameters, and an action for each kind of tensor. Actions are written in terms of ops."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pymerge.errors import ArgumentError
+
+# Calls an op by name on the chosen backend: run_op("combine", base, experts, weights). See pymerge.backends.
+OpRunner = Callable[..., Any]
+
+
+ParameterKind = Literal["number", "integer", "flag", "choice", "number_or_auto", "texts"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method: its type and limits, where it may stand, and what it means.
+
+    `scope` "merge" stands once (or by filter and gradient); "model" stands for each model. A parameter that is
+    `required` must stand in a config, where its absence is most often a slip of indentation; the Python API falls
+    back to `default`, which every parameter has.
+    """
+
+    name: str
+    kind: ParameterKind
+    default: Any
+    summary: str
+    scope: Literal["merge", "model"] = "merge"
+    required: bool = False
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+    no_effect: bool = False  # accepted because mergekit accepts it; the plan says that it changes nothing
+
+    def parse(self, value: Any) -> Any:
+        """Return `value` as this parameter's type; ArgumentError says what was expected."""
+        parsed = self._parse(value)
+        if isinstance(parsed, (int, float)) and not isinstance(parsed, bool):
+            if math.isnan(parsed):
+                raise self._wrong(value, "a number, not NaN")
+            if self.minimum is not None and parsed < self.minimum:
+                raise self._wrong(value, f"at least {self.minimum:g}")
+            if self.above is not None and parsed <= self.above:
+                raise self._wrong(value, f"more than {self.above:g}")
+            if self.maximum is not None and parsed > self.maximum:
+                raise self._wrong(value, f"at most {self.maximum:g}")
+        return parsed
+
+    def _parse(self, value: Any) -> Any:
+        if self.kind == "flag":
+            if isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1)):
+                return bool(value)
+            raise self._wrong(value, "true or false")
+        if self.kind == "choice":
+            if value in self.choices:
+                return value
+            raise self._wrong(value, "one of " + ", ".join(self.choices))
+        if self.kind == "texts":
+            texts = [value] if isinstance(value, str) else value
+            if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+                return tuple(texts)
+            raise self._wrong(value, "a list of regular expressions")
+        if self.kind == "number_or_auto" and value == "auto":
+            return "auto"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            suffix = ' or "auto"' if self.kind == "number_or_auto" else ""
+            raise self._wrong(value, ("a whole number" if self.kind == "integer" else "a number") + suffix)
+        if self.kind == "integer":
+            if value != int(value):
+                raise self._wrong(value, "a whole number")
+            return int(value)
+        return float(value)
+
+    def _wrong(self, value: Any, expected: str) -> ArgumentError:
+        return ArgumentError(f"parameter {self.name!r} is {value!r}; it must be {expected}")
+
+
+@dataclass(frozen=True)
+class Values:
+    """Parameter values of one tensor: `merge[name]`, and `model[name]` with one value for each expert."""
+
+    merge: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an action needs on one matrix (or on one element range): floating-point operations and scratch memory."""
+
+    flops: int
+    workspace: int  # bytes beside inputs and output
+
+
+class Action(ABC):
+    """What is done to one tensor, given base and experts as d_out x d_in matrices (or any shape, if chunkable)."""
+
+    label: ClassVar[str]
+    chunkable: ClassVar[bool] = (
+        False  # rows are independent of each other: may run on row ranges, on any shape
+    )
+
+    @abstractmethod
+    def run(
+        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Return the merged tensor in `out_dtype` (default: the base's dtype)."""
+
+    @abstractmethod
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        """Flops and scratch bytes on one tensor of this shape."""
+
+
+class Method(ABC):
+    """A way to merge: a name, its parameters and source, and what it does with each tensor."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    parameters: ClassVar[tuple[Parameter, ...]]
+    needs_base: ClassVar[bool] = True
+
+    def parameter(self, name: str) -> Parameter:
+        """The parameter of this name; KeyError if the method has none."""
+        return next_by_name(self.parameters, name)
+
+    def defaults(self, experts: int) -> Values:
+        """The default values for `experts` models."""
+        return Values(
+            {p.name: p.default for p in self.parameters if p.scope == "merge"},
+            {p.name: (p.default,) * experts for p in self.parameters if p.scope == "model"},
+        )
+
+    @abstractmethod
+    def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
+        """The action for one tensor.
+
+        Args:
+            name: the tensor's name (for exclusion patterns).
+            solvable: True for linear weights, the only tensors that solvers touch (pymerge.layers decides).
+            values: parameter values of this tensor.
+            experts: number of experts T.
+        """
+
+
+def next_by_name(parameters: Sequence[Parameter], name: str) -> Parameter:
+    """The parameter called `name`; KeyError if there is none."""
+    for parameter in parameters:
+        if parameter.name == name:
+            return parameter
+    raise KeyError(name)

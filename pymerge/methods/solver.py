@@ -1,0 +1,67 @@
+"""What the data-free solvers (WUDI, ACE) share: shared parameters, the rule for other tensors, small sums."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pymerge.methods.average import Copy, mean_of_tasks
+from pymerge.methods.base import Action, Method, Parameter, Values
+from pymerge.ops.base import task_vector
+
+Precision = Literal["auto", "float32", "float64"]
+
+SHARED_PARAMETERS = (
+    Parameter("scale", "number", 1.0, "factor of the merged delta: W_0 + scale * X"),
+    Parameter(
+        "rest",
+        "choice",
+        "mean",
+        "tensors that are not solved: mean of the task vectors, or the base's",
+        choices=("mean", "base"),
+    ),
+    Parameter(
+        "exclude", "texts", (), "regular expressions; linear weights whose name matches one are not solved"
+    ),
+    Parameter(
+        "precision",
+        "choice",
+        "auto",
+        "of products and solves; auto: float64 where float32 would cost digits of the result",
+        choices=("auto", "float32", "float64"),
+    ),
+)
+
+
+class SolverMethod(Method):
+    """A method that solves linear weights and leaves every other tensor to the `rest` rule."""
+
+    @abstractmethod
+    def solve(self, values: Values) -> Action:
+        """The action for a linear weight."""
+
+    def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
+        excluded = any(re.search(pattern, name) for pattern in values.merge["exclude"])
+        if solvable and not excluded:
+            return self.solve(values)
+        return Copy() if values.merge["rest"] == "base" else mean_of_tasks(experts)
+
+
+def weighted_task_vectors(
+    base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """sum_t w_t tau_t, d_out x d_in, in `dtype`; without W_0, whose size would cost the small sum its digits."""
+    total = torch.zeros_like(base, dtype=dtype)
+    for expert, weight in zip(experts, weights, strict=True):
+        total.add_(task_vector(base, expert, None, dtype), alpha=weight)
+    return total
+
+
+def add_to_base(base: Tensor, X: Tensor, scale: float, out_dtype: torch.dtype | None) -> Tensor:
+    """W_0 + scale * X in X's dtype, rounded once."""
+    return base.to(X.dtype).add(X, alpha=scale).to(out_dtype or base.dtype)

@@ -1,0 +1,19 @@
+"""The numerical operations, each with checks and a plain-PyTorch reference. `OPS` maps names to them."""
+
+from __future__ import annotations
+
+from pymerge.ops import (
+    combine,
+    normal_equations,
+    spd_solve,
+    spectral_refine,
+    task_gram,
+    task_stats,
+    wudi_adam,
+)
+from pymerge.ops.base import Op
+
+OPS: dict[str, Op] = {
+    module.OP.name: module.OP
+    for module in (combine, task_stats, task_gram, normal_equations, wudi_adam, spd_solve, spectral_refine)
+}

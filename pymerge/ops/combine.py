@@ -1,0 +1,57 @@
+"""Weighted sums of models: linear, task arithmetic, and the mean rule of the tensors that no solver touches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pymerge.errors import ArgumentError
+from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype
+
+
+def check(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    """Raise ArgumentError unless shapes, devices and counts agree and all dtypes are floating point."""
+    first = tensors[0] if base is None and tensors else base
+    if first is None:
+        raise ArgumentError("combine: no tensors were given; pass at least one")
+    check_task_tensors("combine", first, tensors)
+    check_length("combine", "weights", weights, len(tensors))
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise ArgumentError(f"combine: out_dtype {out_dtype} is not floating point; choose one that is")
+
+
+def reference(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return sum_t w_t W_t, or W_0 + sum_t w_t (W_t - W_0) when a base is given.
+
+    Args:
+        base: W_0, any shape, or None for a plain weighted sum.
+        tensors: T tensors W_t of the same shape; each may have its own floating dtype.
+        weights: T numbers w_t, used as they are (normalising is the method's business).
+        out_dtype: dtype of the result; default: the base's (or the first tensor's).
+
+    Accumulates in float32 (float64 if any input is) in the order of `tensors`, and rounds once at the end. A delta is
+    formed after upcasting. Source: Task Arithmetic, arXiv 2212.04089; Model Soups, arXiv 2203.05482.
+    """
+    like = tensors[0] if base is None else base
+    dtype = compute_dtype(like, *tensors)
+    origin = None if base is None else base.to(dtype)
+    total = torch.zeros_like(like, dtype=dtype) if origin is None else origin.clone()
+    for tensor, weight in zip(tensors, weights, strict=True):
+        value = tensor.to(dtype)
+        total.add_(value if origin is None else value - origin, alpha=weight)
+    return total.to(out_dtype or like.dtype)
+
+
+OP = Op("combine", check, reference, "weighted sums of weights or task vectors, one pass over the inputs")

@@ -1,0 +1,79 @@
+"""WUDI's optimiser: a fixed number of Adam steps on the quadratic interference loss."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pymerge.errors import ArgumentError
+from pymerge.ops.base import Op, check_matrix
+
+
+def check(
+    A: Tensor,
+    B: Tensor,
+    iterations: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> None:
+    """Raise ArgumentError unless A is d_in x d_in, B d_out x d_in, both of one dtype, and the numbers make sense."""
+    if B.ndim != 2:
+        raise ArgumentError(f"wudi_adam: B has shape {tuple(B.shape)}, expected a matrix")
+    check_matrix("wudi_adam", "A", A, (B.shape[1], B.shape[1]))
+    if A.dtype != B.dtype or A.dtype not in (torch.float32, torch.float64):
+        raise ArgumentError(
+            f"wudi_adam: A is {A.dtype} and B {B.dtype}; both must be float32, or both float64"
+        )
+    if A.device != B.device:
+        raise ArgumentError(f"wudi_adam: A is on {A.device} and B on {B.device}; move one")
+    if iterations < 0:
+        raise ArgumentError(f"wudi_adam: iterations is {iterations}; give 0 or more")
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ArgumentError(f"wudi_adam: lr is {lr}; give a finite number of at least 0")
+    if not all(0 <= beta < 1 for beta in betas) or not eps > 0:
+        raise ArgumentError(f"wudi_adam: betas {betas} must be in [0, 1) and eps {eps} above 0")
+
+
+def bias_corrections(step: int, betas: tuple[float, float]) -> tuple[float, float]:
+    """(1 - beta1^k, sqrt(1 - beta2^k)) of step k = 1, 2, ..."""
+    return 1.0 - betas[0] ** step, math.sqrt(1.0 - betas[1] ** step)
+
+
+def reference(
+    A: Tensor,
+    B: Tensor,
+    iterations: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Tensor:
+    """Return the displacement D after `iterations` Adam steps from D = 0 on the gradient 2 (D A - B).
+
+    Args:
+        A: d_in x d_in, float32 or float64, from `normal_equations`.
+        B: d_out x d_in of the same dtype, relative to the start X_0 (`origin` of `normal_equations`), so that the
+            merged delta is X_0 + D. The trajectory is WUDI's: only its origin has moved. D is a hundred times smaller
+            than X where it matters, which keeps the accuracy of float32 for the part that is computed.
+        iterations: number of steps N (300 published).
+        lr: step size (1e-5 published); betas, eps: Adam's, eps outside the root, no weight decay, no schedule.
+
+    Source: WUDI-Merging, arXiv 2503.08099, released loop; normal-equation form of the same gradient.
+    """
+    D = torch.zeros_like(B)
+    m = torch.zeros_like(B)
+    v = torch.zeros_like(B)
+    grad = torch.empty_like(B)
+    for step in range(1, iterations + 1):
+        torch.addmm(B, D, A, beta=-2.0, alpha=2.0, out=grad)
+        m.lerp_(grad, 1.0 - betas[0])
+        v.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
+        correction1, correction2 = bias_corrections(step, betas)
+        denominator = (v.sqrt() / correction2).add_(eps)
+        D.addcdiv_(m, denominator, value=-lr / correction1)
+    return D
+
+
+OP = Op("wudi_adam", check, reference, "N Adam steps on the gradient 2 (X A - B)")

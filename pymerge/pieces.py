@@ -1,0 +1,84 @@
+"""How one tensor is worked on: whole, matrix by matrix of a stack, or in row ranges; always d_out x d_in for solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pymerge.layers import Layer
+from pymerge.methods.average import element_count
+from pymerge.methods.base import Action, Cost, OpRunner
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start to stop along the first axis of a stored tensor; `shape` is that of the piece."""
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+def split(layer: Layer, action: Action, shape: tuple[int, ...], max_elements: int) -> list[Piece]:
+    """The pieces of a tensor, in order. Actions that need whole matrices get them; others at most `max_elements`
+    elements (but at least one row)."""
+    if not shape or shape[0] == 0:
+        return [Piece(0, shape[0] if shape else 1, shape)]
+    rows = shape[0]
+    if action.chunkable:
+        row = max(1, element_count(shape[1:]))
+        step = max(1, min(rows, max_elements // row))
+    else:
+        step = 1 if layer.stacked else rows
+    return [
+        Piece(start, min(start + step, rows), (min(step, rows - start), *shape[1:]))
+        for start in range(0, rows, step)
+    ]
+
+
+def matrix_shape(layer: Layer, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(d_out, d_in) of a stored linear weight (of one matrix of a stack)."""
+    rows, columns = shape[-2:]
+    return (rows, columns) if layer.in_axis == 1 else (columns, rows)
+
+
+def cost(layer: Layer, action: Action, piece: Piece, experts: int) -> Cost:
+    """Flops and scratch bytes of one piece."""
+    return action.cost(piece.shape if action.chunkable else matrix_shape(layer, piece.shape), experts)
+
+
+def run(
+    action: Action,
+    layer: Layer,
+    run_op: OpRunner,
+    base: Tensor,
+    experts: Sequence[Tensor],
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Run an action on one piece as stored; the result has the stored layout, contiguous."""
+    if action.chunkable:
+        return action.run(run_op, base, experts, out_dtype)
+    if layer.stacked:
+        merged = run_matrix(
+            action, layer.in_axis, run_op, base[0], [expert[0] for expert in experts], out_dtype
+        )
+        return merged.unsqueeze(0)
+    return run_matrix(action, layer.in_axis, run_op, base, experts, out_dtype)
+
+
+def run_matrix(
+    action: Action,
+    in_axis: int,
+    run_op: OpRunner,
+    base: Tensor,
+    experts: Sequence[Tensor],
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Run an action on one matrix whose input axis is `in_axis`; contiguous result in the same layout."""
+    if in_axis == 0:
+        base, experts = base.mT.contiguous(), [expert.mT.contiguous() for expert in experts]
+    merged = action.run(run_op, base.contiguous(), [expert.contiguous() for expert in experts], out_dtype)
+    return merged.mT.contiguous() if in_axis == 0 else merged

@@ -1,0 +1,66 @@
+"""Progress of long work: bytes done, the tensor at hand, time left."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class ProgressSink(Protocol):
+    """What the engine reports to. Calls may come from several threads."""
+
+    def start(self, total: int) -> None:
+        """Work begins; `total` bytes will be read and written."""
+
+    def tensor(self, name: str) -> None:
+        """This tensor is being computed now."""
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes have been read or written."""
+
+    def close(self) -> None:
+        """Work has ended, well or not."""
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def start(self, total: int) -> None: ...
+
+    def tensor(self, name: str) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ProgressBar:
+    """A bar on the terminal (standard error)."""
+
+    def __init__(self, title: str) -> None:
+        self._bar = Progress(
+            TextColumn(title),
+            BarColumn(bar_width=24),
+            DownloadColumn(binary_units=True),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[tensor]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task(title, total=None, tensor="")
+
+    def start(self, total: int) -> None:
+        self._bar.update(self._task, total=total)
+        self._bar.start()
+
+    def tensor(self, name: str) -> None:
+        self._bar.update(self._task, tensor=name)
+
+    def advance(self, count: int) -> None:
+        self._bar.advance(self._task, count)
+
+    def close(self) -> None:
+        self._bar.stop()

@@ -1,0 +1,137 @@
+"""Builds pymerge._C (C++, always) and pymerge._cuda (CUDA C++, where nvcc is found). Needs neither torch nor a GPU.
+
+PYMERGE_CUDA=auto|0|1 and PYMERGE_CUDA_ARCHS="80;90" choose what is built; everything else is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+# Contraction is off so that every instruction set gives the same bits. The other two flags only drop errno and
+# floating-point traps, which nothing here reads; loops with square roots and selects vectorise without them.
+CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
+INCLUDES = ["csrc", pybind11.get_include()]
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+
+
+def find_nvcc() -> str | None:
+    """The nvcc to build with, or None; an error if PYMERGE_CUDA=1 and there is none."""
+    wanted = os.environ.get("PYMERGE_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"PYMERGE_CUDA is {wanted!r}; set it to auto, 0 or 1")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which(str(Path(home, "bin", "nvcc")))
+    if nvcc is None and wanted == "1":
+        sys.exit(f"PYMERGE_CUDA=1, but nvcc is neither on PATH nor in {home}/bin; install the CUDA toolkit")
+    return nvcc
+
+
+def cuda_architectures() -> list[str]:
+    """PYMERGE_CUDA_ARCHS as a list, oldest first."""
+    value = os.environ.get("PYMERGE_CUDA_ARCHS") or "80;90"
+    archs = sorted({part.strip() for part in value.split(";")}, key=lambda arch: int(arch) if arch.isdigit() else -1)
+    if not all(arch.isdigit() for arch in archs):
+        sys.exit(f"PYMERGE_CUDA_ARCHS is {value!r}; give compute capabilities such as 80;90")
+    return archs
+
+
+class BuildExtensions(build_ext):
+    """Compiles source files side by side, and hands pymerge._cuda to nvcc as a whole."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # bindings.cpp is compiled for both modules, to different objects.
+        folder, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
+        if ext.name == "pymerge._cuda":
+            self.build_cuda(ext)
+        else:
+            self.build_cpu(ext)
+        self.build_temp = folder
+
+    def jobs(self) -> ThreadPoolExecutor:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return ThreadPoolExecutor(max_workers=max(1, min(count, 8)))
+
+    def has_openmp(self) -> bool:
+        """True if the compiler builds and links an OpenMP program."""
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder, "probe.cpp")
+            probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+            try:
+                objects = self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=["-fopenmp"])
+                self.compiler.link_executable(objects, str(Path(folder, "probe")), extra_postargs=["-fopenmp"])
+            except (CompileError, LinkError) as error:
+                print(f"pymerge: no OpenMP, the C++ ops will use one thread ({error})")
+                return False
+        return True
+
+    def build_cpu(self, ext: Extension) -> None:
+        openmp = ["-fopenmp"] if self.has_openmp() else []
+        ext.extra_compile_args = [*CXX_FLAGS, *openmp]
+        ext.extra_link_args = openmp
+        compile_files = self.compiler.compile
+
+        def compile_side_by_side(sources: list[str], **options: object) -> list[str]:
+            with self.jobs() as pool:
+                return sum(pool.map(lambda source: compile_files([source], **options), sources), [])
+
+        self.compiler.compile = compile_side_by_side
+        super().build_extension(ext)
+        self.compiler.compile = compile_files
+
+    def build_cuda(self, ext: Extension) -> None:
+        archs = cuda_architectures()
+        host = [f"-Xcompiler={flag}" for flag in ["-fPIC", *CXX_FLAGS[2:]]]
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        common = [self.nvcc, "-std=c++20", "-O3", "--fmad=false", *host, *codes]
+        folders = [f"-I{folder}" for folder in [*INCLUDES, *self.include_dirs]]
+        defines = ["-DPM_CUDA", f'-DPM_CUDA_ARCHS="{" ".join(archs)}"']
+        os.makedirs(self.build_temp, exist_ok=True)
+
+        def compile_file(source: str) -> str:
+            target = os.path.join(self.build_temp, Path(source).stem + ".o")
+            self.spawn([*common, *folders, *defines, "-c", source, "-o", target])
+            return target
+
+        with self.jobs() as pool:
+            objects = list(pool.map(compile_file, ext.sources))
+        target = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        self.spawn([*common, "-shared", "--cudart=static", *objects, "-o", target])
+
+    @property
+    def nvcc(self) -> str:
+        return find_nvcc() or "nvcc"
+
+
+def extensions() -> list[Extension]:
+    cpu = ["csrc/bindings.cpp", *sorted(glob("csrc/ops/*_cpu.cpp"))]
+    found = [Extension("pymerge._C", cpu, include_dirs=INCLUDES, depends=HEADERS, language="c++")]
+    if find_nvcc():
+        cuda = ["csrc/bindings.cpp", *sorted(glob("csrc/ops/*_cuda.cu"))]
+        found.append(Extension("pymerge._cuda", cuda, include_dirs=INCLUDES, depends=HEADERS, language="c++"))
+    return found
+
+
+setup(
+    packages=[*find_packages(include=["pymerge", "pymerge.*"]), "pymerge.kernels"],
+    package_dir={"pymerge.kernels": "kernels"},
+    package_data={"pymerge": ["py.typed", "*.pyi"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtensions},
+)

@@ -1,0 +1,75 @@
+"""Independent float64 forms of the methods, straight from the published formulas, in numpy. Nothing here is shared
+with the engine: no normal equations, no Sherman-Morrison, no displacement coordinates."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+def wudi_delta(base: Matrix, experts: list[Matrix], iterations: int = 300, lr: float = 1e-5) -> tuple[Matrix, Matrix]:
+    """Return (X, X_0) of WUDI's released loop: Adam on sum_t ||(X - tau_t) tau_t^T||^2 / n_t from the sum."""
+    taus = [expert - base for expert in experts]
+    taus = [tau for tau in taus if np.any(tau)]
+    X = np.zeros_like(base) + sum(taus)
+    start = X.copy()
+    m, v = np.zeros_like(X), np.zeros_like(X)
+    for step in range(1, iterations + 1):
+        grad = np.zeros_like(X)
+        for tau in taus:
+            interference = (X - tau) @ tau.T
+            grad += 2.0 * interference @ tau / np.linalg.norm(tau) ** 2
+        m = 0.9 * m + 0.1 * grad
+        v = 0.999 * v + 0.001 * grad * grad
+        X = X - lr * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+    return X, start
+
+
+def ace_delta(
+    base: Matrix,
+    experts: list[Matrix],
+    eps: float = 1e-5,
+    gamma_threshold: float = 0.3,
+    k_frac: float = 0.3,
+    variant: str = "released",
+) -> Matrix:
+    """Return X of ACE, released code or paper, with an explicit inverse and a full SVD."""
+    released = variant == "released"
+    taus = [expert - base for expert in experts]
+    taus = [tau for tau in taus if np.any(tau)]
+    if not taus:
+        return np.zeros_like(base)
+    count, d_in = len(taus), base.shape[1]
+    norms = np.array([np.trace(tau.T @ tau) for tau in taus])
+    tiny = 1e-12 if released else 0.0
+    logs = np.log(norms + tiny)
+    with np.errstate(all="ignore"):
+        gamma = (np.var(logs, ddof=1) if count > 1 else np.nan) if released else np.var(logs)
+        gamma = gamma / (np.mean(logs) ** 2 + tiny)
+    heterogeneous = gamma_threshold < 0 or bool(gamma > gamma_threshold)
+    numerator, system, plain = np.zeros_like(base), np.zeros((d_in, d_in)), np.zeros((d_in, d_in))
+    scaled = []
+    for tau in taus:
+        centred = tau - tau.mean(axis=0, keepdims=True)
+        cov = centred.T @ centred
+        trace = np.trace(cov) + tiny
+        ridge = eps
+        if heterogeneous:
+            cov, ridge = cov / trace, eps / trace
+        numerator += (centred if released else tau) @ (cov + ridge * np.eye(d_in))
+        system += cov + ridge * np.eye(d_in)
+        plain += cov
+        scaled.append(cov)
+    row = plain.mean(axis=0)
+    if heterogeneous and released:
+        row = row / (norms.mean() + tiny)
+    X = numerator @ np.linalg.inv(system + np.ones((d_in, 1)) * row[None, :])
+    if heterogeneous:
+        mean_cov = (system if released else plain) / count
+        residual = sum(tau @ (cov - mean_cov) for tau, cov in zip(taus, scaled, strict=True))
+        U, s, Vh = np.linalg.svd(residual + X, full_matrices=False)
+        k = max(1, int(min(base.shape) * k_frac))
+        X = X + s[:k].mean() * U[:, :k] @ Vh[:k]
+    return X
