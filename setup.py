@@ -21,7 +21,7 @@ from setuptools.errors import CompileError, LinkError
 
 # Contraction is off so that every instruction set gives the same bits. The other two flags only drop errno and
 # floating-point traps, which nothing here reads; loops with square roots and selects vectorise without them.
-CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
 INCLUDES = ["csrc", pybind11.get_include()]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))

@@ -87,7 +87,7 @@ class MergeConfig(_Strict):
 
     merge_method: StrictStr
     base_model: Annotated[StrictStr, Field(min_length=1)] | None = None
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    models: tuple[ModelEntry, ...]
     parameters: dict[str, Setting] = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
@@ -96,7 +96,6 @@ class MergeConfig(_Strict):
     extra_tensors: Literal["error", "ignore"] = "error"
 
     _document: Document = PrivateAttr(default_factory=lambda: Document("config"))
-    _warnings: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def source_text(self) -> str:
@@ -111,7 +110,7 @@ class MergeConfig(_Strict):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the config says without effect, one line each."""
-        return self._warnings
+        return tuple(self._document.report(self._document.warnings))
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -149,7 +148,6 @@ def load_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
     if config is None:
         raise AssertionError("pydantic refused a config without saying why")
     config._document = document
-    config._warnings = tuple(checker.warnings)
     return config
 
 
@@ -235,7 +233,6 @@ _EXPECTED = {
     "bool_type": "true or false",
     "tuple_type": "a list",
     "model_type": "a mapping",
-    "too_short": "a list of at least one",
     "string_too_short": "a path",
 }
 _FIELDS: dict[str | int, type[BaseModel]] = {"models": ModelEntry, "layers": LayerRule}

@@ -46,12 +46,11 @@ def same_model(name: str, other: str | None) -> bool:
 
 
 class Checker:
-    """Checks one document; problems land in the document, what has no effect in `warnings`."""
+    """Checks one document; problems and warnings land in the document."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
         self._raw: dict[str, Any] = dict(document.data)
-        self.warnings: list[str] = []
         self.method = self._find_method()
 
     def check(self) -> dict[str, Any]:
@@ -64,6 +63,8 @@ class Checker:
         if isinstance(raw.get("models"), list):
             read = [self._model(entry, ("models", i)) for i, entry in enumerate(raw["models"])]
             raw["models"] = [entry for entry, _ in read]
+            if not read:
+                self._document.add(("models",), "models is empty; list the models to merge")
             self._check_models(raw["base_model"], given, read)
         return raw
 
@@ -120,17 +121,16 @@ class Checker:
             else:
                 allowed[name] = known[name]
                 if known[name].no_effect:
-                    self._warn((*inside, name), f"parameter {name!r} has no effect in {self.method.name!r}")
+                    self._document.warn(
+                        (*inside, name), f"parameter {name!r} has no effect in {self.method.name!r}"
+                    )
         settings = parse_settings(given, allowed, inside, self._document)
         for name, setting in settings.items():
             if number := unreachable(setting):
                 problem = f"{name!r} has entries that are never used: an earlier one is for all tensors"
-                self._warn((*inside, name, number), problem)
+                self._document.warn((*inside, name, number), problem)
         raw["parameters"] = settings
         return set(given)
-
-    def _warn(self, location: Location, text: str) -> None:
-        self.warnings.append(self._document.at(location, text))
 
     def _unknown_parameter(self, name: str, known: Mapping[str, Parameter]) -> str:
         own = self.method.name if self.method else ""
@@ -187,7 +187,7 @@ class Checker:
             if not isinstance(name, str):
                 continue
             if name in first:
-                self._warn(
+                self._document.warn(
                     ("models", i), f"models[{i}] is models[{first[name]}] again: {name!r} counts twice"
                 )
             first.setdefault(name, i)

@@ -17,7 +17,6 @@ from torch import Tensor
 from pymerge import env, pieces
 from pymerge.backends import Dispatcher
 from pymerge.checkpoint import (
-    MANIFEST_NAME,
     TORCH_DTYPES,
     OutputDirectory,
     Reader,
@@ -237,12 +236,7 @@ def _check_finite(entry: TensorEntry, piece: Piece, tensor: Tensor) -> None:
 def _publish(plan: Plan, output: OutputDirectory, fingerprint: str) -> None:
     """Put everything beside the weights in place, and make the output visible."""
     donor = plan.inputs.donor
-    # The base may be a merge itself: its recipe and manifest describe that one.
-    files: dict[str, bytes | Path] = {
-        path.as_posix(): donor.path / path
-        for path in donor.other_files
-        if path.as_posix() not in (RECIPE_NAME, MANIFEST_NAME)
-    }
+    files: dict[str, bytes | Path] = {path.as_posix(): donor.path / path for path in donor.other_files}
     if plan.config_json is not None:
         files["config.json"] = plan.config_json
     files["README.md"] = model_card(plan)

@@ -300,12 +300,12 @@ def _groups(name: str, layer: Layer) -> tuple[tuple[Any, ...], ...]:
 
 
 def _elect(votes: dict[int, list[str]]) -> tuple[int, str] | None:
-    """The majority's axis and one of its voters; None on a tie."""
+    """The majority's axis and one that voted for it, whatever the order; None on a tie."""
     zero, one = votes.get(0, []), votes.get(1, [])
     if len(zero) == len(one):
         return None
     in_axis, voters = (0, zero) if len(zero) > len(one) else (1, one)
-    return in_axis, f"as {voters[0]}"
+    return in_axis, f"as {min(voters)}"
 
 
 def _own_orientation(name: str, stacked: bool, facts: _Facts) -> tuple[int, str] | None:

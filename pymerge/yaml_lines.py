@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Document:
     directory: Path | None = None
     lines: dict[Location, int] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    warnings: list[tuple[int, str]] = field(default_factory=list)
 
     def line(self, location: Location) -> int:
         """Line of this key or item, or of the nearest thing around it; 0 for a mapping, without lines."""
@@ -67,18 +69,19 @@ class Document:
             (self.line(location), text if len(text) <= MAX_LINE else text[:MAX_LINE] + "...")
         )
 
-    def at(self, location: Location, text: str) -> str:
-        """`text` behind file and line."""
-        return self._prefixed(self.line(location), text)
+    def warn(self, location: Location, text: str) -> None:
+        """Note something that is allowed and has no effect."""
+        self.warnings.append((self.line(location), text))
 
-    def _prefixed(self, line: int, text: str) -> str:
-        return f"{self.name}:{line}: {text}" if line else f"{self.name}: {text}"
+    def report(self, notes: list[tuple[int, str]]) -> list[str]:
+        """Notes in the order of lines, behind file and line."""
+        ordered = sorted(notes, key=lambda note: note[0])
+        return [f"{self.name}:{line}: {text}" if line else f"{self.name}: {text}" for line, text in ordered]
 
     def finish(self) -> None:
         """Raise a ConfigError with one line for each problem, in the order of lines, if there is any."""
         if self.problems:
-            ordered = sorted(self.problems, key=lambda problem: problem[0])
-            raise ConfigError("\n".join(self._prefixed(line, text) for line, text in ordered))
+            raise ConfigError("\n".join(self.report(self.problems)))
 
 
 def read_yaml_file(path: Path) -> Document:
@@ -162,6 +165,8 @@ def _plain(value: Any, location: Location, document: Document) -> Any:
         return [_plain(item, (*location, i), document) for i, item in enumerate(value)]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, Enum):
+        return _plain(value.value, location, document)
     for plain in (bool, int, float, str):  # also for subclasses such as numpy.float64
         if isinstance(value, plain):
             return plain(value)
@@ -220,11 +225,13 @@ class _Builder:
             key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str):
                 self._document.problems.append((line, f"a key{inside} is not a text; put it in quotes"))
-            elif key not in data:
-                self._document.lines[(*location, key)] = line
-                data[key] = self.build(value_node, (*location, key))
+                continue
+            place = (*location, key)
+            if key not in data:
+                self._document.lines[place] = line
+                data[key] = self.build(value_node, place)
             elif own:
-                first = self._document.lines[(*location, key)]
+                first = self._document.lines[place]
                 problem = f"key {key!r}{inside} stands twice, first on line {first}; remove one"
                 self._document.problems.append((line, problem))
         return data

@@ -47,10 +47,10 @@ class SolveWudi(Action):
         if not any(norms):
             return base.to(out_dtype or base.dtype)
         weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
-        X = weighted_task_vectors(base, experts, [1.0] * len(experts), dtype)
         # Rounding in A and B is the same in all steps and adds up; that of a step does not. Float64 products here cost
         # a few percent of 300 steps and bring the error of X from about 1e-5 of the displacement to 1e-6.
         products = dtype if self.precision == "float32" else torch.float64
+        X = weighted_task_vectors(base, experts, [1.0] * len(experts), products)
         A, B = run_op("normal_equations", base, experts, weights, origin=X, dtype=products)
         lr = self.learning_rate(norms, base.numel())
         X += run_op("wudi_adam", A.to(dtype), B.to(dtype), self.iterations, lr)
@@ -73,9 +73,9 @@ class SolveWudi(Action):
         gram = 2 * rows * columns**2
         per_task = gram + (4 * rows**2 * columns if outputs_first(rows, columns) else gram)
         steps = self.iterations * 2 * rows * columns**2
-        # A and one task's Gram in float64, A in float32; while the products are formed two deltas and B in float64,
-        # while stepping B, D, m, v, the gradient and two temporaries in float32; X throughout.
-        return Cost(experts * per_task + steps, 20 * columns**2 + 32 * rows * columns)
+        # A and one task's Gram in float64, A in float32; X and B in float64, two deltas while the products are formed;
+        # B, D, m, v, the gradient and two temporaries in float32 while stepping.
+        return Cost(experts * per_task + steps, 20 * columns**2 + 44 * rows * columns)
 
 
 class Wudi(SolverMethod):

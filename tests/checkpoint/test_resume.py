@@ -1,8 +1,8 @@
-"""Output directories that are not empty: resumed after a kill, refused while in use, foreign files kept."""
+"""Unfinished output directories: resumed after any kill with the same bytes, refused while in use."""
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
 import signal
 import warnings
@@ -219,178 +219,26 @@ def test_a_second_run_is_refused_while_the_first_one_writes(holder: int, tmp_pat
         assert len(output.finished) == 2
 
 
-def test_a_file_instead_of_a_directory(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    for path, reason in (
-        (tmp_path / "out", "is a file"),
-        (tmp_path / "out" / "deep", "creating the directory"),
-    ):
-        with pytest.raises(OutputError, match=reason):
-            OutputDirectory(path, plan(SMALL, 40), fingerprint="f").open()
-    assert tree(tmp_path) == {"out": b"mine"}
+def test_a_lock_whose_file_was_just_removed_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run ends, and removes its lock file, between our open and our flock."""
+    flock = fcntl.flock
+    lock = tmp_path / ".pymerge" / "lock"
+    calls = 0
 
+    def late(descriptor: int, operation: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            lock.unlink()
+            lock.parent.rmdir()
+        flock(descriptor, operation)
 
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "folder/file", "model.safetensors", "config.json"])
-def test_foreign_files_are_never_touched(name: str, overwrite: bool, tmp_path: Path) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    before = tree(tmp_path)
-    with pytest.raises(OutputError, match=rf"not of this merge: '{name.split('/')[0]}'; choose an empty"):
-        OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f", overwrite=overwrite).open()
-    assert tree(tmp_path) == before
-    assert not (tmp_path / ".pymerge").exists()
-
-
-def test_only_three_foreign_names_are_listed(tmp_path: Path) -> None:
-    for number in range(9):
-        (tmp_path / str(number)).touch()
-    with pytest.raises(OutputError, match=r"'0', '1', '2' and 1 more; choose"):
-        OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f").open()
-
-
-def unfinished(path: Path, fingerprint: str) -> None:
-    layouts = plan(SMALL, 40)
-    with OutputDirectory(path, layouts, fingerprint=fingerprint) as output:
-        write_shard(output, layouts[0], SMALL)
-
-
-def test_an_unfinished_merge_of_something_else(tmp_path: Path) -> None:
-    unfinished(tmp_path, "f")
-    before = tree(tmp_path)
-    for fingerprint, limit in (("g", 40), ("f", 80)):
-        with pytest.raises(
-            OutputError, match=r"an unfinished merge of other inputs or parameters.*--overwrite"
-        ):
-            OutputDirectory(tmp_path, plan(SMALL, limit), fingerprint=fingerprint).open()
-        assert tree(tmp_path) == before
-    with OutputDirectory(tmp_path, plan(SMALL, 80), fingerprint="g", overwrite=True) as output:
-        assert output.finished == frozenset()
+    monkeypatch.setattr(fcntl, "flock", late)
+    with OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f") as output:
+        assert calls == 2
+        with pytest.raises(OutputError, match="another pymerge run"):
+            OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f").open()
         finish(output, SMALL)
     assert_holds(tmp_path, SMALL)
-
-
-def test_overwrite_resumes_the_same_merge(tmp_path: Path) -> None:
-    unfinished(tmp_path, "f")
-    with OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f", overwrite=True) as output:
-        assert len(output.finished) == 1
-
-
-def test_overwrite_removes_what_the_manifest_lists_and_nothing_else(tmp_path: Path) -> None:
-    with OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f") as output:
-        finish(output, SMALL, FILES)
-    with pytest.raises(OutputError, match=r"holds a finished merge; .*--overwrite"):
-        OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f").open()
-    foreign = tmp_path / "1_Pooling" / "mine.txt"
-    foreign.write_text("mine")
-    before = tree(tmp_path)
-    again = OutputDirectory(tmp_path, plan(SMALL, 10**6), fingerprint="g", overwrite=True)
-    with pytest.raises(OutputError, match=r"not of this merge: '1_Pooling/mine\.txt'"):
-        again.open()
-    assert tree(tmp_path) == before
-    foreign.unlink()
-    with OutputDirectory(tmp_path, plan(SMALL, 10**6), fingerprint="g", overwrite=True) as output:
-        assert os.listdir(tmp_path) == [".pymerge"]
-        finish(output, SMALL)
-    assert set(tree(tmp_path)) == {"config.json", "model.safetensors", "pymerge_manifest.json"}
-
-
-def test_an_overwrite_that_cannot_fit_keeps_the_earlier_output(tmp_path: Path) -> None:
-    with OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f") as output:
-        finish(output, SMALL)
-    before = tree(tmp_path)
-    huge = layout_shards([("a", "U8", (2**60,))], 2**62)
-    with pytest.raises(OutputError, match="not enough space"):
-        OutputDirectory(tmp_path, huge, fingerprint="g", overwrite=True).open()
-    assert tree(tmp_path) == before
-    assert not (tmp_path / ".pymerge").exists()
-
-
-@pytest.mark.parametrize("unlinks", range(0, 16, 3))
-def test_an_overwrite_killed_while_it_removes_can_be_repeated(unlinks: int, tmp_path: Path) -> None:
-    with OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f") as output:
-        finish(output, SMALL, FILES)
-
-    def overwrite() -> OutputDirectory:
-        return OutputDirectory(tmp_path, plan(SMALL, 80), fingerprint="g", overwrite=True)
-
-    def kill_in_between() -> None:
-        left, unlink = unlinks, Path.unlink
-
-        def counted(path: Path, missing_ok: bool = False) -> None:
-            nonlocal left
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
-            unlink(path, missing_ok=missing_ok)
-
-        pytest.MonkeyPatch().setattr(Path, "unlink", counted)
-        overwrite().open()
-
-    child = in_other_process(kill_in_between)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert not (tmp_path / "model.safetensors.index.json").exists() or unlinks == 0
-    with overwrite() as output:
-        finish(output, SMALL)
-    assert len(tree(tmp_path)) == 5
-    assert_holds(tmp_path, SMALL)
-
-
-def test_foreign_files_in_the_work_folder_are_kept(tmp_path: Path) -> None:
-    unfinished(tmp_path, "f")
-    (tmp_path / ".pymerge" / "mine").write_text("mine")
-    before = tree(tmp_path)
-    for fingerprint, overwrite in (("f", False), ("g", True)):
-        with pytest.raises(OutputError, match=r"not of this merge: '\.pymerge/mine'"):
-            OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint=fingerprint, overwrite=overwrite).open()
-        assert tree(tmp_path) == before
-
-
-def test_a_work_folder_from_before_the_first_state_is_taken(tmp_path: Path) -> None:
-    (tmp_path / ".pymerge").mkdir()
-    for name in ("lock", "temporary"):
-        (tmp_path / ".pymerge" / name).touch()
-    with OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f") as output:
-        finish(output, SMALL)
-    assert_holds(tmp_path, SMALL)
-    assert not (tmp_path / ".pymerge").exists()
-
-
-def test_a_manifest_cannot_make_us_delete_outside(tmp_path: Path) -> None:
-    with OutputDirectory(tmp_path / "out", plan(SMALL, 40), fingerprint="f") as output:
-        finish(output, SMALL)
-    (tmp_path / "mine").write_text("mine")
-    manifest = tmp_path / "out" / "pymerge_manifest.json"
-    content = json.loads(manifest.read_text())
-    content["files"]["../mine"] = {"size": 4, "sha256": ""}
-    manifest.write_text(json.dumps(content))
-    with pytest.raises(OutputError, match=r"is damaged .*'../mine' would be outside"):
-        OutputDirectory(tmp_path / "out", plan(SMALL, 40), fingerprint="f", overwrite=True).open()
-    del content["files"]["../mine"]
-    content["files"]["link/mine"] = {"size": 4, "sha256": ""}
-    manifest.write_text(json.dumps(content))
-    (tmp_path / "out" / "link").symlink_to(tmp_path, target_is_directory=True)
-    with pytest.raises(OutputError, match="not of this merge: 'link'"):
-        OutputDirectory(tmp_path / "out", plan(SMALL, 40), fingerprint="f", overwrite=True).open()
-    assert (tmp_path / "mine").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        '{"format": 2}',
-        '{"format": 1, "fingerprint": "f"}',
-        '{"format": 1, "fingerprint": "f", "shards": ["../x"], "finished": {}, "publishing": []}',
-        '{"format": 1, "fingerprint": "f", "shards": 3, "finished": {}, "publishing": []}',
-        '{"format": 1, "fingerprint": "f", "shards": [], "finished": {"a": 1}, "publishing": []}',
-    ],
-)
-def test_a_damaged_state_is_refused(text: str, tmp_path: Path) -> None:
-    unfinished(tmp_path, "f")
-    (tmp_path / ".pymerge" / "state.json").write_text(text)
-    before = tree(tmp_path)
-    with pytest.raises(OutputError, match=r"state.json: is damaged .*delete the folder"):
-        OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f").open()
-    assert tree(tmp_path) == before

@@ -1,0 +1,1 @@
+"""Shapes, inputs and comparisons that tests and benchmarks share."""

@@ -1,0 +1,88 @@
+"""wudi_adam in C++ against float64, and one fused step against the formula by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pymerge import _C
+from pymerge.backends import native
+from pymerge.ops import OPS
+from pymerge.testing.cases import task_case
+from pymerge.testing.compare import assert_accurate, assert_same
+
+REFERENCE = OPS["wudi_adam"].reference
+
+
+def system(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B of three task vectors, relative to their mean, with squared-norm weights."""
+    case = task_case((rows, columns), [torch.float32] * 4).to(torch.float64)
+    origin = torch.stack([expert - case.base for expert in case.experts]).mean(dim=0)
+    weights = [1.0 / float((expert - case.base).square().sum()) for expert in case.experts]
+    A, B = OPS["normal_equations"].reference(case.base, case.experts, weights, origin=origin)
+    return A.to(dtype), B.to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (70, 1), (40, 65), (300, 48)])
+@pytest.mark.parametrize("iterations", [0, 1, 40])
+def test_wudi_adam(shape: tuple[int, int], iterations: int) -> None:
+    A, B = system(*shape, torch.float32)
+    truth = REFERENCE(A.double(), B.double(), iterations, 1e-5)
+    assert_accurate("D", native.wudi_adam(A, B, iterations, 1e-5), REFERENCE(A, B, iterations, 1e-5), truth)
+
+
+def test_wudi_adam_in_float64() -> None:
+    A, B = system(40, 65, torch.float64)
+    actual = native.wudi_adam(A, B, 60, 1e-4, (0.8, 0.95), 1e-6)
+    expected = REFERENCE(A, B, 60, 1e-4, (0.8, 0.95), 1e-6)
+    assert float((actual - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_wudi_adam_of_nothing(shape: tuple[int, int]) -> None:
+    A, B = torch.eye(shape[1]), torch.zeros(shape)
+    assert native.wudi_adam(A, B, 3, 1e-5).shape == shape
+
+
+def test_wudi_adam_takes_strided_systems() -> None:
+    A, B = system(40, 65, torch.float32)
+    expected = native.wudi_adam(A, B, 5, 1e-5)
+    assert_same("D", native.wudi_adam(A.mT.contiguous().mT, B.mT.contiguous().mT, 5, 1e-5), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 15, 16385, 70000])
+def test_one_step(dtype: torch.dtype, size: int) -> None:
+    """One fused step from a state that is not zero, element by element in float64."""
+    generator = torch.Generator().manual_seed(size)
+    D, m, v, product, B = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(5))
+    v.square_()
+    wide = [t.double() for t in (D, m, v, product, B)]
+    beta1, beta2, lr, eps, step = 0.9, 0.999, 1e-2, 1e-8, 7
+    gradient = 2 * (wide[3] - wide[4])
+    moment = beta1 * wide[1] + (1 - beta1) * gradient
+    square = beta2 * wide[2] + (1 - beta2) * gradient**2
+    correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
+    moved = wide[0] - lr * (moment / correction1) / (square.sqrt() / correction2 + eps)
+    addresses = [t.data_ptr() for t in (D, m, v, product, B)]
+    code = native.DTYPE_CODES[dtype]
+    _C.adam_step(*addresses, code, size, beta1, beta2, correction1, correction2, lr, eps, 2)
+    tolerance = 8 * torch.finfo(dtype).eps
+    for label, actual, expected in (("D", D, moved), ("m", m, moment), ("v", v, square)):
+        scale = wide[3].abs() + wide[4].abs() + expected.abs() + 1.0
+        share = float(((actual.double() - expected).abs() / (tolerance * scale)).max())
+        assert share <= 1.0, f"{label}: {share:.2f} of the tolerance"
+
+
+def test_thread_count_does_not_change_wudi_adam() -> None:
+    A, B = system(300, 130, torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = native.wudi_adam(A, B, 10, 1e-5)
+    torch.set_num_threads(2)
+    two = native.wudi_adam(A, B, 10, 1e-5)
+    torch.set_num_threads(threads)
+    assert_same("D", two, one)

@@ -1,0 +1,459 @@
+"""What goes wrong is said in one message that names file, tensor, value and remedy, and leaves no output behind."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import (
+    Tensors,
+    change,
+    llama,
+    llama_config,
+    load_output,
+    pymerge,
+    tree,
+    write_config,
+    write_model,
+    write_models,
+)
+from safetensors.torch import load_file, save_file
+
+from pymerge import api, engine
+from pymerge.errors import CheckpointError
+
+UP = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.norm.weight"
+LINE_BREAK = "\n"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder with base, e0, e1 and merge.yml (task_arithmetic)."""
+    base = llama()
+    write_models(tmp_path, base, config=llama_config(base))
+    write_config(tmp_path, "task_arithmetic")
+    return tmp_path
+
+
+def refused(models: Path, code: int, *fragments: object, args: tuple[str, ...] = (), existed: bool = False) -> str:
+    """Merge models/merge.yml into models/out; return the one error message, which holds all fragments.
+
+    Nothing may be left of the output, unless it `existed`.
+    """
+    done = pymerge("merge", models / "merge.yml", models / "out", *args)
+    assert len(done.errors) == 1, done
+    assert done.code == code, done
+    assert "Traceback" not in done.err
+    assert done.out == ""
+    for fragment in fragments:
+        assert str(fragment) in done.errors[0], (fragment, done.err)
+    assert existed or not (models / "out").exists()
+    return done.errors[0]
+
+
+def top_level(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_missing_tensor(models: Path) -> None:
+    change(models / "e0", lambda tensors: tensors.pop(UP))
+    refused(models, 4, models / "e0", "lacks 1 tensor", UP, f"fine-tuned from {models / 'base'}")
+
+
+def test_an_extra_tensor_is_refused_or_left_out_as_told(models: Path) -> None:
+    change(models / "e1", lambda tensors: tensors.update({"value_head.weight": torch.ones(3, 16)}))
+    refused(models, 4, models / "e1", "value_head.weight", "set extra_tensors: ignore to leave them out")
+    write_config(models, "task_arithmetic", more="extra_tensors: ignore")
+    done = pymerge("merge", models / "merge.yml", models / "out")
+    assert done.code == 0, done
+    assert f"warning: {models / 'e1'}: left out 1 tensor: value_head.weight" in done.err
+    assert load_output(models / "out").keys() == load_file(models / "base/model.safetensors").keys()
+
+
+def test_a_wrong_shape(models: Path) -> None:
+    change(models / "e1", lambda tensors: tensors.update({UP: torch.ones(24, 15)}))
+    refused(models, 4, models / "e1/model.safetensors", UP, "[24, 15]", "[24, 16]", "merge only models of the same")
+
+
+def test_an_integer_tensor_where_the_base_has_weights(models: Path) -> None:
+    change(models / "e0", lambda tensors: tensors.update({UP: torch.ones(24, 16, dtype=torch.int8)}))
+    refused(models, 4, models / "e0/model.safetensors", UP, "dtype I8", "convert the model")
+
+
+def test_all_problems_of_all_models_are_listed(models: Path) -> None:
+    def damage(tensors: Tensors) -> None:
+        tensors.pop(NORM)
+        tensors["more.weight"] = torch.ones(2)
+        tensors[UP] = torch.ones(2, 2)
+
+    change(models / "e0", damage)
+    change(models / "e1", lambda tensors: tensors.update({UP: torch.ones(24, 16, dtype=torch.int32)}))
+    message = refused(models, 4, "4 problems found", NORM, "more.weight", "[2, 2]", "I32")
+    assert message.count(LINE_BREAK + "- ") == 4
+
+
+def test_all_models_that_cannot_be_opened_are_named(models: Path) -> None:
+    (models / "e0/model.safetensors").unlink()
+    (models / "e1/model.safetensors").write_bytes(b"\0" * 40)
+    (models / "e2").mkdir()
+    (models / "e2/pytorch_model.bin").write_bytes(b"PK")
+    write_config(models, "task_arithmetic", experts=4)
+    message = refused(
+        models, 4, "4 problems found", models / "e0", models / "e1/model.safetensors", "'e3' not found"
+    )
+    assert f"{models / 'e2'}: has no .safetensors file, only 'pytorch_model.bin'; convert it" in message
+
+
+def test_a_missing_model_folder(models: Path) -> None:
+    write_config(models, "task_arithmetic", experts=3)
+    refused(models, 4, "model 'e2' not found", models / "e2", "correct the path, or download the model")
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    base = llama()
+    write_models(tmp_path, base, shards=3, config=llama_config(base))
+    write_config(tmp_path, "wudi")
+    (tmp_path / "e1/model-00002-of-00003.safetensors").unlink()
+    index = tmp_path / "e1/model.safetensors.index.json"
+    refused(tmp_path, 4, index, "'model-00002-of-00003.safetensors'", "download the missing files")
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 5)
+
+
+def lengthen(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"more")
+
+
+def no_json(file: Path) -> None:
+    file.write_bytes((16).to_bytes(8, "little") + b"{'not': 'json'} ")
+
+
+def huge_header(file: Path) -> None:
+    file.write_bytes((2**60).to_bytes(8, "little") + b"{}")
+
+
+def empty_file(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def other_name(file: Path) -> None:
+    """Same tensors, but the last name stands twice."""
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(b"self_attn.k_proj", b"self_attn.q_proj")
+    file.write_bytes(data[:8] + header + data[8 + size :])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut, "is cut short"),
+        (lengthen, "has trailing bytes"),
+        (no_json, "the header is not valid JSON"),
+        (huge_header, f"{2**60} bytes, more than the"),
+        (empty_file, "has 0 bytes"),
+        (other_name, "occurs twice"),
+    ],
+)
+def test_a_damaged_file(models: Path, damage: Callable[[Path], None], said: str) -> None:
+    damage(models / "e0/model.safetensors")
+    refused(models, 4, models / "e0/model.safetensors", said, "download or copy the file again")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(models: Path, value: float) -> None:
+    def damage(tensors: Tensors) -> None:
+        tensors[UP][3, 5] = value
+        tensors[UP][23, 15] = value
+
+    change(models / "e1", damage)
+    refused(models, 6, models / "e1/model.safetensors", UP, "2 values", "[3, 5]", "allow_nonfinite: true")
+
+
+def test_values_that_are_not_finite_are_merged_on_request(models: Path) -> None:
+    change(models / "e1", lambda tensors: tensors[UP].view(-1)[3:4].fill_(float("nan")))
+    write_config(models, "task_arithmetic", more="allow_nonfinite: true")
+    done = pymerge("merge", models / "merge.yml", models / "out", "--quiet")
+    assert (done.code, done.err) == (0, "")
+    nonfinite = {name: (~torch.isfinite(t)).nonzero().tolist() for name, t in load_output(models / "out").items()}
+    assert {name: where for name, where in nonfinite.items() if where} == {UP: [[0, 3]]}
+
+
+@pytest.mark.parametrize("method", ["wudi", "ace"])
+def test_solvers_do_not_crash_on_values_that_are_not_finite(models: Path, method: str) -> None:
+    change(models / "e1", lambda tensors: tensors[UP].view(-1)[3:4].fill_(float("nan")))
+    write_config(models, method, more="allow_nonfinite: true", **({"iterations": 2} if method == "wudi" else {}))
+    done = pymerge("merge", models / "merge.yml", models / "out", "--quiet")
+    assert "Traceback" not in done.err
+    if done.code == 0:
+        assert not torch.isfinite(load_output(models / "out")[UP]).all()
+    else:
+        assert len(done.errors) == 1
+        assert UP in done.errors[0]
+
+
+def test_a_result_that_the_output_dtype_cannot_hold(models: Path) -> None:
+    change(models / "e0", lambda tensors: tensors[UP].view(-1)[7:8].fill_(3e5))
+    refused(models, 6, UP, "float16", "choose out_dtype bfloat16 or float32", args=("--dtype", "float16"))
+    write_config(models, "task_arithmetic", more="out_dtype: float16")
+    refused(models, 6, UP, "float16")
+
+
+def test_an_unknown_method(models: Path) -> None:
+    write_config(models, "task_arithmatic")
+    refused(models, 2, models / "merge.yml", ":1:", "'task_arithmatic'", "did you mean 'task_arithmetic'?")
+
+
+def test_a_missing_weight(models: Path) -> None:
+    text = (models / "merge.yml").read_text().partition("parameters:")[0]
+    (models / "merge.yml").write_text(text)
+    message = refused(models, 2, f"{models / 'merge.yml'}:4:", "'e0'", "'weight'", "add it under this model's")
+    assert f"{models / 'merge.yml'}:5:" in message
+    assert "'e1'" in message
+
+
+def test_all_mistakes_in_a_config_are_listed_with_their_lines(models: Path) -> None:
+    (models / "merge.yml").write_text(
+        "merge_method: wudi\n"
+        "base_modle: base\n"
+        "models:\n"
+        "  - model: e0\n"
+        "  - modle: e1\n"
+        "parameters:\n"
+        "  iteratoins: 5\n"
+        "  lr: fast\n"
+        "out_dtype: float8\n"
+    )
+    message = refused(models, 2)
+    lines = {int(line.split(":")[1]): line for line in message.strip().splitlines()}
+    assert "did you mean 'base_model'?" in lines[2]
+    assert "did you mean 'model'?" in lines[5]
+    assert "did you mean 'iterations'?" in lines[7]
+    assert "'lr' is 'fast'" in lines[8]
+    assert "'float8'" in lines[9]
+    assert "'bfloat16'" in lines[9]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read"),
+        ("", "not a mapping"),
+        ("models: [", "not valid YAML"),
+        ("merge_method: wudi\nbase_model: base\nmodels: []\n", "models"),
+        ("merge_method: wudi\nbase_model: base\nmodels:\n  - model: base\n", "models lists only the base"),
+        ("a: !!python/object:os.system x\n", "tag"),
+    ],
+)
+def test_a_config_that_is_none(models: Path, text: str | None, said: str) -> None:
+    (models / "merge.yml").unlink()
+    if text is not None:
+        (models / "merge.yml").write_text(text)
+    refused(models, 2, models / "merge.yml", said)
+
+
+def test_a_memory_limit_that_is_too_small(models: Path) -> None:
+    refused(models, 4, "memory", "lm_head.weight", "the limit is 1000B", "give --memory", args=("--memory", "1KB"))
+
+
+@pytest.mark.parametrize("size", ["many", "-1", "0", "0.5", "1" + "0" * 400, "5XB"])
+@pytest.mark.parametrize("option", ["--memory", "--max-shard-size"])
+def test_a_size_that_is_none(models: Path, option: str, size: str) -> None:
+    refused(models, 5, f"size {size!r}"[:40], args=(f"{option}={size}",))
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(models: Path, device: str) -> None:
+    remedy = "use --device cpu" if device == "cuda:99" else "choose"
+    refused(models, 7, repr(device), remedy, args=("--device", device))
+
+
+def test_cuda_is_never_replaced_by_the_cpu(models: Path) -> None:
+    args = ("--device", "cuda")
+    if torch.cuda.is_available():
+        done = pymerge("merge", models / "merge.yml", models / "out", *args)
+        assert done.code == 0, done
+        assert "on the device" in done.out
+    else:
+        refused(models, 7, "'cuda'", "use --device cpu", args=args)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_named_backend_that_cannot_run_is_never_replaced(models: Path, backend: str) -> None:
+    refused(models, 7, f"backend {backend!r} cannot be used", args=("--backend", backend, "--device", "cpu"))
+
+
+def test_an_unknown_backend(models: Path) -> None:
+    done = pymerge("merge", models / "merge.yml", models / "out", "--backend", "jax")
+    assert (done.code, done.out) == (2, "")
+    assert all(word in done.err for word in ("--backend", "'jax'", "'native'", "'reference'"))
+    done = pymerge("merge", models / "merge.yml", models / "out", env={"PYMERGE_BACKEND": "jax"})
+    assert done.code == 7
+    assert len(done.errors) == 1
+    assert "unknown backend 'jax'; choose auto, reference, native" in done.errors[0]
+    assert not (models / "out").exists()
+
+
+def test_files_of_others_in_the_output_directory(models: Path) -> None:
+    (models / "out").mkdir()
+    (models / "out/thesis.txt").write_text("mine")
+    for args in ((), ("--overwrite",)):
+        refused(models, 8, models / "out", "'thesis.txt'", "choose an empty directory", args=args, existed=True)
+        assert tree(models / "out") == {"thesis.txt": b"mine"}
+
+
+def test_the_output_path_is_a_file(models: Path) -> None:
+    (models / "out").write_text("mine")
+    for args in ((), ("--overwrite",)):
+        refused(models, 8, models / "out", "is a file; give a directory", args=args, existed=True)
+    assert (models / "out").read_text() == "mine"
+
+
+def test_another_merge_is_replaced_only_on_request(models: Path) -> None:
+    assert pymerge("merge", models / "merge.yml", models / "fresh", "--max-shard-size", "3KB").code == 0
+    write_config(models, "linear")
+    assert pymerge("merge", models / "merge.yml", models / "out").code == 0
+    before = tree(models / "out")
+    write_config(models, "task_arithmetic")
+    refused(models, 8, models / "out", "holds a finished merge", "--overwrite", existed=True)
+    assert tree(models / "out") == before
+    done = pymerge("merge", models / "merge.yml", models / "out", "--max-shard-size", "3KB", "--overwrite")
+    assert done.code == 0, done
+    assert tree(models / "out") == tree(models / "fresh")
+
+
+def test_an_input_is_never_overwritten_by_the_output(models: Path) -> None:
+    # The base is a merge itself, so that --overwrite would know every file of it as its own.
+    assert pymerge("merge", models / "merge.yml", models / "merged").code == 0
+    before = tree(models / "merged")
+    text = (models / "merge.yml").read_text().replace("base_model: base", "base_model: merged")
+    (models / "merge.yml").write_text(text)
+    for args in ((), ("--overwrite",)):
+        done = pymerge("merge", models / "merge.yml", models / "merged", *args)
+        assert tree(models / "merged") == before
+        assert done.code != 0
+        assert len(done.errors) == 1
+        assert str(models / "merged") in done.errors[0]
+
+
+def test_an_input_that_changes_after_the_plan(models: Path) -> None:
+    plan = api.plan(models / "merge.yml")
+    file = models / "e1/model.safetensors"
+    tensors = load_file(file)
+    tensors[UP] += 1
+    save_file(tensors, file, {"format": "pt"})
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(CheckpointError, match="changed since the plan was made") as caught:
+        engine.run(plan, models / "out", device="cpu")
+    assert str(file) in str(caught.value)
+    assert not (models / "out").exists()
+
+
+def test_a_model_that_vanishes_after_the_plan(models: Path) -> None:
+    plan = api.plan(models / "merge.yml")
+    (models / "e1/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="was it moved since the plan was made") as caught:
+        engine.run(plan, models / "out", device="cpu")
+    assert str(models / "e1/model.safetensors") in str(caught.value)
+    assert not (models / "out").exists()
+
+
+def test_a_file_larger_than_allowed_keeps_the_finished_shards(tmp_path: Path) -> None:
+    # Each file of the blocks is small; embedding and head are larger than the limit.
+    base = llama(vocabulary=2000, hidden=8)
+    base = {name: base[name] for name in sorted(base, key=lambda name: base[name].numel())}
+    write_models(tmp_path, base, config=llama_config(base))
+    config = write_config(tmp_path, "linear")
+    args = ("merge", config, tmp_path / "out", "--max-shard-size", "20KB")
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (40_000, 40_000))
+    done = pymerge(*args, before=limit)
+    assert done.code == 8
+    assert len(done.errors) == 1
+    assert all(text in done.errors[0] for text in ("is not allowed here", "smaller maximum shard size", ".safetensors"))
+    assert top_level(tmp_path / "out") == {".pymerge"}
+    done = pymerge(*args)
+    assert done.code == 0, done
+    assert "finished shards of an interrupted run" in done.out
+    assert load_output(tmp_path / "out").keys() == base.keys()
+
+
+IN_TMPFS = 'mount -t tmpfs -o size=1m tmpfs "$1" && shift && "$@"; code=$?; ls -A "$5" | sed "s/^/LEFT /"; exit $code'
+
+
+def full_disk(models: Path, *args: str) -> subprocess.CompletedProcess[str] | None:
+    """Merge into a file system of 1 MiB; None where mounting one is not allowed."""
+    disk = models / "disk"
+    disk.mkdir()
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    try:
+        probe = subprocess.run([*unshare, IN_TMPFS, "sh", str(disk), "true"], capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    if probe.returncode != 0:
+        return None
+    command = [sys.executable, "-m", "pymerge", "merge", str(models / "merge.yml"), str(disk / "out"), *args]
+    return subprocess.run([*unshare, IN_TMPFS, "sh", str(disk), *command], capture_output=True, text=True, check=False)
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
+    base = llama(vocabulary=12_000)
+    write_models(tmp_path, base, config=llama_config(base))
+    write_config(tmp_path, "linear")
+    done = full_disk(tmp_path)
+    if done is None:
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**20, 2**20))
+        found = pymerge("merge", tmp_path / "merge.yml", tmp_path / "out", before=limit)
+        assert found.code == 8
+        assert "is not allowed here" in found.errors[0]
+        assert not (tmp_path / "out").exists()
+        return
+    assert done.returncode == 8, done
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+    needed = api.plan(tmp_path / "merge.yml").bytes_written
+    assert f"not enough space: needs {needed:,} bytes" in done.stderr
+    assert "free some space or choose another disk" in done.stderr
+    assert "LEFT" not in done.stdout
+
+
+def test_a_disk_that_is_too_small_for_the_tokenizer(tmp_path: Path) -> None:
+    base = llama()
+    write_models(tmp_path, base, config=llama_config(base))
+    (tmp_path / "base/tokenizer.json").write_text(json.dumps({"vocab": "x" * 2_000_000}))
+    write_config(tmp_path, "linear")
+    done = full_disk(tmp_path)
+    if done is None:
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**20, 2**20))
+        found = pymerge("merge", tmp_path / "merge.yml", tmp_path / "out", before=limit)
+        code, err, left = found.code, found.err, sorted(os.listdir(tmp_path / "out"))
+    else:
+        code, err = done.returncode, done.stderr
+        left = [line.removeprefix("LEFT ") for line in done.stdout.splitlines() if line.startswith("LEFT ")]
+    assert code == 8
+    assert err.count("error: ") == 1
+    assert "space" in err or "not allowed here" in err
+    assert "model.safetensors" not in left
+    assert "config.json" not in left
+
+
+def test_a_single_damaged_config_of_a_model(models: Path) -> None:
+    (models / "base/config.json").write_text("{")
+    refused(models, 4, models / "base/config.json", "is not valid JSON", "download the file again")
+
+
+def test_models_without_any_tensor(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", {})
+    write_model(tmp_path / "e0", {})
+    write_config(tmp_path, "linear", experts=1)
+    refused(tmp_path, 5, "without tensors")
