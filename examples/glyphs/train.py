@@ -234,7 +234,7 @@ def settings() -> argparse.Namespace:
     add("--threads", type=int, default=1, help="of torch; results depend on it in the last bits")
     add("--pretrain-steps", type=int, default=3500, help="batches of 128")
     add("--pretrain-lr", type=float, default=1e-3, help="peak of the schedule")
-    add("--finetune-steps", type=int, default=400, help="batches of 128, an expert")
+    add("--finetune-steps", type=int, default=250, help="batches of 128, an expert")
     add("--finetune-lr", type=float, default=2e-4, help="peak of the schedule")
     return parser.parse_args()
 

@@ -71,15 +71,19 @@ def test_task_gram_puts_nan_in_one_row_and_column(backend: str, device: str) -> 
     assert_same("NaN", function(case.base, case.experts, [1.0]).isnan(), expected)
 
 
-@pytest.mark.parametrize("columns", [2047, 2048, 2500])
-def test_half_product_agrees_with_the_full_one(columns: int) -> None:
-    """Both sides of the size where the C++ backend starts to compute panels of the lower triangle."""
+@pytest.mark.parametrize("columns", [63, 64, 65, 100, 129])
+def test_panels_of_the_lower_triangle(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """Sizes around the panels' edges, with panels made small; the mirrored half must be the computed one."""
+    monkeypatch.setattr(native, "_HALF_FROM", 64)
+    monkeypatch.setattr(native, "_PANEL", 32)
     case = task_case((9, columns), [torch.float32] * 3)
     wide = case.to(torch.float64)
-    actual = native.task_gram(case.base, case.experts, [1.0, 0.5])
-    baseline = GRAM(case.base, case.experts, [1.0, 0.5])
-    assert_accurate("S", actual, baseline, GRAM(wide.base, wide.experts, [1.0, 0.5]))
-    assert_same("A", native.normal_equations(case.base, case.experts, [1.0, 0.5]).A, actual)
+    weights = [1.0, 0.5]
+    actual = native.task_gram(case.base, case.experts, weights)
+    assert_accurate("S", actual, GRAM(case.base, case.experts, weights), GRAM(wide.base, wide.experts, weights))
+    assert_same("A", native.normal_equations(case.base, case.experts, weights).A, actual)
+    if columns >= 64:
+        assert_same("mirrored panel", actual[:32, 32:], actual[32:, :32].mT)
 
 
 @pytest.mark.parametrize(("backend", "device"), implementations("normal_equations"))

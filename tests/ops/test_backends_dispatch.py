@@ -1,0 +1,113 @@
+"""Which backend computes what, what is refused, and what the reason says."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from pymerge.backends import BACKENDS, Dispatcher, choose, describe, load
+from pymerge.errors import ArgumentError, BackendError
+from pymerge.ops import OPS
+from pymerge.testing.cases import task_case
+from pymerge.testing.compare import assert_same, compare
+
+CPU = torch.device("cpu")
+FLOAT = frozenset({torch.float32})
+
+
+def test_auto_on_a_cpu_is_native_where_it_has_the_op() -> None:
+    for op in OPS:
+        choice = choose(op, CPU, FLOAT)
+        if op in load("native").implementations():
+            assert choice.backend == "native"
+            assert choice.function is load("native").implementations()[op]
+        else:
+            assert choice.backend == "reference"
+            assert f"native has no {op}" in choice.reason
+
+
+def test_unknown_backend_op_and_device() -> None:
+    with pytest.raises(BackendError, match="unknown backend 'tritn'; choose auto, reference, native, triton, cuda"):
+        Dispatcher("tritn")
+    with pytest.raises(BackendError, match="unknown op 'slerp'; the ops are combine"):
+        Dispatcher()("slerp")
+    with pytest.raises(BackendError, match="device 'meta' is not supported; choose cpu or cuda"):
+        Dispatcher(device="meta")
+
+
+def test_named_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="backend 'cuda' cannot be used: .*(use --device cuda|pip install)"):
+        Dispatcher("cuda", "cpu")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match="backend 'triton' cannot be used: .*(use --device cuda|pip install)"):
+        Dispatcher("triton", "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU offers the device")
+def test_missing_gpu_is_an_error() -> None:
+    with pytest.raises(BackendError, match="'cuda:0' was asked for and PyTorch sees 0; use --device cpu"):
+        Dispatcher("auto", "cuda:0")
+
+
+def test_named_backend_without_the_op_or_dtype_says_so() -> None:
+    choice = choose("spd_solve", CPU, FLOAT, "native")
+    assert (choice.backend, choice.function) == ("reference", OPS["spd_solve"].reference)
+    assert "native has no spd_solve" in choice.reason
+    choice = choose("task_gram", CPU, frozenset({torch.bfloat16, torch.float64}), "native")
+    assert choice.backend == "reference"
+    assert "float64 was given or asked for" in choice.reason
+    choice = choose("combine", CPU, frozenset({torch.float8_e4m3fn}), "auto")
+    assert choice.backend == "reference"
+    assert "torch.float8_e4m3fn is not one of" in choice.reason
+
+
+def test_dispatcher_checks_chooses_and_computes() -> None:
+    run = Dispatcher("native")
+    case = task_case((5, 7), [torch.bfloat16] * 3)
+    merged = run("combine", case.base, case.experts, [0.5, 0.5])
+    assert_same("combine", merged, OPS["combine"].reference(case.base, case.experts, [0.5, 0.5]))
+    assert run.choices["combine"].backend == "native"
+    with pytest.raises(ArgumentError, match="1 weights for 2 experts"):
+        run("combine", case.base, case.experts, [0.5])
+    run("task_gram", case.base, case.experts, [1.0, 1.0], dtype=torch.float64)
+    assert run.choices["task_gram"].backend == "reference"
+
+
+def test_each_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="pymerge")
+    run = Dispatcher()
+    case = task_case((5, 7), [torch.float32] * 2)
+    for _ in range(3):
+        run("task_stats", case.base, case.experts)
+    messages = [record.getMessage() for record in caplog.records if record.name == "pymerge"]
+    assert messages == ["task_stats: backend native (the C++ backend is the fastest on a CPU)"]
+
+
+def test_describe_tells_every_backend() -> None:
+    rows = describe()
+    assert tuple(name for name, _, _ in rows) == BACKENDS
+    for name, works, text in rows:
+        assert text, name
+        if works:
+            assert text == ", ".join(load(name).implementations())
+        else:
+            assert ";" in text  # ends with the remedy
+
+
+def test_compare_finds_one_wrong_element() -> None:
+    """The comparison that the other tests rest on: one element off in 10,000, and NaN where there should be none."""
+    truth = torch.linspace(-1.0, 1.0, 10_000, dtype=torch.float64)
+    baseline = truth.float()
+    assert compare(baseline.clone(), baseline, truth).ok
+    wrong = baseline.clone()
+    wrong[1234] += 1e-5
+    outcome = compare(wrong, baseline, truth)
+    assert not outcome.ok
+    assert "1 of 10000 elements differ, first at [1234]" in outcome.message
+    wrong[1234] = float("nan")
+    assert "NaN or infinity: 1 of 10000 elements differ, first at [1234]" in compare(wrong, baseline, truth).message
+    assert not compare(baseline[:-1], baseline, truth).ok
+    with pytest.raises(AssertionError, match=r"first at \[1234\]"):
+        assert_same("x", wrong, baseline)
