@@ -1,13 +1,12 @@
-"""Builds pymerge._C (C++, always) and pymerge._cuda (CUDA C++, where nvcc is found). Needs neither torch nor a GPU.
+"""Builds pymerge._C (C++) and, where nvcc is found, pymerge._cuda (CUDA C++). Needs neither torch nor a GPU.
 
-PYMERGE_CUDA=auto|0|1 and PYMERGE_CUDA_ARCHS="80;90" choose what is built; everything else is in pyproject.toml.
+PYMERGE_CUDA=auto|0|1 and PYMERGE_CUDA_ARCHS="80;90" choose what is built; the rest is in pyproject.toml.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-# Contraction is off so that every instruction set gives the same bits. The other two flags only drop errno and
-# floating-point traps, which nothing here reads; loops with square roots and selects vectorise without them.
+# Contraction is off so that every instruction set gives the same bits. -fno-math-errno and -fno-trapping-math
+# drop only errno and traps, which nothing here reads: loops with square roots and selects vectorise then.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
 INCLUDES = ["csrc", pybind11.get_include()]
@@ -44,7 +43,9 @@ def find_nvcc() -> str | None:
 def cuda_architectures() -> list[str]:
     """PYMERGE_CUDA_ARCHS as a list, oldest first."""
     value = os.environ.get("PYMERGE_CUDA_ARCHS") or "80;90"
-    archs = sorted({part.strip() for part in value.split(";")}, key=lambda arch: int(arch) if arch.isdigit() else -1)
+    archs = sorted(
+        {part.strip() for part in value.split(";")}, key=lambda arch: int(arch) if arch.isdigit() else -1
+    )
     if not all(arch.isdigit() for arch in archs):
         sys.exit(f"PYMERGE_CUDA_ARCHS is {value!r}; give compute capabilities such as 80;90")
     return archs
@@ -73,7 +74,9 @@ class BuildExtensions(build_ext):
             probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
             try:
                 objects = self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=["-fopenmp"])
-                self.compiler.link_executable(objects, str(Path(folder, "probe")), extra_postargs=["-fopenmp"])
+                self.compiler.link_executable(
+                    objects, str(Path(folder, "probe")), extra_postargs=["-fopenmp"]
+                )
             except (CompileError, LinkError) as error:
                 print(f"pymerge: no OpenMP, the C++ ops will use one thread ({error})")
                 return False
@@ -87,7 +90,8 @@ class BuildExtensions(build_ext):
 
         def compile_side_by_side(sources: list[str], **options: object) -> list[str]:
             with self.jobs() as pool:
-                return sum(pool.map(lambda source: compile_files([source], **options), sources), [])
+                compiled = pool.map(lambda source: compile_files([source], **options), sources)
+                return [target for targets in compiled for target in targets]
 
         self.compiler.compile = compile_side_by_side
         super().build_extension(ext)

@@ -1,4 +1,4 @@
-"""Launch sizes by architecture: a table, since autotuning needs a driver and makes the choice depend on the machine."""
+"""Launch sizes by architecture: a table, since autotuning needs a driver and would differ between runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Sizes(NamedTuple):
     warps: int
 
 
-# compute capability -> op -> sizes. A device takes the newest row that is not newer than itself. Not yet timed.
+# compute capability -> op -> sizes, not yet timed. A device takes the newest row not newer than itself.
 _SIZES = {
     80: {"combine": Sizes(1024, 0, 4), "task_gram": Sizes(64, 32, 4)},
     90: {"combine": Sizes(1024, 0, 4), "task_gram": Sizes(64, 32, 4)},

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from pymerge.config_checks import Checker, places, same_model
+from pymerge.config_checks import PASSED_OVER, Checker, places, same_model
 from pymerge.errors import CheckpointError, ConfigError
 from pymerge.layers import Kind, Rule
 from pymerge.methods.base import Method, Parameter, Values
@@ -260,7 +260,7 @@ def _hint(key: str, around: Location, method: Method | None) -> str:
     fields = (_FIELDS[around[0]] if around else MergeConfig).model_fields
     if around[:1] != ("layers",) and method and any(parameter.name == key for parameter in method.parameters):
         return f"it is a parameter of {method.name!r}: put it under 'parameters'"
-    if near := nearest(key, fields):
+    if near := nearest(key, [*fields, *(() if around else PASSED_OVER)]):
         return f"did you mean {near!r}?"
     if around and key in MergeConfig.model_fields:
         return "it belongs to the top level: indent it less"

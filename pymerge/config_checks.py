@@ -24,6 +24,8 @@ _UNSUPPORTED = {
     "gate_mode": "mergekit-moe configs build another architecture; list whole models under 'models'",
     "residual_weight": "delete it: it has no effect in mergekit either",
 }
+# Keys that are accepted and say nothing: the base's tokenizer and template are what is copied.
+PASSED_OVER = ("tokenizer_source", "chat_template")
 _UNSUPPORTED_OF_MODEL = {
     "layer_range": "delete it: whole models are merged",
     "lora": "merge the adapter into its model first and name the result",

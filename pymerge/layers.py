@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from pymerge.errors import PlanError
@@ -345,10 +346,11 @@ def _module(name: str) -> str:
     return next((part for part in reversed(name.split(".")[:-1]) if not part.isdecimal()), "")
 
 
-def _words(module: str) -> list[str]:
+@lru_cache(maxsize=1024)
+def _words(module: str) -> tuple[str, ...]:
     """Words of a module's name in lower case: LayerNorm -> layer, norm; gate_up_proj -> gate, up, proj."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", module)
-    return [word.lower() for word in spaced.split("_") if word and not word.isdecimal()]
+    return tuple(word.lower() for word in spaced.split("_") if word and not word.isdecimal())
 
 
 def _is_embedding_name(module: str) -> bool:

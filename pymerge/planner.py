@@ -10,7 +10,7 @@ from functools import cached_property
 from pymerge import env, pieces
 from pymerge.checkpoint import ITEM_SIZES, Checkpoint, ShardLayout, TensorEntry, layout_shards
 from pymerge.config import MergeConfig, canonical, participants, resolve
-from pymerge.errors import ArgumentError, PlanError
+from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.inputs import Inputs, match_tensors, open_inputs
 from pymerge.layers import Kind, Layer, classify, positions, unused_rules
 from pymerge.methods import get_method
@@ -177,7 +177,7 @@ def build_plan(
         for name in (tensor.name for tensor in shard.tensors):
             try:
                 action, experts = _action(config, method, inputs, name, layers[name], places[name])
-            except ArgumentError as error:
+            except (ArgumentError, ConfigError) as error:
                 problems.append(f"{name}: {error}")
                 continue
             file, tensor = where[name]

@@ -127,9 +127,11 @@ def _value(raw: Any, parameter: Parameter, location: Location, document: Documen
         document.add(location, f"{show(location)} is an empty list; give it a number, or delete it")
         return None
     knots = [_scalar(knot, parameter, (*location, i), document) for i, knot in enumerate(raw)]
-    if "auto" in knots:
+    if None in knots:
+        return None
+    if not all(isinstance(knot, float) and math.isfinite(knot) for knot in knots):
         document.add(
-            location, f"{show(location)} has 'auto' in a gradient; write numbers only, or 'auto' alone"
+            location, f"{show(location)} is a gradient; write finite numbers only, or one value that is no list"
         )
         return None
     return Gradient(tuple(knots))
@@ -137,8 +139,6 @@ def _value(raw: Any, parameter: Parameter, location: Location, document: Documen
 
 def _scalar(raw: Any, parameter: Parameter, location: Location, document: Document) -> Any:
     try:
-        if isinstance(raw, (int, float)) and not math.isfinite(raw):
-            raise ArgumentError(f"parameter {parameter.name!r} is {raw!r}; it must be a finite number")
         value = parameter.parse(raw)
         if parameter.kind == "texts":
             for pattern in value:
@@ -146,8 +146,6 @@ def _scalar(raw: Any, parameter: Parameter, location: Location, document: Docume
         return value
     except ArgumentError as error:
         document.add(location, f"{show(location)}: {error}")
-    except OverflowError:
-        document.add(location, f"{show(location)} is too large a number; use one that fits a float")
     except re.error as error:
         document.add(
             location, f"{show(location)}: {error.pattern!r} is not a regular expression ({error}); correct it"

@@ -220,6 +220,8 @@ def _main(
 ) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
+    # Threads waiting for each other on a busy machine would take minutes for these sizes.
+    torch.set_num_threads(1)
     # A job in the background of a shell ignores SIGINT, and its children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in _NEUTRAL:

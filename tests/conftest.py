@@ -10,6 +10,6 @@ if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so before anything imports one.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# torch.empty returns NaN in deterministic mode: an output that a kernel forgets to write cannot look right by luck.
+# torch.empty returns NaN in deterministic mode: what a kernel forgets to write cannot look right by luck.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,4 +1,4 @@
-"""What is built without a GPU: no torch inside, CUDA sources for every architecture, Triton kernels to cubins."""
+"""What is built without a GPU: no torch inside, CUDA and Triton code for every architecture."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ ARCHS = ("80", "90")
 
 
 def test_extension_has_no_torch_inside() -> None:
-    """One build serves every torch version: no symbol of torch or c10 is used, no library of theirs needed."""
+    """One build serves every torch version: it uses no symbol and no library of torch."""
     path = str(_C.__file__)
     symbols = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout
     assert "PyInit__C" in symbols
     assert not re.findall(r"\S*(?:c10|torch|aten)\S*", symbols, re.IGNORECASE)
     needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
-    assert not [line for line in needed.splitlines() if "NEEDED" in line and ("torch" in line or "c10" in line)]
+    assert not [
+        line for line in needed.splitlines() if "NEEDED" in line and ("torch" in line or "c10" in line)
+    ]
 
 
 def test_only_the_bindings_include_pybind11_and_nothing_includes_torch() -> None:
@@ -56,10 +58,8 @@ def test_kernels_import_triton_and_torch_only() -> None:
 def test_top_level_kernels_stays_free() -> None:
     """`import kernels` belongs to Hugging Face's package; ours is pymerge.kernels."""
     code = "import importlib.util as u, pymerge.kernels; s = u.find_spec('kernels'); print(s and s.origin)"
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    done = subprocess.run([sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else
-                          [sys.executable, "-I", "-c", code],
-                          capture_output=True, text=True, check=True, env=environment, cwd="/")
+    command = [sys.executable, "-I", "-c", code]  # isolated: the current folder is not on the path
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert str(ROOT) not in done.stdout
 
 
@@ -118,19 +118,20 @@ for arch, table in _SIZES.items():
     s = table["combine"]
     for bf16 in (False, True):
         constants = {"HAS_BASE": bf16, "TO_BF16": bf16, "BLOCK": s.block}
-        signature = {"out": "*i16" if bf16 else "*fp16", "base": "*bf16", "tensors": ("*bf16", "*fp32", "*fp16"),
-                     "weights": ("fp32",) * 3, "count": "i64"}
+        signature = {"out": "*i16" if bf16 else "*fp16", "base": "*bf16", "weights": ("fp32",) * 3,
+                     "tensors": ("*bf16", "*fp32", "*fp16"), "count": "i64"}
         build(combine_kernel, signature, constants, s.warps, arch)
     s = table["task_gram"]
     constants = {"CENTRED": True, "BLOCK": s.block, "DEPTH": s.depth}
     signature = {"out": "*fp32", "base": "*bf16", "experts": ("*bf16", "*fp32"), "weights": ("fp32",) * 2,
-                 "strides": ("i64",) * 2, "means": "*fp32", "rows": "i32", "columns": "i32", "base_stride": "i64"}
+                 "strides": ("i64",) * 2, "means": "*fp32", "rows": "i32", "columns": "i32",
+                 "base_stride": "i64"}
     build(task_gram_kernel, signature, constants, s.warps, arch)
 """
 
 
 def test_triton_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
-    """To cubins for every architecture of the table: no driver needed, and another process than the interpreter's."""
+    """To cubins for every architecture: no driver needed, but a process without the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(

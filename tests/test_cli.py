@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -103,10 +104,8 @@ def test_plan_shows_totals_every_tensor_pattern_and_reasons(models: Path) -> Non
     rows = [line.strip("│ ").split("│") for line in done.out.splitlines() if line.startswith("│")]
     assert {row[0].strip() for row in rows} == names
     found = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
-    flops = 2 * (3 * 2 * 24 * 16 * 16 + 2 * 2 * 24 * 16 * 16)
     assert found["model.layers.*.mlp.up_proj.weight"][:5] == ["24 x 16", "linear", "wudi", "F32", "2"]
     assert found["model.layers.*.mlp.up_proj.weight"][5:7] == ["9.00KiB", "3.00KiB"]
-    assert flops > 0
     assert found["model.norm.weight"][:5] == ["16", "norm", "add task vectors", "F32", "1"]
     assert "head (name): lm_head.weight" in text
 
@@ -152,7 +151,8 @@ def test_methods_lists_all_methods_and_parameters() -> None:
 
 
 def test_env_lists_versions_and_backends_with_reasons() -> None:
-    done = pymerge("env", env={"COLUMNS": "400"})
+    interpreter = os.environ.get("TRITON_INTERPRET", "0")  # `describe` below depends on it too
+    done = pymerge("env", env={"COLUMNS": "400", "TRITON_INTERPRET": interpreter})
     assert (done.code, done.err) == (0, "")
     assert f"{torch.__version__}" in done.out
     for name, works, reason in describe():
@@ -229,8 +229,8 @@ def test_verify_names_the_tensor_of_a_flipped_byte(models: Path, merged: Path) -
     whole = shard.read_bytes()
     data = bytearray(whole)
     header = int.from_bytes(data[:8], "little")
-    begin = yaml.safe_load(data[8 : 8 + header])[name]["data_offsets"][0]
-    data[8 + header + begin] ^= 1
+    first = json.loads(data[8 : 8 + header])[name]["data_offsets"][0]
+    data[8 + header + first] ^= 1
     shard.write_bytes(data)
     try:
         done = pymerge("verify", merged)
@@ -289,7 +289,9 @@ def long_merge(tmp_path_factory: pytest.TempPathFactory) -> tuple[str | Path, ..
 
 
 def finished(out: Path) -> int:
-    return len(list(out.glob(".pymerge/*.safetensors")))
+    """How many shards the work folder lists as whole."""
+    state = out / ".pymerge/state.json"
+    return len(json.loads(state.read_text())["finished"]) if state.exists() else 0
 
 
 def begin(arguments: tuple[str | Path, ...], out: Path, shards: int) -> Running:

@@ -105,10 +105,10 @@ def test_misindented_weight_is_pointed_at() -> None:
         ),
         ("iterations: [1, 2]", "'iterations' cannot change over layers: give one value"),
         ("rest: [mean]", "parameters.rest is a list; 'rest' cannot change over layers"),
-        ("lr: [auto, 1.0]", "parameters.lr has 'auto' in a gradient"),
+        ("lr: [auto, 1.0]", "parameters.lr is a gradient; write finite numbers only"),
         ("scale: .inf", "parameter 'scale' is inf; it must be a finite number"),
         ("scale: [1, .nan]", "parameters.scale[1]: parameter 'scale' is nan; it must be a finite number"),
-        ("scale: 1" + 400 * "0", "parameters.scale is too large a number"),
+        ("scale: 1" + 400 * "0", "it must be a number that fits a float"),
         ("scale: ", "parameters.scale is empty"),
         ("scale: []", "parameters.scale is an empty list"),
         ("scale: {filter: a, value: 1}", "parameters.scale is a mapping; make it a list"),
@@ -134,6 +134,7 @@ def test_parameter_problem(line: str, expected: str) -> None:
         ("parameters: [scale]", "parameters is ['scale']; write names and values"),
         ("slices: []", "'slices' is not supported yet; list whole models under 'models'"),
         ("tokenizer_source: union", "tokenizer_source 'union' is not supported yet; write 'base'"),
+        ("tokeniser_source: base", "unknown key 'tokeniser_source'; did you mean 'tokenizer_source'?"),
         ("chat_template: auto", "chat_template is not supported yet"),
         ("allow_nonfinite: 'yes'", "allow_nonfinite is 'yes'; it must be true or false"),
         ("extra_tensors: maybe", "extra_tensors is 'maybe'; it must be 'error' or 'ignore'"),
@@ -352,3 +353,10 @@ def test_a_config_is_frozen() -> None:
     config = load_config(WUDI)
     with pytest.raises(ValueError, match="frozen"):
         config.__setattr__("merge_method", "ace")
+
+
+def test_infinity_where_it_has_a_meaning() -> None:
+    ace = WUDI.replace("wudi", "ace")
+    config = load_config(ace + "parameters: {gamma_threshold: .inf}\n")
+    assert resolve(config, get_method("ace"), "x", 0.0, (0,)).merge["gamma_threshold"] == float("inf")
+    assert "finite numbers only" in problems(ace + "parameters: {gamma_threshold: [0.3, .inf]}\n")[0]

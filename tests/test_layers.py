@@ -214,6 +214,39 @@ def test_names(name: str, shape: tuple[int, ...], kind: Kind) -> None:
     assert classify(shapes, {"text_config": {"vocab_size": 100}})[name].kind is kind
 
 
+def test_vocabulary_rows_say_nothing_if_the_model_is_as_wide() -> None:
+    shapes: Shapes = {"subsampler.dense.weight": ("F32", (100, 32))}
+    assert classify(shapes, {"vocab_size": 100})["subsampler.dense.weight"].kind is Kind.EMBEDDING
+    assert (
+        classify(shapes, {"vocab_size": 100, "d_model": 100})["subsampler.dense.weight"].kind is Kind.LINEAR
+    )
+
+
+def test_a_convolution_with_as_many_channels_as_experts_is_no_stack() -> None:
+    shapes: Shapes = {
+        "l.0.conv.weight": ("F32", (8, 32, 4)),
+        "l.0.moe.input_linear.weight": ("F32", (8, 96, 32)),
+    }
+    layers = classify(shapes, {"num_experts": 8})
+    assert [(layer.kind, layer.stacked) for layer in layers.values()] == [
+        (Kind.OTHER, False),
+        (Kind.LINEAR, True),
+    ]
+
+
+def test_a_square_weight_follows_the_same_weight_of_other_blocks() -> None:
+    shapes: Shapes = {
+        "h.0.c.weight": ("F32", (32, 48)),
+        "h.0.c.bias": ("F32", (48,)),
+        "h.1.c.weight": ("F32", (32, 32)),
+        "h.1.c.bias": ("F32", (32,)),
+        "h.1.d.weight": ("F32", (32, 32)),
+    }
+    layers = classify(shapes, {})
+    assert layers["h.1.c.weight"].describe() == "linear, d_in x d_out (as h.0.c.weight)"
+    assert layers["h.1.d.weight"].describe() == "linear, d_out x d_in (assumed as in nn.Linear)"
+
+
 def test_a_bias_tells_a_linear_from_an_embedding() -> None:
     shapes: Shapes = {"class_embed.weight": ("F32", (7, 32)), "class_embed.bias": ("F32", (7,))}
     assert classify(shapes, {})["class_embed.weight"].kind is Kind.LINEAR

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from model import GlyphVit, cosine_logits, load_model
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -23,13 +24,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("digits", "latin", "greek", "cyrillic", "hebrew")
-ROWS = {
-    "average": "simple average",
-    "task_arithmetic": "task arithmetic",
-    "wudi": "wudi, lr 1e-5",
-    "wudi_auto": "wudi, lr auto",
-    "ace": "ace",
-}
+MERGES = ("average", "task_arithmetic", "wudi", "wudi_auto", "ace")  # files of configs/, in the table's order
 
 
 @torch.no_grad()
@@ -56,8 +51,8 @@ def merge(config: Path, out: Path) -> float:
 
 
 def row(scores: list[float], seconds: float | None = None) -> dict[str, float]:
-    """Accuracies by task, their average, and the seconds of the merge when there was one."""
-    result = dict(zip(TASKS, scores, strict=True)) | {"average": sum(scores) / len(scores)}
+    """Accuracies by task, their mean, and the seconds of the merge when there was one."""
+    result = dict(zip(TASKS, scores, strict=True)) | {"mean": sum(scores) / len(scores)}
     return result if seconds is None else result | {"seconds": seconds}
 
 
@@ -70,8 +65,8 @@ def evaluate(part: str, folder: Path, console: Console) -> dict[str, dict[str, f
         "base": row([accuracy(base, testset, task, part) for task in TASKS]),
         "individual": row([accuracy(experts[task], testset, task, part) for task in TASKS]),
     }
-    for name, label in ROWS.items():
-        with console.status(f"merging: {label}"):
+    for name in MERGES:
+        with console.status(f"merging: {name}"):
             seconds = merge(HERE / "configs" / f"{name}.yml", folder / name)
             merged = load_model(folder / name)
             rows[name] = row([accuracy(merged, testset, task, part) for task in TASKS], seconds)
@@ -80,20 +75,21 @@ def evaluate(part: str, folder: Path, console: Console) -> dict[str, dict[str, f
 
 def show(rows: dict[str, dict[str, float]], console: Console) -> None:
     """Print the rows as one table; the best merge of every column is bold."""
-    table = Table(title="accuracy in %, on held-out images", title_justify="left")
-    for column in ("model", *TASKS, "average", "seconds"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    columns = (*TASKS, "average")
-    best = {column: max(rows[name][column] for name in ROWS) for column in columns}
+    table = Table(title="accuracy in % on held-out images", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for column in (*TASKS, "mean", "seconds"):
+        table.add_column(column, justify="right")
+    columns = (*TASKS, "mean")
+    best = {column: max(rows[name][column] for name in MERGES) for column in columns}
     for name, scores in rows.items():
         cells = [f"{scores[column]:.1f}" for column in columns]
-        if name in ROWS:
+        if name in MERGES:
             cells = [
                 f"[bold]{cell}[/bold]" if scores[column] == best[column] else cell
                 for cell, column in zip(cells, columns, strict=True)
             ]
         seconds = f"{scores['seconds']:.1f}" if "seconds" in scores else ""
-        table.add_row(ROWS.get(name, name), *cells, seconds, end_section=name == "individual")
+        table.add_row(name, *cells, seconds, end_section=name == "individual")
     console.print(table)
 
 
@@ -105,6 +101,8 @@ def main() -> None:
     parser.add_argument("--part", choices=("test", "validation"), default="test", help="images to measure on")
     args = parser.parse_args()
     console = Console()
+    if args.keep and args.keep.exists():
+        parser.error(f"{args.keep} exists; name a folder that doesn't")
     if args.keep:
         args.keep.mkdir(parents=True)
         rows = evaluate(args.part, args.keep, console)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
+CACHE = Path(tempfile.gettempdir(), "pymerge-glyphs")
 BATCH = 128
 TEST_IMAGES, VALIDATION_IMAGES = 400, 80  # a task
 CHECKPOINT_EVERY = 500  # steps of pretraining
@@ -229,7 +231,7 @@ def settings() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("--out", type=Path, default=HERE, help="where base/, experts/ and testset.safetensors go")
-    add("--cache", type=Path, default=Path("glyphs-cache"), help="rendered characters, half-done pretraining")
+    add("--cache", type=Path, default=CACHE, help="rendered characters, half-done pretraining")
     add("--seed", type=int, default=0, help="of all random numbers")
     add("--threads", type=int, default=1, help="of torch; results depend on it in the last bits")
     add("--pretrain-steps", type=int, default=3500, help="batches of 128")

@@ -16,10 +16,13 @@ from pymerge.ops import OPS
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
-# What "auto" tries on a CUDA device, in this order, first one that implements the op. A kernel gets ahead of PyTorch
-# here when it has been timed against it on a device.
+# What "auto" tries on a CUDA device, in this order. A kernel gets ahead of PyTorch here when it has been
+# timed against it on a device.
 _CUDA_ORDER = ("reference",)
-_CUDA_REASON = "PyTorch on the device: no kernel of ours has been timed on a device yet; --backend triton or cuda selects them"
+_CUDA_REASON = (
+    "PyTorch on the device: no kernel of ours has been timed on a device yet; "
+    "--backend triton or cuda selects them"
+)
 
 logger = logging.getLogger("pymerge")
 
@@ -57,7 +60,7 @@ def load(name: str) -> Backend:
 
 
 def check_backend(name: str, device: torch.device) -> None:
-    """Raise BackendError unless the backend of this name (or auto) and the device can be used on this machine."""
+    """Raise BackendError unless the named backend (or auto) and the device can be used here."""
     if device.type not in ("cpu", "cuda"):
         raise BackendError(f"device {str(device)!r} is not supported; choose cpu or cuda")
     if device.type == "cuda":
@@ -81,8 +84,8 @@ def choose(op: str, device: torch.device, dtypes: frozenset[torch.dtype], wanted
         dtypes: dtypes of tensors and of the result asked for.
         wanted: a backend's name, or "auto".
 
-    Raises BackendError if a backend is named that does not exist or cannot run here. An op or dtype that the named
-    backend does not implement falls to the reference, and `reason` says so.
+    Raises BackendError if a backend is named that does not exist or cannot run here. An op or dtype that the
+    named backend does not implement falls to the reference, and `reason` says so.
     """
     if op not in OPS:
         raise BackendError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
@@ -117,8 +120,8 @@ def _reference(op: str, reason: str) -> Choice:
 class Dispatcher:
     """Calls ops by name on one backend and device: check, choose (once for each op and dtypes), compute.
 
-    Raises BackendError at construction if the backend or device cannot be used, ArgumentError from a call whose
-    arguments do not fit together. `choices` tells what computed each op; each first choice is logged.
+    Raises BackendError at construction if the backend or device cannot be used, ArgumentError from a call
+    whose arguments do not fit together. `choices` tells what computed each op; each first choice is logged.
     """
 
     def __init__(self, backend: str = "auto", device: torch.device | str = "cpu") -> None:

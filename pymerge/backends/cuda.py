@@ -19,7 +19,7 @@ def unavailable(device: torch.device) -> str | None:
     try:
         importlib.import_module("pymerge._cuda")
     except ImportError as error:
-        return f"pymerge._cuda does not load ({error}); install again where nvcc is: PYMERGE_CUDA=1 pip install ."
+        return f"pymerge._cuda does not load ({error}); install where nvcc is: PYMERGE_CUDA=1 pip install ."
     if device.type != "cuda":
         return f"it computes on NVIDIA devices and the tensors are on {device}; use --device cuda"
     return None
@@ -41,7 +41,10 @@ def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
 
 
 def combine(
-    base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], out_dtype: torch.dtype | None = None
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`combine` in one pass over the inputs, with the arithmetic of the C++ backend."""
     from pymerge import _cuda

@@ -19,7 +19,7 @@ _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 def _interpreted() -> bool:
-    """True if Triton runs kernels on the CPU, for tests. Triton reads the variable when a kernel is defined."""
+    """True if Triton runs kernels on the CPU, for tests; Triton reads the variable when it defines them."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -46,7 +46,10 @@ def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
 
 
 def combine(
-    base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], out_dtype: torch.dtype | None = None
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`combine` in one pass over the inputs."""
     from pymerge.kernels import combine as kernel

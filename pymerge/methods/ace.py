@@ -177,7 +177,7 @@ class Ace(SolverMethod):
             "ridge of each covariance (paper: 1e-5; GPT-2 4e-2, RoBERTa 2e-4)",
             above=0.0,
         ),
-        Parameter("gamma_threshold", "number", 0.3, "heterogeneity above it: below 0 always, .inf never"),
+        Parameter("gamma_threshold", "number", 0.3, "heterogeneity above it: below 0 always, .inf never", infinite=True),
         Parameter(
             "k_frac", "number", 0.3, "share of singular directions that are refined", minimum=0.0, maximum=1.0
         ),

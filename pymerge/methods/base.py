@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Parameter:
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
+    infinite: bool = False  # infinity has a meaning
     choices: tuple[str, ...] = ()
     no_effect: bool = False  # accepted because mergekit accepts it; the plan says that it changes nothing
 
@@ -45,8 +47,8 @@ class Parameter:
         """Return `value` as this parameter's type; ArgumentError says what was expected."""
         parsed = self._parse(value)
         if isinstance(parsed, (int, float)) and not isinstance(parsed, bool):
-            if math.isnan(parsed):
-                raise self._wrong(value, "a number, not NaN")
+            if math.isnan(parsed) or (math.isinf(parsed) and not self.infinite):
+                raise self._wrong(value, "a finite number")
             if self.minimum is not None and parsed < self.minimum:
                 raise self._wrong(value, f"at least {self.minimum:g}")
             if self.above is not None and parsed <= self.above:
@@ -75,13 +77,16 @@ class Parameter:
             suffix = ' or "auto"' if self.kind == "number_or_auto" else ""
             raise self._wrong(value, ("a whole number" if self.kind == "integer" else "a number") + suffix)
         if self.kind == "integer":
-            if value != int(value):
+            if not math.isfinite(value) or value != int(value):
                 raise self._wrong(value, "a whole number")
             return int(value)
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise self._wrong(value, "a number that fits a float") from None
 
     def _wrong(self, value: Any, expected: str) -> ArgumentError:
-        return ArgumentError(f"parameter {self.name!r} is {value!r}; it must be {expected}")
+        return ArgumentError(f"parameter {self.name!r} is {reprlib.repr(value)}; it must be {expected}")
 
 
 @dataclass(frozen=True)

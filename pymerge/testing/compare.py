@@ -13,7 +13,7 @@ FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome: whether it holds, the share of the tolerance that was used, and where the worst element is."""
+    """Whether it holds, the share of the tolerance that was used, and the first element out of it."""
 
     ok: bool
     share: float
@@ -28,8 +28,8 @@ def compare(actual: Tensor, baseline: Tensor, truth: Tensor) -> Comparison:
         baseline: the reference's result in the same dtype; its largest error, times 2, is the tolerance.
         truth: the reference's result in float64.
 
-    To the tolerance comes a floor of one rounding of the largest true value in the result's dtype. NaN and infinities
-    must be where the baseline has them; the largest error is taken over the rest.
+    To the tolerance comes a floor of one rounding of the largest true value in the result's dtype. NaN and
+    infinities must be where the baseline has them; the largest error is taken over the rest.
     """
     if actual.shape != baseline.shape or actual.dtype != baseline.dtype:
         return Comparison(
@@ -42,7 +42,9 @@ def compare(actual: Tensor, baseline: Tensor, truth: Tensor) -> Comparison:
     kinds = torch.where(torch.isnan(actual), 2.0, torch.sign(actual.double()) * torch.isinf(actual))
     expected = torch.where(torch.isnan(baseline), 2.0, torch.sign(baseline.double()) * torch.isinf(baseline))
     if not torch.equal(kinds, expected):
-        return Comparison(False, float("inf"), "NaN or infinity: " + _first_difference(actual, baseline, kinds != expected))
+        return Comparison(
+            False, float("inf"), "NaN or infinity: " + _first_difference(actual, baseline, kinds != expected)
+        )
     if actual.numel() == 0 or bool(special.all()):
         return Comparison(True, 0.0, "nothing finite to compare")
     error = torch.where(special, 0.0, actual.double() - truth).abs()
@@ -53,7 +55,7 @@ def compare(actual: Tensor, baseline: Tensor, truth: Tensor) -> Comparison:
     worst = float(error.max())
     share = worst / tolerance if tolerance > 0 else (0.0 if worst == 0 else float("inf"))
     message = (
-        f"largest error {worst:.3g}, reference's {baseline_error:.3g}, {share:.0%} of the tolerance {tolerance:.3g}; "
+        f"largest error {worst:.3g}, reference's {baseline_error:.3g}, {share:.0%} of {tolerance:.3g}; "
         + _first_difference(actual, truth, error > tolerance)
     )
     return Comparison(share <= 1.0, share, message)
@@ -67,10 +69,11 @@ def assert_accurate(label: str, actual: Tensor, baseline: Tensor, truth: Tensor)
 
 
 def assert_same(label: str, actual: Tensor, expected: Tensor) -> None:
-    """AssertionError naming the first difference, unless values are equal bit for bit (any NaN equals any NaN)."""
+    """AssertionError naming the first difference, unless equal bit for bit (NaN equals NaN)."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         raise AssertionError(
-            f"{label}: {tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
+            f"{label}: {tuple(actual.shape)} {actual.dtype}, "
+            f"expected {tuple(expected.shape)} {expected.dtype}"
         )
     actual, expected = actual.cpu(), expected.cpu()
     # Zeros of different sign differ, too.

@@ -1,4 +1,4 @@
-"""combine on every compiled backend: bit for bit the reference in C++ and CUDA, within its error in Triton."""
+"""combine on every compiled backend: bit for bit the reference in C++ and CUDA, near it in Triton."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def values(size: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Magnitudes from float16's subnormals to its overflow, both zeros, infinities and NaN."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(size, generator=generator) * 10.0 ** torch.randint(-9, 6, (size,), generator=generator)
-    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.0, 65520.0, 6e-8, 3.4e38])
+    special = torch.tensor(
+        [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.0, 65520.0, 6e-8, 3.4e38]
+    )
     places = torch.randperm(size, generator=generator)[: len(special)]
     x[places] = special[: len(places)]
     return x.to(dtype)
@@ -45,7 +47,11 @@ def test_combine(backend: str, device: str, size: int, base_dtype: torch.dtype |
         assert "float64" in str(load(backend).refuses("combine", frozenset({DOUBLE})))
         return
     base = None if base_dtype is None else values(size, base_dtype, 1).to(device)
-    pairs = list(itertools.pairwise((*known, known[0]))) if backend == "triton" else list(itertools.product(known, repeat=2))
+    pairs = (
+        list(itertools.pairwise((*known, known[0])))
+        if backend == "triton"
+        else list(itertools.product(known, repeat=2))
+    )
     for index, dtypes in enumerate(pairs):
         tensors = [values(size, dtype, 2 + 2 * index + t).to(device) for t, dtype in enumerate(dtypes)]
         for out_dtype in (None, *known):
@@ -84,7 +90,7 @@ def test_every_16_bit_value_survives() -> None:
 
 
 def test_rounding_to_16_bits() -> None:
-    """Halfway cases and their neighbours around every float16 and bfloat16 value: ties to even, as in PyTorch."""
+    """Halfway between all neighbours of both types, and just beside: ties to even, as in PyTorch."""
     function = load("native").implementations()["combine"]
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.arange(0, 1 << 15, dtype=torch.int16).view(dtype)

@@ -1,4 +1,4 @@
-"""task_stats in C++ against float64: the rule of `pymerge.testing.compare`, and exact zeros where they belong."""
+"""task_stats in C++ against float64: the rule of pymerge.testing.compare, and exact zeros."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ def test_task_stats(backend: str, device: str, shape: tuple[int, int], layout: s
         truth = REFERENCE(wide.base, wide.experts)
         for name in ("norms", "traces", "means"):
             assert_accurate(
-                f"{name} {dtypes}", getattr(actual, name), getattr(baseline, name), getattr(truth, name).double()
+                f"{name} {dtypes}",
+                getattr(actual, name),
+                getattr(baseline, name),
+                getattr(truth, name).double(),
             )
 
 
 def test_constant_rows_have_no_centred_trace() -> None:
-    """Every row equal: the column mean explains all, whatever its size, and the trace is 0 and not a rounding error."""
+    """Every row equal: the mean explains all, and the trace is 0, not a rounding error."""
     function = load("native").implementations()["task_stats"]
     expert = torch.tensor([1e4, -3.3, 1e-7, 0.1]).repeat(77, 1)
     stats = function(torch.zeros_like(expert), [expert])
@@ -43,7 +46,7 @@ def test_constant_rows_have_no_centred_trace() -> None:
 
 
 def test_traces_survive_a_large_mean() -> None:
-    """Deviations of 1e-3 on a mean of 1: the textbook sum of squares minus n mean^2 would keep half the digits."""
+    """Deviations of 1e-3 on a mean of 1: sum of squares minus n mean^2 would lose six digits."""
     function = load("native").implementations()["task_stats"]
     generator = torch.Generator().manual_seed(3)
     expert = 1.0 + 1e-3 * torch.randn(500, 40, generator=generator)

@@ -1,0 +1,129 @@
+"""The same bytes whatever the thread count, hash seed, shard size, and order of keys and shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import fine_tuned, llama, llama_config, load_output, write_config, write_model, write_models
+from torch import Tensor
+
+import pymerge
+
+METHODS = {
+    "linear": {"weight": [{"filter": "q_proj", "value": 0.3}, {"value": 0.7}]},
+    "task_arithmetic": {"weight": 0.4, "lambda": 1.3},
+    "wudi": {"iterations": 20, "lr": "auto"},
+    "ace": {"gamma_threshold": -1},
+}
+# Large enough that every op splits its work between threads, odd enough that no split is even.
+SIZES = {"hidden": 144, "inner": 200, "vocabulary": 333, "blocks": 1}
+
+MERGE_ALL = """
+import sys, torch, pymerge
+from pathlib import Path
+folder, out, threads = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(threads)
+assert torch.get_num_threads() == threads
+for config in sorted(folder.glob("*.yml")):
+    for backend in ("reference", "auto"):
+        pymerge.merge(config, out / f"{config.stem}-{backend}", backend=backend, device="cpu", progress=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with base, e0, e1 and one config for each method."""
+    folder = tmp_path_factory.mktemp("models")
+    base = llama(**SIZES)
+    write_models(folder, base, config=llama_config(base))
+    for method, parameters in METHODS.items():
+        write_config(folder, method, **parameters).rename(folder / f"{method}.yml")
+    return folder
+
+
+def digests(out: Path) -> dict[str, str]:
+    """sha256 of every tensor."""
+    return {name: digest(tensor) for name, tensor in load_output(out).items()}
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+def merged(config: Path, out: Path, **settings: object) -> dict[str, str]:
+    pymerge.merge(config, out, device="cpu", progress=False, **settings)
+    return digests(out)
+
+
+@pytest.fixture(scope="module")
+def runs(models: Path) -> dict[str, Path]:
+    """All methods, each by the reference and by the C++ backend, in processes that differ in threads and hash seed."""
+    outputs = {}
+    for threads, seed in ((1, 0), (2, 1)):
+        out = models / f"threads{threads}"
+        environment = os.environ | {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-c", MERGE_ALL, str(models), str(out), str(threads)]
+        subprocess.run(command, env=environment, check=True)
+        outputs[str(threads)] = out
+    return outputs
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_and_hash_seed_change_no_bit(runs: dict[str, Path], method: str, backend: str) -> None:
+    one, two = (digests(runs[threads] / f"{method}-{backend}") for threads in ("1", "2"))
+    assert len(one) == 12
+    assert [name for name in one if one[name] != two[name]] == []
+    manifests = [json.loads((out / f"{method}-{backend}/pymerge_manifest.json").read_text()) for out in runs.values()]
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_repeated_runs_in_one_process_give_the_same_bits(
+    models: Path, runs: dict[str, Path], method: str, tmp_path: Path
+) -> None:
+    first = merged(models / f"{method}.yml", tmp_path / "first")
+    assert merged(models / f"{method}.yml", tmp_path / "second") == first
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_shard_size_changes_no_tensor(models: Path, method: str, tmp_path: Path) -> None:
+    whole = merged(models / f"{method}.yml", tmp_path / "whole")
+    parts = merged(models / f"{method}.yml", tmp_path / "parts", max_shard_size="200KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 4
+    assert parts == whole
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_keys_changes_nothing(models: Path, method: str, tmp_path: Path) -> None:
+    plain = merged(models / f"{method}.yml", tmp_path / "plain")
+    head, _, rest = (models / f"{method}.yml").read_text().partition("models:\n")
+    listed, _, parameters = rest.partition("parameters:\n")
+    turned = "".join(reversed(parameters.splitlines(keepends=True)))
+    other = models / "other.yaml"
+    other.write_text(f"parameters:\n{turned}models:\n{listed}" + "".join(reversed(head.splitlines(keepends=True))))
+    assert merged(other, tmp_path / "turned") == plain
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_shards_and_tensors_in_the_inputs_changes_no_tensor(
+    models: Path, method: str, tmp_path: Path
+) -> None:
+    base = llama(**SIZES)
+    config = llama_config(base)
+    for folder, turn, shards in ((tmp_path / "a", False, 3), (tmp_path / "b", True, 4)):
+        for name, tensors in (("base", base), ("e0", fine_tuned(base, 0)), ("e1", fine_tuned(base, 1))):
+            ordered = sorted(tensors, reverse=turn)
+            write_model(folder / name, {key: tensors[key] for key in ordered}, shards=shards, config=config)
+        (folder / "merge.yml").write_bytes((models / f"{method}.yml").read_bytes())
+    first = merged(tmp_path / "a/merge.yml", tmp_path / "a/out")
+    assert merged(tmp_path / "b/merge.yml", tmp_path / "b/out") == first
+    assert merged(models / f"{method}.yml", tmp_path / "single") == first
+
+
