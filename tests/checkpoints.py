@@ -37,10 +37,10 @@ _NEUTRAL = ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "COLUMNS", "PYMERGE_BA
 
 
 def llama(
-    hidden: int = 16, inner: int = 24, vocabulary: int = 32, blocks: int = 2, tied: bool = False, seed: int = 0
+    hidden: int = 16, inner: int = 24, vocabulary: int = 32, blocks: int = 2, tied: bool = False
 ) -> Tensors:
     """Random float32 weights under the names of a Llama model."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for block in range(blocks):
         inside = f"model.layers.{block}."
@@ -75,8 +75,10 @@ def fine_tuned(base: Mapping[str, Tensor], seed: int, scale: float = 1e-3) -> Te
     generator = torch.Generator().manual_seed(1000 + seed)
 
     def moved(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.clone()
         noise = torch.randn(tensor.shape, generator=generator)
-        return (tensor.float() + scale * noise).to(tensor.dtype) if tensor.is_floating_point() else tensor.clone()
+        return (tensor.float() + scale * noise).to(tensor.dtype)
 
     return {name: moved(tensor) for name, tensor in base.items()}
 
@@ -140,12 +142,14 @@ def write_config(folder: Path, method: str, *, experts: int = 2, more: str = "",
 
 def load_output(out: Path) -> Tensors:
     """All tensors of a model directory, read by the safetensors library."""
-    return {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    loaded = [load_file(file) for file in sorted(out.glob("*.safetensors"))]
+    return {name: tensor for part in loaded for name, tensor in part.items()}
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Content of every file below a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @dataclass
@@ -169,19 +173,23 @@ class Running:
         self, arguments: tuple[str, ...], env: Mapping[str, str] | None, before: Callable[[], object] | None
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._process = _FORKS.Process(target=_main, args=(arguments, self._folder.name, dict(env or {}), before))
+        details = (arguments, self._folder.name, dict(env or {}), before)
+        self._process = _FORKS.Process(target=_main, args=details)
         self._process.start()
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the command, which must still be running."""
-        assert self._process.is_alive() and self._process.pid is not None, self.wait()
-        os.kill(self._process.pid, number)
+        pid = self._process.pid
+        assert pid is not None
+        assert self._process.is_alive(), self.wait()
+        os.kill(pid, number)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition that this command brings about, at most a minute."""
         deadline = time.monotonic() + 60
         while not condition():
-            assert self._process.is_alive() and time.monotonic() < deadline, self.wait()
+            assert self._process.is_alive(), self.wait()
+            assert time.monotonic() < deadline
             time.sleep(0.002)
 
     def wait(self) -> Done:

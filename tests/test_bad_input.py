@@ -1,4 +1,4 @@
-"""What goes wrong is said in one message that names file, tensor, value and remedy, and leaves no output behind."""
+"""What goes wrong is said in one message that names file, tensor, value and remedy; no output is left behind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def models(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refused(models: Path, code: int, *fragments: object, args: tuple[str, ...] = (), existed: bool = False) -> str:
+def refused(
+    models: Path, code: int, *fragments: object, args: tuple[str, ...] = (), existed: bool = False
+) -> str:
     """Merge models/merge.yml into models/out; return the one error message, which holds all fragments.
 
     Nothing may be left of the output, unless it `existed`.
@@ -81,7 +83,7 @@ def test_an_extra_tensor_is_refused_or_left_out_as_told(models: Path) -> None:
 
 def test_a_wrong_shape(models: Path) -> None:
     change(models / "e1", lambda tensors: tensors.update({UP: torch.ones(24, 15)}))
-    refused(models, 4, models / "e1/model.safetensors", UP, "[24, 15]", "[24, 16]", "merge only models of the same")
+    refused(models, 4, models / "e1/model.safetensors", UP, "[24, 15]", "[24, 16]", "merge only models of")
 
 
 def test_an_integer_tensor_where_the_base_has_weights(models: Path) -> None:
@@ -186,14 +188,16 @@ def test_values_that_are_not_finite_are_merged_on_request(models: Path) -> None:
     write_config(models, "task_arithmetic", more="allow_nonfinite: true")
     done = pymerge("merge", models / "merge.yml", models / "out", "--quiet")
     assert (done.code, done.err) == (0, "")
-    nonfinite = {name: (~torch.isfinite(t)).nonzero().tolist() for name, t in load_output(models / "out").items()}
-    assert {name: where for name, where in nonfinite.items() if where} == {UP: [[0, 3]]}
+    merged = load_output(models / "out")
+    wrong = {name: tensor for name, tensor in merged.items() if not torch.isfinite(tensor).all()}
+    assert wrong.keys() == {UP}
+    assert (~torch.isfinite(wrong[UP])).nonzero().tolist() == [[0, 3]]
 
 
 @pytest.mark.parametrize("method", ["wudi", "ace"])
-def test_solvers_do_not_crash_on_values_that_are_not_finite(models: Path, method: str) -> None:
+def test_solvers_neither_crash_on_values_that_are_not_finite_nor_drop_them(models: Path, method: str) -> None:
     change(models / "e1", lambda tensors: tensors[UP].view(-1)[3:4].fill_(float("nan")))
-    write_config(models, method, more="allow_nonfinite: true", **({"iterations": 2} if method == "wudi" else {}))
+    write_config(models, method, more="allow_nonfinite: true")
     done = pymerge("merge", models / "merge.yml", models / "out", "--quiet")
     assert "Traceback" not in done.err
     if done.code == 0:
@@ -218,7 +222,7 @@ def test_an_unknown_method(models: Path) -> None:
 def test_a_missing_weight(models: Path) -> None:
     text = (models / "merge.yml").read_text().partition("parameters:")[0]
     (models / "merge.yml").write_text(text)
-    message = refused(models, 2, f"{models / 'merge.yml'}:4:", "'e0'", "'weight'", "add it under this model's")
+    message = refused(models, 2, f"{models / 'merge.yml'}:4:", "'e0'", "'weight'", "add it under this")
     assert f"{models / 'merge.yml'}:5:" in message
     assert "'e1'" in message
 
@@ -264,7 +268,8 @@ def test_a_config_that_is_none(models: Path, text: str | None, said: str) -> Non
 
 
 def test_a_memory_limit_that_is_too_small(models: Path) -> None:
-    refused(models, 4, "memory", "lm_head.weight", "the limit is 1000B", "give --memory", args=("--memory", "1KB"))
+    said = ("memory", "lm_head.weight", "the limit is 1000B", "give --memory")
+    refused(models, 4, *said, args=("--memory", "1KB"))
 
 
 @pytest.mark.parametrize("size", ["many", "-1", "0", "0.5", "1" + "0" * 400, "5XB"])
@@ -309,7 +314,7 @@ def test_files_of_others_in_the_output_directory(models: Path) -> None:
     (models / "out").mkdir()
     (models / "out/thesis.txt").write_text("mine")
     for args in ((), ("--overwrite",)):
-        refused(models, 8, models / "out", "'thesis.txt'", "choose an empty directory", args=args, existed=True)
+        refused(models, 8, models / "out", "'thesis.txt'", "choose an empty", args=args, existed=True)
         assert tree(models / "out") == {"thesis.txt": b"mine"}
 
 
@@ -379,7 +384,9 @@ def test_a_file_larger_than_allowed_keeps_the_finished_shards(tmp_path: Path) ->
     done = pymerge(*args, before=limit)
     assert done.code == 8
     assert len(done.errors) == 1
-    assert all(text in done.errors[0] for text in ("is not allowed here", "smaller maximum shard size", ".safetensors"))
+    assert "model-00004-of-00004.safetensors" in done.errors[0]
+    assert "is not allowed here" in done.errors[0]
+    assert "smaller maximum shard size" in done.errors[0]
     assert top_level(tmp_path / "out") == {".pymerge"}
     done = pymerge(*args)
     assert done.code == 0, done
@@ -387,22 +394,32 @@ def test_a_file_larger_than_allowed_keeps_the_finished_shards(tmp_path: Path) ->
     assert load_output(tmp_path / "out").keys() == base.keys()
 
 
-IN_TMPFS = 'mount -t tmpfs -o size=1m tmpfs "$1" && shift && "$@"; code=$?; ls -A "$6" | sed "s/^/LEFT /"; exit $code'
+# Mounts a file system of 1 MiB on $1, runs the other arguments, and lists what they leave in the output directory.
+IN_TMPFS = """
+mount -t tmpfs -o size=1m tmpfs "$1" || exit 1
+shift
+"$@"
+code=$?
+ls -A "$6" | sed "s/^/LEFT /"
+exit $code
+"""
 
 
-def full_disk(models: Path, *args: str) -> subprocess.CompletedProcess[str] | None:
+def full_disk(models: Path) -> subprocess.CompletedProcess[str] | None:
     """Merge into a file system of 1 MiB; None where mounting one is not allowed."""
     disk = models / "disk"
     disk.mkdir()
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     try:
-        probe = subprocess.run([*unshare, IN_TMPFS, "sh", str(disk), "true"], capture_output=True, check=False)
+        mount = 'mount -t tmpfs tmpfs "$1"'
+        probe = subprocess.run([*unshare, mount, "sh", str(disk)], capture_output=True, check=False)
     except FileNotFoundError:
         return None
     if probe.returncode != 0:
         return None
-    command = [sys.executable, "-m", "pymerge", "merge", str(models / "merge.yml"), str(disk / "out"), *args]
-    return subprocess.run([*unshare, IN_TMPFS, "sh", str(disk), *command], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pymerge", "merge", str(models / "merge.yml"), str(disk / "out")]
+    inside = [*unshare, IN_TMPFS, "sh", str(disk), *command]
+    return subprocess.run(inside, capture_output=True, text=True, check=False)
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path) -> None:

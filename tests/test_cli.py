@@ -131,7 +131,7 @@ def test_quiet_prints_nothing(models: Path) -> None:
 
 def test_verbose_says_which_backend_computes_and_why(models: Path) -> None:
     config = write_config(models, "linear")
-    done = pymerge("merge", config, models / "verbose", "--verbose", "--backend", "reference", "--device", "cpu")
+    done = pymerge("merge", config, models / "verbose", "--verbose", "--backend", "reference")
     assert done.code == 0
     assert "combine: backend reference (named)" in done.err
     assert "ops: combine reference" in done.out
@@ -147,7 +147,7 @@ def test_methods_lists_all_methods_and_parameters() -> None:
         rows = re.findall(r"^│(\w+) +│ ?(.*?) *│", section, re.MULTILINE)
         assert [name for name, _ in rows] == [parameter.name for parameter in method.parameters]
         for (_, default), parameter in zip(rows, method.parameters, strict=True):
-            assert ("required" == default) == parameter.required
+            assert (default == "required") == parameter.required
 
 
 def test_env_lists_versions_and_backends_with_reasons() -> None:
@@ -180,8 +180,8 @@ def test_a_merge_is_a_complete_model_directory(models: Path, merged: Path) -> No
     source = tree(models / "base")
     assert {name: files[name] for name in CARRIED} == {name: source[name] for name in CARRIED}
     assert yaml.safe_load(files["config.json"]) == llama_config(base)
-    own = {"README.md", "config.json", "pymerge_config.yml", "pymerge_manifest.json", "model.safetensors.index.json"}
-    assert files.keys() == own | set(shards) | CARRIED.keys()
+    own = {"README.md", "config.json", "pymerge_config.yml", "pymerge_manifest.json"}
+    assert files.keys() == own | {"model.safetensors.index.json"} | set(shards) | CARRIED.keys()
 
 
 def test_the_recipe_and_the_model_card(models: Path, merged: Path) -> None:
@@ -275,7 +275,7 @@ SHARDS = 13
 
 @pytest.fixture(scope="module")
 def long_merge(tmp_path_factory: pytest.TempPathFactory) -> tuple[str | Path, ...]:
-    """Arguments (but for the output) of a wudi merge of 13 shards that takes a second; out `unbroken` exists."""
+    """Arguments, but for the output, of a wudi merge of 13 shards that takes a second; `unbroken` is one."""
     folder = tmp_path_factory.mktemp("long")
     base = {f"model.layers.{number:02d}.mlp.up_proj.weight": torch.eye(96) for number in range(SHARDS)}
     write_model(folder / "base", base, config={"model_type": "x"}, files=CARRIED)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import fine_tuned, llama, llama_config, load_output, write_config, write_model, write_models
+import torch
+from checkpoints import (
+    fine_tuned,
+    llama,
+    llama_config,
+    load_output,
+    tree,
+    write_config,
+    write_model,
+    write_models,
+)
 from torch import Tensor
 
 import pymerge
@@ -19,9 +28,9 @@ METHODS = {
     "linear": {"weight": [{"filter": "q_proj", "value": 0.3}, {"value": 0.7}]},
     "task_arithmetic": {"weight": 0.4, "lambda": 1.3},
     "wudi": {"iterations": 20, "lr": "auto"},
-    "ace": {"gamma_threshold": -1},
+    "ace": {},
 }
-# Large enough that every op splits its work between threads, odd enough that no split is even.
+# Large enough that ops split their work between threads, odd enough that no split is even.
 SIZES = {"hidden": 144, "inner": 200, "vocabulary": 333, "blocks": 1}
 
 MERGE_ALL = """
@@ -29,11 +38,12 @@ import sys, torch, pymerge
 from pathlib import Path
 folder, out, threads = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
-assert torch.get_num_threads() == threads
 for config in sorted(folder.glob("*.yml")):
     for backend in ("reference", "auto"):
         pymerge.merge(config, out / f"{config.stem}-{backend}", backend=backend, device="cpu", progress=False)
 """
+# (threads, PYTHONHASHSEED) of processes that run MERGE_ALL.
+RUNS = ((1, 0), (2, 1), (2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -62,32 +72,55 @@ def merged(config: Path, out: Path, **settings: object) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def runs(models: Path) -> dict[str, Path]:
-    """All methods, each by the reference and by the C++ backend, in processes that differ in threads and hash seed."""
-    outputs = {}
-    for threads, seed in ((1, 0), (2, 1)):
-        out = models / f"threads{threads}"
+def runs(models: Path) -> list[Path]:
+    """Outputs of all methods, by the reference and by the backend for CPUs, in each of RUNS."""
+    outputs = []
+    for threads, seed in RUNS:
+        outputs.append(models / f"threads{threads}-seed{seed}")
         environment = os.environ | {"PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-c", MERGE_ALL, str(models), str(out), str(threads)]
+        command = [sys.executable, "-c", MERGE_ALL, str(models), str(outputs[-1]), str(threads)]
         subprocess.run(command, env=environment, check=True)
-        outputs[str(threads)] = out
     return outputs
+
+
+def differing(one: dict[str, str], two: dict[str, str]) -> list[str]:
+    assert len(one) == 12
+    assert one.keys() == two.keys()
+    return [name for name in one if one[name] != two[name]]
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("method", METHODS)
-def test_threads_and_hash_seed_change_no_bit(runs: dict[str, Path], method: str, backend: str) -> None:
-    one, two = (digests(runs[threads] / f"{method}-{backend}") for threads in ("1", "2"))
-    assert len(one) == 12
-    assert [name for name in one if one[name] != two[name]] == []
-    manifests = [json.loads((out / f"{method}-{backend}/pymerge_manifest.json").read_text()) for out in runs.values()]
-    assert manifests[0] == manifests[1]
+def test_the_hash_seed_changes_no_byte(runs: list[Path], method: str, backend: str) -> None:
+    first, second = (out / f"{method}-{backend}" for out in runs[1:])
+    assert differing(digests(first), digests(second)) == []
+    assert tree(first) == tree(second)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+def test_threads_change_no_byte_of_weighted_sums(runs: list[Path], method: str, backend: str) -> None:
+    one, two = (out / f"{method}-{backend}" for out in runs[:2])
+    assert differing(digests(one), digests(two)) == []
+    assert tree(one) == tree(two)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("method", ["wudi", "ace"])
+def test_threads_change_solutions_in_the_last_bit_at_most(
+    runs: list[Path], method: str, backend: str
+) -> None:
+    # BLAS and LAPACK may add in another order: their Cholesky does, for any size and in both precisions.
+    one, two = (load_output(out / f"{method}-{backend}") for out in runs[:2])
+    solved = [name for name in one if "_proj" in name]
+    assert len(solved) == 7
+    assert [name for name in one if name not in solved and not torch.equal(one[name], two[name])] == []
+    for name in solved:
+        torch.testing.assert_close(one[name], two[name], rtol=2.0**-23, atol=1e-8)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_repeated_runs_in_one_process_give_the_same_bits(
-    models: Path, runs: dict[str, Path], method: str, tmp_path: Path
-) -> None:
+def test_repeated_runs_in_one_process_give_the_same_bits(models: Path, method: str, tmp_path: Path) -> None:
     first = merged(models / f"{method}.yml", tmp_path / "first")
     assert merged(models / f"{method}.yml", tmp_path / "second") == first
 
@@ -107,7 +140,8 @@ def test_the_order_of_keys_changes_nothing(models: Path, method: str, tmp_path: 
     listed, _, parameters = rest.partition("parameters:\n")
     turned = "".join(reversed(parameters.splitlines(keepends=True)))
     other = models / "other.yaml"
-    other.write_text(f"parameters:\n{turned}models:\n{listed}" + "".join(reversed(head.splitlines(keepends=True))))
+    first = "".join(reversed(head.splitlines(keepends=True)))
+    other.write_text((f"parameters:\n{turned}" if turned else "") + f"{first}models:\n{listed}")
     assert merged(other, tmp_path / "turned") == plain
 
 
@@ -125,5 +159,3 @@ def test_the_order_of_shards_and_tensors_in_the_inputs_changes_no_tensor(
     first = merged(tmp_path / "a/merge.yml", tmp_path / "a/out")
     assert merged(tmp_path / "b/merge.yml", tmp_path / "b/out") == first
     assert merged(models / f"{method}.yml", tmp_path / "single") == first
-
-

@@ -1,4 +1,4 @@
-"""Arrows between modules go one way, PyTorch and Triton are imported late, and the kernels know nothing of Python."""
+"""Arrows between modules go one way, PyTorch and Triton are imported late, kernels know nothing of pymerge."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def imported_at_once(file: Path) -> list[str]:
 
 def own_parts(names: Iterator[str] | list[str]) -> set[str]:
     """Parts of pymerge among dotted names."""
-    parts = {(name.split(".") + ["__init__"])[1] for name in names if name.split(".")[0] == "pymerge"}
+    parts = {[*name.split("."), "__init__"][1] for name in names if name.split(".")[0] == "pymerge"}
     # Names that pymerge/__init__.py hands out.
     return {part if part in ARROWS or part in KERNELS else "__init__" for part in parts}
 

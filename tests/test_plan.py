@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Tensors, fine_tuned, llama, llama_config, load_output, write_config, write_model, write_models
+from checkpoints import (
+    Tensors,
+    fine_tuned,
+    llama,
+    llama_config,
+    load_output,
+    write_config,
+    write_model,
+    write_models,
+)
 
 from pymerge import api, engine
 from pymerge.errors import ArgumentError, PlanError, PymergeError
@@ -36,7 +45,9 @@ def models(tmp_path: Path) -> Path:
     return write_models(tmp_path, base, config=llama_config(base))
 
 
-def planned(models: Path, method: str, *, more: str = "", limits: dict[str, Any] | None = None, **parameters: Any) -> Plan:
+def planned(
+    models: Path, method: str, *, more: str = "", limits: dict[str, Any] | None = None, **parameters: Any
+) -> Plan:
     return api.plan(write_config(models, method, more=more, **parameters), **(limits or {}))
 
 
@@ -121,7 +132,7 @@ def test_peak_memory_is_the_largest_piece_with_its_neighbours(models: Path) -> N
     assert planned(models, "wudi").peak_memory > plan.peak_memory
     exact = {"memory": plan.peak_memory}
     assert planned(models, "linear", limits=exact).memory == plan.peak_memory
-    with pytest.raises(PlanError, match="memory: .* give --memory"):
+    with pytest.raises(PlanError, match=r"memory: .* give --memory"):
         planned(models, "linear", limits={"memory": plan.peak_memory - 1})
 
 
@@ -217,7 +228,8 @@ def test_gradients_and_filters_reach_the_actions(models: Path) -> None:
     assert weights == [AddTaskVectors((w, w)) for w in (0.0, 0.5, 1.0)]
     assert found[UP].action == AddTaskVectors((0.25, 0.25))
     assert found[NORM].action == AddTaskVectors((2.0, 2.0))
-    found = steps(planned(models / "deep", "wudi", iterations=[{"filter": "q_proj", "value": 3}], scale=[1.0, 0.0]))
+    iterations = [{"filter": "q_proj", "value": 3}]
+    found = steps(planned(models / "deep", "wudi", iterations=iterations, scale=[1.0, 0.0]))
     assert found[QUERY.format(1)].action == SolveWudi(3, 1e-5, 0.5, "auto")
     assert found[UP].action == SolveWudi(300, 1e-5, 1.0, "auto")
 
@@ -237,7 +249,8 @@ def test_a_model_has_precedence_over_the_top_level(models: Path) -> None:
 
 
 def test_a_required_parameter_without_a_value_for_some_tensor(models: Path) -> None:
-    with pytest.raises(PymergeError, match=re.escape(f"no entry of 'weight' of model 'e0' fits tensor '{HEAD}'")):
+    message = f"no entry of 'weight' of model 'e0' fits tensor '{HEAD}'"
+    with pytest.raises(PymergeError, match=re.escape(message)):
         planned(models, "linear", weight=[{"filter": "mlp", "value": 1}])
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,3 +72,14 @@ def task_vector(base: Tensor, expert: Tensor, mean: Tensor | None, dtype: torch.
     """tau_t = W_t - W_0, formed in `dtype` after upcasting; minus its column mean (d_in) if one is given."""
     tau = expert.to(dtype) - base.to(dtype)
     return tau if mean is None else tau.sub_(mean.to(dtype))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """LAPACK's eigenvalue and singular value routines round differently for each number of threads: use one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

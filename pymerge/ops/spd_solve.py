@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops.base import Op, check_matrix
+from pymerge.ops.cholesky import Cholesky
 
 
 class Solution(NamedTuple):
@@ -32,23 +33,22 @@ def check(S: Tensor, R: Tensor, prior: Tensor | None = None) -> None:
         )
 
 
-def condition_estimate(S: Tensor, factor: Tensor, iterations: int = 8) -> float:
-    """Estimate cond_2(S) from its Cholesky factor by power iteration on S and on S^-1 (d_in^2 work an iteration).
+def condition_estimate(S: Tensor, factor: Cholesky, iterations: int = 8) -> float:
+    """Estimate cond_2(S) from its factor by power iteration on S and on S^-1, d_in^2 work each.
 
     The start vector is fixed, so the estimate is the same on every run.
     """
     size = S.shape[0]
-    start = torch.cos(torch.arange(1, size + 1, dtype=S.dtype, device=S.device))
+    start = torch.cos(torch.arange(1, size + 1, dtype=S.dtype, device=S.device)).unsqueeze(0)
+    high = low = start / start.norm()
     largest = smallest_inverse = 0.0
-    high = (start / start.norm()).unsqueeze(1)
-    low = high.clone()
     for _ in range(iterations):
-        high = S @ high
+        high = high @ S
         largest = float(high.norm())
-        high /= largest
-        low = torch.cholesky_solve(low, factor)
+        high = high / largest
+        low = factor.solve(low)
         smallest_inverse = float(low.norm())
-        low /= smallest_inverse
+        low = low / smallest_inverse
     return largest * smallest_inverse
 
 
@@ -61,24 +61,18 @@ def reference(S: Tensor, R: Tensor, prior: Tensor | None = None) -> Solution:
         prior: c, [d_in], same dtype, or None. The rank-one term is applied by Sherman-Morrison:
             X = Y - (R u)(c S^-1) / (1 + c u), Y = R S^-1, u = S^-1 1.
 
-    One Cholesky factorisation and d_out + 2 right-hand sides.
+    One Cholesky factorisation and d_out + 2 right-hand sides, the same bits for any number of threads.
     Raises ArgumentError when S is not positive definite. Source: ACE-Merging, arXiv 2603.02945, closed form.
     """
     if S.shape[0] == 0:
         return Solution(R.clone(), 1.0)
-    factor, info = torch.linalg.cholesky_ex(S)
-    if int(info) != 0:
-        raise ArgumentError(
-            f"spd_solve: S ({S.shape[0]} x {S.shape[0]}) is not positive definite in {S.dtype} "
-            f"(leading minor {int(info)}); raise eps, or compute in float64"
-        )
-    Y = torch.cholesky_solve(R.mT, factor).mT
+    factor = Cholesky(S)
+    X = factor.solve(R)
     if prior is not None:
-        ones = torch.ones_like(prior)
-        pair = torch.cholesky_solve(torch.stack([ones, prior], dim=1), factor)
-        u, row = pair[:, 0], pair[:, 1]
-        Y = Y - torch.outer(R @ u, row) / (1.0 + prior @ u)
-    return Solution(Y, condition_estimate(S, factor))
+        pair = factor.solve(torch.stack([torch.ones_like(prior), prior]))
+        u, row = pair[0], pair[1]
+        X -= torch.outer(R @ u, row) / (1.0 + prior @ u)
+    return Solution(X, condition_estimate(S, factor))
 
 
 OP = Op("spd_solve", check, reference, "X S = R by Cholesky, with ACE's rank-one prior by Sherman-Morrison")

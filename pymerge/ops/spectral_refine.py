@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_matrix
+from pymerge.ops.base import Op, check_matrix, one_thread
 
 # Singular values below this share of the largest drown in the rounding of a float64 Gram (square root of 1e-16, with
 # two digits to spare); then only a direct SVD resolves their directions.
@@ -31,11 +31,13 @@ def leading_polar_factor(M: Tensor, k: int) -> tuple[Tensor, Tensor]:
     M = M.to(torch.float64)
     tall = M.shape[0] >= M.shape[1]
     gram = M.mT @ M if tall else M @ M.mT
-    values, vectors = torch.linalg.eigh(gram)
+    with one_thread():
+        values, vectors = torch.linalg.eigh(gram)
     values = values.flip(0)[:k].clamp(min=0.0)
     s = values.sqrt()
     if float(s[-1]) <= _GRAM_LIMIT * float(s[0]):
-        U, s, Vh = torch.linalg.svd(M, full_matrices=False)
+        with one_thread():
+            U, s, Vh = torch.linalg.svd(M, full_matrices=False)
         return s[:k], U[:, :k] @ Vh[:k]
     basis = vectors.flip(1)[:, :k]
     if tall:

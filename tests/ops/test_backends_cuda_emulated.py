@@ -64,7 +64,7 @@ def gram(module: ModuleType, base: Tensor, experts: list[Tensor], means: Tensor 
     return out
 
 
-# One tile; an even number of tile rows; an odd one, which leaves half a grid row over; several groups of rows.
+# One tile; two tile rows; three, an odd number, which leaves half a grid row over; several groups of rows.
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (17, 65), (20, 130), (530, 10)])
 @pytest.mark.parametrize("centred", [False, True])
 def test_task_gram(emulated: ModuleType, shape: tuple[int, int], centred: bool) -> None:
