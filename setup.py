@@ -43,9 +43,7 @@ def find_nvcc() -> str | None:
 def cuda_architectures() -> list[str]:
     """PYMERGE_CUDA_ARCHS as a list, oldest first."""
     value = os.environ.get("PYMERGE_CUDA_ARCHS") or "80;90"
-    archs = sorted(
-        {part.strip() for part in value.split(";")}, key=lambda arch: int(arch) if arch.isdigit() else -1
-    )
+    archs = sorted({part.strip() for part in value.split(";")}, key=lambda arch: int(arch) if arch.isdigit() else -1)
     if not all(arch.isdigit() for arch in archs):
         sys.exit(f"PYMERGE_CUDA_ARCHS is {value!r}; give compute capabilities such as 80;90")
     return archs
@@ -74,9 +72,7 @@ class BuildExtensions(build_ext):
             probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
             try:
                 objects = self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=["-fopenmp"])
-                self.compiler.link_executable(
-                    objects, str(Path(folder, "probe")), extra_postargs=["-fopenmp"]
-                )
+                self.compiler.link_executable(objects, str(Path(folder, "probe")), extra_postargs=["-fopenmp"])
             except (CompileError, LinkError) as error:
                 print(f"pymerge: no OpenMP, the C++ ops will use one thread ({error})")
                 return False

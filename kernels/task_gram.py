@@ -57,12 +57,8 @@ def task_gram_kernel(
         gram = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
         for start in range(0, rows, DEPTH):
             step = start + tl.arange(0, DEPTH).to(tl.int64)
-            left = _load_task(
-                base, experts[t], mean, rows, columns, base_stride, strides[t], step, row, CENTRED
-            )
-            right = _load_task(
-                base, experts[t], mean, rows, columns, base_stride, strides[t], step, column, CENTRED
-            )
+            left = _load_task(base, experts[t], mean, rows, columns, base_stride, strides[t], step, row, CENTRED)
+            right = _load_task(base, experts[t], mean, rows, columns, base_stride, strides[t], step, column, CENTRED)
             gram = tl.dot(tl.trans(left), right, gram, input_precision="ieee")
         total += weights[t] * gram
 

@@ -15,6 +15,7 @@ from pymerge.backends import Dispatcher
 from pymerge.checkpoint import TORCH_DTYPES, code_of
 from pymerge.config import load_config
 from pymerge.errors import ArgumentError, NonFiniteError
+from pymerge.finite import is_finite
 from pymerge.layers import Kind, Layer, classify
 from pymerge.methods import get_method
 from pymerge.methods.base import Method, Values
@@ -190,7 +191,7 @@ class _Merger:
         if layer.kind is Kind.BUFFER:
             return base.clone()
         for index, tensor in enumerate([base, *experts]):
-            if not engine.is_finite(tensor):
+            if not is_finite(tensor):
                 owner = "the base" if index == 0 else f"expert {index - 1}"
                 raise NonFiniteError(f"{name}: {owner} holds NaN or infinity; repair it or leave it out")
             if tensor.shape != base.shape:

@@ -167,7 +167,9 @@ def verify(
         if report.problems:
             raise OutputError(f"{out} is not as it was written:\n" + "\n".join(f"- {p}" for p in report.problems))
         if not quiet:
-            _out.print(f"{out}: {report.tensors} tensors, {report.parameters:,} parameters, all as written", markup=False)
+            _out.print(
+                f"{out}: {report.tensors} tensors, {report.parameters:,} parameters, all as written", markup=False
+            )
 
 
 @app.command()
@@ -192,11 +194,13 @@ def _print_view(name: str) -> None:
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
 def demo(context: typer.Context) -> None:
-    """Merge the example experts by every method and compare them on their tasks (in a checkout; see examples/glyphs)."""
+    """Merge the example experts by every method and compare them on their tasks (in a checkout only)."""
     with _reported():
         script = Path(__file__).resolve().parent.parent / "examples" / "glyphs" / "demo.py"
         if not script.is_file():
-            raise OutputError(f"the demo's models are not installed ({script} is missing); clone the repository for them")
+            raise OutputError(
+                f"the demo's models are not installed ({script} is missing); clone the repository for them"
+            )
         raise SystemExit(subprocess.run([sys.executable, str(script), *context.args], check=False).returncode)
 
 

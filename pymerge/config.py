@@ -175,10 +175,7 @@ def resolve(
 
     def one(parameter: Parameter, levels: Sequence[Mapping[str, Setting]], owner: str) -> Any:
         for level in levels:
-            if (
-                parameter.name in level
-                and (value := level[parameter.name].value(tensor_name, position)) is not None
-            ):
+            if parameter.name in level and (value := level[parameter.name].value(tensor_name, position)) is not None:
                 return value
         if parameter.required:
             raise ConfigError(
@@ -194,8 +191,7 @@ def resolve(
             continue
         entries = [config.models[i] for i in model_indices]
         model[parameter.name] = tuple(
-            one(parameter, [entry.parameters, config.parameters], f" of model {entry.model!r}")
-            for entry in entries
+            one(parameter, [entry.parameters, config.parameters], f" of model {entry.model!r}") for entry in entries
         )
     return Values(merge, model)
 

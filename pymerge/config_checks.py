@@ -88,9 +88,7 @@ class Checker:
     def _take_tokenizer(self) -> None:
         source = self._raw.pop("tokenizer_source", None)
         if source not in (None, "base"):
-            problem = (
-                f"tokenizer_source {source!r} is not supported yet; write 'base', whose tokenizer is copied"
-            )
+            problem = f"tokenizer_source {source!r} is not supported yet; write 'base', whose tokenizer is copied"
             self._document.add(("tokenizer_source",), problem)
         if self._raw.pop("chat_template", None) is not None:
             problem = "chat_template is not supported yet; delete it: the base's template is copied"
@@ -104,9 +102,7 @@ class Checker:
         given = raw["parameters"]
         raw["parameters"] = {}
         if not isinstance(given, dict):
-            remedy = (
-                "indent its entries under it, or delete it" if given is None else "write names and values"
-            )
+            remedy = "indent its entries under it, or delete it" if given is None else "write names and values"
             problem = f"{show(inside)} is {'empty' if given is None else repr(given)}; {remedy}"
             self._document.add(inside, problem)
             return set()
@@ -123,9 +119,7 @@ class Checker:
             else:
                 allowed[name] = known[name]
                 if known[name].no_effect:
-                    self._document.warn(
-                        (*inside, name), f"parameter {name!r} has no effect in {self.method.name!r}"
-                    )
+                    self._document.warn((*inside, name), f"parameter {name!r} has no effect in {self.method.name!r}")
         settings = parse_settings(given, allowed, inside, self._document)
         for name, setting in settings.items():
             if number := unreachable(setting):
@@ -165,9 +159,7 @@ class Checker:
                 problem = f"unknown key {unknown!r} in {show(location)}; write the model's path alone"
                 self._document.add((*location, unknown), problem)
             return self._reference(value.get(key), (*location, key))
-        if isinstance(value, str) and not any(
-            path.exists() for path in places(value, self._document.directory)
-        ):
+        if isinstance(value, str) and not any(path.exists() for path in places(value, self._document.directory)):
             for sign, key in (("+", "lora"), ("@", "revision")):
                 if sign in value:
                     problem = f"{show(location)} is {value!r}: '{sign}{key}' is not supported yet"
@@ -189,9 +181,7 @@ class Checker:
             if not isinstance(name, str):
                 continue
             if name in first:
-                self._document.warn(
-                    ("models", i), f"models[{i}] is models[{first[name]}] again: {name!r} counts twice"
-                )
+                self._document.warn(("models", i), f"models[{i}] is models[{first[name]}] again: {name!r} counts twice")
             first.setdefault(name, i)
             if method.needs_base and isinstance(base, str) and same_model(name, base):
                 continue
@@ -199,9 +189,7 @@ class Checker:
             for parameter in method.parameters:
                 if parameter.required and parameter.scope == "model" and parameter.name not in own | given:
                     problem = f"model {name!r} has no {parameter.name!r}, which {method.name!r} requires"
-                    remedy = (
-                        "add it under this model's 'parameters', or for all models under the top-level ones"
-                    )
+                    remedy = "add it under this model's 'parameters', or for all models under the top-level ones"
                     document.add(("models", i), f"{problem}; {remedy}")
         for parameter in method.parameters:
             if parameter.required and parameter.scope == "merge" and parameter.name not in given:

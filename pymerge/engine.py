@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import time
@@ -26,6 +27,7 @@ from pymerge.checkpoint import (
     verify,
 )
 from pymerge.errors import ArgumentError, BackendError, NonFiniteError, OutputError
+from pymerge.finite import check_finite, is_finite
 from pymerge.pieces import Piece
 from pymerge.planner import READ_AHEAD, WRITE_BEHIND, Plan, Step
 from pymerge.progress import NoProgress, ProgressSink
@@ -46,6 +48,27 @@ class _Clock:
     @property
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
+
+
+class _Heap:
+    """Gives freed memory back to the system now and then.
+
+    The C library keeps freed blocks of up to 32 MiB for later use. Tensors are freed on other threads than those that
+    allocate, in other sizes than the next ones, and the process would grow from layer to layer.
+    """
+
+    _STEP = 32 * 2**20
+
+    def __init__(self) -> None:
+        self._kept = 0
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; other libraries don't hold on
+
+    def freed(self, count: int) -> None:
+        """`count` bytes have been freed since the last call."""
+        self._kept += count
+        if self._trim is not None and self._kept >= self._STEP:
+            self._trim(0)
+            self._kept = 0
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -85,6 +108,7 @@ def run(
     progress = progress or NoProgress()
     target = resolve_device(device)
     run_op = Dispatcher(backend, target)
+    _refuse_inputs(plan, out)
     fingerprint = plan.fingerprint(backend, str(target))
     manifest = read_manifest(out)
     if manifest is not None and manifest["fingerprint"] == fingerprint and not overwrite:
@@ -123,6 +147,14 @@ def run(
     )
 
 
+def _refuse_inputs(plan: Plan, out: Path) -> None:
+    """An output that is an input would, with overwrite, be removed before it is read."""
+    for checkpoint in plan.inputs.all:
+        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        if out.resolve() == folder.resolve():
+            raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
+
+
 def peak_resident_bytes() -> int:
     """Largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -139,6 +171,7 @@ def _merge(
     progress: ProgressSink,
 ) -> None:
     """The pipeline. Memory is bounded by the pieces in flight: READ_AHEAD + 1 + WRITE_BEHIND."""
+    heap = _Heap()
     readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="pymerge-read")
     writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
     writes: deque[Future[None]] = deque()
@@ -161,6 +194,7 @@ def _merge(
                 writes.popleft().result()
             writes.append(writer.submit(write, step, merged))
             del merged
+            heap.freed(step.peak_bytes(piece))
             clock.reading += read - mark
             clock.computing += computed - read
             clock.writing += time.perf_counter() - computed
@@ -192,13 +226,11 @@ def _read(reader: Reader, entry: TensorEntry, piece: Piece) -> Tensor:
     return reader.read(entry, piece.start, piece.stop) if entry.shape else reader.read(entry)
 
 
-def _compute(
-    step: Step, piece: Piece, tensors: list[Tensor], run_op: Dispatcher, allow_nonfinite: bool
-) -> Tensor:
+def _compute(step: Step, piece: Piece, tensors: list[Tensor], run_op: Dispatcher, allow_nonfinite: bool) -> Tensor:
     """The merged piece, on the CPU, in the output's dtype."""
     if not allow_nonfinite:
         for entry, tensor in zip(step.inputs, tensors, strict=True):
-            _check_finite(entry, piece, tensor)
+            check_finite(entry, piece.start, tensor)
     moved = [tensor.to(run_op.device) for tensor in tensors]
     base, experts = (moved[0], moved[1:]) if step.reads_base else (moved[0], moved)
     try:
@@ -211,27 +243,6 @@ def _compute(
             "choose out_dtype bfloat16 or float32, or smaller weights"
         )
     return merged.cpu()
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite: the extremes are finite, and NaN would be one of them."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _check_finite(entry: TensorEntry, piece: Piece, tensor: Tensor) -> None:
-    if is_finite(tensor):
-        return
-    wrong = ~torch.isfinite(tensor)
-    first = wrong.nonzero()[0].tolist()
-    if first:
-        first[0] += piece.start
-    raise NonFiniteError(
-        f"{entry.file}: tensor {entry.name!r} has {int(wrong.sum())} values that are NaN or infinite, the first at "
-        f"{first}; use a sound checkpoint, or set allow_nonfinite: true in the config to merge it all the same"
-    )
 
 
 def _publish(plan: Plan, output: OutputDirectory, fingerprint: str) -> None:

@@ -32,9 +32,7 @@ class PlanError(PymergeError):
         self.problems = list(problems)
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
-        super().__init__(
-            f"{head} found before anything was read:\n" + "\n".join(f"- {p}" for p in self.problems)
-        )
+        super().__init__(f"{head} found before anything was read:\n" + "\n".join(f"- {p}" for p in self.problems))
 
 
 class ArgumentError(PymergeError, ValueError):

@@ -45,9 +45,7 @@ def open_inputs(config: MergeConfig, method: Method) -> Inputs:
         raise PlanError([f"merge method {method.name!r} works on differences to a base; set base_model"])
     chosen = participants(config, method)
     if not chosen:
-        raise PlanError(
-            [f"only the base is listed under models; list the experts that {method.name!r} shall merge"]
-        )
+        raise PlanError([f"only the base is listed under models; list the experts that {method.name!r} shall merge"])
     names = [config.models[index].model for index in chosen]
     donor = config.base_model or names[0]
     problems: list[str] = []
@@ -70,9 +68,7 @@ def match_tensors(
     warnings: list[str] = []
     tied = _tied_heads(donor, layers)
     if tied:
-        warnings.append(
-            f"{_listed(tied)}: tied to the embedding by config.json, written once, with the embedding"
-        )
+        warnings.append(f"{_listed(tied)}: tied to the embedding by config.json, written once, with the embedding")
     names = [name for name in donor.tensors if name not in tied]
     for name in names:
         if layers[name].kind is not Kind.BUFFER:
@@ -82,11 +78,7 @@ def match_tensors(
             continue
         needed = [name for name in names if layers[name].kind is not Kind.BUFFER]
         missing = [name for name in needed if name not in expert.tensors]
-        extra = [
-            name
-            for name in expert.tensors
-            if name not in donor.tensors and is_float(expert.tensors[name].dtype)
-        ]
+        extra = [name for name in expert.tensors if name not in donor.tensors and is_float(expert.tensors[name].dtype)]
         extra = [name for name in extra if not _is_tied_copy(name, expert, donor)]
         if missing:
             problems.append(f"{expert.path} lacks {_listed(missing)}; is it fine-tuned from {donor.path}?")
@@ -126,9 +118,7 @@ def _tied_heads(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> list[str
     """Heads that config.json ties to an embedding of the same shape: transformers rebuilds them on load."""
     if not _ties(checkpoint.config):
         return []
-    embeddings = {
-        checkpoint.tensors[name].shape for name, layer in layers.items() if layer.kind is Kind.EMBEDDING
-    }
+    embeddings = {checkpoint.tensors[name].shape for name, layer in layers.items() if layer.kind is Kind.EMBEDDING}
     return [
         name
         for name, layer in layers.items()

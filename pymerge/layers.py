@@ -154,9 +154,7 @@ def positions(layers: Mapping[str, Layer], config: Mapping[str, Any]) -> dict[st
     for part in _nested(config):
         hidden, extra = part.get("num_hidden_layers"), part.get("num_nextn_predict_layers")
         if isinstance(hidden, int) and isinstance(extra, int):
-            counts = {
-                blocks: hidden if count == hidden + extra else count for blocks, count in counts.items()
-            }
+            counts = {blocks: hidden if count == hidden + extra else count for blocks, count in counts.items()}
     return {name: _position(layer.index, counts.get(layer.blocks, 0)) for name, layer in layers.items()}
 
 
@@ -174,10 +172,7 @@ class _Facts:
         self.dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
         configs = list(_nested(config))
         self.vocabularies = {
-            value
-            for c in configs
-            for key, value in c.items()
-            if str(key).endswith("vocab_size") and _is_size(value)
+            value for c in configs for key, value in c.items() if str(key).endswith("vocab_size") and _is_size(value)
         }
         self.widths = _sizes(configs, _HIDDEN_KEYS | _INNER_KEYS)
         self.experts = _sizes(configs, _EXPERT_KEYS)
@@ -192,9 +187,7 @@ class _Facts:
             if parts[i].isdecimal()
         }
         self.embeddings = {
-            shape
-            for name, shape in self.shapes.items()
-            if len(shape) == 2 and _is_embedding_name(_module(name))
+            shape for name, shape in self.shapes.items() if len(shape) == 2 and _is_embedding_name(_module(name))
         }
 
     def block(self, name: str) -> tuple[str, int | None]:
@@ -231,9 +224,7 @@ def _by_evidence(name: str, facts: _Facts) -> Layer:
         return Layer(Kind.BUFFER, reason=f"dtype {facts.dtypes[name]}")
     if axes == 0:
         return Layer(Kind.OTHER, reason="scalar")
-    if axes <= 2 and (
-        parameter in ("bias", "beta") or parameter.endswith("_bias") or parameter.startswith("bias_")
-    ):
+    if axes <= 2 and (parameter in ("bias", "beta") or parameter.endswith("_bias") or parameter.startswith("bias_")):
         return Layer(Kind.BIAS, reason="name")
     if axes == 1:
         if parameter in _NORM_PARAMETERS:
@@ -244,9 +235,7 @@ def _by_evidence(name: str, facts: _Facts) -> Layer:
     if axes != 2:
         return Layer(Kind.OTHER, reason=f"{axes} axes")
     if parameter not in ("weight", "in_proj_weight") and facts.bias(name) is None:
-        return Layer(
-            Kind.OTHER, reason="not called weight"
-        )  # nothing says which axis is its input, if any is
+        return Layer(Kind.OTHER, reason="not called weight")  # nothing says which axis is its input, if any is
     return _matrix(name, module, shape, facts)
 
 

@@ -1,8 +1,9 @@
-"""How one tensor is worked on: whole, matrix by matrix of a stack, or in row ranges; always d_out x d_in for solvers."""
+"""How one tensor is worked on: whole, matrix by matrix of a stack, or in row ranges; d_out x d_in for solvers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor
 from pymerge.layers import Layer
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Action, Cost, OpRunner
+from pymerge.ops.base import one_thread
+
+# A product below this takes less than a millisecond: waiting for other threads costs more than they give, and small
+# float64 products round differently for each number of them.
+_ONE_THREAD_FLOPS = 2**25
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,7 @@ def split(layer: Layer, action: Action, shape: tuple[int, ...], max_elements: in
     else:
         step = 1 if layer.stacked else rows
     return [
-        Piece(start, min(start + step, rows), (min(step, rows - start), *shape[1:]))
-        for start in range(0, rows, step)
+        Piece(start, min(start + step, rows), (min(step, rows - start), *shape[1:])) for start in range(0, rows, step)
     ]
 
 
@@ -62,9 +67,7 @@ def run(
     if action.chunkable:
         return action.run(run_op, base, experts, out_dtype)
     if layer.stacked:
-        merged = run_matrix(
-            action, layer.in_axis, run_op, base[0], [expert[0] for expert in experts], out_dtype
-        )
+        merged = run_matrix(action, layer.in_axis, run_op, base[0], [expert[0] for expert in experts], out_dtype)
         return merged.unsqueeze(0)
     return run_matrix(action, layer.in_axis, run_op, base, experts, out_dtype)
 
@@ -80,5 +83,7 @@ def run_matrix(
     """Run an action on one matrix whose input axis is `in_axis`; contiguous result in the same layout."""
     if in_axis == 0:
         base, experts = base.mT.contiguous(), [expert.mT.contiguous() for expert in experts]
-    merged = action.run(run_op, base.contiguous(), [expert.contiguous() for expert in experts], out_dtype)
+    rows, columns = base.shape
+    with one_thread() if 2 * rows * columns**2 < _ONE_THREAD_FLOPS else nullcontext():
+        merged = action.run(run_op, base.contiguous(), [expert.contiguous() for expert in experts], out_dtype)
     return merged.mT.contiguous() if in_axis == 0 else merged

@@ -57,9 +57,7 @@ class Step:
     @cached_property
     def flops(self) -> int:
         """Floating-point operations, a multiply-add counted as two."""
-        return sum(
-            pieces.cost(self.layer, self.action, piece, len(self.experts)).flops for piece in self.pieces
-        )
+        return sum(pieces.cost(self.layer, self.action, piece, len(self.experts)).flops for piece in self.pieces)
 
     def input_bytes(self, piece: Piece) -> int:
         """Bytes of the inputs of one piece, as stored."""
@@ -119,9 +117,7 @@ class Plan:
         content = {
             "version": env.version(),
             "config": canonical(self.config),
-            "inputs": [
-                [str(path), size, mtime] for path, (size, mtime) in sorted(self.inputs.stamps.items())
-            ],
+            "inputs": [[str(path), size, mtime] for path, (size, mtime) in sorted(self.inputs.stamps.items())],
             "shards": [hashlib.sha256(layout.header).hexdigest() for layout in self.layouts],
             "backend": backend,
             "device": device,
@@ -147,6 +143,7 @@ def build_plan(
     Raises:
         PlanError: with everything that is wrong: missing, extra or misshapen tensors, dtypes, memory.
         ConfigError, CheckpointError: an input cannot be opened at all.
+        ArgumentError: an unknown `dtype`.
     """
     method = get_method(config.merge_method)
     inputs = open_inputs(config, method)
@@ -163,11 +160,10 @@ def build_plan(
         raise PlanError(problems)
 
     wanted = dtype or config.out_dtype or config.dtype
+    if wanted is not None and wanted not in DTYPE_CODES:
+        raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(DTYPE_CODES)}")
     placed = layout_shards(
-        [
-            (name, _output_dtype(donor.tensors[name], layers[name], wanted), donor.tensors[name].shape)
-            for name in names
-        ],
+        [(name, _output_dtype(donor.tensors[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
         max_shard_bytes,
     )
     where = {tensor.name: (shard.file, tensor) for shard in placed for tensor in shard.tensors}

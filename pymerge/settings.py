@@ -89,9 +89,7 @@ def unreachable(setting: Setting) -> int | None:
 
 def _entry(raw: Any, parameter: Parameter, location: Location, document: Document) -> Entry:
     if not isinstance(raw, dict):
-        document.add(
-            location, f"{show(location)} is {raw!r}; beside entries with filters it must be 'value: {raw}'"
-        )
+        document.add(location, f"{show(location)} is {raw!r}; beside entries with filters it must be 'value: {raw}'")
         return Entry(None)
     for key in raw:
         if key not in ("value", "filter"):
@@ -100,9 +98,7 @@ def _entry(raw: Any, parameter: Parameter, location: Location, document: Documen
             document.add((*location, key), f"unknown key {key!r} in {show(location)}; {hint}")
     filter_ = raw.get("filter")
     if filter_ is not None and not isinstance(filter_, str):
-        document.add(
-            (*location, "filter"), f"{show(location)}.filter is {filter_!r}; it must be a text: quote it"
-        )
+        document.add((*location, "filter"), f"{show(location)}.filter is {filter_!r}; it must be a text: quote it")
     if "value" not in raw:
         document.add(location, f"{show(location)} has no 'value'; add one")
         return Entry(None)
@@ -147,9 +143,7 @@ def _scalar(raw: Any, parameter: Parameter, location: Location, document: Docume
     except ArgumentError as error:
         document.add(location, f"{show(location)}: {error}")
     except re.error as error:
-        document.add(
-            location, f"{show(location)}: {error.pattern!r} is not a regular expression ({error}); correct it"
-        )
+        document.add(location, f"{show(location)}: {error.pattern!r} is not a regular expression ({error}); correct it")
     return None
 
 
@@ -159,8 +153,6 @@ def parse_settings(
     """Read the settings of those names that `parameters` knows, in the order of the config."""
     settings = {}
     for name, value in raw.items():
-        if name in parameters and (
-            setting := parse_setting(value, parameters[name], (*location, name), document)
-        ):
+        if name in parameters and (setting := parse_setting(value, parameters[name], (*location, name), document)):
             settings[name] = setting
     return settings

@@ -19,11 +19,11 @@ def parse_bytes(text: str | int) -> int:
         if text > 0:
             return text
         raise ArgumentError(f"size {text} is not above 0; give a number of bytes such as 8GiB")
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", text)
     unit = match.group(2).upper() if match else None
-    if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
-        raise ArgumentError(f"size {text!r} is not understood; write for example 8GiB, 500MB or 5000000000")
-    return int(float(match.group(1)) * _UNITS[unit])
+    if match is None or unit not in _UNITS or (count := int(float(match.group(1)) * _UNITS[unit])) <= 0:
+        raise ArgumentError(f"size {text!r:.60} is not understood; write for example 8GiB or 500MB")
+    return count
 
 
 def format_bytes(count: int, *, round_up: bool = False) -> str:

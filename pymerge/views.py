@@ -69,15 +69,17 @@ def _without_numbers(text: str) -> str:
 
 def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
     """Steps that are alike but for the block number, under their name with * for it."""
-    groups: dict[tuple[object, ...], list[Step]] = {}
+    groups: dict[str, dict[tuple[object, ...], list[Step]]] = {}
     for step in steps:
         name = _without_numbers(step.name)
         reason = _without_numbers(step.layer.describe())
-        groups.setdefault((name, step.shape, reason, step.action, step.dtype), []).append(step)
-    rows: dict[str, list[Step]] = {}
-    for (name, *_), members in groups.items():
-        rows[str(name) if str(name) not in rows else f"{name} ({members[0].name}, ...)"] = members
-    return rows
+        alike = groups.setdefault(name, {})
+        alike.setdefault((step.shape, reason, step.action, step.dtype), []).append(step)
+    return {
+        name if len(kinds) == 1 else f"{name} ({members[0].name}, ...)": members
+        for name, kinds in groups.items()
+        for members in kinds.values()
+    }
 
 
 def methods_view() -> RenderableType:

@@ -65,9 +65,7 @@ class Document:
     def add(self, location: Location, problem: str) -> None:
         """Note a problem; `finish` reports all of them."""
         text = problem.replace("\n", " ")
-        self.problems.append(
-            (self.line(location), text if len(text) <= MAX_LINE else text[:MAX_LINE] + "...")
-        )
+        self.problems.append((self.line(location), text if len(text) <= MAX_LINE else text[:MAX_LINE] + "..."))
 
     def warn(self, location: Location, text: str) -> None:
         """Note something that is allowed and has no effect."""
@@ -95,9 +93,7 @@ def read_yaml_file(path: Path) -> Document:
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path}: not a file; name the config's YAML file")
         if status.st_size > MAX_BYTES:
-            raise ConfigError(
-                f"{path}: {status.st_size} bytes is too large for a config, at most {MAX_BYTES}"
-            )
+            raise ConfigError(f"{path}: {status.st_size} bytes is too large for a config, at most {MAX_BYTES}")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the config's path") from error
@@ -124,9 +120,7 @@ def parse_yaml(text: str, name: str) -> Document:
         where = f"{name}:{mark.line + 1}" if mark else name
         raise ConfigError(f"{where}: {_reason(error)}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{name}: not YAML ({' '.join(str(error).split())}); save it as plain text"
-        ) from error
+        raise ConfigError(f"{name}: not YAML ({' '.join(str(error).split())}); save it as plain text") from error
     except RecursionError as error:
         raise ConfigError(f"{name}: nested too deeply; at most {MAX_DEPTH} levels") from error
     finally:
@@ -157,9 +151,7 @@ def _plain(value: Any, location: Location, document: Document) -> Any:
         raise ConfigError(f"{document.name}: {show(location[:4])}... is nested too deeply")
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            document.add(
-                location, f"keys of {show(location) or 'the config'} are not all texts; use str keys"
-            )
+            document.add(location, f"keys of {show(location) or 'the config'} are not all texts; use str keys")
         return {str(key): _plain(item, (*location, str(key)), document) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, (*location, i), document) for i, item in enumerate(value)]
@@ -171,9 +163,7 @@ def _plain(value: Any, location: Location, document: Document) -> Any:
         if isinstance(value, plain):
             return plain(value)
     if value is not None:
-        document.add(
-            location, f"{show(location)} is a {type(value).__name__}; use numbers, texts, lists and dicts"
-        )
+        document.add(location, f"{show(location)} is a {type(value).__name__}; use numbers, texts, lists and dicts")
     return None
 
 
@@ -207,9 +197,7 @@ class _Builder:
             return [self.build(item, (*location, i)) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and node.tag == _MAPPING:
             return self._mapping(node, location)
-        raise self._refusal(
-            node, f"tag {node.tag!r} is not plain YAML; write lists and mappings without tags"
-        )
+        raise self._refusal(node, f"tag {node.tag!r} is not plain YAML; write lists and mappings without tags")
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         try:
@@ -247,17 +235,13 @@ class _Builder:
                 merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
         for other in merged:
             if not isinstance(other, yaml.MappingNode):
-                raise self._refusal(
-                    other, "'<<' wants a mapping or a list of mappings; name an anchor of one"
-                )
+                raise self._refusal(other, "'<<' wants a mapping or a list of mappings; name an anchor of one")
             yield from self._pairs(other, own=False)
 
     def _count(self, node: yaml.Node) -> None:
         self._values += 1
         if self._values > MAX_VALUES:
-            raise self._refusal(
-                node, f"more than {MAX_VALUES} values, with what aliases repeat; make it smaller"
-            )
+            raise self._refusal(node, f"more than {MAX_VALUES} values, with what aliases repeat; make it smaller")
 
     def _refusal(self, node: yaml.Node, text: str) -> ConfigError:
         return ConfigError(f"{self._document.name}:{node.start_mark.line + 1}: {text}")

@@ -36,9 +36,7 @@ _FORKS.set_forkserver_preload(["pytest", "pymerge.api", "pymerge.views"])
 _NEUTRAL = ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "COLUMNS", "PYMERGE_BACKEND", "TRITON_INTERPRET")
 
 
-def llama(
-    hidden: int = 16, inner: int = 24, vocabulary: int = 32, blocks: int = 2, tied: bool = False
-) -> Tensors:
+def llama(hidden: int = 16, inner: int = 24, vocabulary: int = 32, blocks: int = 2, tied: bool = False) -> Tensors:
     """Random float32 weights under the names of a Llama model."""
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
@@ -96,7 +94,7 @@ def write_model(
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number in range(shards):
             name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
             part = dict(list(tensors.items())[number::shards])
@@ -217,15 +215,29 @@ def pymerge(
     return start(*arguments, env=env, before=before).wait()
 
 
+def refused(models: Path, code: int, *fragments: object, args: tuple[str, ...] = (), existed: bool = False) -> str:
+    """Merge models/merge.yml into models/out; return the one error message, which holds all fragments.
+
+    Nothing may be left of the output, unless it `existed`.
+    """
+    done = pymerge("merge", models / "merge.yml", models / "out", *args)
+    assert len(done.errors) == 1, done
+    assert done.code == code, done
+    assert "Traceback" not in done.err
+    assert done.out == ""
+    for fragment in fragments:
+        assert str(fragment) in done.errors[0], (fragment, done.err)
+    assert existed or not (models / "out").exists()
+    return done.errors[0]
+
+
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a module-level function in a fresh process and return its result."""
     with _FORKS.Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
-def _main(
-    arguments: tuple[str, ...], folder: str, env: Mapping[str, str], before: Callable[[], object] | None
-) -> None:
+def _main(arguments: tuple[str, ...], folder: str, env: Mapping[str, str], before: Callable[[], object] | None) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
     # Threads waiting for each other on a busy machine would take minutes for these sizes.

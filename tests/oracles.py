@@ -73,3 +73,23 @@ def ace_delta(
         k = max(1, int(min(base.shape) * k_frac))
         X = X + s[:k].mean() * U[:, :k] @ Vh[:k]
     return X
+
+
+def filter_delta(base: Matrix, experts: list[Matrix], time: float, rank: float | str = 1.0) -> tuple[Matrix, Matrix]:
+    """Return (X, X_0) of SWUDI's filters: exponential for a time (infinite: none) on the leading eigenvectors."""
+    taus = [expert - base for expert in experts if np.any(expert - base)]
+    start = sum(taus)
+    C = sum(tau.T @ tau / np.linalg.norm(tau) ** 2 for tau in taus)
+    D = sum(tau @ tau.T @ tau / np.linalg.norm(tau) ** 2 for tau in taus)
+    values, V = np.linalg.eigh(C)
+    clamped = np.maximum(values, 1e-8)
+    h = np.ones_like(values) if np.isinf(time) else -np.expm1(-clamped * time)
+    if rank == "participation_sqrt":
+        roots = np.sqrt(clamped)
+        count = int(np.ceil(roots.sum() ** 2 / (roots**2).sum()))
+    else:
+        count = max(1, int(np.floor(len(values) * rank + 0.999)))
+    if np.isinf(time):  # never divide by what is 0 but for rounding
+        count = min(count, int((values > 1e-12 * values.max()).sum()))
+    h[: len(values) - count] = 0.0
+    return start - start @ V * h @ V.T + D @ V * (h / clamped) @ V.T, start

@@ -1,13 +1,8 @@
-"""What goes wrong is said in one message that names file, tensor, value and remedy; no output is left behind."""
+"""Bad configs and inputs: one message that names file, tensor, value and remedy; no output is left."""
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +15,7 @@ from checkpoints import (
     llama_config,
     load_output,
     pymerge,
-    tree,
+    refused,
     write_config,
     write_model,
     write_models,
@@ -42,28 +37,6 @@ def models(tmp_path: Path) -> Path:
     write_models(tmp_path, base, config=llama_config(base))
     write_config(tmp_path, "task_arithmetic")
     return tmp_path
-
-
-def refused(
-    models: Path, code: int, *fragments: object, args: tuple[str, ...] = (), existed: bool = False
-) -> str:
-    """Merge models/merge.yml into models/out; return the one error message, which holds all fragments.
-
-    Nothing may be left of the output, unless it `existed`.
-    """
-    done = pymerge("merge", models / "merge.yml", models / "out", *args)
-    assert len(done.errors) == 1, done
-    assert done.code == code, done
-    assert "Traceback" not in done.err
-    assert done.out == ""
-    for fragment in fragments:
-        assert str(fragment) in done.errors[0], (fragment, done.err)
-    assert existed or not (models / "out").exists()
-    return done.errors[0]
-
-
-def top_level(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def test_a_missing_tensor(models: Path) -> None:
@@ -109,9 +82,7 @@ def test_all_models_that_cannot_be_opened_are_named(models: Path) -> None:
     (models / "e2").mkdir()
     (models / "e2/pytorch_model.bin").write_bytes(b"PK")
     write_config(models, "task_arithmetic", experts=4)
-    message = refused(
-        models, 4, "4 problems found", models / "e0", models / "e1/model.safetensors", "'e3' not found"
-    )
+    message = refused(models, 4, "4 problems found", models / "e0", models / "e1/model.safetensors", "'e3' not found")
     assert f"{models / 'e2'}: has no .safetensors file, only 'pytorch_model.bin'; convert it" in message
 
 
@@ -310,48 +281,6 @@ def test_an_unknown_backend(models: Path) -> None:
     assert not (models / "out").exists()
 
 
-def test_files_of_others_in_the_output_directory(models: Path) -> None:
-    (models / "out").mkdir()
-    (models / "out/thesis.txt").write_text("mine")
-    for args in ((), ("--overwrite",)):
-        refused(models, 8, models / "out", "'thesis.txt'", "choose an empty", args=args, existed=True)
-        assert tree(models / "out") == {"thesis.txt": b"mine"}
-
-
-def test_the_output_path_is_a_file(models: Path) -> None:
-    (models / "out").write_text("mine")
-    for args in ((), ("--overwrite",)):
-        refused(models, 8, models / "out", "is a file; give a directory", args=args, existed=True)
-    assert (models / "out").read_text() == "mine"
-
-
-def test_another_merge_is_replaced_only_on_request(models: Path) -> None:
-    assert pymerge("merge", models / "merge.yml", models / "fresh", "--max-shard-size", "3KB").code == 0
-    write_config(models, "linear")
-    assert pymerge("merge", models / "merge.yml", models / "out").code == 0
-    before = tree(models / "out")
-    write_config(models, "task_arithmetic")
-    refused(models, 8, models / "out", "holds a finished merge", "--overwrite", existed=True)
-    assert tree(models / "out") == before
-    done = pymerge("merge", models / "merge.yml", models / "out", "--max-shard-size", "3KB", "--overwrite")
-    assert done.code == 0, done
-    assert tree(models / "out") == tree(models / "fresh")
-
-
-def test_an_input_is_never_overwritten_by_the_output(models: Path) -> None:
-    # The base is a merge itself, so that --overwrite would know every file of it as its own.
-    assert pymerge("merge", models / "merge.yml", models / "merged").code == 0
-    before = tree(models / "merged")
-    text = (models / "merge.yml").read_text().replace("base_model: base", "base_model: merged")
-    (models / "merge.yml").write_text(text)
-    for args in ((), ("--overwrite",)):
-        done = pymerge("merge", models / "merge.yml", models / "merged", *args)
-        assert tree(models / "merged") == before
-        assert done.code != 0
-        assert len(done.errors) == 1
-        assert str(models / "merged") in done.errors[0]
-
-
 def test_an_input_that_changes_after_the_plan(models: Path) -> None:
     plan = api.plan(models / "merge.yml")
     file = models / "e1/model.safetensors"
@@ -372,95 +301,6 @@ def test_a_model_that_vanishes_after_the_plan(models: Path) -> None:
         engine.run(plan, models / "out", device="cpu")
     assert str(models / "e1/model.safetensors") in str(caught.value)
     assert not (models / "out").exists()
-
-
-def test_a_file_larger_than_allowed_keeps_the_finished_shards(tmp_path: Path) -> None:
-    # The last of the files is larger than the limit.
-    base = {f"{letter}.weight": torch.ones(16, 200) for letter in "abc"} | {"d.weight": torch.ones(200, 200)}
-    write_models(tmp_path, base, config={"model_type": "x"})
-    config = write_config(tmp_path, "linear")
-    args = ("merge", config, tmp_path / "out", "--max-shard-size", "20KB")
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (40_000, 40_000))
-    done = pymerge(*args, before=limit)
-    assert done.code == 8
-    assert len(done.errors) == 1
-    assert "model-00004-of-00004.safetensors" in done.errors[0]
-    assert "is not allowed here" in done.errors[0]
-    assert "smaller maximum shard size" in done.errors[0]
-    assert top_level(tmp_path / "out") == {".pymerge"}
-    done = pymerge(*args)
-    assert done.code == 0, done
-    assert "kept 3 finished shards of an interrupted run" in done.out
-    assert load_output(tmp_path / "out").keys() == base.keys()
-
-
-# Mounts a file system of 1 MiB on $1, runs the other arguments, and lists what they leave in the output directory.
-IN_TMPFS = """
-mount -t tmpfs -o size=1m tmpfs "$1" || exit 1
-shift
-"$@"
-code=$?
-ls -A "$6" | sed "s/^/LEFT /"
-exit $code
-"""
-
-
-def full_disk(models: Path) -> subprocess.CompletedProcess[str] | None:
-    """Merge into a file system of 1 MiB; None where mounting one is not allowed."""
-    disk = models / "disk"
-    disk.mkdir()
-    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    try:
-        mount = 'mount -t tmpfs tmpfs "$1"'
-        probe = subprocess.run([*unshare, mount, "sh", str(disk)], capture_output=True, check=False)
-    except FileNotFoundError:
-        return None
-    if probe.returncode != 0:
-        return None
-    command = [sys.executable, "-m", "pymerge", "merge", str(models / "merge.yml"), str(disk / "out")]
-    inside = [*unshare, IN_TMPFS, "sh", str(disk), *command]
-    return subprocess.run(inside, capture_output=True, text=True, check=False)
-
-
-def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
-    base = llama(vocabulary=12_000)
-    write_models(tmp_path, base, config=llama_config(base))
-    write_config(tmp_path, "linear")
-    done = full_disk(tmp_path)
-    if done is None:
-        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**20, 2**20))
-        found = pymerge("merge", tmp_path / "merge.yml", tmp_path / "out", before=limit)
-        assert found.code == 8
-        assert "is not allowed here" in found.errors[0]
-        assert not (tmp_path / "out").exists()
-        return
-    assert done.returncode == 8, done
-    assert done.stderr.count("error: ") == 1
-    assert "Traceback" not in done.stderr
-    needed = api.plan(tmp_path / "merge.yml").bytes_written
-    assert f"not enough space: needs {needed:,} bytes" in done.stderr
-    assert "free some space or choose another disk" in done.stderr
-    assert "LEFT" not in done.stdout
-
-
-def test_a_disk_that_is_too_small_for_the_tokenizer(tmp_path: Path) -> None:
-    base = llama()
-    write_models(tmp_path, base, config=llama_config(base))
-    (tmp_path / "base/tokenizer.json").write_text(json.dumps({"vocab": "x" * 2_000_000}))
-    write_config(tmp_path, "linear")
-    done = full_disk(tmp_path)
-    if done is None:
-        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**20, 2**20))
-        found = pymerge("merge", tmp_path / "merge.yml", tmp_path / "out", before=limit)
-        code, err, left = found.code, found.err, sorted(os.listdir(tmp_path / "out"))
-    else:
-        code, err = done.returncode, done.stderr
-        left = [line.removeprefix("LEFT ") for line in done.stdout.splitlines() if line.startswith("LEFT ")]
-    assert code == 8
-    assert err.count("error: ") == 1
-    assert "space" in err or "not allowed here" in err
-    assert "model.safetensors" not in left
-    assert "config.json" not in left
 
 
 def test_a_single_damaged_config_of_a_model(models: Path) -> None:

@@ -28,9 +28,7 @@ def test_extension_has_no_torch_inside() -> None:
     assert "PyInit__C" in symbols
     assert not re.findall(r"\S*(?:c10|torch|aten)\S*", symbols, re.IGNORECASE)
     needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
-    assert not [
-        line for line in needed.splitlines() if "NEEDED" in line and ("torch" in line or "c10" in line)
-    ]
+    assert not [line for line in needed.splitlines() if "NEEDED" in line and ("torch" in line or "c10" in line)]
 
 
 def test_only_the_bindings_include_pybind11_and_nothing_includes_torch() -> None:

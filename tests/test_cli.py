@@ -34,9 +34,7 @@ from pymerge.backends import BACKENDS, describe
 from pymerge.methods import METHODS
 
 OPTIONS = {
-    "merge": (
-        "--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --quiet --verbose --help"
-    ),
+    "merge": ("--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --quiet --verbose --help"),
     "plan": "--memory --max-shard-size --dtype --help",
     "verify": "--allow-nonfinite --quiet --help",
     "methods": "--help",
@@ -301,9 +299,7 @@ def begin(arguments: tuple[str | Path, ...], out: Path, shards: int) -> Running:
     return running
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_merge_goes_on(
     long_merge: tuple[str | Path, ...], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

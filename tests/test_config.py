@@ -89,8 +89,7 @@ def test_misindented_weight_is_pointed_at() -> None:
         "config:3: model 'a' has no 'weight', which 'linear' requires; add it under this model's 'parameters'"
         ", or for all models under the top-level ones",
         "config:4: models[0].parameters is empty; indent its entries under it, or delete it",
-        "config:5: unknown key 'weight' in models[0]; it is a parameter of 'linear': put it under "
-        "'parameters'",
+        "config:5: unknown key 'weight' in models[0]; it is a parameter of 'linear': put it under 'parameters'",
     ]
 
 
@@ -300,9 +299,7 @@ def test_dtype_names(given: str, expected: str) -> None:
 
 def test_layer_rules() -> None:
     given = {"pattern": "x", "kind": Kind.OTHER}
-    made = load_config(
-        {"merge_method": "wudi", "base_model": "b", "models": [{"model": "a"}], "layers": [given]}
-    )
+    made = load_config({"merge_method": "wudi", "base_model": "b", "models": [{"model": "a"}], "layers": [given]})
     assert made.rules == (Rule("x", Kind.OTHER, None, None),)
     config = load_config(
         WUDI + "layers:\n  - {pattern: proj$, kind: linear, in_axis: 0}\n  - {pattern: x, kind: other}\n"
@@ -327,17 +324,13 @@ def test_model_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert model_path(config, "b") == work / "b"
     assert model_path(config, "~/h") == home / "h"
     assert model_path(config, str(work / "base")) == work / "base"
-    with pytest.raises(
-        CheckpointError, match=r"model 'org/x' not found: no .*org/x and no .*work/org/x; correct"
-    ):
+    with pytest.raises(CheckpointError, match=r"model 'org/x' not found: no .*org/x and no .*work/org/x; correct"):
         model_path(config, "org/x")
 
 
 def test_canonical_depends_on_meaning_alone() -> None:
     one = load_config(TASK_ARITHMETIC)
-    lines = (
-        TASK_ARITHMETIC.replace("0.5\n", "5.0e-1 # half\n").replace("bfloat16", "torch.bfloat16").splitlines()
-    )
+    lines = TASK_ARITHMETIC.replace("0.5\n", "5.0e-1 # half\n").replace("bfloat16", "torch.bfloat16").splitlines()
     other = load_config("\n".join(lines[17:] + lines[12:17] + lines[:12]) + "\n")
     assert json.dumps(canonical(one)) == json.dumps(canonical(other))
     assert canonical(one)["models"][1]["parameters"]["weight"][0] == {

@@ -159,7 +159,11 @@ def test_an_untied_copy_of_a_tied_head_is_written_once(tmp_path):
         from safetensors.torch import save_file
 
         save_file(tensors, file, metadata={"format": "pt"})
-    config = {"merge_method": "ace", "base_model": str(tmp_path / "base"), "models": [{"model": str(tmp_path / "expert")}]}
+    config = {
+        "merge_method": "ace",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "expert")}],
+    }
     report = pymerge.merge(config, tmp_path / "out", progress=False)
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     assert any("lm_head.weight" in warning for warning in report.warnings)
@@ -167,7 +171,7 @@ def test_an_untied_copy_of_a_tied_head_is_written_once(tmp_path):
 
 
 def test_output_dtype_reaches_weights_and_config(checkpoints, tmp_path):
-    name, folder = checkpoints
+    _, folder = checkpoints
     pymerge.merge(config_of(folder, "task_arithmetic"), tmp_path / "out", dtype="float32", progress=False)
     assert {tensor.dtype for tensor in load_tensors(tmp_path / "out").values()} == {torch.float32}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Arrows between modules go one way, PyTorch and Triton are imported late, kernels know nothing of pymerge."""
+"""Arrows between modules go one way, PyTorch and Triton come late, and kernels know nothing of pymerge."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ ARROWS = {
     "methods": "errors ops",
     "layers": "errors",
     "checkpoint": "errors",
+    "finite": "errors checkpoint",
     "yaml_lines": "errors",
     "settings": "errors methods yaml_lines",
     "config_checks": "errors methods settings yaml_lines",
     "config": "errors methods layers settings config_checks yaml_lines",
-    "pieces": "layers methods",
+    "pieces": "layers methods ops",
     "inputs": "errors methods layers checkpoint config",
     "planner": "errors env units methods layers checkpoint config inputs pieces",
     "progress": "",
     "report": "env units planner",
     "backends": "errors ops",
-    "engine": "errors env backends checkpoint pieces planner progress report",
-    "api": "errors env units methods layers checkpoint config pieces backends planner progress report engine",
+    "engine": "errors env backends checkpoint finite pieces planner progress report",
+    "api": ("errors env units methods layers checkpoint finite config pieces backends planner progress report engine"),
     "views": "env units methods layers backends planner",
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api",

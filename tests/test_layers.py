@@ -130,9 +130,7 @@ def test_reasons_name_the_evidence() -> None:
     assert up.solvable
     _, shapes, config = build("Qwen3MoeForCausalLM", EXPERTS)
     experts = classify(shapes, config)["model.layers.0.mlp.experts.down_proj"]
-    assert (
-        experts.describe() == "stacked linear, E x d_out x d_in (output is the hidden size 32 of config.json)"
-    )
+    assert experts.describe() == "stacked linear, E x d_out x d_in (output is the hidden size 32 of config.json)"
 
 
 @pytest.mark.parametrize(
@@ -144,9 +142,7 @@ def test_reasons_name_the_evidence() -> None:
         ((4, 32, 32), (4, 16, 32), 0),
     ],
 )
-def test_square_experts_follow_the_other_matrix(
-    gate_up: tuple[int, ...], down: tuple[int, ...], in_axis: int
-) -> None:
+def test_square_experts_follow_the_other_matrix(gate_up: tuple[int, ...], down: tuple[int, ...], in_axis: int) -> None:
     shapes: Shapes = {"l.0.experts.gate_up_proj": ("BF16", gate_up), "l.0.experts.down_proj": ("BF16", down)}
     inner = max(gate_up[1:]) // 2
     config = {"text_config": {"hidden_size": 32, "moe_intermediate_size": inner, "num_experts": 4}}
@@ -217,9 +213,7 @@ def test_names(name: str, shape: tuple[int, ...], kind: Kind) -> None:
 def test_vocabulary_rows_say_nothing_if_the_model_is_as_wide() -> None:
     shapes: Shapes = {"subsampler.dense.weight": ("F32", (100, 32))}
     assert classify(shapes, {"vocab_size": 100})["subsampler.dense.weight"].kind is Kind.EMBEDDING
-    assert (
-        classify(shapes, {"vocab_size": 100, "d_model": 100})["subsampler.dense.weight"].kind is Kind.LINEAR
-    )
+    assert classify(shapes, {"vocab_size": 100, "d_model": 100})["subsampler.dense.weight"].kind is Kind.LINEAR
 
 
 def test_a_convolution_with_as_many_channels_as_experts_is_no_stack() -> None:
@@ -255,9 +249,7 @@ def test_a_bias_tells_a_linear_from_an_embedding() -> None:
 
 def test_integers_and_booleans_are_buffers() -> None:
     for dtype in ("I64", "I32", "U8", "BOOL"):
-        assert (
-            classify({"layers.0.mlp.weight": (dtype, (4, 4))}, {})["layers.0.mlp.weight"].kind is Kind.BUFFER
-        )
+        assert classify({"layers.0.mlp.weight": (dtype, (4, 4))}, {})["layers.0.mlp.weight"].kind is Kind.BUFFER
 
 
 def test_the_first_rule_wins_over_all_evidence() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def measure(folder: Path) -> Peak:
     return Peak(resident("VmHWM") - before, plan.peak_memory)
 
 
-def merge_layers(folder: Path, layers: int, method: str, **parameters: object) -> Peak:
+def merge_layers(folder: Path, layers: int, method: str, **parameters: Any) -> Peak:
     for place, count in ((folder / "small", 1), (folder, layers)):
         names = [f"model.layers.{number:02d}.mlp.up_proj.weight" for number in range(count)]
         write_models(place, {name: 0.1 * torch.randn(ROWS, COLUMNS) for name in names})
@@ -53,10 +53,8 @@ def merge_layers(folder: Path, layers: int, method: str, **parameters: object) -
     return peak
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters"), [("task_arithmetic", {}), ("wudi", {"iterations": 2}), ("ace", {})]
-)
-def test_more_layers_need_no_more_memory(tmp_path: Path, method: str, parameters: dict[str, object]) -> None:
+@pytest.mark.parametrize(("method", "parameters"), [("task_arithmetic", {}), ("wudi", {"iterations": 2}), ("ace", {})])
+def test_more_layers_need_no_more_memory(tmp_path: Path, method: str, parameters: dict[str, Any]) -> None:
     few = merge_layers(tmp_path / "few", FEW, method, **parameters)
     many = merge_layers(tmp_path / "many", MANY, method, **parameters)
     assert few.planned == many.planned

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import as_float64, make_weights, relative_error
-from oracles import ace_delta, wudi_delta
+from oracles import ace_delta, filter_delta, wudi_delta
 
 import pymerge
 from pymerge.errors import ArgumentError, ConfigError, NonFiniteError
@@ -26,6 +26,7 @@ SHAPES = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WUDI_TOLERANCE = 2e-5  # of the displacement from the start, float32
 ACE_TOLERANCE = 1e-5  # of X, float32
+FILTER_TOLERANCE = 2e-5  # of X, float32
 
 
 def merged_delta(base, experts, method, **parameters):
@@ -77,23 +78,28 @@ def test_wudi_lr_auto_scales_with_the_deltas():
     np.testing.assert_allclose(small_X, fixed, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# A single row has no covariance to normalise (test_ace_one_row_forced): forcing it has no formula to match.
+ACE_CASES = [
+    (shape, threshold)
+    for shape in SHAPES
+    for threshold in (0.3, -1.0, float("inf"))
+    if not (shape[0] == 1 and threshold < 0)
+]
+
+
+@pytest.mark.parametrize(("shape", "threshold"), ACE_CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["released", "paper"])
-@pytest.mark.parametrize("threshold", [0.3, -1.0, float("inf")], ids=["gamma", "forced", "disabled"])
 def test_ace_matches_the_formulas(shape, dtype, variant, threshold):
     d_out, d_in, tasks, rank = shape
-    if d_out == 1 and threshold < 0:
-        pytest.skip("one row has no covariance to normalise; see test_ace_one_row_forced")
     # Full rank up to the k = 30 % that the refinement cuts: below the rank its singular vectors are arbitrary.
     k_frac = 0.05 if rank else 0.3
     base, experts = make_weights(d_out, d_in, tasks, rank=rank, dtype=dtype)
-    expected = ace_delta(
-        as_float64(base), [as_float64(expert) for expert in experts], 1e-5, threshold, k_frac, variant
-    )
+    expected = ace_delta(as_float64(base), [as_float64(expert) for expert in experts], 1e-5, threshold, k_frac, variant)
     found = merged_delta(base, experts, "ace", gamma_threshold=threshold, variant=variant, k_frac=k_frac)
     if d_out == 1 and variant == "released":  # centring leaves nothing of a single row
-        assert np.abs(found).max() == 0 and np.abs(expected).max() == 0
+        assert np.abs(found).max() == 0
+        assert np.abs(expected).max() == 0
     else:
         assert relative_error(found, expected) < ACE_TOLERANCE
 
@@ -205,7 +211,10 @@ def test_state_dicts_treat_each_tensor_as_what_it_is():
     base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     base["position_ids"] = torch.arange(4)
     experts = [
-        {k: v + 1e-3 * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v + 1 for k, v in base.items()}
+        {
+            k: v + 1e-3 * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v + 1
+            for k, v in base.items()
+        }
         for _ in range(3)
     ]
     merged = pymerge.merge_state_dicts(base, experts, "wudi")
@@ -249,5 +258,46 @@ def test_mistakes_are_named():
     broken[2, 3] = float("nan")
     with pytest.raises(NonFiniteError, match="expert 1"):
         pymerge.merge_tensors(base, [experts[0], broken], "ace")
-    with pytest.raises(NonFiniteError, match="layers.0.up.weight"):
+    with pytest.raises(NonFiniteError, match=r"layers\.0\.up\.weight"):
         pymerge.merge_state_dicts({"layers.0.up.weight": base}, [{"layers.0.up.weight": broken}])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("method", "time", "rank", "parameters"),
+    [
+        ("wudi_flow", 300.0, 1.0, {}),
+        ("wudi_flow", 1300.0, 1.0, {"time": 1300}),
+        ("swudi", 300.0, 1.0, {}),
+        ("swudi", 1300.0, 0.65, {"time": 1300, "rank_ratio": 0.65}),
+        ("swudi_a", float("inf"), "participation_sqrt", {}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, (str, float)) else "",
+)
+def test_closed_forms_match_eigenvectors_in_float64(shape, dtype, method, time, rank, parameters):
+    d_out, d_in, tasks, low = shape
+    base, experts = make_weights(d_out, d_in, tasks, rank=low, dtype=dtype)
+    expected, _ = filter_delta(as_float64(base), [as_float64(expert) for expert in experts], time, rank)
+    assert relative_error(merged_delta(base, experts, method, **parameters), expected) < FILTER_TOLERANCE
+
+
+def test_flow_limits():
+    """Time 0 is the sum of task vectors; a long time the least-squares solution; one task is its own merge."""
+    base, experts = make_weights(40, 24, 3)
+    taus = [as_float64(expert) - as_float64(base) for expert in experts]
+    np.testing.assert_allclose(merged_delta(base, experts, "wudi_flow", time=0), sum(taus), atol=1e-9)
+    A = sum(tau.T @ tau / np.linalg.norm(tau) ** 2 for tau in taus)
+    B = sum(tau @ tau.T @ tau / np.linalg.norm(tau) ** 2 for tau in taus)
+    exact = B @ np.linalg.inv(A)
+    long = merged_delta(base, experts, "wudi_flow", time=1e9, precision="float64")
+    assert relative_error(long, exact) < 1e-7
+    for method in ("wudi_flow", "swudi", "swudi_a"):
+        assert relative_error(merged_delta(base, experts[:1], method), taus[0]) < 1e-6
+
+
+def test_flow_does_not_depend_on_the_scale_of_the_deltas():
+    base, experts = make_weights(32, 48, 4, dtype=torch.float64)
+    large = [base + 64 * (expert - base) for expert in experts]
+    small_X, large_X = (merged_delta(base, each, "wudi_flow") for each in (experts, large))
+    assert relative_error(large_X, 64 * small_X) < 1e-9

@@ -100,7 +100,8 @@ def test_the_actions_of_each_method(models: Path) -> None:
     linear = steps(planned(models, "linear", weight=3))
     assert all(step.action == WeightedSum((0.5, 0.5)) for step in linear.values())
     assert all(step.inputs == step.experts for step in linear.values())
-    arithmetic = steps(planned(models, "task_arithmetic", weight=0.25, **{"lambda": 2}))
+    factor: dict[str, Any] = {"lambda": 2}
+    arithmetic = steps(planned(models, "task_arithmetic", weight=0.25, **factor))
     assert arithmetic[HEAD].action == AddTaskVectors((0.5, 0.5))
     assert [entry.file.parent.name for entry in arithmetic[HEAD].inputs] == ["base", "e0", "e1"]
 
@@ -290,7 +291,7 @@ def test_the_fingerprint_changes_with_everything_that_changes_the_bytes(models: 
     assert len({first, *others}) == len(others) + 1
 
 
-def sparse_model(folder: Path, shapes: dict[str, tuple[int, ...]]) -> int:
+def sparse_model(folder: Path, shapes: dict[str, tuple[int, int]]) -> int:
     """Write a bfloat16 model whose data nobody has written: a hole in the file. Returns its bytes."""
     fields: dict[str, Any] = {}
     end = 0

@@ -47,13 +47,9 @@ def test_yaml_problem(text: str, expected: str) -> None:
 
 
 def test_alias_bomb_and_large_files_are_refused(tmp_path: Path) -> None:
-    bomb = "a0: &a0 [1, 1]\n" + "".join(
-        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
-    )
+    bomb = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
     assert "more than 50000 values" in problems(bomb)[0]
-    merges = "a0: &a0 {x: 1}\n" + "".join(
-        f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40)
-    )
+    merges = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
     assert "more than 50000 values" in problems(merges)[0]
     large = tmp_path / "large.yml"
     large.write_text("#" * (1 << 20) + "\n")

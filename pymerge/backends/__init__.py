@@ -20,8 +20,7 @@ BACKENDS = ("reference", "native", "triton", "cuda")
 # timed against it on a device.
 _CUDA_ORDER = ("reference",)
 _CUDA_REASON = (
-    "PyTorch on the device: no kernel of ours has been timed on a device yet; "
-    "--backend triton or cuda selects them"
+    "PyTorch on the device: no kernel of ours has been timed on a device yet; --backend triton or cuda selects them"
 )
 
 logger = logging.getLogger("pymerge")
@@ -66,9 +65,7 @@ def check_backend(name: str, device: torch.device) -> None:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise BackendError(
-                f"device {str(device)!r} was asked for and PyTorch sees {count}; use --device cpu"
-            )
+            raise BackendError(f"device {str(device)!r} was asked for and PyTorch sees {count}; use --device cpu")
     if name != "auto":
         reason = load(name).unavailable(device)
         if reason is not None:

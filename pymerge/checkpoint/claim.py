@@ -71,14 +71,10 @@ def load_state(work: Path) -> State | None:
         if not isinstance(state.fingerprint, str) or not all(is_safe_name(name) for name in named):
             raise ValueError("it lists names outside the directory")
         for checksums in state.finished.values():
-            if not isinstance(checksums, dict) or not all(
-                isinstance(value, str) for value in checksums.values()
-            ):
+            if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
                 raise ValueError("its checksums are not text")
     except (ValueError, TypeError) as error:
-        raise OutputError(
-            f"{path}: is damaged ({error}); delete the folder {work} and start again"
-        ) from error
+        raise OutputError(f"{path}: is damaged ({error}); delete the folder {work} and start again") from error
     return state
 
 
@@ -166,9 +162,7 @@ def remove_earlier(path: Path) -> None:
     names = _listed_names(path, state)
     with os_errors(path, "removing the earlier merge"):
         # The index first: shards without it are not taken for a model.
-        for name in sorted(
-            names - {MANIFEST_NAME}, key=lambda name: (not name.endswith(".index.json"), name)
-        ):
+        for name in sorted(names - {MANIFEST_NAME}, key=lambda name: (not name.endswith(".index.json"), name)):
             (path / name).unlink(missing_ok=True)
         folders = {parent for name in names for parent in Path(name).parents if parent != Path(".")}
         for folder in sorted(folders, key=lambda folder: -len(folder.parts)):

@@ -112,9 +112,7 @@ def read_header(path: Path | str) -> Header:
         # O_NONBLOCK: opening a FIFO must not wait for a writer; it has no effect on regular files.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be opened ({error.strerror}); check the path and its rights"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); check the path and its rights") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -124,9 +122,7 @@ def read_header(path: Path | str) -> Header:
         length = int.from_bytes(prefix, "little")
         text = read_exactly(descriptor, length, 8)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: reading the header failed ({error.strerror}); check the disk"
-        ) from error
+        raise CheckpointError(f"{path}: reading the header failed ({error.strerror}); check the disk") from error
     finally:
         os.close(descriptor)
     if len(text) != length:
@@ -193,9 +189,7 @@ def _check_entry(path: Path, name: str, fields: object, start: int) -> TensorEnt
         if bound >= MAX_ELEMENTS:
             raise CheckpointError(f"{where}: shape {shorten(str(shape))} is larger than 2^63 bytes; {AGAIN}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(value) for value in offsets):
-        raise CheckpointError(
-            f"{where}: data_offsets {shorten(str(offsets))} is not a pair of offsets; {AGAIN}"
-        )
+        raise CheckpointError(f"{where}: data_offsets {shorten(str(offsets))} is not a pair of offsets; {AGAIN}")
     begin, end = offsets
     nbytes = math.prod(shape) * ITEM_SIZES[dtype]
     if begin > end or end - begin != nbytes:
@@ -218,6 +212,4 @@ def _check_no_gaps(path: Path, entries: list[TensorEntry], start: int, file_byte
         position += entry.nbytes
     if position != file_bytes:
         kind = "is cut short" if file_bytes < position else "has trailing bytes"
-        raise CheckpointError(
-            f"{path}: {kind} ({file_bytes} bytes, its header describes {position}); {AGAIN}"
-        )
+        raise CheckpointError(f"{path}: {kind} ({file_bytes} bytes, its header describes {position}); {AGAIN}")

@@ -30,8 +30,7 @@ def output_error(path: Path, action: str, error: OSError, needed: int | None = N
         wanted = "" if needed is None else f" needs {needed:,} bytes,"
         free = free_bytes(next(parent for parent in path.absolute().parents if parent.is_dir()))
         return OutputError(
-            f"{path}: no space left:{wanted} {free:,} bytes free; "
-            "free some space and run the same command again"
+            f"{path}: no space left:{wanted} {free:,} bytes free; free some space and run the same command again"
         )
     if error.errno == errno.EFBIG:
         wanted = "" if needed is None else f" of {needed:,} bytes"

@@ -94,9 +94,7 @@ def _find_weights(path: Path) -> tuple[tuple[Path, ...], str | None]:
     if "model" + _INDEX_SUFFIX in indexes:
         indexes = ["model" + _INDEX_SUFFIX]
     if len(indexes) > 1:
-        raise CheckpointError(
-            f"{path}: has several indexes ({first_few(indexes)}); keep the one to be merged"
-        )
+        raise CheckpointError(f"{path}: has several indexes ({first_few(indexes)}); keep the one to be merged")
     if indexes:
         shards = sorted(set(_read_weight_map(path / indexes[0]).values()))
         absent = [shard for shard in shards if not (path / shard).is_file()]
@@ -117,8 +115,7 @@ def _find_weights(path: Path) -> tuple[tuple[Path, ...], str | None]:
     if others:
         raise CheckpointError(f"{path}: has no .safetensors file, only {first_few(others)}; {_CONVERT}")
     raise CheckpointError(
-        f"{path}: has no weights (no file ending in {', '.join(WEIGHT_SUFFIXES)}); "
-        "give the directory of a model"
+        f"{path}: has no weights (no file ending in {', '.join(WEIGHT_SUFFIXES)}); give the directory of a model"
     )
 
 

@@ -50,9 +50,7 @@ def layout_shards(
     stored.
     """
     if max_shard_bytes <= 0:
-        raise ArgumentError(
-            f"a shard cannot have {max_shard_bytes} bytes; give a positive maximum shard size"
-        )
+        raise ArgumentError(f"a shard cannot have {max_shard_bytes} bytes; give a positive maximum shard size")
     described = _checked(tensors)
     groups: list[list[Described]] = [[]]
     used = 0
@@ -96,17 +94,11 @@ def _checked(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> list[Describe
     for name, dtype, shape in tensors:
         if name in seen or name == METADATA_KEY:
             reason = "is a reserved name" if name == METADATA_KEY else "is listed twice"
-            raise ArgumentError(
-                f"output tensor {shorten(name)} {reason}; give every tensor a name of its own"
-            )
+            raise ArgumentError(f"output tensor {shorten(name)} {reason}; give every tensor a name of its own")
         if dtype not in ITEM_SIZES:
-            raise ArgumentError(
-                f"{shorten(name)}: unknown dtype {dtype!r}; use one of {', '.join(ITEM_SIZES)}"
-            )
+            raise ArgumentError(f"{shorten(name)}: unknown dtype {dtype!r}; use one of {', '.join(ITEM_SIZES)}")
         if any(size < 0 for size in shape):
-            raise ArgumentError(
-                f"{shorten(name)}: shape {tuple(shape)} is negative; give sizes of at least 0"
-            )
+            raise ArgumentError(f"{shorten(name)}: shape {tuple(shape)} is negative; give sizes of at least 0")
         seen.add(name)
     return [(name, dtype, tuple(int(size) for size in shape)) for name, dtype, shape in tensors]
 

@@ -161,12 +161,8 @@ def verify(
     manifest = read_manifest(path)
     if manifest is None:
         if (path / WORK_FOLDER).is_dir():
-            raise OutputError(
-                f"{path}: is an unfinished merge; run the same pymerge command again to finish it"
-            )
-        raise OutputError(
-            f"{path}: has no {MANIFEST_NAME}, so it is no pymerge output; give the directory of one"
-        )
+            raise OutputError(f"{path}: is an unfinished merge; run the same pymerge command again to finish it")
+        raise OutputError(f"{path}: has no {MANIFEST_NAME}, so it is no pymerge output; give the directory of one")
     report = VerifyReport()
     for name, shard in manifest["shards"].items():
         try:
@@ -177,9 +173,7 @@ def verify(
     base = manifest["base"]["parameters"]
     for what, count in (("manifest", manifest["parameters"]), ("base", base)):
         if report.parameters != count:
-            report.problems.append(
-                f"{path}: has {report.parameters} parameters, the {what} has {count}; merge again"
-            )
+            report.problems.append(f"{path}: has {report.parameters} parameters, the {what} has {count}; merge again")
     return report
 
 
@@ -222,9 +216,7 @@ def _verify_shard(
                     report.problems.append(f"{where}: {bad} values are NaN or infinite; check the inputs")
 
 
-def _read_tensor(
-    reader: Reader, entry: TensorEntry, progress: Callable[[int, str], None] | None
-) -> tuple[str, int]:
+def _read_tensor(reader: Reader, entry: TensorEntry, progress: Callable[[int, str], None] | None) -> tuple[str, int]:
     """sha256 of a tensor and how many of its values are not finite."""
     flat = replace(entry, shape=(entry.numel,))
     step = _CHUNK_BYTES // ITEM_SIZES[entry.dtype]
@@ -269,9 +261,7 @@ def _verify_files(path: Path, manifest: dict[str, Any], report: VerifyReport) ->
         present = []
     foreign = [str(name) for name in present if is_weight_file(name.name) and str(name) not in own]
     if foreign:
-        report.problems.append(
-            f"{path}: has weight files of something else: {first_few(foreign)}; remove them"
-        )
+        report.problems.append(f"{path}: has weight files of something else: {first_few(foreign)}; remove them")
     _verify_index(path, manifest, report)
 
 

@@ -68,9 +68,7 @@ class Reader:
         self.read_into(entry, out, start_row, stop_row)
         return out
 
-    def read_into(
-        self, entry: TensorEntry, out: torch.Tensor, start_row: int = 0, stop_row: int | None = None
-    ) -> None:
+    def read_into(self, entry: TensorEntry, out: torch.Tensor, start_row: int = 0, stop_row: int | None = None) -> None:
         """As `read`, into a contiguous CPU tensor (pinned or not) of the slice's shape and dtype."""
         shape, offset, nbytes = _span(entry, start_row, stop_row)
         right = out.dtype == TORCH_DTYPES[entry.dtype] and tuple(out.shape) == shape
@@ -112,9 +110,7 @@ class Reader:
 
     def _open(self, path: Path) -> int:
         if path not in self._stamps:
-            raise ArgumentError(
-                f"{path}: is not a file of this plan; give the reader the stamps of its checkpoint"
-            )
+            raise ArgumentError(f"{path}: is not a file of this plan; give the reader the stamps of its checkpoint")
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -170,8 +166,7 @@ def _fill(entry: TensorEntry, descriptor: int, view: memoryview, offset: int, nb
             count = os.preadv(descriptor, [part], offset + done)  # Python itself goes on after EINTR
         except OSError as error:
             raise CheckpointError(
-                f"{entry.file}: reading tensor {shorten(entry.name)} failed ({error.strerror}); "
-                "check the disk"
+                f"{entry.file}: reading tensor {shorten(entry.name)} failed ({error.strerror}); check the disk"
             ) from error
         if count == 0:
             raise CheckpointError(

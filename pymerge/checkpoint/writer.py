@@ -136,8 +136,7 @@ class OutputDirectory:
         if isinstance(data, torch.Tensor):
             if data.device.type != "cpu" or code_of(data.dtype) != tensor.dtype:
                 raise _internal(
-                    f"{self.path}: tensor {tensor_name} is {data.dtype} on {data.device}, "
-                    f"planned {tensor.dtype} on cpu"
+                    f"{self.path}: tensor {tensor_name} is {data.dtype} on {data.device}, planned {tensor.dtype} on cpu"
                 )
             data = bytes_of(data.contiguous())
         if data.nbytes == 0:
@@ -162,9 +161,7 @@ class OutputDirectory:
         state = self._own_state()
         unfinished = [file for file in self._shards if file not in state.finished]
         if unfinished:
-            raise _internal(
-                f"{self.path}: {len(unfinished)} shards are unfinished, {unfinished[0]} among them"
-            )
+            raise _internal(f"{self.path}: {len(unfinished)} shards are unfinished, {unfinished[0]} among them")
         state.publishing = check_names(self.path, self.layouts, files)
         state.save(self._work)
         publish_files(self.path, self.layouts, files, manifest)

@@ -8,9 +8,12 @@ from pymerge.errors import ConfigError
 from pymerge.methods.ace import Ace
 from pymerge.methods.average import Linear, TaskArithmetic
 from pymerge.methods.base import Method
+from pymerge.methods.flow import Swudi, SwudiA, WudiFlow
 from pymerge.methods.wudi import Wudi
 
-METHODS: dict[str, Method] = {method.name: method for method in (Linear(), TaskArithmetic(), Wudi(), Ace())}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (Linear(), TaskArithmetic(), Wudi(), WudiFlow(), Swudi(), SwudiA(), Ace())
+}
 
 
 def get_method(name: str) -> Method:

@@ -71,25 +71,23 @@ class SolveAce(Action):
     ) -> Tensor:
         stats = run_op("task_stats", base, experts)
         norms, traces = stats.norms.tolist(), stats.traces.tolist()
+        if not all(map(math.isfinite, norms)):  # only where non-finite inputs are allowed: there is no system to solve
+            return torch.full_like(base, math.nan, dtype=out_dtype or base.dtype)
         heterogeneous = self.is_heterogeneous([norm for norm in norms if norm > 0])
         # Dividing by the trace needs one: a one-row weight, whose centred delta is 0, has no covariance to scale.
         kept = [
-            t
-            for t, norm in enumerate(norms)
-            if norm > 0 and not (heterogeneous and traces[t] <= _NO_COVARIANCE * norm)
+            t for t, norm in enumerate(norms) if norm > 0 and not (heterogeneous and traces[t] <= _NO_COVARIANCE * norm)
         ]
         if not kept:
             return mean_of_tasks(len(experts)).run(run_op, base, experts, out_dtype)
         experts = [experts[t] for t in kept]
         stats = TaskStats(stats.norms[kept], stats.traces[kept], stats.means[kept])
 
-        double = base.dtype == torch.float64 or self.precision == "float64"
-        if self.precision == "auto" and heterogeneous:
-            double = (
-                True  # the truncated polar factor amplifies errors by the inverse of a singular value gap
-            )
+        automatic = self.precision == "auto"
+        # The refinement amplifies errors by the inverse of the gap between two singular values.
+        double = base.dtype == torch.float64 or self.precision == "float64" or (automatic and heterogeneous)
         X, condition = self.merged_delta(run_op, base, experts, stats, heterogeneous, double)
-        if self.precision == "auto" and not double and condition > _FLOAT32_CONDITION:
+        if automatic and not double and condition > _FLOAT32_CONDITION:
             X, _ = self.merged_delta(run_op, base, experts, stats, heterogeneous, True)
         return add_to_base(base, X, self.scale, out_dtype)
 
@@ -115,18 +113,15 @@ class SolveAce(Action):
         weights = [1.0 / (p + tiny) if heterogeneous else 1.0 for p in stats.traces.tolist()]
         ridges = [self.eps * weight for weight in weights]
 
-        covariance, aligned = run_op(
-            "normal_equations", base, experts, weights, means=stats.means, dtype=dtype
-        )
+        covariance, aligned = run_op("normal_equations", base, experts, weights, means=stats.means, dtype=dtype)
         prior = covariance.mean(dim=0)
         if heterogeneous and released:  # not in the paper
             prior = prior / (float(stats.norms.mean()) + _TINY)
-        numerator = aligned + weighted_task_vectors(base, experts, ridges, dtype)
         mean_row = self.mean_row(base, experts, stats, weights, dtype)
-        if released:  # the paper's numerator keeps the means that the released one removes
-            numerator -= torch.tensor(ridges, dtype=dtype, device=base.device) @ stats.means.to(dtype)
+        if released:  # the numerator has the centred deltas; the paper's has the deltas
+            numerator = aligned + weighted_task_vectors(base, experts, ridges, dtype, stats.means)
         else:
-            numerator += mean_row
+            numerator = aligned + mean_row + weighted_task_vectors(base, experts, ridges, dtype)
         system = covariance.clone()
         system.diagonal().add_(sum(ridges))
         X, condition = run_op("spd_solve", system, numerator, prior)
@@ -177,10 +172,10 @@ class Ace(SolverMethod):
             "ridge of each covariance (paper: 1e-5; GPT-2 4e-2, RoBERTa 2e-4)",
             above=0.0,
         ),
-        Parameter("gamma_threshold", "number", 0.3, "heterogeneity above it: below 0 always, .inf never", infinite=True),
         Parameter(
-            "k_frac", "number", 0.3, "share of singular directions that are refined", minimum=0.0, maximum=1.0
+            "gamma_threshold", "number", 0.3, "heterogeneity above it: below 0 always, .inf never", infinite=True
         ),
+        Parameter("k_frac", "number", 0.3, "share of singular directions that are refined", minimum=0.0, maximum=1.0),
         Parameter("variant", "choice", "released", "which formulas", choices=("released", "paper")),
         *SHARED_PARAMETERS,
     )

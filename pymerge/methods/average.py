@@ -1,4 +1,4 @@
-"""Weighted averages: linear and task_arithmetic, and the actions that other methods give to tensors they don't solve."""
+"""Weighted averages: linear and task_arithmetic, and what other methods do with tensors they don't solve."""
 
 from __future__ import annotations
 

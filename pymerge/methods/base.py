@@ -109,9 +109,7 @@ class Action(ABC):
     """What is done to one tensor, given base and experts as d_out x d_in matrices (or any shape, if chunkable)."""
 
     label: ClassVar[str]
-    chunkable: ClassVar[bool] = (
-        False  # rows are independent of each other: may run on row ranges, on any shape
-    )
+    chunkable: ClassVar[bool] = False  # rows are independent of each other: may run on row ranges, on any shape
 
     @abstractmethod
     def run(

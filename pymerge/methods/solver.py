@@ -25,9 +25,7 @@ SHARED_PARAMETERS = (
         "tensors that are not solved: mean of the task vectors, or the base's",
         choices=("mean", "base"),
     ),
-    Parameter(
-        "exclude", "texts", (), "regular expressions; linear weights whose name matches one are not solved"
-    ),
+    Parameter("exclude", "texts", (), "regular expressions; linear weights whose name matches one are not solved"),
     Parameter(
         "precision",
         "choice",
@@ -53,15 +51,24 @@ class SolverMethod(Method):
 
 
 def weighted_task_vectors(
-    base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype
+    base: Tensor,
+    experts: Sequence[Tensor],
+    weights: Sequence[float],
+    dtype: torch.dtype,
+    means: Tensor | None = None,
 ) -> Tensor:
-    """sum_t w_t tau_t, d_out x d_in, in `dtype`; without W_0, whose size would cost the small sum its digits."""
+    """sum_t w_t tau~_t, d_out x d_in, in `dtype`; tau~_t = tau_t, less its mean row if `means` ([T, d_in]) are given.
+
+    Without W_0, whose size would cost the small sum its digits.
+    """
     total = torch.zeros_like(base, dtype=dtype)
-    for expert, weight in zip(experts, weights, strict=True):
-        total.add_(task_vector(base, expert, None, dtype), alpha=weight)
+    for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+        total.add_(task_vector(base, expert, None if means is None else means[index], dtype), alpha=weight)
     return total
 
 
 def add_to_base(base: Tensor, X: Tensor, scale: float, out_dtype: torch.dtype | None) -> Tensor:
-    """W_0 + scale * X in X's dtype, rounded once."""
-    return base.to(X.dtype).add(X, alpha=scale).to(out_dtype or base.dtype)
+    """W_0 + scale * X, added in the wider of X's and the output's dtype, rounded once."""
+    out_dtype = out_dtype or base.dtype
+    wide = torch.promote_types(X.dtype, out_dtype)
+    return base.to(wide).add(X.to(wide), alpha=scale).to(out_dtype)

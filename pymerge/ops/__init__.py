@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pymerge.ops import (
     combine,
+    gradient_flow,
     normal_equations,
     spd_solve,
+    spectral_filter,
     spectral_refine,
     task_gram,
     task_stats,
@@ -13,7 +15,15 @@ from pymerge.ops import (
 )
 from pymerge.ops.base import Op
 
-OPS: dict[str, Op] = {
-    module.OP.name: module.OP
-    for module in (combine, task_stats, task_gram, normal_equations, wudi_adam, spd_solve, spectral_refine)
-}
+_MODULES = (
+    combine,
+    task_stats,
+    task_gram,
+    normal_equations,
+    wudi_adam,
+    gradient_flow,
+    spectral_filter,
+    spd_solve,
+    spectral_refine,
+)
+OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}

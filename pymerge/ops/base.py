@@ -36,9 +36,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def check_task_tensors(op: str, base: Tensor, experts: Sequence[Tensor], *, ndim: int | None = None) -> None:
     """Raise ArgumentError unless all experts are floating tensors of the base's shape, on the base's device."""
     if ndim is not None and base.ndim != ndim:
-        raise ArgumentError(
-            f"{op}: the base has shape {tuple(base.shape)}, expected {ndim} dimensions; reshape it"
-        )
+        raise ArgumentError(f"{op}: the base has shape {tuple(base.shape)}, expected {ndim} dimensions; reshape it")
     if not experts:
         raise ArgumentError(f"{op}: no experts were given; pass at least one")
     for index, expert in enumerate(experts):
@@ -48,9 +46,7 @@ def check_task_tensors(op: str, base: Tensor, experts: Sequence[Tensor], *, ndim
                 "all must be fine-tuned from this base"
             )
         if expert.device != base.device:
-            raise ArgumentError(
-                f"{op}: expert {index} is on {expert.device}, the base on {base.device}; move one"
-            )
+            raise ArgumentError(f"{op}: expert {index} is on {expert.device}, the base on {base.device}; move one")
     for label, tensor in [("base", base), *((f"expert {i}", e) for i, e in enumerate(experts))]:
         if not tensor.is_floating_point():
             raise ArgumentError(f"{op}: {label} has dtype {tensor.dtype}; only floating point can be merged")
@@ -76,7 +72,9 @@ def task_vector(base: Tensor, expert: Tensor, mean: Tensor | None, dtype: torch.
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """LAPACK's eigenvalue and singular value routines round differently for each number of threads: use one."""
+    """Compute on one thread: for routines that round differently for each number of threads (LAPACK's, products of
+    small float64 matrices), and for matrices that are too small to be worth splitting.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

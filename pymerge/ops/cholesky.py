@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
+from pymerge.ops.base import one_thread
 
 # Blocks up to this size go to LAPACK, which uses one thread for them.
 _LEAF = 64
@@ -38,15 +39,17 @@ class Cholesky:
     def _factor(self, low: int, high: int) -> None:
         size = high - low
         if size <= _LEAF:
-            block, info = torch.linalg.cholesky_ex(self._L[low:high, low:high])
+            block = self._L[low:high, low:high]
+            with one_thread():
+                factor, info = torch.linalg.cholesky_ex(block)
+                identity = torch.eye(size, dtype=block.dtype, device=block.device)
+                inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
             if int(info) != 0:
                 raise ArgumentError(
-                    f"the system ({self._L.shape[0]} x {self._L.shape[0]}) is not positive definite in {self._L.dtype} "
+                    f"the system ({self._L.shape[0]} x {self._L.shape[0]}) is not positive definite in {block.dtype} "
                     f"(leading minor {low + int(info)}); raise eps, or set precision: float64"
                 )
-            self._L[low:high, low:high] = block
-            identity = torch.eye(size, dtype=block.dtype, device=block.device)
-            inverse = torch.linalg.solve_triangular(block, identity, upper=False)
+            block.copy_(factor)
             self._inverses[low:high, :size] = inverse
             return
         middle = _middle(low, high)

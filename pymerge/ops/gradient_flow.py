@@ -14,6 +14,7 @@ from pymerge.ops.base import Op, check_matrix
 _START = 0.25
 _TERMS = {torch.float32: 8, torch.float64: 12}
 
+
 def check(A: Tensor, B: Tensor, time: float) -> None:
     """Raise ArgumentError unless A is d_in x d_in, B d_out x d_in, both of one dtype and device, and time >= 0."""
     if B.ndim != 2:

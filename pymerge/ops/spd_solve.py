@@ -28,9 +28,7 @@ def check(S: Tensor, R: Tensor, prior: Tensor | None = None) -> None:
         raise ArgumentError(f"spd_solve: the prior has shape {tuple(prior.shape)}, expected ({R.shape[1]},)")
     dtypes = {S.dtype, R.dtype} | ({prior.dtype} if prior is not None else set())
     if len(dtypes) > 1 or S.dtype not in (torch.float32, torch.float64):
-        raise ArgumentError(
-            f"spd_solve: dtypes {sorted(map(str, dtypes))}; all must be float32, or all float64"
-        )
+        raise ArgumentError(f"spd_solve: dtypes {sorted(map(str, dtypes))}; all must be float32, or all float64")
 
 
 def condition_estimate(S: Tensor, factor: Cholesky, iterations: int = 8) -> float:

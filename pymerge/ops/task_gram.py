@@ -24,9 +24,7 @@ def check(
     if means is not None:
         check_matrix("task_gram", "means", means, (len(experts), base.shape[1]))
     if dtype not in (None, torch.float32, torch.float64):
-        raise ArgumentError(
-            f"task_gram: dtype {dtype} is not float32 or float64; Grams need at least float32"
-        )
+        raise ArgumentError(f"task_gram: dtype {dtype} is not float32 or float64; Grams need at least float32")
 
 
 def reference(

@@ -24,9 +24,7 @@ def check(
         raise ArgumentError(f"wudi_adam: B has shape {tuple(B.shape)}, expected a matrix")
     check_matrix("wudi_adam", "A", A, (B.shape[1], B.shape[1]))
     if A.dtype != B.dtype or A.dtype not in (torch.float32, torch.float64):
-        raise ArgumentError(
-            f"wudi_adam: A is {A.dtype} and B {B.dtype}; both must be float32, or both float64"
-        )
+        raise ArgumentError(f"wudi_adam: A is {A.dtype} and B {B.dtype}; both must be float32, or both float64")
     if A.device != B.device:
         raise ArgumentError(f"wudi_adam: A is on {A.device} and B on {B.device}; move one")
     if iterations < 0:

@@ -36,9 +36,7 @@ class TaskCase:
 
     def to(self, dtype: torch.dtype) -> TaskCase:
         """The same values in another dtype, contiguous."""
-        return TaskCase(
-            self.base.to(dtype).contiguous(), [expert.to(dtype).contiguous() for expert in self.experts]
-        )
+        return TaskCase(self.base.to(dtype).contiguous(), [expert.to(dtype).contiguous() for expert in self.experts])
 
 
 def task_case(
@@ -61,9 +59,7 @@ def task_case(
 
     base = 0.05 * normal(rows, columns)
     experts = [
-        base
-        + 5e-4
-        * (normal(rows, 4) @ normal(4, columns) / 2 + 0.3 * normal(rows, columns) + 0.2 * normal(columns))
+        base + 5e-4 * (normal(rows, 4) @ normal(4, columns) / 2 + 0.3 * normal(rows, columns) + 0.2 * normal(columns))
         for _ in dtypes[1:]
     ]
     base, *experts = [

@@ -72,8 +72,7 @@ def assert_same(label: str, actual: Tensor, expected: Tensor) -> None:
     """AssertionError naming the first difference, unless equal bit for bit (NaN equals NaN)."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         raise AssertionError(
-            f"{label}: {tuple(actual.shape)} {actual.dtype}, "
-            f"expected {tuple(expected.shape)} {expected.dtype}"
+            f"{label}: {tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
         )
     actual, expected = actual.cpu(), expected.cpu()
     # Zeros of different sign differ, too.

@@ -55,9 +55,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def assert_holds(folder: Path, tensors: Tensors) -> None:
-    found = {
-        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
+    found = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert set(found) == set(tensors)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
@@ -123,9 +121,7 @@ def test_an_unfinished_merge_of_something_else(tmp_path: Path) -> None:
     unfinished(tmp_path, "f")
     before = tree(tmp_path)
     for fingerprint, limit in (("g", 40), ("f", 80)):
-        with pytest.raises(
-            OutputError, match=r"an unfinished merge of other inputs or parameters.*--overwrite"
-        ):
+        with pytest.raises(OutputError, match=r"an unfinished merge of other inputs or parameters.*--overwrite"):
             OutputDirectory(tmp_path, plan(SMALL, limit), fingerprint=fingerprint).open()
         assert tree(tmp_path) == before
     with OutputDirectory(tmp_path, plan(SMALL, 80), fingerprint="g", overwrite=True) as output:
@@ -174,9 +170,7 @@ def test_an_overwrite_that_cannot_fit_keeps_the_earlier_output(tmp_path: Path) -
     ("earlier", "unlinks"),
     [("finished", n) for n in range(0, 16, 3)] + [("unfinished", n) for n in (0, 2, 3, 9)],
 )
-def test_an_overwrite_killed_while_it_removes_can_be_repeated(
-    earlier: str, unlinks: int, tmp_path: Path
-) -> None:
+def test_an_overwrite_killed_while_it_removes_can_be_repeated(earlier: str, unlinks: int, tmp_path: Path) -> None:
     if earlier == "finished":
         with OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f") as output:
             finish(output, SMALL, FILES)

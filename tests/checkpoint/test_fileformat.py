@@ -264,9 +264,7 @@ FIELDS = st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.dictionaries(
-        st.sampled_from(["a", "b", "__metadata__"]) | st.text(max_size=4), FIELDS | JSON, max_size=3
-    ),
+    st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]) | st.text(max_size=4), FIELDS | JSON, max_size=3),
     st.binary(max_size=24),
 )
 def test_any_json_is_refused_cleanly(scratch: Path, header: dict[str, Any], data: bytes) -> None:

@@ -44,9 +44,7 @@ def run(command: list[str], code: str, folder: Path) -> list[str]:
 
 def test_more_than_the_disk_holds_is_refused_at_once(tmp_path: Path) -> None:
     layouts = layout_shards([("a", "U8", (2**60,))], 2**62)
-    with pytest.raises(
-        OutputError, match=r"not enough space: needs 1,152,\d{3},.* bytes, [\d,]+ bytes free; free"
-    ):
+    with pytest.raises(OutputError, match=r"not enough space: needs 1,152,\d{3},.* bytes, [\d,]+ bytes free; free"):
         OutputDirectory(tmp_path / "out", layouts, fingerprint="f").open()
     assert os.listdir(tmp_path) == []
 

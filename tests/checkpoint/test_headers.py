@@ -128,9 +128,7 @@ def _shard(name: str, *tensors: str) -> Callable[[Path], None]:
         (_remove(INDEX), f"has 2 .safetensors files \\('{FIRST}', '{SECOND}'\\) but no model"),
     ],
 )
-def test_directories_that_do_not_agree_are_refused(
-    change: Callable[[Path], None], reason: str, sharded: Path
-) -> None:
+def test_directories_that_do_not_agree_are_refused(change: Callable[[Path], None], reason: str, sharded: Path) -> None:
     change(sharded)
     with pytest.raises(CheckpointError, match=reason) as caught:
         open_checkpoint(sharded)
@@ -145,14 +143,10 @@ def test_two_foreign_indexes_are_refused(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "model.gguf", "pytorch_model.bin.index.json"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.gguf", "pytorch_model.bin.index.json"])
 def test_other_weight_formats_are_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(
-        CheckpointError, match=rf"only '{name}'; convert it with transformers .*save_pretrained"
-    ):
+    with pytest.raises(CheckpointError, match=rf"only '{name}'; convert it with transformers .*save_pretrained"):
         open_checkpoint(tmp_path)
 
 

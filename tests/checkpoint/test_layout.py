@@ -73,9 +73,7 @@ def test_what_cannot_be_stored_is_refused(tensors: Any, limit: int, reason: str)
 
 
 DESCRIBED = st.lists(
-    st.tuples(
-        st.text(max_size=6), st.sampled_from(sorted(ITEM_SIZES)), st.lists(st.integers(0, 5), max_size=3)
-    ),
+    st.tuples(st.text(max_size=6), st.sampled_from(sorted(ITEM_SIZES)), st.lists(st.integers(0, 5), max_size=3)),
     min_size=1,
     max_size=12,
     unique_by=lambda tensor: tensor[0],

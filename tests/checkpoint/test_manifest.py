@@ -28,9 +28,7 @@ FILES: dict[str, bytes | Path] = {
 
 
 def good_tensors() -> dict[str, torch.Tensor]:
-    tensors = {
-        f"{code}.x": (torch.arange(24) % 2).reshape(6, 4).to(dtype) for code, dtype in TORCH_DTYPES.items()
-    }
+    tensors = {f"{code}.x": (torch.arange(24) % 2).reshape(6, 4).to(dtype) for code, dtype in TORCH_DTYPES.items()}
     return {**tensors, "scalar": torch.tensor(2.5), "empty": torch.empty(0, 5, dtype=torch.bfloat16)}
 
 
@@ -81,9 +79,7 @@ def test_the_manifest_says_what_is_there(output: Path) -> None:
 
 
 @pytest.mark.parametrize(("limit", "chunk"), [(200, 16 << 20), (10**6, 16), (10**6, 8)])
-def test_a_good_output_passes(
-    limit: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_good_output_passes(limit: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_module, "_CHUNK_BYTES", chunk)
     tensors = good_tensors()
     write_output(tmp_path, tensors, limit)
@@ -192,9 +188,7 @@ def _manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
         (_manifest(lambda m: m["files"].pop("model.safetensors.index.json")), ["something else", "no index"]),
     ],
 )
-def test_changes_are_reported_together(
-    change: Callable[[Path], object], reasons: list[str], output: Path
-) -> None:
+def test_changes_are_reported_together(change: Callable[[Path], object], reasons: list[str], output: Path) -> None:
     change(output)
     problems = verify(output).problems
     for reason in reasons:

@@ -92,9 +92,7 @@ def test_a_scalar_cannot_be_split(checkpoint: Checkpoint) -> None:
             reader.read(scalar, 0, 0)
 
 
-def test_many_threads_and_more_files_than_descriptors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_threads_and_more_files_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "_MAX_DESCRIPTORS", 3)
     entries: list[TensorEntry] = []
     stamps: dict[Path, tuple[int, int]] = {}
@@ -138,9 +136,7 @@ def test_a_file_cut_short_while_it_is_open(checkpoint: Checkpoint) -> None:
     with Reader(checkpoint.stamps) as reader:
         reader.read(entry)
         os.truncate(checkpoint.files[0], entry.offset + 1)
-        with pytest.raises(
-            CheckpointError, match=f"ends at byte {entry.offset + 1}, inside tensor '{entry.name}'"
-        ):
+        with pytest.raises(CheckpointError, match=f"ends at byte {entry.offset + 1}, inside tensor '{entry.name}'"):
             reader.read(entry)
 
 

@@ -55,9 +55,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def assert_holds(folder: Path, tensors: Tensors) -> None:
-    found = {
-        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
+    found = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert set(found) == set(tensors)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
@@ -219,9 +217,7 @@ def test_a_second_run_is_refused_while_the_first_one_writes(holder: int, tmp_pat
         assert len(output.finished) == 2
 
 
-def test_a_lock_whose_file_was_just_removed_is_taken_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_whose_file_was_just_removed_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run ends, and removes its lock file, between our open and our flock."""
     flock = fcntl.flock
     lock = tmp_path / ".pymerge" / "lock"

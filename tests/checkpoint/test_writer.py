@@ -127,9 +127,7 @@ def _unsupported(*_arguments: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["unsupported", "absent"])
-def test_file_systems_without_preallocation(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_systems_without_preallocation(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "unsupported":
         monkeypatch.setattr(os, "posix_fallocate", _unsupported)
     else:

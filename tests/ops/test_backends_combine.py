@@ -30,9 +30,7 @@ def values(size: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Magnitudes from float16's subnormals to its overflow, both zeros, infinities and NaN."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(size, generator=generator) * 10.0 ** torch.randint(-9, 6, (size,), generator=generator)
-    special = torch.tensor(
-        [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.0, 65520.0, 6e-8, 3.4e38]
-    )
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.0, 65520.0, 6e-8, 3.4e38])
     places = torch.randperm(size, generator=generator)[: len(special)]
     x[places] = special[: len(places)]
     return x.to(dtype)

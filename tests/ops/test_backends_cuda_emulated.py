@@ -80,17 +80,13 @@ def test_task_gram(emulated: ModuleType, shape: tuple[int, int], centred: bool) 
 
 def test_task_gram_with_row_strides(emulated: ModuleType) -> None:
     case, packed = task_case((17, 65), MIX, layout="row slice"), task_case((17, 65), MIX)
-    assert_same(
-        "S", gram(emulated, case.base, case.experts, None), gram(emulated, packed.base, packed.experts, None)
-    )
+    assert_same("S", gram(emulated, case.base, case.experts, None), gram(emulated, packed.base, packed.experts, None))
 
 
 @pytest.mark.parametrize("size", [1, 255, 1000])
 @pytest.mark.parametrize("out_dtype", list(DTYPE_CODES))
 @pytest.mark.parametrize("base_dtype", [None, *DTYPE_CODES])
-def test_combine(
-    emulated: ModuleType, size: int, out_dtype: torch.dtype, base_dtype: torch.dtype | None
-) -> None:
+def test_combine(emulated: ModuleType, size: int, out_dtype: torch.dtype, base_dtype: torch.dtype | None) -> None:
     case = task_case((1, size), [base_dtype or torch.float32, *MIX[1:]])
     base = None if base_dtype is None else case.base
     out = torch.full((1, size), float("nan"), dtype=out_dtype)

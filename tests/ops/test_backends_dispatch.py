@@ -29,9 +29,7 @@ def test_auto_on_a_cpu_is_native_where_it_has_the_op() -> None:
 
 
 def test_unknown_backend_op_and_device() -> None:
-    with pytest.raises(
-        BackendError, match="unknown backend 'tritn'; choose auto, reference, native, triton, cuda"
-    ):
+    with pytest.raises(BackendError, match="unknown backend 'tritn'; choose auto, reference, native, triton, cuda"):
         Dispatcher("tritn")
     with pytest.raises(BackendError, match="unknown op 'slerp'; the ops are combine"):
         Dispatcher()("slerp")
@@ -40,14 +38,10 @@ def test_unknown_backend_op_and_device() -> None:
 
 
 def test_named_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        BackendError, match=r"backend 'cuda' cannot be used: .*(use --device cuda|pip install)"
-    ):
+    with pytest.raises(BackendError, match=r"backend 'cuda' cannot be used: .*(use --device cuda|pip install)"):
         Dispatcher("cuda", "cpu")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(
-        BackendError, match=r"backend 'triton' cannot be used: .*(use --device cuda|pip install)"
-    ):
+    with pytest.raises(BackendError, match=r"backend 'triton' cannot be used: .*(use --device cuda|pip install)"):
         Dispatcher("triton", "cpu")
 
 
@@ -113,10 +107,7 @@ def test_compare_finds_one_wrong_element() -> None:
     assert not outcome.ok
     assert "1 of 10000 elements differ, first at [1234]" in outcome.message
     wrong[1234] = float("nan")
-    assert (
-        "NaN or infinity: 1 of 10000 elements differ, first at [1234]"
-        in compare(wrong, baseline, truth).message
-    )
+    assert "NaN or infinity: 1 of 10000 elements differ, first at [1234]" in compare(wrong, baseline, truth).message
     assert not compare(baseline[:-1], baseline, truth).ok
     with pytest.raises(AssertionError, match=r"first at \[1234\]"):
         assert_same("x", wrong, baseline)

@@ -80,9 +80,7 @@ def test_panels_of_the_lower_triangle(monkeypatch: pytest.MonkeyPatch, columns: 
     wide = case.to(torch.float64)
     weights = [1.0, 0.5]
     actual = native.task_gram(case.base, case.experts, weights)
-    assert_accurate(
-        "S", actual, GRAM(case.base, case.experts, weights), GRAM(wide.base, wide.experts, weights)
-    )
+    assert_accurate("S", actual, GRAM(case.base, case.experts, weights), GRAM(wide.base, wide.experts, weights))
     assert_same("A", native.normal_equations(case.base, case.experts, weights).A, actual)
     if columns >= 64:
         assert_same("mirrored panel", actual[:32, 32:], actual[32:, :32].mT)

@@ -58,9 +58,7 @@ def test_wudi_adam_takes_strided_systems() -> None:
 def test_one_step(dtype: torch.dtype, size: int) -> None:
     """One fused step from a state that is not zero, element by element in float64."""
     generator = torch.Generator().manual_seed(size)
-    D, m, v, product, B = (
-        torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(5)
-    )
+    D, m, v, product, B = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(5))
     v.square_()
     wide = [t.double() for t in (D, m, v, product, B)]
     beta1, beta2, lr, eps, step = 0.9, 0.999, 1e-2, 1e-8, 7

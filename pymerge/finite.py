@@ -1,0 +1,31 @@
+"""NaN and infinity: found at full memory speed, reported with file, tensor and index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pymerge.checkpoint import TensorEntry
+from pymerge.errors import NonFiniteError
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite: the extremes are finite, and NaN would be one of them."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_finite(entry: TensorEntry, start_row: int, tensor: Tensor) -> None:
+    """Raise NonFiniteError, with file, tensor and index, unless the rows of `entry` from `start_row` are finite."""
+    if is_finite(tensor):
+        return
+    wrong = ~torch.isfinite(tensor)
+    first = wrong.nonzero()[0].tolist()
+    if first:
+        first[0] += start_row
+    raise NonFiniteError(
+        f"{entry.file}: tensor {entry.name!r} has {int(wrong.sum())} values that are NaN or infinite, the first at "
+        f"{first}; use a sound checkpoint, or set allow_nonfinite: true in the config to merge it all the same"
+    )
