@@ -152,9 +152,10 @@ def verify(
         from pymerge.checkpoint import verify as verify_output
         from pymerge.progress import NoProgress, ProgressBar
 
-        manifest = read_manifest(out) or {"shards": {}}
-        progress = NoProgress() if quiet else ProgressBar("verifying")
-        progress.start(sum(shard["size"] for shard in manifest["shards"].values()))
+        manifest = read_manifest(out)
+        progress = NoProgress() if quiet or manifest is None else ProgressBar("verifying")
+        shards = manifest["shards"].values() if manifest else ()
+        progress.start(sum(tensor["nbytes"] for shard in shards for tensor in shard["tensors"].values()))
 
         def advance(count: int, name: str) -> None:
             progress.tensor(name)
@@ -168,7 +169,9 @@ def verify(
             raise OutputError(f"{out} is not as it was written:\n" + "\n".join(f"- {p}" for p in report.problems))
         if not quiet:
             _out.print(
-                f"{out}: {report.tensors} tensors, {report.parameters:,} parameters, all as written", markup=False
+                f"{out}: {report.tensors} tensors, {report.parameters:,} parameters, all as written",
+                markup=False,
+                soft_wrap=True,
             )
 
 

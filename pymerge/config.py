@@ -179,8 +179,8 @@ def resolve(
                 return value
         if parameter.required:
             raise ConfigError(
-                f"{config._document.name}: no entry of {parameter.name!r}{owner} fits tensor {tensor_name!r} "
-                f"and {method.name!r} requires it; add a last entry without filter"
+                f"{config._document.name}: no entry of {parameter.name!r}{owner} fits, and {method.name!r} needs one; "
+                "add a last entry without filter"
             )
         return parameter.default
 

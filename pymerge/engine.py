@@ -51,17 +51,23 @@ class _Clock:
 
 
 class _Heap:
-    """Gives freed memory back to the system now and then.
+    """Gives freed memory back to the system.
 
-    The C library keeps freed blocks of up to 32 MiB for later use. Tensors are freed on other threads than those that
-    allocate, in other sizes than the next ones, and the process would grow from layer to layer.
+    Left alone, glibc keeps freed blocks of up to 32 MiB for later use. Tensors are freed on other threads than those
+    that allocate, in other sizes than the next ones, and the process would grow from layer to layer. So large blocks
+    are mapped one by one, and what has gathered from smaller ones is returned now and then. Other C libraries don't
+    hold on, and have neither function.
     """
 
     _STEP = 32 * 2**20
+    _MMAP_THRESHOLD = -3, 8 * 2**20  # M_MMAP_THRESHOLD and its value in bytes
 
     def __init__(self) -> None:
         self._kept = 0
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; other libraries don't hold on
+        library = ctypes.CDLL(None)
+        self._trim = getattr(library, "malloc_trim", None)
+        if hasattr(library, "mallopt"):
+            library.mallopt(*self._MMAP_THRESHOLD)
 
     def freed(self, count: int) -> None:
         """`count` bytes have been freed since the last call."""
@@ -151,7 +157,8 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
     """An output that is an input would, with overwrite, be removed before it is read."""
     for checkpoint in plan.inputs.all:
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        if out.resolve() == folder.resolve():
+        parents = {parent for file in checkpoint.files for parent in file.resolve().parents}
+        if out.resolve() in {folder.resolve(), *parents}:
             raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
 
 
@@ -266,7 +273,7 @@ def _publish(plan: Plan, output: OutputDirectory, fingerprint: str) -> None:
 
 def _verified(plan: Plan, out: Path, clock: _Clock, progress: ProgressSink) -> MergeReport:
     """The report of an output that was there already, after reading it again."""
-    progress.start(plan.bytes_written)
+    progress.start(sum(step.nbytes for step in plan.steps))
 
     def advance(count: int, name: str) -> None:
         progress.tensor(name)

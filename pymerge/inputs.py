@@ -68,7 +68,7 @@ def match_tensors(
     warnings: list[str] = []
     tied = _tied_heads(donor, layers)
     if tied:
-        warnings.append(f"{_listed(tied)}: tied to the embedding by config.json, written once, with the embedding")
+        warnings.append(f"{listed(tied)}: tied to the embedding by config.json, written once, with the embedding")
     names = [name for name in donor.tensors if name not in tied]
     for name in names:
         if layers[name].kind is not Kind.BUFFER:
@@ -81,14 +81,14 @@ def match_tensors(
         extra = [name for name in expert.tensors if name not in donor.tensors and is_float(expert.tensors[name].dtype)]
         extra = [name for name in extra if not _is_tied_copy(name, expert, donor)]
         if missing:
-            problems.append(f"{expert.path} lacks {_listed(missing)}; is it fine-tuned from {donor.path}?")
+            problems.append(f"{expert.path} lacks {listed(missing)}; list models that are fine-tuned from {donor.path}")
         if extra and config.extra_tensors == "error":
             problems.append(
-                f"{expert.path} has {_listed(extra)}, which {donor.path} has not; "
+                f"{expert.path} has {listed(extra)}, which {donor.path} has not; "
                 "set extra_tensors: ignore to leave them out"
             )
         elif extra:
-            warnings.append(f"{expert.path}: left out {_listed(extra)}, which {donor.path} has not")
+            warnings.append(f"{expert.path}: left out {listed(extra)}, which {donor.path} has not")
         for name in needed:
             if name in expert.tensors:
                 _check_dtype(expert, name, problems)
@@ -142,8 +142,8 @@ def _ties(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _listed(names: Iterable[str]) -> str:
-    """ "2 tensors: a, b", with at most a few names."""
+def listed(names: Iterable[str]) -> str:
+    """As in "2 tensors: a, b", with at most a few names."""
     names = list(names)
     count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
     rest = len(names) - _NAMES_SHOWN

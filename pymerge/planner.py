@@ -11,7 +11,7 @@ from pymerge import env, pieces
 from pymerge.checkpoint import ITEM_SIZES, Checkpoint, ShardLayout, TensorEntry, layout_shards
 from pymerge.config import MergeConfig, canonical, participants, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
-from pymerge.inputs import Inputs, match_tensors, open_inputs
+from pymerge.inputs import Inputs, listed, match_tensors, open_inputs
 from pymerge.layers import Kind, Layer, classify, positions, unused_rules
 from pymerge.methods import get_method
 from pymerge.methods.average import Copy, element_count
@@ -166,36 +166,35 @@ def build_plan(
         [(name, _output_dtype(donor.tensors[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
         max_shard_bytes,
     )
-    where = {tensor.name: (shard.file, tensor) for shard in placed for tensor in shard.tensors}
     places = positions(layers, donor.config)
     steps = []
+    wrong: dict[str, list[str]] = {}  # the same mistake is often made for many tensors
     for shard in placed:
-        for name in (tensor.name for tensor in shard.tensors):
+        for tensor in shard.tensors:
+            layer, entry = layers[tensor.name], donor.tensors[tensor.name]
             try:
-                action, experts = _action(config, method, inputs, name, layers[name], places[name])
+                action, experts = _action(config, method, inputs, tensor.name, layer, places[tensor.name])
             except (ArgumentError, ConfigError) as error:
-                problems.append(f"{name}: {error}")
+                wrong.setdefault(str(error), []).append(tensor.name)
                 continue
-            file, tensor = where[name]
-            entry = donor.tensors[name]
             steps.append(
                 Step(
-                    name=name,
-                    layer=layers[name],
+                    name=tensor.name,
+                    layer=layer,
                     action=action,
                     shape=entry.shape,
                     dtype=tensor.dtype,
                     base=entry,
                     experts=experts,
                     reads_base=method.needs_base or isinstance(action, Copy),
-                    file=file,
+                    file=shard.file,
                     offset=tensor.offset,
                     nbytes=tensor.nbytes,
-                    pieces=tuple(pieces.split(layers[name], action, entry.shape, _CHUNK_ELEMENTS)),
+                    pieces=tuple(pieces.split(layer, action, entry.shape, _CHUNK_ELEMENTS)),
                 )
             )
-    if problems:
-        raise PlanError(problems)
+    if wrong:
+        raise PlanError(f"{listed(names)}: {message}" for message, names in wrong.items())
     plan = Plan(
         config=config,
         method=method,

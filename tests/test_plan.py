@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from checkpoints import (
 )
 
 from pymerge import api, engine
-from pymerge.errors import ArgumentError, PlanError, PymergeError
+from pymerge.errors import ArgumentError, PlanError
 from pymerge.layers import Kind
 from pymerge.methods.ace import SolveAce
 from pymerge.methods.average import AddTaskVectors, Copy, WeightedSum
@@ -250,13 +249,14 @@ def test_a_model_has_precedence_over_the_top_level(models: Path) -> None:
 
 
 def test_a_required_parameter_without_a_value_for_some_tensor(models: Path) -> None:
-    message = f"no entry of 'weight' of model 'e0' fits tensor '{HEAD}'"
-    with pytest.raises(PymergeError, match=re.escape(message)):
+    with pytest.raises(PlanError, match=rf"tensors: {HEAD}, .*no entry of 'weight' of model 'e0' fits"):
         planned(models, "linear", weight=[{"filter": "mlp", "value": 1}])
 
 
 def test_weights_that_cannot_be_normalised_are_named(models: Path) -> None:
-    with pytest.raises(PlanError, match=r"lm_head.weight: the weights \[0.0, 0.0\] add up to 0"):
+    with pytest.raises(
+        PlanError, match=r"21 tensors: lm_head\.weight, .* and 16 more: the weights \[0.0, 0.0\] add up to 0"
+    ):
         planned(models, "linear", weight=0)
 
 

@@ -18,6 +18,7 @@ from pymerge.methods.solver import (
     Precision,
     SolverMethod,
     add_to_base,
+    not_a_number,
     weighted_task_vectors,
 )
 from pymerge.ops.base import task_vector
@@ -71,8 +72,8 @@ class SolveAce(Action):
     ) -> Tensor:
         stats = run_op("task_stats", base, experts)
         norms, traces = stats.norms.tolist(), stats.traces.tolist()
-        if not all(map(math.isfinite, norms)):  # only where non-finite inputs are allowed: there is no system to solve
-            return torch.full_like(base, math.nan, dtype=out_dtype or base.dtype)
+        if not all(map(math.isfinite, norms)):
+            return not_a_number(base, out_dtype)
         heterogeneous = self.is_heterogeneous([norm for norm in norms if norm > 0])
         # Dividing by the trace needs one: a one-row weight, whose centred delta is 0, has no covariance to scale.
         kept = [

@@ -17,6 +17,7 @@ from pymerge.methods.solver import (
     Precision,
     SolverMethod,
     add_to_base,
+    not_a_number,
     weighted_task_vectors,
 )
 from pymerge.ops.base import compute_dtype
@@ -38,6 +39,8 @@ class SolveClosedForm(Action):
         self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
     ) -> Tensor:
         norms = run_op("task_stats", base, experts).norms.tolist()
+        if not all(map(math.isfinite, norms)):
+            return not_a_number(base, out_dtype)
         if not any(norms):
             return base.to(out_dtype or base.dtype)
         weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]

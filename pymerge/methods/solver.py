@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -65,6 +66,11 @@ def weighted_task_vectors(
     for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
         total.add_(task_vector(base, expert, None if means is None else means[index], dtype), alpha=weight)
     return total
+
+
+def not_a_number(base: Tensor, out_dtype: torch.dtype | None) -> Tensor:
+    """What solving gives where non-finite inputs are allowed: every element depends on every input."""
+    return torch.full_like(base, math.nan, dtype=out_dtype or base.dtype)
 
 
 def add_to_base(base: Tensor, X: Tensor, scale: float, out_dtype: torch.dtype | None) -> Tensor:

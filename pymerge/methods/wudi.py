@@ -16,6 +16,7 @@ from pymerge.methods.solver import (
     Precision,
     SolverMethod,
     add_to_base,
+    not_a_number,
     weighted_task_vectors,
 )
 from pymerge.ops.base import compute_dtype
@@ -44,6 +45,8 @@ class SolveWudi(Action):
     ) -> Tensor:
         dtype = torch.float64 if self.precision == "float64" else compute_dtype(base, *experts)
         norms = run_op("task_stats", base, experts).norms.tolist()
+        if not all(map(math.isfinite, norms)):
+            return not_a_number(base, out_dtype)
         if not any(norms):
             return base.to(out_dtype or base.dtype)
         weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
