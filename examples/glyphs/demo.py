@@ -22,9 +22,18 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pymerge.testing.bench import machine
+
 HERE = Path(__file__).resolve().parent
 TASKS = ("digits", "latin", "greek", "cyrillic", "hebrew")
-MERGES = ("average", "task_arithmetic", "wudi", "wudi_auto", "ace")  # files of configs/, in the table's order
+MERGES = (
+    "average",
+    "task_arithmetic",
+    "wudi",
+    "wudi_auto",
+    "wudi_flow",
+    "ace",
+)  # files of configs/, in the table's order
 
 
 @torch.no_grad()
@@ -111,7 +120,8 @@ def main() -> None:
             rows = evaluate(args.part, Path(folder), console)
     show(rows, console)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        content = {"machine": machine(), "part": args.part, "rows": rows}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
