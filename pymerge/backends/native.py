@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymerge.ops.base import compute_dtype
+from pymerge.ops.gradient_flow import evaluate
 from pymerge.ops.normal_equations import NormalEquations, outputs_first
 from pymerge.ops.task_stats import TaskStats
 from pymerge.ops.wudi_adam import bias_corrections
@@ -18,8 +20,8 @@ NAME = "native"
 # The codes of csrc/common/dtype.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
-# Ops that also accumulate in float64; the others form task vectors in float32.
-_DOUBLE_OPS = ("combine", "wudi_adam")
+# The op whose C++ knows float32 results only.
+_FLOAT32_OP = "task_stats"
 
 # From this many columns on, a Gram is computed in panels of its lower triangle. Milliseconds on two cores of
 # an AMD EPYC (shared, least of 7), d_in x d_in task vectors, one full product against panels of 512:
@@ -47,6 +49,7 @@ def implementations() -> Mapping[str, Callable[..., Any]]:
         "task_gram": task_gram,
         "normal_equations": normal_equations,
         "wudi_adam": wudi_adam,
+        "gradient_flow": gradient_flow,
     }
 
 
@@ -55,8 +58,8 @@ def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
     unknown = sorted(str(dtype) for dtype in dtypes - set(DTYPE_CODES))
     if unknown:
         return f"{', '.join(unknown)} is not one of float32, float64, float16, bfloat16"
-    if torch.float64 in dtypes and op not in _DOUBLE_OPS:
-        return "it forms task vectors in float32, and float64 was given or asked for"
+    if torch.float64 in dtypes and op == _FLOAT32_OP:
+        return "its means are float32, and float64 was given"
     return None
 
 
@@ -119,8 +122,9 @@ def task_gram(
 ) -> Tensor:
     """`task_gram` with one task vector in memory at a time, and half the products where that is faster."""
     columns = base.shape[1]
-    gram = torch.zeros(columns, columns)
-    tau = torch.empty(base.shape)
+    dtype = dtype or compute_dtype(base, *experts)
+    gram = torch.zeros(columns, columns, dtype=dtype)
+    tau = torch.empty(base.shape, dtype=dtype)
     for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
         if weight != 0.0:
             _task_vector(tau, base, expert, None if means is None else means[index])
@@ -138,9 +142,10 @@ def normal_equations(
 ) -> NormalEquations:
     """`normal_equations` with two d_out x d_in buffers and one d_in x d_in buffer for all tasks."""
     rows, columns = base.shape
-    A = torch.zeros(columns, columns)
-    B = torch.zeros(rows, columns)
-    tau = torch.empty(rows, columns)
+    dtype = dtype or compute_dtype(base, *experts)
+    A = torch.zeros(columns, columns, dtype=dtype)
+    B = torch.zeros(rows, columns, dtype=dtype)
+    tau = torch.empty(rows, columns, dtype=dtype)
     left = tau if origin is None else torch.empty_like(tau)
     gram = None if outputs_first(rows, columns) else torch.empty_like(A)
     for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
@@ -193,6 +198,11 @@ def wudi_adam(
     return D
 
 
+def gradient_flow(A: Tensor, B: Tensor, time: float) -> Tensor:
+    """`gradient_flow` with half of each product of symmetric matrices, where that is faster."""
+    return evaluate(A, B, time, _symmetric_product)
+
+
 def rows_contiguous(matrix: Tensor) -> Tensor:
     """The matrix itself if its rows are contiguous and do not overlap, else a copy."""
     if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]:
@@ -207,10 +217,14 @@ def matrix_argument(matrix: Tensor) -> tuple[int, int, int]:
 
 
 def _task_vector(out: Tensor, base: Tensor, expert: Tensor, mean: Tensor | None) -> None:
-    """Write tau~ in float32 to `out`, in one pass over base and expert."""
+    """Write tau~ to `out`: in one pass over base and expert if it is float32."""
     from pymerge import _C
 
-    rows, columns = out.shape
+    if out.dtype == torch.float64:
+        torch.sub(expert.to(torch.float64), base.to(torch.float64), out=out)
+        if mean is not None:
+            out.sub_(mean.to(torch.float64))
+        return
     base, expert = rows_contiguous(base), rows_contiguous(expert)
     mean = None if mean is None else mean.to(torch.float32).contiguous()
     _C.task_vector(
@@ -218,8 +232,7 @@ def _task_vector(out: Tensor, base: Tensor, expert: Tensor, mean: Tensor | None)
         matrix_argument(base),
         matrix_argument(expert),
         0 if mean is None else mean.data_ptr(),
-        rows,
-        columns,
+        *out.shape,
         torch.get_num_threads(),
     )
 
@@ -241,3 +254,11 @@ def _mirror(gram: Tensor) -> Tensor:
     for start, stop in _panels(gram.shape[0]):
         gram[start:stop, stop:] = gram[stop:, start:stop].mT
     return gram
+
+
+def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of symmetric matrices that commute: the lower triangle's panels, mirrored."""
+    product = torch.empty_like(left)
+    for start, stop in _panels(left.shape[0]):
+        torch.mm(left[start:], right[:, start:stop], out=product[start:, start:stop])
+    return _mirror(product)

@@ -1,0 +1,77 @@
+"""gradient_flow against the eigenvectors of A in float64: both ways to evaluate it, and the native products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import make_weights
+from torch import Tensor
+
+from pymerge.backends import Dispatcher
+from pymerge.errors import ArgumentError
+from pymerge.ops import gradient_flow, normal_equations
+
+# The native backend halves products from 2048 columns on; `test_native_halves` lowers that.
+SHAPES = [
+    (192, 256, 4, None),
+    (24, 160, 3, None),
+    (130, 64, 8, None),
+    (20, 16, 3, 2),
+    (1, 33, 2, None),
+    (5, 1, 2, None),
+]
+
+
+def equations(d_out: int, d_in: int, tasks: int, rank: int | None) -> tuple[Tensor, Tensor]:
+    base, experts = make_weights(d_out, d_in, tasks, rank=rank)
+    taus = [(expert - base).double() for expert in experts]
+    weights = [1 / float(tau.square().sum()) for tau in taus]
+    return normal_equations.reference(base, experts, weights, origin=sum(taus), dtype=torch.float64)
+
+
+def by_eigenvectors(A: Tensor, B: Tensor, time: float) -> Tensor:
+    values, V = torch.linalg.eigh(A)
+    gain = torch.where(values > 1e-13, -torch.expm1(-values * time) / values, torch.full_like(values, time))
+    return (B @ V * gain) @ V.mT
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("time", [1e-3, 1.0, 300.0, 1300.0])
+@pytest.mark.parametrize("on_B", [False, True])
+def test_both_ways(shape: tuple[int, int, int, int | None], time: float, on_B: bool) -> None:
+    A, B = equations(*shape)
+    exact = by_eigenvectors(A, B, time)
+    scale = gradient_flow.largest_eigenvalue(A) * time
+    found = gradient_flow.double(A, B, time, scale, torch.matmul, on_B=on_B)
+    assert error(found, exact) < 1e-11
+    single = gradient_flow.double(A.float(), B.float(), time, scale, torch.matmul, on_B=on_B)
+    assert error(single, exact) < 1e-7 * max(10.0, time)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_native_halves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pymerge.backends.native._HALF_FROM", 100)
+    monkeypatch.setattr("pymerge.backends.native._PANEL", 48)
+    A, B = (part.to(dtype) for part in equations(192, 250, 4, None))
+    native = Dispatcher("native")("gradient_flow", A, B, 300.0)
+    assert error(native, by_eigenvectors(A.double(), B.double(), 300.0)) < (3e-5 if dtype == torch.float32 else 1e-11)
+    assert error(native, gradient_flow.reference(A, B, 300.0).double()) < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_a_bound_on_the_largest_eigenvalue() -> None:
+    A, _ = equations(60, 80, 5, None)
+    largest = float(torch.linalg.eigvalsh(A)[-1])
+    assert largest <= gradient_flow.largest_eigenvalue(A) <= 1.5 * largest
+
+
+def test_nothing_to_do() -> None:
+    A, B = equations(6, 5, 2, None)
+    assert not gradient_flow.reference(A, B, 0.0).any()
+    assert not gradient_flow.reference(torch.zeros_like(A), torch.zeros_like(B), 300.0).any()
+    assert gradient_flow.reference(torch.zeros(0, 0), torch.zeros(3, 0), 300.0).shape == (3, 0)
+    with pytest.raises(ArgumentError, match="time is -1.0"):
+        gradient_flow.check(A, B, -1.0)
