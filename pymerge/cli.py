@@ -1,4 +1,4 @@
-"""The command line: merge, plan, verify, methods, env, demo."""
+"""The command line: merge, plan, verify, methods, env, demo, bench."""
 
 from __future__ import annotations
 
@@ -195,16 +195,28 @@ def _print_view(name: str) -> None:
         _out.print(view())
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+# Scripts of the checkout take their own options, --help among them.
+_SCRIPT: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command(context_settings=_SCRIPT)
 def demo(context: typer.Context) -> None:
     """Merge the example experts by every method and compare them on their tasks (in a checkout only)."""
+    _run_script("examples/glyphs/demo.py", context.args)
+
+
+@app.command(context_settings=_SCRIPT)
+def bench(context: typer.Context) -> None:
+    """Time every op on every backend that runs here, beside PyTorch (in a checkout only)."""
+    _run_script("benchmarks/bench_ops.py", context.args)
+
+
+def _run_script(name: str, arguments: list[str]) -> NoReturn:
     with _reported():
-        script = Path(__file__).resolve().parent.parent / "examples" / "glyphs" / "demo.py"
+        script = Path(__file__).resolve().parent.parent / name
         if not script.is_file():
-            raise OutputError(
-                f"the demo's models are not installed ({script} is missing); clone the repository for them"
-            )
-        raise SystemExit(subprocess.run([sys.executable, str(script), *context.args], check=False).returncode)
+            raise OutputError(f"{name} is not installed ({script} is missing); clone the repository for it")
+        raise SystemExit(subprocess.run([sys.executable, str(script), *arguments], check=False).returncode)
 
 
 def main() -> None:

@@ -225,6 +225,7 @@ def _task_vector(out: Tensor, base: Tensor, expert: Tensor, mean: Tensor | None)
         if mean is not None:
             out.sub_(mean.to(torch.float64))
         return
+    rows, columns = out.shape
     base, expert = rows_contiguous(base), rows_contiguous(expert)
     mean = None if mean is None else mean.to(torch.float32).contiguous()
     _C.task_vector(
@@ -232,7 +233,8 @@ def _task_vector(out: Tensor, base: Tensor, expert: Tensor, mean: Tensor | None)
         matrix_argument(base),
         matrix_argument(expert),
         0 if mean is None else mean.data_ptr(),
-        *out.shape,
+        rows,
+        columns,
         torch.get_num_threads(),
     )
 

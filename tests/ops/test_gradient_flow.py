@@ -59,7 +59,7 @@ def test_native_halves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> N
     A, B = (part.to(dtype) for part in equations(192, 250, 4, None))
     native = Dispatcher("native")("gradient_flow", A, B, 300.0)
     assert error(native, by_eigenvectors(A.double(), B.double(), 300.0)) < (3e-5 if dtype == torch.float32 else 1e-11)
-    assert error(native, gradient_flow.reference(A, B, 300.0).double()) < (1e-5 if dtype == torch.float32 else 1e-12)
+    assert error(native, gradient_flow.reference(A, B, 300.0).double()) < (3e-5 if dtype == torch.float32 else 1e-12)
 
 
 def test_a_bound_on_the_largest_eigenvalue() -> None:
@@ -73,5 +73,5 @@ def test_nothing_to_do() -> None:
     assert not gradient_flow.reference(A, B, 0.0).any()
     assert not gradient_flow.reference(torch.zeros_like(A), torch.zeros_like(B), 300.0).any()
     assert gradient_flow.reference(torch.zeros(0, 0), torch.zeros(3, 0), 300.0).shape == (3, 0)
-    with pytest.raises(ArgumentError, match="time is -1.0"):
+    with pytest.raises(ArgumentError, match=r"time is -1\.0"):
         gradient_flow.check(A, B, -1.0)
