@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pymerge.backends import BACKENDS, Dispatcher, choose
 from pymerge.errors import BackendError
+from pymerge.ops import gradient_flow
 from pymerge.testing.bench import copy_rate, gemm_rate, machine, summary, time_in_turns
 
 ADAM_STEPS = 5
@@ -59,12 +60,15 @@ def cases(d_out: int, d_in: int, tasks: int, dtype: torch.dtype, device: str) ->
     A, B = reference("normal_equations", base, experts, ones)
     system = A + 1e-2 * A.diagonal().mean() * torch.eye(d_in, device=device)
     adam = ADAM_STEPS * product
+    scale = gradient_flow.largest_eigenvalue(A) * 300.0
+    flow = min(gradient_flow.flops(d_out, d_in, scale).values())
     return [
         Case("combine", label, (base, experts, [0.3] * tasks), {}, 0, read + base.nbytes),
         Case("task_stats", label, (base, experts), {}, 0, read),
         Case("task_gram", label, (base, experts, ones), {}, tasks * product // 2, read + 4 * d_in**2),
         Case("normal_equations", label, (base, experts, ones), {}, tasks * 3 * product // 2, read),
         Case("wudi_adam", f"{label}, {ADAM_STEPS} steps", (A, B, ADAM_STEPS, 1e-5), {}, adam, 0),
+        Case("gradient_flow", f"{label}, t=300", (A, B, 300.0), {}, flow, 0),
         Case("spd_solve", label, (system, B, A.mean(0)), {}, d_in**3 // 3 + product, 0),
         Case("spectral_refine", label, (B, B, max(1, min(B.shape) * 3 // 10)), {}, 0, 3 * B.nbytes),
     ]
@@ -118,7 +122,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for case in cases(d_out, d_in, tasks, dtype, device):
                 # Solvers see float32 whatever the weights are: once is enough.
-                solver = case.op in ("wudi_adam", "spd_solve", "spectral_refine")
+                solver = case.op in ("wudi_adam", "gradient_flow", "spd_solve", "spectral_refine")
                 if (arguments.op and case.op != arguments.op) or (solver and dtype != torch.float32):
                     continue
                 found = functions(case, device)
