@@ -23,11 +23,11 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloa
 # The op whose C++ knows float32 results only.
 _FLOAT32_OP = "task_stats"
 
-# From this many columns on, a Gram is computed in panels of its lower triangle. Milliseconds on two cores of
-# an AMD EPYC (shared, least of 7), d_in x d_in task vectors, one full product against panels of 512:
-# 768: 24 / 36, 2048: 267 / 216, 3072: 920 / 697.
-_HALF_FROM = 2048
-_PANEL = 512
+# From this many columns on, a symmetric product is computed in panels of its lower triangle: 0.7 of the time of a full
+# product at 768 columns, 0.65 at 3072. The width is no power of two, whose columns would fall on the same cache lines:
+# in float64 panels of 256 are slower than of 192.
+_HALF_FROM = 512
+_PANEL = 192
 
 
 def unavailable(device: torch.device) -> str | None:

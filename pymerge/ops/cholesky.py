@@ -16,7 +16,7 @@ from pymerge.ops.base import one_thread
 _LEAF = 64
 # Columns that are updated together below the diagonal: large enough for a fast product, small beside the matrix, so
 # that little is computed above the diagonal.
-_PANEL = 512
+_PANEL = 192
 
 
 class Cholesky:
