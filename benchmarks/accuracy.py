@@ -66,7 +66,7 @@ class Subject:
 def subjects(base: Matrix, experts: list[Matrix], only: str | None) -> Iterator[Subject]:
     """What is measured on one layer; float64 forms are computed as they are asked for."""
     if only in (None, "wudi"):
-        wudi: dict[str, Action] = {precision: SolveWudi(300, 1e-5, 1.0, precision) for precision in PRECISIONS}
+        wudi: dict[str, Action] = {precision: SolveWudi(1.0, precision, 300, 1e-5) for precision in PRECISIONS}
         yield Subject("wudi", "300 steps, lr 1e-5", wudi, *wudi_delta(base, experts, 300, 1e-5))
     for time in (300.0, 1300.0):
         if only in (None, "wudi_flow"):

@@ -93,7 +93,7 @@ def ours(
 ) -> Form:
     """pymerge's whole action on one weight, on the backend that it chooses itself."""
     actions: dict[str, Action] = {
-        "wudi": SolveWudi(iterations, LR, 1.0, precision),
+        "wudi": SolveWudi(1.0, precision, iterations, LR),
         "wudi_flow": SolveFlow(1.0, precision, TIME),
         "swudi": SolveFilter(1.0, precision, TIME, 1.0),
         "ace": SolveAce(eps, math.inf, 0.3, "released", 1.0, precision),

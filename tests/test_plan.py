@@ -86,7 +86,7 @@ def test_files_sizes_and_offsets_are_those_of_the_output(models: Path, size: str
 
 def test_the_actions_of_each_method(models: Path) -> None:
     wudi = steps(planned(models, "wudi", iterations=7, lr="auto", scale=0.5, exclude=["down_proj"]))
-    assert wudi[UP].action == SolveWudi(7, "auto", 0.5, "auto")
+    assert wudi[UP].action == SolveWudi(0.5, "auto", 7, "auto")
     assert wudi[DOWN].action == AddTaskVectors((0.5, 0.5))
     assert {name for name, step in wudi.items() if isinstance(step.action, SolveWudi)} == {
         name for name in wudi if "_proj" in name and "down_proj" not in name
@@ -230,8 +230,8 @@ def test_gradients_and_filters_reach_the_actions(models: Path) -> None:
     assert found[NORM].action == AddTaskVectors((2.0, 2.0))
     iterations = [{"filter": "q_proj", "value": 3}]
     found = steps(planned(models / "deep", "wudi", iterations=iterations, scale=[1.0, 0.0]))
-    assert found[QUERY.format(1)].action == SolveWudi(3, 1e-5, 0.5, "auto")
-    assert found[UP].action == SolveWudi(300, 1e-5, 1.0, "auto")
+    assert found[QUERY.format(1)].action == SolveWudi(0.5, "auto", 3, 1e-5)
+    assert found[UP].action == SolveWudi(1.0, "auto", 300, 1e-5)
 
 
 def test_a_model_has_precedence_over_the_top_level(models: Path) -> None:

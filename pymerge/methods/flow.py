@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,56 +10,16 @@ import torch
 from torch import Tensor
 
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
-from pymerge.methods.solver import (
-    SHARED_PARAMETERS,
-    Precision,
-    SolverMethod,
-    add_to_base,
-    not_a_number,
-    weighted_task_vectors,
-)
-from pymerge.ops.base import compute_dtype
+from pymerge.methods.solver import SHARED_PARAMETERS, SolveInterference, SolverMethod
 from pymerge.ops.gradient_flow import flops
 from pymerge.ops.spectral_filter import Rank
 
-# The error of a float32 result grows with the time: 6e-6 of X at 300 and 2e-5 at 1300 at most, in our checks.
+# The error of a float32 result grows with the time: at most 8e-6 of X at 300 and 4e-5 at 1300 (benchmarks/results).
 _FLOAT32_TIME = 500.0
 
 
 @dataclass(frozen=True)
-class SolveClosedForm(Action):
-    """W_0 + scale * (X_0 + D), with X_0 = sum_t tau_t and D a closed form on WUDI's normal equations."""
-
-    scale: float
-    precision: Precision
-
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        norms = run_op("task_stats", base, experts).norms.tolist()
-        if not all(map(math.isfinite, norms)):
-            return not_a_number(base, out_dtype)
-        if not any(norms):
-            return base.to(out_dtype or base.dtype)
-        weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
-        double = self.precision == "float64" or (self.precision == "auto" and self.is_delicate())
-        dtype = torch.float64 if double else compute_dtype(base, *experts)
-        X = weighted_task_vectors(base, experts, [1.0] * len(experts), dtype)
-        A, B = run_op("normal_equations", base, experts, weights, origin=X, dtype=dtype)
-        X += self.displacement(run_op, A, B)
-        return add_to_base(base, X, self.scale, out_dtype)
-
-    @abstractmethod
-    def is_delicate(self) -> bool:
-        """Whether float32 would cost digits that are wanted."""
-
-    @abstractmethod
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor) -> Tensor:
-        """D, d_out x d_in."""
-
-
-@dataclass(frozen=True)
-class SolveFlow(SolveClosedForm):
+class SolveFlow(SolveInterference):
     """Gradient flow on the interference loss for a time, by products alone."""
 
     time: float
@@ -70,7 +28,7 @@ class SolveFlow(SolveClosedForm):
     def is_delicate(self) -> bool:
         return self.time > _FLOAT32_TIME
 
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor) -> Tensor:
+    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, dtype: torch.dtype, rms: float) -> Tensor:
         moved: Tensor = run_op("gradient_flow", A, B, self.time)
         return moved
 
@@ -82,7 +40,7 @@ class SolveFlow(SolveClosedForm):
 
 
 @dataclass(frozen=True)
-class SolveFilter(SolveClosedForm):
+class SolveFilter(SolveInterference):
     """A spectral filter on the eigenvectors of A."""
 
     time: float
@@ -92,7 +50,7 @@ class SolveFilter(SolveClosedForm):
     def is_delicate(self) -> bool:
         return True  # eigenvectors of float32 are good for 3e-5 at time 300, less for the exact minimiser
 
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor) -> Tensor:
+    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, dtype: torch.dtype, rms: float) -> Tensor:
         moved: Tensor = run_op("spectral_filter", A, B, self.time, self.rank)
         return moved
 

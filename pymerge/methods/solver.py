@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pymerge.methods.average import Copy, mean_of_tasks
-from pymerge.methods.base import Action, Method, Parameter, Values
-from pymerge.ops.base import task_vector
+from pymerge.methods.base import Action, Method, OpRunner, Parameter, Values
+from pymerge.ops.base import compute_dtype, task_vector
 
 Precision = Literal["auto", "float32", "float64"]
 
@@ -49,6 +51,49 @@ class SolverMethod(Method):
         if solvable and not excluded:
             return self.solve(values)
         return Copy() if values.merge["rest"] == "base" else mean_of_tasks(experts)
+
+
+@dataclass(frozen=True)
+class SolveInterference(Action):
+    """W_0 + scale * (X_0 + D): X_0 = sum_t tau_t, and a displacement D that lowers WUDI's interference loss
+    L(X) = sum_t ||(X - tau_t) tau_t^T||_F^2 / n_t.
+
+    Tasks that did not touch the tensor (n_t = 0) contribute nothing to L in the limit and are left out.
+    """
+
+    scale: float
+    precision: Precision
+
+    def run(
+        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        norms = run_op("task_stats", base, experts).norms.tolist()
+        if not all(map(math.isfinite, norms)):
+            return not_a_number(base, out_dtype)
+        if not any(norms):
+            return base.to(out_dtype or base.dtype)
+        weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
+        dtype = torch.float64 if self.precision == "float64" else compute_dtype(base, *experts)
+        products = torch.float64 if self.precision == "auto" and self.is_delicate() else dtype
+        X = weighted_task_vectors(base, experts, [1.0] * len(experts), products)
+        A, B = run_op("normal_equations", base, experts, weights, origin=X, dtype=products)
+        touched = [norm / base.numel() for norm in norms if norm > 0]
+        X += self.displacement(run_op, A, B, dtype, math.sqrt(statistics.fmean(touched)))
+        return add_to_base(base, X, self.scale, out_dtype)
+
+    @abstractmethod
+    def is_delicate(self) -> bool:
+        """Whether normal equations in float32 would cost digits of the result."""
+
+    @abstractmethod
+    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, dtype: torch.dtype, rms: float) -> Tensor:
+        """D, d_out x d_in.
+
+        Args:
+            A, B: normal equations, B relative to X_0, in float64 where they are delicate.
+            dtype: what the precision asks for.
+            rms: root mean square of the deltas of the tasks that touched the tensor.
+        """
 
 
 def weighted_task_vectors(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,15 +9,7 @@ import torch
 from torch import Tensor
 
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
-from pymerge.methods.solver import (
-    SHARED_PARAMETERS,
-    Precision,
-    SolverMethod,
-    add_to_base,
-    not_a_number,
-    weighted_task_vectors,
-)
-from pymerge.ops.base import compute_dtype
+from pymerge.methods.solver import SHARED_PARAMETERS, SolveInterference, SolverMethod
 from pymerge.ops.normal_equations import outputs_first
 
 PUBLISHED_LR = 1e-5
@@ -28,48 +18,29 @@ PUBLISHED_DELTA_RMS = 5e-4
 
 
 @dataclass(frozen=True)
-class SolveWudi(Action):
-    """X_0 = sum_t tau_t, then Adam steps on L(X) = sum_t ||(X - tau_t) tau_t^T||_F^2 / n_t; returns W_0 + scale * X.
-
-    Tasks that did not touch the tensor (n_t = 0) contribute nothing to L in the limit and are left out.
-    """
+class SolveWudi(SolveInterference):
+    """Adam steps from X_0."""
 
     iterations: int
     lr: float | Literal["auto"]
-    scale: float
-    precision: Precision = "auto"
     label: ClassVar[str] = "wudi"
 
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        dtype = torch.float64 if self.precision == "float64" else compute_dtype(base, *experts)
-        norms = run_op("task_stats", base, experts).norms.tolist()
-        if not all(map(math.isfinite, norms)):
-            return not_a_number(base, out_dtype)
-        if not any(norms):
-            return base.to(out_dtype or base.dtype)
-        weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
-        # Rounding in A and B is the same in all steps and adds up; that of a step does not. Float64 products here cost
-        # a few percent of 300 steps and bring the error of X from about 1e-5 of the displacement to 1e-6.
-        products = dtype if self.precision == "float32" else torch.float64
-        X = weighted_task_vectors(base, experts, [1.0] * len(experts), products)
-        A, B = run_op("normal_equations", base, experts, weights, origin=X, dtype=products)
-        lr = self.learning_rate(norms, base.numel())
-        X += run_op("wudi_adam", A.to(dtype), B.to(dtype), self.iterations, lr)
-        return add_to_base(base, X, self.scale, out_dtype)
+    def is_delicate(self) -> bool:
+        # Rounding in A and B is the same in all steps and adds up; that of a step does not. Float64 products cost a few
+        # percent of 300 steps and bring the error of X from about 1e-5 of the displacement to 1e-6.
+        return True
 
-    def learning_rate(self, norms: Sequence[float], elements: int) -> float:
-        """`lr`, or for "auto" the published one times this tensor's delta rms over the published setting's.
+    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, dtype: torch.dtype, rms: float) -> Tensor:
+        moved: Tensor = run_op("wudi_adam", A.to(dtype), B.to(dtype), self.iterations, self.learning_rate(rms))
+        return moved
+
+    def learning_rate(self, rms: float) -> float:
+        """`lr`, or for "auto" the published one times the deltas' `rms` over the published setting's.
 
         Adam's step does not scale with the deltas while the solution does, so a fixed lr moves large deltas too
         little. The rule is pymerge's own.
         """
-        if self.lr != "auto":
-            return self.lr
-        touched = [norm for norm in norms if norm > 0]
-        rms = math.sqrt(sum(touched) / (len(touched) * elements))
-        return PUBLISHED_LR * rms / PUBLISHED_DELTA_RMS
+        return PUBLISHED_LR * rms / PUBLISHED_DELTA_RMS if self.lr == "auto" else self.lr
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         rows, columns = shape
@@ -101,4 +72,4 @@ class Wudi(SolverMethod):
 
     def solve(self, values: Values) -> Action:
         merge = values.merge
-        return SolveWudi(merge["iterations"], merge["lr"], merge["scale"], merge["precision"])
+        return SolveWudi(merge["scale"], merge["precision"], merge["iterations"], merge["lr"])
