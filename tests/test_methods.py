@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ SHAPES = [
     (12, 10, 1, None),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICE = os.environ.get("PYMERGE_TEST_DEVICE", "cpu")  # `make gpu` sets cuda
 WUDI_TOLERANCE = 2e-5  # of the displacement from the start, float32
 ACE_TOLERANCE = 1e-5  # of X, float32
 FILTER_TOLERANCE = 2e-5  # of X, float32
@@ -31,7 +34,7 @@ FILTER_TOLERANCE = 2e-5  # of X, float32
 
 def merged_delta(base, experts, method, **parameters):
     """X found by the engine, in float64: a float64 result, so that adding it to W_0 rounds nothing away."""
-    merged = pymerge.merge_tensors(base, experts, method, dtype=torch.float64, **parameters)
+    merged = pymerge.merge_tensors(base, experts, method, dtype=torch.float64, device=DEVICE, **parameters)
     return as_float64(merged) - as_float64(base)
 
 
