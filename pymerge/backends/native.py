@@ -23,9 +23,8 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloa
 # The op whose C++ knows float32 results only.
 _FLOAT32_OP = "task_stats"
 
-# From this many columns on, a symmetric product is computed in panels of its lower triangle: 0.7 of the time of a full
-# product at 768 columns, 0.65 at 3072. The width is no power of two, whose columns would fall on the same cache lines:
-# in float64 panels of 256 are slower than of 192.
+# From this many columns on, a symmetric product is computed in panels of its lower triangle, faster than a full
+# one. The width is no power of two: panels of 256 float64 columns would fall on the same cache lines.
 _HALF_FROM = 512
 _PANEL = 192
 

@@ -11,47 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from outputs import SMALL, Tensors, finish, plan, tree, write_shard
 from safetensors.torch import load_file
 
-from pymerge.checkpoint.dtypes import code_of
-from pymerge.checkpoint.layout import ShardLayout, layout_shards
-from pymerge.checkpoint.manifest import build_manifest, read_manifest
+from pymerge.checkpoint.manifest import read_manifest
 from pymerge.checkpoint.writer import OutputDirectory
 from pymerge.errors import OutputError
-
-Tensors = dict[str, torch.Tensor]
-
-SMALL: Tensors = {name: torch.full((10,), float(i)) for i, name in enumerate("abcd")}
-
-
-def plan(tensors: Tensors, limit: int) -> tuple[ShardLayout, ...]:
-    return layout_shards([(n, code_of(t.dtype), tuple(t.shape)) for n, t in tensors.items()], limit)
-
-
-def write_shard(output: OutputDirectory, layout: ShardLayout, tensors: Tensors) -> None:
-    for tensor in layout.tensors:
-        output.write(tensor.name, tensors[tensor.name])
-
-
-def finish(output: OutputDirectory, tensors: Tensors, files: dict[str, bytes | Path] | None = None) -> None:
-    """Write what is unfinished and publish."""
-    files = {"config.json": b"{}\n"} if files is None else files
-    for layout in output.layouts:
-        if layout.file not in output.finished:
-            write_shard(output, layout, tensors)
-    manifest = build_manifest(
-        output.layouts,
-        output.checksums,
-        files,
-        fingerprint=output.fingerprint,
-        pymerge_version="0",
-        base_parameters=sum(tensor.numel() for tensor in tensors.values()),
-    )
-    output.publish(files, manifest)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def assert_holds(folder: Path, tensors: Tensors) -> None:
