@@ -61,7 +61,7 @@ def cases(d_out: int, d_in: int, tasks: int, dtype: torch.dtype, device: str) ->
     system = A + 1e-2 * A.diagonal().mean() * torch.eye(d_in, device=device)
     adam = ADAM_STEPS * product
     scale = gradient_flow.largest_eigenvalue(A) * 300.0
-    flow = min(gradient_flow.flops(d_out, d_in, scale).values())
+    flow = gradient_flow.schedule(d_out, d_in, scale).flops
     return [
         Case("combine", label, (base, experts, [0.3] * tasks), {}, 0, read + base.nbytes),
         Case("task_stats", label, (base, experts), {}, 0, read),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
 from pymerge.methods.solver import SHARED_PARAMETERS, SolveInterference, SolverMethod
-from pymerge.ops.gradient_flow import flops
+from pymerge.ops.gradient_flow import schedule
 from pymerge.ops.spectral_filter import Rank
 
 # The error of a float32 result grows with the time: at most 1e-5 of X at 300 and 8e-5 at 1300 (benchmarks/results).
@@ -35,7 +35,7 @@ class SolveFlow(SolveInterference):
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         rows, columns = shape
         # The largest eigenvalue of A is not known yet; its mean share of the trace T is a few for real deltas.
-        steps = min(flops(rows, columns, max(self.time, 1.0)).values())
+        steps = schedule(rows, columns, max(self.time, 1.0)).flops
         return Cost(_equations(rows, columns, experts) + steps, _scratch(rows, columns, self.is_delicate()))
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops.base import Op, check_matrix
 
-# The Taylor series of Phi(h) starts at ||A|| h <= 2 with so many terms, in so many blocks: 2^16 / 17! < 2e-10 and
-# 2^25 / 26! < 1e-18.
-_START = 2.0
-_BLOCKS = {torch.float32: 4, torch.float64: 5}  # of as many terms
+# What the Chebyshev series of Phi may leave out, as a share of its largest value.
+_TOLERANCE = {torch.float32: 2e-8, torch.float64: 4e-15}
+# Terms of the series in a block: more would save a product or two, and take d_in x d_in of memory each.
+_BLOCK = 4
+# The largest ||A|| h that the series starts at. It could do more; but errors grow with it, while a doubling squares the
+# relative error of Phi in directions with E near 1, as Newton's iteration for an inverse does.
+_LARGEST_START = 64.0
+_MOST_TERMS = 64
 
 # Product of two symmetric matrices that commute, symmetric itself: backends know how to compute half of it.
 SymmetricProduct = Callable[[Tensor, Tensor], Tensor]
@@ -40,30 +47,52 @@ def norm_bound(A: Tensor) -> float:
     return min(float(A.diagonal().sum()), float(A.abs().sum(dim=1).max()), float(A.norm()))
 
 
-def largest_eigenvalue(A: Tensor, iterations: int = 20) -> float:
+def largest_eigenvalue(A: Tensor, iterations: int = 40) -> float:
     """An upper estimate of the largest eigenvalue: power iteration from a fixed start, with a tenth to spare."""
+    bound = norm_bound(A)
+    if bound == 0.0:
+        return 0.0
     vector = torch.cos(torch.arange(1, A.shape[0] + 1, dtype=A.dtype, device=A.device)).unsqueeze(1)
     largest = 0.0
     for _ in range(iterations):
         vector = A @ (vector / vector.norm())
         largest = float(vector.norm())
-    return min(1.1 * largest, norm_bound(A))
+    return min(1.1 * largest, bound)
 
 
-def doublings(scale: float) -> int:
-    """How often the starting time must be doubled to reach `scale` = ||A|| t."""
-    return max(0, math.ceil(math.log2(scale / _START))) if scale > _START else 0
+class Schedule(NamedTuple):
+    """How the time t is reached: a Chebyshev series for h = t / 2^doublings, then so many doublings of Phi or B Phi."""
+
+    doublings: int
+    on_B: bool
+    flops: int  # of products, those of symmetric matrices counted as half
 
 
-def flops(rows: int, columns: int, scale: float, dtype: torch.dtype = torch.float32) -> dict[str, int]:
-    """Floating-point operations of both ways to evaluate the flow, symmetric products counted as half."""
-    steps = doublings(scale)
+def schedule(rows: int, columns: int, scale: float, dtype: torch.dtype = torch.float32) -> Schedule:
+    """The schedule of the fewest operations for B of rows x columns and `scale` = ||A|| t."""
+    first = max(0, math.ceil(math.log2(scale / _LARGEST_START))) if scale > _LARGEST_START else 0
     product, square = 2 * rows * columns**2, columns**3
-    series = 2 * (_BLOCKS[dtype] - 1) * square
-    return {
-        "doubling Phi": series + 2 * steps * square + product,
-        "doubling B Phi": series + steps * square + (1 + steps) * product,
-    }
+    found = []
+    for doublings in range(first, first + 4):
+        terms = len(chebyshev(scale / 2**doublings, _TOLERANCE[dtype]))
+        squares = _BLOCK - 1 + math.ceil(terms / _BLOCK) - 1 + doublings  # of the series; A Phi, and then E E
+        for on_B in (False, True):
+            factors = doublings * (product if on_B else 2 * square)
+            found.append(Schedule(doublings, on_B, squares * square + factors + product))
+    return min(found, key=lambda one: one.flops)
+
+
+@lru_cache(maxsize=256)
+def chebyshev(x0: float, tolerance: float) -> tuple[float, ...]:
+    """Coefficients in T_k(2 x / x0 - 1) of (1 - e^-x) / x on [0, x0], without a tail that sums to `tolerance`."""
+
+    def phi(y: np.ndarray) -> np.ndarray:
+        x = (y + 1.0) * (x0 / 2.0)
+        return np.divide(-np.expm1(-x), x, out=np.ones_like(x), where=x > 0.0)
+
+    coefficients = np.polynomial.chebyshev.chebinterpolate(phi, _MOST_TERMS)
+    tail = np.cumsum(np.abs(coefficients[::-1]))[::-1]
+    return tuple(coefficients[: max(_BLOCK, int((tail > tolerance).sum()))].tolist())
 
 
 def reference(A: Tensor, B: Tensor, time: float) -> Tensor:
@@ -75,11 +104,12 @@ def reference(A: Tensor, B: Tensor, time: float) -> Tensor:
             X_0 + D = X_0 - (X_0 A - B_0) Phi.
         time: t. For t -> infinity D is the step to the exact minimiser nearest to X_0.
 
-    Evaluated from products alone, by doubling the time: with E = I - e^{-A h}, Phi(2h) = Phi (2 I - E) and E(2h) =
-    2 E - E^2. Tracking E and not the exponential keeps the digits of directions that have hardly moved. The factors
-    2 I - E multiply Phi, or B Phi where that is fewer operations; their eigenvalues lie in [1, 2], so both are stable.
-    A Chebyshev polynomial acting on B would need fewer products for d_out << d_in, but loses a factor ||A|| t in
-    accuracy. Source: the exponential filter of SWUDI, arXiv 2606.07289, without its eigendecomposition.
+    Evaluated from products alone: a Chebyshev series for a time h, then the time is doubled: with E = I - e^{-A h} = A
+    Phi(h), Phi(2h) = Phi (2 I - E) and E(2h) = 2 E - E^2. Tracking E and not the exponential keeps the digits of
+    directions that have hardly moved, and a doubling squares the relative error of Phi where E is near 1, as in Newton's
+    iteration for an inverse. The factors 2 I - E multiply Phi, or B Phi where that is fewer operations; their eigenvalues
+    lie in [1, 2], so both are stable. A series for the whole time, acting on B, would need fewer products for d_out <<
+    d_in, but loses a factor ||A|| t in accuracy. Source: the exponential filter of SWUDI, arXiv 2606.07289, without its eigendecomposition.
     """
     return evaluate(A, B, time, torch.matmul)
 
@@ -89,40 +119,72 @@ def evaluate(A: Tensor, B: Tensor, time: float, symmetric: SymmetricProduct) -> 
     scale = largest_eigenvalue(A) * time if A.numel() else 0.0
     if scale == 0.0:
         return B * time
-    costs = flops(B.shape[0], B.shape[1], scale, A.dtype)
-    return double(A, B, time, scale, symmetric, on_B=costs["doubling B Phi"] < costs["doubling Phi"])
+    chosen = schedule(B.shape[0], B.shape[1], scale, A.dtype)
+    return follow(A, B, time, scale, symmetric, doublings=chosen.doublings, on_B=chosen.on_B)
 
 
-def double(A: Tensor, B: Tensor, time: float, scale: float, symmetric: SymmetricProduct, *, on_B: bool) -> Tensor:
-    """B Phi, multiplying the factors of Phi to B (`on_B`) or to each other; `scale` is at least ||A|| t."""
-    steps = doublings(scale)
-    h = time / 2**steps
-    phi = _series(A, h, symmetric)
-    if steps:
+def follow(
+    A: Tensor, B: Tensor, time: float, scale: float, symmetric: SymmetricProduct, *, doublings: int, on_B: bool
+) -> Tensor:
+    """B Phi by a schedule, the factors of Phi multiplied to B (`on_B`) or to each other; `scale` is at least ||A|| t."""
+    phi = _series(A, time / 2**doublings, scale / 2**doublings, symmetric)
+    if doublings:
         E = symmetric(A, phi)
     if on_B:
         phi = B @ phi
-    for step in range(steps):
-        phi = phi.mul(2.0).sub_(phi @ E if on_B else symmetric(phi, E))
-        if step + 1 < steps:
-            E = E.mul(2.0).sub_(symmetric(E, E))
+    for step in range(doublings):
+        # A whole product, also for symmetric Phi: its rounding is small where the row of Phi is, while half a product
+        # mirrored carries the large rows' rounding over, and five times the error.
+        change = phi @ E
+        phi.mul_(2.0).sub_(change)
+        if step + 1 < doublings:
+            square = symmetric(E, E)
+            E.mul_(2.0).sub_(square)
     return phi if on_B else B @ phi
 
 
-def _series(A: Tensor, h: float, symmetric: SymmetricProduct) -> Tensor:
-    """Phi(h) = h sum_k (-A h)^k / (k+1)!, by blocks of powers (Paterson and Stockmeyer): 2 (blocks - 1) products."""
-    size = _BLOCKS[A.dtype]
-    powers = [torch.eye(A.shape[0], dtype=A.dtype, device=A.device), A]
-    while len(powers) <= size:
-        powers.append(symmetric(powers[-1], A))
-    total = torch.zeros_like(A)
-    for block in reversed(range(size)):
-        if block + 1 < size:
-            total = symmetric(total, powers[size])
-        for k in range(size):
-            order = size * block + k
-            total.add_(powers[k], alpha=h * (-h) ** order / math.factorial(order + 1))
+def _series(A: Tensor, h: float, x0: float, symmetric: SymmetricProduct) -> Tensor:
+    """Phi(h) for ||A|| h <= x0 as sum_k c_k T_k(Y), Y = a A - I, a = 2 h / x0.
+
+    In blocks, as Paterson and Stockmeyer evaluate powers: with Z = T_4(Y), sum_j T_j(Z) Q_j(Y), Q_j of degree 3, by
+    Clenshaw's recurrence over j. Y is never stored: sums with it are sums with A.
+    """
+    a = 2.0 * h / x0
+    T2 = _add(symmetric(A, A).mul_(2.0 * a * a), A, -4.0 * a, 1.0)  # 2 Y^2 - I
+    T3 = _add(symmetric(A, T2).mul_(2.0 * a).sub_(T2, alpha=2.0), A, -a, 1.0)  # 2 Y T2 - Y
+    Z = _add(symmetric(T2, T2).mul_(2.0), A, 0.0, -1.0)  # 2 T2^2 - I
+
+    def add_block(total: Tensor, block: list[float]) -> Tensor:
+        c0, c1, c2, c3 = block
+        return _add(total.add_(T2, alpha=c2).add_(T3, alpha=c3), A, a * c1, c0 - c1)
+
+    *blocks, highest = _in_blocks(chebyshev(x0, _TOLERANCE[A.dtype]))
+    last, current = None, add_block(torch.zeros_like(A), highest)
+    for index in reversed(range(len(blocks))):
+        following = symmetric(Z, current).mul_(2.0 if index else 1.0)
+        if last is not None:
+            following.sub_(last)
+        last, current = current, add_block(following, blocks[index])
+    return current.mul_(h)
+
+
+def _add(total: Tensor, A: Tensor, factor: float, diagonal: float) -> Tensor:
+    """total + factor A + diagonal I, in place."""
+    if factor:
+        total.add_(A, alpha=factor)
+    total.diagonal().add_(diagonal)
     return total
+
+
+def _in_blocks(coefficients: tuple[float, ...]) -> list[list[float]]:
+    """d with sum_k c_k T_k(y) = sum_j T_j(T_4(y)) sum_i d_ji T_i(y), by T_{4j+i} = 2 T_j(T_4) T_i - T_{4j-i}."""
+    count = -(-len(coefficients) // _BLOCK)
+    rest = [*coefficients, *[0.0] * (count * _BLOCK - len(coefficients))]
+    for j in reversed(range(1, count)):
+        for i in range(1, _BLOCK):
+            rest[_BLOCK * j - i] -= rest[_BLOCK * j + i]
+            rest[_BLOCK * j + i] *= 2.0
+    return [rest[_BLOCK * j : _BLOCK * (j + 1)] for j in range(count)]
 
 
 OP = Op("gradient_flow", check, reference, "closed form of gradient flow on the interference loss, products only")
