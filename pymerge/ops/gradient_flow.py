@@ -104,12 +104,12 @@ def reference(A: Tensor, B: Tensor, time: float) -> Tensor:
             X_0 + D = X_0 - (X_0 A - B_0) Phi.
         time: t. For t -> infinity D is the step to the exact minimiser nearest to X_0.
 
-    Evaluated from products alone: a Chebyshev series for a time h, then the time is doubled: with E = I - e^{-A h} = A
-    Phi(h), Phi(2h) = Phi (2 I - E) and E(2h) = 2 E - E^2. Tracking E and not the exponential keeps the digits of
-    directions that have hardly moved, and a doubling squares the relative error of Phi where E is near 1, as in Newton's
-    iteration for an inverse. The factors 2 I - E multiply Phi, or B Phi where that is fewer operations; their eigenvalues
-    lie in [1, 2], so both are stable. A series for the whole time, acting on B, would need fewer products for d_out <<
-    d_in, but loses a factor ||A|| t in accuracy. Source: the exponential filter of SWUDI, arXiv 2606.07289, without its eigendecomposition.
+    Evaluated from products alone: a Chebyshev series for a time h, then the time is doubled: with E = I - e^{-A h} =
+    A Phi(h), Phi(2h) = Phi (2 I - E) and E(2h) = 2 E - E^2. Tracking E and not the exponential keeps the digits of
+    directions that have hardly moved. The factors 2 I - E multiply Phi, or B Phi where that is fewer operations; their
+    eigenvalues lie in [1, 2], so both are stable. A series for the whole time, acting on B, would need fewer products
+    for d_out << d_in, but loses a factor ||A|| t in accuracy.
+    Source: the exponential filter of SWUDI, arXiv 2606.07289, without its eigendecomposition.
     """
     return evaluate(A, B, time, torch.matmul)
 
@@ -126,7 +126,7 @@ def evaluate(A: Tensor, B: Tensor, time: float, symmetric: SymmetricProduct) -> 
 def follow(
     A: Tensor, B: Tensor, time: float, scale: float, symmetric: SymmetricProduct, *, doublings: int, on_B: bool
 ) -> Tensor:
-    """B Phi by a schedule, the factors of Phi multiplied to B (`on_B`) or to each other; `scale` is at least ||A|| t."""
+    """B Phi by a schedule, its factors multiplied to B (`on_B`) or to each other; `scale` is at least ||A|| t."""
     phi = _series(A, time / 2**doublings, scale / 2**doublings, symmetric)
     if doublings:
         E = symmetric(A, phi)
