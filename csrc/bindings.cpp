@@ -73,9 +73,14 @@ void task_gram(Address out, const Matrix& base, const std::vector<Matrix>& exper
 
 #else
 
-void task_vector(Address out, const Matrix& base, const Matrix& expert, Address mean, std::int64_t rows,
-                 std::int64_t columns, int threads) {
-    task_vector_cpu({pointer<float>(out), view(base), view(expert), pointer<const float>(mean), rows, columns}, threads);
+void task_sum(Address out, std::int32_t dtype, const Matrix& base, const std::vector<Matrix>& experts,
+              const std::vector<double>& weights, Address means, std::int64_t rows, std::int64_t columns, int threads) {
+    PM_CHECK(experts.size() == weights.size(),
+             "task_sum: " << experts.size() << " experts, " << weights.size() << " weights; give one of each");
+    const std::vector<MatrixView> matrices = views(experts);
+    task_sum_cpu({pointer(out), checked_dtype(dtype), view(base), matrices.data(), weights.data(),
+                  pointer<const void>(means), static_cast<std::int64_t>(experts.size()), rows, columns},
+                 threads);
 }
 
 void task_stats(Address norms, Address traces, Address means, const Matrix& base, const std::vector<Matrix>& experts,
@@ -119,7 +124,7 @@ PYBIND11_MODULE(_cuda, module) {
 #else
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled ops for the CPU; see pymerge.backends.native.";
-    module.def("task_vector", &task_vector, py::call_guard<py::gil_scoped_release>());
+    module.def("task_sum", &task_sum, py::call_guard<py::gil_scoped_release>());
     module.def("task_stats", &task_stats, py::call_guard<py::gil_scoped_release>());
     module.def("adam_step", &adam_step, py::call_guard<py::gil_scoped_release>());
 #endif

@@ -17,8 +17,17 @@ def combine(
     threads: int,
     /,
 ) -> None: ...
-def task_vector(
-    out: int, base: _Matrix, expert: _Matrix, mean: int, rows: int, columns: int, threads: int, /
+def task_sum(
+    out: int,
+    dtype: int,
+    base: _Matrix,
+    experts: Sequence[_Matrix],
+    weights: Sequence[float],
+    means: int,
+    rows: int,
+    columns: int,
+    threads: int,
+    /,
 ) -> None: ...
 def task_stats(
     norms: int,

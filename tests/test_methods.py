@@ -11,7 +11,9 @@ from cases import as_float64, make_weights, relative_error
 from oracles import ace_delta, filter_delta, wudi_delta
 
 import pymerge
+from pymerge.backends import Dispatcher
 from pymerge.errors import ArgumentError, ConfigError, NonFiniteError
+from pymerge.methods.ace import SolveAce
 
 # (d_out, d_in, T, rank): square-ish and tiny, tall, wide, rank-deficient, wide with few tasks (A is singular), one
 # row, one column, one task.
@@ -114,6 +116,20 @@ def test_ace_ill_conditioned_systems_are_solved_in_float64(rms, eps):
     base, experts = make_weights(24, 160, 3, rms=rms)
     expected = ace_delta(as_float64(base), [as_float64(expert) for expert in experts], eps, float("inf"))
     assert relative_error(merged_delta(base, experts, "ace", eps=eps), expected) < ACE_TOLERANCE
+
+
+@pytest.mark.parametrize(("eps", "dtype"), [(1.0, torch.float32), (1e-5, torch.float64)])
+def test_ace_forms_its_system_once(eps, dtype):
+    """The precision is decided before the products that cost the most."""
+    base, experts = make_weights(24, 160, 3, rms=3e-3)
+    run_op, formed = Dispatcher("auto", "cpu"), []
+
+    def record(op, *arguments, **keywords):
+        formed.extend([keywords["dtype"]] if op == "normal_equations" else [])
+        return run_op(op, *arguments, **keywords)
+
+    SolveAce(eps, float("inf"), 0.3, "released", 1.0, "auto").run(record, base, experts)
+    assert formed == [dtype]
 
 
 def test_ace_heterogeneity_decides_by_gamma():

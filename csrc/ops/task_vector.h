@@ -1,4 +1,4 @@
-// tau_t = W_t - W_0 (minus its column mean) in float32, and its statistics, straight from the stored types.
+// Sums and statistics of task vectors tau_t = W_t - W_0, straight from the stored types.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +7,21 @@
 
 namespace pymerge {
 
-// A matrix whose rows are contiguous; float32, float16 or bfloat16.
+// A matrix whose rows are contiguous.
 struct MatrixView {
     const void* data;
     DType dtype;
     std::int64_t row_stride;  // elements
 };
 
-struct TaskVectorParams {
-    float* out;  // rows x columns, contiguous
+struct TaskSumParams {
+    void* out;  // rows x columns, contiguous: sum_t w_t (W_t - W_0 - 1 mu_t^T)
+    DType dtype;  // of `out` and of the sum: float32 or float64
     MatrixView base;
-    MatrixView expert;
-    const float* mean;  // columns values, or null
+    const MatrixView* experts;
+    const double* weights;
+    const void* means;  // count x columns in `dtype`, contiguous, or null
+    std::int64_t count;
     std::int64_t rows;
     std::int64_t columns;
 };
@@ -36,7 +39,7 @@ struct TaskStatsParams {
 
 PM_HOST_DEVICE float task_delta(float value, float base) { return value - base; }
 
-void task_vector_cpu(const TaskVectorParams& p, int threads);
+void task_sum_cpu(const TaskSumParams& p, int threads);
 void task_stats_cpu(const TaskStatsParams& p, int threads);
 
 }  // namespace pymerge

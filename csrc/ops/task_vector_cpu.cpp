@@ -11,24 +11,20 @@ namespace {
 constexpr std::int64_t chunk_elements = 16384;
 constexpr std::int64_t tile = 128;  // columns of one statistics item: its four sums stay in the first-level cache
 
-// Calls f(const T* at (row, column)) for the stored type; float64 has no business here.
+// Calls f(const T* at (row, column)) for the stored type.
 template <class F>
 void with_row(const MatrixView& m, std::int64_t row, std::int64_t column, F&& f) {
-    const std::int64_t offset = row * m.row_stride + column;
-    switch (m.dtype) {
-        case DType::f16: return f(static_cast<const Half*>(m.data) + offset);
-        case DType::bf16: return f(static_cast<const BFloat16*>(m.data) + offset);
-        default: return f(static_cast<const float*>(m.data) + offset);
-    }
+    dispatch(m.dtype, [&](auto tag) {
+        f(static_cast<const typename decltype(tag)::type*>(m.data) + m.row_stride * row + column);
+    });
 }
 
 void check_view(const char* label, const MatrixView& m, std::int64_t columns) {
-    PM_CHECK(m.dtype != DType::f64, label << " is float64; these kernels compute in float32, use the reference");
     PM_CHECK(m.row_stride >= columns, label << " has row stride " << m.row_stride << " for " << columns << " columns");
 }
 
 void check_sizes(std::int64_t rows, std::int64_t columns) {
-    PM_CHECK(rows >= 0 && columns >= 0, "task vector: " << rows << " x " << columns << " elements");
+    PM_CHECK(rows >= 0 && columns >= 0, "task vectors: " << rows << " x " << columns << " elements");
 }
 
 template <class W, class E>
@@ -37,14 +33,11 @@ PM_TARGET_CLONES void subtract_row(
     for (std::int64_t i = 0; i < n; ++i) out[i] = task_delta(load<float>(expert[i]), load<float>(base[i]));
 }
 
-template <class W, class E>
-PM_TARGET_CLONES void subtract_centred_row(
-    float* __restrict out,
-    const W* __restrict base,
-    const E* __restrict expert,
-    const float* __restrict mean,
-    std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) out[i] = task_delta(load<float>(expert[i]), load<float>(base[i])) - mean[i];
+// out += weight (expert - base - mean)
+template <class A, class W, class E>
+PM_TARGET_CLONES void add_row(A* __restrict out, const W* __restrict base, const E* __restrict expert,
+                              const A* __restrict mean, A weight, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] += weight * ((load<A>(expert[i]) - load<A>(base[i])) - mean[i]);
 }
 
 // Per column: sums of tau, tau^2, d and d^2 with d = tau - (first row). The shift keeps the centred sum exact for
@@ -57,7 +50,7 @@ struct ColumnSums {
     float first[tile] = {};
 };
 
-PM_TARGET_CLONES void add_row(ColumnSums& s, const float* __restrict tau, std::int64_t n) {
+PM_TARGET_CLONES void add_to_sums(ColumnSums& s, const float* __restrict tau, std::int64_t n) {
     for (std::int64_t j = 0; j < n; ++j) {
         const double value = tau[j];
         const double d = value - static_cast<double>(s.first[j]);
@@ -86,7 +79,7 @@ TileTotals tile_stats(const TaskStatsParams& p, std::int64_t task, std::int64_t 
     for (std::int64_t row = 0; row < p.rows; ++row) {
         subtract(tau, p.base, p.experts[task], row, column, n);
         if (row == 0) std::copy_n(tau, n, sums.first);
-        add_row(sums, tau, n);
+        add_to_sums(sums, tau, n);
     }
     const double rows = static_cast<double>(p.rows);
     TileTotals totals{0.0, 0.0};
@@ -99,31 +92,48 @@ TileTotals tile_stats(const TaskStatsParams& p, std::int64_t task, std::int64_t 
     return totals;
 }
 
-}  // namespace
-
-void task_vector_cpu(const TaskVectorParams& p, int threads) {
-    check_sizes(p.rows, p.columns);
-    check_view("base", p.base, p.columns);
-    check_view("expert", p.expert, p.columns);
+template <class A>
+void sum_all(const TaskSumParams& p, int threads) {
+    const std::vector<A> zeros(p.means == nullptr ? static_cast<std::size_t>(p.columns) : 0, A{0});
     const std::int64_t rows_per_chunk = std::max<std::int64_t>(1, chunk_elements / std::max<std::int64_t>(1, p.columns));
     for_each_chunk(p.rows, rows_per_chunk, threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t row = begin; row < end; ++row) {
-            float* out = p.out + row * p.columns;
-            if (p.mean == nullptr) {
-                subtract(out, p.base, p.expert, row, 0, p.columns);
-                continue;
+            A* out = static_cast<A*>(p.out) + row * p.columns;
+            std::fill_n(out, p.columns, A{0});
+            for (std::int64_t t = 0; t < p.count; ++t) {
+                const A* mean = p.means == nullptr ? zeros.data() : static_cast<const A*>(p.means) + t * p.columns;
+                const A weight = static_cast<A>(p.weights[t]);
+                with_row(p.base, row, 0, [&](auto* w) {
+                    with_row(p.experts[t], row, 0, [&](auto* e) { add_row<A>(out, w, e, mean, weight, p.columns); });
+                });
             }
-            with_row(p.base, row, 0, [&](auto* w) {
-                with_row(p.expert, row, 0, [&](auto* e) { subtract_centred_row(out, w, e, p.mean, p.columns); });
-            });
         }
     });
+}
+
+}  // namespace
+
+void task_sum_cpu(const TaskSumParams& p, int threads) {
+    check_sizes(p.rows, p.columns);
+    check_view("base", p.base, p.columns);
+    for (std::int64_t t = 0; t < p.count; ++t) check_view("expert", p.experts[t], p.columns);
+    PM_CHECK(p.dtype == DType::f32 || p.dtype == DType::f64,
+             "task_sum: dtype code " << static_cast<int>(p.dtype) << "; sums are float32 or float64");
+    if (p.dtype == DType::f64) {
+        sum_all<double>(p, threads);
+    } else {
+        sum_all<float>(p, threads);
+    }
 }
 
 void task_stats_cpu(const TaskStatsParams& p, int threads) {
     check_sizes(p.rows, p.columns);
     check_view("base", p.base, p.columns);
-    for (std::int64_t t = 0; t < p.count; ++t) check_view("expert", p.experts[t], p.columns);
+    PM_CHECK(p.base.dtype != DType::f64, "task_stats: the base is float64, its means are float32; use the reference");
+    for (std::int64_t t = 0; t < p.count; ++t) {
+        check_view("expert", p.experts[t], p.columns);
+        PM_CHECK(p.experts[t].dtype != DType::f64, "task_stats: an expert is float64; use the reference");
+    }
     std::fill_n(p.norms, p.count, 0.0);
     std::fill_n(p.traces, p.count, 0.0);
     if (p.rows == 0) {

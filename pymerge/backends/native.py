@@ -45,6 +45,7 @@ def implementations() -> Mapping[str, Callable[..., Any]]:
     return {
         "combine": combine,
         "task_stats": task_stats,
+        "task_sum": task_sum,
         "task_gram": task_gram,
         "normal_equations": normal_equations,
         "wudi_adam": wudi_adam,
@@ -112,6 +113,19 @@ def task_stats(base: Tensor, experts: Sequence[Tensor]) -> TaskStats:
     return TaskStats(norms, traces, means)
 
 
+def task_sum(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    weights: Sequence[float],
+    means: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`task_sum` in one pass over the inputs."""
+    total = torch.empty(base.shape, dtype=dtype or compute_dtype(base, *experts))
+    _write_task_sum(total, base, experts, weights, means)
+    return total
+
+
 def task_gram(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -126,7 +140,7 @@ def task_gram(
     tau = torch.empty(base.shape, dtype=dtype)
     for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
         if weight != 0.0:
-            _task_vector(tau, base, expert, None if means is None else means[index])
+            _write_task_sum(tau, base, [expert], [1.0], None if means is None else means[index : index + 1])
             _add_gram(gram, tau, weight)
     return _mirror(gram)
 
@@ -138,6 +152,7 @@ def normal_equations(
     means: Tensor | None = None,
     origin: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    ridges: Sequence[float] | None = None,
 ) -> NormalEquations:
     """`normal_equations` with two d_out x d_in buffers and one d_in x d_in buffer for all tasks."""
     rows, columns = base.shape
@@ -147,10 +162,11 @@ def normal_equations(
     tau = torch.empty(rows, columns, dtype=dtype)
     left = tau if origin is None else torch.empty_like(tau)
     gram = None if outputs_first(rows, columns) else torch.empty_like(A)
-    for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-        if weight == 0.0:
+    ridges = [0.0] * len(experts) if ridges is None else ridges
+    for index, (expert, weight, ridge) in enumerate(zip(experts, weights, ridges, strict=True)):
+        if weight == 0.0 and ridge == 0.0:
             continue
-        _task_vector(tau, base, expert, None if means is None else means[index])
+        _write_task_sum(tau, base, [expert], [1.0], None if means is None else means[index : index + 1])
         if origin is not None:
             torch.sub(tau, origin, out=left)
         if gram is None:
@@ -160,7 +176,12 @@ def normal_equations(
             _add_gram(gram.zero_(), tau, 1.0)
             A.add_(_mirror(gram), alpha=weight)
             B.addmm_(left, gram, alpha=weight)
-    return NormalEquations(A if gram is not None else _mirror(A), B)
+        if ridge != 0.0:
+            B.add_(left, alpha=ridge)
+    if gram is None:
+        _mirror(A)
+    A.diagonal().add_(sum(ridges))
+    return NormalEquations(A, B)
 
 
 def wudi_adam(
@@ -215,23 +236,23 @@ def matrix_argument(matrix: Tensor) -> tuple[int, int, int]:
     return matrix.data_ptr(), DTYPE_CODES[matrix.dtype], matrix.stride(0)
 
 
-def _task_vector(out: Tensor, base: Tensor, expert: Tensor, mean: Tensor | None) -> None:
-    """Write tau~ to `out`: in one pass over base and expert if it is float32."""
+def _write_task_sum(
+    out: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], means: Tensor | None
+) -> None:
+    """Write sum_t w_t tau~_t to `out`, contiguous, in its dtype."""
     from pymerge import _C
 
-    if out.dtype == torch.float64:
-        torch.sub(expert.to(torch.float64), base.to(torch.float64), out=out)
-        if mean is not None:
-            out.sub_(mean.to(torch.float64))
-        return
     rows, columns = out.shape
-    base, expert = rows_contiguous(base), rows_contiguous(expert)
-    mean = None if mean is None else mean.to(torch.float32).contiguous()
-    _C.task_vector(
+    base = rows_contiguous(base)
+    inputs = [rows_contiguous(expert) for expert in experts]
+    means = None if means is None else means.to(out.dtype).contiguous()
+    _C.task_sum(
         out.data_ptr(),
+        DTYPE_CODES[out.dtype],
         matrix_argument(base),
-        matrix_argument(expert),
-        0 if mean is None else mean.data_ptr(),
+        [matrix_argument(expert) for expert in inputs],
+        [float(weight) for weight in weights],
+        0 if means is None else means.data_ptr(),
         rows,
         columns,
         torch.get_num_threads(),
@@ -257,9 +278,10 @@ def _mirror(gram: Tensor) -> Tensor:
     return gram
 
 
-def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of symmetric matrices that commute: the lower triangle's panels, mirrored."""
-    product = torch.empty_like(left)
+def _symmetric_product(left: Tensor, right: Tensor, *, alpha: float = 1.0, less: Tensor | None = None) -> Tensor:
+    """The lower triangle's panels of alpha left right - less, mirrored."""
+    product = torch.empty_like(left) if less is None else less
     for start, stop in _panels(left.shape[0]):
-        torch.mm(left[start:], right[:, start:stop], out=product[start:, start:stop])
+        panel = product[start:, start:stop]
+        panel.addmm_(left[start:], right[:, start:stop], beta=0.0 if less is None else -1.0, alpha=alpha)
     return _mirror(product)

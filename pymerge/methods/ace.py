@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from pymerge.errors import ArgumentError
 from pymerge.methods.average import mean_of_tasks
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
 from pymerge.methods.solver import (
@@ -19,9 +20,7 @@ from pymerge.methods.solver import (
     SolverMethod,
     add_to_base,
     not_a_number,
-    weighted_task_vectors,
 )
-from pymerge.ops.base import task_vector
 from pymerge.ops.task_stats import TaskStats
 
 # Keeps logarithms and divisions of the released code finite. It belongs to the released numbers.
@@ -84,13 +83,33 @@ class SolveAce(Action):
         experts = [experts[t] for t in kept]
         stats = TaskStats(stats.norms[kept], stats.traces[kept], stats.means[kept])
 
-        automatic = self.precision == "auto"
+        double = self.precision == "float64" or base.dtype == torch.float64
         # The refinement amplifies errors by the inverse of the gap between two singular values.
-        double = base.dtype == torch.float64 or self.precision == "float64" or (automatic and heterogeneous)
+        if self.precision == "auto" and not double:
+            double = heterogeneous or self.needs_double(run_op, base, experts, stats)
         X, condition = self.merged_delta(run_op, base, experts, stats, heterogeneous, double)
-        if automatic and not double and condition > _FLOAT32_CONDITION:
+        if self.precision == "auto" and not double and condition > _FLOAT32_CONDITION:
             X, _ = self.merged_delta(run_op, base, experts, stats, heterogeneous, True)
         return add_to_base(base, X, self.scale, out_dtype)
+
+    def needs_double(self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], stats: TaskStats) -> bool:
+        """Whether the system (of tasks that are not heterogeneous) is likely too ill conditioned for float32.
+
+        No eigenvalue of a covariance exceeds its trace, which settles it for large ridges. Else one task's system
+        stands for the sum of all: it costs a small part of what solving twice would.
+        """
+        traces = stats.traces.tolist()
+        ridge = self.eps * len(traces)
+        if sum(traces) + ridge <= _FLOAT32_CONDITION * ridge:
+            return False
+        largest = max(range(len(traces)), key=traces.__getitem__)
+        system = run_op("task_gram", base, [experts[largest]], [1.0], means=stats.means[largest : largest + 1])
+        system.diagonal().add_(self.eps)
+        try:
+            condition = run_op("spd_solve", system, system.new_empty(0, len(system))).condition
+        except ArgumentError:  # not positive definite after rounding
+            return True
+        return bool(condition > _FLOAT32_CONDITION)
 
     def is_heterogeneous(self, norms: Sequence[float]) -> bool:
         """Whether gamma exceeds the threshold. A threshold below 0 forces yes, infinity no; one task alone says no."""
@@ -114,30 +133,33 @@ class SolveAce(Action):
         weights = [1.0 / (p + tiny) if heterogeneous else 1.0 for p in stats.traces.tolist()]
         ridges = [self.eps * weight for weight in weights]
 
-        covariance, aligned = run_op("normal_equations", base, experts, weights, means=stats.means, dtype=dtype)
-        prior = covariance.mean(dim=0)
+        ones = [1.0] * len(experts)
+        system, numerator = run_op(
+            "normal_equations", base, experts, weights, means=stats.means, ridges=ridges, dtype=dtype
+        )
+        prior = (system.sum(dim=0) - sum(ridges)) / system.shape[0]
         if heterogeneous and released:  # not in the paper
             prior = prior / (float(stats.norms.mean()) + _TINY)
-        if released:  # the numerator has the centred deltas; the paper's has the deltas
-            numerator = aligned + weighted_task_vectors(base, experts, ridges, dtype, stats.means)
-        else:
-            numerator = aligned + self.mean_row(base, experts, stats, weights, dtype)
-            numerator += weighted_task_vectors(base, experts, ridges, dtype)
-        system = covariance.clone()
-        system.diagonal().add_(sum(ridges))
-        X, condition = run_op("spd_solve", system, numerator, prior)
+        row = None if released and not heterogeneous else self.mean_row(run_op, base, experts, stats, weights, dtype)
+        right = numerator
+        if not released and row is not None:  # the released numerator has the centred deltas; the paper's, the deltas
+            right = numerator + (row + stats.means.new_tensor(ridges, dtype=dtype) @ stats.means.to(dtype))
+        X, condition = run_op("spd_solve", system, right, prior)
         if not heterogeneous:
             return X, condition
 
-        average = (system if released else covariance) / len(experts)  # the paper's has no ridge in it
-        total = weighted_task_vectors(base, experts, [1.0] * len(experts), dtype)
-        residual = aligned + self.mean_row(base, experts, stats, weights, dtype)
-        residual.addmm_(total, average, alpha=-1.0)
+        average = system / len(experts)
+        if not released:  # the paper's has no ridge in it
+            average.diagonal().sub_(sum(ridges) / len(experts))
+        residual = numerator + row
+        residual -= run_op("task_sum", base, experts, ridges, means=stats.means, dtype=dtype)
+        residual.addmm_(run_op("task_sum", base, experts, ones, dtype=dtype), average, alpha=-1.0)
         k = max(1, int(min(base.shape) * self.k_frac))
         return run_op("spectral_refine", X, residual, k), condition
 
     @staticmethod
     def mean_row(
+        run_op: OpRunner,
         base: Tensor,
         experts: Sequence[Tensor],
         stats: TaskStats,
@@ -146,16 +168,16 @@ class SolveAce(Action):
     ) -> Tensor:
         """sum_t mu_t^T Sig_t, a row of d_in: what the column means add to sum_t tau_t Sig_t beyond C_t Sig_t."""
         row = torch.zeros(base.shape[1], dtype=dtype, device=base.device)
-        for expert, mean, weight in zip(experts, stats.means, weights, strict=True):
-            centred = task_vector(base, expert, mean, dtype)
-            row.add_((centred @ mean.to(dtype)) @ centred, alpha=weight)
+        for t, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+            centred = run_op("task_sum", base, [expert], [1.0], means=stats.means[t : t + 1], dtype=dtype)
+            row.add_((centred @ stats.means[t].to(dtype)) @ centred, alpha=weight)
         return row
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         rows, columns = shape
         product = 2 * rows * columns**2
         flops = experts * 2 * product + columns**3 // 3 + 2 * product
-        # Covariance, system, factor and one task's Gram; numerator, solution, total, residual and two temporaries, in
+        # System, factor, average and one task's Gram; numerator, solution, total, residual and two temporaries, in
         # float64 at worst.
         return Cost(flops, 8 * (4 * columns**2 + 6 * rows * columns))
 

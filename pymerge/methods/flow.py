@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
@@ -25,10 +24,10 @@ class SolveFlow(SolveInterference):
     time: float
     label: ClassVar[str] = "wudi_flow"
 
-    def is_delicate(self) -> bool:
+    def forms_in_double(self) -> bool:
         return self.time > _FLOAT32_TIME
 
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, dtype: torch.dtype, rms: float) -> Tensor:
+    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, rms: float) -> Tensor:
         moved: Tensor = run_op("gradient_flow", A, B, self.time)
         return moved
 
@@ -36,7 +35,7 @@ class SolveFlow(SolveInterference):
         rows, columns = shape
         # The largest eigenvalue of A is not known yet; its mean share of the trace T is a few for real deltas.
         steps = schedule(rows, columns, max(self.time, 1.0)).flops
-        return Cost(_equations(rows, columns, experts) + steps, _scratch(rows, columns, self.is_delicate()))
+        return Cost(_equations(rows, columns, experts) + steps, _scratch(rows, columns, self.forms_in_double()))
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,17 @@ class SolveFilter(SolveInterference):
     rank: Rank
     label: ClassVar[str] = "swudi"
 
-    def is_delicate(self) -> bool:
+    def forms_in_double(self) -> bool:
         return True  # eigenvectors of float32 are good for 3e-5 at time 300, less for the exact minimiser
 
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, dtype: torch.dtype, rms: float) -> Tensor:
+    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, rms: float) -> Tensor:
         moved: Tensor = run_op("spectral_filter", A, B, self.time, self.rank)
         return moved
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         rows, columns = shape
         eigenvectors = 9 * columns**3 + 4 * rows * columns**2
-        return Cost(_equations(rows, columns, experts) + eigenvectors, _scratch(rows, columns, self.is_delicate()))
+        return Cost(_equations(rows, columns, experts) + eigenvectors, _scratch(rows, columns, self.forms_in_double()))
 
 
 def _equations(rows: int, columns: int, experts: int) -> int:
@@ -66,8 +65,8 @@ def _equations(rows: int, columns: int, experts: int) -> int:
 
 
 def _scratch(rows: int, columns: int, double: bool) -> int:
-    """Bytes: A, E, Phi or eigenvectors and a temporary; X, B, D, a delta and its difference."""
-    return (8 if double else 4) * (5 * columns**2 + 6 * rows * columns)
+    """Bytes: A, three polynomials of it and two sums, or eigenvectors; X, B, D, a delta and its difference."""
+    return (8 if double else 4) * (6 * columns**2 + 6 * rows * columns)
 
 
 class WudiFlow(SolverMethod):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pymerge.methods.average import Copy, mean_of_tasks
 from pymerge.methods.base import Action, Method, OpRunner, Parameter, Values
-from pymerge.ops.base import compute_dtype, task_vector
+from pymerge.ops.base import compute_dtype
 
 Precision = Literal["auto", "float32", "float64"]
 
@@ -74,43 +74,32 @@ class SolveInterference(Action):
             return base.to(out_dtype or base.dtype)
         weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
         dtype = torch.float64 if self.precision == "float64" else compute_dtype(base, *experts)
-        products = torch.float64 if self.precision == "auto" and self.is_delicate() else dtype
-        X = weighted_task_vectors(base, experts, [1.0] * len(experts), products)
+        automatic = self.precision == "auto"
+        products = torch.float64 if automatic and self.forms_in_double() else dtype
+        steps = torch.float64 if automatic and self.solves_in_double() else dtype
+        X: Tensor = run_op("task_sum", base, experts, [1.0] * len(experts), dtype=products)
         A, B = run_op("normal_equations", base, experts, weights, origin=X, dtype=products)
+        A, B = A.to(steps), B.to(steps)
         touched = [norm / base.numel() for norm in norms if norm > 0]
-        X += self.displacement(run_op, A, B, dtype, math.sqrt(statistics.fmean(touched)))
+        X += self.displacement(run_op, A, B, math.sqrt(statistics.fmean(touched)))
         return add_to_base(base, X, self.scale, out_dtype)
 
     @abstractmethod
-    def is_delicate(self) -> bool:
-        """Whether normal equations in float32 would cost digits of the result."""
+    def forms_in_double(self) -> bool:
+        """Whether forming the normal equations in float32 would cost digits of the result."""
+
+    def solves_in_double(self) -> bool:
+        """Whether going on in float32 from there would."""
+        return self.forms_in_double()
 
     @abstractmethod
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, dtype: torch.dtype, rms: float) -> Tensor:
+    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, rms: float) -> Tensor:
         """D, d_out x d_in.
 
         Args:
-            A, B: normal equations, B relative to X_0, in float64 where they are delicate.
-            dtype: what the precision asks for.
+            A, B: normal equations, B relative to X_0.
             rms: root mean square of the deltas of the tasks that touched the tensor.
         """
-
-
-def weighted_task_vectors(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    weights: Sequence[float],
-    dtype: torch.dtype,
-    means: Tensor | None = None,
-) -> Tensor:
-    """sum_t w_t tau~_t, d_out x d_in, in `dtype`; tau~_t = tau_t, less its mean row if `means` ([T, d_in]) are given.
-
-    Without W_0, whose size would cost the small sum its digits.
-    """
-    total = torch.zeros_like(base, dtype=dtype)
-    for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-        total.add_(task_vector(base, expert, None if means is None else means[index], dtype), alpha=weight)
-    return total
 
 
 def not_a_number(base: Tensor, out_dtype: torch.dtype | None) -> Tensor:

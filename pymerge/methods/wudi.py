@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
@@ -25,13 +24,16 @@ class SolveWudi(SolveInterference):
     lr: float | Literal["auto"]
     label: ClassVar[str] = "wudi"
 
-    def is_delicate(self) -> bool:
+    def forms_in_double(self) -> bool:
         # Rounding in A and B is the same in all steps and adds up; that of a step does not. Float64 products cost a few
         # percent of 300 steps and bring the error of X from about 1e-5 of the displacement to 1e-6.
         return True
 
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, dtype: torch.dtype, rms: float) -> Tensor:
-        moved: Tensor = run_op("wudi_adam", A.to(dtype), B.to(dtype), self.iterations, self.learning_rate(rms))
+    def solves_in_double(self) -> bool:
+        return False
+
+    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, rms: float) -> Tensor:
+        moved: Tensor = run_op("wudi_adam", A, B, self.iterations, self.learning_rate(rms))
         return moved
 
     def learning_rate(self, rms: float) -> float:
@@ -47,9 +49,10 @@ class SolveWudi(SolveInterference):
         gram = 2 * rows * columns**2
         per_task = gram + (4 * rows**2 * columns if outputs_first(rows, columns) else gram)
         steps = self.iterations * 2 * rows * columns**2
-        # A and one task's Gram in float64, A in float32; X and B in float64, two deltas while the products are formed;
-        # B, D, m, v, the gradient and two temporaries in float32 while stepping.
-        return Cost(experts * per_task + steps, 20 * columns**2 + 44 * rows * columns)
+        # In float64: X, B, two deltas, A and, where B comes from Grams, one of those. Then, beside X, in float32: A, B,
+        # D, m, v, the gradient and two temporaries.
+        squares = 12 if outputs_first(rows, columns) else 16
+        return Cost(experts * per_task + steps, squares * columns**2 + 36 * rows * columns)
 
 
 class Wudi(SolverMethod):

@@ -11,6 +11,7 @@ from pymerge.ops import (
     spectral_refine,
     task_gram,
     task_stats,
+    task_sum,
     wudi_adam,
 )
 from pymerge.ops.base import Op
@@ -18,6 +19,7 @@ from pymerge.ops.base import Op
 _MODULES = (
     combine,
     task_stats,
+    task_sum,
     task_gram,
     normal_equations,
     wudi_adam,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,8 +22,12 @@ _BLOCK = 4
 _LARGEST_START = 64.0
 _MOST_TERMS = 64
 
-# Product of two symmetric matrices that commute, symmetric itself: backends know how to compute half of it.
-SymmetricProduct = Callable[[Tensor, Tensor], Tensor]
+
+class SymmetricProduct(Protocol):
+    """Product of two symmetric matrices that commute, symmetric itself: backends know how to compute half of it."""
+
+    def __call__(self, left: Tensor, right: Tensor, *, alpha: float = 1.0, less: Tensor | None = None) -> Tensor:
+        """alpha left right - less, written to `less` if that is given (which must not be a factor)."""
 
 
 def check(A: Tensor, B: Tensor, time: float) -> None:
@@ -86,11 +89,11 @@ def schedule(rows: int, columns: int, scale: float, dtype: torch.dtype = torch.f
 def chebyshev(x0: float, tolerance: float) -> tuple[float, ...]:
     """Coefficients in T_k(2 x / x0 - 1) of (1 - e^-x) / x on [0, x0], without a tail that sums to `tolerance`."""
 
-    def phi(y: np.ndarray) -> np.ndarray:
-        x = (y + 1.0) * (x0 / 2.0)
-        return np.divide(-np.expm1(-x), x, out=np.ones_like(x), where=x > 0.0)
-
-    coefficients = np.polynomial.chebyshev.chebinterpolate(phi, _MOST_TERMS)
+    angles = (np.arange(_MOST_TERMS) + 0.5) * (np.pi / _MOST_TERMS)
+    x = (np.cos(angles) + 1.0) * (x0 / 2.0)  # above 0
+    waves = np.cos(np.outer(np.arange(_MOST_TERMS), angles))
+    coefficients = (2.0 / _MOST_TERMS) * (waves @ (-np.expm1(-x) / x))
+    coefficients[0] /= 2.0
     tail = np.cumsum(np.abs(coefficients[::-1]))[::-1]
     return tuple(coefficients[: max(_BLOCK, int((tail > tolerance).sum()))].tolist())
 
@@ -111,7 +114,14 @@ def reference(A: Tensor, B: Tensor, time: float) -> Tensor:
     for d_out << d_in, but loses a factor ||A|| t in accuracy.
     Source: the exponential filter of SWUDI, arXiv 2606.07289, without its eigendecomposition.
     """
-    return evaluate(A, B, time, torch.matmul)
+    return evaluate(A, B, time, whole_product)
+
+
+def whole_product(left: Tensor, right: Tensor, *, alpha: float = 1.0, less: Tensor | None = None) -> Tensor:
+    """The `SymmetricProduct` of plain PyTorch, which computes all of it."""
+    if less is None:
+        return (left @ right).mul_(alpha)
+    return less.addmm_(left, right, beta=-1.0, alpha=alpha)
 
 
 def evaluate(A: Tensor, B: Tensor, time: float, symmetric: SymmetricProduct) -> Tensor:
@@ -135,11 +145,9 @@ def follow(
     for step in range(doublings):
         # A whole product, also for symmetric Phi: its rounding is small where the row of Phi is, while half a product
         # mirrored carries the large rows' rounding over, and five times the error.
-        change = phi @ E
-        phi.mul_(2.0).sub_(change)
+        phi = torch.addmm(phi, phi, E, beta=2.0, alpha=-1.0)
         if step + 1 < doublings:
-            square = symmetric(E, E)
-            E.mul_(2.0).sub_(square)
+            E = symmetric(E, E, alpha=-1.0).add_(E, alpha=2.0)
     return phi if on_B else B @ phi
 
 
@@ -150,9 +158,10 @@ def _series(A: Tensor, h: float, x0: float, symmetric: SymmetricProduct) -> Tens
     Clenshaw's recurrence over j. Y is never stored: sums with it are sums with A.
     """
     a = 2.0 * h / x0
-    T2 = _add(symmetric(A, A).mul_(2.0 * a * a), A, -4.0 * a, 1.0)  # 2 Y^2 - I
-    T3 = _add(symmetric(A, T2).mul_(2.0 * a).sub_(T2, alpha=2.0), A, -a, 1.0)  # 2 Y T2 - Y
-    Z = _add(symmetric(T2, T2).mul_(2.0), A, 0.0, -1.0)  # 2 T2^2 - I
+    T2 = _add(symmetric(A, A, alpha=2.0 * a * a), A, -4.0 * a, 1.0)  # 2 Y^2 - I
+    T3 = _add(symmetric(A, T2, alpha=2.0 * a).sub_(T2, alpha=2.0), A, -a, 1.0)  # 2 Y T2 - Y
+    Z = symmetric(T2, T2, alpha=2.0)  # 2 T2^2 - I
+    Z.diagonal().sub_(1.0)
 
     def add_block(total: Tensor, block: list[float]) -> Tensor:
         c0, c1, c2, c3 = block
@@ -161,18 +170,14 @@ def _series(A: Tensor, h: float, x0: float, symmetric: SymmetricProduct) -> Tens
     *blocks, highest = _in_blocks(chebyshev(x0, _TOLERANCE[A.dtype]))
     last, current = None, add_block(torch.zeros_like(A), highest)
     for index in reversed(range(len(blocks))):
-        following = symmetric(Z, current).mul_(2.0 if index else 1.0)
-        if last is not None:
-            following.sub_(last)
+        following = symmetric(Z, current, alpha=2.0 if index else 1.0, less=last)
         last, current = current, add_block(following, blocks[index])
     return current.mul_(h)
 
 
 def _add(total: Tensor, A: Tensor, factor: float, diagonal: float) -> Tensor:
     """total + factor A + diagonal I, in place."""
-    if factor:
-        total.add_(A, alpha=factor)
-    total.diagonal().add_(diagonal)
+    total.add_(A, alpha=factor).diagonal().add_(diagonal)
     return total
 
 

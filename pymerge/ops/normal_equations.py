@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pymerge.ops import task_gram
-from pymerge.ops.base import Op, check_matrix, compute_dtype, task_vector
+from pymerge.ops.base import Op, check_length, check_matrix, compute_dtype, task_vector
 
 
 class NormalEquations(NamedTuple):
@@ -26,9 +26,12 @@ def check(
     means: Tensor | None = None,
     origin: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    ridges: Sequence[float] | None = None,
 ) -> None:
-    """Raise ArgumentError unless matrices, weights, means and origin agree."""
+    """Raise ArgumentError unless matrices, weights, means, origin and ridges agree."""
     task_gram.check(base, experts, weights, means, dtype)
+    if ridges is not None:
+        check_length("normal_equations", "ridges", ridges, len(experts))
     if origin is not None:
         check_matrix("normal_equations", "origin", origin, (base.shape[0], base.shape[1]))
 
@@ -48,22 +51,26 @@ def reference(
     means: Tensor | None = None,
     origin: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    ridges: Sequence[float] | None = None,
 ) -> NormalEquations:
-    """Return A = sum_t w_t G_t and B = sum_t w_t (tau~_t - O) G_t, with G_t = tau~_t^T tau~_t.
+    """Return A = sum_t (w_t G_t + e_t I) and B = sum_t (tau~_t - O) (w_t G_t + e_t I), with G_t = tau~_t^T tau~_t.
 
     Args:
         base, experts, weights, means, dtype: as in `task_gram`.
         origin: O, d_out x d_in, or None for 0. With an origin, B = B_0 - O A, but formed from the small differences
             tau~_t - O and not as the difference of two large products: exactly 0 where O = tau~_t.
+        ridges: T numbers e_t, or None for 0.
 
-    Source: METHODS of WUDI-Merging, arXiv 2503.08099, gradient of its loss: 2 (X A - B).
+    Source: gradient 2 (X A - B) of the loss of WUDI-Merging, arXiv 2503.08099; with ridges, numerator and denominator
+    of ACE-Merging, arXiv 2603.02945.
     """
     dtype = dtype or compute_dtype(base, *experts)
     rows, columns = base.shape
     A = torch.zeros(columns, columns, dtype=dtype, device=base.device)
     B = torch.zeros(rows, columns, dtype=dtype, device=base.device)
-    for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-        if weight == 0.0:
+    ridges = [0.0] * len(experts) if ridges is None else ridges
+    for index, (expert, weight, ridge) in enumerate(zip(experts, weights, ridges, strict=True)):
+        if weight == 0.0 and ridge == 0.0:
             continue
         tau = task_vector(base, expert, None if means is None else means[index], dtype)
         left = tau if origin is None else tau - origin.to(dtype)
@@ -74,6 +81,9 @@ def reference(
             gram = tau.mT @ tau
             A.add_(gram, alpha=weight)
             B.addmm_(left, gram, alpha=weight)
+        if ridge != 0.0:
+            B.add_(left, alpha=ridge)
+    A.diagonal().add_(sum(ridges))
     return NormalEquations(A, B)
 
 

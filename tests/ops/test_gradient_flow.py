@@ -47,10 +47,12 @@ def test_both_ways(shape: tuple[int, int, int, int | None], time: float, on_B: b
     exact = by_eigenvectors(A, B, time)
     scale = gradient_flow.largest_eigenvalue(A) * time
     chosen = gradient_flow.schedule(*B.shape, scale, A.dtype).doublings
-    found = gradient_flow.follow(A, B, time, scale, torch.matmul, doublings=chosen, on_B=on_B)
+    found = gradient_flow.follow(A, B, time, scale, gradient_flow.whole_product, doublings=chosen, on_B=on_B)
     assert error(found, exact) < 1e-11
     chosen = gradient_flow.schedule(*B.shape, scale, torch.float32).doublings
-    single = gradient_flow.follow(A.float(), B.float(), time, scale, torch.matmul, doublings=chosen, on_B=on_B)
+    single = gradient_flow.follow(
+        A.float(), B.float(), time, scale, gradient_flow.whole_product, doublings=chosen, on_B=on_B
+    )
     assert error(single, exact) < 1.2e-7 * max(10.0, time)
 
 
