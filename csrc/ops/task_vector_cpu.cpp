@@ -50,14 +50,24 @@ struct ColumnSums {
     float first[tile] = {};
 };
 
+constexpr std::int64_t rows_at_once = 4;  // sums are loaded and stored once for so many rows
+
+template <std::int64_t Rows>
 PM_TARGET_CLONES void add_to_sums(ColumnSums& s, const float* __restrict tau, std::int64_t n) {
     for (std::int64_t j = 0; j < n; ++j) {
-        const double value = tau[j];
-        const double d = value - static_cast<double>(s.first[j]);
-        s.sum[j] += value;
-        s.squares[j] += value * value;
-        s.shifted[j] += d;
-        s.shifted_squares[j] += d * d;
+        double sum = s.sum[j], squares = s.squares[j], shifted = s.shifted[j], shifted_squares = s.shifted_squares[j];
+        for (std::int64_t row = 0; row < Rows; ++row) {
+            const double value = tau[row * tile + j];
+            const double d = value - static_cast<double>(s.first[j]);
+            sum += value;
+            squares += value * value;
+            shifted += d;
+            shifted_squares += d * d;
+        }
+        s.sum[j] = sum;
+        s.squares[j] = squares;
+        s.shifted[j] = shifted;
+        s.shifted_squares[j] = shifted_squares;
     }
 }
 
@@ -75,11 +85,18 @@ struct TileTotals {
 
 TileTotals tile_stats(const TaskStatsParams& p, std::int64_t task, std::int64_t column, std::int64_t n) {
     ColumnSums sums;
-    float tau[tile];
-    for (std::int64_t row = 0; row < p.rows; ++row) {
-        subtract(tau, p.base, p.experts[task], row, column, n);
+    float tau[rows_at_once * tile];
+    for (std::int64_t row = 0; row < p.rows; row += rows_at_once) {
+        const std::int64_t count = std::min(rows_at_once, p.rows - row);
+        for (std::int64_t i = 0; i < count; ++i) {
+            subtract(tau + i * tile, p.base, p.experts[task], row + i, column, n);
+        }
         if (row == 0) std::copy_n(tau, n, sums.first);
-        add_to_sums(sums, tau, n);
+        if (count == rows_at_once) {
+            add_to_sums<rows_at_once>(sums, tau, n);
+        } else {
+            for (std::int64_t i = 0; i < count; ++i) add_to_sums<1>(sums, tau + i * tile, n);
+        }
     }
     const double rows = static_cast<double>(p.rows);
     TileTotals totals{0.0, 0.0};
