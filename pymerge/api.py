@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pymerge.methods.base import Method, Values
 from pymerge.planner import DEFAULT_SHARD_BYTES, DTYPE_CODES, Plan, build_plan
 from pymerge.progress import NoProgress, ProgressBar
 from pymerge.report import MergeReport
+from pymerge.sampling import delta_warnings
 from pymerge.units import parse_bytes
 
 
@@ -32,7 +34,9 @@ def plan(
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
 ) -> Plan:
-    """Plan a merge from headers alone: no tensor is read, nothing is written.
+    """Plan a merge from headers; nothing is written.
+
+    A few rows are read where a method has advice on the size of the deltas (wudi with a fixed lr).
 
     Args:
         config: path of a YAML file, YAML text, or a mapping of the same form.
@@ -43,12 +47,13 @@ def plan(
     Raises:
         ConfigError, PlanError, CheckpointError: with everything that is wrong.
     """
-    return build_plan(
+    planned = build_plan(
         load_config(config),
         memory=None if memory is None else parse_bytes(memory),
         max_shard_bytes=parse_bytes(max_shard_size),
         dtype=dtype,
     )
+    return replace(planned, warnings=(*planned.warnings, *delta_warnings(planned)))
 
 
 def merge(

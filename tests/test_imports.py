@@ -34,10 +34,14 @@ ARROWS = {
     "inputs": "errors methods layers checkpoint config",
     "planner": "errors env units methods layers checkpoint config inputs pieces",
     "progress": "",
+    "sampling": "checkpoint planner",
     "report": "env units planner",
     "backends": "errors ops",
     "engine": "errors env backends checkpoint finite pieces planner progress report",
-    "api": ("errors env units methods layers checkpoint finite config pieces backends planner progress report engine"),
+    "api": (
+        "errors env units methods layers checkpoint finite config pieces backends planner progress report sampling "
+        "engine"
+    ),
     "views": "env units methods layers backends planner",
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api",

@@ -121,6 +121,15 @@ class Action(ABC):
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         """Flops and scratch bytes on one tensor of this shape."""
 
+    @property
+    def minds_delta_size(self) -> bool:
+        """Whether `remark` has something to say for some sizes: then a few rows are read when the plan is made."""
+        return False
+
+    def remark(self, delta_rms: float) -> str | None:
+        """What a user should know before merging deltas of this root mean square, with the remedy."""
+        return None
+
 
 class Method(ABC):
     """A way to merge: a name, its parameters and source, and what it does with each tensor."""

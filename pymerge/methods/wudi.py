@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +15,8 @@ from pymerge.ops.normal_equations import outputs_first
 PUBLISHED_LR = 1e-5
 # Root mean square of the deltas of the published setting (CLIP ViT-B/32, 8 tasks), to which lr 1e-5 belongs.
 PUBLISHED_DELTA_RMS = 5e-4
+# Deltas further from it than this factor make a fixed step size a poor one.
+_FAR = 4.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,23 @@ class SolveWudi(SolveInterference):
         little. The rule is pymerge's own.
         """
         return PUBLISHED_LR * rms / PUBLISHED_DELTA_RMS if self.lr == "auto" else self.lr
+
+    @property
+    def minds_delta_size(self) -> bool:
+        return self.lr != "auto"
+
+    def remark(self, delta_rms: float) -> str | None:
+        if self.lr == "auto" or not 0.0 < delta_rms < math.inf:
+            return None
+        suited = PUBLISHED_LR * delta_rms / PUBLISHED_DELTA_RMS
+        if 1 / _FAR <= self.lr / suited <= _FAR:
+            return None
+        direction = "little" if self.lr < suited else "far"
+        return (
+            f"Adam's steps do not scale with them, lr {self.lr:g} suits about "
+            f"{PUBLISHED_DELTA_RMS * self.lr / PUBLISHED_LR:.1e}, and X moves too {direction}; "
+            "set lr: auto, or use wudi_flow"
+        )
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         rows, columns = shape
