@@ -51,3 +51,8 @@ def _pip(folder: Path, *arguments: str, build_cuda: bool = True) -> None:
     variables = os.environ if build_cuda else {**os.environ, "PYMERGE_CUDA": "0"}
     command = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
     subprocess.run(command, env=variables, check=True)
+
+
+def versions(binaries: Path) -> list[str]:
+    """What is installed in an environment that `environment` made, as `pip freeze` lists it."""
+    return (binaries.parent / "installed.txt").read_text().splitlines()
