@@ -62,14 +62,19 @@ def inputs(method: str, models: Path) -> list[Path]:
     return [file for name in used for file in sorted((models / name).glob("*.safetensors"))]
 
 
-def floor(files: list[Path], nbytes: int, out: Path) -> Cost:
-    """Read the files, then write and sync `nbytes` into one file; the peak is one block."""
-    started, processor = time.perf_counter(), time.process_time()
-    block = bytearray(BLOCK)
+def read(files: list[Path], block: bytearray) -> None:
+    """Read files from start to end into one buffer."""
     for file in files:
         with open(file, "rb", buffering=0) as source:
             while source.readinto(block):
                 pass
+
+
+def floor(files: list[Path], nbytes: int, out: Path) -> Cost:
+    """Read the files, then write and sync `nbytes` into one file; the peak is one block."""
+    started, processor = time.perf_counter(), time.process_time()
+    block = bytearray(BLOCK)
+    read(files, block)
     out.mkdir()
     with open(out / "model.safetensors", "wb", buffering=0) as target:
         for start in range(0, nbytes, BLOCK):
@@ -92,17 +97,20 @@ class Merges:
         self.work.mkdir(exist_ok=True)
         file, out = self.work / f"{method}.yml", self.work / "out"
         file.write_text(config(method, self.models))
+        ours: list[str | Path] = [Path(sys.executable).parent / "pymerge", "merge", file, out, "--quiet"]
         forms: dict[str, Callable[[], Cost]] = {
             "floor": partial(floor, inputs(method, self.models), self.shape.nbytes(), out),
-            "pymerge": partial(processes.run, [Path(sys.executable).parent / "pymerge", "merge", file, out, "--quiet"]),
+            "pymerge": partial(processes.run, ours),
         }
         if self.mergekit and CONFIGS[method][1]:
-            command = [self.mergekit / "mergekit-yaml", file, out, "--no-copy-tokenizer", "--quiet"]
+            command: list[str | Path] = [self.mergekit / "mergekit-yaml", file, out, "--no-copy-tokenizer", "--quiet"]
             forms["mergekit"] = partial(processes.run, command, {"HF_HUB_OFFLINE": "1"})
         costs: dict[str, list[Cost]] = {name: [] for name in forms}
+        read(inputs(method, self.models), bytearray(BLOCK))  # into the page cache, before anyone's turn
         for _ in range(self.options.repeat):
             for name, form in forms.items():
                 shutil.rmtree(out, ignore_errors=True)
+                os.sync()  # what the one before left to write is not this one's
                 costs[name].append(form())
         written = sum(each.stat().st_size for each in out.glob("*.safetensors"))
         shutil.rmtree(self.work)
@@ -139,7 +147,7 @@ def median_wall(costs: list[Cost]) -> float:
 
 def start_up() -> Row:
     """Wall time of `pymerge --help`; the first call fills the page cache and is not counted."""
-    command = [Path(sys.executable).parent / "pymerge", "--help"]
+    command: list[str | Path] = [Path(sys.executable).parent / "pymerge", "--help"]
     walls = [processes.run(command).wall for _ in range(HELP_CALLS + 1)][1:]
     return {"kind": "start-up", "wall": {"min": min(walls), "median": statistics.median(walls), "calls": HELP_CALLS}}
 
