@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu setup.py pyproject.toml constraints.txt)
 
-.PHONY: demo test lint format gpu bench clean help
+.PHONY: demo test lint format gpu bench bench-small clean help
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 # pip builds the extensions in an environment of their own, as `pip install .` does for users.
 $(VENV)/installed: $(SOURCES)
@@ -40,8 +40,14 @@ gpu: $(VENV)/installed  ## on a machine with a CUDA GPU: the tests on the device
 	PYMERGE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ops tests/test_methods.py
 	$(BIN)/python benchmarks/bench_ops.py --device cuda
 
-bench: $(VENV)/installed  ## time the ops against PyTorch, the results to benchmarks/results
+bench: $(VENV)/installed  ## time ops, solvers and merges beside PyTorch, published forms and mergekit
+	@echo "== timing; results go to benchmarks/results, see benchmarks/README.md"
 	$(BIN)/python benchmarks/bench_ops.py
+	$(BIN)/python benchmarks/bench_peers.py --shapes 768x768x8 3072x768x8 --methods wudi,wudi_flow,ace --seconds 5
+	$(BIN)/python benchmarks/bench_merge.py
+
+bench-small: $(VENV)/installed  ## time every op on a small shape, in under a minute
+	$(BIN)/python -m pytest benchmarks/test_small_ops.py --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds
 
 clean:  ## remove what was built and installed here
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis

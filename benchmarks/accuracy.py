@@ -10,8 +10,6 @@ a table and writes benchmarks/results/<machine>/<date>-accuracy.json.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -21,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_peers import results_path
 from numpy.typing import NDArray
+from results_file import ResultsFile
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +30,6 @@ from pymerge.methods.base import Action
 from pymerge.methods.flow import SolveFilter, SolveFlow
 from pymerge.methods.solver import Precision
 from pymerge.methods.wudi import SolveWudi
-from pymerge.testing.bench import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import as_float64, make_weights, relative_error
@@ -152,11 +149,10 @@ def main() -> None:
                     "" if loss_error is None else f"{loss_error:+.1e}",
                 )
     Console(width=140).print(table)
-    about = machine()
-    path = results_path(about, "accuracy-quick" if options.quick else "accuracy")
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    path.write_text(json.dumps({"date": now, "machine": about, "rows": rows}, indent=1) + "\n")
-    print(f"written to {path}")
+    results = ResultsFile("accuracy-quick" if options.quick else "accuracy")
+    results.rows += rows
+    results.write()
+    print(f"written to {results.path}")
 
 
 if __name__ == "__main__":

@@ -185,13 +185,3 @@ class WudiLoop:
         """What the scaled time is made of."""
         parts = {"setup": statistics.median(self.setups), "per_step": summary(self.each)}
         return {"scaled": True, "steps_run": self.steps, **parts}
-
-
-def fusion_bench_wudi(base: Tensor, experts: list[Tensor], steps: int) -> float:
-    """Seconds of FusionBench's own WUDI, if it is installed: from runs of 1 and 1 + `steps` steps, scaled."""
-    from fusion_bench.method.wudi.wudi import wudi_merging
-
-    taus = [{"weight": expert - base} for expert in experts]
-    one = seconds_of(lambda: wudi_merging(taus, accelerator="cpu", iter_num=1))
-    more = seconds_of(lambda: wudi_merging(taus, accelerator="cpu", iter_num=1 + steps))
-    return one + (STEPS - 1) * (more - one) / steps

@@ -1,0 +1,249 @@
+"""What bench_ops.py times: for each op its arguments, the work it cannot avoid, and its published form.
+
+To add an op, add a `Case` to CASES; tests/test_benchmarks.py says which are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import inputs
+import op_peers
+import torch
+from torch import Tensor
+
+from pymerge.backends import Dispatcher
+from pymerge.ops import gradient_flow, normal_equations
+
+ADAM_STEPS = 5
+LR, TIME = 1e-5, 300.0
+EIGEN = 90  # time of float64 eigenvectors on one thread, in n^3 operations at the rate of float32 products
+
+
+@dataclass(frozen=True)
+class Size:
+    """d_out x d_in and number of tasks."""
+
+    d_out: int
+    d_in: int
+    tasks: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of one weight."""
+        return self.d_out * self.d_in
+
+    @property
+    def product(self) -> int:
+        """Operations of one d_out x d_in x d_in product."""
+        return 2 * self.d_out * self.d_in**2
+
+    @property
+    def small(self) -> int:
+        """The shorter side."""
+        return min(self.d_out, self.d_in)
+
+    @property
+    def k(self) -> int:
+        """ACE's number of directions."""
+        return max(1, self.small * 3 // 10)
+
+    @property
+    def system(self) -> int:
+        """Bytes of A, of B and of a result like B, in float32."""
+        return 4 * (self.d_in**2 + 2 * self.numel)
+
+
+# Names of shapes. The part before the first dash is a model: --shape takes it, too.
+SHAPES = {
+    "vitb-attn": Size(768, 768, 8),
+    "vitb-up": Size(3072, 768, 8),
+    "vitb-down": Size(768, 3072, 8),
+    "llama1b-attn": Size(2048, 2048, 3),
+    "llama1b-up": Size(8192, 2048, 3),
+    "llama1b-down": Size(2048, 8192, 3),
+    "llama8b-attn": Size(4096, 4096, 3),
+    "llama8b-up": Size(14336, 4096, 3),
+    "llama8b-down": Size(4096, 14336, 3),
+    "llama70b-attn": Size(8192, 8192, 3),
+    "llama70b-up": Size(28672, 8192, 3),
+    "llama70b-down": Size(8192, 28672, 3),
+}
+
+
+class Layer:
+    """The arguments of all ops on one layer, made when first asked for."""
+
+    def __init__(self, size: Size, dtype: torch.dtype, device: str) -> None:
+        self.size, self.dtype, self.device = size, dtype, device
+
+    @cached_property
+    def weights(self) -> tuple[Tensor, list[Tensor]]:
+        """Base and experts."""
+        return inputs.layer(self.size.d_out, self.size.d_in, self.size.tasks, self.dtype, self.device)
+
+    @property
+    def base(self) -> Tensor:
+        """W_0."""
+        return self.weights[0]
+
+    @property
+    def experts(self) -> list[Tensor]:
+        """W_t."""
+        return self.weights[1]
+
+    @cached_property
+    def shares(self) -> list[float]:
+        """1 / n_t, the weights of the interference loss."""
+        return [1.0 / float((expert.double() - self.base.double()).square().sum()) for expert in self.experts]
+
+    @cached_property
+    def start(self) -> Tensor:
+        """X_0 = sum_t tau_t in float32, where WUDI starts."""
+        total = torch.zeros_like(self.base, dtype=torch.float32)
+        for expert in self.experts:
+            total += expert.float() - self.base.float()
+        return total
+
+    @cached_property
+    def equations(self) -> tuple[Tensor, Tensor]:
+        """(A, B) relative to the start, float32."""
+        run_op = Dispatcher("auto", self.device)
+        A, B = run_op("normal_equations", self.base, self.experts, self.shares, origin=self.start)
+        return A, B
+
+    @cached_property
+    def regular(self) -> Tensor:
+        """A with a ridge of 1 % of its mean diagonal: well-conditioned, as ACE's systems are."""
+        A = self.equations[0]
+        return A + 1e-2 * A.diagonal().mean() * torch.eye(len(A), device=self.device)
+
+    @cached_property
+    def flow_flops(self) -> int:
+        """Operations of the cheaper way to evaluate gradient flow on this A."""
+        scale = gradient_flow.largest_eigenvalue(self.equations[0]) * TIME
+        return gradient_flow.schedule(self.size.d_out, self.size.d_in, scale).flops
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op: `arguments` and `keywords` of the call, and what it costs.
+
+    `flops` is the least number of operations (half of a product that is symmetric), `bytes` what inputs and outputs
+    take, each once, for weights of so many bytes an element. `work` is how many operations at the rate of float32
+    products the reference takes about as long as: only to guess whether there is time for it.
+    """
+
+    arguments: Callable[[Layer], tuple[Any, ...]]
+    flops: Callable[[Layer], float]
+    bytes: Callable[[Size, int], int]
+    work: Callable[[Size], float]
+    keywords: Callable[[Layer], dict[str, Any]] = field(default=lambda layer: {})
+    # Whose GEMM rate is the limit: the weights' dtype, or what the op computes in whatever the weights are. Ops that
+    # start from (A, B) are timed once, not for each dtype of weights.
+    computes: Literal["weights", "float32", "float64"] = "weights"
+    settings: str = ""
+    peer: op_peers.Peer | None = None
+
+
+def _gram(size: Size) -> int:
+    return size.tasks * size.product // 2
+
+
+def _equations(size: Size) -> int:
+    first = normal_equations.outputs_first(size.d_out, size.d_in)
+    each = 4 * size.d_out**2 * size.d_in if first else size.product
+    return _gram(size) + size.tasks * each
+
+
+def _refine(size: Size) -> float:
+    """A symmetric Gram, its eigenvectors (reduction and back-transformation, 10/3 n^3), and two products."""
+    large = size.numel // size.small
+    return large * size.small**2 + 10 / 3 * size.small**3 + 4 * size.numel * size.k
+
+
+CASES = {
+    "combine": Case(
+        lambda layer: (layer.base, layer.experts, [0.3] * layer.size.tasks),
+        flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: (size.tasks + 2) * size.numel * item,
+        work=lambda size: 300 * size.tasks * size.numel,
+        peer=op_peers.COMBINE,
+    ),
+    "task_stats": Case(
+        lambda layer: (layer.base, layer.experts),
+        flops=lambda layer: 6 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: (size.tasks + 1) * size.numel * item,
+        work=lambda size: 2000 * size.tasks * size.numel,
+        peer=op_peers.TASK_STATS,
+    ),
+    "task_sum": Case(
+        lambda layer: (layer.base, layer.experts, layer.shares),
+        flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: (size.tasks + 1) * size.numel * item + 4 * size.numel,
+        work=lambda size: 300 * size.tasks * size.numel,
+        peer=op_peers.TASK_SUM,
+    ),
+    "task_gram": Case(
+        lambda layer: (layer.base, layer.experts, layer.shares),
+        flops=lambda layer: _gram(layer.size),
+        bytes=lambda size, item: (size.tasks + 1) * size.numel * item + 4 * size.d_in**2,
+        work=lambda size: 2 * _gram(size),
+        peer=op_peers.TASK_GRAM,
+    ),
+    "normal_equations": Case(
+        lambda layer: (layer.base, layer.experts, layer.shares),
+        keywords=lambda layer: {"origin": layer.start},
+        flops=lambda layer: _equations(layer.size),
+        bytes=lambda size, item: (size.tasks + 1) * size.numel * item + size.system,
+        work=lambda size: 2 * _equations(size),
+        peer=op_peers.NORMAL_EQUATIONS,
+    ),
+    "wudi_adam": Case(
+        lambda layer: (*layer.equations, ADAM_STEPS, LR),
+        flops=lambda layer: ADAM_STEPS * layer.size.product,
+        bytes=lambda size, item: size.system,
+        work=lambda size: 2 * ADAM_STEPS * size.product,
+        computes="float32",
+        settings=f"{ADAM_STEPS} steps",
+        peer=op_peers.wudi_adam(ADAM_STEPS, LR),
+    ),
+    "gradient_flow": Case(
+        lambda layer: (*layer.equations, TIME),
+        flops=lambda layer: layer.flow_flops,
+        bytes=lambda size, item: size.system,
+        # The largest eigenvalue of A is at most its trace, T.
+        work=lambda size: 2 * gradient_flow.schedule(size.d_out, size.d_in, size.tasks * TIME).flops,
+        computes="float32",
+        settings=f"t={TIME:g}",
+        peer=op_peers.by_eigenvectors(TIME),
+    ),
+    "spectral_filter": Case(
+        lambda layer: (*layer.equations, TIME, 1.0),
+        flops=lambda layer: 10 / 3 * layer.size.d_in**3 + 2 * layer.size.product,
+        bytes=lambda size, item: size.system,
+        work=lambda size: EIGEN * size.d_in**3 / 2 + 2 * size.product,
+        computes="float32",
+        settings=f"t={TIME:g}, all directions",
+        peer=op_peers.by_eigenvectors(TIME),
+    ),
+    "spd_solve": Case(
+        lambda layer: (layer.regular, layer.equations[1], layer.equations[0].mean(0)),
+        flops=lambda layer: layer.size.d_in**3 / 3 + layer.size.product,
+        bytes=lambda size, item: size.system,
+        work=lambda size: 4 * (size.d_in**3 / 3 + size.product),
+        computes="float32",
+        peer=op_peers.SPD_SOLVE,
+    ),
+    "spectral_refine": Case(
+        lambda layer: (layer.equations[1], layer.start, layer.size.k),
+        flops=lambda layer: _refine(layer.size),
+        bytes=lambda size, item: 12 * size.numel,
+        work=lambda size: EIGEN * size.small**3 + 8 * size.numel * size.small,
+        computes="float64",
+        peer=op_peers.SPECTRAL_REFINE,
+    ),
+}

@@ -1,0 +1,30 @@
+"""Every op on a small shape, reference and native side by side: `make bench-small`. Not collected by `make test`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench_ops import AGREEMENT, as_tensors, relative
+from op_cases import CASES, Layer, Size
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from pymerge.backends import load
+from pymerge.ops import OPS
+
+LAYER = Layer(Size(192, 128, 4), torch.float32, "cpu")
+
+
+def pairs() -> list[tuple[str, str]]:
+    """(op, backend) of what runs on this CPU."""
+    names = [name for name in ("reference", "native") if load(name).unavailable(torch.device("cpu")) is None]
+    return [(op, name) for op in CASES for name in names if op in load(name).implementations()]
+
+
+@pytest.mark.parametrize(("op", "backend"), pairs())
+def test_op(op: str, backend: str, benchmark: BenchmarkFixture) -> None:
+    arguments, keywords = CASES[op].arguments(LAYER), CASES[op].keywords(LAYER)
+    benchmark.group = op
+    found = benchmark(load(backend).implementations()[op], *arguments, **keywords)
+    expected = OPS[op].reference(*arguments, **keywords)
+    for mine, theirs in zip(as_tensors(found), as_tensors(expected), strict=True):
+        assert relative(mine, theirs) <= AGREEMENT
