@@ -19,13 +19,15 @@ class Op:
 
     `check` raises ArgumentError for arguments that do not fit together; backends may rely on it having run.
     `reference` computes the op with PyTorch alone, on any device. Backends fill in faster functions of the same
-    signature (see pymerge.backends).
+    signature (see pymerge.backends). Where an op takes batches of layers of one shape, `each_layer(function, ...)` calls
+    a function that knows matrices only for each layer, with the arguments of the op.
     """
 
     name: str
     check: Callable[..., None]
     reference: Callable[..., Any]
     summary: str
+    each_layer: Callable[..., Any] | None = None
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
