@@ -144,6 +144,7 @@ def main() -> None:
                     )
                     rows.append(
                         {"op": case.op, "case": case.label, "backend": backend, **summary(measured)}
+                        | {"shape": [d_out, d_in], "dtype": str(dtype).removeprefix("torch.")}
                         | {"share_of_limit": share, "speedup_over_reference": slowest / seconds}
                     )
     Console(width=140).print(table)

@@ -4,20 +4,20 @@ A block computes one tile of S's lower triangle: for each task, down all rows, i
 (the tile's rows and columns), subtracts, and multiplies. The upper triangle is the mirrored lower one, so S is symmetric
 to the last bit and half the products are saved. Layers of a batch are the second axis of the grid.
 
-What decided the tile: per step of `depth` rows a tile of b x b does 2 b^2 depth flops and reads 4 b depth elements of
-W_t and W_0, so b / 4 flops a byte in 16 bits: 32 for b = 128, against 300 that an H100's memory would need (989 Tflop/s
-over 3.35 TB/s by its data sheet). The strips must therefore come from L2, which the grouped order of tiles is for. The
-subtraction, too, is done b times less often than a product: small tiles would wait on it.
+What decided the tile: a step of `depth` rows of a b x b tile does 2 b^2 depth flops on 4 b depth elements of W_t and
+W_0, so b / 4 flops a byte in 16 bits: 32 for b = 128, where an H100's memory would need 300 (989 Tflop/s over 3.35 TB/s
+by its data sheet). The strips must therefore come from L2, which the grouped order of tiles is for. Subtracting and
+splitting are a dozen operations an element, done again for each tile that reads it: that, too, asks for large tiles.
 
-How exact the products are (DOT):
-  split  base and experts all bfloat16, or all float16, without centring. tau (float32) = hi + lo, both 16 bits wide.
-         Where lo is 0 in both strips of a step, one product on 16-bit tensor cores is exact; that holds for bfloat16
-         weights within a factor of two of the base's. Elsewhere hi hi + hi lo + lo hi. bfloat16: |lo| <= 2^-9 |tau|, so the
-         dropped lo lo is below 2^-18 of |tau_i tau_j| for those elements alone; hi + lo itself is exact up to 16
-         significant bits, and within 2^-18 beyond. float16: 2^-24 and 2^-24.
-  tf32   everything else: float32 by three TF32 products, within 2^-21 of |tau_i tau_j|. Centred task vectors are here,
-         whatever the weights' dtype: minus its mean, no tau~ fits in 16 bits, and all of them would lose lo lo.
-Sums are float32 everywhere.
+How exact the products are (DOT); sums are float32:
+  split  base and experts all bfloat16, or all float16, without centring: tau (float32) = hi + lo, both 16 bits wide.
+         Where lo is 0 in both strips of a step, one product on 16-bit tensor cores is exact: of bfloat16 so wherever
+         weights are within a factor of two of the base's. Elsewhere hi hi + hi lo + lo hi, and lo lo for bfloat16. There,
+         hi + lo and so the products are exact up to 16 significant bits of tau, and within 2^-17 of |tau_i tau_j| beyond
+         (a weight 2^8 times smaller than the base's). Without lo lo, up to 2^-18 of |tau_i tau_j| would be lost wherever
+         both have a lo, more than float32 loses in a sum. In float16 it is 2^-24, and left out.
+  tf32   everything else: float32 by three TF32 products, within 2^-19 of |tau_i tau_j|; the weight is taken into one
+         operand. Centred task vectors are here, whatever the weights' dtype: minus its mean, no tau~ fits in 16 bits.
 """
 
 from __future__ import annotations
@@ -129,6 +129,8 @@ def task_gram_kernel(
                     if rest != 0.0:
                         gram = tl.dot(tl.trans(left_hi), right_lo, gram)
                         gram = tl.dot(tl.trans(left_lo), right_hi, gram)
+                        if base.dtype.element_ty == tl.bfloat16:
+                            gram = tl.dot(tl.trans(left_lo), right_lo, gram)
                 else:
                     gram = tl.dot(tl.trans(weight * left), right, gram, input_precision="tf32x3")
             if DOT == "split":

@@ -1,6 +1,6 @@
 """wudi_adam: N Adam steps on the gradient 2 (D A - B); a step is one kernel, a product with the update in its epilogue.
 
-A block computes one tile of D A, in float32 by three TF32 products (within 2^-21 of the terms' size), and without
+A block computes one tile of D A, in float32 by three TF32 products (within 2^-19 of the terms' size), and without
 storing it updates the tile's m and v in place and writes the tile's D to the other of two buffers: other blocks still
 read the old one. Layers of a batch are the second axis of the grid.
 

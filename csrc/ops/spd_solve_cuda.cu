@@ -2,9 +2,10 @@
 // S = L L^T in shared memory, then passes tiles of R through X = R L^-T L^-1. Blocks of one system each factorise it
 // anew: n^3 / 3 operations, which is less than passing n rows costs, and nothing to wait for between kernels.
 //
-// Substitution goes by panels of `panel` columns: what earlier columns contribute is a dot product for each element of
-// the panel, all threads at once; the triangle inside the panel is left to one thread a row. So a tile waits twice a
-// panel, not twice a column. A memory-bound kernel it is not: S and R are read once, X is written once.
+// Sums are double, of float32 systems too, and rounded once: in float32 the kernel erred more than a library that adds in
+// blocks. Substitution goes by panels of `panel` columns: what earlier columns contribute is a dot product for each
+// element of the panel, all threads at once; the triangle inside the panel is left to one thread a row. So a tile waits
+// twice a panel, not twice a column.
 #include "ops/spd_solve.h"
 
 #include <cmath>
@@ -60,6 +61,13 @@ __device__ __forceinline__ void for_each_thread_item(int count, F&& f) {
 template <class A>
 __device__ int factorise(A* L, int n) {
     for (int j = 0; j < n; ++j) {
+        for_each_thread_item(n - j, [&](int below) {
+            const int i = j + below;
+            double sum = L[row_start(i) + j];
+            for (int k = 0; k < j; ++k) sum -= double(L[row_start(i) + k]) * double(L[row_start(j) + k]);
+            L[row_start(i) + j] = static_cast<A>(sum);
+        });
+        __syncthreads();
         const A pivot = L[row_start(j) + j];
         if (!(pivot > A(0))) return j + 1;
         const A root = std::sqrt(pivot);
@@ -67,12 +75,6 @@ __device__ int factorise(A* L, int n) {
         for_each_thread_item(n - j, [&](int below) {
             A& element = L[row_start(j + below) + j];
             element = below == 0 ? root : element / root;
-        });
-        __syncthreads();
-        for_each_thread_item(n - j - 1, [&](int below) {
-            const int i = j + 1 + below;
-            const A factor = L[row_start(i) + j];
-            for (int k = j + 1; k <= i; ++k) L[row_start(i) + k] -= factor * L[row_start(k) + j];
         });
         __syncthreads();
     }
@@ -87,9 +89,9 @@ __device__ void substitute(Shared<A>& s, int n) {
     const int lane = static_cast<int>(threadIdx.x) % panel;
     // x_j <- x_j - sum over k of x_k times L's element for (j, k)
     const auto subtract = [&](int j, int first, int end, auto&& element) {
-        A sum = x[j];
-        for (int k = first; k < end; ++k) sum -= x[k] * element(k);
-        x[j] = sum;
+        double sum = x[j];
+        for (int k = first; k < end; ++k) sum -= double(x[k]) * double(element(k));
+        x[j] = static_cast<A>(sum);
     };
     for (int first = 0; first < n; first += panel) {
         const int end = first + panel < n ? first + panel : n;
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(threads) spd_solve_kernel(const __grid_constan
     }
 
     const A* prior = a.prior == nullptr ? nullptr : a.prior + layer * n;
-    A denominator = 1;
+    double denominator = 1;
     if (prior != nullptr) {
         for_each_thread_item(n, [&](int k) {
             for (int r = 0; r < tile_rows; ++r) s.tile[r][k] = r == 0 ? A(1) : prior[k];
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(threads) spd_solve_kernel(const __grid_constan
             s.row[k] = s.tile[1][k];
         });
         __syncthreads();
-        for (int k = 0; k < n; ++k) denominator += prior[k] * s.u[k];
+        for (int k = 0; k < n; ++k) denominator += double(prior[k]) * double(s.u[k]);
     }
 
     const std::int64_t stop = (blockIdx.x + 1) * block_rows < a.rows ? (blockIdx.x + 1) * block_rows : a.rows;
@@ -200,9 +202,9 @@ __global__ void __launch_bounds__(threads) spd_solve_kernel(const __grid_constan
         __syncthreads();
         if (prior != nullptr && threadIdx.x % panel == 0) {
             const int r = static_cast<int>(threadIdx.x) / panel;
-            A sum = 0;
-            for (int k = 0; k < n; ++k) sum += s.tile[r][k] * s.u[k];
-            s.along[r] = sum / denominator;
+            double sum = 0;
+            for (int k = 0; k < n; ++k) sum += double(s.tile[r][k]) * double(s.u[k]);
+            s.along[r] = static_cast<A>(sum / denominator);
         }
         __syncthreads();
         substitute(s, n);

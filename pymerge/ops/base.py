@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +30,11 @@ class Op:
     reference: Callable[..., Any]
     summary: str
     each_layer: Callable[..., Any] | None = None
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the arguments, in order."""
+        return tuple(inspect.signature(self.reference).parameters)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
