@@ -44,7 +44,7 @@ _SIZES = {
 }
 # Small enough for the shapes of tests to have several tiles.
 _INTERPRETED = {"combine": Sizes(1024)}
-_INTERPRETED_TILES = Sizes(32, depth=16, group=2)
+_INTERPRETED_TILES = Sizes(64, depth=16, group=2)
 
 # A smaller tile is taken where the larger one would leave multiprocessors idle: an A100 has 108, an H100 132.
 _BLOCKS = 108
