@@ -12,10 +12,10 @@ splitting are a dozen operations an element, done again for each tile that reads
 How exact the products are (DOT); sums are float32:
   split  base and experts all bfloat16, or all float16, without centring: tau (float32) = hi + lo, both 16 bits wide.
          Where lo is 0 in both strips of a step, one product on 16-bit tensor cores is exact: of bfloat16 so wherever
-         weights are within a factor of two of the base's. Elsewhere hi hi + hi lo + lo hi, and lo lo for bfloat16. There,
-         hi + lo and so the products are exact up to 16 significant bits of tau, and within 2^-17 of |tau_i tau_j| beyond
-         (a weight 2^8 times smaller than the base's). Without lo lo, up to 2^-18 of |tau_i tau_j| would be lost wherever
-         both have a lo, more than float32 loses in a sum. In float16 it is 2^-24, and left out.
+         weights are within a factor of two of the base's. Elsewhere hi hi + hi lo + lo hi + lo lo, as exact as hi + lo
+         is: for bfloat16 up to 16 significant bits of tau (base and weight within a factor of 2^8), and within
+         2^-17 of |tau_i tau_j| beyond; for float16 within 2^-23. Without lo lo, up to 2^-18 of bfloat16 products would be
+         lost, more than float32 loses in a sum, and of float16 deltas beyond that dtype's range, which lo takes, all.
   tf32   everything else: float32 by three TF32 products, within 2^-19 of |tau_i tau_j|; the weight is taken into one
          operand. Centred task vectors are here, whatever the weights' dtype: minus its mean, no tau~ fits in 16 bits.
 """
@@ -62,11 +62,18 @@ def _split(tau, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
     top = tau
     if HALF == tl.float16:
         # The difference of two finite float16 may exceed their range, by at most a factor of two: lo takes the rest.
-        top = tl.where(tau > 65504.0, 65504.0, tl.where(tau < -65504.0, -65504.0, tau))
+        largest = tl.where(tau > 0.0, 65504.0, -65504.0)
+        top = tl.where((tl.abs(tau) > 65504.0) & (tl.abs(tau) < float("inf")), largest, tau)
     hi = _narrow(top, HALF, INTERPRETED)
     wide = hi.to(tl.float32)
     lo = tl.where(tl.abs(wide) < float("inf"), tau - wide, 0.0)
     return hi, _narrow(lo, HALF, INTERPRETED)
+
+
+@triton.jit
+def _finite(hi):
+    """hi, but 0 for infinity and NaN: times a lo of 0, infinity would turn to NaN."""
+    return tl.where(tl.abs(hi.to(tl.float32)) < float("inf"), hi, 0.0)
 
 
 @triton.jit
@@ -127,10 +134,9 @@ def task_gram_kernel(
                     gram = tl.dot(tl.trans(left_hi), right_hi, gram)
                     rest = tl.max(tl.max(tl.abs(left_lo), 1), 0) + tl.max(tl.max(tl.abs(right_lo), 1), 0)
                     if rest != 0.0:
-                        gram = tl.dot(tl.trans(left_hi), right_lo, gram)
-                        gram = tl.dot(tl.trans(left_lo), right_hi, gram)
-                        if base.dtype.element_ty == tl.bfloat16:
-                            gram = tl.dot(tl.trans(left_lo), right_lo, gram)
+                        gram = tl.dot(tl.trans(_finite(left_hi)), right_lo, gram)
+                        gram = tl.dot(tl.trans(left_lo), _finite(right_hi), gram)
+                        gram = tl.dot(tl.trans(left_lo), right_lo, gram)
                 else:
                     gram = tl.dot(tl.trans(weight * left), right, gram, input_precision="tf32x3")
             if DOT == "split":

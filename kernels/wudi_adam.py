@@ -33,7 +33,7 @@ def wudi_adam_kernel(
     v,
     A,  # [L, columns, columns]
     B,
-    schedule,  # [steps, L, 2]: 1 / sqrt(1 - beta2^k), -lr / (1 - beta1^k)
+    schedule,  # [steps, L, 2]: sqrt(1 - beta2^k), -lr / (1 - beta1^k)
     numbers,  # [2]: the step's number, and where the next one's is written
     layers,
     rows,
@@ -53,8 +53,8 @@ def wudi_adam_kernel(
     if (place == 0) & (layer == 0):
         tl.store(numbers + 1 - TURN, number + 1)
     factors = schedule + (number * layers + layer) * 2
-    root = tl.load(factors)
-    step = tl.load(factors + 1)
+    correction = tl.load(factors)
+    rate = tl.load(factors + 1)
 
     tile_row, tile_column = grouped_tile(place, tl.cdiv(rows, BLOCK), tl.cdiv(columns, BLOCK), GROUP)
     row = tile_row * BLOCK + tl.arange(0, BLOCK)
@@ -80,7 +80,7 @@ def wudi_adam_kernel(
     moment += take1 * (gradient - moment)
     square = keep2 * tl.load(v + here, mask=mask, other=0.0) + take2 * gradient * gradient
     moved = tl.load(source + here, mask=mask, other=0.0)
-    moved += tl.div_rn(step * moment, tl.sqrt_rn(square) * root + eps)
+    moved += tl.div_rn(rate * moment, tl.div_rn(tl.sqrt_rn(square), correction) + eps)
     tl.store(m + here, moment, mask=mask)
     tl.store(v + here, square, mask=mask)
     tl.store(target + here, moved, mask=mask)
@@ -127,31 +127,38 @@ def launch(A: Tensor, B: Tensor, schedule: Tensor, betas: tuple[float, float], e
         )
 
     steps = len(schedule) if B.numel() else 0
-    repeat(step, steps, B.device)
+    # In the interpreter there are no graphs, and somebody else's capture takes no other inside.
+    graphs = B.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    repeat(step, steps, capture if graphs else None)
     return other if steps % 2 else D
 
 
-def repeat(step: Callable[[int], None], steps: int, device: torch.device) -> None:
-    """Call step(0), step(1), step(0), ... : on a device the first pair, and its captured graph for the pairs that follow.
+Launches = Callable[[], object]
 
-    Plainly everywhere else: in the interpreter, for few steps, and inside somebody else's capture, which takes no other.
+
+def repeat(step: Callable[[int], None], steps: int, capture: Callable[[Launches], Launches] | None) -> None:
+    """Call step(0), step(1), step(0), ..., `steps` calls in all: plainly, or what follows the first pair by its replays.
+
+    The first pair is never captured: it compiles and loads the kernels, which is not allowed in a capture.
     """
-    pairs = steps // 2
-    if device.type == "cuda" and pairs > 2 and not torch.cuda.is_current_stream_capturing():
+
+    def pair() -> None:
         step(0)
-        step(1)  # compiled and loaded now: loading is not allowed in a capture
-        replay = capture(lambda: (step(0), step(1)))
-        for _ in range(pairs - 1):
+        step(1)
+
+    pairs = steps // 2
+    replays = pairs - 1 if capture is not None and pairs > 2 else 0
+    for _ in range(pairs - replays):
+        pair()
+    if capture is not None and replays:
+        replay = capture(pair)
+        for _ in range(replays):
             replay()
-    else:
-        for _ in range(pairs):
-            step(0)
-            step(1)
     if steps % 2:
         step(0)
 
 
-def capture(launches: Callable[[], object]) -> Callable[[], None]:
+def capture(launches: Launches) -> Launches:
     """A graph of what `launches` puts on the stream, and which allocates nothing; returns its replay.
 
     torch.cuda.graph would synchronise and collect garbage first. Other threads may go on allocating meanwhile.

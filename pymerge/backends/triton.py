@@ -112,7 +112,7 @@ def wudi_adam(
         return wudi_adam(A.unsqueeze(0), B.unsqueeze(0), iterations, lr, betas, eps)[0]
     corrections = (bias_corrections(step, betas) for step in range(1, iterations + 1))
     speeds = rates(lr, len(B))
-    factors = [[(1.0 / second, -rate / first) for rate in speeds] for first, second in corrections]
+    factors = [[(second, -rate / first) for rate in speeds] for first, second in corrections]
     schedule = torch.tensor(factors, dtype=torch.float32).to(B.device)
     with _on(B.device):
         return kernel.launch(A.contiguous(), B.contiguous(), schedule, betas, eps)
