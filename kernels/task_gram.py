@@ -1,8 +1,8 @@
 """task_gram: S = sum_t w_t tau~_t^T tau~_t from W_t and W_0, one launch; task vectors exist only in operand tiles.
 
 A block computes one tile of S's lower triangle: for each task, down all rows, it loads two strips of W_t and of W_0
-(the tile's rows and columns), subtracts, and multiplies. The upper triangle is the mirrored lower one, so S is symmetric
-to the last bit and half the products are saved. Layers of a batch are the second axis of the grid.
+(the tile's rows and columns), subtracts, and multiplies. The upper triangle is the mirrored lower one: S is symmetric
+to the last bit, and half the products are saved. Layers of a batch are the second axis of the grid.
 
 What decided the tile: a step of `depth` rows of a b x b tile does 2 b^2 depth flops on 4 b depth elements of W_t and
 W_0, so b / 4 flops a byte in 16 bits: 32 for b = 128, where an H100's memory would need 300 (989 Tflop/s over 3.35 TB/s
@@ -13,9 +13,9 @@ How exact the products are (DOT); sums are float32:
   split  base and experts all bfloat16, or all float16, without centring: tau (float32) = hi + lo, both 16 bits wide.
          Where lo is 0 in both strips of a step, one product on 16-bit tensor cores is exact: of bfloat16 so wherever
          weights are within a factor of two of the base's. Elsewhere hi hi + hi lo + lo hi + lo lo, as exact as hi + lo
-         is: for bfloat16 up to 16 significant bits of tau (base and weight within a factor of 2^8), and within
-         2^-17 of |tau_i tau_j| beyond; for float16 within 2^-23. Without lo lo, up to 2^-18 of bfloat16 products would be
-         lost, more than float32 loses in a sum, and of float16 deltas beyond that dtype's range, which lo takes, all.
+         is: for bfloat16 up to 16 significant bits of tau (base and weight within a factor of 2^8), and within 2^-17 of
+         |tau_i tau_j| beyond; for float16 within 2^-23. Without lo lo, up to 2^-18 of bfloat16 products would be lost,
+         more than float32 loses in a sum, and of float16 deltas beyond that dtype's range, which lo takes, all.
   tf32   everything else: float32 by three TF32 products, within 2^-19 of |tau_i tau_j|; the weight is taken into one
          operand. Centred task vectors are here, whatever the weights' dtype: minus its mean, no tau~ fits in 16 bits.
 """
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import grouped_tile, interpreted, sizes, to_bfloat16
+from ._common import grouped_tile, sizes, to_bfloat16
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _load_task(base, expert, mean, rows, columns, base_stride, stride, row, colu
 @triton.jit
 def _narrow(x, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
     """x rounded to HALF. The interpreter can't round to bfloat16 nor multiply it: there, the same value in float32."""
-    if HALF == tl.bfloat16 and INTERPRETED:
+    if INTERPRETED and HALF.is_bf16():
         return (to_bfloat16(x) << 16).to(tl.float32, bitcast=True)
     elif INTERPRETED:
         return x.to(HALF).to(tl.float32)
@@ -60,7 +60,7 @@ def _narrow(x, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
 def _split(tau, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
     """(hi, lo) of tau = hi + lo. lo is 0 where hi is infinite or NaN: hi alone says so."""
     top = tau
-    if HALF == tl.float16:
+    if HALF.is_fp16():
         # The difference of two finite float16 may exceed their range, by at most a factor of two: lo takes the rest.
         largest = tl.where(tau > 0.0, 65504.0, -65504.0)
         top = tl.where((tl.abs(tau) > 65504.0) & (tl.abs(tau) < float("inf")), largest, tau)
@@ -155,11 +155,13 @@ def task_gram_kernel(
 _ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def launch(out: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, means: Tensor | None) -> None:
+def launch(
+    out: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor, means: Tensor | None, interpreted: bool
+) -> None:
     """Write S, [L, d_in, d_in] float32, to `out`.
 
     base and experts are [L, d_out, d_in] with contiguous rows; the experts share dtype and strides. weights are [L, T]
-    and means [L, T, d_in], float32 and contiguous, on the device.
+    and means [L, T, d_in], float32 and contiguous, on the device. `interpreted`: Triton runs kernels on the CPU.
     """
     layers, rows, columns = base.shape
     if columns == 0 or layers == 0:
@@ -190,7 +192,7 @@ def launch(out: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Tensor
         DOT=dot,
         CENTRED=means is not None,
         ALIGNED=all(expert.data_ptr() % 16 == 0 for expert in experts),
-        INTERPRETED=interpreted(),
+        INTERPRETED=interpreted,
         BLOCK=size.block,
         DEPTH=size.depth,
         GROUP=size.group,

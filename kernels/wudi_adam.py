@@ -137,7 +137,7 @@ Launches = Callable[[], object]
 
 
 def repeat(step: Callable[[int], None], steps: int, capture: Callable[[Launches], Launches] | None) -> None:
-    """Call step(0), step(1), step(0), ..., `steps` calls in all: plainly, or what follows the first pair by its replays.
+    """Call step(0), step(1), step(0), ..., `steps` calls in all: plainly, or all pairs but the first by replays.
 
     The first pair is never captured: it compiles and loads the kernels, which is not allowed in a capture.
     """

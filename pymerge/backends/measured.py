@@ -104,7 +104,7 @@ def _names(dtypes: frozenset[torch.dtype]) -> str:
 
 
 def _problem(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(layers, d_out, d_in) of a layer's shape; of tensors with more dimensions than a batch has, the last ones as one."""
+    """(layers, d_out, d_in) of a layer's shape; where there are more dimensions, the last ones count as one."""
     if len(shape) > 3:
         return (1, shape[0], math.prod(shape[1:]))
     layers, rows, columns = (*(1,) * (3 - len(shape)), *shape)

@@ -93,6 +93,7 @@ def task_gram(
             experts,
             weights.to(out.device, torch.float32).contiguous(),
             None if means is None else means.to(torch.float32).contiguous(),
+            _interpreted(),
         )
     return out
 
@@ -115,7 +116,8 @@ def wudi_adam(
     factors = [[(second, -rate / first) for rate in speeds] for first, second in corrections]
     schedule = torch.tensor(factors, dtype=torch.float32).to(B.device)
     with _on(B.device):
-        return kernel.launch(A.contiguous(), B.contiguous(), schedule, betas, eps)
+        D: Tensor = kernel.launch(A.contiguous(), B.contiguous(), schedule, betas, eps)
+    return D
 
 
 def _rows_contiguous(layers: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ class Op:
 
     `check` raises ArgumentError for arguments that do not fit together; backends may rely on it having run.
     `reference` computes the op with PyTorch alone, on any device. Backends fill in faster functions of the same
-    signature (see pymerge.backends). Where an op takes batches of layers of one shape, `each_layer(function, ...)` calls
-    a function that knows matrices only for each layer, with the arguments of the op.
+    signature (see pymerge.backends). Where an op takes batches of layers of one shape, `each_layer(f, ...)` takes the
+    op's arguments, and calls f, which knows matrices only, for each layer.
     """
 
     name: str

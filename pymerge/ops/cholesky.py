@@ -44,7 +44,8 @@ class LibraryCholesky:
     def solve(self, R: Tensor) -> Tensor:
         """X of X S = R, for R of m x n: X = R L^-T L^-1. Without meaning where `minor` is not 0."""
         half = torch.linalg.solve_triangular(self._L.mT, R, upper=True, left=False)
-        return torch.linalg.solve_triangular(self._L, half, upper=False, left=False)
+        X: Tensor = torch.linalg.solve_triangular(self._L, half, upper=False, left=False)
+        return X
 
 
 class Cholesky:

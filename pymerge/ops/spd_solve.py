@@ -19,7 +19,7 @@ class Solution(NamedTuple):
     """X of X (S + 1 c) = R, and how far S amplifies errors."""
 
     X: Tensor  # d_out x d_in, or a batch of such
-    # Estimate of the 2-norm condition number of S, within a small factor, from below; of a batch, [L] float64 on the CPU.
+    # Estimate of the 2-norm condition number of S, within a small factor, from below; of a batch [L], float64, CPU.
     condition: float | Tensor
 
 
@@ -42,11 +42,11 @@ def check(S: Tensor, R: Tensor, prior: Tensor | None = None) -> None:
 def start_vector(S: Tensor) -> Tensor:
     """The vector that power iterations start from, of length 1: fixed, so that estimates are the same on every run."""
     start = torch.cos(torch.arange(1, S.shape[-1] + 1, dtype=S.dtype, device=S.device))
-    return start / start.norm()
+    return start.div_(start.norm())
 
 
 def condition_estimate(S: Tensor, factor: Cholesky | LibraryCholesky) -> Tensor:
-    """Estimate cond_2(S) from its factor by power iteration on S and on S^-1, d_in^2 work each. Float64, on S's device."""
+    """Estimate cond_2(S), float64 on S's device, from its factor by power iteration on S and S^-1, d_in^2 work each."""
     high = low = start_vector(S).unsqueeze(0)
     largest = smallest_inverse = torch.ones_like(high[0, 0])
     for _ in range(ITERATIONS):

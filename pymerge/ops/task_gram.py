@@ -42,7 +42,9 @@ def check_layers(
     """`check`, of one matrix or of a batch of layers (see `reference`)."""
     if base.ndim != 3:
         if isinstance(weights, Tensor):
-            raise ArgumentError(f"task_gram: weights are a tensor of shape {tuple(weights.shape)} and the base is no batch")
+            raise ArgumentError(
+                f"task_gram: weights are a tensor of shape {tuple(weights.shape)} and the base is no batch"
+            )
         return check(base, experts, weights, means, dtype)
     check_task_tensors("task_gram", base, experts)
     layers, _, columns = base.shape

@@ -86,8 +86,8 @@ def reference(
         iterations: number of steps N (300 published).
         lr: step size (1e-5 published); betas, eps: Adam's, eps outside the root, no weight decay, no schedule.
 
-    A batch of L layers of one shape is A [L, d_in, d_in] and B [L, d_out, d_in], with one lr or one for each layer. What
-    a layer gives does not depend on the others.
+    A batch of L layers of one shape is A [L, d_in, d_in] and B [L, d_out, d_in], with one lr or one for each
+    layer. What a layer gives does not depend on the others.
 
     Source: WUDI-Merging, arXiv 2503.08099, released loop; normal-equation form of the same gradient.
     """

@@ -144,9 +144,7 @@ def solve(module: ModuleType, S: Tensor, R: Tensor, prior: Tensor | None) -> tup
     ],
 )
 @pytest.mark.parametrize("with_prior", [False, True])
-def test_spd_solve(
-    emulated: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype, with_prior: bool
-) -> None:
+def test_spd_solve(emulated: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype, with_prior: bool) -> None:
     S, R, prior = systems(*shape, dtype)
     c = prior if with_prior else None
     X, conditions, minors = solve(emulated, S, R, c)

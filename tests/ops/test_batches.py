@@ -94,13 +94,28 @@ EYES = torch.eye(4).repeat(2, 1, 1)
     ("call", "message"),
     [
         (lambda run: run("task_gram", BATCH[:0], [BATCH[:0]], [1.0]), "the batch has no layers; give at least one"),
-        (lambda run: run("task_gram", BATCH, [BATCH[:1]], [1.0]), r"expert 0 has shape \(1, 3, 4\), the base \(2, 3, 4\)"),
-        (lambda run: run("task_gram", BATCH, [BATCH], torch.ones(1, 2).double()), r"weights has shape .* expected \(2, 1\)"),
-        (lambda run: run("task_gram", BATCH, [BATCH], torch.ones(2, 1)), "weights are torch.float32, expected torch.float64"),
-        (lambda run: run("task_gram", BATCH[0], [BATCH[0]], torch.ones(1, 1).double()), "weights are a tensor .* no batch"),
+        (
+            lambda run: run("task_gram", BATCH, [BATCH[:1]], [1.0]),
+            r"expert 0 has shape \(1, 3, 4\), the base \(2, 3, 4\)",
+        ),
+        (
+            lambda run: run("task_gram", BATCH, [BATCH], torch.ones(1, 2).double()),
+            r"weights has shape .* expected \(2, 1\)",
+        ),
+        (
+            lambda run: run("task_gram", BATCH, [BATCH], torch.ones(2, 1)),
+            "weights are torch.float32, expected torch.float64",
+        ),
+        (
+            lambda run: run("task_gram", BATCH[0], [BATCH[0]], torch.ones(1, 1).double()),
+            "weights are a tensor .* no batch",
+        ),
         (lambda run: run("task_gram", BATCH, [BATCH], [1.0], BATCH), r"means have shape .*, expected \(2, 1, 4\)"),
         (lambda run: run("wudi_adam", EYES[:1], BATCH, 1, 1e-5), r"A has shape \(1, 4, 4\), expected \(2, 4, 4\)"),
-        (lambda run: run("wudi_adam", EYES, BATCH, 1, [1e-5]), r"lr has 1 numbers for B of shape \(2, 3, 4\); give one"),
+        (
+            lambda run: run("wudi_adam", EYES, BATCH, 1, [1e-5]),
+            r"lr has 1 numbers for B of shape \(2, 3, 4\); give one",
+        ),
         (lambda run: run("wudi_adam", EYES[0], BATCH[0], 1, [1e-5]), r"lr has 1 numbers for B of shape \(3, 4\)"),
         (lambda run: run("wudi_adam", EYES, BATCH, 1, [1e-5, -1.0]), "lr is -1.0; give a finite number of at least 0"),
         (lambda run: run("spd_solve", EYES, BATCH, torch.ones(4)), r"prior has shape \(4,\), expected \(2, 4\)"),
