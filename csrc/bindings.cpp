@@ -11,6 +11,7 @@
 #include "common/dispatch.h"
 #include "ops/adam_step.h"
 #include "ops/combine.h"
+#include "ops/spd_solve.h"
 #include "ops/task_gram.h"
 #include "ops/task_vector.h"
 
@@ -71,6 +72,15 @@ void task_gram(Address out, const Matrix& base, const std::vector<Matrix>& exper
                    reinterpret_cast<void*>(stream));
 }
 
+void spd_solve(Address X, Address conditions, Address minors, Address S, Address R, Address prior, Address start,
+               std::int32_t dtype, std::int64_t layers, std::int64_t rows, std::int64_t columns, int iterations,
+               std::intptr_t stream) {
+    spd_solve_cuda({pointer(X), pointer(conditions), pointer<std::int32_t>(minors), pointer<const void>(S),
+                    pointer<const void>(R), pointer<const void>(prior), pointer<const void>(start),
+                    checked_dtype(dtype), layers, rows, columns, iterations},
+                   reinterpret_cast<void*>(stream));
+}
+
 #else
 
 void task_sum(Address out, std::int32_t dtype, const Matrix& base, const std::vector<Matrix>& experts,
@@ -121,6 +131,8 @@ std::string build_info() {
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "Compiled ops for NVIDIA devices; see pymerge.backends.cuda.";
     module.def("task_gram", &task_gram, py::call_guard<py::gil_scoped_release>());
+    module.def("spd_solve", &spd_solve, py::call_guard<py::gil_scoped_release>());
+    module.def("spd_solve_columns", [](std::int32_t dtype) { return spd_solve_columns(checked_dtype(dtype)); });
 #else
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled ops for the CPU; see pymerge.backends.native.";

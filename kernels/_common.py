@@ -1,32 +1,84 @@
-"""Launch sizes by architecture: a table, since autotuning needs a driver and would differ between runs."""
+"""Launch sizes by architecture, and what the kernels share.
+
+A static table: Triton's autotuner needs a driver and would choose differently from run to run, and with the tile the
+order of sums changes, so results would differ from run to run too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
 
 class Sizes(NamedTuple):
     """Sizes of one launch."""
 
-    block: int  # elements (combine), or rows and columns of a tile (task_gram)
-    depth: int  # rows of tau a tile reads at a time
-    warps: int
+    block: int  # elements (combine), or rows and columns of a tile of the result
+    depth: int = 0  # length of the products' inner dimension that a step takes
+    warps: int = 4
+    stages: int = 1  # steps whose loads are in flight
+    group: int = 8  # tile rows that are walked together, so that they share operands in L2
 
 
-# compute capability -> op -> sizes, not yet timed. A device takes the newest row not newer than itself.
+# compute capability -> kernel -> sizes, largest first; not yet timed. A device takes the newest row not newer than
+# itself. What bounds them is registers: a thread holds its part of the sums and of both operands, which are formed
+# there and not copied. These compile to no more than 128 bytes of local memory a thread; wudi_adam's 128 to 700, all of
+# it behind the loop. On sm_80 operands take more registers than with wgmma, so the split's tile is smaller there.
 _SIZES = {
-    80: {"combine": Sizes(1024, 0, 4), "task_gram": Sizes(64, 32, 4)},
-    90: {"combine": Sizes(1024, 0, 4), "task_gram": Sizes(64, 32, 4)},
+    80: {
+        "combine": (Sizes(1024),),
+        "task_gram split": (Sizes(64, depth=16, stages=4),),
+        "task_gram tf32": (Sizes(128, depth=16, warps=8, stages=3), Sizes(64, depth=16, stages=3)),
+        "wudi_adam": (Sizes(128, depth=32, warps=8, stages=3), Sizes(64, depth=32, stages=3)),
+    },
+    90: {
+        "combine": (Sizes(1024),),
+        "task_gram split": (Sizes(128, depth=32, warps=8, stages=3), Sizes(64, depth=32, stages=3)),
+        "task_gram tf32": (Sizes(128, depth=16, warps=8, stages=4), Sizes(64, depth=16, stages=4)),
+        "wudi_adam": (Sizes(128, depth=32, warps=8, stages=4), Sizes(64, depth=32, stages=4)),
+    },
 }
+# Small enough for the shapes of tests to have several tiles.
+_INTERPRETED = {"combine": Sizes(1024)}
+_INTERPRETED_TILES = Sizes(64, depth=16, group=2)
+
+# A smaller tile is taken where the larger one would leave multiprocessors idle: an A100 has 108, an H100 132.
+_BLOCKS = 108
 
 
-def sizes(op: str, device: torch.device) -> Sizes:
-    """Launch sizes of an op on a device; in the interpreter, those of the oldest architecture."""
-    oldest = min(_SIZES)
-    capability = oldest
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = max(10 * major + minor, oldest)
-    return _SIZES[max(row for row in _SIZES if row <= capability)][op]
+def sizes(name: str, device: torch.device, blocks: Callable[[int], int]) -> Sizes:
+    """Launch sizes of a kernel on a device, or in the interpreter.
+
+    `blocks` gives the number of blocks for a size of `block`, of one layer: were those of a whole batch counted, its
+    other layers would decide about the order of a layer's sums.
+    """
+    if device.type != "cuda":
+        return _INTERPRETED.get(name, _INTERPRETED_TILES)
+    major, minor = torch.cuda.get_device_capability(device)
+    capability = max(10 * major + minor, min(_SIZES))
+    options = _SIZES[max(row for row in _SIZES if row <= capability)][name]
+    return next((option for option in options if blocks(option.block) >= _BLOCKS), options[-1])
+
+
+@triton.jit
+def grouped_tile(place, rows, columns, GROUP: tl.constexpr):
+    """(row, column) of tile number `place` of rows x columns tiles, GROUP rows at a time, column by column.
+
+    Blocks that run together then read GROUP row strips and a few column strips, which stay in L2.
+    """
+    group = place // (GROUP * columns)
+    height = tl.minimum(rows - group * GROUP, GROUP)
+    inside = place % (GROUP * columns)
+    return group * GROUP + inside % height, inside // height
+
+
+@triton.jit
+def to_bfloat16(x):
+    """float32 rounded to the nearest bfloat16, ties to even, as its 16 bits: the interpreter's own cast truncates."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x != x, 0x7FC0, rounded)

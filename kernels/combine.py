@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import sizes
+from ._common import sizes, to_bfloat16
 
 
 @triton.jit
@@ -34,11 +34,7 @@ def combine_kernel(
         value = tl.load(tensors[t] + offsets, mask=mask, other=0.0).to(tl.float32)
         total += (value - origin) * weights[t]
     if TO_BF16:
-        # Round to nearest even by hand: the interpreter truncates, and both must give the same.
-        bits = total.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(total != total, 0x7FC0, rounded)
-        tl.store(out + offsets, rounded.to(tl.int16), mask=mask)
+        tl.store(out + offsets, to_bfloat16(total).to(tl.int16), mask=mask)
     else:
         tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
 
@@ -48,9 +44,9 @@ def launch(out: Tensor, base: Tensor | None, tensors: Sequence[Tensor], weights:
     count = out.numel()
     if count == 0:
         return
-    block, _, warps = sizes("combine", out.device)
+    size = sizes("combine", out.device, lambda block: triton.cdiv(count, block))
     to_bf16 = out.dtype == torch.bfloat16
-    combine_kernel[(triton.cdiv(count, block),)](
+    combine_kernel[(triton.cdiv(count, size.block),)](
         out.view(torch.int16) if to_bf16 else out,
         out if base is None else base,
         tuple(tensors),
@@ -58,6 +54,6 @@ def launch(out: Tensor, base: Tensor | None, tensors: Sequence[Tensor], weights:
         count,
         HAS_BASE=base is not None,
         TO_BF16=to_bf16,
-        BLOCK=block,
-        num_warps=warps,
+        BLOCK=size.block,
+        num_warps=size.warps,
     )

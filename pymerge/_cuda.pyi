@@ -27,3 +27,20 @@ def task_gram(
     stream: int,
     /,
 ) -> None: ...
+def spd_solve(
+    X: int,
+    conditions: int,
+    minors: int,
+    S: int,
+    R: int,
+    prior: int,
+    start: int,
+    dtype: int,
+    layers: int,
+    rows: int,
+    columns: int,
+    iterations: int,
+    stream: int,
+    /,
+) -> None: ...
+def spd_solve_columns(dtype: int, /) -> int: ...

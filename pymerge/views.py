@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pymerge import env
-from pymerge.backends import describe
+from pymerge.backends import describe, measured
 from pymerge.layers import Layer
 from pymerge.methods import METHODS
 from pymerge.methods.base import Parameter
@@ -124,4 +124,4 @@ def env_view() -> RenderableType:
     variables = Table("variable", "meaning", title="environment variables", title_justify="left", pad_edge=False)
     for name, meaning in env.VARIABLES.items():
         variables.add_row(name, meaning)
-    return Group(versions, devices, backends, variables)
+    return Group(versions, devices, backends, Text(measured.summary()), variables)

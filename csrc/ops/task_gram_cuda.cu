@@ -1,3 +1,6 @@
+// The plain form, for devices without Triton: float32 multiply-adds, no tensor cores. kernels/task_gram.py has those.
+// A block computes one tile x tile piece of S's lower triangle and mirrors it; a thread keeps micro x micro sums in
+// registers, so that a value from shared memory serves micro multiply-adds. Task vectors exist only in shared memory.
 #include "ops/task_gram.h"
 
 #include "common/device.h"

@@ -6,21 +6,23 @@ import importlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from pymerge.backends import measured
 from pymerge.errors import BackendError
 from pymerge.ops import OPS
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
-# What "auto" tries on a CUDA device, in this order. A kernel gets ahead of PyTorch here when it has been
-# timed against it on a device.
-_CUDA_ORDER = ("reference",)
-_CUDA_REASON = (
-    "PyTorch on the device: no kernel of ours has been timed on a device yet; --backend triton or cuda selects them"
+# Ops whose functions take batches of layers. Others are called for each layer; the references take batches themselves.
+_TAKE_BATCHES = {"triton": ("task_gram", "wudi_adam"), "cuda": ("spd_solve",)}
+
+_NOT_MEASURED = (
+    "PyTorch on the device: nobody has timed ours at such a shape on a {device}; --backend triton or cuda selects them"
 )
 
 logger = logging.getLogger("pymerge")
@@ -72,14 +74,18 @@ def check_backend(name: str, device: torch.device) -> None:
             raise BackendError(f"backend {name!r} cannot be used: {reason}")
 
 
-def choose(op: str, device: torch.device, dtypes: frozenset[torch.dtype], wanted: str = "auto") -> Choice:
+def choose(
+    op: str, device: torch.device, dtypes: frozenset[torch.dtype], wanted: str = "auto", shape: tuple[int, ...] = ()
+) -> Choice:
     """Choose the function of an op.
 
     Args:
         op: a name of pymerge.ops.OPS.
         device: where the tensors are.
         dtypes: dtypes of tensors and of the result asked for.
-        wanted: a backend's name, or "auto".
+        wanted: a backend's name, or "auto": native on a CPU; on CUDA the fastest by pymerge.backends.measured, and
+            PyTorch where nothing has been measured.
+        shape: of the layer, d_out x d_in, or of a batch of layers.
 
     Raises BackendError if a backend is named that does not exist or cannot run here. An op or dtype that the
     named backend does not implement falls to the reference, and `reason` says so.
@@ -88,18 +94,28 @@ def choose(op: str, device: torch.device, dtypes: frozenset[torch.dtype], wanted
         raise BackendError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
     check_backend(wanted, device)
     if wanted != "auto":
-        return _from(wanted, op, dtypes, "named")
+        return _from(wanted, op, dtypes, shape, "named")
     if device.type == "cuda":
-        for name in _CUDA_ORDER:
-            if load(name).unavailable(device) is None and op in load(name).implementations():
-                return _from(name, op, dtypes, _CUDA_REASON)
+        return _measured(op, device, torch.cuda.get_device_name(device), dtypes, shape)
     missing = load("native").unavailable(device)
     if missing is not None:
-        return _from("reference", op, dtypes, f"the C++ backend cannot be used: {missing}")
-    return _from("native", op, dtypes, "the C++ backend is the fastest on a CPU")
+        return _from("reference", op, dtypes, shape, f"the C++ backend cannot be used: {missing}")
+    return _from("native", op, dtypes, shape, "the C++ backend is the fastest on a CPU")
 
 
-def _from(name: str, op: str, dtypes: frozenset[torch.dtype], reason: str) -> Choice:
+def _measured(
+    op: str, device: torch.device, name: str, dtypes: frozenset[torch.dtype], shape: tuple[int, ...]
+) -> Choice:
+    row = measured.nearest(name, op, dtypes, shape)
+    if row is None:
+        return _reference(op, _NOT_MEASURED.format(device=name))
+    missing = load(row.backend).unavailable(device)
+    if missing is not None:
+        return _reference(op, f"{row.backend} was measured as the fastest, and cannot be used: {missing}")
+    return _from(row.backend, op, dtypes, shape, f"{row.speedup:.2f} times PyTorch's speed, measured {row.source}")
+
+
+def _from(name: str, op: str, dtypes: frozenset[torch.dtype], shape: tuple[int, ...], reason: str) -> Choice:
     backend = load(name)
     implementations = backend.implementations()
     if op not in implementations:
@@ -107,7 +123,10 @@ def _from(name: str, op: str, dtypes: frozenset[torch.dtype], reason: str) -> Ch
     refusal = backend.refuses(op, dtypes)
     if refusal is not None:
         return _reference(op, f"{name} does not compute it: {refusal}")
-    return Choice(op, name, implementations[op], reason)
+    function, each_layer = implementations[op], OPS[op].each_layer
+    if each_layer is not None and len(shape) == 3 and name != "reference" and op not in _TAKE_BATCHES.get(name, ()):
+        return Choice(op, name, partial(each_layer, function), reason)
+    return Choice(op, name, function, reason)
 
 
 def _reference(op: str, reason: str) -> Choice:
@@ -115,42 +134,60 @@ def _reference(op: str, reason: str) -> Choice:
 
 
 class Dispatcher:
-    """Calls ops by name on one backend and device: check, choose (once for each op and dtypes), compute.
+    """Calls ops by name on one backend and device: check, choose (once for each op, dtypes and shape), compute.
 
     Raises BackendError at construction if the backend or device cannot be used, ArgumentError from a call
-    whose arguments do not fit together. `choices` tells what computed each op; each first choice is logged.
+    whose arguments do not fit together. `choices` tells what computed each op last; each reason is logged once.
     """
 
     def __init__(self, backend: str = "auto", device: torch.device | str = "cpu") -> None:
         self.backend = backend
         self.device = torch.device(device)
         self.choices: dict[str, Choice] = {}
-        self._by_dtypes: dict[tuple[str, frozenset[torch.dtype]], Choice] = {}
+        self._by_call: dict[tuple[str, frozenset[torch.dtype], tuple[int, ...]], Choice] = {}
+        self._logged: set[tuple[str, str, str]] = set()
         check_backend(backend, self.device)
 
     def __call__(self, op: str, /, *args: Any, **kwargs: Any) -> Any:
         if op not in OPS:
             raise BackendError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
         OPS[op].check(*args, **kwargs)
-        key = (op, frozenset(_dtypes((*args, *kwargs.values()))))
-        choice = self._by_dtypes.get(key)
+        key = (op, *_what(op, args, kwargs))
+        choice = self._by_call.get(key)
         if choice is None:
-            choice = choose(op, self.device, key[1], self.backend)
-            self._by_dtypes[key] = choice
-            if choice not in self.choices.values():
-                logger.info("%s: backend %s (%s)", op, choice.backend, choice.reason)
-            self.choices[op] = choice
+            choice = self._by_call[key] = choose(op, self.device, key[1], self.backend, key[2])
+            said = (op, choice.backend, choice.reason)
+            if said not in self._logged:
+                self._logged.add(said)
+                logger.info("%s: backend %s (%s)", *said)
+        self.choices[op] = choice
         return choice.function(*args, **kwargs)
+
+
+def _what(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[frozenset[torch.dtype], tuple[int, ...]]:
+    """(dtypes, shape of the layer) of a call."""
+    named = dict(zip(OPS[op].parameters, args, strict=False)) | kwargs
+    named.pop("weights", None)  # numbers, even where a batch's are a float64 tensor
+    # W_0, B or R are d_out x d_in. Where an op has none of them, its first tensor is.
+    tensors = [named[name] for name in ("base", "B", "R") if isinstance(named.get(name), Tensor)]
+    tensors = tensors or list(_tensors(named.values()))
+    return frozenset(_dtypes(named.values())), tuple(tensors[0].shape)
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _dtypes(values: Iterable[Any]) -> Iterable[torch.dtype]:
     for value in values:
-        if isinstance(value, Tensor):
-            yield value.dtype
-        elif isinstance(value, torch.dtype):
+        if isinstance(value, torch.dtype):
             yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _dtypes(value)
+        else:
+            yield from (tensor.dtype for tensor in _tensors([value]))
 
 
 def describe() -> list[tuple[str, bool, str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.native import DTYPE_CODES, matrix_argument, rows_contiguous
+from pymerge.ops import spd_solve as spd
 
 NAME = "cuda"
 
@@ -27,7 +28,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def implementations() -> Mapping[str, Callable[..., Any]]:
     """The ops with a CUDA kernel."""
-    return {"combine": combine, "task_gram": task_gram}
+    return {"combine": combine, "task_gram": task_gram, "spd_solve": spd_solve}
 
 
 def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
@@ -96,3 +97,37 @@ def task_gram(
             torch.cuda.current_stream(out.device).cuda_stream,
         )
     return out
+
+
+def spd_solve(S: Tensor, R: Tensor, prior: Tensor | None = None) -> spd.Solution:
+    """`spd_solve` with a block for each small system; those that shared memory can't hold go to PyTorch's library."""
+    from pymerge import _cuda
+
+    code = DTYPE_CODES[S.dtype]
+    rows, columns = R.shape[-2:]
+    if not 0 < columns <= _cuda.spd_solve_columns(code):
+        return spd.reference(S, R, prior)
+    layers = S.shape[:-2]
+    S, R = S.contiguous(), R.contiguous()
+    prior = None if prior is None else prior.contiguous()
+    start = spd.start_vector(S)
+    X = torch.empty_like(R)
+    conditions = torch.empty(layers, dtype=S.dtype, device=S.device)
+    minors = torch.empty(layers, dtype=torch.int32, device=S.device)
+    with torch.cuda.device(S.device):
+        _cuda.spd_solve(
+            X.data_ptr(),
+            conditions.data_ptr(),
+            minors.data_ptr(),
+            S.data_ptr(),
+            R.data_ptr(),
+            0 if prior is None else prior.data_ptr(),
+            start.data_ptr(),
+            code,
+            minors.numel(),
+            rows,
+            columns,
+            spd.ITERATIONS,
+            torch.cuda.current_stream(S.device).cuda_stream,
+        )
+    return spd.Solution(X, spd.settle(S, conditions, minors))

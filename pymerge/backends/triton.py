@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymerge.backends.native import rows_contiguous
+from pymerge.ops.wudi_adam import bias_corrections, rates
 
 NAME = "triton"
 
@@ -36,7 +36,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def implementations() -> Mapping[str, Callable[..., Any]]:
     """The ops with a Triton kernel."""
-    return {"combine": combine, "task_gram": task_gram}
+    return {"combine": combine, "task_gram": task_gram, "wudi_adam": wudi_adam}
 
 
 def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
@@ -65,27 +65,71 @@ def combine(
 def task_gram(
     base: Tensor,
     experts: Sequence[Tensor],
-    weights: Sequence[float],
+    weights: Sequence[float] | Tensor,
     means: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`task_gram` with task vectors formed inside the tiles, lower triangle only."""
+    """`task_gram` with task vectors formed inside the tiles, lower triangle only, all layers in one launch.
+
+    The experts share one dtype and one layout in the kernel; where they don't, they are copied to one.
+    """
     from pymerge.kernels import task_gram as kernel
 
-    columns = base.shape[1]
-    out = torch.empty(columns, columns, dtype=torch.float32, device=base.device)
-    used = [index for index, weight in enumerate(weights) if weight != 0.0]
-    if not used:
-        return out.zero_()
+    if base.ndim == 2:
+        first = None if means is None else means.unsqueeze(0)
+        return task_gram(base.unsqueeze(0), [expert.unsqueeze(0) for expert in experts], weights, first, dtype)[0]
+    layers, _, columns = base.shape
+    if not isinstance(weights, Tensor):
+        weights = torch.tensor([list(weights)] * layers, dtype=torch.float64)
+    common = experts[0].dtype if len({expert.dtype for expert in experts}) == 1 else torch.float32
+    experts = [_rows_contiguous(expert.to(common)) for expert in experts]
+    if len({expert.stride() for expert in experts}) > 1:
+        experts = [_packed(expert) for expert in experts]
+    out = torch.empty(layers, columns, columns, dtype=torch.float32, device=base.device)
     with _on(base.device):
         kernel.launch(
             out,
-            rows_contiguous(base),
-            [rows_contiguous(experts[index]) for index in used],
-            [weights[index] for index in used],
-            None if means is None else means[used].to(torch.float32).contiguous(),
+            _rows_contiguous(base),
+            experts,
+            weights.to(out.device, torch.float32).contiguous(),
+            None if means is None else means.to(torch.float32).contiguous(),
+            _interpreted(),
         )
     return out
+
+
+def wudi_adam(
+    A: Tensor,
+    B: Tensor,
+    iterations: int,
+    lr: float | Sequence[float],
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Tensor:
+    """`wudi_adam` with one kernel a step, the product and the update; on a device, steps replayed as a graph."""
+    from pymerge.kernels import wudi_adam as kernel
+
+    if B.ndim == 2:
+        return wudi_adam(A.unsqueeze(0), B.unsqueeze(0), iterations, lr, betas, eps)[0]
+    corrections = (bias_corrections(step, betas) for step in range(1, iterations + 1))
+    speeds = rates(lr, len(B))
+    factors = [[(second, -rate / first) for rate in speeds] for first, second in corrections]
+    schedule = torch.tensor(factors, dtype=torch.float32).to(B.device)
+    with _on(B.device):
+        D: Tensor = kernel.launch(A.contiguous(), B.contiguous(), schedule, betas, eps)
+    return D
+
+
+def _rows_contiguous(layers: Tensor) -> Tensor:
+    """The batch of matrices itself if their rows are contiguous and do not overlap, else a copy."""
+    if layers.stride(2) == 1 and layers.stride(1) >= layers.shape[2]:
+        return layers
+    return _packed(layers)
+
+
+def _packed(layers: Tensor) -> Tensor:
+    """A copy without gaps. Not contiguous(): it keeps meaningless strides of dimensions of size 0 or 1."""
+    return torch.empty(layers.shape, dtype=layers.dtype, device=layers.device).copy_(layers)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

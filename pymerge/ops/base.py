@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,13 +21,20 @@ class Op:
 
     `check` raises ArgumentError for arguments that do not fit together; backends may rely on it having run.
     `reference` computes the op with PyTorch alone, on any device. Backends fill in faster functions of the same
-    signature (see pymerge.backends).
+    signature (see pymerge.backends). Where an op takes batches of layers of one shape, `each_layer(f, ...)` takes the
+    op's arguments, and calls f, which knows matrices only, for each layer.
     """
 
     name: str
     check: Callable[..., None]
     reference: Callable[..., Any]
     summary: str
+    each_layer: Callable[..., Any] | None = None
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the arguments, in order."""
+        return tuple(inspect.signature(self.reference).parameters)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

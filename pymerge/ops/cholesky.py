@@ -1,7 +1,8 @@
-"""Cholesky factorisation and solves made of matrix products: the same bits for any number of threads.
+"""Cholesky factorisation and solves: the same bits for any number of threads.
 
 LAPACK's own routines split their work by the number of threads, and round differently for each. Products don't, in the
-libraries that PyTorch uses; and recursion puts all but the smallest blocks into products.
+libraries that PyTorch uses; and recursion puts all but the smallest blocks into products. A device's library knows no
+threads of ours, and the recursion would be hundreds of small launches there, so it is used as it is.
 """
 
 from __future__ import annotations
@@ -19,13 +20,43 @@ _LEAF = 64
 _PANEL = 192
 
 
+def factorise(S: Tensor, layer: int | None = None) -> Cholesky | LibraryCholesky:
+    """The factor of S, by what suits its device. `layer` is for errors: its number in a batch, or None."""
+    return Cholesky(S, layer) if S.device.type == "cpu" else LibraryCholesky(S)
+
+
+def not_positive_definite(S: Tensor, minor: int, layer: int | None = None) -> ArgumentError:
+    """The error for a system, n x n or one of L x n x n, whose leading minor of this size is not positive."""
+    size, where = S.shape[-1], "" if layer is None else f"layer {layer} of the batch: "
+    return ArgumentError(
+        f"{where}the system ({size} x {size}) is not positive definite in {S.dtype} (leading minor {minor}); "
+        "raise eps, or set precision: float64"
+    )
+
+
+class LibraryCholesky:
+    """S = L L^T by torch.linalg, without waiting for the device: `minor` tells later whether there is such an L."""
+
+    def __init__(self, S: Tensor) -> None:
+        """Factorise. `minor` (int32, on the device) is 0, or the size of the first minor that is not positive."""
+        self._L, self.minor = torch.linalg.cholesky_ex(S)
+
+    def solve(self, R: Tensor) -> Tensor:
+        """X of X S = R, for R of m x n: X = R L^-T L^-1. Without meaning where `minor` is not 0."""
+        half = torch.linalg.solve_triangular(self._L.mT, R, upper=True, left=False)
+        X: Tensor = torch.linalg.solve_triangular(self._L, half, upper=False, left=False)
+        return X
+
+
 class Cholesky:
     """S = L L^T of a symmetric positive definite S (n x n, float32 or float64); only its lower triangle is read."""
 
-    def __init__(self, S: Tensor) -> None:
-        """Factorise. Raises ArgumentError when S is not positive definite."""
+    def __init__(self, S: Tensor, layer: int | None = None) -> None:
+        """Factorise. Raises ArgumentError, with the layer's number if it has one, when S is not positive definite."""
+        self._layer = layer
         self._L = S.clone(memory_format=torch.contiguous_format)
         self._inverses = S.new_zeros(S.shape[0], _LEAF)  # of the diagonal blocks, stacked
+        self.minor = torch.zeros((), dtype=torch.int32)  # as in LibraryCholesky: there is an L where this returns
         self._factor(0, S.shape[0])
 
     def solve(self, R: Tensor) -> Tensor:
@@ -45,10 +76,7 @@ class Cholesky:
                 identity = torch.eye(size, dtype=block.dtype, device=block.device)
                 inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
             if int(info) != 0:
-                raise ArgumentError(
-                    f"the system ({self._L.shape[0]} x {self._L.shape[0]}) is not positive definite in {block.dtype} "
-                    f"(leading minor {low + int(info)}); raise eps, or set precision: float64"
-                )
+                raise not_positive_definite(self._L, low + int(info), self._layer)
             block.copy_(factor)
             self._inverses[low:high, :size] = inverse
             return

@@ -8,46 +8,70 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_matrix
-from pymerge.ops.cholesky import Cholesky
+from pymerge.ops.base import Op
+from pymerge.ops.cholesky import Cholesky, LibraryCholesky, factorise, not_positive_definite
+
+# Steps of the power iterations behind the condition number.
+ITERATIONS = 8
 
 
 class Solution(NamedTuple):
     """X of X (S + 1 c) = R, and how far S amplifies errors."""
 
-    X: Tensor  # d_out x d_in
-    condition: float  # estimate of the 2-norm condition number of S, within a small factor, from below
+    X: Tensor  # d_out x d_in, or a batch of such
+    # Estimate of the 2-norm condition number of S, within a small factor, from below; of a batch [L], float64, CPU.
+    condition: float | Tensor
 
 
 def check(S: Tensor, R: Tensor, prior: Tensor | None = None) -> None:
-    """Raise ArgumentError unless S is d_in x d_in, R d_out x d_in and the prior a row of d_in."""
-    if R.ndim != 2:
-        raise ArgumentError(f"spd_solve: the right-hand side has shape {tuple(R.shape)}, expected a matrix")
-    check_matrix("spd_solve", "S", S, (R.shape[1], R.shape[1]))
-    if prior is not None and tuple(prior.shape) != (R.shape[1],):
-        raise ArgumentError(f"spd_solve: the prior has shape {tuple(prior.shape)}, expected ({R.shape[1]},)")
+    """Raise ArgumentError unless S is d_in x d_in, R d_out x d_in and the prior a row of d_in, or batches of such."""
+    if R.ndim not in (2, 3) or (R.ndim == 3 and len(R) == 0):
+        raise ArgumentError(
+            f"spd_solve: the right-hand side has shape {tuple(R.shape)}, expected a matrix, or a batch of at least one"
+        )
+    *layers, _, columns = R.shape
+    if tuple(S.shape) != (*layers, columns, columns):
+        raise ArgumentError(f"spd_solve: S has shape {tuple(S.shape)}, expected {(*layers, columns, columns)}")
+    if prior is not None and tuple(prior.shape) != (*layers, columns):
+        raise ArgumentError(f"spd_solve: the prior has shape {tuple(prior.shape)}, expected {(*layers, columns)}")
     dtypes = {S.dtype, R.dtype} | ({prior.dtype} if prior is not None else set())
     if len(dtypes) > 1 or S.dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"spd_solve: dtypes {sorted(map(str, dtypes))}; all must be float32, or all float64")
 
 
-def condition_estimate(S: Tensor, factor: Cholesky, iterations: int = 8) -> float:
-    """Estimate cond_2(S) from its factor by power iteration on S and on S^-1, d_in^2 work each.
+def start_vector(S: Tensor) -> Tensor:
+    """The vector that power iterations start from, of length 1: fixed, so that estimates are the same on every run."""
+    start = torch.cos(torch.arange(1, S.shape[-1] + 1, dtype=S.dtype, device=S.device))
+    return start.div_(start.norm())
 
-    The start vector is fixed, so the estimate is the same on every run.
-    """
-    size = S.shape[0]
-    start = torch.cos(torch.arange(1, size + 1, dtype=S.dtype, device=S.device)).unsqueeze(0)
-    high = low = start / start.norm()
-    largest = smallest_inverse = 0.0
-    for _ in range(iterations):
+
+def condition_estimate(S: Tensor, factor: Cholesky | LibraryCholesky) -> Tensor:
+    """Estimate cond_2(S), float64 on S's device, from its factor by power iteration on S and S^-1, d_in^2 work each."""
+    high = low = start_vector(S).unsqueeze(0)
+    largest = smallest_inverse = torch.ones_like(high[0, 0])
+    for _ in range(ITERATIONS):
         high = high @ S
-        largest = float(high.norm())
+        largest = high.norm()
         high = high / largest
         low = factor.solve(low)
-        smallest_inverse = float(low.norm())
+        smallest_inverse = low.norm()
         low = low / smallest_inverse
-    return largest * smallest_inverse
+    return largest.double() * smallest_inverse.double()
+
+
+def settle(S: Tensor, conditions: Tensor, minors: Tensor) -> float | Tensor:
+    """The `condition` of a Solution from what a device has computed, which is waited for here, once.
+
+    Args:
+        S: the system or batch of systems.
+        conditions, minors: one number, or [L] of a batch; a minor that is not 0 is the size of the first leading minor
+            that is not positive, and raises ArgumentError.
+    """
+    both = torch.stack([conditions.double(), minors.double()]).cpu()
+    for layer, minor in enumerate(both[1].reshape(-1).tolist()):
+        if minor:
+            raise not_positive_definite(S, int(minor), layer if S.ndim == 3 else None)
+    return both[0] if S.ndim == 3 else float(both[0])
 
 
 def reference(S: Tensor, R: Tensor, prior: Tensor | None = None) -> Solution:
@@ -60,17 +84,28 @@ def reference(S: Tensor, R: Tensor, prior: Tensor | None = None) -> Solution:
             X = Y - (R u)(c S^-1) / (1 + c u), Y = R S^-1, u = S^-1 1.
 
     One Cholesky factorisation and d_out + 2 right-hand sides, the same bits for any number of threads.
+    A batch of L systems of one size has one more dimension in front. What a layer gives does not depend on the others.
     Raises ArgumentError when S is not positive definite. Source: ACE-Merging, arXiv 2603.02945, closed form.
     """
+    if S.ndim == 2:
+        X, condition, minor = _solve(S, R, prior)
+        return Solution(X, settle(S, condition, minor))
+    solved = [_solve(S[i], R[i], None if prior is None else prior[i], i) for i in range(len(S))]
+    X, conditions, minors = (torch.stack(parts) for parts in zip(*solved, strict=True))
+    return Solution(X, settle(S, conditions, minors))
+
+
+def _solve(S: Tensor, R: Tensor, prior: Tensor | None, layer: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(X, condition, minor) of one system, on its device and without waiting for it."""
     if S.shape[0] == 0:
-        return Solution(R.clone(), 1.0)
-    factor = Cholesky(S)
+        return R.clone(), torch.ones((), device=S.device), torch.zeros((), device=S.device)
+    factor = factorise(S, layer)
     X = factor.solve(R)
     if prior is not None:
         pair = factor.solve(torch.stack([torch.ones_like(prior), prior]))
         u, row = pair[0], pair[1]
         X -= torch.outer(R @ u, row) / (1.0 + prior @ u)
-    return Solution(X, condition_estimate(S, factor))
+    return X, condition_estimate(S, factor), factor.minor
 
 
 OP = Op("spd_solve", check, reference, "X S = R by Cholesky, with ACE's rank-one prior by Sherman-Morrison")

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_matrix
+from pymerge.ops.base import Op
 
 
 def check(
     A: Tensor,
     B: Tensor,
     iterations: int,
-    lr: float,
+    lr: float | Sequence[float],
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> None:
-    """Raise ArgumentError unless A is d_in x d_in, B d_out x d_in, both of one dtype, and the numbers make sense."""
-    if B.ndim != 2:
-        raise ArgumentError(f"wudi_adam: B has shape {tuple(B.shape)}, expected a matrix")
-    check_matrix("wudi_adam", "A", A, (B.shape[1], B.shape[1]))
+    """Raise ArgumentError unless A is d_in x d_in, B d_out x d_in, both of one dtype, and the numbers make sense.
+
+    Of a batch, A and B have one more dimension in front, and lr may be one number for each layer.
+    """
+    if B.ndim not in (2, 3) or (B.ndim == 3 and len(B) == 0):
+        raise ArgumentError(f"wudi_adam: B has shape {tuple(B.shape)}, expected a matrix, or a batch of at least one")
+    expected = (*B.shape[:-2], B.shape[-1], B.shape[-1])
+    if tuple(A.shape) != expected:
+        raise ArgumentError(f"wudi_adam: A has shape {tuple(A.shape)}, expected {expected}")
     if A.dtype != B.dtype or A.dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"wudi_adam: A is {A.dtype} and B {B.dtype}; both must be float32, or both float64")
     if A.device != B.device:
         raise ArgumentError(f"wudi_adam: A is on {A.device} and B on {B.device}; move one")
     if iterations < 0:
         raise ArgumentError(f"wudi_adam: iterations is {iterations}; give 0 or more")
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ArgumentError(f"wudi_adam: lr is {lr}; give a finite number of at least 0")
+    if isinstance(lr, Sequence) and (B.ndim == 2 or len(lr) != len(B)):
+        raise ArgumentError(f"wudi_adam: lr has {len(lr)} numbers for B of shape {tuple(B.shape)}; give one a layer")
+    for rate in lr if isinstance(lr, Sequence) else (lr,):
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ArgumentError(f"wudi_adam: lr is {rate}; give a finite number of at least 0")
     if not all(0 <= beta < 1 for beta in betas) or not eps > 0:
         raise ArgumentError(f"wudi_adam: betas {betas} must be in [0, 1) and eps {eps} above 0")
 
@@ -40,11 +49,30 @@ def bias_corrections(step: int, betas: tuple[float, float]) -> tuple[float, floa
     return 1.0 - betas[0] ** step, math.sqrt(1.0 - betas[1] ** step)
 
 
+def rates(lr: float | Sequence[float], layers: int) -> list[float]:
+    """lr of each layer of a batch."""
+    return [float(rate) for rate in lr] if isinstance(lr, Sequence) else [float(lr)] * layers
+
+
+def each_layer(
+    function: Callable[..., Tensor],
+    A: Tensor,
+    B: Tensor,
+    iterations: int,
+    lr: float | Sequence[float],
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Tensor:
+    """[L, d_out, d_in]: what `function`, of matrices, returns for each layer of a batch."""
+    steps = zip(A, B, rates(lr, len(B)), strict=True)
+    return torch.stack([function(system, target, iterations, rate, betas, eps) for system, target, rate in steps])
+
+
 def reference(
     A: Tensor,
     B: Tensor,
     iterations: int,
-    lr: float,
+    lr: float | Sequence[float],
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> Tensor:
@@ -58,8 +86,14 @@ def reference(
         iterations: number of steps N (300 published).
         lr: step size (1e-5 published); betas, eps: Adam's, eps outside the root, no weight decay, no schedule.
 
+    A batch of L layers of one shape is A [L, d_in, d_in] and B [L, d_out, d_in], with one lr or one for each
+    layer. What a layer gives does not depend on the others.
+
     Source: WUDI-Merging, arXiv 2503.08099, released loop; normal-equation form of the same gradient.
     """
+    if B.ndim == 3:
+        return each_layer(reference, A, B, iterations, lr, betas, eps)
+    rate = rates(lr, 1)[0]
     D = torch.zeros_like(B)
     m = torch.zeros_like(B)
     v = torch.zeros_like(B)
@@ -70,8 +104,8 @@ def reference(
         v.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
         correction1, correction2 = bias_corrections(step, betas)
         denominator = (v.sqrt() / correction2).add_(eps)
-        D.addcdiv_(m, denominator, value=-lr / correction1)
+        D.addcdiv_(m, denominator, value=-rate / correction1)
     return D
 
 
-OP = Op("wudi_adam", check, reference, "N Adam steps on the gradient 2 (X A - B)")
+OP = Op("wudi_adam", check, reference, "N Adam steps on the gradient 2 (X A - B)", each_layer)

@@ -71,6 +71,59 @@ def test_task_gram_puts_nan_in_one_row_and_column(backend: str, device: str) -> 
     assert_same("NaN", function(case.base, case.experts, [1.0]).isnan(), expected)
 
 
+def halves(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(hi, lo) of a float32 matrix, in float64: its value in a 16-bit dtype, and what is left, in it too."""
+    hi = matrix.to(dtype).double()
+    return hi, (matrix.double() - hi).to(dtype).double()
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_lo", [False, True])
+def test_task_gram_of_16_bit_weights_has_exact_products(
+    backend: str, device: str, dtype: torch.dtype, with_lo: bool
+) -> None:
+    """Weights near the base's give deltas of 16 bits; tiny bases among them give deltas that need two such numbers."""
+    function = load(backend).implementations()["task_gram"]
+    generator = torch.Generator().manual_seed(3)
+    base = (1.0 + torch.rand(50, 70, generator=generator)).to(dtype)
+    expert = (base.float() * (1.0 + 0.05 * torch.rand(50, 70, generator=generator))).to(dtype)
+    if with_lo:
+        base[::7, ::3] *= 2.0**-5
+    base, expert = base.to(device), expert.to(device)
+    tau = expert.float() - base.float()
+    hi, lo = halves(tau, dtype)
+    assert bool((lo != 0).any()) == with_lo
+    truth = tau.double().mT @ tau.double()
+    actual = function(base, [expert], [1.0])
+    assert_accurate("S", actual, GRAM(base, [expert], [1.0]), truth)
+    if with_lo:
+        lost = [(part - truth).abs().max() for part in (hi.mT @ hi, truth - lo.mT @ lo)]  # by one product, by three
+        error = (actual.double() - truth).abs().max()
+        assert error < 0.01 * lost[0]
+        assert dtype == torch.float16 or error < 0.5 * lost[1]  # float16's is below float32's rounding
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_task_gram_of_extreme_weights(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Deltas that leave float16's range, infinite ones, NaN, and ones below the smallest normal number."""
+    function = load(backend).implementations()["task_gram"]
+    base, expert = torch.zeros(5, 9, dtype=dtype, device=device), torch.ones(5, 9, dtype=dtype, device=device)
+    base[0, 0], expert[0, 0] = -60000.0, 60000.0
+    base[3, 8] = 0.0123  # a delta of two parts beside the infinite ones
+    expert[1, 2], base[1, 3] = float("inf"), float("inf")
+    expert[2, 4] = float("nan")
+    expert[:, 6], expert[:, 7] = 6e-8, torch.finfo(dtype).smallest_normal
+    truth = GRAM(base.double(), [expert.double()], [1.0])
+    actual = function(base, [expert], [1.0])
+    assert_accurate("S", actual, GRAM(base, [expert], [1.0]), truth)
+    assert actual[0, 0].isfinite()
+    tiny = actual[6, 6].item() / truth[6, 6].item()
+    assert abs(tiny - 1.0) < 1e-6
+
+
 @pytest.mark.parametrize("columns", [63, 64, 65, 100, 129])
 def test_panels_of_the_lower_triangle(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     """Sizes around the panels' edges, with panels made small; the mirrored half must be the computed one."""

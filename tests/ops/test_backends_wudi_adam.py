@@ -1,20 +1,22 @@
-"""wudi_adam in C++ against float64, and one fused step against the formula by hand."""
+"""wudi_adam on every compiled backend against float64, and one fused step against the formula by hand."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from pymerge import _C
-from pymerge.backends import native
+from pymerge.backends import load, native
 from pymerge.ops import OPS
-from pymerge.testing.cases import task_case
+from pymerge.testing.cases import implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same
 
 REFERENCE = OPS["wudi_adam"].reference
+RUNS = implementations("wudi_adam")
 
 
 def system(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -26,12 +28,72 @@ def system(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return A.to(dtype), B.to(dtype)
 
 
+# Several tiles, of a size that is no multiple; an odd and an even number of steps, which end in different buffers.
+@pytest.mark.parametrize(("backend", "device"), RUNS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 70), (70, 1), (40, 65), (300, 48)])
 @pytest.mark.parametrize("iterations", [0, 1, 40])
-def test_wudi_adam(shape: tuple[int, int], iterations: int) -> None:
-    A, B = system(*shape, torch.float32)
+def test_wudi_adam(backend: str, device: str, shape: tuple[int, int], iterations: int) -> None:
+    if backend == "triton" and device == "cpu":
+        iterations = min(iterations, 20)  # the interpreter is slow
+    A, B = (matrix.to(device) for matrix in system(*shape, torch.float32))
     truth = REFERENCE(A.double(), B.double(), iterations, 1e-5)
-    assert_accurate("D", native.wudi_adam(A, B, iterations, 1e-5), REFERENCE(A, B, iterations, 1e-5), truth)
+    actual = load(backend).implementations()["wudi_adam"](A, B, iterations, 1e-5)
+    assert_accurate("D", actual, REFERENCE(A, B, iterations, 1e-5), truth)
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_wudi_adam_with_other_numbers(backend: str, device: str) -> None:
+    A, B = (matrix.to(device) for matrix in system(20, 33, torch.float32))
+    truth = REFERENCE(A.double(), B.double(), 5, 1e-3, (0.5, 0.9), 1e-3)
+    actual = load(backend).implementations()["wudi_adam"](A, B, 5, 1e-3, (0.5, 0.9), 1e-3)
+    assert_accurate("D", actual, REFERENCE(A, B, 5, 1e-3, (0.5, 0.9), 1e-3), truth)
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_wudi_adam_keeps_nan_in_its_row(backend: str, device: str) -> None:
+    A, B = (matrix.to(device) for matrix in system(20, 33, torch.float32))
+    B[3, 4] = float("nan")
+    expected = torch.zeros(20, 33, dtype=torch.bool, device=device)
+    expected[3, :] = True
+    actual = load(backend).implementations()["wudi_adam"](A, B, 3, 1e-5)
+    assert_same("NaN", actual.isnan(), expected)
+
+
+def recorded(steps: int, captured: list[int]) -> list[int]:
+    """The turns of all steps, with a capture that runs again what it was given; its calls are counted."""
+    from pymerge.kernels.wudi_adam import repeat
+
+    turns: list[int] = []
+
+    def capture(launches: Callable[[], object]) -> Callable[[], object]:
+        captured.append(len(turns))
+        return launches
+
+    repeat(turns.append, steps, capture)
+    return turns
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_steps_take_turns_with_and_without_a_graph(steps: int) -> None:
+    from pymerge.kernels.wudi_adam import repeat
+
+    plain: list[int] = []
+    repeat(plain.append, steps, None)
+    assert plain == [step % 2 for step in range(steps)]
+    captured: list[int] = []
+    assert recorded(steps, captured) == plain
+    assert captured == ([2] if steps >= 6 else [])  # after the first pair, which loads the kernels
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a device")
+def test_graph_gives_the_bits_of_plain_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pymerge.kernels import wudi_adam as kernel
+
+    A, B = (matrix.cuda() for matrix in system(300, 130, torch.float32))
+    function = load("triton").implementations()["wudi_adam"]
+    replayed = function(A, B, 31, 1e-5)
+    monkeypatch.setattr(kernel, "capture", None)
+    assert_same("D", function(A, B, 31, 1e-5), replayed)
 
 
 def test_wudi_adam_in_float64() -> None:
@@ -41,16 +103,19 @@ def test_wudi_adam_in_float64() -> None:
     assert float((actual - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize(("backend", "device"), RUNS)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
-def test_wudi_adam_of_nothing(shape: tuple[int, int]) -> None:
-    A, B = torch.eye(shape[1]), torch.zeros(shape)
-    assert native.wudi_adam(A, B, 3, 1e-5).shape == shape
+def test_wudi_adam_of_nothing(backend: str, device: str, shape: tuple[int, int]) -> None:
+    A, B = torch.eye(shape[1], device=device), torch.zeros(shape, device=device)
+    assert load(backend).implementations()["wudi_adam"](A, B, 3, 1e-5).shape == shape
 
 
-def test_wudi_adam_takes_strided_systems() -> None:
-    A, B = system(40, 65, torch.float32)
-    expected = native.wudi_adam(A, B, 5, 1e-5)
-    assert_same("D", native.wudi_adam(A.mT.contiguous().mT, B.mT.contiguous().mT, 5, 1e-5), expected)
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_wudi_adam_takes_strided_systems(backend: str, device: str) -> None:
+    function = load(backend).implementations()["wudi_adam"]
+    A, B = (matrix.to(device) for matrix in system(40, 65, torch.float32))
+    expected = function(A, B, 5, 1e-5)
+    assert_same("D", function(A.mT.contiguous().mT, B.mT.contiguous().mT, 5, 1e-5), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
