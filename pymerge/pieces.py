@@ -44,6 +44,16 @@ def split(layer: Layer, action: Action, shape: tuple[int, ...], max_elements: in
     ]
 
 
+def halves(action: Action, piece: Piece) -> list[Piece]:
+    """The piece as two row ranges if the action may run on them, else as it is."""
+    rows = piece.stop - piece.start
+    if not action.chunkable or not piece.shape or rows < 2:
+        return [piece]
+    middle = piece.start + rows // 2
+    ranges = ((piece.start, middle), (middle, piece.stop))
+    return [Piece(start, stop, (stop - start, *piece.shape[1:])) for start, stop in ranges]
+
+
 def matrix_shape(layer: Layer, shape: tuple[int, ...]) -> tuple[int, int]:
     """(d_out, d_in) of a stored linear weight (of one matrix of a stack)."""
     rows, columns = shape[-2:]

@@ -26,7 +26,9 @@ from pymerge.layers import Kind
 from pymerge.methods.ace import SolveAce
 from pymerge.methods.average import AddTaskVectors, Copy, WeightedSum
 from pymerge.methods.wudi import SolveWudi
-from pymerge.planner import READ_AHEAD, WRITE_BEHIND, Plan, Step
+from pymerge.planner import Plan
+from pymerge.schedule import READ_AHEAD, WRITE_BEHIND
+from pymerge.steps import Step
 
 UP = "model.layers.0.mlp.up_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
