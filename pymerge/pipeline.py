@@ -100,15 +100,18 @@ class Pipeline:
 
     def _start_reading(self, step: Step, piece: Piece) -> Loads:
         self._readers.submit(self._announce, step, piece)
-        return [self._readers.submit(self._load, entry, piece) for entry in step.inputs]
+        rooms = [self._transfer.prepare(entry, piece) for entry in step.inputs]
+        return [
+            self._readers.submit(self._load, entry, piece, room) for entry, room in zip(step.inputs, rooms, strict=True)
+        ]
 
     def _announce(self, step: Step, piece: Piece) -> None:
         for entry in step.inputs:
             self._reader.announce(entry, piece.start, piece.stop)
 
-    def _load(self, entry: TensorEntry, piece: Piece) -> Tensor:
+    def _load(self, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         with self._tracer.span("read", entry.name, entry.nbytes * (piece.stop - piece.start) // max(1, _rows(entry))):
-            tensor = self._transfer.load(self._reader, entry, piece)
+            tensor = self._transfer.load(self._reader, entry, piece, room)
             if not self._keeps_cache:
                 self._reader.release(entry, piece.start, piece.stop)
         self._progress.advance(tensor.nbytes)
@@ -128,7 +131,9 @@ class Pipeline:
             tensors = self._wait_for(step, loads)
             while self._writes and self._held() + memory.scratch + memory.output > self._limit:
                 self._wait_for_writer()
+            self._transfer.begin()
             merged = self._compute(step, slot.piece, tensors)
+            self._transfer.reuse(tensors, merged)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

@@ -153,7 +153,7 @@ def forecast(queue: Iterable[Slot], limit: int) -> Forecast:
     following = next(rest, None)
     line: deque[Memory] = deque()
     outputs: deque[int] = deque()
-    peak, depth = 0, _MOST_PIECES
+    peak, depth = 0, None
     while line or following:
         while following and window.admits(following.memory):
             window.push(following.memory)
@@ -162,10 +162,10 @@ def forecast(queue: Iterable[Slot], limit: int) -> Forecast:
         memory = line.popleft()
         late = sum(outputs)
         peak = max(peak, min(limit, memory.peak + window.inputs - memory.inputs + late))
-        if following:
-            depth = min(depth, len(window) - 1)
+        if following or depth is None:
+            depth = len(window) - 1 if depth is None else min(depth, len(window) - 1)
         window.pop()
         outputs.append(memory.output)
         while not may_wait(outputs):
             outputs.popleft()
-    return Forecast(peak, depth)
+    return Forecast(peak, depth or 0)

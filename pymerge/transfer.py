@@ -1,8 +1,8 @@
 """Between files and the device that computes: on a CPU nothing to do, on CUDA copies through reused pinned buffers.
 
-Reader threads call `load`, the computing thread calls `finish`, the writer thread calls `store`. Each waits for its own
-copies before it returns, so what one thread hands to another is complete, and no tensor is freed while a copy or a
-kernel still uses it. The three overlap because they are three threads with a CUDA stream each: copies in, computation
+On CUDA each of `load`, `finish` and `store` waits for the copies or kernels that its thread has started, before it
+returns. So what one thread hands to another is complete, and no tensor is freed while it is still in use. Reading,
+computing and writing overlap because they run on different threads, with a stream each: copies in, computation
 (PyTorch's current stream), copies out.
 """
 
@@ -27,31 +27,74 @@ _CUDA: Any = torch.cuda  # PyTorch gives streams and events no types
 class Transfer(Protocol):
     """How pieces of tensors get to the device and results get back."""
 
-    def load(self, reader: Reader, entry: TensorEntry, piece: Piece) -> Tensor:
-        """The rows of a piece of a stored tensor, on the device."""
+    def prepare(self, entry: TensorEntry, piece: Piece) -> Tensor | None:
+        """Memory for a piece of a stored tensor that will be loaded; by the computing thread."""
+
+    def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+        """The piece on the device; `room` is what `prepare` returned for it. By a reader thread."""
 
     def finish(self) -> None:
-        """Wait until all that this thread has computed is there."""
+        """Wait until all that has been computed is there; by the computing thread."""
+
+    def reuse(self, tensors: Sequence[Tensor], merged: Tensor) -> None:
+        """The inputs have been used, `merged` (which may be one of them) has not; by the computing thread."""
 
     def store(self, name: str, merged: Tensor) -> Tensor:
-        """The tensor on the CPU, valid until this thread's next call."""
+        """The tensor on the CPU, valid until the next call; by the writer thread."""
+
+    def begin(self) -> None:
+        """A computation begins, and takes the memory that nothing has been prepared in; by the computing thread."""
 
     def free(self) -> None:
-        """Give memory that is kept for later use back to the device."""
+        """Memory has run out: give what is kept for later use back; by the computing thread."""
 
 
 class NoTransfer:
-    """The CPU: files are read to where they are computed on."""
+    """The CPU: files are read to where they are computed on.
 
-    def load(self, reader: Reader, entry: TensorEntry, piece: Piece) -> Tensor:
-        return reader.read(entry, piece.start, piece.stop)
+    Fresh memory has to be mapped page by page, which takes longer than to copy a file from the page cache into it. So
+    the memory of a piece's inputs is kept for the piece that is read next, if that has the same size.
+    """
+
+    _LEAST = 2**20  # bytes; smaller blocks come from the heap
+
+    def __init__(self) -> None:
+        self._idle: list[Tensor] = []
+
+    def prepare(self, entry: TensorEntry, piece: Piece) -> Tensor:
+        dtype = TORCH_DTYPES[entry.dtype]
+        nbytes = element_count(piece.shape) * dtype.itemsize
+        if nbytes < self._LEAST:
+            return torch.empty(piece.shape, dtype=dtype)
+        fitting = [index for index, idle in enumerate(self._idle) if idle.nbytes == nbytes]
+        if not fitting:
+            self._idle.clear()  # before more is taken
+        flat = self._idle.pop(fitting[0]) if fitting else torch.empty(nbytes, dtype=torch.uint8)
+        return flat.view(dtype).view(piece.shape)
+
+    def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+        assert room is not None
+        reader.read_into(entry, room, piece.start, piece.stop)
+        return room
+
+    def begin(self) -> None:
+        self._idle.clear()
 
     def finish(self) -> None: ...
+
+    def reuse(self, tensors: Sequence[Tensor], merged: Tensor) -> None:
+        kept = merged.untyped_storage().data_ptr()
+        self._idle += [
+            tensor.view(-1).view(torch.uint8)
+            for tensor in tensors
+            if tensor.nbytes >= self._LEAST and tensor.untyped_storage().data_ptr() != kept
+        ]
 
     def store(self, name: str, merged: Tensor) -> Tensor:
         return merged
 
-    def free(self) -> None: ...
+    def free(self) -> None:
+        self._idle.clear()
 
 
 class CudaTransfer:
@@ -65,7 +108,9 @@ class CudaTransfer:
         self._out = _CUDA.Stream(device)
         self._buffers = threading.local()
 
-    def load(self, reader: Reader, entry: TensorEntry, piece: Piece) -> Tensor:
+    def prepare(self, entry: TensorEntry, piece: Piece) -> None: ...
+
+    def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         staged = self._pinned(piece.shape, TORCH_DTYPES[entry.dtype])
         reader.read_into(entry, staged, piece.start, piece.stop)
         with self._tracer.span("copy", entry.name), _CUDA.stream(self._in):
@@ -74,8 +119,12 @@ class CudaTransfer:
             self._wait(self._in)
         return loaded
 
+    def begin(self) -> None: ...
+
     def finish(self) -> None:
         self._wait(torch.cuda.current_stream(self._device))
+
+    def reuse(self, tensors: Sequence[Tensor], merged: Tensor) -> None: ...
 
     def store(self, name: str, merged: Tensor) -> Tensor:
         staged = self._pinned(tuple(merged.shape), merged.dtype)

@@ -49,7 +49,7 @@ class SolveWudi(SolveInterference):
         steps = self.iterations * 2 * rows * columns**2
         # A and one task's Gram in float64, A in float32; X and B in float64, two deltas while the products are formed;
         # B, D, m, v, the gradient and two temporaries in float32 while stepping.
-        return Cost(experts * per_task + steps, 20 * columns**2 + 44 * rows * columns)
+        return Cost(experts * per_task + steps, 20 * columns**2 + 48 * rows * columns)
 
 
 class Wudi(SolverMethod):
