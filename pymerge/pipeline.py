@@ -100,7 +100,12 @@ class Pipeline:
 
     def _start_reading(self, step: Step, piece: Piece) -> Loads:
         self._readers.submit(self._announce, step, piece)
-        rooms = [self._transfer.prepare(entry, piece) for entry in step.inputs]
+        try:
+            rooms = [self._transfer.prepare(entry, piece) for entry in step.inputs]
+        except (MemoryError, RuntimeError) as error:
+            failed: Future[Tensor] = Future()
+            failed.set_exception(error)  # raised in the piece's turn
+            return [failed]
         return [
             self._readers.submit(self._load, entry, piece, room) for entry, room in zip(step.inputs, rooms, strict=True)
         ]
@@ -137,7 +142,11 @@ class Pipeline:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            logger.warning("%s: out of memory (%s); once more in smaller blocks", step.name, _first_line(error))
+            logger.warning(
+                "%s: out of memory (%s); once more in smaller blocks, and on without reading ahead",
+                step.name,
+                _first_line(error),
+            )
             return False
         del tensors
         self._write(step, merged)
@@ -164,7 +173,10 @@ class Pipeline:
             ) from error
 
     def _drain(self, slot: Slot) -> None:
-        """Free all that is in memory beside the piece at hand; what was read ahead is read again later."""
+        """Free all that is in memory; what was read ahead is read again in its turn.
+
+        The limit was too high for what the machine has: from now on nothing is read ahead.
+        """
         for waiting, loads in reversed(self._line):
             for load in loads:
                 load.cancel()
@@ -174,7 +186,7 @@ class Pipeline:
                 if not load.cancelled():
                     load.exception()  # waits; an error comes again with the second attempt
         self._line.clear()
-        self._window = Window(self._limit)
+        self._window = Window(0)
         self._window.push(slot.memory)
         while self._writes:
             self._wait_for_writer()

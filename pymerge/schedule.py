@@ -44,8 +44,8 @@ def slots(steps: Iterable[Step]) -> Iterator[Slot]:
 
 def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
     """The steps in pieces that fit the budget. Raises PlanError, which names the smallest that would do."""
-    largest = max(steps, key=lambda step: step.memory(step.smallest()).peak, default=None)
-    needed = largest.memory(largest.smallest()).peak if largest else 0
+    largest = max(steps, key=lambda step: step.memory(step.smallest).peak, default=None)
+    needed = largest.memory(largest.smallest).peak if largest else 0
     if largest and needed > budget.tensors:
         remedy = (
             "choose a larger device, give --device cpu"
@@ -86,9 +86,9 @@ def _fitted(step: Step, limit: int) -> Step:
     write behind within `limit` bytes; actions on whole matrices keep their pieces."""
     if not step.action.chunkable or not step.shape or step.shape[0] == 0:
         return step
-    row = step.memory(step.smallest())
+    row = step.memory(step.smallest)
     room = row.peak + READ_AHEAD * row.inputs + WRITE_BEHIND * row.output
-    elements = element_count(step.smallest().shape)
+    elements = element_count(step.smallest.shape)
     most = min(CHUNK_ELEMENTS, max(1, limit // max(1, room)) * elements)
     return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))
 

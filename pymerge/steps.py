@@ -68,6 +68,7 @@ class Step:
             scratch += inputs + output  # transposed copies
         return Memory(inputs, scratch, output)
 
+    @cached_property
     def smallest(self) -> Piece:
         """The smallest piece that the action can work on: one row, or one matrix."""
-        return pieces.split(self.layer, self.action, self.shape, 1)[0]
+        return pieces.smallest(self.layer, self.action, self.shape)
