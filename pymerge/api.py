@@ -18,6 +18,7 @@ from pymerge.config import load_config
 from pymerge.errors import ArgumentError, NonFiniteError
 from pymerge.finite import is_finite
 from pymerge.layers import Kind, Layer, classify
+from pymerge.memory import budget, resolve_device
 from pymerge.methods import get_method
 from pymerge.methods.base import Method, Values
 from pymerge.planner import DEFAULT_SHARD_BYTES, DTYPE_CODES, Plan, build_plan
@@ -30,6 +31,7 @@ from pymerge.units import parse_bytes
 def plan(
     config: str | Path | Mapping[str, Any],
     *,
+    device: str | torch.device = "auto",
     memory: int | str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
@@ -40,7 +42,10 @@ def plan(
 
     Args:
         config: path of a YAML file, YAML text, or a mapping of the same form.
-        memory: limit for the tensors held at once, in bytes or as "8GiB".
+        device: where the merge will compute, as in `merge`: its memory decides the sizes of the pieces.
+        memory: limit for the tensors held at once, in bytes or as "8GiB"; default: three quarters of the memory that
+            is available to this process. On CUDA it limits the pinned buffers, and the free memory of the device the
+            tensors.
         max_shard_size: size above which a new output file is started.
         dtype: output dtype ("bfloat16", ...), instead of the config's.
 
@@ -49,7 +54,7 @@ def plan(
     """
     planned = build_plan(
         load_config(config),
-        memory=None if memory is None else parse_bytes(memory),
+        budget(resolve_device(device), None if memory is None else parse_bytes(memory)),
         max_shard_bytes=parse_bytes(max_shard_size),
         dtype=dtype,
     )
@@ -67,6 +72,7 @@ def merge(
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
     overwrite: bool = False,
+    profile: str | Path | None = None,
 ) -> MergeReport:
     """Merge checkpoints on disk into the directory `out`.
 
@@ -77,11 +83,12 @@ def merge(
         backend: "auto", "reference", "native", "triton" or "cuda"; default: PYMERGE_BACKEND, or "auto".
         progress: show a progress bar on standard error.
         overwrite: replace another merge in `out`.
+        profile: file for a trace of every read, copy, computation and write, in Chrome's trace event format.
 
     Raises:
         PymergeError: one of its subclasses, see pymerge.errors. The output is then absent, or marked unfinished.
     """
-    planned = plan(config, memory=memory, max_shard_size=max_shard_size, dtype=dtype)
+    planned = plan(config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype)
     return engine.run(
         planned,
         Path(out),
@@ -89,6 +96,7 @@ def merge(
         backend=backend or env.default_backend(),
         overwrite=overwrite,
         progress=ProgressBar("merging") if progress else NoProgress(),
+        profile=None if profile is None else Path(profile),
     )
 
 
@@ -188,7 +196,7 @@ class _Merger:
             raise ArgumentError("no experts were given; pass at least one")
         self._method = get_method(method)
         self._values = _values(self._method, parameters, experts)
-        self._run_op = Dispatcher(backend, engine.resolve_device(device))
+        self._run_op = Dispatcher(backend, resolve_device(device))
 
     def merge(
         self, name: str, layer: Layer, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None

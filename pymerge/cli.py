@@ -32,6 +32,10 @@ _INTERRUPTED = 130
 _TERMINATED = 143
 
 
+class _TerminatedError(BaseException):
+    """SIGTERM has come. Like KeyboardInterrupt no Exception, so that nothing on its way up holds it."""
+
+
 class Backend(str, Enum):
     auto = "auto"
     reference = "reference"
@@ -49,7 +53,8 @@ class OutputDtype(str, Enum):
 
 Config = Annotated[Path, typer.Argument(help="YAML file; mergekit's format is understood.", show_default=False)]
 Memory = Annotated[
-    str | None, typer.Option(help="Refuse to hold more than this of tensors at once, such as 8GiB.", show_default=False)
+    str | None,
+    typer.Option(help="Hold at most this much of tensors at once, such as 8GiB.", show_default="75% of what is free"),
 ]
 ShardSize = Annotated[str, typer.Option(help="Start a new file above this size.")]
 Dtype = Annotated[
@@ -62,7 +67,7 @@ def _reported() -> Iterator[None]:
     """Errors as one line and an exit code; signals as a clean stop that the same command continues."""
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(_TERMINATED)
+        raise _TerminatedError
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
@@ -73,6 +78,9 @@ def _reported() -> Iterator[None]:
     except KeyboardInterrupt:
         _err.print("interrupted; the same command goes on where this one stopped", markup=False)
         raise SystemExit(_INTERRUPTED) from None
+    except _TerminatedError:
+        _err.print("terminated; the same command goes on where this one stopped", markup=False)
+        raise SystemExit(_TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -93,8 +101,13 @@ def merge(
     dtype: Dtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another merge in OUT.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a trace of the merge for ui.perfetto.dev.", show_default=False)
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say which backend computes what, and why.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say which backend computes what, and which tensors are slow.")
+    ] = False,
 ) -> None:
     """Merge the models of CONFIG into the directory OUT.
 
@@ -106,7 +119,7 @@ def merge(
         from pymerge import api
 
         if dry_run:
-            _show_plan(config, memory, max_shard_size, dtype)
+            _show_plan(config, memory, max_shard_size, dtype, device)
             return
         report = api.merge(
             config,
@@ -118,10 +131,11 @@ def merge(
             max_shard_size=max_shard_size,
             dtype=dtype.value if dtype else None,
             overwrite=overwrite,
+            profile=profile,
         )
         if not quiet:
             _print_warnings(report.warnings)
-            for line in report.lines():
+            for line in [*report.lines(), *(report.slowest_lines() if verbose else ())]:
                 _out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -132,11 +146,15 @@ def plan(config: Config, memory: Memory = None, max_shard_size: ShardSize = "5GB
         _show_plan(config, memory, max_shard_size, dtype)
 
 
-def _show_plan(config: Path, memory: str | None, max_shard_size: str, dtype: OutputDtype | None) -> None:
+def _show_plan(
+    config: Path, memory: str | None, max_shard_size: str, dtype: OutputDtype | None, device: str = "auto"
+) -> None:
     from pymerge import api
     from pymerge.views import plan_view
 
-    planned = api.plan(config, memory=memory, max_shard_size=max_shard_size, dtype=dtype.value if dtype else None)
+    planned = api.plan(
+        config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype.value if dtype else None
+    )
     _out.print(plan_view(planned))
 
 

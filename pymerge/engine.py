@@ -1,90 +1,24 @@
-"""Follows a plan: reads ahead, computes, writes behind. The only owner of threads and devices."""
+"""Carries out a plan: opens inputs and output, runs the pipeline, publishes, reports."""
 
 from __future__ import annotations
 
-import ctypes
-import resource
-import sys
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from pymerge import env, pieces
+from pymerge import env, memory
 from pymerge.backends import Dispatcher
-from pymerge.checkpoint import (
-    TORCH_DTYPES,
-    OutputDirectory,
-    Reader,
-    TensorEntry,
-    build_manifest,
-    read_manifest,
-    verify,
-)
-from pymerge.errors import ArgumentError, BackendError, NonFiniteError, OutputError
-from pymerge.finite import check_finite, is_finite
-from pymerge.pieces import Piece
-from pymerge.planner import READ_AHEAD, WRITE_BEHIND, Plan, Step
+from pymerge.checkpoint import OutputDirectory, Reader, build_manifest, read_manifest, verify
+from pymerge.errors import OutputError
+from pymerge.pipeline import Pipeline
+from pymerge.planner import Plan
 from pymerge.progress import NoProgress, ProgressSink
 from pymerge.report import RECIPE_NAME, MergeReport, model_card
-
-_READ_THREADS = 4
-
-
-@dataclass
-class _Clock:
-    """Seconds that the computing thread spent on each part of the work."""
-
-    reading: float = 0.0
-    computing: float = 0.0
-    writing: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-
-class _Heap:
-    """Gives freed memory back to the system.
-
-    Left alone, glibc keeps freed blocks of up to 32 MiB for later use. Tensors are freed on other threads than those
-    that allocate, in other sizes than the next ones, and the process would grow from layer to layer. So large blocks
-    are mapped one by one, and what has gathered from smaller ones is returned now and then. Other C libraries don't
-    hold on, and have neither function.
-    """
-
-    _STEP = 32 * 2**20
-    _MMAP_THRESHOLD = -3, 8 * 2**20  # M_MMAP_THRESHOLD and its value in bytes
-
-    def __init__(self) -> None:
-        self._kept = 0
-        library = ctypes.CDLL(None)
-        self._trim = getattr(library, "malloc_trim", None)
-        if hasattr(library, "mallopt"):
-            library.mallopt(*self._MMAP_THRESHOLD)
-
-    def freed(self, count: int) -> None:
-        """`count` bytes have been freed since the last call."""
-        self._kept += count
-        if self._trim is not None and self._kept >= self._STEP:
-            self._trim(0)
-            self._kept = 0
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU. BackendError for a device that PyTorch does not know."""
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise BackendError(f"unknown device {str(device)!r}; choose auto, cpu, cuda or cuda:N") from error
+from pymerge.schedule import fit, slots
+from pymerge.steps import Step
+from pymerge.tracing import Tracer
 
 
 def run(
@@ -95,6 +29,7 @@ def run(
     backend: str = "auto",
     overwrite: bool = False,
     progress: ProgressSink | None = None,
+    profile: Path | None = None,
 ) -> MergeReport:
     """Carry out a plan.
 
@@ -105,33 +40,49 @@ def run(
         device, backend: where and with what to compute.
         overwrite: replace another merge that is there.
         progress: told about bytes and tensors; default: nobody.
+        profile: file for a trace of all reads, computations and writes (see pymerge.tracing).
 
     Raises:
         OutputError, CheckpointError, BackendError: as their names say.
         NonFiniteError: an input holds NaN or infinity (and the config does not allow it), or a result overflows.
+        OutOfMemoryError: the device has less memory than the plan was told.
     """
-    clock = _Clock()
+    started = time.perf_counter()
     progress = progress or NoProgress()
-    target = resolve_device(device)
+    target = memory.resolve_device(device)
     run_op = Dispatcher(backend, target)
     _refuse_inputs(plan, out)
     fingerprint = plan.fingerprint(backend, str(target))
     manifest = read_manifest(out)
     if manifest is not None and manifest["fingerprint"] == fingerprint and not overwrite:
-        return _verified(plan, out, clock, progress)
+        return _verified(plan, out, started, progress)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     with (
-        OutputDirectory(out, plan.layouts, fingerprint=fingerprint, overwrite=overwrite) as output,
+        Tracer(profile, nvtx=target.type == "cuda") as tracer,
+        OutputDirectory(
+            out, plan.layouts, fingerprint=fingerprint, overwrite=overwrite, keeps_cache=plan.keeps_cache
+        ) as output,
         Reader(plan.inputs.stamps) as reader,
     ):
         resumed = len(output.finished)
-        steps = [step for step in plan.steps if step.file not in output.finished]
+        unfinished = [step for step in plan.steps if step.file not in output.finished]
+        budget, steps = _budgeted(plan, unfinished, target)
         read = sum(step.bytes_read for step in steps)
         written = sum(step.nbytes for step in steps)
         progress.start(read + written)
         try:
-            _merge(steps, plan.config.allow_nonfinite, run_op, reader, output, clock, progress)
+            Pipeline(
+                list(slots(steps)),
+                budget.tensors,
+                run_op,
+                reader,
+                output,
+                tracer,
+                progress,
+                allow_nonfinite=plan.config.allow_nonfinite,
+                keeps_cache=plan.keeps_cache,
+            ).run()
         finally:
             progress.close()
         _publish(plan, output, fingerprint)
@@ -141,16 +92,27 @@ def run(
         parameters=plan.parameters,
         bytes_read=read,
         bytes_written=written,
-        seconds=clock.elapsed,
-        reading=clock.reading,
-        computing=clock.computing,
-        writing=clock.writing,
-        peak_memory=peak_resident_bytes(),
+        seconds=time.perf_counter() - started,
+        reading=tracer.seconds("wait for inputs"),
+        computing=tracer.seconds("compute"),
+        writing=tracer.seconds("wait for the writer"),
+        overlap=tracer.overlap,
+        slowest=tracer.slowest(),
+        budget=budget.tensors,
+        peak_memory=memory.peak_resident_bytes(),
         peak_device_memory=torch.cuda.max_memory_allocated(target) if target.type == "cuda" else 0,
         backends={op: choice.backend for op, choice in run_op.choices.items()},
         warnings=plan.warnings,
         resumed_shards=resumed,
     )
+
+
+def _budgeted(plan: Plan, steps: Sequence[Step], target: torch.device) -> tuple[memory.Budget, Sequence[Step]]:
+    """The plan's budget and steps; made again if the plan was made for another kind of device."""
+    if plan.budget.device == target.type:
+        return plan.budget, steps
+    budget = memory.budget(target)
+    return budget, fit(steps, budget)
 
 
 def _refuse_inputs(plan: Plan, out: Path) -> None:
@@ -160,96 +122,6 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
         parents = {parent for file in checkpoint.files for parent in file.resolve().parents}
         if out.resolve() in {folder.resolve(), *parents}:
             raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
-
-
-def _merge(
-    steps: list[Step],
-    allow_nonfinite: bool,
-    run_op: Dispatcher,
-    reader: Reader,
-    output: OutputDirectory,
-    clock: _Clock,
-    progress: ProgressSink,
-) -> None:
-    """The pipeline. Memory is bounded by the pieces in flight: READ_AHEAD + 1 + WRITE_BEHIND."""
-    heap = _Heap()
-    readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="pymerge-read")
-    writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
-    writes: deque[Future[None]] = deque()
-
-    def write(step: Step, merged: Tensor) -> None:
-        output.write(step.name, merged)
-        progress.advance(merged.nbytes)
-
-    try:
-        for step, piece, loaded in _read_ahead(steps, reader, readers):
-            progress.tensor(step.name)
-            mark = time.perf_counter()
-            tensors = [future.result() for future in loaded]
-            progress.advance(sum(tensor.nbytes for tensor in tensors))
-            read = time.perf_counter()
-            merged = _compute(step, piece, tensors, run_op, allow_nonfinite)
-            del tensors, loaded
-            computed = time.perf_counter()
-            while len(writes) >= WRITE_BEHIND:
-                writes.popleft().result()
-            writes.append(writer.submit(write, step, merged))
-            del merged
-            heap.freed(step.peak_bytes(piece))
-            clock.reading += read - mark
-            clock.computing += computed - read
-            clock.writing += time.perf_counter() - computed
-        mark = time.perf_counter()
-        while writes:
-            writes.popleft().result()
-        clock.writing += time.perf_counter() - mark
-    finally:
-        readers.shutdown(cancel_futures=True)
-        writer.shutdown(cancel_futures=True)
-
-
-def _read_ahead(
-    steps: list[Step], reader: Reader, readers: ThreadPoolExecutor
-) -> Iterator[tuple[Step, Piece, list[Future[Tensor]]]]:
-    """Pieces in the order of the plan, with the reads of the next ones already under way."""
-    ahead: deque[tuple[Step, Piece, list[Future[Tensor]]]] = deque()
-    for step in steps:
-        for piece in step.pieces:
-            reads = [readers.submit(_read, reader, entry, piece) for entry in step.inputs]
-            ahead.append((step, piece, reads))
-            if len(ahead) > READ_AHEAD:
-                yield ahead.popleft()
-    while ahead:
-        yield ahead.popleft()
-
-
-def _read(reader: Reader, entry: TensorEntry, piece: Piece) -> Tensor:
-    return reader.read(entry, piece.start, piece.stop) if entry.shape else reader.read(entry)
-
-
-def _compute(step: Step, piece: Piece, tensors: list[Tensor], run_op: Dispatcher, allow_nonfinite: bool) -> Tensor:
-    """The merged piece, on the CPU, in the output's dtype."""
-    if not allow_nonfinite:
-        for entry, tensor in zip(step.inputs, tensors, strict=True):
-            check_finite(entry, piece.start, tensor)
-    moved = [tensor.to(run_op.device) for tensor in tensors]
-    base, experts = (moved[0], moved[1:]) if step.reads_base else (moved[0], moved)
-    try:
-        merged = pieces.run(step.action, step.layer, run_op, base, experts, TORCH_DTYPES[step.dtype])
-    except ArgumentError as error:
-        raise ArgumentError(f"{step.name}: {error}") from error
-    if not allow_nonfinite and not is_finite(merged):
-        raise NonFiniteError(
-            f"{step.name}: the merged tensor has values that {merged.dtype} cannot hold; "
-            "choose out_dtype bfloat16 or float32, or smaller weights"
-        )
-    return merged.cpu()
 
 
 def _publish(plan: Plan, output: OutputDirectory, fingerprint: str) -> None:
@@ -271,7 +143,7 @@ def _publish(plan: Plan, output: OutputDirectory, fingerprint: str) -> None:
     output.publish(files, manifest)
 
 
-def _verified(plan: Plan, out: Path, clock: _Clock, progress: ProgressSink) -> MergeReport:
+def _verified(plan: Plan, out: Path, started: float, progress: ProgressSink) -> MergeReport:
     """The report of an output that was there already, after reading it again."""
     progress.start(sum(step.nbytes for step in plan.steps))
 
@@ -293,11 +165,12 @@ def _verified(plan: Plan, out: Path, clock: _Clock, progress: ProgressSink) -> M
         parameters=found.parameters,
         bytes_read=found.nbytes,
         bytes_written=0,
-        seconds=clock.elapsed,
-        reading=clock.elapsed,
+        seconds=(seconds := time.perf_counter() - started),
+        reading=seconds,
         computing=0.0,
         writing=0.0,
-        peak_memory=peak_resident_bytes(),
+        budget=plan.budget.tensors,
+        peak_memory=memory.peak_resident_bytes(),
         peak_device_memory=0,
         warnings=plan.warnings,
         already_done=True,

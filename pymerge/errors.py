@@ -57,3 +57,9 @@ class OutputError(PymergeError):
     """The output directory cannot be used, or writing to it failed."""
 
     exit_code = 8
+
+
+class OutOfMemoryError(PymergeError):
+    """A step did not fit into memory, nor did it in smaller blocks."""
+
+    exit_code = 9

@@ -32,16 +32,31 @@ def split(layer: Layer, action: Action, shape: tuple[int, ...], max_elements: in
     """The pieces of a tensor, in order. Actions that need whole matrices get them; others at most `max_elements`
     elements (but at least one row)."""
     if not shape or shape[0] == 0:
-        return [Piece(0, shape[0] if shape else 1, shape)]
+        return [smallest(layer, action, shape)]
     rows = shape[0]
-    if action.chunkable:
-        row = max(1, element_count(shape[1:]))
-        step = max(1, min(rows, max_elements // row))
-    else:
-        step = 1 if layer.stacked else rows
+    least = smallest(layer, action, shape).stop
+    step = max(least, min(rows, max_elements // max(1, element_count(shape[1:])))) if action.chunkable else least
     return [
         Piece(start, min(start + step, rows), (min(step, rows - start), *shape[1:])) for start in range(0, rows, step)
     ]
+
+
+def smallest(layer: Layer, action: Action, shape: tuple[int, ...]) -> Piece:
+    """The first of the smallest pieces that the action can work on: one row, one matrix of a stack, or all."""
+    if not shape or shape[0] == 0:
+        return Piece(0, shape[0] if shape else 1, shape)
+    rows = 1 if action.chunkable or layer.stacked else shape[0]
+    return Piece(0, rows, (rows, *shape[1:]))
+
+
+def halves(action: Action, piece: Piece) -> list[Piece]:
+    """The piece as two row ranges if the action may run on them, else as it is."""
+    rows = piece.stop - piece.start
+    if not action.chunkable or not piece.shape or rows < 2:
+        return [piece]
+    middle = piece.start + rows // 2
+    ranges = ((piece.start, middle), (middle, piece.stop))
+    return [Piece(start, stop, (stop - start, *piece.shape[1:])) for start, stop in ranges]
 
 
 def matrix_shape(layer: Layer, shape: tuple[int, ...]) -> tuple[int, int]:

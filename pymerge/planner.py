@@ -8,69 +8,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pymerge import env, pieces
-from pymerge.checkpoint import ITEM_SIZES, Checkpoint, ShardLayout, TensorEntry, layout_shards
+from pymerge.checkpoint import Checkpoint, ShardLayout, TensorEntry, layout_shards
 from pymerge.config import MergeConfig, canonical, participants, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.inputs import Inputs, listed, match_tensors, open_inputs
 from pymerge.layers import Kind, Layer, classify, positions, unused_rules
+from pymerge.memory import Budget
 from pymerge.methods import get_method
 from pymerge.methods.average import Copy, element_count
 from pymerge.methods.base import Action, Method
-from pymerge.pieces import Piece
-from pymerge.units import format_bytes
+from pymerge.schedule import CHUNK_ELEMENTS, Forecast, fit, forecast, slots
+from pymerge.steps import Step
 
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_SHARD_BYTES = 5_000_000_000
-# Elements of a row range of an elementwise step: large enough that a read is one long request, small beside a layer.
-_CHUNK_ELEMENTS = 16 * 2**20
-# Pieces in memory at once: one being computed, and next to it the inputs of others being read or outputs written.
-READ_AHEAD = 2
-WRITE_BEHIND = 2
-
-
-@dataclass(frozen=True)
-class Step:
-    """One output tensor: what is read, what is done, and where the result goes."""
-
-    name: str
-    layer: Layer
-    action: Action
-    shape: tuple[int, ...]
-    dtype: str  # safetensors code of the output
-    base: TensorEntry  # W_0; for methods without a base, only the donor of name, shape and dtype
-    experts: tuple[TensorEntry, ...]  # what takes part beside the base; empty for a copy
-    reads_base: bool
-    file: str
-    offset: int  # of the first byte in the output file
-    nbytes: int
-    pieces: tuple[Piece, ...]
-
-    @property
-    def inputs(self) -> tuple[TensorEntry, ...]:
-        """All tensors read, the base first."""
-        return (self.base, *self.experts) if self.reads_base else self.experts
-
-    @property
-    def bytes_read(self) -> int:
-        return sum(entry.nbytes for entry in self.inputs)
-
-    @cached_property
-    def flops(self) -> int:
-        """Floating-point operations, a multiply-add counted as two."""
-        return sum(pieces.cost(self.layer, self.action, piece, len(self.experts)).flops for piece in self.pieces)
-
-    def input_bytes(self, piece: Piece) -> int:
-        """Bytes of the inputs of one piece, as stored."""
-        return element_count(piece.shape) * sum(ITEM_SIZES[entry.dtype] for entry in self.inputs)
-
-    def output_bytes(self, piece: Piece) -> int:
-        """Bytes of the result of one piece."""
-        return element_count(piece.shape) * ITEM_SIZES[self.dtype]
-
-    def peak_bytes(self, piece: Piece) -> int:
-        """Inputs, scratch and output of one piece while it is computed."""
-        scratch = pieces.cost(self.layer, self.action, piece, len(self.experts)).workspace
-        return self.input_bytes(piece) + scratch + self.output_bytes(piece)
 
 
 @dataclass(frozen=True)
@@ -83,7 +34,7 @@ class Plan:
     steps: tuple[Step, ...]
     layouts: tuple[ShardLayout, ...]
     warnings: tuple[str, ...]
-    memory: int | None  # limit in bytes for tensors in memory, None for no limit
+    budget: Budget
     config_json: bytes | None  # of the output; None if the donor has none
 
     @property
@@ -104,13 +55,19 @@ class Plan:
         return sum(element_count(step.shape) for step in self.steps)
 
     @cached_property
+    def forecast(self) -> Forecast:
+        """How far the pipeline reads ahead, and what it then holds."""
+        return forecast(slots(self.steps), self.budget.tensors)
+
+    @property
     def peak_memory(self) -> int:
         """Upper bound in bytes of all tensors held at once: a piece in work, those read ahead, those to be written."""
-        both = [(step, piece) for step in self.steps for piece in step.pieces]
-        working = max((step.peak_bytes(piece) for step, piece in both), default=0)
-        reading = max((step.input_bytes(piece) for step, piece in both), default=0)
-        writing = max((step.output_bytes(piece) for step, piece in both), default=0)
-        return working + READ_AHEAD * reading + WRITE_BEHIND * writing
+        return self.forecast.peak
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether inputs and output stay in the page cache; if not, their pages are dropped as soon as possible."""
+        return self.budget.keeps_cache(self.bytes_read + self.bytes_written)
 
     def fingerprint(self, backend: str, device: str) -> str:
         """Identifies the bytes that this plan will write: version, config, inputs, layout, backend and device."""
@@ -127,8 +84,8 @@ class Plan:
 
 def build_plan(
     config: MergeConfig,
+    budget: Budget,
     *,
-    memory: int | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
 ) -> Plan:
@@ -136,7 +93,7 @@ def build_plan(
 
     Args:
         config: from `load_config`.
-        memory: limit in bytes for the tensors held in memory at once.
+        budget: the memory that the merge may use.
         max_shard_bytes: size above which a new output file is started.
         dtype: output dtype ("float32", ...), instead of the config's.
 
@@ -190,23 +147,21 @@ def build_plan(
                     file=shard.file,
                     offset=tensor.offset,
                     nbytes=tensor.nbytes,
-                    pieces=tuple(pieces.split(layer, action, entry.shape, _CHUNK_ELEMENTS)),
+                    pieces=tuple(pieces.split(layer, action, entry.shape, CHUNK_ELEMENTS)),
                 )
             )
     if wrong:
         raise PlanError(f"{listed(names)}: {message}" for message, names in wrong.items())
-    plan = Plan(
+    return Plan(
         config=config,
         method=method,
         inputs=inputs,
-        steps=tuple(steps),
+        steps=fit(steps, budget),
         layouts=placed,
         warnings=(*config.warnings, *warnings),
-        memory=memory,
+        budget=budget,
         config_json=_config_json(donor, wanted),
     )
-    _check_memory(plan)
-    return plan
 
 
 def _action(
@@ -234,16 +189,3 @@ def _config_json(donor: Checkpoint, wanted: str | None) -> bytes | None:
     if wanted is not None:
         config.update({key: wanted for key in ("dtype", "torch_dtype") if key in config})
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _check_memory(plan: Plan) -> None:
-    if plan.memory is None or plan.peak_memory <= plan.memory:
-        return
-    largest = max(plan.steps, key=lambda step: max(step.peak_bytes(piece) for piece in step.pieces))
-    raise PlanError(
-        [
-            f"memory: the merge holds up to {format_bytes(plan.peak_memory)} of tensors at once (the largest step is "
-            f"{largest.name!r}, {largest.action.label}), the limit is {format_bytes(plan.memory)}; "
-            f"give --memory {format_bytes(plan.peak_memory, round_up=True)} or more, or exclude that tensor"
-        ]
-    )

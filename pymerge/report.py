@@ -11,6 +11,7 @@ import yaml
 
 from pymerge import env
 from pymerge.planner import Plan
+from pymerge.tracing import StepTime
 from pymerge.units import format_bytes
 
 RECIPE_NAME = "pymerge_config.yml"
@@ -29,11 +30,14 @@ class MergeReport:
     reading: float  # waiting for inputs
     computing: float
     writing: float  # waiting for the writer
+    budget: int  # for tensors, on the device
     peak_memory: int  # resident set of the whole process at its largest
     peak_device_memory: int  # allocated on the CUDA device at most; 0 on a CPU
     backends: Mapping[str, str] = field(default_factory=dict)  # op -> backend
     warnings: tuple[str, ...] = ()
     resumed_shards: int = 0  # shards kept from an earlier, interrupted run
+    overlap: float = 0.0  # of the time in which files were read or written, the share with a computation under way
+    slowest: tuple[StepTime, ...] = ()  # the tensors that took longest
     already_done: bool = False  # the output was there, whole, and has been verified instead
 
     @property
@@ -58,7 +62,7 @@ class MergeReport:
             memory += f", on the device {format_bytes(self.peak_device_memory)}"
         lines = [
             f"merged {self.tensors} tensors ({self.parameters:,} parameters) into {self.output}",
-            f"{self.seconds:.1f} s: {shares}",
+            f"{self.seconds:.1f} s: {shares}; {self.overlap:.0%} of the file access ran beside computing",
             f"read {format_bytes(self.bytes_read)}, wrote {format_bytes(self.bytes_written)}, "
             f"{self.rate / 1e9:.2f} GB/s; {memory}",
         ]
@@ -67,6 +71,13 @@ class MergeReport:
         if self.resumed_shards:
             lines.append(f"kept {self.resumed_shards} finished shards of an interrupted run")
         return lines
+
+    def slowest_lines(self) -> list[str]:
+        """A table of the slowest tensors, for people."""
+        if not self.slowest:
+            return []
+        rows = [f"{step.reading:9.3f} {step.computing:9.3f} {step.writing:9.3f}  {step.name}" for step in self.slowest]
+        return ["slowest tensors, seconds:", "     read   compute     write  tensor", *rows]
 
 
 def model_card(plan: Plan) -> bytes:

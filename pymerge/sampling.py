@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from pymerge.checkpoint import Reader
-from pymerge.planner import Plan, Step
+from pymerge.planner import Plan
+from pymerge.steps import Step
 
 # Rows read of each tensor: their root mean square is within some percent of the tensor's.
 _ROWS = 4

@@ -14,8 +14,10 @@ from pymerge import env
 from pymerge.backends import describe, measured
 from pymerge.layers import Layer
 from pymerge.methods import METHODS
+from pymerge.methods.average import element_count
 from pymerge.methods.base import Parameter
-from pymerge.planner import Plan, Step
+from pymerge.planner import Plan
+from pymerge.steps import Step
 from pymerge.units import format_bytes, format_flops
 
 
@@ -41,19 +43,26 @@ def plan_view(plan: Plan) -> RenderableType:
             format_flops(sum(step.flops for step in steps)),
         )
         reasons.setdefault(_without_numbers(first.layer.describe()), []).append(name)
-    files = f"{len(plan.layouts)} file" + ("s" if len(plan.layouts) > 1 else "")
-    limit = "" if plan.memory is None else f" (limit {format_bytes(plan.memory)})"
+    files = _count(len(plan.layouts), "file")
+    largest = max(element_count(piece.shape) for step in plan.steps for piece in step.pieces)
     lines = [
         f"base    {plan.inputs.donor.path}",
         *(f"expert  {expert.path}" for expert in plan.inputs.experts),
         f"{len(plan.steps)} tensors, {plan.parameters:,} parameters",
         f"read {format_bytes(plan.bytes_read)}, write {format_bytes(plan.bytes_written)} in {files}, "
         f"compute {format_flops(plan.flops)}",
-        f"tensors held in memory at once: at most {format_bytes(plan.peak_memory)}{limit}",
+        f"tensors held in memory at once: at most {format_bytes(plan.peak_memory)}, "
+        f"the limit is {format_bytes(plan.budget.tensors)} ({plan.budget.origin})",
+        f"reads {_count(plan.forecast.depth, 'piece')} ahead or more, of {_count(largest, 'element')} at most; files "
+        f"{'stay in' if plan.keeps_cache else 'are dropped from'} the page cache",
     ]
     why = [f"{reason}: {', '.join(names)}" for reason, names in reasons.items()]
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
     return Group(*map(Text, lines), table, Text("What each tensor is, and why:"), *map(Text, why), *warnings)
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def _kind(layer: Layer) -> str:

@@ -34,7 +34,9 @@ from pymerge.backends import BACKENDS, describe
 from pymerge.methods import METHODS
 
 OPTIONS = {
-    "merge": ("--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --quiet --verbose --help"),
+    "merge": (
+        "--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --profile --quiet --verbose --help"
+    ),
     "plan": "--memory --max-shard-size --dtype --help",
     "verify": "--allow-nonfinite --quiet --help",
     "methods": "--help",
@@ -97,7 +99,8 @@ def test_plan_shows_totals_every_tensor_pattern_and_reasons(models: Path) -> Non
     read = 3 * 5456 * 4
     assert f"read {read / 1024:.2f}KiB, write " in text
     assert re.search(r"write [\d.]+KiB in 3 files, compute [\d.]+ MFLOP", text)
-    assert "tensors held in memory at once: at most" in text
+    assert re.search(r"tensors held in memory at once: at most [\d.]+KiB, the limit is [\d.]+[GT]iB \(75% of ", text)
+    assert "reads 16 pieces ahead or more, of 512 elements at most; files stay in the page cache" in text
     names = {re.sub(r"\.\d+\.", ".*.", name) for name in load_file(models / "base/model.safetensors")}
     rows = [line.strip("│ ").split("│") for line in done.out.splitlines() if line.startswith("│")]
     assert {row[0].strip() for row in rows} == names
@@ -133,6 +136,11 @@ def test_verbose_says_which_backend_computes_and_why(models: Path) -> None:
     assert done.code == 0
     assert "combine: backend reference (named)" in done.err
     assert "ops: combine reference" in done.out
+    table = done.out[done.out.index("slowest tensors") :].splitlines()
+    assert table[1].split() == ["read", "compute", "write", "tensor"]
+    assert len(table) == 12
+    totals = [sum(map(float, line.split()[:3])) for line in table[2:]]
+    assert totals == pytest.approx(sorted(totals, reverse=True), abs=2e-3)
 
 
 def test_methods_lists_all_methods_and_parameters() -> None:
@@ -322,10 +330,13 @@ def test_a_stopped_merge_goes_on(
     assert pymerge("verify", out).code == 0
 
 
-def test_an_interrupt_says_how_to_go_on(long_merge: tuple[str | Path, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_says_how_to_go_on(
+    long_merge: tuple[str | Path, ...], tmp_path: Path, number: signal.Signals, word: str
+) -> None:
     running = begin(long_merge, tmp_path / "out", 1)
-    running.send(signal.SIGINT)
-    assert "interrupted; the same command goes on where this one stopped" in running.wait().err
+    running.send(number)
+    assert f"{word}; the same command goes on where this one stopped" in running.wait().err
 
 
 def test_two_merges_into_one_directory(long_merge: tuple[str | Path, ...], tmp_path: Path) -> None:

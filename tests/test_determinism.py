@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from checkpoints import (
 from torch import Tensor
 
 import pymerge
+from pymerge.errors import PlanError
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"weight": [{"filter": "q_proj", "value": 0.3}, {"value": 0.7}]},
@@ -153,6 +155,19 @@ def test_the_shard_size_changes_no_tensor(models: Path, method: str, tmp_path: P
     parts = merged(models / f"{method}.yml", tmp_path / "parts", max_shard_size="200KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 4
     assert parts == whole
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_memory_limit_changes_no_tensor(models: Path, method: str, tmp_path: Path) -> None:
+    whole = merged(models / f"{method}.yml", tmp_path / "whole")
+    with pytest.raises(PlanError) as refused:
+        pymerge.plan(models / f"{method}.yml", memory=1)
+    found = re.search(r"give --memory ([\d.]+\w*B) or more", str(refused.value))
+    assert found is not None
+    plan = pymerge.plan(models / f"{method}.yml", memory=found[1])
+    cut = [step for step in plan.steps if len(step.pieces) > 1]
+    assert bool(cut) == (method in ("linear", "task_arithmetic"))
+    assert merged(models / f"{method}.yml", tmp_path / "least", memory=found[1]) == whole
 
 
 @pytest.mark.parametrize("method", METHODS)

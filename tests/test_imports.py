@@ -32,17 +32,23 @@ ARROWS = {
     "config": "errors methods layers settings config_checks yaml_lines",
     "pieces": "layers methods ops",
     "inputs": "errors methods layers checkpoint config",
-    "planner": "errors env units methods layers checkpoint config inputs pieces",
+    "memory": "errors units",
+    "steps": "methods layers checkpoint pieces",
+    "schedule": "errors units methods checkpoint memory pieces steps",
+    "planner": "errors env methods layers checkpoint config inputs memory pieces schedule steps",
     "progress": "",
-    "sampling": "checkpoint planner",
-    "report": "env units planner",
+    "tracing": "errors",
+    "sampling": "checkpoint planner steps",
+    "report": "env units planner tracing",
     "backends": "errors ops",
-    "engine": "errors env backends checkpoint finite pieces planner progress report",
+    "transfer": "methods checkpoint pieces schedule tracing",
+    "pipeline": "errors backends checkpoint finite memory pieces progress schedule steps tracing transfer",
+    "engine": "errors env backends checkpoint memory pipeline planner progress report schedule steps tracing",
     "api": (
-        "errors env units methods layers checkpoint finite config pieces backends planner progress report sampling "
-        "engine"
+        "errors env units methods layers checkpoint finite config memory pieces backends planner progress report "
+        "sampling engine"
     ),
-    "views": "env units methods layers backends planner",
+    "views": "env units methods layers backends planner steps",
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api",
     "cli": "errors checkpoint progress api views",

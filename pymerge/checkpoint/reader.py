@@ -19,6 +19,8 @@ from pymerge.errors import ArgumentError, CheckpointError
 CHUNK_BYTES = 64 << 20
 # Eight experts of 160 shards would pass the usual limit of 1024 descriptors a process.
 _MAX_DESCRIPTORS = 128
+# The page cache holds files in blocks of at most this size.
+_LARGEST_FOLIO = 2 << 20
 
 
 class _Descriptor:
@@ -81,13 +83,22 @@ class Reader:
             _fill(entry, descriptor, bytes_of(out), offset, nbytes)
             self._check_stamp(entry.file, descriptor)
 
+    def announce(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Tell the kernel that these rows are read next, so that it fetches them all at once."""
+        self._advise(entry, start_row, stop_row, "POSIX_FADV_WILLNEED", 1)
+
     def release(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are not needed again, so that inputs do not fill the page cache."""
+        # Pages that the range covers in part stay; those at its start belong to rows that have been read before.
+        self._advise(entry, start_row, stop_row, "POSIX_FADV_DONTNEED", _LARGEST_FOLIO)
+
+    def _advise(self, entry: TensorEntry, start_row: int, stop_row: int | None, advice: str, alignment: int) -> None:
         _, offset, nbytes = _span(entry, start_row, stop_row)
         # Length 0 would mean "to the end of the file". macOS has no posix_fadvise; this is only advice.
         if nbytes and hasattr(os, "posix_fadvise"):
+            start = offset // alignment * alignment
             with self._descriptor(entry.file) as descriptor:
-                os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(descriptor, start, offset + nbytes - start, getattr(os, advice))
 
     @contextmanager
     def _descriptor(self, path: Path) -> Iterator[int]:

@@ -19,10 +19,11 @@ _NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 class ShardFile:
     """A `.partial` file. Any failure removes it: a partial shard is never continued, only redone."""
 
-    def __init__(self, layout: ShardLayout, path: Path) -> None:
+    def __init__(self, layout: ShardLayout, path: Path, *, keeps_cache: bool = True) -> None:
         """Create the file, reserve its full size and write the header. Raises OutputError."""
         self.layout = layout
         self.path = path
+        self._drops_cache = not keeps_cache and hasattr(os, "posix_fadvise")
         self._hashes = {tensor.name: hashlib.sha256() for tensor in layout.tensors}
         self._written = dict.fromkeys(self._hashes, 0)
         self._remaining = sum(tensor.nbytes for tensor in layout.tensors)
@@ -58,6 +59,7 @@ class ShardFile:
         """Sync the complete file and rename it to `target`; returns the sha256 of each tensor."""
         try:
             os.fsync(self._descriptor)
+            self._drop_cache(0, 0)  # all of it: after the sync no page is dirty
             os.replace(self.path, target)
         except OSError as error:
             self.discard()
@@ -72,6 +74,11 @@ class ShardFile:
             os.close(self._descriptor)
             self._descriptor = -1
             self.path.unlink(missing_ok=True)
+
+    def _drop_cache(self, offset: int, nbytes: int) -> None:
+        """Have pages written to the disk if they are dirty, and dropped if not, so that a sync finds little to do."""
+        if self._drops_cache:
+            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _reserve(self) -> None:
         nbytes = self.layout.nbytes
@@ -88,7 +95,9 @@ class ShardFile:
         done = 0
         try:
             while done < len(data):
-                done += os.pwrite(self._descriptor, data[done : done + _CHUNK_BYTES], offset + done)
+                count = os.pwrite(self._descriptor, data[done : done + _CHUNK_BYTES], offset + done)
+                self._drop_cache(offset + done, count)
+                done += count
         except OSError as error:
             self.discard()
             raise output_error(self.path, "writing", error, self.layout.nbytes) from error

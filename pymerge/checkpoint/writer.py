@@ -55,16 +55,24 @@ class OutputDirectory:
 
     `layouts` are all files of the output, `fingerprint` identifies inputs and parameters: a run with the same
     one goes on where an earlier run stopped. Not thread-safe: one thread writes. As a context manager it
-    opens, and abandons what was not published.
+    opens, and abandons what was not published. Without `keeps_cache`, what is written goes to the disk at once and
+    does not stay in the page cache.
     """
 
     def __init__(
-        self, path: Path | str, layouts: Sequence[ShardLayout], *, fingerprint: str, overwrite: bool = False
+        self,
+        path: Path | str,
+        layouts: Sequence[ShardLayout],
+        *,
+        fingerprint: str,
+        overwrite: bool = False,
+        keeps_cache: bool = True,
     ) -> None:
         self.path = Path(path)
         self.layouts = tuple(layouts)
         self.fingerprint = fingerprint
         self.overwrite = overwrite
+        self.keeps_cache = keeps_cache
         self._work = self.path / WORK_FOLDER
         self._shards = {layout.file: layout for layout in self.layouts}
         self._places = {tensor.name: (shard, tensor) for shard in self.layouts for tensor in shard.tensors}
@@ -144,7 +152,7 @@ class OutputDirectory:
         if layout.file in state.finished:
             raise _internal(f"{self.path}: tensor {tensor_name} is in {layout.file}, which is finished")
         if layout.file not in self._active:
-            self._active[layout.file] = ShardFile(layout, self._work / partial_name(layout.file))
+            self._active[layout.file] = self._shard_file(layout)
         shard = self._active[layout.file]
         shard.write(tensor, data.cast("B"))
         if shard.complete:
@@ -233,10 +241,13 @@ class OutputDirectory:
         state = self._own_state()
         shard = self._active.get(layout.file)
         if shard is None:
-            shard = ShardFile(layout, self._work / partial_name(layout.file))
+            shard = self._shard_file(layout)
         state.finished[layout.file] = shard.finish(self._work / layout.file)
         self._active.pop(layout.file, None)
         state.save(self._work)
+
+    def _shard_file(self, layout: ShardLayout) -> ShardFile:
+        return ShardFile(layout, self._work / partial_name(layout.file), keeps_cache=self.keeps_cache)
 
     def _remove_work(self, state: State | None) -> None:
         """Remove what `state` lists from the work folder, then lock and folder if nothing else is in it."""

@@ -177,9 +177,9 @@ class SolveAce(Action):
         rows, columns = shape
         product = 2 * rows * columns**2
         flops = experts * 2 * product + columns**3 // 3 + 2 * product
-        # System, factor, average and one task's Gram; numerator, solution, total, residual and two temporaries, in
-        # float64 at worst.
-        return Cost(flops, 8 * (4 * columns**2 + 6 * rows * columns))
+        # Covariance, system, factor, one task's Gram, and for the refinement eigenvectors and LAPACK's work; numerator,
+        # solution, total, residual and four temporaries, in float64 at worst.
+        return Cost(flops, 8 * (6 * columns**2 + 8 * rows * columns))
 
 
 class Ace(SolverMethod):

@@ -72,7 +72,7 @@ class SolveWudi(SolveInterference):
         # In float64: X, B, two deltas, A and, where B comes from Grams, one of those. Then, beside X, in float32: A, B,
         # D, m, v, the gradient and two temporaries.
         squares = 12 if outputs_first(rows, columns) else 16
-        return Cost(experts * per_task + steps, squares * columns**2 + 36 * rows * columns)
+        return Cost(experts * per_task + steps, squares * columns**2 + 40 * rows * columns)
 
 
 class Wudi(SolverMethod):

@@ -1,0 +1,256 @@
+"""The pipeline of a merge: reads ahead, computes, writes behind, and never holds more than its limit."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from pymerge import pieces
+from pymerge.backends import Dispatcher
+from pymerge.checkpoint import TORCH_DTYPES, OutputDirectory, Reader, TensorEntry
+from pymerge.errors import ArgumentError, BackendError, NonFiniteError, OutOfMemoryError
+from pymerge.finite import check_finite, is_finite
+from pymerge.memory import Heap
+from pymerge.pieces import Piece
+from pymerge.progress import ProgressSink
+from pymerge.schedule import READ_THREADS, Slot, Window, may_wait
+from pymerge.steps import Step
+from pymerge.tracing import Tracer
+from pymerge.transfer import transfer_to
+
+logger = logging.getLogger("pymerge")
+
+Loads = list[Future[Tensor]]
+
+
+class Pipeline:
+    """Carries out pieces in their order: a few threads read, this one computes, one writes.
+
+    All decisions are made by the computing thread, so nothing here is locked. What is held at any time are the inputs
+    of the pieces admitted by `Window`, scratch and output of the one that is computed, and outputs that wait for the
+    writer; together never more than `limit` bytes.
+    """
+
+    def __init__(
+        self,
+        queue: Sequence[Slot],
+        limit: int,
+        run_op: Dispatcher,
+        reader: Reader,
+        output: OutputDirectory,
+        tracer: Tracer,
+        progress: ProgressSink,
+        *,
+        allow_nonfinite: bool,
+        keeps_cache: bool,
+    ) -> None:
+        self._rest = deque(queue)  # not yet being read
+        self._line: deque[tuple[Slot, Loads]] = deque()  # being read, the next to be computed first
+        self._writes: deque[tuple[Future[None], int]] = deque()  # under way, with their bytes
+        self._limit = limit
+        self._window = Window(limit)
+        self._run_op = run_op
+        self._reader = reader
+        self._output = output
+        self._tracer = tracer
+        self._progress = progress
+        self._allow_nonfinite = allow_nonfinite
+        self._keeps_cache = keeps_cache
+        self._transfer = transfer_to(run_op.device, queue, tracer)
+        self._heap = Heap(limit)
+        self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pymerge-read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
+
+    def run(self) -> None:
+        """Work through the queue. The first exception of any thread ends it."""
+        try:
+            while self._rest or self._line:
+                self._read_ahead()
+                slot, loads = self._line.popleft()
+                with self._tracer.span("step", slot.step.name):
+                    self._carry_out(slot, loads)
+                self._window.pop()
+                self._heap.freed(slot.memory.peak)
+            while self._writes:
+                self._wait_for_writer()
+        finally:
+            self._readers.shutdown(cancel_futures=True)
+            self._writer.shutdown(cancel_futures=True)
+
+    def _read_ahead(self) -> None:
+        """Start to read what the window admits; at least one piece, for which outputs may have to be written first."""
+        while self._rest and self._window.admits(self._rest[0].memory):
+            if self._held() + self._rest[0].memory.inputs > self._limit and self._writes:
+                if self._line:
+                    return
+                self._wait_for_writer()
+                continue
+            slot = self._rest.popleft()
+            self._window.push(slot.memory)
+            self._line.append((slot, self._start_reading(slot.step, slot.piece)))
+
+    def _held(self) -> int:
+        """Bytes of all inputs and outputs in memory."""
+        return self._window.inputs + sum(nbytes for _, nbytes in self._writes)
+
+    def _start_reading(self, step: Step, piece: Piece) -> Loads:
+        self._readers.submit(self._announce, step, piece)
+        try:
+            rooms = [self._transfer.prepare(entry, piece) for entry in step.inputs]
+        except (MemoryError, RuntimeError) as error:
+            failed: Future[Tensor] = Future()
+            failed.set_exception(error)  # raised in the piece's turn
+            return [failed]
+        return [
+            self._readers.submit(self._load, entry, piece, room) for entry, room in zip(step.inputs, rooms, strict=True)
+        ]
+
+    def _announce(self, step: Step, piece: Piece) -> None:
+        for entry in step.inputs:
+            self._reader.announce(entry, piece.start, piece.stop)
+
+    def _load(self, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+        with self._tracer.span("read", entry.name, entry.nbytes * (piece.stop - piece.start) // max(1, _rows(entry))):
+            tensor = self._transfer.load(self._reader, entry, piece, room)
+            if not self._keeps_cache:
+                self._reader.release(entry, piece.start, piece.stop)
+        self._progress.advance(tensor.nbytes)
+        return tensor
+
+    def _carry_out(self, slot: Slot, loads: Loads) -> None:
+        self._progress.tensor(slot.step.name)
+        if not self._attempt(slot, loads):
+            loads.clear()  # they hold tensors, or an exception that does
+            self._drain(slot)
+            self._carry_out_in_halves(slot.step, slot.piece)
+
+    def _attempt(self, slot: Slot, loads: Loads) -> bool:
+        """Compute a piece and hand it to the writer; False if memory ran out."""
+        step, memory = slot.step, slot.memory
+        try:
+            tensors = self._wait_for(step, loads)
+            while self._writes and self._held() + memory.scratch + memory.output > self._limit:
+                self._wait_for_writer()
+            self._transfer.begin()
+            merged = self._compute(step, slot.piece, tensors)
+            self._transfer.reuse(tensors, merged)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            logger.warning(
+                "%s: out of memory (%s); once more in smaller blocks, and on without reading ahead",
+                step.name,
+                _first_line(error),
+            )
+            return False
+        del tensors
+        self._write(step, merged)
+        return True
+
+    def _carry_out_in_halves(self, step: Step, piece: Piece) -> None:
+        """With nothing else in memory, and in two row ranges if the action allows it."""
+        try:
+            for part in pieces.halves(step.action, piece):
+                merged = self._compute(step, part, self._wait_for(step, self._start_reading(step, part)))
+                self._write(step, merged)
+                del merged
+                while self._writes:
+                    self._wait_for_writer()
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            device = self._run_op.device
+            raise OutOfMemoryError(
+                f"{step.name}: {step.action.label} on {list(piece.shape)} runs out of memory on {device}, with nothing "
+                f"else in memory too ({_first_line(error)}); end other programs that use it, "
+                f"{'give --device cpu' if device.type == 'cuda' else 'use a machine with more'}, or exclude that "
+                "tensor; the same command goes on where this one stopped"
+            ) from error
+
+    def _drain(self, slot: Slot) -> None:
+        """Free all that is in memory; what was read ahead is read again in its turn.
+
+        The limit was too high for what the machine has: from now on nothing is read ahead.
+        """
+        for waiting, loads in reversed(self._line):
+            for load in loads:
+                load.cancel()
+            self._rest.appendleft(waiting)
+        for _, loads in self._line:
+            for load in loads:
+                if not load.cancelled():
+                    load.exception()  # waits; an error comes again with the second attempt
+        self._line.clear()
+        self._window = Window(0)
+        self._window.push(slot.memory)
+        while self._writes:
+            self._wait_for_writer()
+        self._transfer.free()
+        self._heap.trim()
+
+    def _wait_for(self, step: Step, loads: Loads) -> list[Tensor]:
+        with self._tracer.span("wait for inputs", step.name):
+            tensors = [load.result() for load in loads]
+        loads.clear()  # futures keep their results
+        return tensors
+
+    def _wait_for_writer(self) -> None:
+        """Wait for the oldest write."""
+        with self._tracer.span("wait for the writer", ""):
+            self._writes.popleft()[0].result()
+
+    def _compute(self, step: Step, piece: Piece, tensors: list[Tensor]) -> Tensor:
+        """The merged piece on the device, in the output's dtype."""
+        device = self._run_op.device
+        with self._tracer.span("compute", step.name):
+            if not self._allow_nonfinite:
+                for entry, tensor in zip(step.inputs, tensors, strict=True):
+                    check_finite(entry, piece.start, tensor)
+            base, experts = (tensors[0], tensors[1:]) if step.reads_base else (tensors[0], tensors)
+            try:
+                merged = pieces.run(step.action, step.layer, self._run_op, base, experts, TORCH_DTYPES[step.dtype])
+            except ArgumentError as error:
+                raise ArgumentError(f"{step.name}: {error}") from error
+            except RuntimeError as error:
+                if _is_out_of_memory(error):
+                    raise
+                raise BackendError(
+                    f"{step.name}: {step.action.label} failed on {device} ({_first_line(error)}); "
+                    "try --backend reference, and report this"
+                ) from error
+            if not self._allow_nonfinite and not is_finite(merged):
+                raise NonFiniteError(
+                    f"{step.name}: the merged tensor has values that {merged.dtype} cannot hold; "
+                    "choose out_dtype bfloat16 or float32, or smaller weights"
+                )
+            self._transfer.finish()
+        return merged
+
+    def _write(self, step: Step, merged: Tensor) -> None:
+        """Hand a piece to the writer; waits until no more than a few are with it."""
+        self._writes.append((self._writer.submit(self._store, step, merged), merged.nbytes))
+        while not may_wait([nbytes for _, nbytes in self._writes]):
+            self._wait_for_writer()
+
+    def _store(self, step: Step, merged: Tensor) -> None:
+        with self._tracer.span("write", step.name, merged.nbytes):
+            self._output.write(step.name, self._transfer.store(step.name, merged))
+        self._progress.advance(merged.nbytes)
+
+
+def _rows(entry: TensorEntry) -> int:
+    return entry.shape[0] if entry.shape else 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on CUDA that is a class, on the CPU a RuntimeError of PyTorch's allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

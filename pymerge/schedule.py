@@ -1,0 +1,171 @@
+"""What is in memory when: pieces small enough for a limit, and how far reading may run ahead of computing."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from pymerge import pieces
+from pymerge.checkpoint import ITEM_SIZES
+from pymerge.errors import PlanError
+from pymerge.memory import Budget
+from pymerge.methods.average import element_count
+from pymerge.pieces import Piece
+from pymerge.steps import Memory, Step
+from pymerge.units import format_bytes
+
+# Elements of a row range of an elementwise step: large enough that a read is one long request, small beside a layer.
+CHUNK_ELEMENTS = 4 * 2**20
+# Pieces that may be in memory before (read ahead) and after (to be written) the one that is computed; more of them as
+# long as they are small together, so that norms and biases between large layers do not stop the reading.
+READ_AHEAD = 2
+WRITE_BEHIND = 2
+SMALL_BYTES = 16 * 2**20
+_MOST_PIECES = 16
+READ_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One piece in its turn."""
+
+    step: Step
+    piece: Piece
+    memory: Memory
+
+
+def slots(steps: Iterable[Step]) -> Iterator[Slot]:
+    """All pieces in the order of the plan."""
+    for step in steps:
+        for piece in step.pieces:
+            yield Slot(step, piece, step.memory(piece))
+
+
+def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
+    """The steps in pieces that fit the budget. Raises PlanError, which names the smallest that would do."""
+    largest = max(steps, key=lambda step: step.memory(step.smallest).peak, default=None)
+    needed = largest.memory(largest.smallest).peak if largest else 0
+    if largest and needed > budget.tensors:
+        remedy = (
+            "choose a larger device, give --device cpu"
+            if budget.device == "cuda"
+            else f"give --memory {format_bytes(needed, round_up=True)} or more"
+        )
+        raise PlanError(
+            [
+                f"memory: {largest.action.label} on {largest.name!r} {list(largest.shape)} holds "
+                f"{format_bytes(needed, round_up=True)} of tensors at once, the limit is "
+                f"{format_bytes(budget.tensors)} ({budget.origin}); {remedy}, or exclude that tensor"
+            ]
+        )
+    fitting = tuple(_fitted(step, budget.tensors) for step in steps)
+    staging = (READ_THREADS + 1) * staging_bytes(list(slots(fitting))) if budget.device == "cuda" else 0
+    if staging > budget.host:
+        raise PlanError(
+            [
+                f"memory: copying to the device takes {format_bytes(staging)} of pinned memory, the limit is "
+                f"{format_bytes(budget.host)}; give --memory {format_bytes(staging, round_up=True)} or more"
+            ]
+        )
+    return fitting
+
+
+def staging_bytes(queue: Iterable[Slot]) -> int:
+    """Size of a pinned buffer that holds any input or output; PyTorch rounds it up to a power of two."""
+    largest = 1
+    for slot in queue:
+        elements = element_count(slot.piece.shape)
+        items = [ITEM_SIZES[entry.dtype] for entry in slot.step.inputs]
+        largest = max(largest, slot.memory.output, *(elements * item for item in items))
+    return 1 << (largest - 1).bit_length()
+
+
+def _fitted(step: Step, limit: int) -> Step:
+    """The step in row ranges of at most CHUNK_ELEMENTS, smaller where they would not leave room to read ahead and
+    write behind within `limit` bytes; actions on whole matrices keep their pieces."""
+    if not step.action.chunkable or not step.shape or step.shape[0] == 0:
+        return step
+    row = step.memory(step.smallest)
+    room = row.peak + READ_AHEAD * row.inputs + WRITE_BEHIND * row.output
+    elements = element_count(step.smallest.shape)
+    most = min(CHUNK_ELEMENTS, max(1, limit // max(1, room)) * elements)
+    return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))
+
+
+class Window:
+    """Which pieces may be read now: in order, as far ahead as every one of them can still be computed in its turn.
+
+    Piece i is computed with the inputs of all pieces read ahead in memory. So a further one is admitted if, for each
+    piece that waits before it, its peak and all inputs behind it stay within the limit. Outputs that wait to be
+    written are not counted here: the pipeline waits for the writer before it reads or computes what does not fit.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._waiting: deque[Memory] = deque()
+        self.inputs = 0  # bytes of all admitted pieces
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def admits(self, memory: Memory) -> bool:
+        """Whether this piece, the next one, may be read."""
+        if not self._waiting:
+            return True
+        ahead = self.inputs - self._waiting[0].inputs + memory.inputs
+        if len(self) > _MOST_PIECES or (len(self) > READ_AHEAD and ahead > SMALL_BYTES):
+            return False
+        behind = memory.inputs
+        for waiting in reversed(self._waiting):
+            if waiting.peak + behind > self._limit:
+                return False
+            behind += waiting.inputs
+        return True
+
+    def push(self, memory: Memory) -> None:
+        """The piece is being read."""
+        self._waiting.append(memory)
+        self.inputs += memory.inputs
+
+    def pop(self) -> None:
+        """The first piece has been computed and its inputs are free."""
+        self.inputs -= self._waiting.popleft().inputs
+
+
+def may_wait(outputs: Sequence[int]) -> bool:
+    """Whether outputs of these sizes may wait for the writer together."""
+    return len(outputs) <= WRITE_BEHIND or (len(outputs) <= _MOST_PIECES and sum(outputs) <= SMALL_BYTES)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will hold at most, and how far it reads ahead."""
+
+    peak: int  # bytes
+    depth: int  # pieces read ahead of every piece but the last ones
+
+
+def forecast(queue: Iterable[Slot], limit: int) -> Forecast:
+    """Follow the pipeline's rules through all pieces, with a writer that is as late as it may be."""
+    window = Window(limit)
+    rest = iter(queue)
+    following = next(rest, None)
+    line: deque[Memory] = deque()
+    outputs: deque[int] = deque()
+    peak, depth = 0, None
+    while line or following:
+        while following and window.admits(following.memory):
+            window.push(following.memory)
+            line.append(following.memory)
+            following = next(rest, None)
+        memory = line.popleft()
+        late = sum(outputs)
+        peak = max(peak, min(limit, memory.peak + window.inputs - memory.inputs + late))
+        if following or depth is None:
+            depth = len(window) - 1 if depth is None else min(depth, len(window) - 1)
+        window.pop()
+        outputs.append(memory.output)
+        while not may_wait(outputs):
+            outputs.popleft()
+    return Forecast(peak, depth or 0)

@@ -1,0 +1,74 @@
+"""One output tensor of a plan, cut into pieces, and what each piece takes: bytes, flops, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from pymerge import pieces
+from pymerge.checkpoint import ITEM_SIZES, TensorEntry
+from pymerge.layers import Layer
+from pymerge.methods.average import element_count
+from pymerge.methods.base import Action
+from pymerge.pieces import Piece
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of tensors that one piece needs: inputs as stored, scratch while it is computed, the output."""
+
+    inputs: int
+    scratch: int
+    output: int
+
+    @property
+    def peak(self) -> int:
+        """All of it at once, which is what computing the piece takes."""
+        return self.inputs + self.scratch + self.output
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output tensor: what is read, what is done, and where the result goes."""
+
+    name: str
+    layer: Layer
+    action: Action
+    shape: tuple[int, ...]
+    dtype: str  # safetensors code of the output
+    base: TensorEntry  # W_0; for methods without a base, only the donor of name, shape and dtype
+    experts: tuple[TensorEntry, ...]  # what takes part beside the base; empty for a copy
+    reads_base: bool
+    file: str
+    offset: int  # of the first byte in the output file
+    nbytes: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def inputs(self) -> tuple[TensorEntry, ...]:
+        """All tensors read, the base first."""
+        return (self.base, *self.experts) if self.reads_base else self.experts
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(entry.nbytes for entry in self.inputs)
+
+    @cached_property
+    def flops(self) -> int:
+        """Floating-point operations, a multiply-add counted as two."""
+        return sum(pieces.cost(self.layer, self.action, piece, len(self.experts)).flops for piece in self.pieces)
+
+    def memory(self, piece: Piece) -> Memory:
+        """What a piece (of this step's pieces, or a smaller one) holds in memory."""
+        elements = element_count(piece.shape)
+        inputs = elements * sum(ITEM_SIZES[entry.dtype] for entry in self.inputs)
+        output = elements * ITEM_SIZES[self.dtype]
+        scratch = pieces.cost(self.layer, self.action, piece, len(self.experts)).workspace
+        if not self.action.chunkable and self.layer.in_axis == 0:
+            scratch += inputs + output  # transposed copies
+        return Memory(inputs, scratch, output)
+
+    @cached_property
+    def smallest(self) -> Piece:
+        """The smallest piece that the action can work on: one row, or one matrix."""
+        return pieces.smallest(self.layer, self.action, self.shape)
