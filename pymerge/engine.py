@@ -24,6 +24,7 @@ from pymerge.checkpoint import (
     TensorEntry,
     build_manifest,
     read_manifest,
+    upcast,
     verify,
 )
 from pymerge.errors import ArgumentError, BackendError, NonFiniteError, OutputError
@@ -137,7 +138,7 @@ def run(
         _publish(plan, output, fingerprint)
     return MergeReport(
         output=out,
-        tensors=len(plan.steps),
+        tensors=plan.tensors,
         parameters=plan.parameters,
         bytes_read=read,
         bytes_written=written,
@@ -230,7 +231,7 @@ def _read_ahead(
 
 
 def _read(reader: Reader, entry: TensorEntry, piece: Piece) -> Tensor:
-    return reader.read(entry, piece.start, piece.stop) if entry.shape else reader.read(entry)
+    return upcast(reader.read(entry, piece.start, piece.stop) if entry.shape else reader.read(entry))
 
 
 def _compute(step: Step, piece: Piece, tensors: list[Tensor], run_op: Dispatcher, allow_nonfinite: bool) -> Tensor:

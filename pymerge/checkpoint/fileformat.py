@@ -30,7 +30,8 @@ class TensorEntry:
     """Where one tensor is: `nbytes` bytes from byte `offset` of `file` on, row-major, little endian.
 
     With `strides` (in elements, none negative) it is a view as torch.save stores them: its elements lie that far
-    apart from `offset` on, and `nbytes` is what a row-major copy of it takes.
+    apart from `offset` on, and `nbytes` is what a row-major copy of it takes. `first_row` is the number of its first
+    row in the whole tensor.
     """
 
     name: str
@@ -40,6 +41,7 @@ class TensorEntry:
     offset: int
     nbytes: int
     strides: tuple[int, ...] | None = None
+    first_row: int = 0
 
     @property
     def numel(self) -> int:
@@ -52,7 +54,13 @@ class TensorEntry:
         row = math.prod(self.shape[1:])
         step = row if self.strides is None else self.strides[0]
         shape = (stop - start, *self.shape[1:])
-        return replace(self, shape=shape, offset=self.offset + start * step * size, nbytes=(stop - start) * row * size)
+        return replace(
+            self,
+            shape=shape,
+            offset=self.offset + start * step * size,
+            nbytes=(stop - start) * row * size,
+            first_row=self.first_row + start,
+        )
 
     def same_bytes(self, other: TensorEntry) -> bool:
         """Whether both are the very same bytes of the same file, read the same way."""

@@ -196,7 +196,7 @@ def _fill_strided(
     """Read a view in parts whose elements lie close together: halve it along its widest axis until they do."""
     shape = tuple(out.shape)
     extent, size = _extent(shape, strides), out.element_size()
-    if extent * size <= (_DENSE_BYTES if extent <= 2 * out.numel() else _SPARSE_BYTES):
+    if extent * size <= (_DENSE_BYTES if 4 * extent <= 5 * out.numel() else _SPARSE_BYTES):
         if extent:
             part = torch.empty(extent, dtype=out.dtype)
             _fill(entry, descriptor, bytes_of(part), offset, extent * size)

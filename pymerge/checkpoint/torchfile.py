@@ -33,7 +33,7 @@ _LOCAL_HEADER_BYTES = 30
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 # The order of safetensors' own writer: the same weights give the same output from either format.
 _ORDER = (
-    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
+    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
     "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64",
 )  # fmt: skip
 
@@ -143,7 +143,7 @@ def _entry(path: Path, name: str, view: View, places: Mapping[str, tuple[int, in
         name.encode()
         dtype = code_of(view.dtype)
     except (UnicodeEncodeError, ArgumentError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(f"{where}: {error}; {CONVERT}") from error
     size = ITEM_SIZES[dtype]
     shape, strides = _counts(where, view.shape), _counts(where, view.strides)
     (offset,) = _counts(where, (view.offset,))

@@ -15,7 +15,7 @@ from pymerge.errors import CheckpointError
 
 CONVERT = "convert it with transformers (from_pretrained, then save_pretrained, which writes safetensors)"
 # What training leaves beside a model: no weights of it.
-_LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model)\b.*")
+_LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model)([._-].*)?")
 
 
 @dataclass(frozen=True)
