@@ -52,7 +52,10 @@ def open_inputs(config: MergeConfig, method: Method) -> Inputs:
     donor = config.base_model or names[0]
     problems: list[str] = []
     opened: dict[str, Checkpoint] = {}
-    for name in dict.fromkeys([donor, *names]):
+    # Nothing is downloaded for a merge in which a model on this machine is wrong.
+    for name in sorted(dict.fromkeys([donor, *names]), key=lambda name: hub_reference(config, name) is not None):
+        if problems and hub_reference(config, name):
+            continue
         try:
             opened[name] = _open(config, name)
         except CheckpointError as error:

@@ -23,18 +23,17 @@ def fetch(repository: str, revision: str | None) -> Path:
     """
     wanted = repository if revision is None else f"{repository}@{revision}"
     try:
-        import huggingface_hub
+        from huggingface_hub import constants
     except ImportError as error:
         raise CheckpointError(
             f"{wanted}: there is no such folder here, and models of the Hugging Face Hub need huggingface_hub; "
             "correct the path, or pip install 'pymerge-engine[hub]'"
         ) from error
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
     with _explained(wanted, repository):
         cached = _cached(repository, revision)
         if cached is not None and _has_weights(cached):
             return cached
-        if offline and cached is not None:
+        if constants.HF_HUB_OFFLINE and cached is not None:
             raise CheckpointError(
                 f"{wanted}: its weights are not all in the cache ({cached}), and HF_HUB_OFFLINE is set; "
                 "unset it to download them"
