@@ -52,16 +52,16 @@ def open_inputs(config: MergeConfig, method: Method) -> Inputs:
     donor = config.base_model or names[0]
     problems: list[str] = []
     opened: dict[str, Checkpoint] = {}
-    # Nothing is downloaded for a merge in which a model on this machine is wrong.
-    for name in sorted(dict.fromkeys([donor, *names]), key=lambda name: hub_reference(config, name) is not None):
-        if problems and hub_reference(config, name):
-            continue
-        try:
-            opened[name] = _open(config, name)
-        except CheckpointError as error:
-            problems.append(str(error))
-    if problems:
-        raise PlanError(problems)
+    remote = [name for name in dict.fromkeys([donor, *names]) if hub_reference(config, name)]
+    local = [name for name in dict.fromkeys([donor, *names]) if name not in remote]
+    for group in (local, remote):  # nothing is downloaded for a merge in which a model on this machine is wrong
+        for name in group:
+            try:
+                opened[name] = _open(config, name)
+            except CheckpointError as error:
+                problems.append(str(error))
+        if problems:
+            raise PlanError(problems)
     return Inputs(opened[donor], tuple(opened[name] for name in names))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: safetensors headers, positional reads, planned layouts, resumable writes, checks."""
+"""Checkpoints on disk: headers of weight files, positional reads, planned layouts, resumable writes, checks."""
 
 from __future__ import annotations
 

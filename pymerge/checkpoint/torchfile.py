@@ -89,7 +89,7 @@ def _records(path: Path, archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.Zi
     if f"{root}constants.pkl" in infos:
         raise CheckpointError(f"{path}: is a TorchScript archive, a program and not a dictionary of tensors; {CONVERT}")
     order = infos.get(f"{root}byteorder")
-    if order is not None and archive.read(order) != b"little":
+    if order is not None and (order.file_size != len(b"little") or archive.read(order) != b"little"):
         raise CheckpointError(f"{path}: was written on a big-endian machine; {CONVERT}")
     pickle = infos[pickles[0]]
     if pickle.file_size > MAX_HEADER_BYTES:

@@ -110,8 +110,9 @@ def test_what_is_not_cached_is_named_with_a_remedy(models: Path) -> None:
     done = run(models, HF_HUB_OFFLINE="1")
     assert f"org/e0@v2: is no folder here and not in the cache {models / 'cache'}, and HF_HUB_OFFLINE" in done.errors[0]
     assert "or run `hf download org/e0`" in done.errors[0]
-    write_config(models, "v--2")
-    assert run(models, HF_HUB_OFFLINE="1").code == 4
+    (models / "merge.yml").write_text(CONFIG.format(revision="main").replace("org/", "none/"))
+    done = run(models, HF_HUB_OFFLINE="1")
+    assert all(f"none/{name}: is no folder here" in done.errors[0] for name in ("base", "e0@main"))
     assert not (models / "out").exists()
 
 
