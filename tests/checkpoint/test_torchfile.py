@@ -186,12 +186,12 @@ def _compressed() -> bytes:
     return stream.getvalue()
 
 
-def _resized(numel: bytes) -> bytes:
-    """The tensor's shape in the pickle is no longer that of its storage."""
+def _rewritten(old: bytes, new: bytes) -> bytes:
+    """A tensor of 77 floats whose pickle says something else."""
     source, stream = zipfile.ZipFile(io.BytesIO(_saved({"a": torch.ones(77)}))), io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name in source.namelist():
-            archive.writestr(name, source.read(name).replace(b"K\x4d", numel))
+            archive.writestr(name, source.read(name).replace(old, new))
     return stream.getvalue()
 
 
@@ -204,12 +204,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "no pickle": (lambda: _with_pickle(b""), "is damaged"),
     "script": (_script, "TorchScript"),
     "compressed": (_compressed, "record .* is compressed or encrypted"),
-    "too long": (lambda: _resized(b"K\x7f"), "'a': reaches to byte 508 of a storage of 308"),
+    "too long": (lambda: _rewritten(b"K\x4d", b"K\x7f"), "'a': reaches to byte 508 of a storage of 308"),
     "namespace": (lambda: _saved({"a": torch.ones(2), "args": argparse.Namespace(x=1)}), "holds 'argparse.Namespace'"),
     "module": (lambda: _saved(torch.nn.Linear(2, 2)), "holds 'torch.nn.modules.linear.Linear'"),
     "sparse": (lambda: _saved({"a": torch.eye(2).to_sparse()}), "holds 'torch._utils._rebuild_sparse_tensor'"),
     "quantised": (
-        lambda: _saved({"a": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)}),
+        lambda: _rewritten(b"FloatStorage", b"QInt8Storage"),
         "holds 'torch.QInt8Storage'",
     ),
     "conjugate": (lambda: _saved({"a": torch.ones(2, dtype=torch.complex64).conj()}), "a tensor with conj set"),
