@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from pymerge.config_checks import PASSED_OVER, Checker, places, same_model
+from pymerge.config_checks import HUB_REFERENCE, PASSED_OVER, Checker, places, same_model
 from pymerge.errors import CheckpointError, ConfigError
 from pymerge.layers import Kind, Rule
 from pymerge.methods.base import Method, Parameter, Values
@@ -93,7 +93,8 @@ class MergeConfig(_Strict):
     out_dtype: Dtype | None = None
     layers: tuple[LayerRule, ...] = ()
     allow_nonfinite: StrictBool = False
-    extra_tensors: Literal["error", "ignore"] = "error"
+    extra_tensors: Literal["heads", "error", "ignore"] = "heads"
+    vocabulary: Literal["strict", "base"] = "strict"
 
     _document: Document = PrivateAttr(default_factory=lambda: Document("config"))
 
@@ -210,6 +211,18 @@ def model_path(config: MergeConfig, name: str) -> Path:
         f"{config._document.name}: model {name!r} not found: no {' and no '.join(map(str, tried))}; "
         "correct the path, or download the model to a folder first"
     )
+
+
+def hub_reference(config: MergeConfig, name: str) -> tuple[str, str | None] | None:
+    """Repository and revision of `org/name` or `org/name@revision`; None for anything else.
+
+    Where the path exists, or a folder of its first part, the name is meant for a path: nothing is looked for elsewhere.
+    """
+    found = HUB_REFERENCE.fullmatch(name)
+    folder = name.partition("/")[0]
+    if found is None or any(path.exists() for path in places(folder, config.directory)):
+        return None
+    return found["repository"], found["revision"]
 
 
 def canonical(config: MergeConfig) -> dict[str, Any]:

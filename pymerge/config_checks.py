@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ _UNSUPPORTED = {
 }
 # Keys that are accepted and say nothing: the base's tokenizer and template are what is copied.
 PASSED_OVER = ("tokenizer_source", "chat_template")
+# A model of the Hugging Face Hub, at a branch, a tag or a commit. Paths of more parts, or with dots first, are none.
+HUB_REFERENCE = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _UNSUPPORTED_OF_MODEL = {
     "layer_range": "delete it: whole models are merged",
     "lora": "merge the adapter into its model first and name the result",
-    "revision": "download that revision to a folder and name the folder",
+    "revision": "give a folder, or a name of the Hugging Face Hub as in org/name@revision",
     "override_architecture": "delete it: tensors are matched by name and shape",
 }
 
@@ -153,13 +156,18 @@ class Checker:
         """A model's path; mergekit's mapping {model: {path: ...}} is taken too."""
         if isinstance(value, dict):
             value = dict(value)
+            joined = f"{value.get('path', value.get('model'))}@{value.get('revision')}"
+            if set(value) in ({"path", "revision"}, {"model", "revision"}) and HUB_REFERENCE.fullmatch(joined):
+                return joined
             self._refuse_unsupported(value, _UNSUPPORTED_OF_MODEL, location)
             key = "model" if "model" in value else "path"
             for unknown in [other for other in value if other != key]:
                 problem = f"unknown key {unknown!r} in {show(location)}; write the model's path alone"
                 self._document.add((*location, unknown), problem)
             return self._reference(value.get(key), (*location, key))
-        if isinstance(value, str) and not any(path.exists() for path in places(value, self._document.directory)):
+        if isinstance(value, str) and not (
+            HUB_REFERENCE.fullmatch(value) or any(path.exists() for path in places(value, self._document.directory))
+        ):
             for sign, key in (("+", "lora"), ("@", "revision")):
                 if sign in value:
                     problem = f"{show(location)} is {value!r}: '{sign}{key}' is not supported yet"

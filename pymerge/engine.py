@@ -88,7 +88,7 @@ def run(
         _publish(plan, output, fingerprint)
     return MergeReport(
         output=out,
-        tensors=len(plan.steps),
+        tensors=plan.tensors,
         parameters=plan.parameters,
         bytes_read=read,
         bytes_written=written,

@@ -24,7 +24,7 @@ def check_finite(entry: TensorEntry, start_row: int, tensor: Tensor) -> None:
     wrong = ~torch.isfinite(tensor)
     first = wrong.nonzero()[0].tolist()
     if first:
-        first[0] += start_row
+        first[0] += entry.first_row + start_row
     raise NonFiniteError(
         f"{entry.file}: tensor {entry.name!r} has {int(wrong.sum())} values that are NaN or infinite, the first at "
         f"{first}; use a sound checkpoint, or set allow_nonfinite: true in the config to merge it all the same"

@@ -243,7 +243,7 @@ def _matrix(name: str, module: str, shape: tuple[int, ...], facts: _Facts) -> La
     """A 2-D weight. Only a linear has a 1-D bias beside it; embeddings and norms of two axes have none."""
     inside = facts.block(name)[1] is not None
     biased = facts.bias(name) is not None
-    if name == "output.weight" or (_is_head_name(name) and (shape[0] in facts.vocabularies or not inside)):
+    if name == "output.weight" or (is_head_name(name) and (shape[0] in facts.vocabularies or not inside)):
         return Layer(Kind.HEAD, reason="name")
     if not biased and _is_embedding_name(module):
         return Layer(Kind.EMBEDDING, reason="name")
@@ -350,7 +350,8 @@ def _is_embedding_name(module: str) -> bool:
     return named or not _EMBEDDING_WORDS.isdisjoint(words)
 
 
-def _is_head_name(name: str) -> bool:
+def is_head_name(name: str) -> bool:
+    """Whether a name is that of a task's head, or of something inside one: score.weight, classifier.dense.bias."""
     module = _module(name)
     inside_head = not _HEAD_NAMES.isdisjoint(name.split("."))
     return inside_head or module in _HEAD_LAST_NAMES or module.endswith(_HEAD_LAST_ENDS)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pymerge import pieces
 from pymerge.backends import Dispatcher
-from pymerge.checkpoint import TORCH_DTYPES, OutputDirectory, Reader, TensorEntry
+from pymerge.checkpoint import TORCH_DTYPES, OutputDirectory, Reader, TensorEntry, upcast
 from pymerge.errors import ArgumentError, BackendError, NonFiniteError, OutOfMemoryError
 from pymerge.finite import check_finite, is_finite
 from pymerge.memory import Heap
@@ -116,7 +116,7 @@ class Pipeline:
 
     def _load(self, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         with self._tracer.span("read", entry.name, entry.nbytes * (piece.stop - piece.start) // max(1, _rows(entry))):
-            tensor = self._transfer.load(self._reader, entry, piece, room)
+            tensor = upcast(self._transfer.load(self._reader, entry, piece, room))
             if not self._keeps_cache:
                 self._reader.release(entry, piece.start, piece.stop)
         self._progress.advance(tensor.nbytes)

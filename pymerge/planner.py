@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pymerge import env, pieces
-from pymerge.checkpoint import Checkpoint, ShardLayout, TensorEntry, layout_shards
+from pymerge.checkpoint import ITEM_SIZES, Checkpoint, ShardLayout, TensorEntry, is_float8, layout_shards
 from pymerge.config import MergeConfig, canonical, participants, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.inputs import Inputs, listed, match_tensors, open_inputs
@@ -19,6 +19,7 @@ from pymerge.methods.average import Copy, element_count
 from pymerge.methods.base import Action, Method
 from pymerge.schedule import CHUNK_ELEMENTS, Forecast, fit, forecast, slots
 from pymerge.steps import Step
+from pymerge.vocabulary import rows_of
 
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -48,6 +49,11 @@ class Plan:
     @property
     def flops(self) -> int:
         return sum(step.flops for step in self.steps)
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensors of the output."""
+        return sum(len(layout.tensors) for layout in self.layouts)
 
     @property
     def parameters(self) -> int:
@@ -112,13 +118,17 @@ def build_plan(
         f"layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
         for pattern in unused_rules(layers, config.rules)
     ]
-    names, warnings = match_tensors(inputs, layers, config, problems)
+    matched = match_tensors(inputs, layers, config, problems)
     if problems:
         raise PlanError(problems)
+    inputs, names, warnings = matched.inputs, matched.names, matched.warnings
 
     wanted = dtype or config.out_dtype or config.dtype
     if wanted is not None and wanted not in DTYPE_CODES:
         raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(DTYPE_CODES)}")
+    small = [name for name in names if is_float8(donor.tensors[name].dtype)]
+    if small and wanted is None:
+        warnings.append(f"{listed(small)}: 8-bit floats in {donor.path}, written as bfloat16")
     placed = layout_shards(
         [(name, _output_dtype(donor.tensors[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
         max_shard_bytes,
@@ -134,22 +144,25 @@ def build_plan(
             except (ArgumentError, ConfigError) as error:
                 wrong.setdefault(str(error), []).append(tensor.name)
                 continue
-            steps.append(
-                Step(
-                    name=tensor.name,
-                    layer=layer,
-                    action=action,
-                    shape=entry.shape,
-                    dtype=tensor.dtype,
-                    base=entry,
-                    experts=experts,
-                    reads_base=method.needs_base or isinstance(action, Copy),
-                    file=shard.file,
-                    offset=tensor.offset,
-                    nbytes=tensor.nbytes,
-                    pieces=tuple(pieces.split(layer, action, entry.shape, CHUNK_ELEMENTS)),
+            for rows in rows_of(entry, experts):
+                action_here = action if rows.experts else Copy()
+                nbytes = element_count(rows.base.shape) * ITEM_SIZES[tensor.dtype]
+                steps.append(
+                    Step(
+                        name=tensor.name,
+                        layer=layer,
+                        action=action_here,
+                        shape=rows.base.shape,
+                        dtype=tensor.dtype,
+                        base=rows.base,
+                        experts=rows.experts,
+                        reads_base=method.needs_base or isinstance(action_here, Copy),
+                        file=shard.file,
+                        offset=tensor.offset + (tensor.nbytes - nbytes if rows.start else 0),
+                        nbytes=nbytes,
+                        pieces=tuple(pieces.split(layer, action_here, rows.base.shape, CHUNK_ELEMENTS)),
+                    )
                 )
-            )
     if wrong:
         raise PlanError(f"{listed(names)}: {message}" for message, names in wrong.items())
     return Plan(
@@ -178,7 +191,9 @@ def _action(
 
 
 def _output_dtype(entry: TensorEntry, layer: Layer, wanted: str | None) -> str:
-    return entry.dtype if wanted is None or layer.kind is Kind.BUFFER else DTYPE_CODES[wanted]
+    if layer.kind is Kind.BUFFER:
+        return entry.dtype
+    return DTYPE_CODES[wanted] if wanted else "BF16" if is_float8(entry.dtype) else entry.dtype
 
 
 def _config_json(donor: Checkpoint, wanted: str | None) -> bytes | None:
@@ -186,6 +201,7 @@ def _config_json(donor: Checkpoint, wanted: str | None) -> bytes | None:
     if not donor.config:
         return None
     config = dict(donor.config)
-    if wanted is not None:
-        config.update({key: wanted for key in ("dtype", "torch_dtype") if key in config})
+    for key in ("dtype", "torch_dtype"):
+        if key in config and (wanted or "float8" in str(config[key])):
+            config[key] = wanted or "bfloat16"
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -91,6 +91,9 @@ def model_card(plan: Plan) -> bytes:
     }
     base = f"Base model: `{config.base_model}`\n\n" if config.base_model else ""
     listed = "\n".join(f"- `{model}`" for model in models)
+    origins = [f"`{checkpoint.origin}`" for checkpoint in plan.inputs.all if checkpoint.origin]
+    if origins:
+        listed += f"\n\nFrom the Hugging Face Hub: {', '.join(origins)}."
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pymerge import pieces
-from pymerge.checkpoint import ITEM_SIZES, TensorEntry
+from pymerge.checkpoint import ITEM_SIZES, TensorEntry, memory_item_size
 from pymerge.layers import Layer
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Action
@@ -29,7 +29,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Step:
-    """One output tensor: what is read, what is done, and where the result goes."""
+    """One output tensor (of token tables: some rows of one): what is read, what is done, where the result goes."""
 
     name: str
     layer: Layer
@@ -61,7 +61,7 @@ class Step:
     def memory(self, piece: Piece) -> Memory:
         """What a piece (of this step's pieces, or a smaller one) holds in memory."""
         elements = element_count(piece.shape)
-        inputs = elements * sum(ITEM_SIZES[entry.dtype] for entry in self.inputs)
+        inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs)
         output = elements * ITEM_SIZES[self.dtype]
         scratch = pieces.cost(self.layer, self.action, piece, len(self.experts)).workspace
         if not self.action.chunkable and self.layer.in_axis == 0:

@@ -48,7 +48,7 @@ def plan_view(plan: Plan) -> RenderableType:
     lines = [
         f"base    {plan.inputs.donor.path}",
         *(f"expert  {expert.path}" for expert in plan.inputs.experts),
-        f"{len(plan.steps)} tensors, {plan.parameters:,} parameters",
+        f"{plan.tensors} tensors, {plan.parameters:,} parameters",
         f"read {format_bytes(plan.bytes_read)}, write {format_bytes(plan.bytes_written)} in {files}, "
         f"compute {format_flops(plan.flops)}",
         f"tensors held in memory at once: at most {format_bytes(plan.peak_memory)}, "

@@ -46,6 +46,7 @@ def test_a_missing_tensor(models: Path) -> None:
 
 def test_an_extra_tensor_is_refused_or_left_out_as_told(models: Path) -> None:
     change(models / "e1", lambda tensors: tensors.update({"value_head.weight": torch.ones(3, 16)}))
+    write_config(models, "task_arithmetic", more="extra_tensors: error")
     refused(models, 4, models / "e1", "value_head.weight", "set extra_tensors: ignore to leave them out")
     write_config(models, "task_arithmetic", more="extra_tensors: ignore")
     done = pymerge("merge", models / "merge.yml", models / "out")
@@ -83,7 +84,7 @@ def test_all_models_that_cannot_be_opened_are_named(models: Path) -> None:
     (models / "e2/pytorch_model.bin").write_bytes(b"PK")
     write_config(models, "task_arithmetic", experts=4)
     message = refused(models, 4, "4 problems found", models / "e0", models / "e1/model.safetensors", "'e3' not found")
-    assert f"{models / 'e2'}: has no .safetensors file, only 'pytorch_model.bin'; convert it" in message
+    assert f"{models / 'e2/pytorch_model.bin'}: is not a file of torch.save (it starts with b'PK')" in message
 
 
 def test_a_missing_model_folder(models: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pymerge.config import MergeConfig, canonical, load_config, model_path, participants, resolve
+from pymerge.config import MergeConfig, canonical, hub_reference, load_config, model_path, participants, resolve
 from pymerge.errors import CheckpointError, ConfigError
 from pymerge.layers import Kind, Rule
 from pymerge.methods import get_method
@@ -54,7 +54,7 @@ def test_a_file_is_read_with_its_text_and_folder(tmp_path: Path) -> None:
     config = load_config(path)
     assert config.merge_method == "task_arithmetic"
     assert [entry.model for entry in config.models] == ["base", "a", "b"]
-    assert (config.dtype, config.out_dtype, config.extra_tensors) == ("bfloat16", None, "error")
+    assert (config.dtype, config.out_dtype, config.extra_tensors) == ("bfloat16", None, "heads")
     assert config.source_text.startswith("# comment\nmerge_method")
     assert config.directory == tmp_path
     assert load_config(str(path)) == config
@@ -136,7 +136,7 @@ def test_parameter_problem(line: str, expected: str) -> None:
         ("tokeniser_source: base", "unknown key 'tokeniser_source'; did you mean 'tokenizer_source'?"),
         ("chat_template: auto", "chat_template is not supported yet"),
         ("allow_nonfinite: 'yes'", "allow_nonfinite is 'yes'; it must be true or false"),
-        ("extra_tensors: maybe", "extra_tensors is 'maybe'; it must be 'error' or 'ignore'"),
+        ("extra_tensors: maybe", "extra_tensors is 'maybe'; it must be 'heads', 'error' or 'ignore'"),
         (
             "layers: [{pattern: '(', kind: linear}]",
             "layers[0].pattern is '('; it must be a regular expression",
@@ -165,7 +165,8 @@ def test_parameter_problem(line: str, expected: str) -> None:
             "  - {model: c+lora}",
             "models[2].model is 'c+lora': '+lora' is not supported yet; merge the adapter",
         ),
-        ("  - {model: c@main}", "models[2].model is 'c@main': '@revision' is not supported yet; download"),
+        ("  - {model: c@main}", "models[2].model is 'c@main': '@revision' is not supported yet; give a folder, or"),
+        ("vocabulary: union", "vocabulary is 'union'; it must be 'strict' or 'base'"),
         (
             "  - {model: {model: {path: c, revision: x}}}",
             "'revision' in models[2].model.model is not supported yet",
@@ -324,6 +325,23 @@ def test_model_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert model_path(config, str(work / "base")) == work / "base"
     with pytest.raises(CheckpointError, match=r"model 'org/x' not found: no .*org/x and no .*work/org/x; correct"):
         model_path(config, "org/x")
+
+
+def test_names_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/model").mkdir()
+    path = tmp_path / "config.yml"
+    path.write_text(
+        "merge_method: wudi\nbase_model: org/name-1.5\nmodels:\n  - model: org/a@refs/pr/3\n"
+        "  - model: {model: {path: org/b, revision: v1.0}}\n  - model: local/model\n"
+    )
+    config = load_config(path)
+    assert hub_reference(config, "org/name-1.5") == ("org/name-1.5", None)
+    found = [hub_reference(config, entry.model) for entry in config.models]
+    assert found == [("org/a", "refs/pr/3"), ("org/b", "v1.0"), None]
+    assert hub_reference(config, "local/misspelt") is None
+    for name in ("one", "a/b/c", "./a/b", "../b", "/a/b", "~/b", "a/b@"):
+        assert hub_reference(config, name) is None
 
 
 def test_canonical_depends_on_meaning_alone() -> None:

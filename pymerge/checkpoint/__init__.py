@@ -1,10 +1,11 @@
-"""Checkpoints on disk: safetensors headers, positional reads, planned layouts, resumable writes, checks."""
+"""Checkpoints on disk: headers of weight files, positional reads, planned layouts, resumable writes, checks."""
 
 from __future__ import annotations
 
-from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, code_of, is_float
+from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, code_of, is_float, is_float8, memory_item_size, upcast
 from pymerge.checkpoint.files import MANIFEST_NAME, WORK_FOLDER, atomic_write, fsync_directory
 from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
+from pymerge.checkpoint.hub import fetch
 from pymerge.checkpoint.layout import ShardLayout, TensorLayout, index_json, index_name, layout_shards
 from pymerge.checkpoint.manifest import VerifyReport, build_manifest, read_manifest, verify
 from pymerge.checkpoint.reader import Reader
@@ -26,13 +27,17 @@ __all__ = [
     "atomic_write",
     "build_manifest",
     "code_of",
+    "fetch",
     "fsync_directory",
     "index_json",
     "index_name",
     "is_float",
+    "is_float8",
     "layout_shards",
+    "memory_item_size",
     "open_checkpoint",
     "read_header",
     "read_manifest",
+    "upcast",
     "verify",
 ]

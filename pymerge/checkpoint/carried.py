@@ -23,7 +23,7 @@ WEIGHT_SUFFIXES = (
 )
 _INDEX_SUFFIX = ".index.json"
 # Exports and leftovers of a training run: they describe other weights than the merged ones.
-_SKIPPED_FOLDERS = ("runs", "onnx", "openvino", "coreml", "__pycache__")
+SKIPPED_FOLDERS = ("runs", "onnx", "openvino", "coreml", "__pycache__")
 # An output gets its own of these; pymerge_* are the manifest and recipe of an earlier merge.
 _REPLACED = ("config.json", "README.md")
 _OWN_PREFIX = "pymerge_"
@@ -49,7 +49,7 @@ def model_files(folder: Path) -> Iterator[Path]:
         if name.startswith("."):
             continue
         if path.is_dir():
-            if not (path.is_symlink() or name in _SKIPPED_FOLDERS or name.startswith("checkpoint-")):
+            if not (path.is_symlink() or name in SKIPPED_FOLDERS or name.startswith("checkpoint-")):
                 yield from (Path(name) / inner for inner in model_files(path))
         elif path.is_file():
             yield Path(name)

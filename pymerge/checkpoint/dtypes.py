@@ -20,8 +20,14 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Unsigned types wider than a byte came with torch 2.3; older versions read every other type.
-for _code, _attribute in (("U16", "uint16"), ("U32", "uint32"), ("U64", "uint64")):
+# Not in every version and build of torch; those without them read every other type.
+for _code, _attribute in (
+    ("U16", "uint16"),
+    ("U32", "uint32"),
+    ("U64", "uint64"),
+    ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
+    ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+):
     if hasattr(torch, _attribute):
         TORCH_DTYPES[_code] = getattr(torch, _attribute)
 
@@ -33,6 +39,22 @@ _CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in TORCH_DTYPES.it
 def is_float(code: str) -> bool:
     """Whether a dtype code is a floating-point type, 8-bit floats included."""
     return code in TORCH_DTYPES and TORCH_DTYPES[code].is_floating_point
+
+
+def is_float8(code: str) -> bool:
+    """Whether a dtype code is an 8-bit float: read and upcast, never computed in or written."""
+    return is_float(code) and ITEM_SIZES[code] == 1
+
+
+def memory_item_size(code: str) -> int:
+    """Bytes that an element takes while it is read: an 8-bit float is there twice, as stored and upcast."""
+    return ITEM_SIZES[code] + (ITEM_SIZES["BF16"] if is_float8(code) else 0)
+
+
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as bfloat16, which holds each of their values exactly; any other tensor as it is."""
+    small = tensor.is_floating_point() and tensor.element_size() == 1
+    return tensor.to(torch.bfloat16) if small else tensor
 
 
 def code_of(dtype: torch.dtype) -> str:

@@ -10,8 +10,9 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ AGAIN = "download or copy the file again"
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor is: `nbytes` bytes from byte `offset` of `file` on, row-major, little endian."""
+    """Where one tensor is: `nbytes` bytes from byte `offset` of `file` on, row-major, little endian.
+
+    With `strides` (in elements, none negative) it is a view as torch.save stores them: its elements lie that far
+    apart from `offset` on, and `nbytes` is what a row-major copy of it takes. `first_row` is the number of its first
+    row in the whole tensor.
+    """
 
     name: str
     dtype: str
@@ -34,22 +40,44 @@ class TensorEntry:
     file: Path
     offset: int
     nbytes: int
+    strides: tuple[int, ...] | None = None
+    first_row: int = 0
 
     @property
     def numel(self) -> int:
         """Number of elements; 1 for a 0-d tensor."""
         return math.prod(self.shape)
 
+    def rows(self, start: int, stop: int) -> TensorEntry:
+        """The entry of rows `start` to `stop` (exclusive) of a tensor with at least one axis."""
+        size = ITEM_SIZES[self.dtype]
+        row = math.prod(self.shape[1:])
+        step = row if self.strides is None else self.strides[0]
+        shape = (stop - start, *self.shape[1:])
+        return replace(
+            self,
+            shape=shape,
+            offset=self.offset + start * step * size,
+            nbytes=(stop - start) * row * size,
+            first_row=self.first_row + start,
+        )
+
+    def same_bytes(self, other: TensorEntry) -> bool:
+        """Whether both are the very same bytes of the same file, read the same way."""
+        return replace(self, name="") == replace(other, name="")
+
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself: `entries` in offset order; `mtime_ns` is that of the read file."""
+    """What a file says about itself: `entries` in the order in which safetensors stores them; `mtime_ns` is that of
+    the read file; `notes` tell what of the file is not used."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
     header_bytes: int
     file_bytes: int
     mtime_ns: int
+    notes: tuple[str, ...] = ()
 
 
 def shorten(text: str) -> str:
@@ -100,14 +128,12 @@ def read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def read_header(path: Path | str) -> Header:
-    """Read and check the header of one safetensors file; no tensor is read.
+@contextmanager
+def opened(path: Path, kind: str) -> Iterator[tuple[int, os.stat_result]]:
+    """Descriptor and status of a regular file, for reading what it says about itself.
 
-    Raises CheckpointError when the file is missing, not a regular file, or not exactly what the format
-    allows: cut short, trailing bytes, holes, overlaps, repeated names, unknown dtypes, sizes that do not
-    agree.
+    Raises CheckpointError when it cannot be opened or is not a regular file, and for each OSError of the block.
     """
-    path = Path(path)
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer; it has no effect on regular files.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -116,15 +142,28 @@ def read_header(path: Path | str) -> Header:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: is not a regular file; give a .safetensors file")
-        prefix = read_exactly(descriptor, 8, 0)
-        _check_prefix(path, prefix, status.st_size)
-        length = int.from_bytes(prefix, "little")
-        text = read_exactly(descriptor, length, 8)
+            raise CheckpointError(f"{path}: is not a regular file; give a {kind} file")
+        yield descriptor, status
     except OSError as error:
         raise CheckpointError(f"{path}: reading the header failed ({error.strerror}); check the disk") from error
     finally:
         os.close(descriptor)
+
+
+def read_header(path: Path | str) -> Header:
+    """Read and check the header of one safetensors file; no tensor is read.
+
+    Raises CheckpointError when the file is missing, not a regular file, or not exactly what the format
+    allows: cut short, trailing bytes, holes, overlaps, repeated names, unknown dtypes, sizes that do not
+    agree.
+    """
+    path = Path(path)
+    with opened(path, ".safetensors") as (descriptor, status):
+        prefix = read_exactly(descriptor, 8, 0)
+        check_no_pointer(path, prefix)
+        _check_prefix(path, prefix, status.st_size)
+        length = int.from_bytes(prefix, "little")
+        text = read_exactly(descriptor, length, 8)
     if len(text) != length:
         raise CheckpointError(f"{path}: became shorter while its header was read; {AGAIN}")
     try:
@@ -142,11 +181,15 @@ def read_header(path: Path | str) -> Header:
     return Header(entries, metadata, length, status.st_size, status.st_mtime_ns)
 
 
+def check_no_pointer(path: Path, prefix: bytes) -> None:
+    """Raise CheckpointError for the text that Git LFS leaves where it has not fetched a file."""
+    if prefix.startswith(b"version "):
+        raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` there")
+
+
 def _check_prefix(path: Path, prefix: bytes, file_bytes: int) -> None:
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: has {len(prefix)} bytes, a safetensors file has at least 8; {AGAIN}")
-    if prefix == b"version ":
-        raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` there")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(

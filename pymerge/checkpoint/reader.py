@@ -12,11 +12,14 @@ from types import TracebackType
 
 import torch
 
-from pymerge.checkpoint.dtypes import TORCH_DTYPES, bytes_of
+from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, bytes_of
 from pymerge.checkpoint.fileformat import TensorEntry, shorten
 from pymerge.errors import ArgumentError, CheckpointError
 
 CHUNK_BYTES = 64 << 20
+# Of a view whose elements lie apart, read at once and sorted out in memory: this much where most of it is wanted,
+# and no more than a page where the most part is not.
+_DENSE_BYTES, _SPARSE_BYTES = 4 << 20, 4 << 10
 # Eight experts of 160 shards would pass the usual limit of 1024 descriptors a process.
 _MAX_DESCRIPTORS = 128
 # The page cache holds files in blocks of at most this size.
@@ -80,7 +83,10 @@ class Reader:
                 f"{out.device}; pass a contiguous CPU tensor of that dtype and shape"
             )
         with self._descriptor(entry.file) as descriptor:
-            _fill(entry, descriptor, bytes_of(out), offset, nbytes)
+            if entry.strides is None:
+                _fill(entry, descriptor, bytes_of(out), offset, nbytes)
+            else:
+                _fill_strided(entry, descriptor, out, entry.strides, offset)
             self._check_stamp(entry.file, descriptor)
 
     def announce(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
@@ -156,7 +162,7 @@ class Reader:
 
 
 def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tuple[int, ...], int, int]:
-    """Shape, absolute offset and bytes of a row range; a 0-d tensor is one row that cannot be split."""
+    """Shape, absolute offset and bytes in the file of a row range; a 0-d tensor is one row that cannot be split."""
     rows = entry.shape[0] if entry.shape else 1
     stop = rows if stop_row is None else stop_row
     if not 0 <= start_row <= stop <= rows or (not entry.shape and start_row == stop):
@@ -166,6 +172,9 @@ def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tup
         )
     row_bytes = entry.nbytes // rows if rows else 0
     shape = (stop - start_row, *entry.shape[1:]) if entry.shape else ()
+    if entry.strides:
+        size = ITEM_SIZES[entry.dtype]
+        return shape, entry.offset + start_row * entry.strides[0] * size, _extent(shape, entry.strides) * size
     return shape, entry.offset + start_row * row_bytes, (stop - start_row) * row_bytes
 
 
@@ -185,3 +194,27 @@ def _fill(entry: TensorEntry, descriptor: int, view: memoryview, offset: int, nb
                 "so it changed since the plan was made; download or copy the file again"
             )
         done += count
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a view, both included."""
+    return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _fill_strided(
+    entry: TensorEntry, descriptor: int, out: torch.Tensor, strides: tuple[int, ...], offset: int
+) -> None:
+    """Read a view in parts whose elements lie close together: halve it along its widest axis until they do."""
+    shape = tuple(out.shape)
+    extent, size = _extent(shape, strides), out.element_size()
+    if extent * size <= (_DENSE_BYTES if 4 * extent <= 5 * out.numel() else _SPARSE_BYTES):
+        if extent:
+            part = torch.empty(extent, dtype=out.dtype)
+            _fill(entry, descriptor, bytes_of(part), offset, extent * size)
+            out.copy_(part.as_strided(shape, strides))
+        return
+    axis = max(range(len(shape)), key=lambda i: (shape[i] - 1) * strides[i])
+    half = shape[axis] // 2
+    _fill_strided(entry, descriptor, out.narrow(axis, 0, half), strides, offset)
+    rest = out.narrow(axis, half, shape[axis] - half)
+    _fill_strided(entry, descriptor, rest, strides, offset + half * strides[axis] * size)

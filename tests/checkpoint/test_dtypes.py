@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, bytes_of, code_of, is_float
+from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, bytes_of, code_of, is_float, is_float8, upcast
 from pymerge.checkpoint.fileformat import read_header
 from pymerge.errors import ArgumentError
 
@@ -31,8 +31,24 @@ def test_the_codes_that_models_use_are_all_there() -> None:
 
 def test_floats() -> None:
     floats = {code for code in TORCH_DTYPES if is_float(code)}
-    assert floats == {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+    small = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+    assert floats == {"F64", "F32", "F16", "BF16"} | small
+    assert {code for code in TORCH_DTYPES if is_float8(code)} == small
     assert not is_float("F4")
+
+
+@pytest.mark.parametrize("code", sorted(filter(is_float8, TORCH_DTYPES)))
+def test_every_8_bit_float_is_upcast_exactly(code: str) -> None:
+    stored = torch.arange(256, dtype=torch.uint8).view(TORCH_DTYPES[code])
+    assert upcast(stored).dtype == torch.bfloat16
+    assert torch.equal(upcast(stored).double().nan_to_num(), stored.double().nan_to_num())
+    assert upcast(stored).isnan().tolist() == stored.double().isnan().tolist()
+
+
+def test_other_types_are_not_upcast() -> None:
+    for dtype in (torch.float16, torch.float32, torch.int8, torch.uint8, torch.bool):
+        tensor = torch.ones(2, dtype=dtype)
+        assert upcast(tensor) is tensor
 
 
 def test_a_dtype_without_code_is_refused() -> None:
