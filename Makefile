@@ -37,7 +37,7 @@ format: $(VENV)/installed  ## let ruff format and fix
 gpu: $(VENV)/installed  ## on a machine with a CUDA GPU: the tests on the device, then its benchmarks
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
 	  || { echo "no CUDA device here: PyTorch sees none; run this on a machine with a GPU"; exit 1; }
-	PYMERGE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ops tests/test_methods.py
+	PYMERGE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ops tests/test_methods.py tests/test_pipeline.py
 	$(BIN)/python benchmarks/bench_ops.py --device cuda
 
 bench: $(VENV)/installed  ## time ops, solvers and merges beside PyTorch, published forms and mergekit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pymerge import engine, env, pieces
-from pymerge.backends import Dispatcher
+from pymerge.backends import Dispatcher, check_backend
 from pymerge.checkpoint import TORCH_DTYPES, code_of
 from pymerge.config import load_config
 from pymerge.errors import ArgumentError, NonFiniteError
@@ -51,10 +51,13 @@ def plan(
 
     Raises:
         ConfigError, PlanError, CheckpointError: with everything that is wrong.
+        BackendError: the device cannot be used here.
     """
+    target = resolve_device(device)
+    check_backend("auto", target)
     planned = build_plan(
         load_config(config),
-        budget(resolve_device(device), None if memory is None else parse_bytes(memory)),
+        budget(target, None if memory is None else parse_bytes(memory)),
         max_shard_bytes=parse_bytes(max_shard_size),
         dtype=dtype,
     )

@@ -97,7 +97,7 @@ def test_transposed_weights_are_copied_and_counted(tmp_path: Path) -> None:
 def test_more_blocks_need_no_more(tmp_path: Path, method: str) -> None:
     peaks = []
     for blocks in (8, 32):
-        base = llama(blocks=blocks, hidden=512, inner=1536)
+        base = llama(blocks=blocks, hidden=32, inner=96)
         folder = write_models(tmp_path / str(blocks), base, config=llama_config(base))
         peaks.append(planned(folder, method).peak_memory)
     assert peaks[0] == peaks[1]

@@ -1,0 +1,188 @@
+"""When something fails while a merge runs: memory, an input, the disk. And transfers, on the device that is there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import load_output, pymerge, tree, write_config, write_models
+from torch import Tensor
+
+from pymerge import api, engine
+from pymerge.backends import native
+from pymerge.checkpoint import Reader
+from pymerge.errors import BackendError, CheckpointError, OutOfMemoryError
+from pymerge.schedule import slots
+from pymerge.tracing import Tracer
+from pymerge.transfer import NoTransfer, transfer_to
+
+DEVICE = torch.device(os.environ.get("PYMERGE_TEST_DEVICE", "cpu"))
+NAMES = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(6)]
+UP = NAMES[0]
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(3)
+    return write_models(tmp_path, {name: torch.randn(640, 512, generator=generator) for name in NAMES})
+
+
+def out_of_memory(function: Callable[..., Any], fails: Callable[[Tensor], bool]) -> Callable[..., Any]:
+    """The op of a device that has no room for some tensors."""
+
+    def limited(base: Tensor, experts: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        if fails(experts[0]):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return function(base, experts, *args, **kwargs)
+
+    return limited
+
+
+def test_a_step_without_memory_is_done_in_halves(
+    models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = api.plan(write_config(models, "task_arithmetic"), device="cpu")
+    engine.run(plan, models / "whole", device="cpu")
+    rows: list[int] = []
+
+    def fails(expert: Tensor) -> bool:
+        rows.append(expert.shape[0])
+        return expert.shape[0] > 320
+
+    monkeypatch.setattr(native, "combine", out_of_memory(native.combine, fails))
+    with caplog.at_level(logging.WARNING, "pymerge"):
+        report = engine.run(plan, models / "halves", device="cpu")
+    assert rows == [640, 320, 320] * len(NAMES)
+    assert tree(models / "halves") == tree(models / "whole")
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == NAMES
+    assert "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); once more" in caplog.text
+    assert report.bytes_written == plan.bytes_written - len(plan.layouts[0].header)
+
+
+def test_a_whole_matrix_is_tried_once_more_with_nothing_else_in_memory(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = api.plan(write_config(models, "wudi_flow"), device="cpu")
+    engine.run(plan, models / "whole", device="cpu")
+    calls: list[int] = []
+
+    def fails(expert: Tensor) -> bool:
+        calls.append(1)
+        return len(calls) == 2
+
+    monkeypatch.setattr(native, "task_stats", out_of_memory(native.task_stats, fails))
+    engine.run(plan, models / "again", device="cpu")
+    assert len(calls) == len(NAMES) + 1
+    assert tree(models / "again") == tree(models / "whole")
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "wudi_flow"])
+def test_a_second_failure_names_the_tensor_and_the_run_can_go_on(
+    models: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    plan = api.plan(write_config(models, method), device="cpu", max_shard_size=640 * 512 * 4)
+    op = "combine" if method == "task_arithmetic" else "task_stats"
+    seen: list[int] = []
+
+    def fails(expert: Tensor) -> bool:
+        seen.append(1)
+        return len(seen) > 3
+
+    with monkeypatch.context() as patched:
+        patched.setattr(native, op, out_of_memory(getattr(native, op), fails))
+        with pytest.raises(
+            OutOfMemoryError, match=rf"^{NAMES[3]}: .* runs out of memory on cpu, .*; end other"
+        ) as told:
+            engine.run(plan, models / "out", device="cpu")
+    assert "the same command goes on where this one stopped" in str(told.value)
+    assert len(seen) == 5
+    assert engine.run(plan, models / "out", device="cpu").resumed_shards == 3
+
+
+def test_any_other_failure_of_an_op_names_tensor_and_action(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(native, "combine", broken)
+    with pytest.raises(BackendError, match=rf"^{UP}: weighted sum failed on cpu \(no kernel image is available\); try"):
+        api.merge(write_config(models, "linear"), models / "out", device="cpu", progress=False)
+    assert not (models / "out").exists()
+
+
+def test_an_input_that_vanishes_while_the_merge_runs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = api.plan(write_config(models, "linear"), device="cpu")
+    (models / "e1/model.safetensors").rename(models / "e1/elsewhere")
+    with pytest.raises(CheckpointError, match=r"e1/model\.safetensors: cannot be opened .* moved since the plan"):
+        engine.run(plan, models / "out", device="cpu")
+    assert not (models / "out").exists()
+    (models / "e1/elsewhere").rename(models / "e1/model.safetensors")
+    engine.run(plan, models / "out", device="cpu")
+    assert len(load_output(models / "out")) == len(NAMES)
+
+
+def test_one_message_for_an_error_of_a_reader(models: Path) -> None:
+    config = write_config(models, "linear", more="allow_nonfinite: true")
+    whole = (models / "e1/model.safetensors").read_bytes()
+    plan = api.plan(config)
+    (models / "e1/model.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(CheckpointError, match="changed since the plan was made"):
+        engine.run(plan, models / "out", device="cpu")
+    done = pymerge("merge", config, models / "out")
+    assert (done.code, len(done.errors)) == (4, 1)
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("method", ["linear", "wudi_flow", "ace"])
+def test_a_merge_on_the_device_is_the_merge_in_memory(models: Path, method: str) -> None:
+    config = write_config(models, method, rest="base") if method != "linear" else write_config(models, method)
+    api.merge(config, models / "out", device=str(DEVICE), progress=False)
+    base, first, second = (load_output(models / name) for name in ("base", "e0", "e1"))
+    parameters: dict[str, Any] = {"weight": 0.5} if method == "linear" else {}
+    for name, found in load_output(models / "out").items():
+        tensors = [first[name].to(DEVICE), second[name].to(DEVICE)]
+        expected = api.merge_tensors(base[name].to(DEVICE), tensors, method, **parameters)
+        assert torch.equal(found, expected.cpu())
+
+
+def test_a_transfer_brings_every_piece_to_the_device_and_back(models: Path) -> None:
+    plan = api.plan(write_config(models, "linear"), device=str(DEVICE), memory="16MiB")
+    plan = replace(plan, steps=plan.steps[:2])
+    queue = list(slots(plan.steps))
+    base = load_output(models / "base")
+    with Tracer() as tracer, Reader(plan.inputs.stamps) as reader:
+        transfer = transfer_to(DEVICE, queue, tracer)
+        for slot in queue:
+            entry = slot.step.base
+            loaded = transfer.load(reader, entry, slot.piece, transfer.prepare(entry, slot.piece))
+            assert loaded.device.type == DEVICE.type
+            transfer.begin()
+            doubled = loaded * 2
+            transfer.finish()
+            expected = 2 * base[entry.name][slot.piece.start : slot.piece.stop]
+            assert torch.equal(transfer.store(entry.name, doubled), expected)
+            transfer.reuse([loaded], doubled)
+
+
+def test_memory_of_inputs_is_used_again_but_never_that_of_the_result(models: Path) -> None:
+    plan = api.plan(write_config(models, "linear"), device="cpu")
+    step = plan.steps[0]
+    [piece] = step.pieces
+    transfer = NoTransfer()
+    one, two = (transfer.prepare(entry, piece) for entry in step.inputs)
+    transfer.reuse([one, two], merged=two)
+    again = [transfer.prepare(entry, piece) for entry in step.inputs]
+    assert [room.data_ptr() == one.data_ptr() for room in again] == [True, False]
+    assert all(room.data_ptr() != two.data_ptr() for room in again)
+    transfer.reuse(again, merged=one.clone())
+    transfer.begin()  # a computation takes what is left
+    assert transfer._idle == []
+    copied = api.plan(write_config(models, "wudi", rest="base", exclude=["."]), device="cpu")
+    engine.run(copied, models / "copied", device="cpu")
+    base = load_output(models / "base")
+    assert all(torch.equal(tensor, base[name]) for name, tensor in load_output(models / "copied").items())
