@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from logging import DEBUG, WARNING
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pymerge import env, pieces
+from pymerge import pieces
 from pymerge.backends import Dispatcher
 from pymerge.checkpoint import (
     TORCH_DTYPES,
@@ -28,6 +30,7 @@ from pymerge.checkpoint import (
 )
 from pymerge.errors import ArgumentError, BackendError, NonFiniteError, OutputError
 from pymerge.finite import check_finite, is_finite
+from pymerge.logs import event
 from pymerge.pieces import Piece
 from pymerge.planner import READ_AHEAD, WRITE_BEHIND, Plan, Step
 from pymerge.progress import NoProgress, ProgressSink
@@ -87,6 +90,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise BackendError(f"unknown device {str(device)!r}; choose auto, cpu, cuda or cuda:N") from error
 
 
+def processor(device: torch.device) -> str:
+    """What computes: the name of the GPU, or the instructions that PyTorch uses on this CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
 def run(
     plan: Plan,
     out: Path,
@@ -114,18 +124,22 @@ def run(
     progress = progress or NoProgress()
     target = resolve_device(device)
     run_op = Dispatcher(backend, target)
+    _log_plan(plan, backend, target)
     _refuse_inputs(plan, out)
-    fingerprint = plan.fingerprint(backend, str(target))
+    identity = plan.identity(backend, str(target), processor(target))
     manifest = read_manifest(out)
-    if manifest is not None and manifest["fingerprint"] == fingerprint and not overwrite:
+    if manifest is not None and manifest["identity"] == identity and not overwrite:
         return _verified(plan, out, clock, progress)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     with (
-        OutputDirectory(out, plan.layouts, fingerprint=fingerprint, overwrite=overwrite) as output,
+        OutputDirectory(out, plan.layouts, identity=identity, overwrite=overwrite) as output,
         Reader(plan.inputs.stamps) as reader,
     ):
         resumed = len(output.finished)
+        if resumed:
+            kept = sorted(output.finished)
+            event("resumed", f"kept {resumed} finished shards of an interrupted run", shards=kept)
         steps = [step for step in plan.steps if step.file not in output.finished]
         read = sum(step.bytes_read for step in steps)
         written = sum(step.nbytes for step in steps)
@@ -134,8 +148,8 @@ def run(
             _merge(steps, plan.config.allow_nonfinite, run_op, reader, output, clock, progress)
         finally:
             progress.close()
-        _publish(plan, output, fingerprint)
-    return MergeReport(
+        _publish(plan, output, backend, target)
+    report = MergeReport(
         output=out,
         tensors=len(plan.steps),
         parameters=plan.parameters,
@@ -151,6 +165,15 @@ def run(
         warnings=plan.warnings,
         resumed_shards=resumed,
     )
+    event("finished", report.lines()[0], **asdict(report))
+    return report
+
+
+def _log_plan(plan: Plan, backend: str, device: torch.device) -> None:
+    text = f"{plan.method.name}: {len(plan.steps)} tensors, {plan.bytes_read} bytes to read"
+    event("plan", text, **plan.summary(), backend=backend, device=str(device))
+    for warning in plan.warnings:
+        event("warning", warning, level=WARNING)
 
 
 def _refuse_inputs(plan: Plan, out: Path) -> None:
@@ -191,6 +214,9 @@ def _merge(
         for step, piece, loaded in _read_ahead(steps, reader, readers):
             progress.tensor(step.name)
             mark = time.perf_counter()
+            if piece is step.pieces[0]:
+                began = mark
+                event("step_started", step.name, level=DEBUG, tensor=step.name, action=step.action.label)
             tensors = [future.result() for future in loaded]
             progress.advance(sum(tensor.nbytes for tensor in tensors))
             read = time.perf_counter()
@@ -202,6 +228,9 @@ def _merge(
             writes.append(writer.submit(write, step, merged))
             del merged
             heap.freed(step.peak_bytes(piece))
+            if piece is step.pieces[-1]:
+                size = {"bytes_read": step.bytes_read, "bytes_written": step.nbytes}
+                event("step_finished", step.name, level=DEBUG, tensor=step.name, seconds=computed - began, **size)
             clock.reading += read - mark
             clock.computing += computed - read
             clock.writing += time.perf_counter() - computed
@@ -252,7 +281,7 @@ def _compute(step: Step, piece: Piece, tensors: list[Tensor], run_op: Dispatcher
     return merged.cpu()
 
 
-def _publish(plan: Plan, output: OutputDirectory, fingerprint: str) -> None:
+def _publish(plan: Plan, output: OutputDirectory, backend: str, device: torch.device) -> None:
     """Put everything beside the weights in place, and make the output visible."""
     donor = plan.inputs.donor
     files: dict[str, bytes | Path] = {path.as_posix(): donor.path / path for path in donor.other_files}
@@ -264,9 +293,15 @@ def _publish(plan: Plan, output: OutputDirectory, fingerprint: str) -> None:
         plan.layouts,
         output.checksums,
         files,
-        fingerprint=fingerprint,
-        pymerge_version=env.version(),
-        base_parameters=plan.parameters,
+        identity=output.identity,
+        recipe={
+            "config": RECIPE_NAME,
+            "directory": str(plan.config.directory or Path.cwd()),
+            "dtype": plan.dtype,
+            "backend": backend,
+            "device": str(device),
+        },
+        base_parameters=plan.base_parameters,
     )
     output.publish(files, manifest)
 
@@ -287,7 +322,7 @@ def _verified(plan: Plan, out: Path, clock: _Clock, progress: ProgressSink) -> M
         raise OutputError(
             f"{out} holds this merge, but damaged: " + "; ".join(found.problems) + "; give --overwrite to redo it"
         )
-    return MergeReport(
+    report = MergeReport(
         output=out,
         tensors=found.tensors,
         parameters=found.parameters,
@@ -302,3 +337,5 @@ def _verified(plan: Plan, out: Path, clock: _Clock, progress: ProgressSink) -> M
         warnings=plan.warnings,
         already_done=True,
     )
+    event("already_done", report.lines()[0], **asdict(report))
+    return report

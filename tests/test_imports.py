@@ -19,12 +19,13 @@ PACKAGE = ROOT / "pymerge"
 # A package (ops, methods, ...) is one part; everything else is a module.
 ARROWS = {
     "errors": "",
+    "logs": "errors",
     "env": "",
     "units": "errors",
     "ops": "errors",
     "methods": "errors ops",
     "layers": "errors",
-    "checkpoint": "errors",
+    "checkpoint": "errors logs",
     "finite": "errors checkpoint",
     "yaml_lines": "errors",
     "settings": "errors methods yaml_lines",
@@ -35,13 +36,14 @@ ARROWS = {
     "planner": "errors env units methods layers checkpoint config inputs pieces",
     "progress": "",
     "report": "env units planner",
-    "backends": "errors ops",
-    "engine": "errors env backends checkpoint finite pieces planner progress report",
+    "backends": "errors logs ops",
+    "engine": "errors backends checkpoint finite logs pieces planner progress report",
+    "recheck": "errors backends checkpoint config engine planner report",
     "api": ("errors env units methods layers checkpoint finite config pieces backends planner progress report engine"),
     "views": "env units methods layers backends planner",
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api",
-    "cli": "errors checkpoint progress api views",
+    "cli": "errors checkpoint logs progress recheck api views",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.

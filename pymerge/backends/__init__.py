@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import BackendError
+from pymerge.logs import event
 from pymerge.ops import OPS
 
 BACKENDS = ("reference", "native", "triton", "cuda")
@@ -22,8 +22,6 @@ _CUDA_ORDER = ("reference",)
 _CUDA_REASON = (
     "PyTorch on the device: no kernel of ours has been timed on a device yet; --backend triton or cuda selects them"
 )
-
-logger = logging.getLogger("pymerge")
 
 
 class Backend(Protocol):
@@ -138,7 +136,8 @@ class Dispatcher:
             choice = choose(op, self.device, key[1], self.backend)
             self._by_dtypes[key] = choice
             if choice not in self.choices.values():
-                logger.info("%s: backend %s (%s)", op, choice.backend, choice.reason)
+                text = f"{op}: backend {choice.backend} ({choice.reason})"
+                event("backend_chosen", text, op=op, backend=choice.backend, reason=choice.reason)
             self.choices[op] = choice
         return choice.function(*args, **kwargs)
 

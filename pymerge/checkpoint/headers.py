@@ -14,6 +14,7 @@ from pymerge.checkpoint.fileformat import (
     first_few,
     parse_json_object,
     read_header,
+    read_text_file,
     shorten,
 )
 from pymerge.errors import CheckpointError
@@ -121,9 +122,9 @@ def _find_weights(path: Path) -> tuple[tuple[Path, ...], str | None]:
 
 def _read_json(path: Path, *, unique: bool) -> dict[str, Any]:
     try:
-        return parse_json_object(path.read_bytes(), unique=unique)
+        return parse_json_object(read_text_file(path), unique=unique)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its rights") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file and its rights") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error}); download the file again") from error
 

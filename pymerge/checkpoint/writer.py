@@ -11,6 +11,7 @@ half-written directory for a model:
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,10 +34,12 @@ from pymerge.checkpoint.claim import (
 )
 from pymerge.checkpoint.dtypes import bytes_of, code_of
 from pymerge.checkpoint.files import WORK_FOLDER, free_bytes, install, os_errors
+from pymerge.checkpoint.identity import Identity
 from pymerge.checkpoint.layout import ShardLayout
 from pymerge.checkpoint.publishing import check_names, publish_files
-from pymerge.checkpoint.shardfile import ShardFile
+from pymerge.checkpoint.shardfile import ShardFile, is_whole
 from pymerge.errors import OutputError
+from pymerge.logs import event
 
 # Written at the start and not when a run fails, so that a killed run leaves it too.
 _NOTE = b"""\
@@ -53,17 +56,17 @@ def _internal(message: str) -> OutputError:
 class OutputDirectory:
     """An output directory that belongs to this process between `open` and `publish` or `abandon`.
 
-    `layouts` are all files of the output, `fingerprint` identifies inputs and parameters: a run with the same
+    `layouts` are all files of the output, `identity` is what the merge is made of: a run with the same
     one goes on where an earlier run stopped. Not thread-safe: one thread writes. As a context manager it
     opens, and abandons what was not published.
     """
 
     def __init__(
-        self, path: Path | str, layouts: Sequence[ShardLayout], *, fingerprint: str, overwrite: bool = False
+        self, path: Path | str, layouts: Sequence[ShardLayout], *, identity: Identity, overwrite: bool = False
     ) -> None:
         self.path = Path(path)
         self.layouts = tuple(layouts)
-        self.fingerprint = fingerprint
+        self.identity = dict(identity)
         self.overwrite = overwrite
         self._work = self.path / WORK_FOLDER
         self._shards = {layout.file: layout for layout in self.layouts}
@@ -106,7 +109,7 @@ class OutputDirectory:
             if state is None:
                 self._check_space(self.layouts, earlier_bytes(self.path))
                 remove_earlier(self.path)
-                state = State(self.fingerprint, list(self._shards))
+                state = State(self.identity, list(self._shards))
                 state.save(self._work)
             self._state = state
             install(_NOTE, self._work / NOTE_NAME, self._work / TEMPORARY_NAME)
@@ -204,17 +207,18 @@ class OutputDirectory:
                     self._created.append(folder)
 
     def _check_claim(self) -> State | None:
-        return check_claim(self.path, self.fingerprint, list(self._shards), overwrite=self.overwrite)
+        return check_claim(self.path, self.identity, list(self._shards), overwrite=self.overwrite)
 
     def _drop_damaged(self, state: State) -> None:
-        """Keep the shards whose size and header are as planned, remove the others. Raises OSError."""
+        """Keep the shards whose size, header and checksums are as recorded, remove the others. Raises OSError."""
         for file, layout in self._shards.items():
             (self._work / partial_name(file)).unlink(missing_ok=True)
             folders = [self._work, self.path] if file in state.publishing else [self._work]
             digests = state.finished.get(file, {})
-            known = set(digests) == {tensor.name for tensor in layout.tensors}
-            if not (known and any(_is_whole(folder / file, layout) for folder in folders)):
-                state.finished.pop(file, None)
+            if not any(is_whole(folder / file, layout, digests) for folder in folders):
+                if state.finished.pop(file, None) is not None:
+                    text = f"{file}: was finished and is no longer as it was written; it is made again"
+                    event("shard_damaged", text, level=logging.WARNING, file=file)
                 for folder in folders:
                     (folder / file).unlink(missing_ok=True)
         state.save(self._work)
@@ -237,6 +241,7 @@ class OutputDirectory:
         state.finished[layout.file] = shard.finish(self._work / layout.file)
         self._active.pop(layout.file, None)
         state.save(self._work)
+        event("shard_finished", f"{layout.file}: finished", level=logging.DEBUG, file=layout.file, bytes=layout.nbytes)
 
     def _remove_work(self, state: State | None) -> None:
         """Remove what `state` lists from the work folder, then lock and folder if nothing else is in it."""
@@ -254,10 +259,3 @@ class OutputDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _is_whole(file: Path, layout: ShardLayout) -> bool:
-    if not file.is_file() or file.stat().st_size != layout.nbytes:
-        return False
-    with open(file, "rb") as stream:
-        return stream.read(len(layout.header)) == layout.header
