@@ -118,11 +118,12 @@ class MergeConfig(_Strict):
         return tuple(Rule(rule.pattern, rule.kind, rule.in_axis, rule.stacked) for rule in self.layers)
 
 
-def load_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
+def load_config(source: str | Path | Mapping[str, Any], *, directory: Path | None = None) -> MergeConfig:
     """Read and check a config.
 
     Args:
         source: the path of a YAML file, a YAML text (a str with a line break), or a mapping.
+        directory: where relative names of models are looked up first; default: the folder of the file.
 
     Raises:
         ConfigError: with one line for each problem: file, line, value, and what to do.
@@ -133,6 +134,8 @@ def load_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
         document = parse_yaml(source, "config")
     else:
         document = read_yaml_file(Path(source).expanduser())
+    if directory is not None:
+        document.directory = directory
     if not isinstance(document.data, dict):
         document.add((), "the config is not a mapping; start with 'merge_method: ...' and 'models:'")
         document.finish()

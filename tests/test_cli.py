@@ -34,9 +34,11 @@ from pymerge.backends import BACKENDS, describe
 from pymerge.methods import METHODS
 
 OPTIONS = {
-    "merge": ("--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --quiet --verbose --help"),
-    "plan": "--memory --max-shard-size --dtype --help",
-    "verify": "--allow-nonfinite --quiet --help",
+    "merge": (
+        "--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --quiet --verbose --log-json --help"
+    ),
+    "plan": "--memory --max-shard-size --dtype --log-json --help",
+    "verify": "--allow-nonfinite --deep --quiet --log-json --help",
     "methods": "--help",
     "env": "--help",
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, code_of, is_float
+from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, bytes_of, code_of, is_float
 from pymerge.checkpoint.files import MANIFEST_NAME, WORK_FOLDER, atomic_write, fsync_directory
 from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
+from pymerge.checkpoint.identity import differences
 from pymerge.checkpoint.layout import ShardLayout, TensorLayout, index_json, index_name, layout_shards
 from pymerge.checkpoint.manifest import VerifyReport, build_manifest, read_manifest, verify
 from pymerge.checkpoint.reader import Reader
@@ -25,7 +26,9 @@ __all__ = [
     "VerifyReport",
     "atomic_write",
     "build_manifest",
+    "bytes_of",
     "code_of",
+    "differences",
     "fsync_directory",
     "index_json",
     "index_name",

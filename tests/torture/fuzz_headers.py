@@ -58,6 +58,7 @@ class Target:
         kind, body = data[0] % 3 if data else RAW, data[1:]
         path = self.index if kind == LISTED else self.file
         path.write_bytes(file_of(body, DATA_BYTES) if kind == TEXT else body)
+        said = str(path)  # what an error must name
         try:
             if kind == LISTED:
                 opened = open_checkpoint(self.model)
@@ -66,7 +67,8 @@ class Target:
             else:
                 check(read_header(path), path.read_bytes())
         except CheckpointError as error:
-            assert str(self.model if kind == LISTED else path) in str(error)
+            said = str(error)
+        assert str(self.model if kind == LISTED else path) in said
 
 
 def check(header: Header, content: bytes) -> None:
