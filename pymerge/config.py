@@ -103,6 +103,11 @@ class MergeConfig(_Strict):
         return self._document.text
 
     @property
+    def name(self) -> str:
+        """What messages call the config: its file, or "config"."""
+        return self._document.name
+
+    @property
     def directory(self) -> Path | None:
         """Folder of the config's file; None if it came from a mapping or a text."""
         return self._document.directory

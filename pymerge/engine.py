@@ -25,6 +25,7 @@ from pymerge.checkpoint import (
     Reader,
     TensorEntry,
     build_manifest,
+    printable,
     read_manifest,
     verify,
 )
@@ -303,7 +304,7 @@ def _publish(plan: Plan, output: OutputDirectory, backend: str, device: torch.de
         identity=output.identity,
         recipe={
             "config": RECIPE_NAME,
-            "directory": str(plan.config.directory or Path.cwd()),
+            "directory": printable(plan.config.directory or Path.cwd()),
             "dtype": plan.dtype,
             "backend": backend,
             "device": str(device),

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from pymerge import env, pieces
-from pymerge.checkpoint import ITEM_SIZES, Checkpoint, ShardLayout, TensorEntry, layout_shards
+from pymerge.checkpoint import ITEM_SIZES, Checkpoint, ShardLayout, TensorEntry, layout_shards, printable
 from pymerge.config import MergeConfig, canonical, participants, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.inputs import Inputs, listed, match_tensors, open_inputs, tied_heads
@@ -137,8 +137,10 @@ class Plan:
         decisive = ["pymerge-engine", "torch"] + (["triton"] if device.startswith("cuda") else [])
         parts = {f"{name} version": versions[name] for name in decisive}
         parts |= {f"config {key}": json.dumps(value) for key, value in _flat(canonical(self.config))}
-        parts |= {f"input {path}": f"{size} bytes, {time} ns" for path, (size, time) in self.inputs.stamps.items()}
-        parts |= {f"input {path}": stamp for path, stamp in self.inputs.carried.items()}
+        parts |= {
+            f"input {printable(path)}": f"{size} bytes, {time} ns" for path, (size, time) in self.inputs.stamps.items()
+        }
+        parts |= {f"input {printable(path)}": stamp for path, stamp in self.inputs.carried.items()}
         parts |= {"output dtype": self.dtype or "as in the base", "output files": headers.hexdigest()}
         return parts | {"backend": backend, "device": device, "processor": processor}
 
@@ -170,7 +172,7 @@ def build_plan(
     described = {name: (entry.dtype, entry.shape) for name, entry in donor.tensors.items()}
     layers = classify(described, donor.config, config.rules)
     problems += [
-        f"layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
+        f"{config.name}: layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
         for pattern in unused_rules(layers, config.rules)
     ]
     names, warnings = match_tensors(inputs, layers, config, problems)

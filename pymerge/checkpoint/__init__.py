@@ -5,7 +5,7 @@ from __future__ import annotations
 from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, bytes_of, code_of, is_float
 from pymerge.checkpoint.files import MANIFEST_NAME, WORK_FOLDER, atomic_write, fsync_directory
 from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
-from pymerge.checkpoint.identity import differences
+from pymerge.checkpoint.identity import differences, printable
 from pymerge.checkpoint.layout import ShardLayout, TensorLayout, index_json, index_name, layout_shards
 from pymerge.checkpoint.manifest import VerifyReport, build_manifest, read_manifest, verify
 from pymerge.checkpoint.reader import Reader
@@ -35,6 +35,7 @@ __all__ = [
     "is_float",
     "layout_shards",
     "open_checkpoint",
+    "printable",
     "read_header",
     "read_manifest",
     "verify",

@@ -68,6 +68,10 @@ def load_state(work: Path) -> State | None:
         if set(raw) != {"identity", "shards", "finished", "publishing"}:
             raise ValueError("it has other fields than expected")
         state = State(**raw)
+        if not isinstance(state.finished, dict) or not isinstance(state.shards, list):
+            raise ValueError("its shards are no list")
+        if not isinstance(state.publishing, list):
+            raise ValueError("its published files are no list")
         named = [*state.shards, *state.finished, *state.publishing]
         if not is_identity(state.identity) or not all(is_safe_name(name) for name in named):
             raise ValueError("it lists names outside the directory")

@@ -6,12 +6,19 @@ to texts. Merges of equal identities write the same bytes, so that only such a m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 Identity = dict[str, str]
 
 _PARTS_SHOWN = 4
-_VALUE_SHOWN = 80
+_SHOWN = 100  # characters of a name or value
+
+
+def printable(path: Path) -> str:
+    """A path as text that every file can hold: bytes that are no UTF-8 become escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_identity(value: object) -> bool:
@@ -22,7 +29,7 @@ def is_identity(value: object) -> bool:
 def differences(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """One text for each part that differs, such as "device (was cpu, is cuda)", in the order of names."""
     return [
-        f"{part} (was {_shown(recorded.get(part))}, is {_shown(now.get(part))})"
+        f"{_shown(part)} (was {_shown(recorded.get(part))}, is {_shown(now.get(part))})"
         for part in sorted({*recorded, *now})
         if recorded.get(part) != now.get(part)
     ]
@@ -37,4 +44,4 @@ def describe(parts: list[str]) -> str:
 def _shown(value: str | None) -> str:
     if value is None:
         return "absent"
-    return value if len(value) <= _VALUE_SHOWN else value[:_VALUE_SHOWN] + "..."
+    return value if len(value) <= _SHOWN else value[:_SHOWN] + "..."
