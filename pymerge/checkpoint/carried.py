@@ -49,7 +49,7 @@ def model_files(folder: Path) -> Iterator[Path]:
         path = folder / name
         if name.startswith("."):
             continue
-        if "\udc80" <= max(name) <= "\udcff":  # how Python names bytes that are no UTF-8
+        if any("\udc80" <= letter <= "\udcff" for letter in name):  # how Python names bytes that are no UTF-8
             raise CheckpointError(f"{printable(path)}: its name is not valid UTF-8; rename it or move it away")
         if path.is_dir():
             if not (path.is_symlink() or name in _SKIPPED_FOLDERS or name.startswith("checkpoint-")):
