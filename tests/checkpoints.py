@@ -207,7 +207,8 @@ class Running:
         if self._process.exitcode is None:
             self._process.kill()
             raise AssertionError("pymerge did not end within two minutes")
-        texts = [Path(self._folder.name, name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+        files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        texts = [file.read_text(encoding="utf-8", errors="surrogateescape") for file in files]
         self._folder.cleanup()
         return Done(self._process.exitcode, *texts)
 

@@ -270,6 +270,22 @@ def test_verify_of_something_else(models: Path) -> None:
         assert f"{folder}: has no pymerge_manifest.json" in done.errors[0]
 
 
+def test_a_folder_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff"))
+    base = llama(blocks=1)
+    write_models(folder, base, config=llama_config(base))
+    config = write_config(folder, "linear")
+    for said in ("merged 12 tensors", "verified 12 tensors"):
+        done = pymerge("merge", config, folder / "out")
+        assert done.code == 0, done
+        assert said in done.out
+    assert pymerge("verify", folder / "out").code == 0
+    (folder / "base" / os.fsdecode(b"\xfe.txt")).touch()
+    done = pymerge("merge", config, folder / "other")
+    assert done.code == 4
+    assert r"\xfe.txt: its name is not valid UTF-8; rename it" in done.errors[0]
+
+
 SHARDS = 13
 
 
@@ -354,6 +370,7 @@ def test_an_unfinished_merge_is_not_continued_by_another_one(
     done = pymerge("merge", other, out, "--max-shard-size", "30KB")
     assert done.code == 8
     assert "holds an unfinished merge of other inputs or parameters" in done.errors[0]
+    assert "config parameters.iterations (was 800, is 1)" in done.errors[0]
     done = pymerge("merge", other, out, "--max-shard-size", "30KB", "--overwrite")
     assert done.code == 0, done
     assert "interrupted" not in done.out

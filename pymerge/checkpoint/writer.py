@@ -102,7 +102,7 @@ class OutputDirectory:
         """
         try:
             self._create_directory()
-            if not self._work.exists():
+            if self._work.is_symlink() or not self._work.exists():
                 self._check_claim()  # before anything is changed
             self._lock = acquire_lock(self.path)
             state = self._check_claim()

@@ -95,6 +95,44 @@ def test_an_unfinished_merge_of_something_else(tmp_path: Path) -> None:
     assert_holds(tmp_path, SMALL)
 
 
+def test_what_differs_is_named(tmp_path: Path) -> None:
+    recorded = {
+        "device": "cpu",
+        "torch version": "2.5",
+        "config scale": "1.0",
+        "input /m/a": "1 bytes",
+        "old": "x" * 999,
+    }
+    layouts = plan(SMALL, 40)
+    with OutputDirectory(tmp_path, layouts, identity=recorded) as output:
+        write_shard(output, layouts[0], SMALL)
+    now = recorded | {"torch version": "2.6", "config scale": "0.5"}
+    said = (
+        f"{tmp_path}: holds an unfinished merge of other inputs or parameters, it differs in: "
+        "config scale (was 1.0, is 0.5), torch version (was 2.5, is 2.6); run that command again to finish it, "
+        "choose another directory, or give --overwrite to start anew"
+    )
+    with pytest.raises(OutputError) as caught:
+        OutputDirectory(tmp_path, layouts, identity=now).open()
+    assert str(caught.value) == said
+    with pytest.raises(OutputError, match=r"differs in: config scale \(was 1.0, is absent\), .* and 2 more; run that"):
+        OutputDirectory(tmp_path, layouts, identity={"new": "1"}).open()
+    with OutputDirectory(tmp_path, layouts, identity=recorded) as output:
+        finish(output, SMALL)
+    with pytest.raises(OutputError, match=r"holds a finished merge, which differs in: device \(was cpu, is cuda\); ch"):
+        OutputDirectory(tmp_path, layouts, identity=recorded | {"device": "cuda"}).open()
+
+
+def test_a_work_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.pymerge").symlink_to(tmp_path / "elsewhere")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"\.pymerge: is a link; remove it"):
+            OutputDirectory(tmp_path / "out", plan(SMALL, 40), identity={}, overwrite=overwrite).open()
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
 def test_overwrite_resumes_the_same_merge(tmp_path: Path) -> None:
     unfinished(tmp_path, "f")
     with OutputDirectory(tmp_path, plan(SMALL, 40), identity={"config": "f"}, overwrite=True) as output:
@@ -214,6 +252,9 @@ def test_a_manifest_cannot_make_us_delete_outside(tmp_path: Path) -> None:
         '{"format": 1}',
         '{"format": 2, "identity": {}}',
         '{"format": 2, "identity": {}, "shards": ["../x"], "finished": {}, "publishing": []}',
+        '{"format": 2, "identity": {}, "shards": [], "finished": "x", "publishing": []}',
+        '{"format": 2, "identity": {}, "shards": [], "finished": {}, "publishing": "x"}',
+        '{"format": 2, "identity": {"a": 1}, "shards": [], "finished": {}, "publishing": []}',
         '{"format": 2, "identity": {}, "shards": 3, "finished": {}, "publishing": []}',
         '{"format": 2, "identity": {}, "shards": [], "finished": {"a": 1}, "publishing": []}',
     ],

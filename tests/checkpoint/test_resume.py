@@ -63,7 +63,13 @@ def _change_header(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [_truncate, _change_header, Path.unlink])
+def _flip_a_bit_of_a_tensor(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _change_header, _flip_a_bit_of_a_tensor, Path.unlink])
 def test_damaged_finished_shards_are_redone(damage: Callable[[Path], None], tmp_path: Path) -> None:
     layouts = plan(SMALL, 40)
     with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
@@ -146,6 +152,17 @@ def test_a_killed_run_gives_the_same_bytes_when_started_again(point: str, tmp_pa
     with OutputDirectory(tmp_path / "whole", layouts, identity={"config": "f"}) as output:
         finish(output, SMALL, FILES)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert_holds(tmp_path / "out", SMALL)
+
+
+def test_a_shard_damaged_while_publishing_was_interrupted_is_redone(tmp_path: Path) -> None:
+    child = in_other_process(lambda: kill_at("rename:9", tmp_path / "out"))
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    layouts = plan(SMALL, 40)
+    _flip_a_bit_of_a_tensor(tmp_path / "out" / layouts[1].file)
+    with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
+        assert output.finished == {layouts[number].file for number in (0, 2, 3)}
+        finish(output, SMALL, FILES)
     assert_holds(tmp_path / "out", SMALL)
 
 
