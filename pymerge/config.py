@@ -6,6 +6,7 @@ of a config are reported together.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -212,7 +213,7 @@ def model_path(config: MergeConfig, name: str) -> Path:
     """
     tried = places(name, config.directory)
     for path in tried:
-        if path.exists():
+        if os.path.exists(path):  # not Path.exists, which raises OSError for names that are too long
             return path
     raise CheckpointError(
         f"{config._document.name}: model {name!r} not found: no {' and no '.join(map(str, tried))}; "

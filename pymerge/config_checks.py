@@ -159,7 +159,7 @@ class Checker:
                 problem = f"unknown key {unknown!r} in {show(location)}; write the model's path alone"
                 self._document.add((*location, unknown), problem)
             return self._reference(value.get(key), (*location, key))
-        if isinstance(value, str) and not any(path.exists() for path in places(value, self._document.directory)):
+        if isinstance(value, str) and not any(os.path.exists(path) for path in places(value, self._document.directory)):
             for sign, key in (("+", "lora"), ("@", "revision")):
                 if sign in value:
                     problem = f"{show(location)} is {value!r}: '{sign}{key}' is not supported yet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """
     given = str(path)
     path = Path(path).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # not Path.is_dir, which raises OSError for names that are too long
         return _open_directory(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(_missing(given))
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: is neither a directory nor a .safetensors file; {_CONVERT}")
@@ -98,7 +99,7 @@ def _find_weights(path: Path) -> tuple[tuple[Path, ...], str | None]:
         raise CheckpointError(f"{path}: has several indexes ({first_few(indexes)}); keep the one to be merged")
     if indexes:
         shards = sorted(set(_read_weight_map(path / indexes[0]).values()))
-        absent = [shard for shard in shards if not (path / shard).is_file()]
+        absent = [shard for shard in shards if not os.path.isfile(path / shard)]
         if absent:
             raise CheckpointError(
                 f"{path / indexes[0]}: shards are missing: {first_few(absent)}; download the missing files"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def read_manifest(path: Path | str) -> dict[str, Any] | None:
     Raises OutputError when it is damaged.
     """
     path = Path(path)
-    return None if (path / WORK_FOLDER / STATE_NAME).exists() else load_manifest(path)
+    return None if os.path.exists(path / WORK_FOLDER / STATE_NAME) else load_manifest(path)
 
 
 def load_manifest(path: Path) -> dict[str, Any] | None:
@@ -99,7 +100,7 @@ def load_manifest(path: Path) -> dict[str, Any] | None:
     file = path / MANIFEST_NAME
     try:
         with os_errors(file, "reading"):
-            if not file.exists():
+            if not os.path.exists(file):  # not Path.exists, which raises OSError for names that are too long
                 return None
             manifest = parse_json_object(read_text_file(file), unique=True)
         _check_manifest(manifest)
@@ -246,7 +247,7 @@ def _count_nonfinite(chunk: torch.Tensor) -> int:
 
 def _verify_files(path: Path, manifest: dict[str, Any], report: VerifyReport) -> None:
     for name, expected in manifest["files"].items():
-        if not (path / name).is_file():
+        if not os.path.isfile(path / name):
             report.problems.append(f"{path / name}: is missing; merge again")
             continue
         try:

@@ -102,7 +102,7 @@ class OutputDirectory:
         """
         try:
             self._create_directory()
-            if self._work.is_symlink() or not self._work.exists():
+            if self._work.is_symlink() or not os.path.exists(self._work):
                 self._check_claim()  # before anything is changed
             self._lock = acquire_lock(self.path)
             state = self._check_claim()
@@ -198,11 +198,11 @@ class OutputDirectory:
         return self._state
 
     def _create_directory(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise OutputError(f"{self.path}: is a file; give a directory")
         with os_errors(self.path, "creating the directory"):
             for folder in [*reversed(self.path.parents), self.path]:
-                if not folder.exists():
+                if not os.path.exists(folder):
                     folder.mkdir()
                     self._created.append(folder)
 

@@ -69,6 +69,12 @@ def test_foreign_files_are_never_touched(name: str, overwrite: bool, tmp_path: P
     assert not (tmp_path / ".pymerge").exists()
 
 
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"creating the directory failed \(File name too long\)"):
+        OutputDirectory(tmp_path / ("x" * 300), plan(SMALL, 40), identity={}).open()
+    assert os.listdir(tmp_path) == []
+
+
 def test_only_three_foreign_names_are_listed(tmp_path: Path) -> None:
     for number in range(9):
         (tmp_path / str(number)).touch()

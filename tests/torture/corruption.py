@@ -30,7 +30,21 @@ SECONDS = 5  # for one case
 
 DEEP = 100_000
 NUMBERS = [0, -1, 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 0.5, 1e308, float("nan"), float("inf")]
-TEXTS = ["", "\0", "\ud800", "\udcff", "..", "../x", "/etc/passwd", "C:\\x", "a" * 5000, "__metadata__", "F32", "é"]
+TEXTS = [
+    "",
+    "\0",
+    "\ud800",
+    "\udcff",
+    "..",
+    "../x",
+    "/etc/passwd",
+    "C:\\x",
+    "a" * 5000,
+    "a" * 300 + ".safetensors",
+    "__metadata__",
+    "F32",
+    "é",
+]
 OTHERS: list[Any] = [None, True, False, [], {}, [[]], [0, 0], [2**63, 2**63], {"": ""}]
 TOKENS = [b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\ud800", b"NaN", b"-Infinity", b"1e999", b"\xff", b"\0", b"\n"]
 TOKENS += [b"9" * 5000, b"<<: *a", b"&a", b"!!python/object:os.system", b"- ", b"  ", b"#", b"%", b"\t", b"null"]
@@ -59,6 +73,8 @@ class Subject:
         self.folder = folder
         self.file = folder / file
         self.named = folder / (named or file)  # what a refusal must name
+        # A recipe can name other models; it is then these that are refused.
+        self._targets = [folder.as_posix() + "/", "/etc/passwd"] if self.file.suffix == ".yml" else []
         self.content = self.file.read_bytes()
         self._read = read
         self._changed = None if changed is None else folder / changed  # a folder that reading may change
@@ -118,8 +134,9 @@ class Subject:
         try:
             self._read(self.folder)
         except PymergeError as error:
-            named = self.named if self.file.exists() else self.named.parent
-            return "refused" if str(named) in str(error) else f"does not name {named}: {error!s:.300}"
+            names = [str(self.named) if os.path.exists(self.file) else str(self.named.parent), *self._targets]
+            known = any(name in str(error) for name in names)
+            return "refused" if known else f"does not name {names[0]}: {error!s:.300}"
         except TookTooLong:
             return f"took longer than {SECONDS} s: {traceback.format_exc()}"
         except BaseException:  # the very thing to be found
