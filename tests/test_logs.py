@@ -91,6 +91,8 @@ def test_resuming_and_damage_are_told(tmp_path: Path) -> None:
     done = pymerge(*args, "--log-json", "-", "--quiet")
     assert done.code == 0, done
     events = lines(done.err)
+    (checking,) = named(events, "checking_shards")
+    assert (checking["shards"], checking["bytes"]) == (kept, 3 * len(data))
     (damaged,) = named(events, "shard_damaged")
     assert (damaged["file"], damaged["level"]) == (kept[0], "warning")
     (resumed,) = named(events, "resumed")

@@ -33,7 +33,7 @@ from pymerge.checkpoint.claim import (
     remove_earlier,
 )
 from pymerge.checkpoint.dtypes import bytes_of, code_of
-from pymerge.checkpoint.files import WORK_FOLDER, free_bytes, install, os_errors
+from pymerge.checkpoint.files import WORK_FOLDER, free_bytes, fsync_directory, install, os_errors
 from pymerge.checkpoint.identity import Identity
 from pymerge.checkpoint.layout import ShardLayout
 from pymerge.checkpoint.publishing import check_names, publish_files
@@ -205,12 +205,17 @@ class OutputDirectory:
                 if not os.path.exists(folder):
                     folder.mkdir()
                     self._created.append(folder)
+                    fsync_directory(folder.parent)
 
     def _check_claim(self) -> State | None:
         return check_claim(self.path, self.identity, list(self._shards), overwrite=self.overwrite)
 
     def _drop_damaged(self, state: State) -> None:
         """Keep the shards whose size, header and checksums are as recorded, remove the others. Raises OSError."""
+        if state.finished:
+            nbytes = sum(self._shards[file].nbytes for file in state.finished if file in self._shards)
+            text = f"checking {len(state.finished)} finished shards ({nbytes:,} bytes) of an interrupted run"
+            event("checking_shards", text, shards=sorted(state.finished), bytes=nbytes)
         for file, layout in self._shards.items():
             (self._work / partial_name(file)).unlink(missing_ok=True)
             folders = [self._work, self.path] if file in state.publishing else [self._work]
