@@ -259,13 +259,6 @@ def _read_ahead(
         yield ahead.popleft()
 
 
-def recompute(step: Step, reader: Reader, run_op: Dispatcher, allow_nonfinite: bool) -> Iterator[Tensor]:
-    """The pieces of one output tensor in their order, one after another: what a check compares with."""
-    for piece in step.pieces:
-        tensors = [_read(reader, entry, piece) for entry in step.inputs]
-        yield _compute(step, piece, tensors, run_op, allow_nonfinite)
-
-
 def _read(reader: Reader, entry: TensorEntry, piece: Piece) -> Tensor:
     return reader.read(entry, piece.start, piece.stop) if entry.shape else reader.read(entry)
 

@@ -38,7 +38,7 @@ ARROWS = {
     "report": "env units planner",
     "backends": "errors logs ops",
     "engine": "errors env backends checkpoint finite logs pieces planner progress report",
-    "recheck": "errors backends checkpoint config engine planner progress",
+    "recheck": "errors backends checkpoint config engine pieces planner progress",
     "api": ("errors env units methods layers checkpoint finite config pieces backends planner progress report engine"),
     "views": "env units methods layers backends planner",
     "testing": "errors env ops methods backends api",
