@@ -26,7 +26,8 @@ from pymerge.errors import PymergeError
 from pymerge.planner import build_plan
 
 MEMORY_BYTES = 512 << 20  # above what the process has at its start
-SECONDS = 5  # for one case
+SECONDS = 5  # of the processor for one case
+WAITING = 60  # by the clock: the machine may be busy with something else
 
 DEEP = 100_000
 NUMBERS = [0, -1, 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 0.5, 1e308, float("nan"), float("inf")]
@@ -130,7 +131,8 @@ class Subject:
 
     def outcome(self) -> str:
         """ "accepted" or "refused", or what is wrong: another exception, a message without the file, too slow."""
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, WAITING)
         try:
             self._read(self.folder)
         except PymergeError as error:
@@ -138,10 +140,11 @@ class Subject:
             known = any(name in str(error) for name in names)
             return "refused" if known else f"does not name {names[0]}: {error!s:.300}"
         except TookTooLong:
-            return f"took longer than {SECONDS} s: {traceback.format_exc()}"
+            return f"took longer than {SECONDS} s, or waited {WAITING} s: {traceback.format_exc()}"
         except BaseException:  # the very thing to be found
             return traceback.format_exc()
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
         return "accepted"
 
@@ -257,6 +260,7 @@ def run(folder: Path, kind: str, cases: int) -> tuple[Counter[str], list[str]]:
         raise TookTooLong
 
     signal.signal(signal.SIGALRM, alarm)
+    signal.signal(signal.SIGPROF, alarm)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
