@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu setup.py pyproject.toml constraints.txt)
 
-.PHONY: demo test lint format gpu bench bench-small clean help
+.PHONY: demo test torture lint format gpu bench bench-small clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -23,6 +23,11 @@ demo: $(VENV)/installed  ## set up, merge the example experts by every method, c
 test: $(VENV)/installed  ## set up, run all tests
 	@echo "== running the tests"
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/installed  ## kill, fill disks and damage files by the hundred, then fuzz the parsers for 10 minutes
+	PYMERGE_TORTURE=1 $(BIN)/python -m pytest -s tests/torture
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
+	$(BIN)/python tests/torture/fuzz_headers.py -max_total_time=600
 
 lint: $(VENV)/installed  ## style and types
 	@echo "== ruff and mypy"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +16,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pymerge.errors import OutputError, PymergeError
+from pymerge.errors import ArgumentError, OutputError, PymergeError
+from pymerge.logs import event, recording
 
 app = typer.Typer(
     help="Merge fine-tuned models of one base into one model.",
@@ -59,6 +60,10 @@ Memory = Annotated[
 ShardSize = Annotated[str, typer.Option(help="Start a new file above this size.")]
 Dtype = Annotated[
     OutputDtype | None, typer.Option(help="Output dtype, instead of the config's or the base's.", show_default=False)
+]
+LogJson = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Append events as lines of JSON; - for standard error.", show_default=False),
 ]
 
 
@@ -108,14 +113,13 @@ def merge(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say which backend computes what, and which tensors are slow.")
     ] = False,
+    log_json: LogJson = None,
 ) -> None:
     """Merge the models of CONFIG into the directory OUT.
 
     The same command continues an interrupted merge, and verifies a finished one.
     """
-    with _reported():
-        if verbose:
-            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    with _reported(), recording(log_json, verbose=verbose):
         from pymerge import api
 
         if dry_run:
@@ -140,9 +144,15 @@ def merge(
 
 
 @app.command()
-def plan(config: Config, memory: Memory = None, max_shard_size: ShardSize = "5GB", dtype: Dtype = None) -> None:
+def plan(
+    config: Config,
+    memory: Memory = None,
+    max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = None,
+    log_json: LogJson = None,
+) -> None:
     """Show what a merge would read, compute and write, from the files' headers alone."""
-    with _reported():
+    with _reported(), recording(log_json):
         _show_plan(config, memory, max_shard_size, dtype)
 
 
@@ -155,6 +165,7 @@ def _show_plan(
     planned = api.plan(
         config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype.value if dtype else None
     )
+    event("plan", f"{planned.method.name}: {len(planned.steps)} tensors", **planned.summary())
     _out.print(plan_view(planned))
 
 
@@ -162,14 +173,24 @@ def _show_plan(
 def verify(
     out: Annotated[Path, typer.Argument(help="Directory that `pymerge merge` wrote.", show_default=False)],
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")] = False,
+    deep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|all",
+            help="Compute N tensors (or all) again from recipe and inputs, and compare bytes.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    log_json: LogJson = None,
 ) -> None:
     """Read a merged model again and compare every byte with its manifest."""
-    with _reported():
+    with _reported(), recording(log_json):
         from pymerge.checkpoint import read_manifest
         from pymerge.checkpoint import verify as verify_output
         from pymerge.progress import NoProgress, ProgressBar
 
+        count = _sample_size(deep)
         manifest = read_manifest(out)
         progress = NoProgress() if quiet or manifest is None else ProgressBar("verifying")
         shards = manifest["shards"].values() if manifest else ()
@@ -183,14 +204,40 @@ def verify(
             report = verify_output(out, progress=advance, allow_nonfinite=allow_nonfinite)
         finally:
             progress.close()
+        lines = [f"{out}: {report.tensors} tensors, {report.parameters:,} parameters, all as written"]
+        if deep is not None and not report.problems:
+            lines.append(_verify_deep(out, count, report.problems, quiet))
         if report.problems:
             raise OutputError(f"{out} is not as it was written:\n" + "\n".join(f"- {p}" for p in report.problems))
+        event("verified", lines[-1], output=out, tensors=report.tensors, parameters=report.parameters)
         if not quiet:
-            _out.print(
-                f"{out}: {report.tensors} tensors, {report.parameters:,} parameters, all as written",
-                markup=False,
-                soft_wrap=True,
-            )
+            for line in lines:
+                _out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _sample_size(deep: str | None) -> int | None:
+    """How many tensors --deep asks for; None for all."""
+    if deep is None or deep == "all":
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,8}", deep):
+        raise ArgumentError(f"--deep is {deep!r}; give a number of tensors, or all")
+    return int(deep)
+
+
+def _verify_deep(out: Path, count: int | None, problems: list[str], quiet: bool) -> str:
+    """Compute tensors again; adds to `problems` and returns the summary."""
+    from pymerge.progress import NoProgress, ProgressBar
+    from pymerge.recheck import recheck
+
+    found = recheck(out, count, progress=NoProgress() if quiet else ProgressBar("computing again"))
+    changed = [f"changed since the merge: {change}" for change in found.changes]
+    if found.problems:
+        problems += found.problems + changed
+    elif not quiet:
+        _print_warnings(tuple(changed))
+    text = f"{out}: {len(found.tensors)} tensors computed again, the same bytes"
+    event("recomputed", text, tensors=found.tensors, changes=found.changes, problems=found.problems)
+    return text
 
 
 @app.command()

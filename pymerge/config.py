@@ -6,6 +6,7 @@ of a config are reported together.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,6 +105,11 @@ class MergeConfig(_Strict):
         return self._document.text
 
     @property
+    def name(self) -> str:
+        """What messages call the config: its file, or "config"."""
+        return self._document.name
+
+    @property
     def directory(self) -> Path | None:
         """Folder of the config's file; None if it came from a mapping or a text."""
         return self._document.directory
@@ -119,11 +125,12 @@ class MergeConfig(_Strict):
         return tuple(Rule(rule.pattern, rule.kind, rule.in_axis, rule.stacked) for rule in self.layers)
 
 
-def load_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
+def load_config(source: str | Path | Mapping[str, Any], *, directory: Path | None = None) -> MergeConfig:
     """Read and check a config.
 
     Args:
         source: the path of a YAML file, a YAML text (a str with a line break), or a mapping.
+        directory: where relative names of models are looked up first; default: the folder of the file.
 
     Raises:
         ConfigError: with one line for each problem: file, line, value, and what to do.
@@ -134,6 +141,8 @@ def load_config(source: str | Path | Mapping[str, Any]) -> MergeConfig:
         document = parse_yaml(source, "config")
     else:
         document = read_yaml_file(Path(source).expanduser())
+    if directory is not None:
+        document.directory = directory
     if not isinstance(document.data, dict):
         document.add((), "the config is not a mapping; start with 'merge_method: ...' and 'models:'")
         document.finish()
@@ -205,7 +214,7 @@ def model_path(config: MergeConfig, name: str) -> Path:
     """
     tried = places(name, config.directory)
     for path in tried:
-        if path.exists():
+        if os.path.exists(path):  # not Path.exists, which raises OSError for names that are too long
             return path
     raise CheckpointError(
         f"{config._document.name}: model {name!r} not found: no {' and no '.join(map(str, tried))}; "

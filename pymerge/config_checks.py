@@ -166,7 +166,8 @@ class Checker:
                 self._document.add((*location, unknown), problem)
             return self._reference(value.get(key), (*location, key))
         if isinstance(value, str) and not (
-            HUB_REFERENCE.fullmatch(value) or any(path.exists() for path in places(value, self._document.directory))
+            HUB_REFERENCE.fullmatch(value)
+            or any(os.path.exists(path) for path in places(value, self._document.directory))
         ):
             for sign, key in (("+", "lora"), ("@", "revision")):
                 if sign in value:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from logging import WARNING
 from pathlib import Path
 
 import torch
 
-from pymerge import env, memory
+from pymerge import memory
 from pymerge.backends import Dispatcher
-from pymerge.checkpoint import OutputDirectory, Reader, build_manifest, read_manifest, verify
+from pymerge.checkpoint import OutputDirectory, Reader, build_manifest, printable, read_manifest, verify
 from pymerge.errors import OutputError
+from pymerge.logs import event
 from pymerge.pipeline import Pipeline
 from pymerge.planner import Plan
 from pymerge.progress import NoProgress, ProgressSink
@@ -19,6 +23,13 @@ from pymerge.report import RECIPE_NAME, MergeReport, model_card
 from pymerge.schedule import fit, slots
 from pymerge.steps import Step
 from pymerge.tracing import Tracer
+
+
+def processor(device: torch.device) -> str:
+    """What computes: the name of the GPU, or the instructions that PyTorch uses on this CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def run(
@@ -51,21 +62,25 @@ def run(
     progress = progress or NoProgress()
     target = memory.resolve_device(device)
     run_op = Dispatcher(backend, target)
+    _log_plan(plan, backend, target)
     _refuse_inputs(plan, out)
-    fingerprint = plan.fingerprint(backend, str(target))
+    identity = plan.identity(backend, str(target), processor(target))
     manifest = read_manifest(out)
-    if manifest is not None and manifest["fingerprint"] == fingerprint and not overwrite:
+    if manifest is not None and manifest["identity"] == identity and not overwrite:
         return _verified(plan, out, started, progress)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     with (
         Tracer(profile, nvtx=target.type == "cuda") as tracer,
         OutputDirectory(
-            out, plan.layouts, fingerprint=fingerprint, overwrite=overwrite, keeps_cache=plan.keeps_cache
+            out, plan.layouts, identity=identity, overwrite=overwrite, keeps_cache=plan.keeps_cache
         ) as output,
         Reader(plan.inputs.stamps) as reader,
     ):
         resumed = len(output.finished)
+        if resumed:
+            kept = sorted(output.finished)
+            event("resumed", f"kept {resumed} finished shards of an interrupted run", shards=kept)
         unfinished = [step for step in plan.steps if step.file not in output.finished]
         budget, steps = _budgeted(plan, unfinished, target)
         read = sum(step.bytes_read for step in steps)
@@ -85,8 +100,8 @@ def run(
             ).run()
         finally:
             progress.close()
-        _publish(plan, output, fingerprint)
-    return MergeReport(
+        _publish(plan, output, backend, target)
+    report = MergeReport(
         output=out,
         tensors=plan.tensors,
         parameters=plan.parameters,
@@ -105,6 +120,15 @@ def run(
         warnings=plan.warnings,
         resumed_shards=resumed,
     )
+    event("finished", report.lines()[0], **asdict(report))
+    return report
+
+
+def _log_plan(plan: Plan, backend: str, device: torch.device) -> None:
+    text = f"{plan.method.name}: {len(plan.steps)} tensors, {plan.bytes_read} bytes to read"
+    event("plan", text, **plan.summary(), backend=backend, device=str(device))
+    for warning in plan.warnings:
+        event("warning", warning, level=WARNING)
 
 
 def _budgeted(plan: Plan, steps: Sequence[Step], target: torch.device) -> tuple[memory.Budget, Sequence[Step]]:
@@ -124,7 +148,7 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
             raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
 
 
-def _publish(plan: Plan, output: OutputDirectory, fingerprint: str) -> None:
+def _publish(plan: Plan, output: OutputDirectory, backend: str, device: torch.device) -> None:
     """Put everything beside the weights in place, and make the output visible."""
     donor = plan.inputs.donor
     files: dict[str, bytes | Path] = {path.as_posix(): donor.path / path for path in donor.other_files}
@@ -136,9 +160,15 @@ def _publish(plan: Plan, output: OutputDirectory, fingerprint: str) -> None:
         plan.layouts,
         output.checksums,
         files,
-        fingerprint=fingerprint,
-        pymerge_version=env.version(),
-        base_parameters=plan.parameters,
+        identity=output.identity,
+        recipe={
+            "config": RECIPE_NAME,
+            "directory": printable(plan.config.directory or Path.cwd()),
+            "dtype": plan.dtype,
+            "backend": backend,
+            "device": str(device),
+        },
+        base_parameters=plan.base_parameters,
     )
     output.publish(files, manifest)
 
@@ -159,7 +189,7 @@ def _verified(plan: Plan, out: Path, started: float, progress: ProgressSink) -> 
         raise OutputError(
             f"{out} holds this merge, but damaged: " + "; ".join(found.problems) + "; give --overwrite to redo it"
         )
-    return MergeReport(
+    report = MergeReport(
         output=out,
         tensors=found.tensors,
         parameters=found.parameters,
@@ -175,3 +205,5 @@ def _verified(plan: Plan, out: Path, started: float, progress: ProgressSink) -> 
         warnings=plan.warnings,
         already_done=True,
     )
+    event("already_done", report.lines()[0], **asdict(report))
+    return report

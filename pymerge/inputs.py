@@ -32,6 +32,26 @@ class Inputs:
         return tuple({checkpoint.path: checkpoint for checkpoint in (self.donor, *self.experts)}.values())
 
     @property
+    def carried(self) -> dict[Path, str]:
+        """What the donor has beside its weights, as sizes and times: they decide layers and go into the output.
+
+        Raises CheckpointError when a file has vanished since it was listed.
+        """
+        found = {}
+        for name in (Path("config.json"), *self.donor.other_files):
+            path = self.donor.path / name
+            try:
+                status = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                if name in self.donor.other_files:
+                    raise CheckpointError(f"{path}: has vanished; put it back or plan again") from None
+                continue
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its rights") from error
+            found[path] = f"{status.st_size} bytes, {status.st_mtime_ns} ns"
+        return found
+
+    @property
     def stamps(self) -> dict[Path, tuple[int, int]]:
         """(size, mtime_ns) of every weight file, as seen when the headers were read."""
         return {path: stamp for checkpoint in self.all for path, stamp in checkpoint.stamps.items()}

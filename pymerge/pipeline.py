@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from logging import DEBUG, WARNING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from pymerge.backends import Dispatcher
 from pymerge.checkpoint import TORCH_DTYPES, OutputDirectory, Reader, TensorEntry, upcast
 from pymerge.errors import ArgumentError, BackendError, NonFiniteError, OutOfMemoryError
 from pymerge.finite import check_finite, is_finite
+from pymerge.logs import event
 from pymerge.memory import Heap
 from pymerge.pieces import Piece
 from pymerge.progress import ProgressSink
@@ -22,8 +24,6 @@ from pymerge.schedule import READ_THREADS, Slot, Window, may_wait
 from pymerge.steps import Step
 from pymerge.tracing import Tracer
 from pymerge.transfer import transfer_to
-
-logger = logging.getLogger("pymerge")
 
 Loads = list[Future[Tensor]]
 
@@ -63,6 +63,7 @@ class Pipeline:
         self._keeps_cache = keeps_cache
         self._transfer = transfer_to(run_op.device, queue, tracer)
         self._heap = Heap(limit)
+        self._began = 0.0  # of the step that is being carried out
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pymerge-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
 
@@ -72,8 +73,10 @@ class Pipeline:
             while self._rest or self._line:
                 self._read_ahead()
                 slot, loads = self._line.popleft()
+                self._log_start(slot)
                 with self._tracer.span("step", slot.step.name):
                     self._carry_out(slot, loads)
+                self._log_end(slot)
                 self._window.pop()
                 self._heap.freed(slot.memory.peak)
             while self._writes:
@@ -81,6 +84,19 @@ class Pipeline:
         finally:
             self._readers.shutdown(cancel_futures=True)
             self._writer.shutdown(cancel_futures=True)
+
+    def _log_start(self, slot: Slot) -> None:
+        if slot.piece is slot.step.pieces[0]:
+            self._began = time.perf_counter()
+            name = slot.step.name
+            event("step_started", name, level=DEBUG, tensor=name, action=slot.step.action.label)
+
+    def _log_end(self, slot: Slot) -> None:
+        step = slot.step
+        if slot.piece is step.pieces[-1]:
+            size = {"bytes_read": step.bytes_read, "bytes_written": step.nbytes}
+            seconds = time.perf_counter() - self._began
+            event("step_finished", step.name, level=DEBUG, tensor=step.name, seconds=seconds, **size)
 
     def _read_ahead(self) -> None:
         """Start to read what the window admits; at least one piece, for which outputs may have to be written first."""
@@ -115,11 +131,12 @@ class Pipeline:
             self._reader.announce(entry, piece.start, piece.stop)
 
     def _load(self, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
-        with self._tracer.span("read", entry.name, entry.nbytes * (piece.stop - piece.start) // max(1, _rows(entry))):
+        nbytes = entry.nbytes * (piece.stop - piece.start) // max(1, _rows(entry))
+        with self._tracer.span("read", entry.name, nbytes):
             tensor = upcast(self._transfer.load(self._reader, entry, piece, room))
             if not self._keeps_cache:
                 self._reader.release(entry, piece.start, piece.stop)
-        self._progress.advance(tensor.nbytes)
+        self._progress.advance(nbytes)
         return tensor
 
     def _carry_out(self, slot: Slot, loads: Loads) -> None:
@@ -142,11 +159,8 @@ class Pipeline:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            logger.warning(
-                "%s: out of memory (%s); once more in smaller blocks, and on without reading ahead",
-                step.name,
-                _first_line(error),
-            )
+            text = f"{step.name}: out of memory ({_first_line(error)}); once more in smaller blocks, and on without "
+            event("out_of_memory", text + "reading ahead", level=WARNING, tensor=step.name)
             return False
         del tensors
         self._write(step, merged)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from pymerge import env, pieces
-from pymerge.checkpoint import ITEM_SIZES, Checkpoint, ShardLayout, TensorEntry, is_float8, layout_shards
+from pymerge.checkpoint import (
+    ITEM_SIZES,
+    Checkpoint,
+    ShardLayout,
+    TensorEntry,
+    is_float8,
+    layout_shards,
+    printable,
+)
 from pymerge.config import MergeConfig, canonical, participants, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.inputs import Inputs, listed, match_tensors, open_inputs
@@ -37,6 +47,8 @@ class Plan:
     warnings: tuple[str, ...]
     budget: Budget
     config_json: bytes | None  # of the output; None if the donor has none
+    dtype: str | None  # of the output; None for that of the donor
+    base_parameters: int  # elements of the donor, a tied head counted once
 
     @property
     def bytes_read(self) -> int:
@@ -75,17 +87,33 @@ class Plan:
         """Whether inputs and output stay in the page cache; if not, their pages are dropped as soon as possible."""
         return self.budget.keeps_cache(self.bytes_read + self.bytes_written)
 
-    def fingerprint(self, backend: str, device: str) -> str:
-        """Identifies the bytes that this plan will write: version, config, inputs, layout, backend and device."""
-        content = {
-            "version": env.version(),
-            "config": canonical(self.config),
-            "inputs": [[str(path), size, mtime] for path, (size, mtime) in sorted(self.inputs.stamps.items())],
-            "shards": [hashlib.sha256(layout.header).hexdigest() for layout in self.layouts],
-            "backend": backend,
-            "device": device,
+    def summary(self) -> dict[str, Any]:
+        """The plan in a few numbers: sizes in bytes, work in floating-point operations."""
+        return {
+            "method": self.method.name,
+            "models": [str(checkpoint.path) for checkpoint in self.inputs.all],
+            "tensors": len(self.steps),
+            "parameters": self.parameters,
+            "shards": len(self.layouts),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "flops": self.flops,
+            "peak_memory": self.peak_memory,
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def identity(self, backend: str, device: str, processor: str) -> dict[str, str]:
+        """All that decides the bytes of the output, by name: versions, config, inputs, layout, backend, device."""
+        headers = hashlib.sha256(b"".join(layout.header for layout in self.layouts))
+        versions = env.package_versions()
+        decisive = ["pymerge-engine", "torch"] + (["triton"] if device.startswith("cuda") else [])
+        parts = {f"{name} version": versions[name] for name in decisive}
+        parts |= {f"config {key}": json.dumps(value) for key, value in _flat(canonical(self.config))}
+        parts |= {
+            f"input {printable(path)}": f"{size} bytes, {time} ns" for path, (size, time) in self.inputs.stamps.items()
+        }
+        parts |= {f"input {printable(path)}": stamp for path, stamp in self.inputs.carried.items()}
+        parts |= {"output dtype": self.dtype or "as in the base", "output files": headers.hexdigest()}
+        return parts | {"backend": backend, "device": device, "processor": processor}
 
 
 def build_plan(
@@ -115,7 +143,7 @@ def build_plan(
     described = {name: (entry.dtype, entry.shape) for name, entry in donor.tensors.items()}
     layers = classify(described, donor.config, config.rules)
     problems += [
-        f"layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
+        f"{config.name}: layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
         for pattern in unused_rules(layers, config.rules)
     ]
     matched = match_tensors(inputs, layers, config, problems)
@@ -174,7 +202,20 @@ def build_plan(
         warnings=(*config.warnings, *warnings),
         budget=budget,
         config_json=_config_json(donor, wanted),
+        dtype=wanted,
+        base_parameters=sum(donor.tensors[name].numel for name in names),
     )
+
+
+def _flat(canonical_config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a config, those of `parameters` and `models` one by one."""
+    for key, value in canonical_config.items():
+        if key == "parameters":
+            yield from ((f"parameters.{name}", each) for name, each in value.items())
+        elif key == "models":
+            yield from ((f"models[{number}]", each) for number, each in enumerate(value))
+        else:
+            yield key, value
 
 
 def _action(

@@ -111,4 +111,4 @@ Made with pymerge {env.version()} by `{plan.method.name}`: {plan.method.summary}
 ```yaml
 {config.source_text.strip()}
 ```
-""".encode()
+""".encode("utf-8", "backslashreplace")

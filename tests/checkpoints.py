@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,11 @@ class Running:
         self, arguments: tuple[str, ...], env: Mapping[str, str] | None, before: Callable[[], object] | None
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
+        for name in ("stdout", "stderr"):  # here, for a command that is killed before it does anything
+            Path(self._folder.name, name).touch()
         details = (arguments, self._folder.name, dict(env or {}), before)
         self._process = _FORKS.Process(target=_main, args=details)
+        self._started = time.monotonic()
         self._process.start()
 
     def send(self, number: signal.Signals) -> None:
@@ -181,6 +185,13 @@ class Running:
         assert pid is not None
         assert self._process.is_alive(), self.wait()
         os.kill(pid, number)
+
+    def send_after(self, seconds: float, number: signal.Signals) -> None:
+        """Send a signal this long after the start, if the command is then still running."""
+        self._process.join(max(0.0, self._started + seconds - time.monotonic()))
+        if self._process.exitcode is None and self._process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition that this command brings about, at most a minute."""
@@ -196,7 +207,8 @@ class Running:
         if self._process.exitcode is None:
             self._process.kill()
             raise AssertionError("pymerge did not end within two minutes")
-        texts = [Path(self._folder.name, name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+        files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        texts = [file.read_text(encoding="utf-8", errors="surrogateescape") for file in files]
         self._folder.cleanup()
         return Done(self._process.exitcode, *texts)
 

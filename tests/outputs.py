@@ -35,8 +35,8 @@ def finish(output: OutputDirectory, tensors: Tensors, files: dict[str, bytes | P
         output.layouts,
         output.checksums,
         files,
-        fingerprint=output.fingerprint,
-        pymerge_version="0",
+        identity=output.identity,
+        recipe={},
         base_parameters=sum(tensor.numel() for tensor in tensors.values()),
     )
     output.publish(files, manifest)

@@ -35,10 +35,11 @@ from pymerge.methods import METHODS
 
 OPTIONS = {
     "merge": (
-        "--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --profile --quiet --verbose --help"
+        "--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --profile --quiet --verbose "
+        "--log-json --help"
     ),
-    "plan": "--memory --max-shard-size --dtype --help",
-    "verify": "--allow-nonfinite --quiet --help",
+    "plan": "--memory --max-shard-size --dtype --log-json --help",
+    "verify": "--allow-nonfinite --deep --quiet --log-json --help",
     "methods": "--help",
     "env": "--help",
 }
@@ -114,9 +115,10 @@ def test_plan_shows_totals_every_tensor_pattern_and_reasons(models: Path) -> Non
 def test_dry_run_shows_the_plan_and_writes_nothing(models: Path) -> None:
     config = write_config(models, "wudi")
     before = tree(models)
-    done = pymerge("merge", config, models / "nothing", "--dry-run")
+    memory = ("--memory", "1GiB")  # the default is a share of what is available just then
+    done = pymerge("merge", config, models / "nothing", "--dry-run", *memory)
     assert done.code == 0
-    assert done.out == pymerge("plan", config).out
+    assert done.out == pymerge("plan", config, *memory).out
     assert tree(models) == before
     assert not (models / "nothing").exists()
 
@@ -276,6 +278,22 @@ def test_verify_of_something_else(models: Path) -> None:
         assert f"{folder}: has no pymerge_manifest.json" in done.errors[0]
 
 
+def test_a_folder_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff"))
+    base = llama(blocks=1)
+    write_models(folder, base, config=llama_config(base))
+    config = write_config(folder, "linear")
+    for said in ("merged 12 tensors", "verified 12 tensors"):
+        done = pymerge("merge", config, folder / "out")
+        assert done.code == 0, done
+        assert said in done.out
+    assert pymerge("verify", folder / "out").code == 0
+    (folder / "base" / os.fsdecode(b"\xfe.txt")).touch()
+    done = pymerge("merge", config, folder / "other")
+    assert done.code == 4
+    assert r"\xfe.txt: its name is not valid UTF-8; rename it" in done.errors[0]
+
+
 SHARDS = 13
 
 
@@ -363,6 +381,7 @@ def test_an_unfinished_merge_is_not_continued_by_another_one(
     done = pymerge("merge", other, out, "--max-shard-size", "30KB")
     assert done.code == 8
     assert "holds an unfinished merge of other inputs or parameters" in done.errors[0]
+    assert "config parameters.iterations (was 800, is 1)" in done.errors[0]
     done = pymerge("merge", other, out, "--max-shard-size", "30KB", "--overwrite")
     assert done.code == 0, done
     assert "interrupted" not in done.out

@@ -19,12 +19,13 @@ PACKAGE = ROOT / "pymerge"
 # A package (ops, methods, ...) is one part; everything else is a module.
 ARROWS = {
     "errors": "",
+    "logs": "errors",
     "env": "",
     "units": "errors",
     "ops": "errors",
     "methods": "errors ops",
     "layers": "errors",
-    "checkpoint": "errors",
+    "checkpoint": "errors logs",
     "finite": "errors checkpoint",
     "yaml_lines": "errors",
     "settings": "errors methods yaml_lines",
@@ -43,10 +44,11 @@ ARROWS = {
     "tracing": "errors",
     "sampling": "checkpoint planner steps",
     "report": "env units planner tracing",
-    "backends": "errors ops",
+    "backends": "errors logs ops",
     "transfer": "methods checkpoint pieces schedule tracing",
-    "pipeline": "errors backends checkpoint finite memory pieces progress schedule steps tracing transfer",
-    "engine": "errors env backends checkpoint memory pipeline planner progress report schedule steps tracing",
+    "pipeline": "errors backends checkpoint finite logs memory pieces progress schedule steps tracing transfer",
+    "engine": "errors backends checkpoint logs memory pipeline planner progress report schedule steps tracing",
+    "recheck": "errors backends checkpoint config engine memory pieces planner progress steps",
     "api": (
         "errors env units methods layers checkpoint finite config memory pieces backends planner progress report "
         "sampling engine"
@@ -54,7 +56,7 @@ ARROWS = {
     "views": "env units methods layers backends planner steps",
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api",
-    "cli": "errors checkpoint progress api views",
+    "cli": "errors checkpoint logs progress recheck api views",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.

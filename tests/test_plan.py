@@ -21,6 +21,7 @@ from checkpoints import (
 )
 
 from pymerge import api, engine
+from pymerge.checkpoint.identity import differences
 from pymerge.errors import ArgumentError, PlanError
 from pymerge.layers import Kind
 from pymerge.methods.ace import SolveAce
@@ -249,23 +250,27 @@ def test_a_dtype_of_the_config_and_one_of_the_call(models: Path) -> None:
         planned(models, "linear", limits={"dtype": "int8"})
 
 
-def test_the_fingerprint_changes_with_everything_that_changes_the_bytes(models: Path) -> None:
-    def fingerprint(*place: str, **settings: Any) -> str:
-        return planned(models, "wudi", **settings).fingerprint(*(place or ("auto", "cpu")))
+def test_the_identity_changes_with_everything_that_changes_the_bytes(models: Path) -> None:
+    def identity(*place: str, **settings: Any) -> dict[str, str]:
+        return planned(models, "wudi", **settings).identity(*(place or ("auto", "cpu", "AVX2")))
 
-    first = fingerprint()
-    assert fingerprint() == first
-    others = [
-        fingerprint(iterations=2),
-        fingerprint(limits={"dtype": "float16"}),
-        fingerprint(limits={"max_shard_size": "1KB"}),
-        fingerprint("reference", "cpu"),
-        fingerprint("auto", "cuda"),
-        fingerprint(more="layers:\n  - {pattern: down, kind: other}\n"),
-    ]
-    (models / "e0/model.safetensors").touch()
-    others.append(fingerprint())
-    assert len({first, *others}) == len(others) + 1
+    first = identity()
+    assert identity() == first
+
+    def changed(other: dict[str, str]) -> list[str]:
+        return [part.partition(" (")[0] for part in differences(first, other)]
+
+    assert changed(identity(iterations=2)) == ["config parameters.iterations"]
+    assert changed(identity(limits={"dtype": "float16"})) == ["output dtype", "output files"]
+    assert changed(identity(limits={"max_shard_size": "1KB"})) == ["output files"]
+    assert changed(identity("reference", "cpu", "AVX2")) == ["backend"]
+    assert changed(identity("auto", "cpu", "AVX512")) == ["processor"]
+    assert "device" in changed(identity("auto", "cuda", "AVX2"))
+    assert changed(identity(more="layers:\n  - {pattern: down, kind: other}\n")) == ["config layers"]
+    for name in ("e0/model.safetensors", "base/config.json"):
+        (models / name).touch()
+        assert changed(identity()) == [f"input {models / name}"]
+        first = identity()
 
 
 def sparse_model(folder: Path, shapes: dict[str, tuple[int, int]]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pymerge.backends import measured
 from pymerge.errors import BackendError
+from pymerge.logs import event
 from pymerge.ops import OPS
 
 BACKENDS = ("reference", "native", "triton", "cuda")
@@ -24,8 +24,6 @@ _TAKE_BATCHES = {"triton": ("task_gram", "wudi_adam"), "cuda": ("spd_solve",)}
 _NOT_MEASURED = (
     "PyTorch on the device: nobody has timed ours at such a shape on a {device}; --backend triton or cuda selects them"
 )
-
-logger = logging.getLogger("pymerge")
 
 
 class Backend(Protocol):
@@ -159,7 +157,8 @@ class Dispatcher:
             said = (op, choice.backend, choice.reason)
             if said not in self._logged:
                 self._logged.add(said)
-                logger.info("%s: backend %s (%s)", *said)
+                text = f"{op}: backend {choice.backend} ({choice.reason})"
+                event("backend_chosen", text, op=op, backend=choice.backend, reason=choice.reason)
         self.choices[op] = choice
         return choice.function(*args, **kwargs)
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, code_of, is_float, is_float8, memory_item_size, upcast
+from pymerge.checkpoint.dtypes import (
+    ITEM_SIZES,
+    TORCH_DTYPES,
+    bytes_of,
+    code_of,
+    is_float,
+    is_float8,
+    memory_item_size,
+    upcast,
+)
 from pymerge.checkpoint.files import MANIFEST_NAME, WORK_FOLDER, atomic_write, fsync_directory
 from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
 from pymerge.checkpoint.hub import fetch
+from pymerge.checkpoint.identity import differences, printable
 from pymerge.checkpoint.layout import ShardLayout, TensorLayout, index_json, index_name, layout_shards
 from pymerge.checkpoint.manifest import VerifyReport, build_manifest, read_manifest, verify
 from pymerge.checkpoint.reader import Reader
@@ -26,7 +36,9 @@ __all__ = [
     "VerifyReport",
     "atomic_write",
     "build_manifest",
+    "bytes_of",
     "code_of",
+    "differences",
     "fetch",
     "fsync_directory",
     "index_json",
@@ -36,6 +48,7 @@ __all__ = [
     "layout_shards",
     "memory_item_size",
     "open_checkpoint",
+    "printable",
     "read_header",
     "read_manifest",
     "upcast",

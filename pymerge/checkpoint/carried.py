@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from pymerge.checkpoint.identity import printable
 from pymerge.errors import CheckpointError
 
 WEIGHT_SUFFIXES = (
@@ -48,6 +49,8 @@ def model_files(folder: Path) -> Iterator[Path]:
         path = folder / name
         if name.startswith("."):
             continue
+        if any("\udc80" <= letter <= "\udcff" for letter in name):  # how Python names bytes that are no UTF-8
+            raise CheckpointError(f"{printable(path)}: its name is not valid UTF-8; rename it or move it away")
         if path.is_dir():
             if not (path.is_symlink() or name in SKIPPED_FOLDERS or name.startswith("checkpoint-")):
                 yield from (Path(name) / inner for inner in model_files(path))

@@ -10,7 +10,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pymerge.checkpoint.fileformat import first_few, parse_json_object
+from pymerge.checkpoint.fileformat import first_few, parse_json_object, read_text_file
 from pymerge.checkpoint.files import (
     MANIFEST_NAME,
     STATE_NAME,
@@ -20,20 +20,21 @@ from pymerge.checkpoint.files import (
     is_safe_name,
     os_errors,
 )
+from pymerge.checkpoint.identity import Identity, describe, differences, is_identity
 from pymerge.checkpoint.manifest import load_manifest, manifest_names
 from pymerge.errors import OutputError
 
 LOCK_NAME = "lock"
 NOTE_NAME = "UNFINISHED.txt"
 TEMPORARY_NAME = "temporary"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
 class State:
     """`state.json`: which merge this is, its files, sha256 of finished tensors, what is being published."""
 
-    fingerprint: str
+    identity: Identity
     shards: list[str]
     finished: dict[str, dict[str, str]] = field(default_factory=dict)
     publishing: list[str] = field(default_factory=list)
@@ -61,14 +62,18 @@ def load_state(work: Path) -> State | None:
         with os_errors(path, "reading"):
             if not path.exists():
                 return None
-            raw = parse_json_object(path.read_bytes(), unique=True)
+            raw = parse_json_object(read_text_file(path), unique=True)
         if raw.pop("format", None) != _FORMAT:
             raise ValueError("its format is not known to this version")
-        if set(raw) != {"fingerprint", "shards", "finished", "publishing"}:
+        if set(raw) != {"identity", "shards", "finished", "publishing"}:
             raise ValueError("it has other fields than expected")
         state = State(**raw)
+        if not isinstance(state.finished, dict) or not isinstance(state.shards, list):
+            raise ValueError("its shards are no list")
+        if not isinstance(state.publishing, list):
+            raise ValueError("its published files are no list")
         named = [*state.shards, *state.finished, *state.publishing]
-        if not isinstance(state.fingerprint, str) or not all(is_safe_name(name) for name in named):
+        if not is_identity(state.identity) or not all(is_safe_name(name) for name in named):
             raise ValueError("it lists names outside the directory")
         for checksums in state.finished.values():
             if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
@@ -106,29 +111,38 @@ def acquire_lock(path: Path) -> int:
     raise OutputError(f"{path}: another pymerge run is writing here; wait for it or choose another directory")
 
 
-def check_claim(path: Path, fingerprint: str, shards: list[str], *, overwrite: bool) -> State | None:
+def check_claim(path: Path, identity: Identity, shards: list[str], *, overwrite: bool) -> State | None:
     """The state to resume, or None to start anew. Changes nothing.
 
     Raises OutputError when the directory holds anything else than this unfinished merge and, with
-    `overwrite`, the files that a merge in this directory has listed as its own.
+    `overwrite`, the files that a merge in this directory has listed as its own. The message names the parts in
+    which another merge that is there differs from this one.
     """
     work = path / WORK_FOLDER
+    if work.is_symlink():
+        raise OutputError(f"{work}: is a link; remove it or choose another directory")
     state = load_state(work)
-    resumed = state is not None and (state.fingerprint, state.shards) == (fingerprint, shards)
+    resumed = state is not None and (state.identity, state.shards) == (identity, shards)
     own = set(state.publishing) if state is not None and (resumed or overwrite) else set()
+    manifest = load_manifest(path) if overwrite or not resumed else None
     if overwrite:
-        own |= manifest_names(load_manifest(path))
-    elif (path / MANIFEST_NAME).exists() and not resumed:
-        raise OutputError(f"{path}: holds a finished merge; choose another directory or give --overwrite")
+        own |= manifest_names(manifest)
     elif state is not None and not resumed:
+        changed = describe(differences(state.identity, identity)) or "the division into files"
         raise OutputError(
-            f"{path}: holds an unfinished merge of other inputs or parameters; run that command again to "
-            "finish it, choose another directory, or give --overwrite to start anew"
+            f"{path}: holds an unfinished merge of other inputs or parameters, it differs in: {changed}; run that "
+            "command again to finish it, choose another directory, or give --overwrite to start anew"
+        )
+    elif manifest is not None:
+        changed = describe(differences(manifest["identity"], identity))
+        differing = f", which differs in: {changed}" if changed else ""
+        raise OutputError(
+            f"{path}: holds a finished merge{differing}; choose another directory or give --overwrite to replace it"
         )
     with os_errors(path, "listing the directory"):
         foreign = list(itertools.islice(foreign_entries(path, own), 4))
         if work.is_dir():
-            known = state.work_names() if state is not None else State("", []).work_names()
+            known = state.work_names() if state is not None else State({}, []).work_names()
             foreign += [f"{WORK_FOLDER}/{name}" for name in sorted(os.listdir(work)) if name not in known]
     if foreign:
         raise OutputError(
@@ -174,6 +188,6 @@ def remove_earlier(path: Path) -> None:
 
 def clear_work(work: Path, state: State | None) -> None:
     """Remove everything but the lock from a work folder, the state last. Raises OSError."""
-    known = (state if state is not None else State("", [])).work_names() - {LOCK_NAME, STATE_NAME}
+    known = (state if state is not None else State({}, [])).work_names() - {LOCK_NAME, STATE_NAME}
     for name in [*sorted(known), STATE_NAME]:
         (work / name).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ before anything is computed from it.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -108,8 +109,12 @@ def parse_json_object(data: bytes, *, unique: bool) -> dict[str, Any]:
     try:
         # ValueError also covers bad UTF-8 and integers of thousands of digits.
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates if unique else None)
+        if b"\\u" in data:  # an escape can be half of a surrogate pair, which no file can hold
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{shorten(error.object[error.start : error.end])} is not valid Unicode") from None
     if not isinstance(value, dict):
         raise ValueError(f"its top level is a {type(value).__name__}, not an object")
     return value
@@ -128,6 +133,31 @@ def read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
+def open_regular(path: Path) -> tuple[int, os.stat_result]:
+    """Open a plain file for reading. Raises OSError, also for FIFOs, devices and directories."""
+    # O_NONBLOCK: opening a FIFO must not wait for a writer; it has no effect on regular files.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, status
+
+
+def read_text_file(path: Path) -> bytes:
+    """The whole of a JSON file. Raises OSError, also for what is no plain file; ValueError if it is too large."""
+    descriptor, status = open_regular(path)
+    try:
+        if status.st_size > MAX_HEADER_BYTES:
+            raise ValueError(f"it has {status.st_size} bytes, more than the {MAX_HEADER_BYTES} that are read")
+        return read_exactly(descriptor, status.st_size, 0)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def opened(path: Path, kind: str) -> Iterator[tuple[int, os.stat_result]]:
     """Descriptor and status of a regular file, for reading what it says about itself.
@@ -135,14 +165,10 @@ def opened(path: Path, kind: str) -> Iterator[tuple[int, os.stat_result]]:
     Raises CheckpointError when it cannot be opened or is not a regular file, and for each OSError of the block.
     """
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer; it has no effect on regular files.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor, status = open_regular(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); check the path and its rights") from error
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); give a {kind} file") from error
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: is not a regular file; give a {kind} file")
         yield descriptor, status
     except OSError as error:
         raise CheckpointError(f"{path}: reading the header failed ({error.strerror}); check the disk") from error
@@ -214,8 +240,6 @@ def _is_count(value: object) -> bool:
 
 def _check_entry(path: Path, name: str, fields: object, start: int) -> TensorEntry:
     where = f"{path}: tensor {shorten(name)}"
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise CheckpointError(f"{where}: its name is not valid Unicode; {AGAIN}")
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets; {AGAIN}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

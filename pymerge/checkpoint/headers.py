@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     found and what to do, for anything else, quantised weights among it.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # not Path.is_dir, which raises OSError for names that are too long
         return _open_directory(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such file or directory; give a model directory or a weight file")
     refuse_by_file(path)
     form = format_of(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from pymerge.checkpoint.carried import is_weight_file, model_files
 from pymerge.checkpoint.dtypes import ITEM_SIZES, bytes_of, is_float
-from pymerge.checkpoint.fileformat import TensorEntry, first_few, parse_json_object, read_header
+from pymerge.checkpoint.fileformat import TensorEntry, first_few, parse_json_object, read_header, read_text_file
 from pymerge.checkpoint.files import (
     MANIFEST_NAME,
     STATE_NAME,
@@ -23,11 +24,12 @@ from pymerge.checkpoint.files import (
     os_errors,
     size_and_digest,
 )
+from pymerge.checkpoint.identity import Identity
 from pymerge.checkpoint.layout import ShardLayout, index_json, index_name
 from pymerge.checkpoint.reader import Reader
 from pymerge.errors import CheckpointError, OutputError
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_BYTES = 16 << 20
 
 
@@ -36,14 +38,15 @@ def build_manifest(
     checksums: Mapping[str, Mapping[str, str]],
     files: Mapping[str, bytes | Path],
     *,
-    fingerprint: str,
-    pymerge_version: str,
+    identity: Identity,
+    recipe: Mapping[str, str | None],
     base_parameters: int,
 ) -> dict[str, Any]:
     """The manifest of an output whose shards are all written.
 
     `checksums` (shard file -> tensor -> sha256) is `OutputDirectory.checksums`; `files` is what `publish`
-    gets, to which the index is added here; `base_parameters` counts the elements of the base checkpoint.
+    gets, to which the index is added here; `identity` is what the merge is made of, `recipe` how to compute a
+    tensor of it again; `base_parameters` counts the elements of the base checkpoint, tied weights once.
     Raises CheckpointError when a file to be copied cannot be read.
     """
     shards = {
@@ -69,8 +72,8 @@ def build_manifest(
     digests = {name: size_and_digest(source) for name, source in sorted(sources.items())}
     return {
         "format": _FORMAT,
-        "pymerge_version": pymerge_version,
-        "fingerprint": fingerprint,
+        "identity": dict(identity),
+        "recipe": dict(recipe),
         "parameters": sum(math.prod(tensor.shape) for layout in layouts for tensor in layout.tensors),
         "base": {"parameters": base_parameters},
         "shards": shards,
@@ -89,7 +92,7 @@ def read_manifest(path: Path | str) -> dict[str, Any] | None:
     Raises OutputError when it is damaged.
     """
     path = Path(path)
-    return None if (path / WORK_FOLDER / STATE_NAME).exists() else load_manifest(path)
+    return None if os.path.exists(path / WORK_FOLDER / STATE_NAME) else load_manifest(path)
 
 
 def load_manifest(path: Path) -> dict[str, Any] | None:
@@ -97,9 +100,9 @@ def load_manifest(path: Path) -> dict[str, Any] | None:
     file = path / MANIFEST_NAME
     try:
         with os_errors(file, "reading"):
-            if not file.exists():
+            if not os.path.exists(file):  # not Path.exists, which raises OSError for names that are too long
                 return None
-            manifest = parse_json_object(file.read_bytes(), unique=True)
+            manifest = parse_json_object(read_text_file(file), unique=True)
         _check_manifest(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
@@ -118,7 +121,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     if manifest["format"] != _FORMAT:
         raise ValueError(f"format {manifest['format']!r} is not known to this version")
     integers = [manifest["parameters"], manifest["base"]["parameters"]]
-    texts = [manifest["fingerprint"], manifest["pymerge_version"]]
+    texts = [*manifest["identity"].values()]
+    texts += [text for text in manifest["recipe"].values() if text is not None]
     for shard in manifest["shards"].values():
         integers.append(shard["size"])
         for tensor in shard["tensors"].values():
@@ -243,7 +247,7 @@ def _count_nonfinite(chunk: torch.Tensor) -> int:
 
 def _verify_files(path: Path, manifest: dict[str, Any], report: VerifyReport) -> None:
     for name, expected in manifest["files"].items():
-        if not (path / name).is_file():
+        if not os.path.isfile(path / name):
             report.problems.append(f"{path / name}: is missing; merge again")
             continue
         try:
@@ -272,7 +276,7 @@ def _verify_index(path: Path, manifest: dict[str, Any], report: VerifyReport) ->
     expected = {name: file for file, shard in manifest["shards"].items() for name in shard["tensors"]}
     for index in indexes:
         try:
-            weight_map = parse_json_object((path / index).read_bytes(), unique=True).get("weight_map")
+            weight_map = parse_json_object(read_text_file(path / index), unique=True).get("weight_map")
         except (OSError, ValueError):
             continue  # missing or changed: said above, by its checksum
         if weight_map != expected:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from pymerge.checkpoint.files import output_error
 from pymerge.checkpoint.layout import ShardLayout, TensorLayout
@@ -101,3 +103,25 @@ class ShardFile:
         except OSError as error:
             self.discard()
             raise output_error(self.path, "writing", error, self.layout.nbytes) from error
+
+
+def is_whole(file: Path, layout: ShardLayout, digests: Mapping[str, str]) -> bool:
+    """Whether a file has the planned size and header, and each tensor the recorded sha256. Raises OSError."""
+    if set(digests) != {tensor.name for tensor in layout.tensors}:
+        return False
+    if not file.is_file() or file.stat().st_size != layout.nbytes:
+        return False
+    with open(file, "rb") as stream:
+        if stream.read(len(layout.header)) != layout.header:
+            return False
+        return all(_digest(stream, tensor) == digests[tensor.name] for tensor in layout.tensors)
+
+
+def _digest(stream: BinaryIO, tensor: TensorLayout) -> str:
+    stream.seek(tensor.offset)
+    digest = hashlib.sha256()
+    left = tensor.nbytes
+    while left and (piece := stream.read(min(left, _CHUNK_BYTES))):
+        digest.update(piece)
+        left -= len(piece)
+    return digest.hexdigest()

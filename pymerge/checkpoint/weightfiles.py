@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.carried import WEIGHT_SUFFIXES, is_weight_file
-from pymerge.checkpoint.fileformat import Header, first_few, parse_json_object, read_header, shorten
+from pymerge.checkpoint.fileformat import Header, first_few, parse_json_object, read_header, read_text_file, shorten
 from pymerge.checkpoint.torchfile import TORCH_SUFFIXES, read_torch_header
 from pymerge.errors import CheckpointError
 
@@ -82,7 +83,7 @@ def _find(path: Path, names: list[str], form: WeightFormat) -> tuple[tuple[Path,
         raise CheckpointError(f"{path}: has several indexes ({first_few(indexes)}); keep the one to be merged")
     if indexes:
         shards = sorted(set(read_weight_map(path / indexes[0], form).values()))
-        absent = [shard for shard in shards if not (path / shard).is_file()]
+        absent = [shard for shard in shards if not os.path.isfile(path / shard)]
         if absent:
             raise CheckpointError(
                 f"{path / indexes[0]}: shards are missing: {first_few(absent)}; download the missing files"
@@ -100,9 +101,9 @@ def _find(path: Path, names: list[str], form: WeightFormat) -> tuple[tuple[Path,
 def read_json(path: Path, *, unique: bool) -> dict[str, Any]:
     """A JSON file whose top level is an object; `unique` refuses repeated names. Raises CheckpointError."""
     try:
-        return parse_json_object(path.read_bytes(), unique=unique)
+        return parse_json_object(read_text_file(path), unique=unique)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its rights") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file and its rights") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error}); download the file again") from error
 

@@ -11,6 +11,7 @@ half-written directory for a model:
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,11 +33,13 @@ from pymerge.checkpoint.claim import (
     remove_earlier,
 )
 from pymerge.checkpoint.dtypes import bytes_of, code_of
-from pymerge.checkpoint.files import WORK_FOLDER, free_bytes, install, os_errors
+from pymerge.checkpoint.files import WORK_FOLDER, free_bytes, fsync_directory, install, os_errors
+from pymerge.checkpoint.identity import Identity
 from pymerge.checkpoint.layout import ShardLayout
 from pymerge.checkpoint.publishing import check_names, publish_files
-from pymerge.checkpoint.shardfile import ShardFile
+from pymerge.checkpoint.shardfile import ShardFile, is_whole
 from pymerge.errors import OutputError
+from pymerge.logs import event
 
 # Written at the start and not when a run fails, so that a killed run leaves it too.
 _NOTE = b"""\
@@ -53,7 +56,7 @@ def _internal(message: str) -> OutputError:
 class OutputDirectory:
     """An output directory that belongs to this process between `open` and `publish` or `abandon`.
 
-    `layouts` are all files of the output, `fingerprint` identifies inputs and parameters: a run with the same
+    `layouts` are all files of the output, `identity` is what the merge is made of: a run with the same
     one goes on where an earlier run stopped. Not thread-safe: one thread writes. As a context manager it
     opens, and abandons what was not published. Without `keeps_cache`, what is written goes to the disk at once and
     does not stay in the page cache.
@@ -64,13 +67,13 @@ class OutputDirectory:
         path: Path | str,
         layouts: Sequence[ShardLayout],
         *,
-        fingerprint: str,
+        identity: Identity,
         overwrite: bool = False,
         keeps_cache: bool = True,
     ) -> None:
         self.path = Path(path)
         self.layouts = tuple(layouts)
-        self.fingerprint = fingerprint
+        self.identity = dict(identity)
         self.overwrite = overwrite
         self.keeps_cache = keeps_cache
         self._work = self.path / WORK_FOLDER
@@ -107,14 +110,14 @@ class OutputDirectory:
         """
         try:
             self._create_directory()
-            if not self._work.exists():
+            if self._work.is_symlink() or not os.path.exists(self._work):
                 self._check_claim()  # before anything is changed
             self._lock = acquire_lock(self.path)
             state = self._check_claim()
             if state is None:
                 self._check_space(self.layouts, earlier_bytes(self.path))
                 remove_earlier(self.path)
-                state = State(self.fingerprint, list(self._shards))
+                state = State(self.identity, list(self._shards))
                 state.save(self._work)
             self._state = state
             install(_NOTE, self._work / NOTE_NAME, self._work / TEMPORARY_NAME)
@@ -203,26 +206,32 @@ class OutputDirectory:
         return self._state
 
     def _create_directory(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise OutputError(f"{self.path}: is a file; give a directory")
         with os_errors(self.path, "creating the directory"):
             for folder in [*reversed(self.path.parents), self.path]:
-                if not folder.exists():
+                if not os.path.exists(folder):
                     folder.mkdir()
                     self._created.append(folder)
+                    fsync_directory(folder.parent)
 
     def _check_claim(self) -> State | None:
-        return check_claim(self.path, self.fingerprint, list(self._shards), overwrite=self.overwrite)
+        return check_claim(self.path, self.identity, list(self._shards), overwrite=self.overwrite)
 
     def _drop_damaged(self, state: State) -> None:
-        """Keep the shards whose size and header are as planned, remove the others. Raises OSError."""
+        """Keep the shards whose size, header and checksums are as recorded, remove the others. Raises OSError."""
+        if state.finished:
+            nbytes = sum(self._shards[file].nbytes for file in state.finished if file in self._shards)
+            text = f"checking {len(state.finished)} finished shards ({nbytes:,} bytes) of an interrupted run"
+            event("checking_shards", text, shards=sorted(state.finished), bytes=nbytes)
         for file, layout in self._shards.items():
             (self._work / partial_name(file)).unlink(missing_ok=True)
             folders = [self._work, self.path] if file in state.publishing else [self._work]
             digests = state.finished.get(file, {})
-            known = set(digests) == {tensor.name for tensor in layout.tensors}
-            if not (known and any(_is_whole(folder / file, layout) for folder in folders)):
-                state.finished.pop(file, None)
+            if not any(is_whole(folder / file, layout, digests) for folder in folders):
+                if state.finished.pop(file, None) is not None:
+                    text = f"{file}: was finished and is no longer as it was written; it is made again"
+                    event("shard_damaged", text, level=logging.WARNING, file=file)
                 for folder in folders:
                     (folder / file).unlink(missing_ok=True)
         state.save(self._work)
@@ -245,6 +254,7 @@ class OutputDirectory:
         state.finished[layout.file] = shard.finish(self._work / layout.file)
         self._active.pop(layout.file, None)
         state.save(self._work)
+        event("shard_finished", f"{layout.file}: finished", level=logging.DEBUG, file=layout.file, bytes=layout.nbytes)
 
     def _shard_file(self, layout: ShardLayout) -> ShardFile:
         return ShardFile(layout, self._work / partial_name(layout.file), keeps_cache=self.keeps_cache)
@@ -265,10 +275,3 @@ class OutputDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _is_whole(file: Path, layout: ShardLayout) -> bool:
-    if not file.is_file() or file.stat().st_size != layout.nbytes:
-        return False
-    with open(file, "rb") as stream:
-        return stream.read(len(layout.header)) == layout.header

@@ -22,7 +22,7 @@ from pymerge.checkpoint.layout import layout_shards
 from pymerge.checkpoint.writer import OutputDirectory
 from pymerge.errors import OutputError
 layouts = layout_shards([("a", "U8", (100_000,)), ("b", "U8", (600_000,))], 100_000)
-output = OutputDirectory(sys.argv[1] + "/out", layouts, fingerprint="f").open()
+output = OutputDirectory(sys.argv[1] + "/out", layouts, identity={{"config": "f"}}).open()
 output.write("a", torch.zeros(100_000, dtype=torch.uint8))
 """
 REPORT = """
@@ -45,7 +45,7 @@ def run(command: list[str], code: str, folder: Path) -> list[str]:
 def test_more_than_the_disk_holds_is_refused_at_once(tmp_path: Path) -> None:
     layouts = layout_shards([("a", "U8", (2**60,))], 2**62)
     with pytest.raises(OutputError, match=r"not enough space: needs 1,152,\d{3},.* bytes, [\d,]+ bytes free; free"):
-        OutputDirectory(tmp_path / "out", layouts, fingerprint="f").open()
+        OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}).open()
     assert os.listdir(tmp_path) == []
 
 

@@ -37,15 +37,15 @@ def write_output(
 ) -> None:
     layouts = layout_shards([(n, code_of(t.dtype), tuple(t.shape)) for n, t in tensors.items()], limit)
     count = sum(tensor.numel() for tensor in tensors.values())
-    with OutputDirectory(path, layouts, fingerprint="abc") as output:
+    with OutputDirectory(path, layouts, identity={"config": "abc"}) as output:
         for name, tensor in tensors.items():
             output.write(name, tensor)
         manifest = build_manifest(
             layouts,
             output.checksums,
             FILES,
-            fingerprint="abc",
-            pymerge_version="1.2.3",
+            identity={"config": "abc"},
+            recipe={"dtype": None},
             base_parameters=count if base_parameters is None else base_parameters,
         )
         output.publish(FILES, manifest)
@@ -60,7 +60,7 @@ def output(tmp_path: Path) -> Path:
 def test_the_manifest_says_what_is_there(output: Path) -> None:
     manifest = read_manifest(output)
     assert manifest is not None
-    assert (manifest["fingerprint"], manifest["pymerge_version"]) == ("abc", "1.2.3")
+    assert (manifest["identity"], manifest["recipe"]) == ({"config": "abc"}, {"dtype": None})
     tensors = good_tensors()
     assert manifest["parameters"] == sum(tensor.numel() for tensor in tensors.values())
     checkpoint = open_checkpoint(output)
@@ -234,8 +234,8 @@ def test_what_is_no_finished_output(output: Path, tmp_path: Path) -> None:
         lambda text: text[:-5],
         lambda text: "[]",
         lambda text: "{}",
-        lambda text: text.replace('"format": 1', '"format": 99'),
-        lambda text: text.replace('"fingerprint": "abc"', '"fingerprint": 3'),
+        lambda text: text.replace('"format": 2', '"format": 99'),
+        lambda text: text.replace('"config": "abc"', '"config": 3'),
         lambda text: text.replace('"offset": ', '"offset": -0.'),
         lambda text: text.replace('"config.json"', '"../config.json"'),
         lambda text: text.replace('"shards"', '"shard"'),

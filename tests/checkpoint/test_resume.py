@@ -27,11 +27,11 @@ def assert_holds(folder: Path, tensors: Tensors) -> None:
 
 def test_an_exception_abandons_and_the_next_run_resumes(tmp_path: Path) -> None:
     layouts = plan(SMALL, 40)
-    with OutputDirectory(tmp_path / "whole", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "whole", layouts, identity={"config": "f"}) as output:
         finish(output, SMALL)
 
     def interrupted() -> None:
-        with OutputDirectory(tmp_path / "out", layouts, fingerprint="f") as output:
+        with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
             write_shard(output, layouts[2], SMALL)
             write_shard(output, layouts[0], SMALL)
             output.write("b", SMALL["b"][:5])
@@ -45,7 +45,7 @@ def test_an_exception_abandons_and_the_next_run_resumes(tmp_path: Path) -> None:
     assert set(os.listdir(work)) == {"lock", "state.json", "UNFINISHED.txt", *kept}
     assert "run the same pymerge command again" in (work / "UNFINISHED.txt").read_text()
     assert read_manifest(tmp_path / "out") is None
-    with OutputDirectory(tmp_path / "out", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
         assert output.finished == kept
         with pytest.raises(OutputError, match=r"internal error: .*which is finished"):
             output.write("a", SMALL["a"])
@@ -63,14 +63,20 @@ def _change_header(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [_truncate, _change_header, Path.unlink])
+def _flip_a_bit_of_a_tensor(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _change_header, _flip_a_bit_of_a_tensor, Path.unlink])
 def test_damaged_finished_shards_are_redone(damage: Callable[[Path], None], tmp_path: Path) -> None:
     layouts = plan(SMALL, 40)
-    with OutputDirectory(tmp_path / "out", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
         write_shard(output, layouts[0], SMALL)
         write_shard(output, layouts[1], SMALL)
     damage(tmp_path / "out" / ".pymerge" / layouts[0].file)
-    with OutputDirectory(tmp_path / "out", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
         assert output.finished == {layouts[1].file}
         finish(output, SMALL)
     assert_holds(tmp_path / "out", SMALL)
@@ -107,7 +113,7 @@ def kill_at(point: str, out: Path) -> None:
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    output = OutputDirectory(out, plan(SMALL, 40), fingerprint="f").open()
+    output = OutputDirectory(out, plan(SMALL, 40), identity={"config": "f"}).open()
     for number, layout in enumerate(output.layouts):
         if point == "middle" and number == 2:
             output.write("c", SMALL["c"][:3])
@@ -140,12 +146,23 @@ def test_a_killed_run_gives_the_same_bytes_when_started_again(point: str, tmp_pa
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert read_manifest(tmp_path / "out") is None, "an unfinished output must not count as finished"
     layouts = plan(SMALL, 40)
-    with OutputDirectory(tmp_path / "out", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
         assert len(output.finished) == (2 if point in ("shard", "middle") else 4)
         finish(output, SMALL, FILES)
-    with OutputDirectory(tmp_path / "whole", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "whole", layouts, identity={"config": "f"}) as output:
         finish(output, SMALL, FILES)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert_holds(tmp_path / "out", SMALL)
+
+
+def test_a_shard_damaged_while_publishing_was_interrupted_is_redone(tmp_path: Path) -> None:
+    child = in_other_process(lambda: kill_at("rename:9", tmp_path / "out"))
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    layouts = plan(SMALL, 40)
+    _flip_a_bit_of_a_tensor(tmp_path / "out" / layouts[1].file)
+    with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
+        assert output.finished == {layouts[number].file for number in (0, 2, 3)}
+        finish(output, SMALL, FILES)
     assert_holds(tmp_path / "out", SMALL)
 
 
@@ -155,7 +172,7 @@ def holder(tmp_path: Path) -> Iterator[int]:
     readable, writable = os.pipe()
 
     def hold() -> None:
-        output = OutputDirectory(tmp_path / "out", plan(SMALL, 40), fingerprint="f").open()
+        output = OutputDirectory(tmp_path / "out", plan(SMALL, 40), identity={"config": "f"}).open()
         write_shard(output, output.layouts[0], SMALL)
         write_shard(output, output.layouts[1], SMALL)
         os.write(writable, b"r")
@@ -171,14 +188,14 @@ def holder(tmp_path: Path) -> Iterator[int]:
 def test_a_second_run_is_refused_while_the_first_one_writes(holder: int, tmp_path: Path) -> None:
     before = tree(tmp_path / "out")
     for overwrite in (False, True):
-        output = OutputDirectory(tmp_path / "out", plan(SMALL, 40), fingerprint="f", overwrite=overwrite)
+        output = OutputDirectory(tmp_path / "out", plan(SMALL, 40), identity={"config": "f"}, overwrite=overwrite)
         with pytest.raises(OutputError, match="another pymerge run is writing here"):
             output.open()
     after = tree(tmp_path / "out")
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
     assert after == before
-    with OutputDirectory(tmp_path / "out", plan(SMALL, 40), fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", plan(SMALL, 40), identity={"config": "f"}) as output:
         assert len(output.finished) == 2
 
 
@@ -197,9 +214,9 @@ def test_a_lock_whose_file_was_just_removed_is_taken_again(tmp_path: Path, monke
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f") as output:
+    with OutputDirectory(tmp_path, plan(SMALL, 40), identity={"config": "f"}) as output:
         assert calls == 2
         with pytest.raises(OutputError, match="another pymerge run"):
-            OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f").open()
+            OutputDirectory(tmp_path, plan(SMALL, 40), identity={"config": "f"}).open()
         finish(output, SMALL)
     assert_holds(tmp_path, SMALL)

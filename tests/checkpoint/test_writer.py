@@ -49,7 +49,7 @@ TENSORS = make_tensors()
 @pytest.mark.parametrize("limit", [10**9, 200, 1])
 def test_every_dtype_round_trips(limit: int, tmp_path: Path) -> None:
     layouts = plan(TENSORS, limit)
-    with OutputDirectory(tmp_path / "deep" / "out", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "deep" / "out", layouts, identity={"config": "f"}) as output:
         finish(output, TENSORS)
     folder = tmp_path / "deep" / "out"
     assert_holds(folder, TENSORS)
@@ -62,9 +62,9 @@ def test_every_dtype_round_trips(limit: int, tmp_path: Path) -> None:
 
 def test_same_bytes_for_any_order_and_piece_size(tmp_path: Path) -> None:
     layouts = plan(TENSORS, 150)
-    with OutputDirectory(tmp_path / "a", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "a", layouts, identity={"config": "f"}) as output:
         finish(output, TENSORS)
-    with OutputDirectory(tmp_path / "b", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "b", layouts, identity={"config": "f"}) as output:
         pieces = []
         for name, tensor in reversed(TENSORS.items()):
             raw = bytes(bytes_of(tensor))
@@ -81,7 +81,7 @@ def test_same_bytes_for_any_order_and_piece_size(tmp_path: Path) -> None:
 def test_row_blocks_transposed_and_typed_views_are_written_as_they_read(tmp_path: Path) -> None:
     matrix = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)
     tensors = {"x": matrix.t().contiguous(), "y": torch.arange(4, dtype=torch.int64)}
-    with OutputDirectory(tmp_path / "out", plan(tensors, 10**6), fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", plan(tensors, 10**6), identity={"config": "f"}) as output:
         output.write("x", matrix.t()[:2])
         output.write("x", matrix.t()[2:])
         output.write("y", tensors["y"].numpy().data)
@@ -99,13 +99,13 @@ def test_file_systems_without_preallocation(how: str, tmp_path: Path, monkeypatc
         monkeypatch.setattr(os, "posix_fallocate", _unsupported)
     else:
         monkeypatch.delattr(os, "posix_fallocate")
-    with OutputDirectory(tmp_path, plan(TENSORS, 200), fingerprint="f") as output:
+    with OutputDirectory(tmp_path, plan(TENSORS, 200), identity={"config": "f"}) as output:
         finish(output, TENSORS)
     assert_holds(tmp_path, TENSORS)
 
 
 def test_checksums_are_those_of_the_tensors(tmp_path: Path) -> None:
-    with OutputDirectory(tmp_path / "out", plan(TENSORS, 300), fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", plan(TENSORS, 300), identity={"config": "f"}) as output:
         for layout in output.layouts:
             if layout.file not in output.finished:
                 write_shard(output, layout, TENSORS)
@@ -114,7 +114,7 @@ def test_checksums_are_those_of_the_tensors(tmp_path: Path) -> None:
 
 
 def test_nothing_looks_like_a_model_before_publish(tmp_path: Path) -> None:
-    with OutputDirectory(tmp_path / "out", plan(SMALL, 80), fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", plan(SMALL, 80), identity={"config": "f"}) as output:
         write_shard(output, output.layouts[0], SMALL)
         assert os.listdir(tmp_path / "out") == [".pymerge"]
         with pytest.raises(CheckpointError, match="has no weights"):
@@ -124,22 +124,22 @@ def test_nothing_looks_like_a_model_before_publish(tmp_path: Path) -> None:
 
 
 def test_an_abandoned_run_without_finished_shards_leaves_nothing(tmp_path: Path) -> None:
-    with OutputDirectory(tmp_path / "a" / "b", plan(SMALL, 80), fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "a" / "b", plan(SMALL, 80), identity={"config": "f"}) as output:
         output.write("a", SMALL["a"])
         assert (tmp_path / "a" / "b" / ".pymerge" / f"{output.layouts[0].file}.partial").exists()
     assert os.listdir(tmp_path) == []
     (tmp_path / "given").mkdir()
-    with OutputDirectory(tmp_path / "given", plan(SMALL, 80), fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "given", plan(SMALL, 80), identity={"config": "f"}) as output:
         output.write("a", SMALL["a"])
     assert os.listdir(tmp_path / "given") == []
 
 
 def test_pieces_that_do_not_fit_the_plan_are_internal_errors(tmp_path: Path) -> None:
     layouts = plan(SMALL, 80)
-    closed = OutputDirectory(tmp_path / "out", layouts, fingerprint="f")
+    closed = OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"})
     with pytest.raises(OutputError, match="is not open"):
         closed.write("a", SMALL["a"])
-    with OutputDirectory(tmp_path / "out", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
         for name, data, reason in (
             ("z", SMALL["a"], "not in the plan"),
             ("a", SMALL["a"].half(), "planned F32 on cpu"),
@@ -166,7 +166,7 @@ def test_pieces_that_do_not_fit_the_plan_are_internal_errors(tmp_path: Path) -> 
     ],
 )
 def test_names_that_cannot_be_published(name: str, source: bytes | Path, reason: str, tmp_path: Path) -> None:
-    with OutputDirectory(tmp_path, plan(SMALL, 40), fingerprint="f") as output:
+    with OutputDirectory(tmp_path, plan(SMALL, 40), identity={"config": "f"}) as output:
         for layout in output.layouts:
             write_shard(output, layout, SMALL)
         with pytest.raises(OutputError, match=reason):
@@ -180,19 +180,19 @@ def test_a_copied_file_that_changed_meanwhile(tmp_path: Path) -> None:
     source = tmp_path / "tokenizer.json"
     source.write_text("old")
     layouts = plan(SMALL, 40)
-    with OutputDirectory(tmp_path / "out", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
         for layout in layouts:
             write_shard(output, layout, SMALL)
         files: dict[str, bytes | Path] = {"tokenizer.json": source}
         manifest = build_manifest(
-            layouts, output.checksums, files, fingerprint="f", pymerge_version="0", base_parameters=40
+            layouts, output.checksums, files, identity={"config": "f"}, recipe={}, base_parameters=40
         )
         source.write_text("new")
         with pytest.raises(CheckpointError, match=r"tokenizer.json: changed while the merge ran"):
             output.publish(files, manifest)
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     assert read_manifest(tmp_path / "out") is None
-    with OutputDirectory(tmp_path / "out", layouts, fingerprint="f") as output:
+    with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
         finish(output, SMALL, files)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "new"
 
@@ -220,7 +220,7 @@ def test_the_model_file_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyP
             ],
         ),
     ):
-        with OutputDirectory(tmp_path / str(limit), plan(SMALL, limit), fingerprint="f") as output:
+        with OutputDirectory(tmp_path / str(limit), plan(SMALL, limit), identity={"config": "f"}) as output:
             for layout in output.layouts:
                 write_shard(output, layout, SMALL)
             with monkeypatch.context() as patch:
