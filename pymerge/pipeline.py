@@ -115,7 +115,6 @@ class Pipeline:
         return self._window.inputs + sum(nbytes for _, nbytes in self._writes)
 
     def _start_reading(self, step: Step, piece: Piece) -> Loads:
-        self._readers.submit(self._announce, step, piece)
         try:
             rooms = [self._transfer.prepare(entry, piece) for entry in step.inputs]
         except (MemoryError, RuntimeError) as error:
@@ -126,13 +125,10 @@ class Pipeline:
             self._readers.submit(self._load, entry, piece, room) for entry, room in zip(step.inputs, rooms, strict=True)
         ]
 
-    def _announce(self, step: Step, piece: Piece) -> None:
-        for entry in step.inputs:
-            self._reader.announce(entry, piece.start, piece.stop)
-
     def _load(self, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         nbytes = entry.nbytes * (piece.stop - piece.start) // max(1, _rows(entry))
         with self._tracer.span("read", entry.name, nbytes):
+            self._reader.announce(entry, piece.start, piece.stop)
             tensor = upcast(self._transfer.load(self._reader, entry, piece, room))
             if not self._keeps_cache:
                 self._reader.release(entry, piece.start, piece.stop)

@@ -240,8 +240,9 @@ def test_a_config_that_is_none(models: Path, text: str | None, said: str) -> Non
 
 
 def test_a_memory_limit_that_is_too_small(models: Path) -> None:
-    said = ("memory", "lm_head.weight", "the limit is 1000B", "give --memory")
-    refused(models, 4, *said, args=("--memory", "1KB"))
+    # One row of a down_proj, of 24 float32, with base, two experts, three temporaries and the result.
+    said = ("memory", "mlp.down_proj.weight", "the limit is 671B", "give --memory 672B or more")
+    refused(models, 4, *said, args=("--memory", "671B"))
 
 
 @pytest.mark.parametrize("size", ["many", "-1", "0", "0.5", "1" + "0" * 400, "5XB"])

