@@ -52,9 +52,13 @@ def nearest(device: str, op: str, dtypes: frozenset[torch.dtype], shape: tuple[i
     return min(found)[1] if found else None
 
 
-@cache
-def rows(table: Path = _TABLE) -> tuple[Row, ...]:
+def rows() -> tuple[Row, ...]:
     """The table."""
+    return _read(_TABLE)
+
+
+@cache
+def _read(table: Path) -> tuple[Row, ...]:
     return tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(table.read_text())["rows"])
 
 
@@ -89,13 +93,13 @@ def from_results(results: dict[str, Any]) -> list[Row]:
     return found
 
 
-def record(results: Path, table: Path = _TABLE) -> int:
+def record(results: Path) -> int:
     """Write the rows of a results file into the table; returns how many."""
     new = from_results(json.loads(results.read_text()))
-    kept = {row[:4]: row for row in (*rows(table), *new)}
+    kept = {row[:4]: row for row in (*rows(), *new)}
     lines = ",\n".join("  " + json.dumps(row._asdict()) for row in sorted(kept.values()))
-    table.write_text(f'{{"rows": [\n{lines}\n]}}\n')
-    rows.cache_clear()
+    _TABLE.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+    _read.cache_clear()
     return len(new)
 
 
