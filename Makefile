@@ -40,7 +40,7 @@ gpu: $(VENV)/installed  ## on a machine with a CUDA GPU: the tests on the device
 	PYMERGE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ops tests/test_methods.py
 	$(BIN)/python benchmarks/bench_ops.py --device cuda
 	@echo "== what was the fastest, for auto to choose from: pymerge/backends/measured.json"
-	$(BIN)/python -m pymerge.backends.measured $$(ls -t benchmarks/results/*/*-ops.json | head -n 1)
+	$(BIN)/python benchmarks/record_fastest.py $$(ls -t benchmarks/results/*/*-ops.json | head -n 1)
 
 bench: $(VENV)/installed  ## time the ops against PyTorch, the results to benchmarks/results
 	$(BIN)/python benchmarks/bench_ops.py

@@ -4,7 +4,7 @@ The table, measured.json, holds nothing but what a benchmark wrote on a device. 
 device: `make gpu`, or by hand
 
     python benchmarks/bench_ops.py --device cuda
-    python -m pymerge.backends.measured benchmarks/results/<device>/<date>-ops.json
+    python benchmarks/record_fastest.py benchmarks/results/<device>/<date>-ops.json
 
 and commit both files. Rows for the same device, op, dtype and shape are replaced, all others are kept.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,8 +120,3 @@ def _distance(measured: tuple[int, int, int], asked: tuple[int, int, int]) -> fl
         return None
     logs = [abs(math.log(a / b)) for a, b in zip(measured, asked, strict=True)]
     return None if max(logs) > math.log(_REACH) else sum(logs)
-
-
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(f"{record(Path(argument))} rows from {argument} in {_TABLE}")
