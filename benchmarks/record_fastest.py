@@ -1,6 +1,6 @@
 """Takes results of bench_ops on a GPU into pymerge/backends/measured.json, from which `auto` chooses there.
 
-    python benchmarks/record_fastest.py benchmarks/results/<device>/<date>-ops.json
+python benchmarks/record_fastest.py benchmarks/results/<device>/<date>-ops.json
 """
 
 from __future__ import annotations
