@@ -44,6 +44,8 @@ gpu: $(VENV)/installed  ## on a machine with a CUDA GPU: the tests on the device
 	  || { echo "no CUDA device here: PyTorch sees none; run this on a machine with a GPU"; exit 1; }
 	PYMERGE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ops tests/test_methods.py tests/test_pipeline.py
 	$(BIN)/python benchmarks/bench_ops.py --device cuda
+	@echo "== what was the fastest, for auto to choose from: pymerge/backends/measured.json"
+	$(BIN)/python benchmarks/record_fastest.py $$(ls -t benchmarks/results/*/*-ops.json | head -n 1)
 
 bench: $(VENV)/installed  ## time ops, solvers and merges beside PyTorch, published forms and mergekit
 	@echo "== timing; results go to benchmarks/results, see benchmarks/README.md"

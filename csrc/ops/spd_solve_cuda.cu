@@ -2,10 +2,10 @@
 // S = L L^T in shared memory, then passes tiles of R through X = R L^-T L^-1. Blocks of one system each factorise it
 // anew: n^3 / 3 operations, which is less than passing n rows costs, and nothing to wait for between kernels.
 //
-// Sums are double, of float32 systems too, and rounded once: in float32 the kernel erred more than a library that adds in
-// blocks. Substitution goes by panels of `panel` columns: what earlier columns contribute is a dot product for each
-// element of the panel, all threads at once; the triangle inside the panel is left to one thread a row. So a tile waits
-// twice a panel, not twice a column.
+// Sums are double, of float32 systems too, and rounded once: in float32 the kernel erred more than a library, which
+// adds in blocks. Substitution goes by panels of `panel` columns: what earlier columns contribute is a dot product for
+// each element of the panel, all threads at once; the triangle inside the panel is left to one thread a row. So a tile
+// waits twice a panel, not twice a column.
 #include "ops/spd_solve.h"
 
 #include <cmath>
@@ -198,7 +198,9 @@ __global__ void __launch_bounds__(threads) spd_solve_kernel(const __grid_constan
     for (std::int64_t start = blockIdx.x * block_rows; start < stop; start += tile_rows) {
         const std::int64_t offset = (layer * a.rows + start) * n;
         const int height = stop - start < tile_rows ? static_cast<int>(stop - start) : tile_rows;
-        for_each_thread_item(tile_rows * n, [&](int i) { s.tile[i / n][i % n] = i < height * n ? a.R[offset + i] : A(0); });
+        for_each_thread_item(tile_rows * n, [&](int i) {
+            s.tile[i / n][i % n] = i < height * n ? a.R[offset + i] : A(0);
+        });
         __syncthreads();
         if (prior != nullptr && threadIdx.x % panel == 0) {
             const int r = static_cast<int>(threadIdx.x) / panel;
@@ -218,9 +220,11 @@ __global__ void __launch_bounds__(threads) spd_solve_kernel(const __grid_constan
 
 template <class A>
 void launch(const SpdSolveParams& p, cudaStream_t on) {
-    const Arguments<A> a{static_cast<A*>(p.X),           static_cast<A*>(p.conditions),   p.minors,
-                         static_cast<const A*>(p.S),     static_cast<const A*>(p.R),      static_cast<const A*>(p.prior),
-                         static_cast<const A*>(p.start), p.rows, static_cast<int>(p.columns), p.iterations};
+    const auto in = [](const void* data) { return static_cast<const A*>(data); };
+    const Arguments<A> a{static_cast<A*>(p.X), static_cast<A*>(p.conditions), p.minors,
+                         in(p.S),              in(p.R),                       in(p.prior),
+                         in(p.start),          p.rows,                        static_cast<int>(p.columns),
+                         p.iterations};
     const std::int64_t needed = (p.rows + block_rows - 1) / block_rows;
     const dim3 grid(static_cast<unsigned>(needed > 0 ? needed : 1), static_cast<unsigned>(p.layers));
     spd_solve_kernel<A><<<grid, threads, 0, on>>>(a);
@@ -233,8 +237,9 @@ void spd_solve_cuda(const SpdSolveParams& p, void* stream) {
     PM_CHECK(p.dtype == DType::f32 || p.dtype == DType::f64, "spd_solve: systems must be float32 or float64");
     PM_CHECK(p.rows >= 0 && p.columns >= 0 && p.layers >= 0,
              "spd_solve: " << p.layers << " systems of " << p.rows << " x " << p.columns << " elements");
-    PM_CHECK(p.columns <= spd_solve_columns(p.dtype), "spd_solve: " << p.columns << " columns; shared memory holds "
-                                                                    << spd_solve_columns(p.dtype) << ", use the library");
+    const std::int64_t most = spd_solve_columns(p.dtype);
+    PM_CHECK(p.columns <= most,
+             "spd_solve: " << p.columns << " columns; shared memory holds " << most << ", use the library");
     PM_CHECK(p.layers < 65536, "spd_solve: " << p.layers << " systems; one launch takes 65535, split the batch");
     if (p.layers == 0 || p.columns == 0) return;
     const auto on = static_cast<cudaStream_t>(stream);

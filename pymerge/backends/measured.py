@@ -4,7 +4,7 @@ The table, measured.json, holds nothing but what a benchmark wrote on a device. 
 device: `make gpu`, or by hand
 
     python benchmarks/bench_ops.py --device cuda
-    python -m pymerge.backends.measured benchmarks/results/<device>/<date>-ops.json
+    python benchmarks/record_fastest.py benchmarks/results/<device>/<date>-ops.json
 
 and commit both files. Rows for the same device, op, dtype and shape are replaced, all others are kept.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,9 +51,13 @@ def nearest(device: str, op: str, dtypes: frozenset[torch.dtype], shape: tuple[i
     return min(found)[1] if found else None
 
 
-@cache
-def rows(table: Path = _TABLE) -> tuple[Row, ...]:
+def rows() -> tuple[Row, ...]:
     """The table."""
+    return _read(_TABLE)
+
+
+@cache
+def _read(table: Path) -> tuple[Row, ...]:
     return tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(table.read_text())["rows"])
 
 
@@ -89,13 +92,13 @@ def from_results(results: dict[str, Any]) -> list[Row]:
     return found
 
 
-def record(results: Path, table: Path = _TABLE) -> int:
+def record(results: Path) -> int:
     """Write the rows of a results file into the table; returns how many."""
     new = from_results(json.loads(results.read_text()))
-    kept = {row[:4]: row for row in (*rows(table), *new)}
+    kept = {row[:4]: row for row in (*rows(), *new)}
     lines = ",\n".join("  " + json.dumps(row._asdict()) for row in sorted(kept.values()))
-    table.write_text(f'{{"rows": [\n{lines}\n]}}\n')
-    rows.cache_clear()
+    _TABLE.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+    _read.cache_clear()
     return len(new)
 
 
@@ -117,8 +120,3 @@ def _distance(measured: tuple[int, int, int], asked: tuple[int, int, int]) -> fl
         return None
     logs = [abs(math.log(a / b)) for a, b in zip(measured, asked, strict=True)]
     return None if max(logs) > math.log(_REACH) else sum(logs)
-
-
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(f"{record(Path(argument))} rows from {argument} in {_TABLE}")
