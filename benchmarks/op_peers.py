@@ -29,8 +29,13 @@ class Peer:
     tolerance: float = 1e-4
 
 
+def _floats(layer: Layer) -> tuple[Tensor, list[Tensor]]:
+    return layer.base.float(), [expert.float() for expert in layer.experts]
+
+
 def _taus(layer: Layer) -> Tensor:
-    return torch.stack([expert.float() - layer.base.float() for expert in layer.experts])
+    base, experts = _floats(layer)
+    return torch.stack([expert - base for expert in experts])
 
 
 def _combine(layer: Layer) -> tuple[Tensor, ...]:
@@ -66,7 +71,7 @@ def wudi_adam(steps: int, lr: float) -> Peer:
     """The released loop, from the weights: autograd on the loss of every task, torch.optim.Adam."""
 
     def results(layer: Layer) -> tuple[Tensor, ...]:
-        return (published.wudi_autograd(layer.base, layer.experts, steps, lr) - layer.start,)
+        return (published.wudi_autograd(*_floats(layer), steps, lr) - layer.start,)
 
     # Adam divides a gradient by its size: where that is nearly 0, rounding decides the direction of the step.
     return Peer(
@@ -82,7 +87,7 @@ def by_eigenvectors(time: float) -> Peer:
     """SWUDI's exponential filter, from the weights, by eigenvectors in float32."""
 
     def results(layer: Layer) -> tuple[Tensor, ...]:
-        return (published.swudi_eigh(layer.base, layer.experts, time) - layer.start,)
+        return (published.swudi_eigh(*_floats(layer), time) - layer.start,)
 
     return Peer(
         "SWUDI by eigenvectors",

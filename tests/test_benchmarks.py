@@ -11,7 +11,6 @@ import merge_targets
 import op_cases
 import pytest
 import synthetic
-import torch
 from checkpoints import load_output
 from transformers import AutoModelForCausalLM
 
@@ -27,8 +26,9 @@ def test_every_op_is_timed() -> None:
 
 @pytest.mark.parametrize("op", op_cases.CASES)
 @pytest.mark.parametrize("size", [TINY, op_cases.Size(16, 56, 2)], ids=["tall", "wide"])
-def test_published_forms_compute_what_the_ops_do(op: str, size: op_cases.Size) -> None:
-    case, layer = op_cases.CASES[op], op_cases.Layer(size, torch.float32, "cpu")
+@pytest.mark.parametrize("dtype", bench_ops.DTYPES)
+def test_published_forms_compute_what_the_ops_do(op: str, size: op_cases.Size, dtype: str) -> None:
+    case, layer = op_cases.CASES[op], op_cases.Layer(size, bench_ops.DTYPES[dtype], "cpu")
     assert case.flops(layer) > 0
     assert case.bytes(size, 4) > 0
     assert case.peer is not None
