@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from logging import DEBUG, WARNING
 
 import torch
@@ -18,6 +19,7 @@ from pymerge.errors import ArgumentError, BackendError, NonFiniteError, OutOfMem
 from pymerge.finite import check_finite, is_finite
 from pymerge.logs import event
 from pymerge.memory import Heap
+from pymerge.ops.base import at_most_threads
 from pymerge.pieces import Piece
 from pymerge.progress import ProgressSink
 from pymerge.schedule import READ_THREADS, Slot, Window, may_wait
@@ -63,6 +65,9 @@ class Pipeline:
         self._keeps_cache = keeps_cache
         self._transfer = transfer_to(run_op.device, queue, tracer)
         self._heap = Heap(limit)
+        # Elementwise work waits on memory, and readers need the processor beside it: a team of threads that does not
+        # get all its cores waits for a time slice at every barrier.
+        self._elementwise_threads = max(1, torch.get_num_threads() - READ_THREADS)
         self._began = 0.0  # of the step that is being carried out
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pymerge-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
@@ -217,7 +222,8 @@ class Pipeline:
     def _compute(self, step: Step, piece: Piece, tensors: list[Tensor]) -> Tensor:
         """The merged piece on the device, in the output's dtype."""
         device = self._run_op.device
-        with self._tracer.span("compute", step.name):
+        threads = at_most_threads(self._elementwise_threads) if step.action.chunkable else nullcontext()
+        with self._tracer.span("compute", step.name), threads:
             if not self._allow_nonfinite:
                 for entry, tensor in zip(step.inputs, tensors, strict=True):
                     check_finite(entry, piece.start, tensor)

@@ -46,7 +46,7 @@ ARROWS = {
     "report": "env units planner tracing",
     "backends": "errors logs ops",
     "transfer": "methods checkpoint pieces schedule tracing",
-    "pipeline": "errors backends checkpoint finite logs memory pieces progress schedule steps tracing transfer",
+    "pipeline": "errors ops backends checkpoint finite logs memory pieces progress schedule steps tracing transfer",
     "engine": "errors backends checkpoint logs memory pipeline planner progress report schedule steps tracing",
     "recheck": "errors backends checkpoint config engine memory pieces planner progress steps",
     "api": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -80,13 +80,18 @@ def task_vector(base: Tensor, expert: Tensor, mean: Tensor | None, dtype: torch.
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: for routines that round differently for each number of threads (LAPACK's, products of
-    small float64 matrices), and for matrices that are too small to be worth splitting.
-    """
+def at_most_threads(most: int) -> Iterator[None]:
+    """Compute on no more than `most` threads; those of this thread's later regions, not of other threads'."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(min(most, threads))
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """Compute on one thread: for routines that round differently for each number of threads (LAPACK's, products of
+    small float64 matrices), and for matrices that are too small to be worth splitting.
+    """
+    return at_most_threads(1)
