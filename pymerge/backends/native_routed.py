@@ -1,0 +1,111 @@
+"""`routed_linear` on the CPU: C++ passes over the task vectors, PyTorch's products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pymerge.ops.routed_linear import Form, Kernels, TorchPasses, run
+from pymerge.ops.task_storage import DenseTasks, SparseTasks, Tasks
+
+# The codes of csrc/common/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+class _NativePasses(TorchPasses):
+    """Passes in C++; low-rank factors are products, and PyTorch's."""
+
+    def mix(self, tasks: Tasks, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
+        """Write (W_0 + sum_t g_t tau_t)[rows] to `out` in one pass over memory."""
+        from pymerge import _C
+
+        origin = weight[rows]
+        if not isinstance(tasks, (DenseTasks, SparseTasks)) or not origin.is_contiguous():
+            super().mix(tasks, out, weight, gates, rows)
+            return
+        gates = gates.contiguous()
+        head = (out.data_ptr(), DTYPE_CODES[out.dtype], origin.data_ptr(), DTYPE_CODES[origin.dtype], gates.data_ptr())
+        sizes = (*origin.shape, torch.get_num_threads())
+        if isinstance(tasks, DenseTasks):
+            _C.mix_dense(*head, _dense(tasks, rows), *sizes)
+        else:
+            _C.mix_sparse(*head, _sparse(tasks, rows), *sizes)
+
+    def dots(self, tasks: Tasks, delta: Tensor, rows: slice) -> Tensor:
+        """<delta, tau_t[rows]> for each task, partial sums in float64."""
+        from pymerge import _C
+
+        if not isinstance(tasks, (DenseTasks, SparseTasks)):
+            return super().dots(tasks, delta, rows)
+        delta = delta.contiguous()
+        out = torch.empty(tasks.count, dtype=torch.float64)
+        if isinstance(tasks, DenseTasks):
+            dense = _dense(tasks, rows)
+            _C.dots_dense(out.data_ptr(), delta.data_ptr(), delta.numel(), dense, torch.get_num_threads())
+        else:
+            sparse = _sparse(tasks, rows)
+            _C.dots_sparse(out.data_ptr(), delta.data_ptr(), *delta.shape, sparse, torch.get_num_threads())
+        return out
+
+    def add_products(self, tasks: Tasks, y: Tensor, x: Tensor, gates: Tensor) -> None:
+        """y += sum_t g_nt x tau_t^T."""
+        from pymerge import _C
+
+        if not isinstance(tasks, SparseTasks):
+            super().add_products(tasks, y, x, gates)
+            return
+        total = y.to(torch.float32)
+        tokens, token_gates = x.to(torch.float32).contiguous(), gates.contiguous()
+        _C.add_sparse_products(
+            total.data_ptr(),
+            total.stride(0),
+            tokens.data_ptr(),
+            token_gates.data_ptr(),
+            len(tokens),
+            *tasks.shape,
+            _sparse(tasks, slice(None)),
+            torch.get_num_threads(),
+        )
+        if total is not y:
+            y.copy_(total)
+
+
+def routed_linear(
+    x: Tensor,
+    gates: Tensor,
+    weight: Tensor,
+    tasks: Tasks,
+    bias: Tensor | None = None,
+    bias_tasks: Tensor | None = None,
+    index: Sequence[int] | None = None,
+    form: Form = "auto",
+) -> Tensor:
+    """`routed_linear` with the weights of a sample mixed in panels that stay in the cache."""
+    return run(_KERNELS, x, gates, weight, tasks, bias, bias_tasks, index, form)
+
+
+def _dense(tasks: DenseTasks, rows: slice) -> tuple[int, int, int, int]:
+    """As csrc/bindings.cpp takes dense task vectors."""
+    values = tasks.values
+    first = rows.indices(values.shape[1])[0]
+    address = values.data_ptr() + first * values.shape[2] * values.element_size()
+    return address, DTYPE_CODES[values.dtype], values.stride(0), values.shape[0]
+
+
+def _sparse(tasks: SparseTasks, rows: slice) -> tuple[int, int, int, bool, int, int, int]:
+    """As csrc/bindings.cpp takes sparse task vectors."""
+    first = rows.indices(tasks.shape[0])[0]
+    return (
+        tasks.values.data_ptr(),
+        DTYPE_CODES[tasks.values.dtype],
+        tasks.columns.data_ptr(),
+        tasks.columns.dtype == torch.int32,
+        tasks.starts.data_ptr() + first * tasks.starts.element_size(),
+        tasks.shape[0],
+        tasks.count,
+    )
+
+
+_KERNELS = Kernels(_NativePasses())
