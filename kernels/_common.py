@@ -10,15 +10,15 @@ import torch
 class Sizes(NamedTuple):
     """Sizes of one launch."""
 
-    block: int  # elements (combine), or rows and columns of a tile (task_gram)
-    depth: int  # rows of tau a tile reads at a time
+    block: int  # elements (combine), or rows and columns of a tile (task_gram, routed_linear)
+    depth: int  # rows of tau (task_gram), or inputs (routed_linear), that a tile reads at a time
     warps: int
 
 
 # compute capability -> op -> sizes, not yet timed. A device takes the newest row not newer than itself.
 _SIZES = {
-    80: {"combine": Sizes(1024, 0, 4), "task_gram": Sizes(64, 32, 4)},
-    90: {"combine": Sizes(1024, 0, 4), "task_gram": Sizes(64, 32, 4)},
+    80: {"combine": Sizes(1024, 0, 4), "task_gram": Sizes(64, 32, 4), "routed_linear": Sizes(64, 32, 4)},
+    90: {"combine": Sizes(1024, 0, 4), "task_gram": Sizes(64, 32, 4), "routed_linear": Sizes(64, 32, 4)},
 }
 
 

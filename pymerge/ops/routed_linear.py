@@ -80,7 +80,7 @@ class Kernels:
         weight, tasks, runs, form = problem
         if form == "factored":
             y = x @ weight.to(x.dtype).mT
-            self.passes.add_products(tasks, y, x, _token_gates(gates, runs))
+            self.passes.add_products(tasks, y, x, token_gates(gates, runs))
             if biases is not None:
                 for run in runs:
                     y[run.begin : run.end] += biases[run.gate]
@@ -316,8 +316,8 @@ def _biases(dtype: torch.dtype, gates: Tensor, bias: Tensor | None, bias_tasks: 
     return (origin + gates.new_zeros(len(gates), 1) + moved).to(dtype)
 
 
-def _token_gates(gates: Tensor, runs: Sequence[Run]) -> Tensor:
-    """The gates of each row of x."""
+def token_gates(gates: Tensor, runs: Sequence[Run]) -> Tensor:
+    """The gates (or biases) of each row of x, from those of the runs."""
     rows = torch.tensor([run.gate for run in runs], device=gates.device)
     lengths = torch.tensor([run.end - run.begin for run in runs], device=gates.device)
     return gates[torch.repeat_interleave(rows, lengths)]
@@ -329,11 +329,11 @@ def _low_rank_backward(
     """Thin products only: no gradient of a weight is formed."""
     weight, tasks, runs, _ = problem
     assert isinstance(tasks, LowRankTasks)
-    token_gates = _token_gates(gates, runs)
+    of_tokens = token_gates(gates, runs)
     thin = dy @ tasks.left.to(x.dtype)
     dx = dg = None
     if need_x:
-        scaled = thin * token_gates[:, tasks.owners].to(x.dtype)
+        scaled = thin * of_tokens[:, tasks.owners].to(x.dtype)
         dx = (dy @ weight.to(x.dtype)).addmm_(scaled, tasks.right.to(x.dtype))
     if need_gates:
         single = (thin * (x @ tasks.right.to(x.dtype).mT)).to(gates.dtype)

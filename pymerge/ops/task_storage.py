@@ -241,10 +241,12 @@ def prune(tau: Tensor, ratio: float) -> Tensor:
 
 def pruned_tasks(taus: Sequence[Tensor], ratio: float, dtype: torch.dtype) -> SparseTasks:
     """The task vectors (each d_out x d_in) pruned one by one; values rounded to `dtype` afterwards."""
-    parts = []
-    for tau in taus:
-        kept = prune(tau, ratio)
-        parts.append((tau[kept].to(dtype), kept.nonzero()[:, 1], kept.sum(1)))
+    return sparse_tasks(taus, [prune(tau, ratio) for tau in taus], dtype)
+
+
+def sparse_tasks(taus: Sequence[Tensor], kept: Sequence[Tensor], dtype: torch.dtype) -> SparseTasks:
+    """The entries of each task vector (d_out x d_in) that its mask keeps, in `dtype`."""
+    parts = [(tau[mask].to(dtype), mask.nonzero()[:, 1], mask.sum(1)) for tau, mask in zip(taus, kept, strict=True)]
     return _sparse(parts, (taus[0].shape[0], taus[0].shape[1]))
 
 
