@@ -155,7 +155,7 @@ def launch_mixed(
 def launch_factored(
     out: Tensor, x: Tensor, weight: Tensor, tasks: Tensor, gates: Tensor, biases: Tensor | None
 ) -> None:
-    """Write W_0 x + sum_t g_t tau_t x + bias to `out`; gates (N x T, float32) and biases (N x M) are of each row of x."""
+    """Write W_0 x + sum_t g_t tau_t x + bias to `out`; gates (N x T, float32) and biases (N x M) by rows of x."""
     if out.numel() == 0:
         return
     size = sizes("routed_linear", out.device)

@@ -39,8 +39,9 @@ ARROWS = {
     "engine": "errors env backends checkpoint finite pieces planner progress report",
     "api": ("errors env units methods layers checkpoint finite config pieces backends planner progress report engine"),
     "views": "env units methods layers backends planner",
+    "wemoe": "errors env ops checkpoint backends",
     "testing": "errors env ops methods backends api",
-    "__init__": "errors env planner report api",
+    "__init__": "errors env planner report api wemoe",
     "cli": "errors checkpoint progress api views",
     "__main__": "cli",
 }

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymerge.backends.native_routed import DTYPE_CODES, routed_linear
+from pymerge.backends.dtypes import DTYPE_CODES as DTYPE_CODES
+from pymerge.backends.native_routed import routed_linear
 from pymerge.ops.base import compute_dtype
 from pymerge.ops.gradient_flow import evaluate
 from pymerge.ops.normal_equations import NormalEquations, outputs_first

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.ops.routed_linear import Form, Kernels, TorchPasses, run
+from pymerge.backends.dtypes import DTYPE_CODES
+from pymerge.ops.routed_kernels import Kernels, TorchPasses
+from pymerge.ops.routed_linear import Form, run
 from pymerge.ops.task_storage import DenseTasks, SparseTasks, Tasks
-
-# The codes of csrc/common/dtype.h.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 class _NativePasses(TorchPasses):
@@ -46,7 +45,8 @@ class _NativePasses(TorchPasses):
             _C.dots_dense(out.data_ptr(), delta.data_ptr(), delta.numel(), dense, torch.get_num_threads())
         else:
             sparse = _sparse(tasks, rows)
-            _C.dots_sparse(out.data_ptr(), delta.data_ptr(), *delta.shape, sparse, torch.get_num_threads())
+            rows_here, columns = delta.shape
+            _C.dots_sparse(out.data_ptr(), delta.data_ptr(), rows_here, columns, sparse, torch.get_num_threads())
         return out
 
     def add_products(self, tasks: Tasks, y: Tensor, x: Tensor, gates: Tensor) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.native import rows_contiguous
-from pymerge.ops.routed_linear import Form, Kernels, Problem, TorchPasses, run, token_gates
+from pymerge.ops.routed_kernels import Kernels, Problem, TorchPasses, token_gates
+from pymerge.ops.routed_linear import Form, run
 from pymerge.ops.task_storage import DenseTasks, Tasks
 
 NAME = "triton"
@@ -113,9 +114,7 @@ class _RoutedKernels(Kernels):
         return dx, super().backward(problem, x, gates, dy, False, True)[1] if need_gates else None
 
 
-def _routed(
-    problem: Problem, x: Tensor, weight: Tensor, tasks: Tensor, gates: Tensor, biases: Tensor | None
-) -> Tensor:
+def _routed(problem: Problem, x: Tensor, weight: Tensor, tasks: Tensor, gates: Tensor, biases: Tensor | None) -> Tensor:
     from pymerge.kernels import routed_linear as kernel
 
     out = x.new_empty(len(x), weight.shape[0])

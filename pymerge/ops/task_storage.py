@@ -155,7 +155,10 @@ class SparseTasks:
 
 @dataclass(frozen=True)
 class LowRankTasks:
-    """tau_t = sum of left[:, j] right[j] over the j that task t owns; left d_out x R, right R x d_in, owners R (int64)."""
+    """tau_t = sum of left[:, j] right[j] over the j that task t owns.
+
+    left is d_out x R, right R x d_in, owners (int64) R.
+    """
 
     left: Tensor
     right: Tensor

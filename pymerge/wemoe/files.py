@@ -70,7 +70,9 @@ def encode(name: str, vectors: Tasks | Tensor, storage: StorageSpec) -> dict[str
     return {f"{name}::{field}": tensor.contiguous() for field, tensor in found.items()}
 
 
-def decode(name: str, shape: Sequence[int], tasks: int, storage: StorageSpec, stored: TaskVectorFiles) -> Tasks | Tensor:
+def decode(
+    name: str, shape: Sequence[int], tasks: int, storage: StorageSpec, stored: TaskVectorFiles
+) -> Tasks | Tensor:
     """Task vectors of one parameter: Tasks of a weight, [T, n] of a bias. Raises CheckpointError if they don't fit."""
     matrix = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
     dtype = storage.torch_dtype

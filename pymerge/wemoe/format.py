@@ -37,7 +37,9 @@ class RouterSpec(_Strict):
     @model_validator(mode="after")
     def _code_needs_a_shared_router(self) -> RouterSpec:
         if self.layer_code and not (self.shared and self.depth > 0):
-            raise ValueError("layer_code tells a shared router of depth 1 or 2 which module asks; leave it out otherwise")
+            raise ValueError(
+                "layer_code tells a shared router of depth 1 or 2 which module asks; leave it out otherwise"
+            )
         return self
 
 
@@ -59,8 +61,9 @@ class StorageSpec(_Strict):
     @model_validator(mode="after")
     def _parameters_belong_to_the_kind(self) -> StorageSpec:
         given = {name for name in ("ratio", "rank", "energy") if getattr(self, name) is not None}
-        known = {"dense": [set()], "pruned": [{"ratio"}], "low_rank": [{"rank"}, {"energy"}]}[self.kind]
-        if given not in known:
+        known: dict[str, list[set[str]]]
+        known = {"dense": [set()], "pruned": [{"ratio"}], "low_rank": [{"rank"}, {"energy"}]}
+        if given not in known[self.kind]:
             wanted = {"dense": "none of ratio, rank, energy", "pruned": "ratio alone", "low_rank": "rank or energy"}
             raise ValueError(f"storage {self.kind!r} takes {wanted[self.kind]}, found {sorted(given) or 'none'}")
         return self
@@ -89,7 +92,9 @@ class ModuleSpec(_Strict):
                 continue
             if kind == "bias" and len(shape) == 1 and f"{layer}.weight" in self.parameters:
                 continue
-            raise ValueError(f"{name} {shape} is neither the weight (2-D) of a linear layer nor a bias (1-D) beside one")
+            raise ValueError(
+                f"{name} {shape} is neither the weight (2-D) of a linear layer nor a bias (1-D) beside one"
+            )
         return self
 
 
@@ -143,7 +148,9 @@ def read_spec(folder: Path | str) -> Spec:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise CheckpointError(f"{path}: {field}: {_reason(first)}; build the directory again or correct the file") from error
+        raise CheckpointError(
+            f"{path}: {field}: {_reason(first)}; build the directory again or correct the file"
+        ) from error
 
 
 def _reason(error: Any) -> str:

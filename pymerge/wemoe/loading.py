@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -76,12 +76,16 @@ def save(module: RoutedModel, path: Path | str, max_shard_bytes: int = 1 << 30) 
     if folder.exists():
         raise ArgumentError(f"{folder} exists; name a directory that does not")
     folder.mkdir(parents=True)
-    plain = module.static()
+    plain: Any = module.static()
     if hasattr(plain, "save_pretrained"):
         plain.save_pretrained(folder)
     else:
-        save_file({name: tensor.contiguous() for name, tensor in plain.state_dict().items()}, folder / "model.safetensors")
-    inverse = {own: name for name, own in model_names(plain, open_checkpoint(folder).tensors, folder, partial=True).items()}
+        save_file(
+            {name: tensor.contiguous() for name, tensor in plain.state_dict().items()}, folder / "model.safetensors"
+        )
+    inverse = {
+        own: name for name, own in model_names(plain, open_checkpoint(folder).tensors, folder, partial=True).items()
+    }
     layers = {name: layer for name, layer in module.model.named_modules() if isinstance(layer, RoutedLinear)}
     writer = TaskVectorWriter(folder, max_shard_bytes)
     parameters: dict[str, dict[str, list[int]]] = {unit.path: {} for unit in module.units}
@@ -95,7 +99,9 @@ def save(module: RoutedModel, path: Path | str, max_shard_bytes: int = 1 << 30) 
             name = inverse[f"{own}.{kind}"]
             shape = list(own_parameters[f"{own}.{kind}"].shape)
             parameters[layer.unit.path][name] = shape
-            dense += module.spec.tasks * own_parameters[f"{own}.{kind}"].numel() * module.spec.storage.torch_dtype.itemsize
+            dense += (
+                module.spec.tasks * own_parameters[f"{own}.{kind}"].numel() * module.spec.storage.torch_dtype.itemsize
+            )
             writer.add(encode(name, tasks, module.spec.storage))
     writer.close()
     sizes = {"dense_bytes": dense, "stored_bytes": writer.stored_bytes}
@@ -106,9 +112,7 @@ def save(module: RoutedModel, path: Path | str, max_shard_bytes: int = 1 << 30) 
     write_spec(folder, spec)
 
 
-def model_names(
-    model: nn.Module, names: Iterable[str], folder: Path, *, partial: bool = False
-) -> dict[str, str]:
+def model_names(model: nn.Module, names: Iterable[str], folder: Path, *, partial: bool = False) -> dict[str, str]:
     """The model's own name of each checkpoint tensor.
 
     They differ where transformers renames old checkpoints while it loads them, and where the checkpoint is of the bare
@@ -152,7 +156,8 @@ def _from_transformers(folder: Path, spec: Spec, dtype: torch.dtype | None) -> n
         transformers = importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"{folder}: a {spec.architecture} needs transformers; pip install 'pymerge-engine[transformers]', or give model="
+            f"{folder}: a {spec.architecture} needs transformers; pip install 'pymerge-engine[transformers]', "
+            "or give model="
         ) from error
     architecture = getattr(transformers, spec.architecture, None)
     if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
@@ -160,9 +165,11 @@ def _from_transformers(folder: Path, spec: Spec, dtype: torch.dtype | None) -> n
             f"{folder / 'wemoe.json'}: architecture {spec.architecture!r} is no model class of transformers "
             f"{transformers.__version__}; install a version that has it, or give model="
         )
-    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    options["dtype" if version >= (4, 56) else "torch_dtype"] = dtype or "auto"
     try:
-        model: nn.Module = architecture.from_pretrained(str(folder), dtype=dtype or "auto", **options)
+        model: nn.Module = cast(Any, architecture).from_pretrained(str(folder), **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it ({error}); build the directory again") from error
     return model
@@ -176,4 +183,6 @@ def _fill(model: nn.Module, folder: Path) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the given model does not fit ({error}); give one of this architecture") from error
+        raise CheckpointError(
+            f"{folder}: the given model does not fit ({error}); give one of this architecture"
+        ) from error

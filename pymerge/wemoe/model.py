@@ -104,7 +104,7 @@ class RoutedModel(nn.Module):
         self._shared.backend = value
 
     def gates(self) -> dict[str, Tensor]:
-        """Gates of the latest input that was no decoding step: module path -> B x T (1 x T if reduced over the batch)."""
+        """Gates of the latest input that was no decoding step: module path -> B x T (1 x T if reduced)."""
         missing = [unit.path for unit in self.units if unit.kept is None]
         if missing:
             raise ArgumentError(f"{missing[0]} has had no input yet; call the model first")

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pymerge.backends import Dispatcher
 from pymerge.env import default_backend
 from pymerge.errors import ArgumentError
-from pymerge.ops.routed_linear import TorchPasses
+from pymerge.ops.routed_kernels import TorchPasses
 from pymerge.ops.task_storage import DenseTasks, LowRankTasks, SparseTasks, Tasks
 from pymerge.wemoe.router import Router, layer_code
 
@@ -108,7 +108,7 @@ class RoutedLinear(nn.Module):
     look at of a linear layer (weight, bias, in_features, out_features) is there.
     """
 
-    def __init__(self, original: nn.Module, tasks: Tasks, bias_tasks: Tensor | None, unit: Unit) -> None:
+    def __init__(self, original: nn.Linear, tasks: Tasks, bias_tasks: Tensor | None, unit: Unit) -> None:
         super().__init__()
         self.transposed = is_transposed(original)
         self.unit = unit
@@ -116,15 +116,17 @@ class RoutedLinear(nn.Module):
         skeleton = copy.copy(original)
         skeleton.__dict__["_parameters"] = {"weight": None, "bias": None}
         self._skeleton = (skeleton,)
-        weight, bias = original.weight.detach(), original.bias
+        weight: Tensor = original.weight.detach()
+        bias = original.bias
         if self.transposed:
             weight, tasks = weight.mT.contiguous(), tasks.transposed()
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = weight.shape[0], weight.shape[1]
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._kind, self._count = type(tasks), tasks.count
         for name, tensor in tasks.tensors().items():
             self.register_buffer(f"tasks_{name}", tensor)
+        self.bias_tasks: Tensor | None
         self.register_buffer("bias_tasks", bias_tasks)
 
     @property
@@ -162,12 +164,12 @@ class RoutedLinear(nn.Module):
         return layer
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """True for nn.Linear and its kin, and for transformers' Conv1D."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
-def is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> TypeGuard[nn.Linear]:
     """True for Conv1D, whose weight is d_in x d_out; its class is transformers', which need not be installed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
@@ -179,7 +181,9 @@ def dispatcher(backend: str, device: torch.device) -> Dispatcher:
 
 
 def call_hooks(
-    module: nn.Module, shared: Shared, parse: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Call],
+    module: nn.Module,
+    shared: Shared,
+    parse: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Call],
     finished: Callable[[], None],
 ) -> list[Any]:
     """Hooks that push a Call while `module` runs; `finished` is called when the outermost one is over."""

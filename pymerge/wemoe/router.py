@@ -18,8 +18,8 @@ class Router(nn.Module):
     """Gates of each sample: the mean over its tokens of a small network's output; no softmax, gates may be negative.
 
     Depth 0 is a learnable vector filled with init_lambda; 1 is Linear(d, T); 2 is Linear(d, d), ReLU, Linear(d, T).
-    Weights start as N(0, 0.01^2), the last bias as init_lambda, so that the gates start near it. Parameters are float32.
-    Source: WEMoE, arXiv 2402.00433, section 3.3.
+    Weights start as N(0, 0.01^2), the last bias as init_lambda, so that the gates start near it. They are
+    float32. Source: WEMoE, arXiv 2402.00433, section 3.3.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Router(nn.Module):
         self.out = nn.Linear(width if depth == 2 else width + code_size, tasks)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for layer in self.children():
+            for layer in (module for module in self.children() if isinstance(module, nn.Linear)):
                 layer.weight.normal_(0.0, _STD, generator=generator)
                 layer.bias.zero_()
             self.out.bias.fill_(init_lambda)
@@ -49,7 +49,7 @@ class Router(nn.Module):
             return self.vector.expand(len(tokens), -1)
         tokens = tokens.to(self.out.weight.dtype)
         first = self.hidden if self.depth == 2 else self.out
-        bias = first.bias
+        bias: Tensor = first.bias
         if code is not None:
             # The same for all tokens: its product is part of the bias.
             bias = bias + first.weight[:, : self.code_size] @ code.to(bias)

@@ -75,7 +75,9 @@ def upscale(
     vectors: dict[str, Tasks | Tensor] = {}
     for name in sorted(parameters):
         dtype = compute_dtype(state[name])
-        taus = [task_vector(state[name], expert[name].to(state[name].device), None, dtype) for expert in experts.values()]
+        taus = [
+            task_vector(state[name], expert[name].to(state[name].device), None, dtype) for expert in experts.values()
+        ]
         vectors[name] = compress(taus, spec.storage)
     routed = RoutedModel(model, spec, {name: name for name in parameters}, vectors, make_routers(spec, seed))
     return routed.to(next(iter(state.values())).device)
@@ -120,7 +122,7 @@ def find_modules(model: nn.Module, pattern: str | None) -> Iterator[ModuleSpec]:
         raise ArgumentError(f"upscale: {type(model).__name__} has no MLP {what}; give modules='REGEX' of module paths")
 
 
-def _output_of(model: nn.Module, path: str) -> dict[str, nn.Module]:
+def _output_of(model: nn.Module, path: str) -> dict[str, nn.Linear]:
     """The second layer of an MLP split as BERT's: `output.dense` beside `intermediate`."""
     name = f"{path.rpartition('.')[0]}.output.dense".strip(".")
     try:
@@ -130,7 +132,7 @@ def _output_of(model: nn.Module, path: str) -> dict[str, nn.Module]:
     return {name: layer} if is_linear(layer) else {}
 
 
-def _module_spec(path: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> ModuleSpec:
+def _module_spec(path: str, module: nn.Module, layers: Mapping[str, nn.Linear]) -> ModuleSpec:
     own = {f"{path}.{name}" for name, parameter in module.named_parameters() if parameter.ndim > 1}
     odd = sorted(own - {f"{name}.weight" for name in layers})
     if odd or not layers:
