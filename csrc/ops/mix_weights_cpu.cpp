@@ -9,12 +9,10 @@
 namespace pymerge {
 namespace {
 
-// Elements whose sums stay in registers while all tasks are added.
+// Sums that stay in registers side by side.
 constexpr std::int64_t lanes = 64;
 // Elements a thread takes at a time; with T task vectors, that many reads of this length.
 constexpr std::int64_t chunk_size = 8192;
-// Partial sums of a product, added in this order on every machine.
-constexpr std::int64_t dot_lanes = 16;
 
 template <class W, class E>
 PM_TARGET_CLONES void mix_block(float* __restrict out, const W* __restrict base, const E* tasks, std::int64_t stride,
@@ -58,10 +56,10 @@ PM_TARGET_CLONES void dot_block(double* __restrict out, const float* __restrict 
                                 std::int64_t stride, std::int64_t count, std::int64_t n) {
     for (std::int64_t t = 0; t < count; ++t) {
         const E* __restrict tau = tasks + t * stride;
-        float sums[dot_lanes] = {};
+        float sums[lanes] = {};  // added in this order on every machine
         std::int64_t at = 0;
-        for (; at + dot_lanes <= n; at += dot_lanes) {
-            for (std::int64_t i = 0; i < dot_lanes; ++i) {
+        for (; at + lanes <= n; at += lanes) {
+            for (std::int64_t i = 0; i < lanes; ++i) {
                 sums[i] = std::fma(delta[at + i], load<float>(tau[at + i]), sums[i]);
             }
         }

@@ -13,8 +13,10 @@ from torch.autograd.function import once_differentiable
 from pymerge.ops.base import compute_dtype
 from pymerge.ops.task_storage import LowRankTasks, Tasks
 
-# Elements of the mixed weight that exist at a time: its products find them in the second-level cache.
+# Elements of the mixed weight that exist at a time, where that is enough rows for a product to be fast: the product
+# finds them in the cache.
 _PANEL = 2**18
+_PANEL_ROWS = 256
 
 
 class Run(NamedTuple):
@@ -166,7 +168,7 @@ def _mixes(gates: Tensor, runs: Sequence[Run]) -> list[tuple[Tensor, list[Run]]]
 def _panels(weight: Tensor) -> list[slice]:
     """Rows whose mixed weight exists at a time; of the shape alone, so that results do not depend on the batch."""
     rows, columns = weight.shape
-    size = max(16, _PANEL // max(columns, 1) // 16 * 16)
+    size = max(_PANEL_ROWS, _PANEL // max(columns, 1) // 16 * 16)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
