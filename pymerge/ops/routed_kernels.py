@@ -176,9 +176,13 @@ def _biases(dtype: torch.dtype, gates: Tensor, bias: Tensor | None, bias_tasks: 
     """b_0 + sum_t g_t db_t for each row of the gates; None without either."""
     if bias is None and bias_tasks is None:
         return None
-    moved = gates @ bias_tasks.to(gates.dtype) if bias_tasks is not None else 0.0
-    origin = bias.to(gates.dtype) if bias is not None else 0.0
-    return (origin + gates.new_zeros(len(gates), 1) + moved).to(dtype)
+    # Row by row: a matrix product would round by the number of rows.
+    moves = [] if bias_tasks is None else list(bias_tasks.to(gates.dtype))
+    origin = torch.zeros_like(moves[0]) if bias is None else bias.to(gates.dtype)
+    total = origin.repeat(len(gates), 1)
+    for task, move in enumerate(moves):
+        total.addcmul_(gates[:, task, None], move)
+    return total.to(dtype)
 
 
 def token_gates(gates: Tensor, runs: Sequence[Run]) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -213,20 +214,21 @@ Tasks = DenseTasks | SparseTasks | LowRankTasks
 
 
 def magnitude_quantile(magnitudes: Tensor, ratio: float) -> Tensor:
-    """The linear-interpolated quantile of non-negative values, by selection: any number of elements, no sort.
+    """The linear-interpolated quantile of float32 or float64 values, by selection: any number of them, no sort.
 
     torch.quantile computes the same and refuses more than 2^24 elements.
     """
     flat = magnitudes.flatten()
     place = ratio * (flat.numel() - 1)
     below = math.floor(place)
-    low = flat.kthvalue(below + 1).values
-    if place == below:
-        return low
-    above = flat > low
-    # The next value in order: `low` again if it occurs below + 2 times or more.
-    repeated = flat.numel() - int(above.sum()) >= below + 2
-    return low if repeated else torch.lerp(low, flat[above].min(), place - below)
+    above = min(below + 1, flat.numel() - 1)
+    if flat.device.type == "cpu":
+        # NumPy's selection stays linear for sorted values, PyTorch's does not.
+        parted = torch.from_numpy(np.partition(flat.numpy(), (below, above)))
+        low, high = parted[below], parted[above]
+    else:
+        low, high = flat.kthvalue(below + 1).values, flat.kthvalue(above + 1).values
+    return torch.lerp(low, high, place - below)
 
 
 def prune(tau: Tensor, ratio: float) -> Tensor:
