@@ -102,7 +102,8 @@ def exact(mlp: Mlp, experts: list[Mlp], model: wemoe.RoutedModel, x: Tensor) -> 
     outputs = []
     for sample, gate in zip(x.double(), gates, strict=True):
         weights = {
-            name: value + sum(g * (dict(e.named_parameters())[name].double() - value) for g, e in zip(gate, experts, strict=True))
+            name: value
+            + sum(g * (dict(e.named_parameters())[name].double() - value) for g, e in zip(gate, experts, strict=True))
             for name, value in base.items()
         }
         hidden = F.gelu(F.linear(sample, weights["fc1.weight"], weights["fc1.bias"]))
@@ -161,9 +162,14 @@ def compare(samples: int, tasks: int, options: argparse.Namespace, peer: bool) -
         other: Any = theirs(mlp, experts, full)
         models["fusion_bench"] = other
         weights = torch.randn_like(x)
-        checks |= {"peer_error": relative(other(x), exact(mlp, experts, full, x)), "difference": relative(full(x), other(x))}
+        checks |= {
+            "peer_error": relative(other(x), exact(mlp, experts, full, x)),
+            "difference": relative(full(x), other(x)),
+        }
         mine = router_gradients(full, list(full.routers.parameters()), x, weights)
-        checks["gradient_difference"] = relative(mine, router_gradients(other, list(other.gate.parameters()), x, weights))
+        checks["gradient_difference"] = relative(
+            mine, router_gradients(other, list(other.gate.parameters()), x, weights)
+        )
     if max(checks.values()) > TOLERANCE:
         return [{"kind": "disagreement", "samples": samples, "tasks": tasks, "checks": checks}]
     frozen = copy.deepcopy(mlp).requires_grad_(False)
@@ -194,7 +200,9 @@ def compare(samples: int, tasks: int, options: argparse.Namespace, peer: bool) -
 
 def show(rows: list[Row]) -> Table:
     """The rows as a table."""
-    table = Table("samples, T", "pass", "storage", "ours", "fusion_bench", "base MLP", "speed-up", "over base", "differs by")
+    table = Table(
+        "samples, T", "pass", "storage", "ours", "fusion_bench", "base MLP", "speed-up", "over base", "differs by"
+    )
     for row in rows:
         case = f"{row['samples']}, {row['tasks']}"
         if row["kind"] == "disagreement":

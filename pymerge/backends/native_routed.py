@@ -13,7 +13,7 @@ from pymerge.ops.routed_linear import Form, run
 from pymerge.ops.task_storage import DenseTasks, SparseTasks, Tasks
 
 
-class _NativePasses(TorchPasses):
+class NativePasses(TorchPasses):
     """Passes in C++; low-rank factors are products, and PyTorch's."""
 
     def mix(self, tasks: Tasks, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
@@ -108,4 +108,4 @@ def _sparse(tasks: SparseTasks, rows: slice) -> tuple[int, int, int, bool, int, 
     )
 
 
-_KERNELS = Kernels(_NativePasses())
+_KERNELS = Kernels(NativePasses())

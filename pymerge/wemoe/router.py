@@ -41,7 +41,7 @@ class Router(nn.Module):
             self.out.bias.fill_(init_lambda)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, code: Tensor | None = None) -> Tensor:
-        """Gates (B x T; 1 x T at depth 0) of tokens (B x S x d); mask (B x S) is 0 where a token is padding and not counted.
+        """Gates (B x T; 1 x T at depth 0) of tokens (B x S x d); mask (B x S) is 0 for padding, which is not counted.
 
         A sample of padding alone counts as one token of zeros. `code` (8) is prepended to every token.
         """
