@@ -277,3 +277,33 @@ def test_what_does_not_fit_is_named(tiny: Callable[[str], Any]) -> None:
         routed.gates()
     with pytest.raises(ArgumentError, match="reduce is 'mean'; choose sample or batch"):
         routed.reduce = "mean"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reducing_over_a_batch_of_one_changes_nothing(tiny: Callable[[str], Any], name: str) -> None:
+    model, inputs, experts = tiny(name)
+    routed = spread(wemoe.upscale(model, experts, storage=FLOAT32))
+    one = samples(inputs)[1]
+    expected = routed(**one).logits
+    routed.reduce = "batch"
+    assert_same("logits", routed(**one).logits, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_limits_of_the_prune_ratio(tiny: Callable[[str], Any], name: str) -> None:
+    """Ratio 1 leaves the base's MLPs in the static merge, whatever the gates; ratio 0 all but the smallest entries."""
+    model, inputs, experts = tiny(name)
+    nothing = wemoe.StorageSpec(kind="pruned", ratio=1.0, dtype="float32")
+    routed = spread(wemoe.upscale(model, experts, storage=nothing))
+    assert relative(routed(**inputs).logits, routed.static()(**inputs).logits) < 1e-6
+    everything = wemoe.StorageSpec(kind="pruned", ratio=0.0, dtype="float32")
+    found = spread(wemoe.upscale(model, experts, storage=everything))(**inputs).logits
+    state = model.state_dict()
+    for expert in experts:
+        for parameter in (name for module in routed.spec.modules for name in module.parameters):
+            tau = expert[parameter] - state[parameter]
+            smallest = tau.abs().flatten().argmin()
+            expert[parameter].view(-1)[smallest] = state[parameter].view(-1)[smallest]
+    expected = spread(wemoe.upscale(model, experts, storage=FLOAT32))(**inputs).logits
+    assert relative(found, expected) < 1e-5
+    assert relative(found, routed(**inputs).logits) > 1e-3
