@@ -12,6 +12,11 @@ from pymerge.ops.routed_kernels import Kernels, TorchPasses
 from pymerge.ops.routed_linear import Form, run
 from pymerge.ops.task_storage import DenseTasks, SparseTasks, Tasks
 
+# Multiply-adds that are worth a thread of their own: a panel's pass is short, and waiting for a second thread on a busy
+# machine costs more than it saves. An entry found by its index counts as several.
+_WORK = 2**21
+_SCATTERED = 8
+
 
 class NativePasses(TorchPasses):
     """Passes in C++; low-rank factors are products, and PyTorch's."""
@@ -26,7 +31,7 @@ class NativePasses(TorchPasses):
             return
         gates = gates.contiguous()
         head = (out.data_ptr(), DTYPE_CODES[out.dtype], origin.data_ptr(), DTYPE_CODES[origin.dtype], gates.data_ptr())
-        sizes = (*origin.shape, torch.get_num_threads())
+        sizes = (*origin.shape, _threads(tasks, len(origin)))
         if isinstance(tasks, DenseTasks):
             _C.mix_dense(*head, _dense(tasks, rows), *sizes)
         else:
@@ -42,11 +47,11 @@ class NativePasses(TorchPasses):
         out = torch.empty(tasks.count, dtype=torch.float64)
         if isinstance(tasks, DenseTasks):
             dense = _dense(tasks, rows)
-            _C.dots_dense(out.data_ptr(), delta.data_ptr(), delta.numel(), dense, torch.get_num_threads())
+            _C.dots_dense(out.data_ptr(), delta.data_ptr(), delta.numel(), dense, _threads(tasks, len(delta)))
         else:
             sparse = _sparse(tasks, rows)
             rows_here, columns = delta.shape
-            _C.dots_sparse(out.data_ptr(), delta.data_ptr(), rows_here, columns, sparse, torch.get_num_threads())
+            _C.dots_sparse(out.data_ptr(), delta.data_ptr(), rows_here, columns, sparse, _threads(tasks, rows_here))
         return out
 
     def add_products(self, tasks: Tasks, y: Tensor, x: Tensor, gates: Tensor) -> None:
@@ -84,6 +89,12 @@ def routed_linear(
 ) -> Tensor:
     """`routed_linear` with the weights of a sample mixed in panels that stay in the cache."""
     return run(_KERNELS, x, gates, weight, tasks, bias, bias_tasks, index, form)
+
+
+def _threads(tasks: Tasks, rows: int) -> int:
+    """Threads for a pass over `rows` rows of all task vectors."""
+    work = tasks.entries * rows // max(tasks.shape[0], 1) * (_SCATTERED if isinstance(tasks, SparseTasks) else 1)
+    return max(1, min(torch.get_num_threads(), work // _WORK))
 
 
 def _dense(tasks: DenseTasks, rows: slice) -> tuple[int, int, int, int]:

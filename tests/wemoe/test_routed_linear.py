@@ -179,13 +179,13 @@ def test_thread_count_does_not_change_the_compiled_passes() -> None:
     """(The products between them are the library's: it may round by the number of threads.)"""
     passes = NativePasses()
     for store in ("dense", "dense bfloat16", "sparse"):
-        case = Case((700, 96, 3, 2, 9), store)
+        case = Case((2000, 1100, 3, 1, 3), store)  # enough for three threads
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            mixed, y = torch.empty(700, 96), torch.zeros(9, 700)
+            mixed, y = torch.empty(2000, 1100), torch.zeros(3, 2000)
             passes.mix(case.tasks, mixed, case.weight, case.gates[0], slice(None))
-            passes.add_products(case.tasks, y, case.x[0], case.gates[:1].expand(9, 3))
+            passes.add_products(case.tasks, y, case.x[0], case.gates[:1].expand(3, 3))
             results.append((mixed, passes.dots(case.tasks, case.weight, slice(None)), y))
         torch.set_num_threads(1)
         assert bool(results[0][0].isfinite().all())
