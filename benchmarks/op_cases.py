@@ -17,9 +17,11 @@ from torch import Tensor
 
 from pymerge.backends import Dispatcher
 from pymerge.ops import gradient_flow, normal_equations
+from pymerge.ops.task_storage import DenseTasks
 
 ADAM_STEPS = 5
 LR, TIME = 1e-5, 300.0
+SAMPLES, TOKENS = 4, 197  # of routed_linear: images of a ViT-B/16
 EIGEN = 90  # time of float64 eigenvectors on one thread, in n^3 operations at the rate of float32 products
 
 
@@ -122,6 +124,15 @@ class Layer:
         return A + 1e-2 * A.diagonal().mean() * torch.eye(len(A), device=self.device)
 
     @cached_property
+    def routed(self) -> tuple[Tensor, Tensor, Tensor, DenseTasks]:
+        """Inputs and gates of a batch of samples, W_0 in float32, and the task vectors in bfloat16."""
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(SAMPLES, TOKENS, self.size.d_in, generator=generator).to(self.device)
+        gates = 0.3 + 0.1 * torch.randn(SAMPLES, self.size.tasks, generator=generator).to(self.device)
+        taus = torch.stack([(expert.float() - self.base.float()).bfloat16() for expert in self.experts])
+        return x, gates, self.base.float(), DenseTasks(taus)
+
+    @cached_property
     def flow_flops(self) -> int:
         """Operations of the cheaper way to evaluate gradient flow on this A."""
         scale = gradient_flow.largest_eigenvalue(self.equations[0]) * TIME
@@ -166,6 +177,15 @@ def _refine(size: Size) -> float:
 
 
 CASES = {
+    "routed_linear": Case(
+        lambda layer: layer.routed,
+        flops=lambda layer: 2 * SAMPLES * (TOKENS + layer.size.tasks) * layer.size.numel,
+        bytes=lambda size, item: (2 * size.tasks + 4) * size.numel + 4 * SAMPLES * TOKENS * (size.d_in + size.d_out),
+        work=lambda size: 4 * SAMPLES * (TOKENS + 40 * size.tasks) * size.numel,
+        computes="float32",
+        settings=f"{SAMPLES} samples of {TOKENS} tokens",
+        peer=op_peers.ROUTED_LINEAR,
+    ),
     "combine": Case(
         lambda layer: (layer.base, layer.experts, [0.3] * layer.size.tasks),
         flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,

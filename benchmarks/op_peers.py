@@ -49,6 +49,17 @@ def _sum(layer: Layer) -> tuple[Tensor, ...]:
     return ((taus * taus.new_tensor(layer.shares)[:, None, None]).sum(dim=0),)
 
 
+def _routed(layer: Layer) -> tuple[Tensor, ...]:
+    x, gates, weight, tasks = layer.routed
+    outputs = []
+    for sample, shares in zip(x, gates, strict=True):
+        merged = weight.clone()
+        for share, tau in zip(shares, tasks.values, strict=True):
+            merged = merged + share * tau.float()
+        outputs.append(sample @ merged.mT)
+    return (torch.stack(outputs),)
+
+
 def _traces(layer: Layer) -> tuple[Tensor, ...]:
     return (torch.stack([torch.trace(tau.mT @ tau) for tau in _taus(layer)]),)
 
@@ -122,6 +133,12 @@ TASK_STATS = Peer(
     _traces,
     work=lambda size: size.tasks * size.product,
     memory=lambda size: 4 * (2 * size.tasks * size.numel + size.d_in**2),
+)
+ROUTED_LINEAR = Peer(
+    "WEMoE's weights merged task by task for each sample",
+    _routed,
+    work=lambda size: 2000 * size.tasks * size.numel,
+    memory=lambda size: 16 * size.numel,
 )
 TASK_SUM = Peer(
     "stacked deltas",

@@ -11,6 +11,7 @@
 #include "common/dispatch.h"
 #include "ops/adam_step.h"
 #include "ops/combine.h"
+#include "ops/mix_weights.h"
 #include "ops/spd_solve.h"
 #include "ops/task_gram.h"
 #include "ops/task_vector.h"
@@ -108,6 +109,51 @@ void adam_step(Address D, Address m, Address v, Address product, Address B, std:
                   threads);
 }
 
+using Dense = std::tuple<Address, std::int32_t, std::int64_t, std::int64_t>;  // address, dtype, stride, T
+// values, their dtype, columns, whether those are int32, starts, their stride, T
+using Sparse = std::tuple<Address, std::int32_t, Address, bool, Address, std::int64_t, std::int64_t>;
+
+DenseTasks view(const Dense& d) {
+    return {pointer<const void>(std::get<0>(d)), checked_dtype(std::get<1>(d)), std::get<2>(d), std::get<3>(d)};
+}
+
+SparseTasks view(const Sparse& s) {
+    return {pointer<const void>(std::get<0>(s)), checked_dtype(std::get<1>(s)),  pointer<const void>(std::get<2>(s)),
+            std::get<3>(s),                      pointer<const std::int64_t>(std::get<4>(s)), std::get<5>(s),
+            std::get<6>(s)};
+}
+
+MixParams mix_params(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype, Address gates,
+                     std::int64_t rows, std::int64_t columns) {
+    return {pointer(out), checked_dtype(out_dtype), pointer<const void>(base), checked_dtype(base_dtype),
+            pointer<const float>(gates), rows, columns};
+}
+
+void mix_dense(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype, Address gates,
+               const Dense& tasks, std::int64_t rows, std::int64_t columns, int threads) {
+    mix_dense_cpu(mix_params(out, out_dtype, base, base_dtype, gates, rows, columns), view(tasks), threads);
+}
+
+void mix_sparse(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype, Address gates,
+                const Sparse& tasks, std::int64_t rows, std::int64_t columns, int threads) {
+    mix_sparse_cpu(mix_params(out, out_dtype, base, base_dtype, gates, rows, columns), view(tasks), threads);
+}
+
+void dots_dense(Address out, Address delta, std::int64_t numel, const Dense& tasks, int threads) {
+    dots_dense_cpu(pointer<double>(out), pointer<const float>(delta), numel, view(tasks), threads);
+}
+
+void dots_sparse(Address out, Address delta, std::int64_t rows, std::int64_t columns, const Sparse& tasks,
+                 int threads) {
+    dots_sparse_cpu(pointer<double>(out), pointer<const float>(delta), rows, columns, view(tasks), threads);
+}
+
+void add_sparse_products(Address y, std::int64_t y_stride, Address x, Address gates, std::int64_t tokens,
+                         std::int64_t rows, std::int64_t columns, const Sparse& tasks, int threads) {
+    add_sparse_products_cpu(pointer<float>(y), y_stride, pointer<const float>(x), pointer<const float>(gates), tokens,
+                            rows, columns, view(tasks), threads);
+}
+
 #endif
 
 std::string build_info() {
@@ -139,6 +185,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("task_sum", &task_sum, py::call_guard<py::gil_scoped_release>());
     module.def("task_stats", &task_stats, py::call_guard<py::gil_scoped_release>());
     module.def("adam_step", &adam_step, py::call_guard<py::gil_scoped_release>());
+    module.def("mix_dense", &mix_dense, py::call_guard<py::gil_scoped_release>());
+    module.def("mix_sparse", &mix_sparse, py::call_guard<py::gil_scoped_release>());
+    module.def("dots_dense", &dots_dense, py::call_guard<py::gil_scoped_release>());
+    module.def("dots_sparse", &dots_sparse, py::call_guard<py::gil_scoped_release>());
+    module.def("add_sparse_products", &add_sparse_products, py::call_guard<py::gil_scoped_release>());
 #endif
     module.def("combine", &combine, py::call_guard<py::gil_scoped_release>());
     module.def("build_info", &build_info);

@@ -34,12 +34,14 @@ _SIZES = {
         "task_gram split": (Sizes(64, depth=16, stages=4),),
         "task_gram tf32": (Sizes(128, depth=16, warps=8, stages=3), Sizes(64, depth=16, stages=3)),
         "wudi_adam": (Sizes(128, depth=32, warps=8, stages=3), Sizes(64, depth=32, stages=3)),
+        "routed_linear": (Sizes(64, depth=32, stages=3),),
     },
     90: {
         "combine": (Sizes(1024),),
         "task_gram split": (Sizes(128, depth=32, warps=8, stages=3), Sizes(64, depth=32, stages=3)),
         "task_gram tf32": (Sizes(128, depth=16, warps=8, stages=4), Sizes(64, depth=16, stages=4)),
         "wudi_adam": (Sizes(128, depth=32, warps=8, stages=4), Sizes(64, depth=32, stages=4)),
+        "routed_linear": (Sizes(64, depth=32, stages=3),),
     },
 }
 # Small enough for the shapes of tests to have several tiles.

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 
 _Matrix = tuple[int, int, int]
+# T dense task vectors: (address, dtype, elements between two of them, T).
+_Dense = tuple[int, int, int, int]
+# T sparse matrices by rows: (values, dtype, columns, columns are int32, starts, starts between two tasks, T).
+_Sparse = tuple[int, int, int, bool, int, int, int]
 
 def build_info() -> str: ...
 def combine(
@@ -54,6 +58,44 @@ def adam_step(
     correction2: float,
     lr: float,
     eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def mix_dense(
+    out: int,
+    out_dtype: int,
+    base: int,
+    base_dtype: int,
+    gates: int,
+    tasks: _Dense,
+    rows: int,
+    columns: int,
+    threads: int,
+    /,
+) -> None: ...
+def mix_sparse(
+    out: int,
+    out_dtype: int,
+    base: int,
+    base_dtype: int,
+    gates: int,
+    tasks: _Sparse,
+    rows: int,
+    columns: int,
+    threads: int,
+    /,
+) -> None: ...
+def dots_dense(out: int, delta: int, numel: int, tasks: _Dense, threads: int, /) -> None: ...
+def dots_sparse(out: int, delta: int, rows: int, columns: int, tasks: _Sparse, threads: int, /) -> None: ...
+def add_sparse_products(
+    y: int,
+    y_stride: int,
+    x: int,
+    gates: int,
+    tokens: int,
+    rows: int,
+    columns: int,
+    tasks: _Sparse,
     threads: int,
     /,
 ) -> None: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pymerge import wemoe
     from pymerge.api import merge, merge_state_dicts, merge_tensors, plan
     from pymerge.errors import PymergeError
     from pymerge.planner import Plan
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["MergeReport", "Plan", "PymergeError", "merge", "merge_state_dicts", "merge_tensors", "plan"]
+__all__ = ["MergeReport", "Plan", "PymergeError", "merge", "merge_state_dicts", "merge_tensors", "plan", "wemoe"]
 
 _HOMES = {
     "MergeReport": "pymerge.report",
@@ -31,8 +32,10 @@ def __getattr__(name: str) -> Any:
         from pymerge.env import version
 
         return version()
-    if name not in _HOMES:
+    if name not in (*_HOMES, "wemoe"):
         raise AttributeError(f"module 'pymerge' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "wemoe":
+        return import_module("pymerge.wemoe")
     return getattr(import_module(_HOMES[name]), name)

@@ -54,8 +54,9 @@ ARROWS = {
         "sampling engine"
     ),
     "views": "env units methods layers backends planner steps",
+    "wemoe": "errors env ops checkpoint backends",
     "testing": "errors env ops methods backends api",
-    "__init__": "errors env planner report api",
+    "__init__": "errors env planner report api wemoe",
     "cli": "errors checkpoint logs progress recheck api views",
     "__main__": "cli",
 }

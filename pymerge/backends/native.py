@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymerge.backends.dtypes import DTYPE_CODES as DTYPE_CODES
+from pymerge.backends.native_routed import routed_linear
 from pymerge.ops.base import compute_dtype
 from pymerge.ops.gradient_flow import evaluate
 from pymerge.ops.normal_equations import NormalEquations, outputs_first
@@ -17,11 +19,8 @@ from pymerge.ops.wudi_adam import bias_corrections
 
 NAME = "native"
 
-# The codes of csrc/common/dtype.h.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
-# The op whose C++ knows float32 results only.
-_FLOAT32_OP = "task_stats"
+# Ops whose C++ knows float32 results only.
+_FLOAT32_OPS = ("task_stats", "routed_linear")
 
 # From this many columns on, a symmetric product is computed in panels of its lower triangle, faster than a full
 # one. The width is no power of two: panels of 256 float64 columns would fall on the same cache lines.
@@ -50,6 +49,7 @@ def implementations() -> Mapping[str, Callable[..., Any]]:
         "normal_equations": normal_equations,
         "wudi_adam": wudi_adam,
         "gradient_flow": gradient_flow,
+        "routed_linear": routed_linear,
     }
 
 
@@ -58,8 +58,8 @@ def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
     unknown = sorted(str(dtype) for dtype in dtypes - set(DTYPE_CODES))
     if unknown:
         return f"{', '.join(unknown)} is not one of float32, float64, float16, bfloat16"
-    if torch.float64 in dtypes and op == _FLOAT32_OP:
-        return "its means are float32, and float64 was given"
+    if torch.float64 in dtypes and op in _FLOAT32_OPS:
+        return "its sums are float32, and float64 was given"
     return None
 
 

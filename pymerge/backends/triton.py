@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pymerge.backends.triton_routed import on, routed_linear
 from pymerge.ops.wudi_adam import bias_corrections, rates
 
 NAME = "triton"
@@ -36,7 +36,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def implementations() -> Mapping[str, Callable[..., Any]]:
     """The ops with a Triton kernel."""
-    return {"combine": combine, "task_gram": task_gram, "wudi_adam": wudi_adam}
+    return {"combine": combine, "task_gram": task_gram, "wudi_adam": wudi_adam, "routed_linear": routed_linear}
 
 
 def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
@@ -57,7 +57,7 @@ def combine(
     like = tensors[0] if base is None else base
     out = torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device)
     inputs = [tensor.contiguous() for tensor in tensors]
-    with _on(like.device):
+    with on(like.device):
         kernel.launch(out, None if base is None else base.contiguous(), inputs, weights)
     return out
 
@@ -86,7 +86,7 @@ def task_gram(
     if len({expert.stride() for expert in experts}) > 1:
         experts = [_packed(expert) for expert in experts]
     out = torch.empty(layers, columns, columns, dtype=torch.float32, device=base.device)
-    with _on(base.device):
+    with on(base.device):
         kernel.launch(
             out,
             _rows_contiguous(base),
@@ -115,7 +115,7 @@ def wudi_adam(
     speeds = rates(lr, len(B))
     factors = [[(second, -rate / first) for rate in speeds] for first, second in corrections]
     schedule = torch.tensor(factors, dtype=torch.float32).to(B.device)
-    with _on(B.device):
+    with on(B.device):
         D: Tensor = kernel.launch(A.contiguous(), B.contiguous(), schedule, betas, eps)
     return D
 
@@ -130,8 +130,3 @@ def _rows_contiguous(layers: Tensor) -> Tensor:
 def _packed(layers: Tensor) -> Tensor:
     """A copy without gaps. Not contiguous(): it keeps meaningless strides of dimensions of size 0 or 1."""
     return torch.empty(layers.shape, dtype=layers.dtype, device=layers.device).copy_(layers)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device current: Triton launches there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -6,6 +6,7 @@ from pymerge.ops import (
     combine,
     gradient_flow,
     normal_equations,
+    routed_linear,
     spd_solve,
     spectral_filter,
     spectral_refine,
@@ -27,5 +28,6 @@ _MODULES = (
     spectral_filter,
     spd_solve,
     spectral_refine,
+    routed_linear,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}

@@ -1,0 +1,56 @@
+// W = W_0 + sum_t g_t tau_t, and the products <D, tau_t> of its gradient. Source: WEMoE, arXiv 2402.00433, equation 6.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace pymerge {
+
+// T dense task vectors of `numel` contiguous elements each, `stride` elements apart.
+struct DenseTasks {
+    const void* data;
+    DType dtype;
+    std::int64_t stride;
+    std::int64_t count;  // T
+};
+
+// T sparse matrices, row by row: entries starts[t * start_stride + r] to starts[t * start_stride + r + 1] are those of
+// row r. Columns are uint16 where `wide` is false, else int32.
+struct SparseTasks {
+    const void* values;
+    DType dtype;
+    const void* columns;
+    bool wide;
+    const std::int64_t* starts;
+    std::int64_t start_stride;
+    std::int64_t count;  // T
+};
+
+struct MixParams {
+    void* out;  // float32, float16 or bfloat16, contiguous
+    DType out_dtype;
+    const void* base;  // W_0, contiguous
+    DType base_dtype;
+    const float* gates;  // T
+    std::int64_t rows;
+    std::int64_t columns;
+};
+
+// One task's share of one element; one rounding, the same on every instruction set.
+PM_HOST_DEVICE float mix_step(float total, float gate, float tau) { return std::fma(gate, tau, total); }
+
+void mix_dense_cpu(const MixParams& p, const DenseTasks& tasks, int threads);
+void mix_sparse_cpu(const MixParams& p, const SparseTasks& tasks, int threads);
+
+// out[t] = <delta, tau_t>, float64; delta is float32, contiguous.
+void dots_dense_cpu(double* out, const float* delta, std::int64_t numel, const DenseTasks& tasks, int threads);
+void dots_sparse_cpu(double* out, const float* delta, std::int64_t rows, std::int64_t columns,
+                     const SparseTasks& tasks, int threads);
+
+// y[n][o] += sum_t gates[n][t] sum_i tau_t[o][i] x[n][i]; all float32, x and gates contiguous, y with a row stride.
+void add_sparse_products_cpu(float* y, std::int64_t y_stride, const float* x, const float* gates, std::int64_t tokens,
+                             std::int64_t rows, std::int64_t columns, const SparseTasks& tasks, int threads);
+
+}  // namespace pymerge

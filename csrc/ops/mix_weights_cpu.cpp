@@ -1,0 +1,210 @@
+#include "ops/mix_weights.h"
+
+#include <array>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/parallel.h"
+
+namespace pymerge {
+namespace {
+
+// Sums that stay in registers side by side.
+constexpr std::int64_t lanes = 64;
+// Elements a thread takes at a time; with T task vectors, that many reads of this length.
+constexpr std::int64_t chunk_size = 8192;
+
+template <class W, class E>
+PM_TARGET_CLONES void mix_block(float* __restrict out, const W* __restrict base, const E* tasks, std::int64_t stride,
+                                const float* __restrict gates, std::int64_t count, std::int64_t n) {
+    std::int64_t at = 0;
+    for (; at + lanes <= n; at += lanes) {
+        float total[lanes];
+        for (std::int64_t i = 0; i < lanes; ++i) total[i] = load<float>(base[at + i]);
+        for (std::int64_t t = 0; t < count; ++t) {
+            const E* tau = tasks + t * stride + at;
+            for (std::int64_t i = 0; i < lanes; ++i) total[i] = mix_step(total[i], gates[t], load<float>(tau[i]));
+        }
+        for (std::int64_t i = 0; i < lanes; ++i) out[at + i] = total[i];
+    }
+    for (; at < n; ++at) {
+        float total = load<float>(base[at]);
+        for (std::int64_t t = 0; t < count; ++t) total = mix_step(total, gates[t], load<float>(tasks[t * stride + at]));
+        out[at] = total;
+    }
+}
+
+template <class W>
+PM_TARGET_CLONES void read_row(float* __restrict to, const W* __restrict from, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) to[i] = load<float>(from[i]);
+}
+
+template <class T>
+PM_TARGET_CLONES void write_row(T* __restrict to, const float* __restrict from, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) to[i] = Round<T>::from(from[i]);
+}
+
+void store(const MixParams& p, std::int64_t begin, const float* values, std::int64_t n) {
+    dispatch(p.out_dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        write_row(static_cast<T*>(p.out) + begin, values, n);
+    });
+}
+
+template <class E>
+PM_TARGET_CLONES void dot_block(double* __restrict out, const float* __restrict delta, const E* tasks,
+                                std::int64_t stride, std::int64_t count, std::int64_t n) {
+    for (std::int64_t t = 0; t < count; ++t) {
+        const E* __restrict tau = tasks + t * stride;
+        float sums[lanes] = {};  // added in this order on every machine
+        std::int64_t at = 0;
+        for (; at + lanes <= n; at += lanes) {
+            for (std::int64_t i = 0; i < lanes; ++i) {
+                sums[i] = std::fma(delta[at + i], load<float>(tau[at + i]), sums[i]);
+            }
+        }
+        double total = 0.0;
+        for (float sum : sums) total += sum;
+        for (; at < n; ++at) total += static_cast<double>(delta[at]) * load<double>(tau[at]);
+        out[t] = total;
+    }
+}
+
+// Calls f(values, columns) with typed pointers.
+template <class F>
+void with_sparse(const SparseTasks& tasks, F&& f) {
+    dispatch(tasks.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const T* values = static_cast<const T*>(tasks.values);
+        if (tasks.wide) {
+            f(values, static_cast<const std::int32_t*>(tasks.columns));
+        } else {
+            f(values, static_cast<const std::uint16_t*>(tasks.columns));
+        }
+    });
+}
+
+// Adds partial[item][t] over the items, in their order.
+void add_up(double* out, const std::vector<double>& partial, std::int64_t items, std::int64_t count) {
+    std::fill_n(out, count, 0.0);
+    for (std::int64_t item = 0; item < items; ++item) {
+        for (std::int64_t t = 0; t < count; ++t) out[t] += partial[static_cast<std::size_t>(item * count + t)];
+    }
+}
+
+void check_mix(const MixParams& p, std::int64_t count) {
+    PM_CHECK(p.rows >= 0 && p.columns >= 0, "mix_weights: " << p.rows << " x " << p.columns << " elements");
+    PM_CHECK(count >= 0, "mix_weights: " << count << " tasks");
+    PM_CHECK(p.out_dtype != DType::f64, "mix_weights: results are float32, float16 or bfloat16, not float64");
+}
+
+}  // namespace
+
+void mix_dense_cpu(const MixParams& p, const DenseTasks& tasks, int threads) {
+    check_mix(p, tasks.count);
+    for_each_chunk(p.rows * p.columns, chunk_size, threads, [&](std::int64_t begin, std::int64_t end) {
+        dispatch(p.base_dtype, [&](auto base_tag) {
+            dispatch(tasks.dtype, [&](auto task_tag) {
+                using W = typename decltype(base_tag)::type;
+                using E = typename decltype(task_tag)::type;
+                const W* base = static_cast<const W*>(p.base) + begin;
+                const E* values = static_cast<const E*>(tasks.data) + begin;
+                if (p.out_dtype == DType::f32) {
+                    float* out = static_cast<float*>(p.out) + begin;
+                    mix_block(out, base, values, tasks.stride, p.gates, tasks.count, end - begin);
+                    return;
+                }
+                float mixed[chunk_size];
+                mix_block(mixed, base, values, tasks.stride, p.gates, tasks.count, end - begin);
+                store(p, begin, mixed, end - begin);
+            });
+        });
+    });
+}
+
+void mix_sparse_cpu(const MixParams& p, const SparseTasks& tasks, int threads) {
+    check_mix(p, tasks.count);
+    const std::int64_t rows_per_chunk = std::max<std::int64_t>(1, chunk_size / std::max<std::int64_t>(1, p.columns));
+    for_each_chunk(p.rows, rows_per_chunk, threads, [&](std::int64_t begin, std::int64_t end) {
+        // A whole row: its scattered sums must not leave the cache between tasks.
+        std::vector<float> buffer(p.out_dtype == DType::f32 ? 0 : static_cast<std::size_t>(p.columns));
+        for (std::int64_t row = begin; row < end; ++row) {
+            const std::int64_t offset = row * p.columns;
+            float* sums = p.out_dtype == DType::f32 ? static_cast<float*>(p.out) + offset : buffer.data();
+            dispatch(p.base_dtype, [&](auto tag) {
+                using W = typename decltype(tag)::type;
+                read_row(sums, static_cast<const W*>(p.base) + offset, p.columns);
+            });
+            with_sparse(tasks, [&](auto* values, auto* columns) {
+                for (std::int64_t t = 0; t < tasks.count; ++t) {
+                    const std::int64_t* starts = tasks.starts + t * tasks.start_stride + row;
+                    const float gate = p.gates[t];
+                    for (std::int64_t i = starts[0]; i < starts[1]; ++i) {
+                        sums[columns[i]] += gate * load<float>(values[i]);
+                    }
+                }
+            });
+            if (p.out_dtype != DType::f32) store(p, offset, sums, p.columns);
+        }
+    });
+}
+
+void dots_dense_cpu(double* out, const float* delta, std::int64_t numel, const DenseTasks& tasks, int threads) {
+    const std::int64_t items = chunk_count(numel, chunk_size);
+    std::vector<double> partial(static_cast<std::size_t>(items * tasks.count));
+    for_each_chunk(numel, chunk_size, threads, [&](std::int64_t begin, std::int64_t end) {
+        dispatch(tasks.dtype, [&](auto tag) {
+            using E = typename decltype(tag)::type;
+            dot_block(partial.data() + begin / chunk_size * tasks.count, delta + begin,
+                      static_cast<const E*>(tasks.data) + begin, tasks.stride, tasks.count, end - begin);
+        });
+    });
+    add_up(out, partial, items, tasks.count);
+}
+
+void dots_sparse_cpu(double* out, const float* delta, std::int64_t rows, std::int64_t columns,
+                     const SparseTasks& tasks, int threads) {
+    std::vector<double> partial(static_cast<std::size_t>(rows * tasks.count));
+    for_each_item(rows, threads, [&](std::int64_t row) {
+        with_sparse(tasks, [&](auto* values, auto* places) {
+            for (std::int64_t t = 0; t < tasks.count; ++t) {
+                const std::int64_t* starts = tasks.starts + t * tasks.start_stride + row;
+                double total = 0.0;
+                for (std::int64_t i = starts[0]; i < starts[1]; ++i) {
+                    total += static_cast<double>(delta[row * columns + places[i]]) * load<double>(values[i]);
+                }
+                partial[static_cast<std::size_t>(row * tasks.count + t)] = total;
+            }
+        });
+    }, 16);
+    add_up(out, partial, rows, tasks.count);
+}
+
+void add_sparse_products_cpu(float* y, std::int64_t y_stride, const float* x, const float* gates, std::int64_t tokens,
+                             std::int64_t rows, std::int64_t columns, const SparseTasks& tasks, int threads) {
+    for_each_item(rows, threads, [&](std::int64_t row) {
+        with_sparse(tasks, [&](auto* values, auto* places) {
+            for (std::int64_t n = 0; n < tokens; ++n) {
+                const float* token = x + n * columns;
+                float total = 0.0f;
+                for (std::int64_t t = 0; t < tasks.count; ++t) {
+                    const std::int64_t* starts = tasks.starts + t * tasks.start_stride + row;
+                    // Four sums: one alone would wait for each addition.
+                    std::array<float, 4> sums{};
+                    std::int64_t i = starts[0];
+                    for (; i + 4 <= starts[1]; i += 4) {
+                        for (std::size_t k = 0; k < 4; ++k) {
+                            const std::int64_t j = i + static_cast<std::int64_t>(k);
+                            sums[k] += load<float>(values[j]) * token[places[j]];
+                        }
+                    }
+                    for (; i < starts[1]; ++i) sums[0] += load<float>(values[i]) * token[places[i]];
+                    total += gates[n * tasks.count + t] * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+                }
+                y[n * y_stride + row] += total;
+            }
+        });
+    }, 16);
+}
+
+}  // namespace pymerge

@@ -1,0 +1,23 @@
+"""WEMoE: merged models whose MLPs mix base and experts for each input (arXiv 2402.00433, 2410.21804)."""
+
+from __future__ import annotations
+
+from pymerge.wemoe.adapt import adapt
+from pymerge.wemoe.format import ModuleSpec, RouterSpec, Spec, StorageSpec, read_spec, write_spec
+from pymerge.wemoe.loading import load, save
+from pymerge.wemoe.model import RoutedModel
+from pymerge.wemoe.upscale import upscale
+
+__all__ = [
+    "ModuleSpec",
+    "RoutedModel",
+    "RouterSpec",
+    "Spec",
+    "StorageSpec",
+    "adapt",
+    "load",
+    "read_spec",
+    "save",
+    "upscale",
+    "write_spec",
+]

@@ -1,0 +1,171 @@
+"""Build a RoutedModel in memory, from a base model and the state dicts of its experts."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pymerge.errors import ArgumentError
+from pymerge.ops.base import compute_dtype, task_vector
+from pymerge.ops.task_storage import Tasks
+from pymerge.wemoe.files import compress
+from pymerge.wemoe.format import ModuleSpec, RouterSpec, Spec, StorageSpec
+from pymerge.wemoe.model import RoutedModel
+from pymerge.wemoe.modules import dispatcher, is_linear, is_transposed
+from pymerge.wemoe.router import make_routers
+
+# Last part of the name of what the field calls the MLP of a block.
+_MLP = re.compile(r"(^|_)(mlp|ffn|ff|feed_?forward|dense_?relu_?dense)$", re.IGNORECASE)
+
+
+def upscale(
+    base: nn.Module,
+    experts: Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
+    *,
+    static: Mapping[str, Tensor] | None = None,
+    modules: str | None = None,
+    storage: StorageSpec | None = None,
+    router: RouterSpec | None = None,
+    init_lambda: float = 0.3,
+    reduce: str = "sample",
+    seed: int = 0,
+) -> RoutedModel:
+    """A RoutedModel of a copy of `base`; the base itself is left as it is.
+
+    Args:
+        base: any module; its MLPs are made of nn.Linear or Conv1D layers.
+        experts: state dicts of the same architecture, by name or in order.
+        static: what parameters outside the MLPs become, by name; default W_0 + init_lambda sum_t tau_t.
+        modules: regular expression that matches the whole path of each MLP; default: by the field's usual names. An
+            MLP that is split into `intermediate` and `output`, as BERT's, goes by the first.
+        storage: how task vectors are kept; default dense bfloat16.
+        router: default depth 2, one for each module.
+        init_lambda: gates at the start.
+        reduce: "sample" or "batch", see RoutedModel.
+        seed: of the routers' initial weights.
+
+    Raises ArgumentError if an expert does not fit the base, or nothing matches. Source: WEMoE, arXiv 2402.00433.
+    """
+    if not isinstance(experts, Mapping):
+        experts = {f"expert-{number}": expert for number, expert in enumerate(experts)}
+    if not experts:
+        raise ArgumentError("upscale: no experts were given; pass at least one")
+    state = base.state_dict()
+    for name, expert in experts.items():
+        check_expert(name, expert, state)
+    found = list(find_modules(base, modules))
+    spec = Spec.model_validate(
+        {
+            "architecture": type(base).__name__,
+            "experts": list(experts),
+            "init_lambda": float(init_lambda),
+            "reduce": reduce,
+            "router": router or RouterSpec(),
+            "storage": storage or StorageSpec(),
+            "modules": found,
+        }
+    )
+    parameters = {name for module in found for name in module.parameters}
+    model = copy.deepcopy(base)
+    _merge_rest(model, state, experts, static, parameters, init_lambda)
+    vectors: dict[str, Tasks | Tensor] = {}
+    for name in sorted(parameters):
+        dtype = compute_dtype(state[name])
+        taus = [
+            task_vector(state[name], expert[name].to(state[name].device), None, dtype) for expert in experts.values()
+        ]
+        vectors[name] = compress(taus, spec.storage)
+    routed = RoutedModel(model, spec, {name: name for name in parameters}, vectors, make_routers(spec, seed))
+    return routed.to(next(iter(state.values())).device)
+
+
+def check_expert(label: str, expert: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise ArgumentError unless an expert has every floating tensor of the base, in its shape."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            continue
+        if name not in expert:
+            raise ArgumentError(f"upscale: expert {label!r} has no {name!r}; give experts fine-tuned from this base")
+        if expert[name].shape != tensor.shape:
+            raise ArgumentError(
+                f"upscale: {name!r} of expert {label!r} has shape {tuple(expert[name].shape)}, the base's is "
+                f"{tuple(tensor.shape)}; give experts fine-tuned from this base"
+            )
+
+
+def find_modules(model: nn.Module, pattern: str | None) -> Iterator[ModuleSpec]:
+    """The MLPs of a model, in its own order; see `upscale`. Raises ArgumentError if there is none."""
+    count, inside = 0, None
+    for path, module in model.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        last = path.rpartition(".")[2]
+        if pattern is None:
+            matches = bool(_MLP.search(last)) or (last == "intermediate" and bool(_output_of(model, path)))
+        else:
+            matches = re.fullmatch(pattern, path) is not None
+        if not matches:
+            continue
+        layers = {f"{path}.{name}".strip("."): layer for name, layer in module.named_modules() if is_linear(layer)}
+        if last == "intermediate":
+            layers |= _output_of(model, path)
+        if not layers and pattern is None:
+            continue
+        count, inside = count + 1, f"{path}."
+        yield _module_spec(path, module, layers)
+    if not count:
+        what = "by the usual names" if pattern is None else f"that {pattern!r} matches as a whole"
+        raise ArgumentError(f"upscale: {type(model).__name__} has no MLP {what}; give modules='REGEX' of module paths")
+
+
+def _output_of(model: nn.Module, path: str) -> dict[str, nn.Linear]:
+    """The second layer of an MLP split as BERT's: `output.dense` beside `intermediate`."""
+    name = f"{path.rpartition('.')[0]}.output.dense".strip(".")
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        return {}
+    return {name: layer} if is_linear(layer) else {}
+
+
+def _module_spec(path: str, module: nn.Module, layers: Mapping[str, nn.Linear]) -> ModuleSpec:
+    own = {f"{path}.{name}" for name, parameter in module.named_parameters() if parameter.ndim > 1}
+    odd = sorted(own - {f"{name}.weight" for name in layers})
+    if odd or not layers:
+        raise ArgumentError(
+            f"upscale: {path!r} holds {odd[0] if odd else 'no linear layer'}, and only linear layers can be routed; "
+            "give modules='REGEX' of MLPs made of nn.Linear or Conv1D"
+        )
+    first = next(iter(layers.values()))
+    weights: dict[str, list[int]] = {}
+    for name, layer in layers.items():
+        weights |= {f"{name}.{kind}": list(parameter.shape) for kind, parameter in layer.named_parameters()}
+    hidden = first.weight.shape[0 if is_transposed(first) else 1]
+    return ModuleSpec(path=path, hidden_size=int(hidden), parameters=weights)
+
+
+@torch.no_grad()
+def _merge_rest(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    static: Mapping[str, Tensor] | None,
+    parameters: set[str],
+    init_lambda: float,
+) -> None:
+    """Set everything outside the MLPs, in place; `state` is the base's (tied tensors of `model` share memory)."""
+    for name, tensor in model.state_dict().items():
+        if name in parameters or not tensor.is_floating_point():
+            continue
+        if static is None:
+            run = dispatcher("auto", tensor.device)
+            tuned = [expert[name].to(tensor.device) for expert in experts.values()]
+            tensor.copy_(run("combine", state[name], tuned, [init_lambda] * len(tuned)))
+        elif name in static:
+            tensor.copy_(static[name])
+        else:
+            raise ArgumentError(f"upscale: static has no {name!r}; give every tensor outside the MLPs")
