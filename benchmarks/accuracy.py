@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py [--quick] [--method NAME]
 
-Errors are Frobenius norms over that of X, and for what starts at X_0 = sum_t tau_t also over that of X - X_0; for WUDI
-the loss too, relative to the loss of the float64 X. Inputs are exact: the float64 form gets the rounded weights. Prints
-a table and writes benchmarks/results/<machine>/<date>-accuracy.json.
+Errors are Frobenius norms over that of X, and for what starts at X_0 = sum_t tau_t also over that of X - X_0; and those
+of WUDI's loss, relative to the loss of the float64 X. Inputs are exact: the float64 form gets the rounded weights.
+Prints a table and writes benchmarks/results/<machine>/<date>-accuracy.json.
 """
 
 from __future__ import annotations
@@ -115,9 +115,8 @@ def measure(shape: tuple[int, int, int, int | None], dtype: torch.dtype, only: s
                 "error": relative_error(X, subject.X),
                 "error_of_displacement": None if moved is None else relative_error(X, subject.X, moved),
             }
-            if subject.method == "wudi":
-                reference = loss(subject.X, exact_base, exact_experts)
-                row["loss_error"] = loss(X, exact_base, exact_experts) / reference - 1.0
+            reference = loss(subject.X, exact_base, exact_experts)
+            row["loss_error"] = loss(X, exact_base, exact_experts) / reference - 1.0
             yield row
 
 
@@ -136,7 +135,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for row in measure(shape, dtype, options.method):
                 rows.append(row)
-                moved, loss_error = row["error_of_displacement"], row.get("loss_error")
+                moved = row["error_of_displacement"]
                 table.add_row(
                     f"{row['d_out']} x {row['d_in']}, {row['tasks']}"
                     + (f", rank {row['rank']}" if row["rank"] else ""),
@@ -146,7 +145,7 @@ def main() -> None:
                     row["precision"],
                     f"{row['error']:.1e}",
                     "" if moved is None else f"{moved:.1e}",
-                    "" if loss_error is None else f"{loss_error:+.1e}",
+                    f"{row['loss_error']:+.1e}",
                 )
     Console(width=140).print(table)
     results = ResultsFile("accuracy-quick" if options.quick else "accuracy")

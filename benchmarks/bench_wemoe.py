@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from results_file import ResultsFile
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from pymerge import wemoe
-from pymerge.testing.bench import machine, summary, time_in_turns
+from pymerge.testing.bench import summary, time_in_turns
 
 # (samples, tasks); what each is meant to reach: least speed-up over FusionBench, most time over the base MLP's.
 CASES = ((16, 8), (64, 8), (16, 20))
@@ -236,20 +234,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cases = [tuple(map(int, case.split("x"))) for case in options.cases] if options.cases else CASES
-    about, peer = machine(), find_peer(options.fusion_bench)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    folder = re.sub(r"[^A-Za-z0-9]+", "-", str(about["device"])).strip("-").lower()
-    name = "wemoe-quick" if options.quick else "wemoe"
-    path = Path(__file__).parent / "results" / folder / f"{now:%Y-%m-%d}-{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    peer = find_peer(options.fusion_bench)
     settings = {key: str(value) for key, value in vars(options).items()}
-    content: Row = {"date": now.isoformat(timespec="seconds"), "machine": about, "options": settings, "rows": []}
+    results = ResultsFile("wemoe-quick" if options.quick else "wemoe", options=settings)
     for samples, tasks in cases:
-        content["rows"] += compare(samples, tasks, options, peer)
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    Console(width=140).print(show(content["rows"]))
-    print(f"{'against fusion_bench' if peer else 'fusion_bench was not found'}; written to {path}")
-    if any(row["kind"] == "disagreement" for row in content["rows"]):
+        results.rows += compare(samples, tasks, options, peer)
+        results.write()
+    Console(width=140).print(show(results.rows))
+    print(f"{'against fusion_bench' if peer else 'fusion_bench was not found'}; written to {results.path}")
+    if any(row["kind"] == "disagreement" for row in results.rows):
         raise SystemExit("some outputs disagree: those cases were not timed")
 
 
