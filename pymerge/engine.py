@@ -20,7 +20,7 @@ from pymerge.pipeline import Pipeline
 from pymerge.planner import Plan
 from pymerge.progress import NoProgress, ProgressSink
 from pymerge.report import RECIPE_NAME, MergeReport, model_card
-from pymerge.schedule import fit, slots
+from pymerge.schedule import batches, fit
 from pymerge.steps import Step
 from pymerge.tracing import Tracer
 
@@ -88,7 +88,7 @@ def run(
         progress.start(read + written)
         try:
             Pipeline(
-                list(slots(steps)),
+                batches(steps, budget),
                 budget.tensors,
                 run_op,
                 reader,

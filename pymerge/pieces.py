@@ -79,26 +79,45 @@ def run(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Run an action on one piece as stored; the result has the stored layout, contiguous."""
+    return run_batch(action, layer, run_op, [base], [experts], out_dtype)[0]
+
+
+def run_batch(
+    action: Action,
+    layer: Layer,
+    run_op: OpRunner,
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """`run` on L pieces of one shape, with dtypes as in `Action.run_batch`; each result is what the piece gives alone.
+
+    `layer` stands for all: their `in_axis` and `stacked` are the same.
+    """
     if action.chunkable:
-        return action.run(run_op, base, experts, out_dtype)
+        return action.run_batch(run_op, bases, experts, out_dtype)
     if layer.stacked:
-        merged = run_matrix(action, layer.in_axis, run_op, base[0], [expert[0] for expert in experts], out_dtype)
-        return merged.unsqueeze(0)
-    return run_matrix(action, layer.in_axis, run_op, base, experts, out_dtype)
+        bases, experts = [base[0] for base in bases], [[expert[0] for expert in tasks] for tasks in experts]
+        merged = run_matrices(action, layer.in_axis, run_op, bases, experts, out_dtype)
+        return [matrix.unsqueeze(0) for matrix in merged]
+    return run_matrices(action, layer.in_axis, run_op, bases, experts, out_dtype)
 
 
-def run_matrix(
+def run_matrices(
     action: Action,
     in_axis: int,
     run_op: OpRunner,
-    base: Tensor,
-    experts: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Run an action on one matrix whose input axis is `in_axis`; contiguous result in the same layout."""
-    if in_axis == 0:
-        base, experts = base.mT.contiguous(), [expert.mT.contiguous() for expert in experts]
-    rows, columns = base.shape
+) -> list[Tensor]:
+    """Run an action on matrices whose input axis is `in_axis`; contiguous results in the same layout."""
+
+    def turned(matrix: Tensor) -> Tensor:
+        return (matrix.mT if in_axis == 0 else matrix).contiguous()
+
+    bases, experts = [turned(base) for base in bases], [[turned(expert) for expert in tasks] for tasks in experts]
+    rows, columns = bases[0].shape
     with one_thread() if 2 * rows * columns**2 < _ONE_THREAD_FLOPS else nullcontext():
-        merged = action.run(run_op, base.contiguous(), [expert.contiguous() for expert in experts], out_dtype)
-    return merged.mT.contiguous() if in_axis == 0 else merged
+        merged = action.run_batch(run_op, bases, experts, out_dtype)
+    return [matrix.mT.contiguous() for matrix in merged] if in_axis == 0 else merged

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import islice
 from logging import DEBUG, WARNING
 
 import torch
@@ -22,7 +23,7 @@ from pymerge.memory import Heap
 from pymerge.ops.base import at_most_threads
 from pymerge.pieces import Piece
 from pymerge.progress import ProgressSink
-from pymerge.schedule import READ_THREADS, Slot, Window, may_wait
+from pymerge.schedule import READ_THREADS, Batch, Slot, Window, may_wait
 from pymerge.steps import Step
 from pymerge.tracing import Tracer
 from pymerge.transfer import transfer_to
@@ -31,16 +32,16 @@ Loads = list[Future[Tensor]]
 
 
 class Pipeline:
-    """Carries out pieces in their order: a few threads read, this one computes, one writes.
+    """Carries out batches in their order: a few threads read, this one computes, one writes.
 
     All decisions are made by the computing thread, so nothing here is locked. What is held at any time are the inputs
-    of the pieces admitted by `Window`, scratch and output of the one that is computed, and outputs that wait for the
+    of the batches admitted by `Window`, scratch and output of the one that is computed, and outputs that wait for the
     writer; together never more than `limit` bytes.
     """
 
     def __init__(
         self,
-        queue: Sequence[Slot],
+        queue: Sequence[Batch],
         limit: int,
         run_op: Dispatcher,
         reader: Reader,
@@ -52,7 +53,7 @@ class Pipeline:
         keeps_cache: bool,
     ) -> None:
         self._rest = deque(queue)  # not yet being read
-        self._line: deque[tuple[Slot, Loads]] = deque()  # being read, the next to be computed first
+        self._line: deque[tuple[Batch, Loads]] = deque()  # being read, the next to be computed first
         self._writes: deque[tuple[Future[None], int]] = deque()  # under way, with their bytes
         self._limit = limit
         self._window = Window(limit)
@@ -63,12 +64,12 @@ class Pipeline:
         self._progress = progress
         self._allow_nonfinite = allow_nonfinite
         self._keeps_cache = keeps_cache
-        self._transfer = transfer_to(run_op.device, queue, tracer)
+        self._transfer = transfer_to(run_op.device, [slot for batch in queue for slot in batch.slots], tracer)
         self._heap = Heap(limit)
         # Elementwise work waits on memory, and readers need the processor beside it: a team of threads that does not
         # get all its cores waits for a time slice at every barrier.
         self._elementwise_threads = max(1, torch.get_num_threads() - READ_THREADS)
-        self._began = 0.0  # of the step that is being carried out
+        self._began: dict[str, float] = {}  # when, of the steps that are being carried out
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pymerge-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
 
@@ -77,13 +78,15 @@ class Pipeline:
         try:
             while self._rest or self._line:
                 self._read_ahead()
-                slot, loads = self._line.popleft()
-                self._log_start(slot)
-                with self._tracer.span("step", slot.step.name):
-                    self._carry_out(slot, loads)
-                self._log_end(slot)
+                batch, loads = self._line.popleft()
+                for slot in batch.slots:
+                    self._log_start(slot)
+                with self._tracer.span("step", batch.name):
+                    self._carry_out(batch, loads)
+                for slot in batch.slots:
+                    self._log_end(slot)
                 self._window.pop()
-                self._heap.freed(slot.memory.peak)
+                self._heap.freed(batch.memory.peak)
             while self._writes:
                 self._wait_for_writer()
         finally:
@@ -92,28 +95,29 @@ class Pipeline:
 
     def _log_start(self, slot: Slot) -> None:
         if slot.piece is slot.step.pieces[0]:
-            self._began = time.perf_counter()
             name = slot.step.name
+            self._began[name] = time.perf_counter()
             event("step_started", name, level=DEBUG, tensor=name, action=slot.step.action.label)
 
     def _log_end(self, slot: Slot) -> None:
         step = slot.step
         if slot.piece is step.pieces[-1]:
             size = {"bytes_read": step.bytes_read, "bytes_written": step.nbytes}
-            seconds = time.perf_counter() - self._began
+            seconds = time.perf_counter() - self._began.pop(step.name)
             event("step_finished", step.name, level=DEBUG, tensor=step.name, seconds=seconds, **size)
 
     def _read_ahead(self) -> None:
-        """Start to read what the window admits; at least one piece, for which outputs may have to be written first."""
+        """Start to read what the window admits; at least one batch, for which outputs may have to be written first."""
         while self._rest and self._window.admits(self._rest[0].memory):
             if self._held() + self._rest[0].memory.inputs > self._limit and self._writes:
                 if self._line:
                     return
                 self._wait_for_writer()
                 continue
-            slot = self._rest.popleft()
-            self._window.push(slot.memory)
-            self._line.append((slot, self._start_reading(slot.step, slot.piece)))
+            batch = self._rest.popleft()
+            self._window.push(batch.memory)
+            loads = [load for slot in batch.slots for load in self._start_reading(slot.step, slot.piece)]
+            self._line.append((batch, loads))
 
     def _held(self) -> int:
         """Bytes of all inputs and outputs in memory."""
@@ -140,39 +144,42 @@ class Pipeline:
         self._progress.advance(nbytes)
         return tensor
 
-    def _carry_out(self, slot: Slot, loads: Loads) -> None:
-        self._progress.tensor(slot.step.name)
-        if not self._attempt(slot, loads):
+    def _carry_out(self, batch: Batch, loads: Loads) -> None:
+        self._progress.tensor(batch.name)
+        if not self._attempt(batch, loads):
             loads.clear()  # they hold tensors, or an exception that does
-            self._drain(slot)
-            self._carry_out_in_halves(slot.step, slot.piece)
+            self._drain(batch)
+            for slot in batch.slots:
+                self._carry_out_in_halves(slot.step, slot.piece)
 
-    def _attempt(self, slot: Slot, loads: Loads) -> bool:
-        """Compute a piece and hand it to the writer; False if memory ran out."""
-        step, memory = slot.step, slot.memory
+    def _attempt(self, batch: Batch, loads: Loads) -> bool:
+        """Compute a batch and hand it to the writer; False if memory ran out."""
+        memory = batch.memory
         try:
-            tensors = self._wait_for(step, loads)
+            inputs = self._wait_for(batch, loads)
             while self._writes and self._held() + memory.scratch + memory.output > self._limit:
                 self._wait_for_writer()
             self._transfer.begin()
-            merged = self._compute(step, slot.piece, tensors)
-            self._transfer.reuse(tensors, merged)
+            merged = self._compute(batch, inputs)
+            for tensors, result in zip(inputs, merged, strict=True):
+                self._transfer.reuse(tensors, result)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            text = f"{step.name}: out of memory ({_first_line(error)}); once more in smaller blocks, and on without "
-            event("out_of_memory", text + "reading ahead", level=WARNING, tensor=step.name)
+            text = f"{batch.name}: out of memory ({_first_line(error)}); once more in smaller blocks, and on without "
+            event("out_of_memory", text + "reading ahead", level=WARNING, tensor=batch.slots[0].step.name)
             return False
-        del tensors
-        self._write(step, merged)
+        del inputs, tensors
+        self._write(batch, merged)
         return True
 
     def _carry_out_in_halves(self, step: Step, piece: Piece) -> None:
         """With nothing else in memory, and in two row ranges if the action allows it."""
         try:
             for part in pieces.halves(step.action, piece):
-                merged = self._compute(step, part, self._wait_for(step, self._start_reading(step, part)))
-                self._write(step, merged)
+                alone = Batch((Slot(step, part, step.memory(part)),))
+                merged = self._compute(alone, self._wait_for(alone, self._start_reading(step, part)))
+                self._write(alone, merged)
                 del merged
                 while self._writes:
                     self._wait_for_writer()
@@ -187,10 +194,10 @@ class Pipeline:
                 "tensor; the same command goes on where this one stopped"
             ) from error
 
-    def _drain(self, slot: Slot) -> None:
+    def _drain(self, batch: Batch) -> None:
         """Free all that is in memory; what was read ahead is read again in its turn.
 
-        The limit was too high for what the machine has: from now on nothing is read ahead.
+        The limit was too high for what the machine has: from now on nothing is read ahead, and every piece is alone.
         """
         for waiting, loads in reversed(self._line):
             for load in loads:
@@ -201,62 +208,78 @@ class Pipeline:
                 if not load.cancelled():
                     load.exception()  # waits; an error comes again with the second attempt
         self._line.clear()
+        self._rest = deque(Batch((slot,)) for waiting in self._rest for slot in waiting.slots)
         self._window = Window(0)
-        self._window.push(slot.memory)
+        self._window.push(batch.memory)
         while self._writes:
             self._wait_for_writer()
         self._transfer.free()
         self._heap.trim()
 
-    def _wait_for(self, step: Step, loads: Loads) -> list[Tensor]:
-        with self._tracer.span("wait for inputs", step.name):
-            tensors = [load.result() for load in loads]
+    def _wait_for(self, batch: Batch, loads: Loads) -> list[list[Tensor]]:
+        """The inputs of each piece."""
+        with self._tracer.span("wait for inputs", batch.name):
+            tensors = iter([load.result() for load in loads])
         loads.clear()  # futures keep their results
-        return tensors
+        return [list(islice(tensors, len(slot.step.inputs))) for slot in batch.slots]
 
     def _wait_for_writer(self) -> None:
         """Wait for the oldest write."""
         with self._tracer.span("wait for the writer", ""):
             self._writes.popleft()[0].result()
 
-    def _compute(self, step: Step, piece: Piece, tensors: list[Tensor]) -> Tensor:
-        """The merged piece on the device, in the output's dtype."""
+    def _compute(self, batch: Batch, inputs: list[list[Tensor]]) -> list[Tensor]:
+        """The merged pieces on the device, in the output's dtype."""
         device = self._run_op.device
+        step = batch.slots[0].step  # all of a batch have its action, layout and dtypes
         threads = at_most_threads(self._elementwise_threads) if step.action.chunkable else nullcontext()
-        with self._tracer.span("compute", step.name), threads:
-            if not self._allow_nonfinite:
-                for entry, tensor in zip(step.inputs, tensors, strict=True):
-                    check_finite(entry, piece.start, tensor)
-            base, experts = (tensors[0], tensors[1:]) if step.reads_base else (tensors[0], tensors)
+        with self._tracer.span("compute", batch.name), threads:
+            if not (self._allow_nonfinite or step.action.shows_nonfinite):
+                for slot, tensors in zip(batch.slots, inputs, strict=True):
+                    _check_inputs(slot, tensors)
+            bases = [tensors[0] for tensors in inputs]
+            experts = [tensors[1:] if step.reads_base else tensors for tensors in inputs]
+            dtype = TORCH_DTYPES[step.dtype]
             try:
-                merged = pieces.run(step.action, step.layer, self._run_op, base, experts, TORCH_DTYPES[step.dtype])
+                merged = pieces.run_batch(step.action, step.layer, self._run_op, bases, experts, dtype)
             except ArgumentError as error:
-                raise ArgumentError(f"{step.name}: {error}") from error
+                raise ArgumentError(f"{batch.name}: {error}") from error
             except RuntimeError as error:
                 if _is_out_of_memory(error):
                     raise
                 raise BackendError(
-                    f"{step.name}: {step.action.label} failed on {device} ({_first_line(error)}); "
+                    f"{batch.name}: {step.action.label} failed on {device} ({_first_line(error)}); "
                     "try --backend reference, and report this"
                 ) from error
-            if not self._allow_nonfinite and not is_finite(merged):
-                raise NonFiniteError(
-                    f"{step.name}: the merged tensor has values that {merged.dtype} cannot hold; "
-                    "choose out_dtype bfloat16 or float32, or smaller weights"
-                )
+            for slot, tensors, result in zip(batch.slots, inputs, merged, strict=True):
+                if not self._allow_nonfinite and not is_finite(result):
+                    _check_inputs(slot, tensors)
+                    raise NonFiniteError(
+                        f"{slot.step.name}: the merged tensor has values that {dtype} cannot hold; "
+                        "choose out_dtype bfloat16 or float32, or smaller weights"
+                    )
             self._transfer.finish()
         return merged
 
-    def _write(self, step: Step, merged: Tensor) -> None:
-        """Hand a piece to the writer; waits until no more than a few are with it."""
-        self._writes.append((self._writer.submit(self._store, step, merged), merged.nbytes))
+    def _write(self, batch: Batch, merged: list[Tensor]) -> None:
+        """Hand results to the writer; waits until no more than a few are with it."""
+        nbytes = sum(result.nbytes for result in merged)
+        self._writes.append((self._writer.submit(self._store, batch, merged), nbytes))
         while not may_wait([nbytes for _, nbytes in self._writes]):
             self._wait_for_writer()
 
-    def _store(self, step: Step, merged: Tensor) -> None:
-        with self._tracer.span("write", step.name, merged.nbytes):
-            self._output.write(step.name, self._transfer.store(step.name, merged))
-        self._progress.advance(merged.nbytes)
+    def _store(self, batch: Batch, merged: list[Tensor]) -> None:
+        for slot, result in zip(batch.slots, merged, strict=True):
+            name = slot.step.name
+            with self._tracer.span("write", name, result.nbytes):
+                self._output.write(name, self._transfer.store(name, result))
+            self._progress.advance(result.nbytes)
+
+
+def _check_inputs(slot: Slot, tensors: Sequence[Tensor]) -> None:
+    """Raise NonFiniteError, which names file and tensor, if an input holds NaN or infinity."""
+    for entry, tensor in zip(slot.step.inputs, tensors, strict=True):
+        check_finite(entry, slot.piece.start, tensor)
 
 
 def _rows(entry: TensorEntry) -> int:

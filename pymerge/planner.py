@@ -27,7 +27,7 @@ from pymerge.memory import Budget
 from pymerge.methods import get_method
 from pymerge.methods.average import Copy, element_count
 from pymerge.methods.base import Action, Method
-from pymerge.schedule import CHUNK_ELEMENTS, Forecast, fit, forecast, slots
+from pymerge.schedule import CHUNK_ELEMENTS, Forecast, batches, fit, forecast
 from pymerge.steps import Step
 from pymerge.vocabulary import rows_of
 
@@ -75,7 +75,7 @@ class Plan:
     @cached_property
     def forecast(self) -> Forecast:
         """How far the pipeline reads ahead, and what it then holds."""
-        return forecast(slots(self.steps), self.budget.tensors)
+        return forecast(batches(self.steps, self.budget), self.budget.tensors)
 
     @property
     def peak_memory(self) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from pymerge import pieces
 from pymerge.checkpoint import ITEM_SIZES
@@ -25,6 +26,9 @@ WRITE_BEHIND = 2
 SMALL_BYTES = 16 * 2**20
 _MOST_PIECES = 16
 READ_THREADS = 4
+# Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; the
+# cores of a CPU it does. Untimed: a guess at what a GPU takes.
+BATCH_ELEMENTS = {"cpu": 0, "cuda": 16 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,66 @@ class Slot:
     memory: Memory
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Pieces that are read, computed and written together: one, or some of a shard with the same action and shape."""
+
+    slots: tuple[Slot, ...]
+
+    @cached_property
+    def memory(self) -> Memory:
+        """That of all pieces together."""
+        memories = [slot.memory for slot in self.slots]
+        return Memory(*(sum(getattr(memory, part) for memory in memories) for part in ("inputs", "scratch", "output")))
+
+    @property
+    def name(self) -> str:
+        """For people: that of the first tensor, and how many pieces are with it."""
+        more = len(self.slots) - 1
+        return self.slots[0].step.name + (f" and {more} more of its shape" if more else "")
+
+
 def slots(steps: Iterable[Step]) -> Iterator[Slot]:
     """All pieces in the order of the plan."""
     for step in steps:
         for piece in step.pieces:
             yield Slot(step, piece, step.memory(piece))
+
+
+def batches(steps: Iterable[Step], budget: Budget) -> list[Batch]:
+    """All pieces in the order of the plan, except that a batch stands at the place of its first piece.
+
+    So the pieces of one tensor stay in order, and which ones are together does not depend on other shards.
+    """
+    found: list[list[Slot]] = []
+    filling: dict[Hashable, list[Slot]] = {}
+    for slot in slots(steps):
+        most = _most_layers(slot, budget)
+        together = filling.get(_kind(slot)) if most > 1 else None
+        if together is not None and len(together) < most:
+            together.append(slot)
+            continue
+        found.append([slot])
+        if most > 1:
+            filling[_kind(slot)] = found[-1]
+    return [Batch(tuple(together)) for together in found]
+
+
+def _most_layers(slot: Slot, budget: Budget) -> int:
+    """How many pieces like this one are a batch; less than 2 where it is computed alone. As with row ranges, the next
+    two are to be read and the last two to be written meanwhile."""
+    if not slot.step.action.batched:
+        return 1
+    memory = slot.memory
+    room = memory.peak + READ_AHEAD * memory.inputs + WRITE_BEHIND * memory.output
+    return min(BATCH_ELEMENTS[budget.device] // max(1, element_count(slot.piece.shape)), budget.tensors // max(1, room))
+
+
+def _kind(slot: Slot) -> Hashable:
+    """The same for pieces that may be one batch."""
+    step = slot.step
+    dtypes = (step.dtype, *(entry.dtype for entry in step.inputs))
+    return (step.file, step.action, step.layer.in_axis, step.layer.stacked, slot.piece.shape, dtypes, step.reads_base)
 
 
 def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
@@ -144,11 +203,11 @@ class Forecast:
     """What a run will hold at most, and how far it reads ahead."""
 
     peak: int  # bytes
-    depth: int  # pieces read ahead of every piece but the last ones
+    depth: int  # batches (on a CPU, pieces) read ahead of every one but the last ones
 
 
-def forecast(queue: Iterable[Slot], limit: int) -> Forecast:
-    """Follow the pipeline's rules through all pieces, with a writer that is as late as it may be."""
+def forecast(queue: Iterable[Batch], limit: int) -> Forecast:
+    """Follow the pipeline's rules through all batches, with a writer that is as late as it may be."""
     window = Window(limit)
     rest = iter(queue)
     following = next(rest, None)

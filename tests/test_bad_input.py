@@ -155,6 +155,22 @@ def test_values_that_are_not_finite(models: Path, value: float) -> None:
     refused(models, 6, models / "e1/model.safetensors", UP, "2 values", "[3, 5]", "allow_nonfinite: true")
 
 
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+@pytest.mark.parametrize("model", ["e0", "e1"])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.5, -0.5)])
+def test_values_that_are_not_finite_are_found_whatever_their_weight(
+    models: Path, method: str, model: str, weights: tuple[float, float]
+) -> None:
+    change(models / model, lambda tensors: tensors[UP].view(-1)[3:4].fill_(float("inf")))
+    listed = "".join(
+        f"  - model: e{index}\n    parameters: {{weight: {weight}}}\n" for index, weight in enumerate(weights)
+    )
+    base = "" if method == "linear" else "base_model: base\n"
+    normalize = "parameters: {normalize: false}\n"
+    (models / "merge.yml").write_text(f"merge_method: {method}\n{base}models:\n{listed}{normalize}")
+    refused(models, 6, models / model / "model.safetensors", UP, "1 values", "[0, 3]")
+
+
 def test_values_that_are_not_finite_are_merged_on_request(models: Path) -> None:
     change(models / "e1", lambda tensors: tensors[UP].view(-1)[3:4].fill_(float("nan")))
     write_config(models, "task_arithmetic", more="allow_nonfinite: true")

@@ -104,7 +104,10 @@ def choose(
 def _measured(
     op: str, device: torch.device, name: str, dtypes: frozenset[torch.dtype], shape: tuple[int, ...]
 ) -> Choice:
-    row = measured.nearest(name, op, dtypes, shape)
+    # A batch is computed by what computes its layers alone: how many are together depends on the memory that is free,
+    # and must not change a bit.
+    is_batch = OPS[op].each_layer is not None and len(shape) == 3
+    row = measured.nearest(name, op, dtypes, shape[1:] if is_batch else shape)
     if row is None:
         return _reference(op, _NOT_MEASURED.format(device=name))
     missing = load(row.backend).unavailable(device)

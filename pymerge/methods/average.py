@@ -28,6 +28,10 @@ class Copy(Action):
     ) -> Tensor:
         return base.to(out_dtype or base.dtype)
 
+    @property
+    def shows_nonfinite(self) -> bool:
+        return True
+
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         return Cost(0, 0)
 
@@ -45,6 +49,10 @@ class WeightedSum(Action):
     ) -> Tensor:
         merged: Tensor = run_op("combine", None, experts, self.weights, out_dtype or base.dtype)
         return merged
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return all(self.weights)
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)
@@ -64,6 +72,10 @@ class AddTaskVectors(Action):
     ) -> Tensor:
         merged: Tensor = run_op("combine", base, experts, self.weights, out_dtype)
         return merged
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return all(self.weights)
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)

@@ -110,12 +110,34 @@ class Action(ABC):
 
     label: ClassVar[str]
     chunkable: ClassVar[bool] = False  # rows are independent of each other: may run on row ranges, on any shape
+    batched: ClassVar[bool] = False  # `run_batch` does more than to call `run` for one layer after another
 
     @abstractmethod
     def run(
         self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
     ) -> Tensor:
         """Return the merged tensor in `out_dtype` (default: the base's dtype)."""
+
+    def run_batch(
+        self,
+        run_op: OpRunner,
+        bases: Sequence[Tensor],
+        experts: Sequence[Sequence[Tensor]],
+        out_dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
+        """Return what `run` gives for each of L layers, bit for bit.
+
+        Args:
+            bases: L tensors W_0 of one shape, dtype and device.
+            experts: for each of them its T tensors W_t, task t of the same dtype in all layers.
+            out_dtype: of the results; default: the bases' dtype.
+        """
+        return [self.run(run_op, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        """Whether NaN or infinity in an input is NaN or infinity in the result: then the result alone is looked at."""
+        return False
 
     @abstractmethod
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:

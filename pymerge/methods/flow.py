@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
-from pymerge.methods.solver import SHARED_PARAMETERS, SolveInterference, SolverMethod
+from pymerge.methods.solver import SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
 from pymerge.ops.gradient_flow import schedule
 from pymerge.ops.spectral_filter import Rank
 
@@ -27,8 +27,8 @@ class SolveFlow(SolveInterference):
     def forms_in_double(self) -> bool:
         return self.time > _FLOAT32_TIME
 
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, rms: float) -> Tensor:
-        moved: Tensor = run_op("gradient_flow", A, B, self.time)
+    def displacement(self, run_op: OpRunner, system: Equations) -> Tensor:
+        moved: Tensor = run_op("gradient_flow", system.A, system.B, self.time)
         return moved
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
@@ -49,8 +49,8 @@ class SolveFilter(SolveInterference):
     def forms_in_double(self) -> bool:
         return True  # eigenvectors of float32 are good for 3e-5 at time 300, less for the exact minimiser
 
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, rms: float) -> Tensor:
-        moved: Tensor = run_op("spectral_filter", A, B, self.time, self.rank)
+    def displacement(self, run_op: OpRunner, system: Equations) -> Tensor:
+        moved: Tensor = run_op("spectral_filter", system.A, system.B, self.time, self.rank)
         return moved
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:

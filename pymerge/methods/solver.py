@@ -8,7 +8,7 @@ import statistics
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,15 @@ class SolverMethod(Method):
         return Copy() if values.merge["rest"] == "base" else mean_of_tasks(experts)
 
 
+class Equations(NamedTuple):
+    """What WUDI's interference loss says about one layer."""
+
+    X: Tensor  # X_0, d_out x d_in
+    A: Tensor  # normal equations, B relative to X_0
+    B: Tensor
+    rms: float  # root mean square of the deltas of the tasks that touched the tensor
+
+
 @dataclass(frozen=True)
 class SolveInterference(Action):
     """W_0 + scale * (X_0 + D): X_0 = sum_t tau_t, and a displacement D that lowers WUDI's interference loss
@@ -67,11 +76,32 @@ class SolveInterference(Action):
     def run(
         self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        norms = run_op("task_stats", base, experts).norms.tolist()
-        if not all(map(math.isfinite, norms)):
-            return not_a_number(base, out_dtype)
-        if not any(norms):
-            return base.to(out_dtype or base.dtype)
+        return self.run_batch(run_op, [base], [experts], out_dtype)[0]
+
+    def run_batch(
+        self,
+        run_op: OpRunner,
+        bases: Sequence[Tensor],
+        experts: Sequence[Sequence[Tensor]],
+        out_dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
+        merged: dict[int, Tensor] = {}
+        systems: dict[int, Equations] = {}
+        for layer, (base, tasks) in enumerate(zip(bases, experts, strict=True)):
+            norms = run_op("task_stats", base, tasks).norms.tolist()
+            if not all(map(math.isfinite, norms)):
+                merged[layer] = not_a_number(base, out_dtype)
+            elif not any(norms):
+                merged[layer] = base.to(out_dtype or base.dtype)
+            else:
+                systems[layer] = self.equations(run_op, base, tasks, norms)
+        displacements = self.displacements(run_op, list(systems.values()))
+        for (layer, system), D in zip(systems.items(), displacements, strict=True):
+            merged[layer] = add_to_base(bases[layer], system.X.add_(D), self.scale, out_dtype)
+        return [merged[layer] for layer in range(len(bases))]
+
+    def equations(self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Equations:
+        """The equations of a layer whose tasks have the squared norms n_t, finite and not all 0."""
         weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
         dtype = torch.float64 if self.precision == "float64" else compute_dtype(base, *experts)
         automatic = self.precision == "auto"
@@ -79,10 +109,8 @@ class SolveInterference(Action):
         steps = torch.float64 if automatic and self.solves_in_double() else dtype
         X: Tensor = run_op("task_sum", base, experts, [1.0] * len(experts), dtype=products)
         A, B = run_op("normal_equations", base, experts, weights, origin=X, dtype=products)
-        A, B = A.to(steps), B.to(steps)
         touched = [norm / base.numel() for norm in norms if norm > 0]
-        X += self.displacement(run_op, A, B, math.sqrt(statistics.fmean(touched)))
-        return add_to_base(base, X, self.scale, out_dtype)
+        return Equations(X, A.to(steps), B.to(steps), math.sqrt(statistics.fmean(touched)))
 
     @abstractmethod
     def forms_in_double(self) -> bool:
@@ -92,14 +120,13 @@ class SolveInterference(Action):
         """Whether going on in float32 from there would."""
         return self.forms_in_double()
 
-    @abstractmethod
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, rms: float) -> Tensor:
-        """D, d_out x d_in.
+    def displacements(self, run_op: OpRunner, systems: Sequence[Equations]) -> Sequence[Tensor]:
+        """D of each layer."""
+        return [self.displacement(run_op, system) for system in systems]
 
-        Args:
-            A, B: normal equations, B relative to X_0.
-            rms: root mean square of the deltas of the tasks that touched the tensor.
-        """
+    @abstractmethod
+    def displacement(self, run_op: OpRunner, system: Equations) -> Tensor:
+        """D of one layer, d_out x d_in."""
 
 
 def not_a_number(base: Tensor, out_dtype: torch.dtype | None) -> Tensor:

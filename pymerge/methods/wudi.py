@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
-from pymerge.methods.solver import SHARED_PARAMETERS, SolveInterference, SolverMethod
+from pymerge.methods.solver import SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
 from pymerge.ops.normal_equations import outputs_first
 
 PUBLISHED_LR = 1e-5
@@ -17,6 +19,9 @@ PUBLISHED_LR = 1e-5
 PUBLISHED_DELTA_RMS = 5e-4
 # Deltas further from it than this factor make a fixed step size a poor one.
 _FAR = 4.0
+# Bytes. Memory of its own begins at a multiple of it; where a matrix begins at a lesser one, BLAS may use other code,
+# which rounds differently.
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class SolveWudi(SolveInterference):
     iterations: int
     lr: float | Literal["auto"]
     label: ClassVar[str] = "wudi"
+    batched: ClassVar[bool] = True
 
     def forms_in_double(self) -> bool:
         # Rounding in A and B is the same in all steps and adds up; that of a step does not. Float64 products cost a few
@@ -35,9 +41,17 @@ class SolveWudi(SolveInterference):
     def solves_in_double(self) -> bool:
         return False
 
-    def displacement(self, run_op: OpRunner, A: Tensor, B: Tensor, rms: float) -> Tensor:
-        moved: Tensor = run_op("wudi_adam", A, B, self.iterations, self.learning_rate(rms))
+    def displacement(self, run_op: OpRunner, system: Equations) -> Tensor:
+        moved: Tensor = run_op("wudi_adam", system.A, system.B, self.iterations, self.learning_rate(system.rms))
         return moved
+
+    def displacements(self, run_op: OpRunner, systems: Sequence[Equations]) -> Sequence[Tensor]:
+        matrices = [matrix for system in systems for matrix in (system.A, system.B)]
+        if len(systems) < 2 or any(matrix.nbytes % _ALIGNMENT for matrix in matrices):
+            return super().displacements(run_op, systems)
+        A, B = torch.stack(matrices[::2]), torch.stack(matrices[1::2])
+        moved: Tensor = run_op("wudi_adam", A, B, self.iterations, [self.learning_rate(each.rms) for each in systems])
+        return moved.unbind()
 
     def learning_rate(self, rms: float) -> float:
         """`lr`, or for "auto" the published one times the deltas' `rms` over the published setting's.

@@ -87,8 +87,9 @@ def test_results_become_rows_and_rows_decide(table: Path) -> None:
     bf16 = frozenset({torch.bfloat16})
     near = on_device("task_gram", (1000, 512), bf16)
     assert (near.backend, near.reason) == ("triton", f"4.00 times PyTorch's speed, measured {source}")
+    assert on_device("task_gram", (21, 1000, 512), bf16).backend == "triton"  # a batch: as each of its layers
     assert on_device("task_gram", (8192, 2048), bf16).reason == f"1.00 times PyTorch's speed, measured {source}"
-    for shape in ((768, 2000), (300, 768), (4, 768, 768), (0, 768)):  # beyond a factor of two; a batch; nothing
+    for shape in ((768, 2000), (300, 768), (4, 300, 768), (0, 768)):  # beyond a factor of two; a batch; nothing
         assert "nobody has timed ours" in on_device("task_gram", shape, bf16).reason
     assert "nobody has timed ours" in on_device("task_gram", (768, 768)).reason  # in float32
     assert measured.nearest("another", "task_gram", bf16, (768, 768)) is None
