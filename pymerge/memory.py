@@ -19,7 +19,7 @@ HOST_SHARE = 0.75
 # Of the free memory of a device: its allocator rounds sizes up and keeps freed blocks apart by stream.
 DEVICE_SHARE = 0.8
 # A merge that reads and writes more than this share of the available memory drops the files' pages behind itself.
-CACHE_SHARE = 0.5
+CACHE_SHARE = 0.75
 
 _UNLIMITED = 2**60  # cgroup v1 writes a number near 2^63 for "no limit"
 

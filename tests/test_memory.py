@@ -243,5 +243,5 @@ def test_the_budget_of_a_cpu() -> None:
     default = memory.budget(cpu)
     assert default.tensors == int(0.75 * default.available)
     assert default.origin.startswith("75% of ")
-    assert default.keeps_cache(default.available // 2)
-    assert not default.keeps_cache(default.available // 2 + 1)
+    assert default.keeps_cache(3 * default.available // 4)
+    assert not default.keeps_cache(3 * default.available // 4 + 1)
