@@ -13,7 +13,7 @@ from pymerge.methods.solver import SHARED_PARAMETERS, Equations, SolveInterferen
 from pymerge.ops.gradient_flow import schedule
 from pymerge.ops.spectral_filter import Rank
 
-# The error of a float32 result grows with the time: at most 1e-5 of X at 300 and 8e-5 at 1300 (benchmarks/results).
+# The error of a float32 result grows with the time: at most 7e-6 of X at 300 and 3e-5 at 1300 (benchmarks/results).
 _FLOAT32_TIME = 500.0
 
 
