@@ -122,7 +122,7 @@ class Heap:
 
     def __init__(self, limit: int) -> None:
         self._kept = 0
-        self._most = min(max(limit // 16, 2**21), 2**28)
+        self._most = min(max(limit // 16, 2**21), 2**25)
         library = ctypes.CDLL(None)
         self._trim = getattr(library, "malloc_trim", None)
         if hasattr(library, "mallopt"):

@@ -83,10 +83,11 @@ class SolveWudi(SolveInterference):
         gram = 2 * rows * columns**2
         per_task = gram + (4 * rows**2 * columns if outputs_first(rows, columns) else gram)
         steps = self.iterations * 2 * rows * columns**2
-        # In float64: X, B, two deltas, A and, where B comes from Grams, one of those. Then, beside X, in float32: A, B,
-        # D, m, v, the gradient and two temporaries.
-        squares = 12 if outputs_first(rows, columns) else 16
-        return Cost(experts * per_task + steps, squares * columns**2 + 40 * rows * columns)
+        # Forming, in float64: X, B, two deltas, A and, where B comes from Grams, one of those. Then, beside X: A, B, D,
+        # m, v, the gradient and two temporaries, in float32 unless that is the precision asked for.
+        item = 8 if self.precision == "float64" else 4
+        squares = max(8 + item, 8 if outputs_first(rows, columns) else 16)
+        return Cost(experts * per_task + steps, squares * columns**2 + (12 + 7 * item) * rows * columns)
 
 
 class Wudi(SolverMethod):
