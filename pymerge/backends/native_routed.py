@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pymerge.backends.dtypes import DTYPE_CODES
 from pymerge.ops.routed_kernels import Kernels, TorchPasses
-from pymerge.ops.routed_linear import Form, run
+from pymerge.ops.routed_linear import run
 from pymerge.ops.task_storage import DenseTasks, SparseTasks, Tasks
 
 # Multiply-adds that are worth a thread of their own: a panel's pass is short, and waiting for a second thread on a busy
@@ -77,20 +77,6 @@ class NativePasses(TorchPasses):
             y.copy_(total)
 
 
-def routed_linear(
-    x: Tensor,
-    gates: Tensor,
-    weight: Tensor,
-    tasks: Tasks,
-    bias: Tensor | None = None,
-    bias_tasks: Tensor | None = None,
-    index: Sequence[int] | None = None,
-    form: Form = "auto",
-) -> Tensor:
-    """`routed_linear` with the weights of a sample mixed in panels that stay in the cache."""
-    return run(_KERNELS, x, gates, weight, tasks, bias, bias_tasks, index, form)
-
-
 def _threads(tasks: Tasks, rows: int) -> int:
     """Threads for a pass over `rows` rows of all task vectors."""
     work = tasks.entries * rows // max(tasks.shape[0], 1) * (_SCATTERED if isinstance(tasks, SparseTasks) else 1)
@@ -119,4 +105,5 @@ def _sparse(tasks: SparseTasks, rows: slice) -> tuple[int, int, int, bool, int, 
     )
 
 
-_KERNELS = Kernels(NativePasses())
+# With the weights of a sample mixed in panels that stay in the cache.
+routed_linear = partial(run, Kernels(NativePasses()))

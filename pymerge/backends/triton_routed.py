@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pymerge.ops.routed_kernels import Kernels, Problem, TorchPasses, token_gates
-from pymerge.ops.routed_linear import Form, run
-from pymerge.ops.task_storage import DenseTasks, Tasks
+from pymerge.ops.routed_linear import run
+from pymerge.ops.task_storage import DenseTasks
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -57,18 +57,5 @@ def _routed(problem: Problem, x: Tensor, weight: Tensor, tasks: Tensor, gates: T
     return out
 
 
-_ROUTED = _RoutedKernels(TorchPasses())
-
-
-def routed_linear(
-    x: Tensor,
-    gates: Tensor,
-    weight: Tensor,
-    tasks: Tasks,
-    bias: Tensor | None = None,
-    bias_tasks: Tensor | None = None,
-    index: Sequence[int] | None = None,
-    form: Form = "auto",
-) -> Tensor:
-    """`routed_linear` with weights mixed inside the tiles of the product."""
-    return run(_ROUTED, x, gates, weight, tasks, bias, bias_tasks, index, form)
+# With weights mixed inside the tiles of the product.
+routed_linear = partial(run, _RoutedKernels(TorchPasses()))

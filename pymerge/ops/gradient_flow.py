@@ -144,7 +144,7 @@ def follow(
         phi = B @ phi
     for step in range(doublings):
         # A whole product, also for symmetric Phi: its rounding is small where the row of Phi is, while half a product
-        # mirrored carries the large rows' rounding over, and five times the error.
+        # mirrored carries the large rows' rounding over.
         phi = torch.addmm(phi, phi, E, beta=2.0, alpha=-1.0)
         if step + 1 < doublings:
             E = symmetric(E, E, alpha=-1.0).add_(E, alpha=2.0)
