@@ -53,11 +53,13 @@ ARROWS = {
         "errors env units methods layers checkpoint finite config memory pieces backends planner progress report "
         "sampling engine"
     ),
-    "views": "env units methods layers backends planner steps",
+    "names": "",
+    "analysis": "errors env units names methods checkpoint config planner progress steps",
+    "views": "env units names methods layers backends planner steps",
     "wemoe": "errors env ops checkpoint backends",
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api wemoe",
-    "cli": "errors checkpoint logs progress recheck api views",
+    "cli": "errors analysis checkpoint logs progress recheck api views",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.
