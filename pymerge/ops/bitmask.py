@@ -11,7 +11,7 @@ from torch import Tensor
 from pymerge.errors import ArgumentError
 
 # Elements that references work on at once: their scratch does not grow with the tensor. A multiple of 64.
-BLOCK = 2**20
+BLOCK = 2**18
 
 
 class TaskMasks(NamedTuple):

@@ -19,7 +19,7 @@ _ONE = 2.0**32
 def check(
     base: Tensor, experts: Sequence[Tensor], lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int]
 ) -> None:
-    """Raise ArgumentError unless tensors agree and each expert has a key and probabilities 0 <= lowest <= highest <= 1."""
+    """Raise ArgumentError unless tensors agree and each expert has a key and probabilities of 0 to 1 in their order."""
     check_task_tensors("random_mask", base, experts)
     for label, values in (("lowest", lowest), ("highest", highest), ("keys", keys)):
         check_length("random_mask", label, values, len(experts))

@@ -61,9 +61,9 @@ def reference(
             agree and are not 0, else all; by 1 where that is 0.
         scale: factor of the sum.
 
-    What is masked or outvoted is multiplied by 0, so NaN and infinity stay in the result. Accumulates in float32 (float64
-    if an input is) in the order of `experts`, and rounds once at the end. Source: TIES-Merging, arXiv 2306.01708, with
-    mergekit's weights in the election.
+    What is masked or outvoted is multiplied by 0, so NaN and infinity stay in the result. Accumulates in float32
+    (float64 if an input is) in the order of `experts`, and rounds once at the end. Source: TIES-Merging, arXiv
+    2306.01708, with mergekit's weights in the election.
     """
     dtype = compute_dtype(base, *experts)
     factors = [1.0] * len(experts) if factors is None else factors
