@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu setup.py pyproject.toml constraints.txt)
 
-.PHONY: demo test torture lint format gpu bench bench-small clean help
+.PHONY: demo test torture lint format gpu bench parity bench-small clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -52,6 +52,9 @@ bench: $(VENV)/installed  ## time ops, solvers and merges beside PyTorch, publis
 	$(BIN)/python benchmarks/bench_ops.py
 	$(BIN)/python benchmarks/bench_peers.py --shapes 768x768x8 3072x768x8 --methods wudi,wudi_flow,ace --seconds 5
 	$(BIN)/python benchmarks/bench_merge.py
+
+parity: $(VENV)/installed  ## merge small models by every method of mergekit, with both, and compare the results
+	$(BIN)/python benchmarks/parity.py
 
 bench-small: $(VENV)/installed  ## time every op on a small shape, in under a minute
 	$(BIN)/python -m pytest benchmarks/test_small_ops.py --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds
