@@ -13,6 +13,7 @@ from pymerge.checkpoint.dtypes import (
     upcast,
 )
 from pymerge.checkpoint.files import MANIFEST_NAME, WORK_FOLDER, atomic_write, fsync_directory
+from pymerge.checkpoint.gather import GatheredEntry, RowMap, gathered
 from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
 from pymerge.checkpoint.hub import fetch
 from pymerge.checkpoint.identity import differences, printable
@@ -27,9 +28,11 @@ __all__ = [
     "TORCH_DTYPES",
     "WORK_FOLDER",
     "Checkpoint",
+    "GatheredEntry",
     "Header",
     "OutputDirectory",
     "Reader",
+    "RowMap",
     "ShardLayout",
     "TensorEntry",
     "TensorLayout",
@@ -41,6 +44,7 @@ __all__ = [
     "differences",
     "fetch",
     "fsync_directory",
+    "gathered",
     "index_json",
     "index_name",
     "is_float",
