@@ -12,21 +12,19 @@ from pymerge.errors import ConfigError
 from pymerge.methods import METHODS, get_method
 from pymerge.methods.base import Method, Parameter
 from pymerge.settings import parse_settings, unreachable
+from pymerge.tokenizers import take_tokenizer
 from pymerge.yaml_lines import Document, Location, nearest, show
 
 # Keys of mergekit's formats that are known and not supported: what to do instead.
 _UNSUPPORTED = {
     "slices": "list whole models under 'models'",
     "modules": "list whole models under 'models'",
-    "tokenizer": "delete it: the base's tokenizer is copied as it is",
     "random_seed": "delete it: no method here draws random numbers",
     "name": "delete it, and give each merge its own file",
     "experts": "mergekit-moe configs build another architecture; list whole models under 'models'",
     "gate_mode": "mergekit-moe configs build another architecture; list whole models under 'models'",
     "residual_weight": "delete it: it has no effect in mergekit either",
 }
-# Keys that are accepted and say nothing: the base's tokenizer and template are what is copied.
-PASSED_OVER = ("tokenizer_source", "chat_template")
 # A model of the Hugging Face Hub, at a branch, a tag or a commit. Paths of more parts, or with dots first, are none.
 HUB_REFERENCE = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _UNSUPPORTED_OF_MODEL = {
@@ -62,7 +60,6 @@ class Checker:
         """The raw config with settings parsed and references made plain, for the typed models."""
         raw = self._raw
         self._refuse_unsupported(raw, _UNSUPPORTED, ())
-        self._take_tokenizer()
         given = self._settings(raw, ())
         raw["base_model"] = self._reference(raw.get("base_model"), ("base_model",))
         if isinstance(raw.get("models"), list):
@@ -71,6 +68,7 @@ class Checker:
             if not read:
                 self._document.add(("models",), "models is empty; list the models to merge")
             self._check_models(raw["base_model"], given, read)
+        take_tokenizer(raw, self._document, self._reference, self._model_names(raw))
         return raw
 
     def _find_method(self) -> Method | None:
@@ -88,14 +86,11 @@ class Checker:
                 inside = f" in {show(location)}" if location else ""
                 self._document.add((*location, key), f"{key!r}{inside} is not supported yet; {table[key]}")
 
-    def _take_tokenizer(self) -> None:
-        source = self._raw.pop("tokenizer_source", None)
-        if source not in (None, "base"):
-            problem = f"tokenizer_source {source!r} is not supported yet; write 'base', whose tokenizer is copied"
-            self._document.add(("tokenizer_source",), problem)
-        if self._raw.pop("chat_template", None) is not None:
-            problem = "chat_template is not supported yet; delete it: the base's template is copied"
-            self._document.add(("chat_template",), problem)
+    def _model_names(self, raw: Mapping[str, Any]) -> list[str]:
+        """The base and all models, as far as they are named rightly."""
+        entries = raw["models"] if isinstance(raw.get("models"), list) else []
+        names = [raw["base_model"], *(entry.get("model") for entry in entries if isinstance(entry, dict))]
+        return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
     def _settings(self, raw: dict[str, Any], location: Location) -> set[str]:
         """Replace raw["parameters"] by parsed settings; returns the names given, right or wrong."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pymerge.checkpoint import TensorEntry
 from pymerge.layers import Kind, Layer, is_head_name
@@ -39,6 +40,39 @@ def is_token_table(
     tables = [table for table in layers if layers[table].kind is Kind.EMBEDDING and _has_tokens(table)]
     lengths = [(base[table].shape[0], theirs[table].shape[0]) for table in tables if table in theirs]
     return (ours[0], other[0]) in lengths
+
+
+def token_tables(
+    tensors: Mapping[str, TensorEntry],
+    config: Mapping[str, Any],
+    layers: Mapping[str, Layer],
+    names: Iterable[str],
+    tokens: int,
+) -> list[str]:
+    """Those of `names` that have a row for each of a model's `tokens`: embeddings, heads and biases of heads.
+
+    An embedding has, if it is as long as config.json's vocab_size, or, where none is, at least as long as the
+    tokenizer. Several embeddings of different lengths leave it open: then there are none.
+    """
+    nested = config.get("text_config")
+    sizes = {part.get("vocab_size") for part in (config, nested) if isinstance(part, Mapping)}
+    shapes = {name: tensors[name].shape for name in names if tensors[name].shape}
+    lengths = {
+        shape[0]
+        for name, shape in shapes.items()
+        if layers[name].kind is Kind.EMBEDDING and _has_tokens(name) and len(shape) == 2
+    }
+    lengths = lengths & sizes or {length for length in lengths if length >= tokens}
+    if len(lengths) != 1:
+        return []
+
+    def may(name: str) -> bool:
+        kind = layers[name].kind
+        if kind is Kind.EMBEDDING:
+            return _has_tokens(name)
+        return kind is Kind.HEAD or (kind is Kind.BIAS and is_head_name(name))
+
+    return [name for name, shape in shapes.items() if shape[0] in lengths and may(name)]
 
 
 def _has_tokens(embedding: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pymerge.checkpoint.carried import carried_files
 from pymerge.checkpoint.dtypes import (
     ITEM_SIZES,
     TORCH_DTYPES,
@@ -40,6 +41,7 @@ __all__ = [
     "atomic_write",
     "build_manifest",
     "bytes_of",
+    "carried_files",
     "code_of",
     "differences",
     "fetch",

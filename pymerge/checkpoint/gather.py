@@ -17,7 +17,7 @@ from pymerge.checkpoint.fileformat import TensorEntry
 
 # In `RowMap.source`, where no single row is taken.
 ZERO, AVERAGE, MEAN = -1, -2, -3
-_MEAN_BYTES = 1 << 20
+_SCRATCH_BYTES = 1 << 20  # of rows that are converted or averaged
 
 # Fills a tensor with rows from the one given on of a stored tensor: `Reader.read_into` without its last argument.
 ReadRows = Callable[[TensorEntry, torch.Tensor, int, int], None]
@@ -132,9 +132,12 @@ def _copy_rows(read: ReadRows, source: TensorEntry, out: torch.Tensor, start: in
     if dtype == out.dtype:
         read(source, out, start, stop)
         return
-    rows = torch.empty(out.shape, dtype=dtype)
-    read(source, rows, start, stop)
-    out.copy_(upcast(rows))
+    step = max(1, _SCRATCH_BYTES // max(1, source.nbytes // source.shape[0]))
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        rows = torch.empty((last - first, *out.shape[1:]), dtype=dtype)
+        read(source, rows, first, last)
+        out[first - start : last - start].copy_(upcast(rows))
 
 
 def _average(read: ReadRows, entry: GatheredEntry, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -155,7 +158,7 @@ def _mean(read: ReadRows, entry: GatheredEntry) -> torch.Tensor:
             own = np.flatnonzero(rows_map.source != MEAN)
             last = int(own[-1]) + 1 if len(own) else 0
             row_bytes = max(1, entry.nbytes // max(1, entry.shape[0]))
-            step = max(1, _MEAN_BYTES // row_bytes)
+            step = max(1, _SCRATCH_BYTES // row_bytes)
             total = np.zeros(int(np.prod(entry.shape[1:], dtype=np.int64)))
             source = np.where(rows_map.source == MEAN, ZERO, rows_map.source)
             zeroed = replace(entry, rows_map=RowMap(source, rows_map.row, rows_map.averages))
@@ -167,4 +170,3 @@ def _mean(read: ReadRows, entry: GatheredEntry) -> torch.Tensor:
                 total += upcast(chunk).double().view(stop - start, -1).numpy().sum(axis=0)
             kept.mean = torch.from_numpy(total / max(1, len(own))).view(1, *entry.shape[1:])
         return kept.mean
-

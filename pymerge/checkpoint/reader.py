@@ -191,9 +191,7 @@ def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tup
     return shape, entry.offset + start_row * row_bytes, (stop - start_row) * row_bytes
 
 
-def _stored_rows(
-    entry: GatheredEntry, start_row: int, stop_row: int | None
-) -> Iterator[tuple[TensorEntry, int, int]]:
+def _stored_rows(entry: GatheredEntry, start_row: int, stop_row: int | None) -> Iterator[tuple[TensorEntry, int, int]]:
     """The row ranges of stored tables that rows of a gathered one are copies of."""
     stop = entry.shape[0] if stop_row is None else stop_row
     for first, end, source, row in entry.rows_map.runs(start_row, stop):
