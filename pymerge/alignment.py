@@ -27,6 +27,7 @@ from pymerge.tokenizers import (
     plan_files,
     read_files,
     read_json,
+    read_vocabularies,
     read_vocabulary,
     row_maps,
     tokenizer_files,
@@ -158,11 +159,13 @@ def _token_models(
     """All models with vocabularies and lengths of tables, and the names of the tables."""
     problems: list[str] = []
     vocabularies: list[Vocabulary] = []
+    read = read_vocabularies({model.checkpoint.path: model.files for model in models})
     for model in models:
-        try:
-            vocabularies.append(read_vocabulary(model.checkpoint.path, model.files))
-        except CheckpointError as error:
-            problems.append(f"{model.place}: {error}, or delete {settings.key}")
+        vocabulary = read[model.checkpoint.path]
+        if isinstance(vocabulary, CheckpointError):
+            problems.append(f"{model.place}: {vocabulary}, or delete {settings.key}")
+        else:
+            vocabularies.append(vocabulary)
     if problems:
         raise PlanError(problems)
     donor = models[0].checkpoint

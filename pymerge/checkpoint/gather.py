@@ -19,8 +19,10 @@ from pymerge.checkpoint.fileformat import TensorEntry
 ZERO, AVERAGE, MEAN = -1, -2, -3
 _SCRATCH_BYTES = 1 << 20  # of rows that are converted or averaged
 
-# Fills a tensor with rows from the one given on of a stored tensor: `Reader.read_into` without its last argument.
-ReadRows = Callable[[TensorEntry, torch.Tensor, int, int], None]
+# One run of rows: its first row in the output, its first row in the stored table, their number.
+Run = tuple[int, int, int]
+# Copies runs of a stored table into a tensor of its dtype: `Reader.read_runs_into`.
+ReadRuns = Callable[[TensorEntry, torch.Tensor, Sequence[Run]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,44 +115,49 @@ def _common_dtype(dtypes: Sequence[str]) -> str:
     return "F64" if "F64" in plain else "F32"
 
 
-def fill_gathered(read: ReadRows, entry: GatheredEntry, out: torch.Tensor, start: int, stop: int) -> None:
+def fill_gathered(read: ReadRuns, entry: GatheredEntry, out: torch.Tensor, start: int, stop: int) -> None:
     """Fill `out` (of the entry's dtype, on the CPU) with rows `start` to `stop`, by `read` from the sources."""
+    runs: dict[int, list[Run]] = {}
     for first, end, source, row in entry.rows_map.runs(start, stop):
-        part = out[first - start : end - start]
         if source >= 0:
-            _copy_rows(read, entry.sources[source], part, row, row + end - first)
-        elif source == ZERO:
+            runs.setdefault(source, []).append((first - start, row, end - first))
+            continue
+        part = out[first - start : end - start]
+        if source == ZERO:
             part.view(-1).view(torch.uint8).zero_()
         elif source == AVERAGE:
             part.copy_(_average(read, entry, entry.rows_map.averages[row]))
         else:
             part.copy_(_mean(read, entry))
+    for source, own in runs.items():
+        _copy_rows(read, entry.sources[source], out, own)
 
 
-def _copy_rows(read: ReadRows, source: TensorEntry, out: torch.Tensor, start: int, stop: int) -> None:
+def _copy_rows(read: ReadRuns, source: TensorEntry, out: torch.Tensor, runs: Sequence[Run]) -> None:
     dtype = TORCH_DTYPES[source.dtype]
     if dtype == out.dtype:
-        read(source, out, start, stop)
+        read(source, out, runs)
         return
     step = max(1, _SCRATCH_BYTES // max(1, source.nbytes // source.shape[0]))
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        rows = torch.empty((last - first, *out.shape[1:]), dtype=dtype)
-        read(source, rows, first, last)
-        out[first - start : last - start].copy_(upcast(rows))
+    for at, row, count in runs:
+        for done in range(0, count, step):
+            some = min(step, count - done)
+            rows = torch.empty((some, *out.shape[1:]), dtype=dtype)
+            read(source, rows, [(0, row + done, some)])
+            out[at + done : at + done + some].copy_(upcast(rows))
 
 
-def _average(read: ReadRows, entry: GatheredEntry, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+def _average(read: ReadRuns, entry: GatheredEntry, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
     """The average of some rows, in float64."""
     total = torch.zeros((1, *entry.shape[1:]), dtype=torch.float64)
     for table, row in pairs:
         one = torch.empty((1, *entry.shape[1:]), dtype=torch.float64)
-        _copy_rows(read, entry.sources[table], one, row, row + 1)
+        _copy_rows(read, entry.sources[table], one, [(0, row, 1)])
         total += one
     return total / len(pairs)
 
 
-def _mean(read: ReadRows, entry: GatheredEntry) -> torch.Tensor:
+def _mean(read: ReadRuns, entry: GatheredEntry) -> torch.Tensor:
     """The mean of all rows that have one of their own, summed in float64 in the order of rows; computed once."""
     kept, rows_map = entry.kept, entry.rows_map
     with kept.lock:

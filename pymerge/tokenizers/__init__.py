@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pymerge.tokenizers.files import Files, Vocabulary, read_files, read_json, read_vocabulary
+from pymerge.tokenizers.files import Files, Vocabulary, read_files, read_json, read_vocabularies, read_vocabulary
 from pymerge.tokenizers.output import tokenizer_files, union, with_tokens, without_rows_beyond
 from pymerge.tokenizers.planned import TokenPlan, describe_rows, plan_files
 from pymerge.tokenizers.rows import TokenModel, row_maps
@@ -22,6 +22,7 @@ __all__ = [
     "plan_files",
     "read_files",
     "read_json",
+    "read_vocabularies",
     "read_vocabulary",
     "row_maps",
     "take_tokenizer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +122,22 @@ def read_vocabulary(folder: Path, files: Files) -> Vocabulary:
                 f"{known}; load the tokenizer with transformers and save it again"
             )
     return vocabulary_of(folder, files, tokenizer)
+
+
+def read_vocabularies(folders: Mapping[Path, Files]) -> dict[Path, Vocabulary | CheckpointError]:
+    """`read_vocabulary` of several folders, or what is wrong there; equal files are read once."""
+    known: dict[tuple[bytes | None, bytes | None], Vocabulary] = {}
+    found: dict[Path, Vocabulary | CheckpointError] = {}
+    for folder, files in folders.items():
+        key = (files.get(FAST_FILE), files.get(CONFIG_FILE))
+        try:
+            known[key] = (
+                replace(known[key], folder=folder, files=files) if key in known else read_vocabulary(folder, files)
+            )
+            found[folder] = known[key]
+        except CheckpointError as error:
+            found[folder] = error
+    return found
 
 
 def load(path: Path, text: str) -> Tokenizer:

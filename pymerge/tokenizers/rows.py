@@ -57,13 +57,13 @@ def row_maps(
     of `rules` and a text.
     """
     own = np.full((len(models), rows), -1, np.int64)
+    places = np.fromiter(output.ids.values(), np.int64)
     for number, model in enumerate(models):
         ids = model.vocabulary.ids
-        for token, place in output.ids.items():
-            found = ids.get(token, -1)
-            own[number, place] = found if found < model.rows else -1
+        found = places if ids is output.ids else np.fromiter((ids.get(token, -1) for token in output.ids), np.int64)
+        own[number, places] = np.where(found < model.rows, found, -1)
     used = np.zeros(rows, np.bool_)
-    used[list(output.ids.values())] = True
+    used[places] = True
     donors = _donors(output, own, used, models, base, rules, warnings, problems)
     padding = _padding(rows, used, models)
     maps = []

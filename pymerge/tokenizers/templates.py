@@ -1,4 +1,8 @@
-"""Chat templates: the built-in ones under mergekit's names, and the most common one among models."""
+"""Chat templates: the built-in ones under mergekit's names, and the most common one among models.
+
+The built-in ones write what models of that name were trained on; mergekit's alpaca, exaone and llama3 differ from that in
+line breaks.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,9 @@ _ALPACA = """\
 {{ '### ' + headings[message['role']] + ':\\n' + message['content'] | trim }}
 {%- if not loop.last -%}{{ '\\n\\n' }}{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}{{ '\\n\\n### Response:\\n' }}{%- endif -%}
+{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}
+{{ ('' if messages[-1]['role'] == 'system' else '\\n\\n') + '### Response:\\n' }}
+{%- endif -%}
 """
 _CHATML = """\
 {%- for message in messages -%}
