@@ -157,16 +157,16 @@ def build_plan(
     names, warnings = matched.names, matched.warnings
     aligned = align(matched.inputs, layers, names, config, method, warnings)
     inputs, tokens = aligned.inputs, aligned.tokens
-    donor = inputs.donor
+    donor, stored = inputs.donor, donor.tensors  # gathered tables may have a wider dtype
 
     wanted = dtype or config.out_dtype or config.dtype
     if wanted is not None and wanted not in DTYPE_CODES:
         raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(DTYPE_CODES)}")
-    small = [name for name in names if is_float8(donor.tensors[name].dtype)]
+    small = [name for name in names if is_float8(stored[name].dtype)]
     if small and wanted is None:
         warnings.append(f"{listed(small)}: 8-bit floats in {donor.path}, written as bfloat16")
     placed = layout_shards(
-        [(name, _output_dtype(donor.tensors[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
+        [(name, _output_dtype(stored[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
         max_shard_bytes,
     )
     places = positions(layers, donor.config)

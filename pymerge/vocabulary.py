@@ -9,6 +9,7 @@ from typing import Any
 from pymerge.checkpoint import TensorEntry
 from pymerge.layers import Kind, Layer, is_head_name
 
+_LANGUAGE_HEADS = {"lm_head", "embed_out"}
 # Tables with a row for something else than a token.
 _OTHER_TABLES = ("position", "pos_emb", "wpe", "token_type", "segment", "relative")
 
@@ -52,7 +53,8 @@ def token_tables(
     """Those of `names` that have a row for each of a model's `tokens`: embeddings, heads and biases of heads.
 
     An embedding has, if it is as long as config.json's vocab_size, or, where none is, at least as long as the
-    tokenizer. Several embeddings of different lengths leave it open: then there are none.
+    tokenizer. Several embeddings of different lengths leave it open: then there are none. Heads of language models
+    have, whatever their length; others if they are as long as the embedding.
     """
     nested = config.get("text_config")
     sizes = {part.get("vocab_size") for part in (config, nested) if isinstance(part, Mapping)}
@@ -66,13 +68,15 @@ def token_tables(
     if len(lengths) != 1:
         return []
 
-    def may(name: str) -> bool:
-        kind = layers[name].kind
+    def has(name: str) -> bool:
+        kind, fits = layers[name].kind, shapes[name][0] in lengths
         if kind is Kind.EMBEDDING:
-            return _has_tokens(name)
-        return kind is Kind.HEAD or (kind is Kind.BIAS and is_head_name(name))
+            return fits and _has_tokens(name)
+        if kind is not Kind.HEAD and not (kind is Kind.BIAS and is_head_name(name)):
+            return False
+        return fits or not _LANGUAGE_HEADS.isdisjoint(name.split(".")[-2:-1])
 
-    return [name for name, shape in shapes.items() if shape[0] in lengths and may(name)]
+    return [name for name in shapes if has(name)]
 
 
 def _has_tokens(embedding: str) -> bool:

@@ -1,7 +1,6 @@
 """Chat templates: the built-in ones under mergekit's names, and the most common one among models.
 
-The built-in ones write what models of that name were trained on; mergekit's alpaca, exaone and llama3 differ from that in
-line breaks.
+mergekit's alpaca, exaone and llama3 differ from those here in line breaks.
 """
 
 from __future__ import annotations
