@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,29 @@ def test_models_without_a_usable_tokenizer(tmp_path: Path) -> None:
         "has no tokenizer.json; put the model's tokenizer files there, or delete tokenizer_source"
         in problems(tmp_path)[0]
     )
+
+
+def without_the_library() -> None:
+    sys.modules.update(dict.fromkeys(["tokenizers"]))  # None: importing it fails
+
+
+def test_without_the_library(tmp_path: Path) -> None:
+    three(tmp_path)
+    write_merge(tmp_path, "")
+    done = pymerge("plan", tmp_path / "merge.yml", before=without_the_library)
+    assert done.code == 4, done
+    assert "the library tokenizers is needed; pip install 'pymerge-engine[tokenizers]'" in done.errors[0]
+    for name in ("base", "e0", "e1"):
+        write(tmp_path / name, bpe(["cat"]), 0)
+    write_merge(tmp_path, "chat_template: chatml", source=None)  # needs none
+    assert pymerge("plan", tmp_path / "merge.yml", before=without_the_library).code == 0
+
+
+def test_files_that_are_not_text(tmp_path: Path) -> None:
+    three(tmp_path)
+    (tmp_path / "e0/chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    write_merge(tmp_path, "")
+    refused(tmp_path, 3, tmp_path / "e0/chat_template.jinja", "is not UTF-8")
 
 
 def test_ids_that_contradict_each_other(tmp_path: Path) -> None:

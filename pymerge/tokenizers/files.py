@@ -56,6 +56,11 @@ def read_files(folder: Path, names: Iterable[Path]) -> dict[str, bytes]:
                 ) from error
     if CONFIG_FILE in found:
         parse_object(folder / CONFIG_FILE, found[CONFIG_FILE])
+    for text in (FAST_FILE, TEMPLATE_FILE):
+        try:
+            found.get(text, b"").decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{folder / text}: is not UTF-8 ({error}); download the file again") from error
     return found
 
 
@@ -110,7 +115,7 @@ def read_vocabulary(folder: Path, files: Files) -> Vocabulary:
                 "(AutoTokenizer.from_pretrained, then save_pretrained)"
             )
         raise CheckpointError(f"{folder}: has no {FAST_FILE}; put the model's tokenizer files there")
-    tokenizer = load(folder / FAST_FILE, files[FAST_FILE].decode("utf-8", "replace"))
+    tokenizer = load(folder / FAST_FILE, files[FAST_FILE].decode())
     for token, expected in _named_elsewhere(folder, files):
         known = tokenizer.token_to_id(token.content)
         if known is None:

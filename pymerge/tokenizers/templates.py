@@ -69,7 +69,7 @@ BUILTIN = {"alpaca": _ALPACA, "chatml": _CHATML, "exaone": _EXAONE, "llama3": _L
 def own_template(files: Mapping[str, bytes]) -> str | None:
     """The chat template of a model's tokenizer files: chat_template.jinja, or that of tokenizer_config.json."""
     if TEMPLATE_FILE in files:
-        return files[TEMPLATE_FILE].decode("utf-8", "replace")
+        return files[TEMPLATE_FILE].decode()
     found: Any = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
     if isinstance(found, list):
         named = {part.get("name"): part.get("template") for part in found if isinstance(part, dict)}
