@@ -112,7 +112,6 @@ def align(
         keys |= _token_ids(source.vocabulary.folder / "config.json")
         if ids := _token_ids(source.vocabulary.folder / _GENERATION):
             written[_GENERATION] = _with_keys(inputs.donor.path / _GENERATION, ids)
-            carried = {**carried, **_existing(inputs.donor, _GENERATION)}
     lines = [f"vocabulary  {settings.source}: {len(output.ids):,} tokens, {rows:,} rows in {', '.join(tables)}"]
     for number, (model, found) in enumerate(zip(token_models, maps, strict=True)):
         size = f"{len(model.vocabulary.ids):,} tokens, {model.rows:,} rows"
@@ -259,7 +258,3 @@ def _token_ids(path: Path) -> dict[str, Any]:
 def _with_keys(path: Path, keys: Mapping[str, Any]) -> bytes:
     content = {**(read_json(path) if path.is_file() else {}), **keys}
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _existing(donor: Checkpoint, name: str) -> dict[str, bytes]:
-    return {name: (donor.path / name).read_bytes()} if Path(name) in donor.other_files else {}

@@ -113,15 +113,44 @@ def test_tokens_without_rows_are_left_out(make: Any, tmp_path: Path) -> None:
     assert "dog" not in loaded.convert_ids_to_tokens(loaded.encode("dog"))
 
 
-def test_tokens_that_only_tokenizer_config_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_where_added_tokens_are_named(place: str, listed: bool, tmp_path: Path) -> None:
+    """The ids are those of transformers, in the input and in the output."""
     three(tmp_path)
-    edit(tmp_path / "e0/tokenizer_config.json", pad_token="<pad>")
-    ids = AutoTokenizer.from_pretrained(tmp_path / "e0").get_vocab()
-    tensors = write(tmp_path / "e0", bpe(["cat", "dog"], ["<tool>"]), 1, rows=len(ids))
-    edit(tmp_path / "e0/tokenizer_config.json", pad_token="<pad>")
-    loaded = merged(tmp_path)
-    row = load_output(tmp_path / "out")[EMBEDDING][loaded.convert_tokens_to_ids("<pad>")]
-    torch.testing.assert_close(row, tensors[EMBEDDING][ids["<pad>"]])
+    made = bpe(["cat", "dog"], ["<tool>"])
+    tensors = write(tmp_path / "e0", made, 1, rows=20)
+    if place == "special_tokens_map.json":
+        (tmp_path / "e0" / place).write_text("{}")
+    if place == "added_tokens.json":
+        (tmp_path / "e0" / place).write_text(json.dumps({"<pad>": made.get_vocab_size()}))
+    else:
+        edit(tmp_path / "e0" / place, pad_token="<pad>")
+    if listed:
+        decoder = {str(made.token_to_id("<tool>")): {"content": "<tool>", "normalized": True}}
+        edit(tmp_path / "e0/tokenizer_config.json", added_tokens_decoder=decoder)
+    before = AutoTokenizer.from_pretrained(tmp_path / "e0").get_vocab()
+    after = merged(tmp_path, source="e0")
+    assert after.get_vocab() == before
+    union = merged(tmp_path).get_vocab()
+    assert ("<pad>" in union) == ("<pad>" in before)
+    if "<pad>" in union:
+        row = load_output(tmp_path / "out")[EMBEDDING][union["<pad>"]]
+        torch.testing.assert_close(row, tensors[EMBEDDING][before["<pad>"]])
+    if not listed:
+        assert before["<pad>"] == made.get_vocab_size()
+
+
+def test_a_list_of_added_tokens_is_kept_up(tmp_path: Path) -> None:
+    three(tmp_path)
+    flags = {"special": True, "normalized": False}
+    edit(tmp_path / "base/tokenizer_config.json", added_tokens_decoder={"2": {"content": "</s>", **flags}})
+    ids = merged(tmp_path).get_vocab()
+    decoder = json.loads((tmp_path / "out/tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert {int(number): token["content"] for number, token in decoder.items()}.items() >= {
+        (ids[token], token) for token in ("</s>", "dog", "<tool>", "<|end|>")
+    }
+    assert [decoder[str(ids[token])]["special"] for token in ("dog", "<tool>", "<|end|>")] == [False, False, True]
 
 
 def test_templates(tmp_path: Path) -> None:
@@ -274,7 +303,7 @@ def test_the_plan_tells(tmp_path: Path) -> None:
     lines = done.out.splitlines()
     assert "vocabulary  union: 15 tokens, 15 rows in lm_head.weight, model.embed_tokens.weight" in lines
     assert f"  {tmp_path / 'base'}: 8 tokens, 8 rows; rows: 8 own, 7 of other models" in lines
-    assert "  written: tokenizer.json, tokenizer_config.json" in lines
+    assert "  written: tokenizer.json" in lines
 
 
 def test_the_files_are_the_same_each_time(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 FAST_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+_MAP_FILE, _ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
 Files = Mapping[str, bytes]  # name inside the folder -> content
 # What a tokenizer is made of when it has no tokenizer.json, and what would contradict a tokenizer.json that is changed.
 VOCABULARY_FILES = (
-    "added_tokens.json",
+    _ADDED_FILE,
     "merges.txt",
     "sentencepiece.bpe.model",
     "spiece.model",
@@ -29,7 +30,7 @@ VOCABULARY_FILES = (
     "vocab.txt",
 )
 TEMPLATE_FILES = (TEMPLATE_FILE, "chat_template.json")
-_OTHER_FILES = (FAST_FILE, CONFIG_FILE, "special_tokens_map.json", *TEMPLATE_FILES)
+_OTHER_FILES = (FAST_FILE, CONFIG_FILE, _MAP_FILE, *TEMPLATE_FILES)
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
@@ -123,18 +124,18 @@ def read_vocabulary(folder: Path, files: Files) -> Vocabulary:
             known = tokenizer.token_to_id(token.content)
         if expected is not None and known != expected:
             raise CheckpointError(
-                f"{folder / CONFIG_FILE}: gives token {token.content!r} the id {expected}, by {FAST_FILE} it is "
-                f"{known}; load the tokenizer with transformers and save it again"
+                f"{folder}: gives token {token.content!r} the id {expected}, by {FAST_FILE} it is {known}; "
+                "load the tokenizer with transformers and save it again"
             )
     return vocabulary_of(folder, files, tokenizer)
 
 
 def read_vocabularies(folders: Mapping[Path, Files]) -> dict[Path, Vocabulary | CheckpointError]:
     """`read_vocabulary` of several folders, or what is wrong there; equal files are read once."""
-    known: dict[tuple[bytes | None, bytes | None], Vocabulary] = {}
+    known: dict[tuple[bytes | None, ...], Vocabulary] = {}
     found: dict[Path, Vocabulary | CheckpointError] = {}
     for folder, files in folders.items():
-        key = (files.get(FAST_FILE), files.get(CONFIG_FILE))
+        key = tuple(files.get(name) for name in (FAST_FILE, CONFIG_FILE, _MAP_FILE, _ADDED_FILE))
         try:
             known[key] = (
                 replace(known[key], folder=folder, files=files) if key in known else read_vocabulary(folder, files)
@@ -189,24 +190,38 @@ def add(tokenizer: Tokenizer, token: AddedToken) -> None:
 
 
 def _named_elsewhere(folder: Path, files: Files) -> Iterator[tuple[AddedToken, int | None]]:
-    """Tokens, with their ids where they are given, that tokenizer_config.json names: transformers adds what lacks."""
+    """Tokens, with their ids where they are given, that files beside tokenizer.json name: transformers adds what lacks.
+
+    Where tokenizer_config.json does not list added tokens, special_tokens_map.json and added_tokens.json count too.
+    """
     from tokenizers import AddedToken
 
-    path = folder / CONFIG_FILE
-    config = parse_object(path, files.get(CONFIG_FILE, b"{}"))
+    config, mapped, numbers = (
+        parse_object(folder / name, files.get(name, b"{}")) for name in (CONFIG_FILE, _MAP_FILE, _ADDED_FILE)
+    )
     try:
+        if "added_tokens_decoder" not in config:
+            config |= mapped
+        listed = [each for key in _LISTED for each in config.get(key) or []]
+        special = [_content(value) for value in (*(config.get(key) for key in _NAMED), *listed)]
+        if "added_tokens_decoder" not in config:
+            for token, number in sorted(numbers.items(), key=lambda item: int(item[1])):
+                yield AddedToken(token, special=token in special, normalized=token not in special), int(number)
         decoder = {int(number): token for number, token in config.get("added_tokens_decoder", {}).items()}
         for number in sorted(decoder):
             flags = {flag: bool(decoder[number].get(flag, False)) for flag in _FLAGS}
             yield AddedToken(decoder[number]["content"], **flags), number
-        named = [config.get(key) for key in _NAMED]
-        listed = [config.get(key) or [] for key in _LISTED]
-        for value in [*named, *(each for group in listed for each in group)]:
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str) and content:
+        for content in special:
+            if content:
                 yield AddedToken(content, special=True, normalized=False), None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: names tokens in a way that is not understood ({type(error).__name__}: {error}); "
-            "load the tokenizer with transformers and save it again"
+            f"{folder / CONFIG_FILE}: it or a file beside it names tokens in a way that is not understood "
+            f"({type(error).__name__}: {error}); load the tokenizer with transformers and save it again"
         ) from error
+
+
+def _content(value: Any) -> str | None:
+    """The text of a token, which may be a mapping of its flags."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None

@@ -120,11 +120,12 @@ def tokenizer_files(
         found = {name: data for name, data in found.items() if name not in VOCABULARY_FILES}
         found[FAST_FILE] = (vocabulary.tokenizer.to_str(pretty=True) + "\n").encode()
         config = _config(files)
-        config["added_tokens_decoder"] = {
-            str(number): {"content": token.content, **dict(zip(_FLAGS, _flags(token), strict=True))}
-            for number, token in vocabulary.added.items()
-        }
-        found[CONFIG_FILE] = _json(config)
+        if "added_tokens_decoder" in config:  # else transformers takes them from tokenizer.json
+            config["added_tokens_decoder"] = {
+                str(number): {"content": token.content, **dict(zip(_FLAGS, _flags(token), strict=True))}
+                for number, token in vocabulary.added.items()
+            }
+            found[CONFIG_FILE] = _json(config)
     if template is not None:
         found = {name: data for name, data in found.items() if name not in TEMPLATE_FILES and "/" not in name}
         found[TEMPLATE_FILE] = template.encode()
