@@ -254,8 +254,8 @@ class _Matcher:
             return  # tokens are matched by name: see pymerge.alignment
         elif self.config.vocabulary == "strict":
             self.problems.append(
-                f"{where} {list(ours.shape)}: vocabularies of different sizes; set tokenizer_source to match tokens by "
-                "name, or vocabulary: base to merge the rows that all models have and to take the others from the base"
+                f"{where} {list(ours.shape)}: vocabularies of different sizes; set vocabulary: base to merge the rows "
+                "that all models have and to take the others from the base, or tokenizer_source to match tokens by name"
             )
         else:
             common = min(theirs.shape[0], ours.shape[0])
