@@ -25,11 +25,12 @@ from pydantic import (
     model_validator,
 )
 
-from pymerge.config_checks import HUB_REFERENCE, PASSED_OVER, Checker, places, same_model
+from pymerge.config_checks import HUB_REFERENCE, Checker, places, same_model
 from pymerge.errors import CheckpointError, ConfigError
 from pymerge.layers import Kind, Rule
 from pymerge.methods.base import Method, Parameter, Values
 from pymerge.settings import Setting
+from pymerge.tokenizers import TokenizerSettings
 from pymerge.yaml_lines import Document, Location, from_mapping, nearest, parse_yaml, read_yaml_file, show
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
@@ -96,6 +97,8 @@ class MergeConfig(_Strict):
     allow_nonfinite: StrictBool = False
     extra_tensors: Literal["heads", "error", "ignore"] = "heads"
     vocabulary: Literal["strict", "base"] = "strict"
+    tokenizer: TokenizerSettings | None = None  # tokenizer_source is read into it too
+    chat_template: StrictStr | None = None
 
     _document: Document = PrivateAttr(default_factory=lambda: Document("config"))
 
@@ -118,6 +121,11 @@ class MergeConfig(_Strict):
     def warnings(self) -> tuple[str, ...]:
         """What the config says without effect, one line each."""
         return tuple(self._document.report(self._document.warnings))
+
+    def place(self, *location: str | int) -> str:
+        """File and line of a key or item, as messages begin: "merge.yml:4"; without lines, where in the config."""
+        line = self._document.line(location)
+        return f"{self.name}:{line}" if line else f"{self.name}: {show(location)}"
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -278,7 +286,7 @@ def _hint(key: str, around: Location, method: Method | None) -> str:
     fields = (_FIELDS[around[0]] if around else MergeConfig).model_fields
     if around[:1] != ("layers",) and method and any(parameter.name == key for parameter in method.parameters):
         return f"it is a parameter of {method.name!r}: put it under 'parameters'"
-    if near := nearest(key, [*fields, *(() if around else PASSED_OVER)]):
+    if near := nearest(key, [*fields, *(() if around else ("tokenizer_source",))]):
         return f"did you mean {near!r}?"
     if around and key in MergeConfig.model_fields:
         return "it belongs to the top level: indent it less"

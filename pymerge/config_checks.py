@@ -12,20 +12,18 @@ from pymerge.errors import ConfigError
 from pymerge.methods import METHODS, get_method
 from pymerge.methods.base import Method, Parameter
 from pymerge.settings import parse_settings, unreachable
+from pymerge.tokenizers import take_tokenizer
 from pymerge.yaml_lines import Document, Location, nearest, show
 
 # Keys of mergekit's formats that are known and not supported: what to do instead.
 _UNSUPPORTED = {
     "slices": "list whole models under 'models'",
     "modules": "list whole models under 'models'",
-    "tokenizer": "delete it: the base's tokenizer is copied as it is",
     "name": "delete it, and give each merge its own file",
     "experts": "mergekit-moe configs build another architecture; list whole models under 'models'",
     "gate_mode": "mergekit-moe configs build another architecture; list whole models under 'models'",
     "residual_weight": "delete it: it has no effect in mergekit either",
 }
-# Keys that are accepted and say nothing: the base's tokenizer and template are what is copied.
-PASSED_OVER = ("tokenizer_source", "chat_template")
 # A model of the Hugging Face Hub, at a branch, a tag or a commit. Paths of more parts, or with dots first, are none.
 HUB_REFERENCE = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _UNSUPPORTED_OF_MODEL = {
@@ -61,7 +59,6 @@ class Checker:
         """The raw config with settings parsed and references made plain, for the typed models."""
         raw = self._raw
         self._refuse_unsupported(raw, _UNSUPPORTED, ())
-        self._take_tokenizer()
         self._take_random_seed()
         given = self._settings(raw, ())
         raw["base_model"] = self._reference(raw.get("base_model"), ("base_model",))
@@ -71,6 +68,7 @@ class Checker:
             if not read:
                 self._document.add(("models",), "models is empty; list the models to merge")
             self._check_models(raw["base_model"], given, read)
+        take_tokenizer(raw, self._document, self._reference, self._model_names(raw))
         return raw
 
     def _find_method(self) -> Method | None:
@@ -88,14 +86,11 @@ class Checker:
                 inside = f" in {show(location)}" if location else ""
                 self._document.add((*location, key), f"{key!r}{inside} is not supported yet; {table[key]}")
 
-    def _take_tokenizer(self) -> None:
-        source = self._raw.pop("tokenizer_source", None)
-        if source not in (None, "base"):
-            problem = f"tokenizer_source {source!r} is not supported yet; write 'base', whose tokenizer is copied"
-            self._document.add(("tokenizer_source",), problem)
-        if self._raw.pop("chat_template", None) is not None:
-            problem = "chat_template is not supported yet; delete it: the base's template is copied"
-            self._document.add(("chat_template",), problem)
+    def _model_names(self, raw: Mapping[str, Any]) -> list[str]:
+        """The base and all models, as far as they are named rightly."""
+        entries = raw["models"] if isinstance(raw.get("models"), list) else []
+        names = [raw["base_model"], *(entry.get("model") for entry in entries if isinstance(entry, dict))]
+        return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
     def _take_random_seed(self) -> None:
         """mergekit's top-level key is a parameter of the methods that draw random numbers."""
@@ -103,8 +98,9 @@ class Checker:
         if seed is None or self.method is None:
             return
         if not any(parameter.name == "random_seed" for parameter in self.method.parameters):
-            problem = f"random_seed is {seed!r}, and {self.method.name!r} draws no random numbers; delete it"
-            self._document.add(("random_seed",), problem)
+            self._document.warn(
+                ("random_seed",), f"random_seed: {self.method.name!r} draws no random numbers; it has no effect"
+            )
         elif isinstance(parameters, dict) and "random_seed" in parameters:
             self._document.add(("random_seed",), "random_seed stands under 'parameters', too; delete one of the two")
         elif isinstance(parameters, dict):

@@ -152,6 +152,9 @@ def _publish(plan: Plan, output: OutputDirectory, backend: str, device: torch.de
     """Put everything beside the weights in place, and make the output visible."""
     donor = plan.inputs.donor
     files: dict[str, bytes | Path] = {path.as_posix(): donor.path / path for path in donor.other_files}
+    files = {name: source for name, source in files.items() if name not in plan.tokens.dropped} | dict(
+        plan.tokens.files
+    )
     if plan.config_json is not None:
         files["config.json"] = plan.config_json
     files["README.md"] = model_card(plan)

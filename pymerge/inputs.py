@@ -250,10 +250,12 @@ class _Matcher:
             self.problems.append(
                 f"{where} {list(ours.shape)}; merge only models of the same architecture and vocabulary"
             )
+        elif self.config.tokenizer is not None:
+            return  # tokens are matched by name: see pymerge.alignment
         elif self.config.vocabulary == "strict":
             self.problems.append(
                 f"{where} {list(ours.shape)}: vocabularies of different sizes; set vocabulary: base to merge the rows "
-                "that all models have and to take the others from the base"
+                "that all models have and to take the others from the base, or tokenizer_source to match tokens by name"
             )
         else:
             common = min(theirs.shape[0], ours.shape[0])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from pymerge import env, pieces
+from pymerge.alignment import align
 from pymerge.checkpoint import (
     ITEM_SIZES,
     Checkpoint,
@@ -29,6 +30,7 @@ from pymerge.methods.average import Copy, element_count
 from pymerge.methods.base import Action, Method
 from pymerge.schedule import CHUNK_ELEMENTS, Forecast, batches, fit, forecast
 from pymerge.steps import Step
+from pymerge.tokenizers import TokenPlan
 from pymerge.vocabulary import rows_of
 
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -48,7 +50,8 @@ class Plan:
     budget: Budget
     config_json: bytes | None  # of the output; None if the donor has none
     dtype: str | None  # of the output; None for that of the donor
-    base_parameters: int  # elements of the donor, a tied head counted once
+    base_parameters: int  # elements of the donor in the output's vocabulary, a tied head counted once
+    tokens: TokenPlan
 
     @property
     def bytes_read(self) -> int:
@@ -112,6 +115,8 @@ class Plan:
             f"input {printable(path)}": f"{size} bytes, {time} ns" for path, (size, time) in self.inputs.stamps.items()
         }
         parts |= {f"input {printable(path)}": stamp for path, stamp in self.inputs.carried.items()}
+        if self.tokens.digest:
+            parts["tokenizer"] = self.tokens.digest
         parts |= {"output dtype": self.dtype or "as in the base", "output files": headers.hexdigest()}
         return parts | {"backend": backend, "device": device, "processor": processor}
 
@@ -149,16 +154,19 @@ def build_plan(
     matched = match_tensors(inputs, layers, config, problems)
     if problems:
         raise PlanError(problems)
-    inputs, names, warnings = matched.inputs, matched.names, matched.warnings
+    names, warnings = matched.names, matched.warnings
+    aligned = align(matched.inputs, layers, names, config, method, warnings)
+    inputs, tokens = aligned.inputs, aligned.tokens
+    donor, stored = inputs.donor, donor.tensors  # gathered tables may have a wider dtype
 
     wanted = dtype or config.out_dtype or config.dtype
     if wanted is not None and wanted not in DTYPE_CODES:
         raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(DTYPE_CODES)}")
-    small = [name for name in names if is_float8(donor.tensors[name].dtype)]
+    small = [name for name in names if is_float8(stored[name].dtype)]
     if small and wanted is None:
         warnings.append(f"{listed(small)}: 8-bit floats in {donor.path}, written as bfloat16")
     placed = layout_shards(
-        [(name, _output_dtype(donor.tensors[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
+        [(name, _output_dtype(stored[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
         max_shard_bytes,
     )
     places = positions(layers, donor.config)
@@ -201,9 +209,10 @@ def build_plan(
         layouts=placed,
         warnings=(*config.warnings, *warnings),
         budget=budget,
-        config_json=_config_json(donor, wanted),
+        config_json=_config_json(donor, wanted, tokens.config),
         dtype=wanted,
         base_parameters=sum(donor.tensors[name].numel for name in names),
+        tokens=tokens,
     )
 
 
@@ -237,12 +246,18 @@ def _output_dtype(entry: TensorEntry, layer: Layer, wanted: str | None) -> str:
     return DTYPE_CODES[wanted] if wanted else "BF16" if is_float8(entry.dtype) else entry.dtype
 
 
-def _config_json(donor: Checkpoint, wanted: str | None) -> bytes | None:
-    """The donor's config.json; its dtype field, under the name that it uses, follows the output."""
+def _config_json(donor: Checkpoint, wanted: str | None, keys: Mapping[str, Any]) -> bytes | None:
+    """The donor's config.json; its dtype field, under the name that it uses, follows the output, and so do
+    `keys`, in the config or in its text_config, whichever has them."""
     if not donor.config:
         return None
     config = dict(donor.config)
     for key in ("dtype", "torch_dtype"):
         if key in config and (wanted or "float8" in str(config[key])):
             config[key] = wanted or "bfloat16"
+    nested = config.get("text_config")
+    if isinstance(nested, dict):
+        config["text_config"] = {**nested, **{key: value for key, value in keys.items() if key in nested}}
+        keys = {key: value for key, value in keys.items() if key in config or key not in nested}
+    config |= keys
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

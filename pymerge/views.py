@@ -48,6 +48,7 @@ def plan_view(plan: Plan) -> RenderableType:
     lines = [
         f"base    {plan.inputs.donor.path}",
         *(f"expert  {expert.path}" for expert in plan.inputs.experts),
+        *plan.tokens.lines,
         f"{plan.tensors} tensors, {plan.parameters:,} parameters",
         f"read {format_bytes(plan.bytes_read)}, write {format_bytes(plan.bytes_written)} in {files}, "
         f"compute {format_flops(plan.flops)}",

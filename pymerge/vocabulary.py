@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pymerge.checkpoint import TensorEntry
 from pymerge.layers import Kind, Layer, is_head_name
 
+_LANGUAGE_HEADS = {"lm_head", "embed_out"}
 # Tables with a row for something else than a token.
 _OTHER_TABLES = ("position", "pos_emb", "wpe", "token_type", "segment", "relative")
 
@@ -39,6 +41,42 @@ def is_token_table(
     tables = [table for table in layers if layers[table].kind is Kind.EMBEDDING and _has_tokens(table)]
     lengths = [(base[table].shape[0], theirs[table].shape[0]) for table in tables if table in theirs]
     return (ours[0], other[0]) in lengths
+
+
+def token_tables(
+    tensors: Mapping[str, TensorEntry],
+    config: Mapping[str, Any],
+    layers: Mapping[str, Layer],
+    names: Iterable[str],
+    tokens: int,
+) -> list[str]:
+    """Those of `names` that have a row for each of a model's `tokens`: embeddings, heads and biases of heads.
+
+    An embedding has, if it is as long as config.json's vocab_size, or, where none is, at least as long as the
+    tokenizer. Several embeddings of different lengths leave it open: then there are none. Heads of language models
+    have, whatever their length; others if they are as long as the embedding.
+    """
+    nested = config.get("text_config")
+    sizes = {part.get("vocab_size") for part in (config, nested) if isinstance(part, Mapping)}
+    shapes = {name: tensors[name].shape for name in names if tensors[name].shape}
+    lengths = {
+        shape[0]
+        for name, shape in shapes.items()
+        if layers[name].kind is Kind.EMBEDDING and _has_tokens(name) and len(shape) == 2
+    }
+    lengths = lengths & sizes or {length for length in lengths if length >= tokens}
+    if len(lengths) != 1:
+        return []
+
+    def has(name: str) -> bool:
+        kind, fits = layers[name].kind, shapes[name][0] in lengths
+        if kind is Kind.EMBEDDING:
+            return fits and _has_tokens(name)
+        if kind is not Kind.HEAD and not (kind is Kind.BIAS and is_head_name(name)):
+            return False
+        return fits or not _LANGUAGE_HEADS.isdisjoint(name.split(".")[-2:-1])
+
+    return [name for name in shapes if has(name)]
 
 
 def _has_tokens(embedding: str) -> bool:

@@ -132,9 +132,30 @@ def test_parameter_problem(line: str, expected: str) -> None:
     [
         ("parameters: [scale]", "parameters is ['scale']; write names and values"),
         ("slices: []", "'slices' is not supported yet; list whole models under 'models'"),
-        ("tokenizer_source: union", "tokenizer_source 'union' is not supported yet; write 'base'"),
+        ("tokenizer_source: [union]", "tokenizer_source is ['union']; write union, base, or the path of a model"),
+        ("tokenizer: {sauce: base}", "unknown key 'sauce' in tokenizer; did you mean 'source'?"),
+        ("tokenizer: {pad_to_multiple_of: 0}", "tokenizer.pad_to_multiple_of is 0; it must be a whole number"),
+        ("tokenizer: {tokens: {x: a}}", "tokenizer.tokens.x is 'a'; make it a mapping of 'source: ...'"),
+        ("tokenizer: {tokens: {x: {force: true}}}", "tokenizer.tokens.x has 'force' and no 'source'"),
+        (
+            "tokenizer: {tokens: {x: {source: c}}}",
+            "source is 'c', which is no model of this merge; write one of base, a",
+        ),
+        ("tokenizer: {tokens: {x: {source: {kind: zeros}}}}", "source.kind is 'zeros'; did you mean 'zero'?"),
+        (
+            "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}",
+            "tokenizer.tokens.x.source must have one of 'token' and 'token_id'; give exactly one",
+        ),
+        (
+            "tokenizer: {tokens: {x: {source: {kind: model_token, model: a, token_id: -1}}}}",
+            "tokenizer.tokens.x.source.token_id is -1; write a row's number",
+        ),
+        (
+            "tokenizer: {tokens: {x: {source: {kind: model_token, token: y}}}}",
+            "tokenizer.tokens.x.source has no 'model'",
+        ),
         ("tokeniser_source: base", "unknown key 'tokeniser_source'; did you mean 'tokenizer_source'?"),
-        ("chat_template: auto", "chat_template is not supported yet"),
+        ("chat_template: chatlm", "chat_template 'chatlm' is neither a known name nor a Jinja template; did you mean"),
         ("allow_nonfinite: 'yes'", "allow_nonfinite is 'yes'; it must be true or false"),
         ("extra_tensors: maybe", "extra_tensors is 'maybe'; it must be 'heads', 'error' or 'ignore'"),
         (

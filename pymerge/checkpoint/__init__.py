@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pymerge.checkpoint.carried import carried_files
 from pymerge.checkpoint.dtypes import (
     ITEM_SIZES,
     TORCH_DTYPES,
@@ -13,6 +14,7 @@ from pymerge.checkpoint.dtypes import (
     upcast,
 )
 from pymerge.checkpoint.files import MANIFEST_NAME, WORK_FOLDER, atomic_write, fsync_directory
+from pymerge.checkpoint.gather import GatheredEntry, RowMap, gathered
 from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
 from pymerge.checkpoint.hub import fetch
 from pymerge.checkpoint.identity import differences, printable
@@ -27,9 +29,11 @@ __all__ = [
     "TORCH_DTYPES",
     "WORK_FOLDER",
     "Checkpoint",
+    "GatheredEntry",
     "Header",
     "OutputDirectory",
     "Reader",
+    "RowMap",
     "ShardLayout",
     "TensorEntry",
     "TensorLayout",
@@ -37,10 +41,12 @@ __all__ = [
     "atomic_write",
     "build_manifest",
     "bytes_of",
+    "carried_files",
     "code_of",
     "differences",
     "fetch",
     "fsync_directory",
+    "gathered",
     "index_json",
     "index_name",
     "is_float",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ import torch
 
 from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, bytes_of
 from pymerge.checkpoint.fileformat import TensorEntry, shorten
+from pymerge.checkpoint.gather import GatheredEntry, Run, fill_gathered
 from pymerge.errors import ArgumentError, CheckpointError
 
 CHUNK_BYTES = 64 << 20
@@ -82,6 +83,9 @@ class Reader:
                 f"{entry.name}: cannot read {entry.dtype} {shape} into {out.dtype} {tuple(out.shape)} on "
                 f"{out.device}; pass a contiguous CPU tensor of that dtype and shape"
             )
+        if isinstance(entry, GatheredEntry):
+            fill_gathered(self.read_runs_into, entry, out, start_row, start_row + shape[0])
+            return
         with self._descriptor(entry.file) as descriptor:
             if entry.strides is None:
                 _fill(entry, descriptor, bytes_of(out), offset, nbytes)
@@ -89,12 +93,34 @@ class Reader:
                 _fill_strided(entry, descriptor, out, entry.strides, offset)
             self._check_stamp(entry.file, descriptor)
 
+    def read_runs_into(self, entry: TensorEntry, out: torch.Tensor, runs: Sequence[Run]) -> None:
+        """Runs of rows of a stored tensor into those of a contiguous CPU tensor of its dtype and row shape."""
+        if entry.strides is not None:
+            for at, row, count in runs:
+                self.read_into(entry, out[at : at + count], row, row + count)
+            return
+        row_bytes = entry.nbytes // max(1, entry.shape[0])
+        view = bytes_of(out)
+        with self._descriptor(entry.file) as descriptor:
+            for at, row, count in runs:
+                part = view[at * row_bytes : (at + count) * row_bytes]
+                _fill(entry, descriptor, part, entry.offset + row * row_bytes, count * row_bytes)
+            self._check_stamp(entry.file, descriptor)
+
     def announce(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are read next, so that it fetches them all at once."""
+        if isinstance(entry, GatheredEntry):
+            for source, first, last in _stored_rows(entry, start_row, stop_row):
+                self.announce(source, first, last)
+            return
         self._advise(entry, start_row, stop_row, "POSIX_FADV_WILLNEED", 1)
 
     def release(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are not needed again, so that inputs do not fill the page cache."""
+        if isinstance(entry, GatheredEntry):
+            for source, first, last in _stored_rows(entry, start_row, stop_row):
+                self.release(source, first, last)
+            return
         # Pages that the range covers in part stay; those at its start belong to rows that have been read before.
         self._advise(entry, start_row, stop_row, "POSIX_FADV_DONTNEED", _LARGEST_FOLIO)
 
@@ -176,6 +202,15 @@ def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tup
         size = ITEM_SIZES[entry.dtype]
         return shape, entry.offset + start_row * entry.strides[0] * size, _extent(shape, entry.strides) * size
     return shape, entry.offset + start_row * row_bytes, (stop - start_row) * row_bytes
+
+
+def _stored_rows(entry: GatheredEntry, start_row: int, stop_row: int | None) -> Iterator[tuple[TensorEntry, int, int]]:
+    """The row ranges of stored tables that rows of a gathered one are copies of, and that are worth a system call:
+    the pages of short ones hold rows for other pieces too."""
+    stop = entry.shape[0] if stop_row is None else stop_row
+    for first, end, source, row in entry.rows_map.runs(start_row, stop):
+        if source >= 0 and entry.nbytes // entry.shape[0] * (end - first) >= _LARGEST_FOLIO:
+            yield entry.sources[source], row, row + end - first
 
 
 def _fill(entry: TensorEntry, descriptor: int, view: memoryview, offset: int, nbytes: int) -> None:
