@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import re
 import signal
 import subprocess
@@ -286,4 +288,8 @@ def _run_script(name: str, arguments: list[str]) -> NoReturn:
 
 def main() -> None:
     """Entry point of the `pymerge` command."""
+    # To import PyTorch makes many objects, all of which stay: by default the garbage collector goes through them again
+    # and again, and once more at the end.
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
     app()
