@@ -4,7 +4,8 @@
                                      [--data FOLDER]
 
 The checkpoints (see synthetic.py; 1.1 GB and 9.9 GB) are made once and kept. The floor reads the same input bytes into
-one buffer, writes and syncs as many output bytes, and computes nothing. Commands run in processes of their own; what
+one buffer, writes and syncs as many output bytes into a file of reserved size, as pymerge does, and computes nothing.
+Commands run in processes of their own; what
 they took is wall time, CPU time of user and system, and the largest resident set. Forms take turns, medians are
 compared; all files are in the page cache as far as it holds them. Results go to
 benchmarks/results/<machine>/<date>-merge.json.
@@ -73,16 +74,27 @@ def read(files: list[Path], block: bytearray) -> None:
 
 
 def floor(files: list[Path], nbytes: int, out: Path) -> Cost:
-    """Read the files, then write and sync `nbytes` into one file; the peak is one block."""
+    """Read the files, then write and sync `nbytes` into one file of that size; the peak is one block."""
     started, processor = time.perf_counter(), time.process_time()
     block = bytearray(BLOCK)
     read(files, block)
     out.mkdir()
     with open(out / "model.safetensors", "wb", buffering=0) as target:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(target.fileno(), 0, nbytes)
         for start in range(0, nbytes, BLOCK):
             target.write(memoryview(block)[: min(BLOCK, nbytes - start)])
         os.fsync(target.fileno())
     return Cost(time.perf_counter() - started, time.process_time() - processor, BLOCK)
+
+
+def touch(path: Path, nbytes: int) -> None:
+    """Write a file as large as an output, and remove it. A virtual machine gives free memory back to its host, and what
+    is the first to use it again pays for that: here nobody does who is timed."""
+    with open(path, "wb", buffering=0) as target:
+        for start in range(0, nbytes, BLOCK):
+            target.write(bytes(min(BLOCK, nbytes - start)))
+    path.unlink()
 
 
 class Merges:
@@ -112,6 +124,7 @@ class Merges:
         for _ in range(self.options.repeat):
             for name, form in forms.items():
                 shutil.rmtree(out, ignore_errors=True)
+                touch(self.work / "touched", self.shape.nbytes())
                 os.sync()  # what the one before left to write is not this one's
                 costs[name].append(form())
         written = sum(each.stat().st_size for each in out.glob("*.safetensors"))

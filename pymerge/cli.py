@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import re
 import signal
 import subprocess
@@ -9,12 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from pymerge.errors import ArgumentError, OutputError, PymergeError
 from pymerge.logs import event, recording
@@ -31,6 +35,7 @@ _out = Console(width=None if sys.stdout.isatty() else 160)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 _INTERRUPTED = 130
 _TERMINATED = 143
+_DEEP = "16"  # tensors that `verify --deep` computes
 
 
 class _TerminatedError(BaseException):
@@ -196,15 +201,27 @@ def report(
             _out.print(f"wrote {page}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+class _Verify(TyperCommand):
+    """The command with a value of --deep added where none is given, which Typer's options cannot express."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        filled: list[str] = []
+        for argument, following in zip_longest(args, args[1:], fillvalue=""):
+            filled.append(argument)
+            if argument == "--deep" and not re.fullmatch("[0-9]+|all", following):
+                filled.append(_DEEP)
+        return super().parse_args(ctx, filled)
+
+
+@app.command(cls=_Verify)
 def verify(
     out: Annotated[Path, typer.Argument(help="Directory that `pymerge merge` wrote.", show_default=False)],
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")] = False,
     deep: Annotated[
         str | None,
         typer.Option(
-            metavar="N|all",
-            help="Compute N tensors (or all) again from recipe and inputs, and compare bytes.",
+            metavar="[N|all]",
+            help=f"Compute N tensors ({_DEEP} without a number, or all) again from recipe and inputs, compare bytes.",
             show_default=False,
         ),
     ] = None,
@@ -313,4 +330,8 @@ def _run_script(name: str, arguments: list[str]) -> NoReturn:
 
 def main() -> None:
     """Entry point of the `pymerge` command."""
+    # To import PyTorch makes many objects, all of which stay: by default the garbage collector goes through them again
+    # and again, and once more at the end.
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
     app()

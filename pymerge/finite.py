@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,9 @@ from pymerge.errors import NonFiniteError
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite: the extremes are finite, and NaN would be one of them."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if not tensor.dtype.is_floating_point or tensor.numel() == 0:
         return True
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
 
 
 def check_finite(entry: TensorEntry, start_row: int, tensor: Tensor) -> None:

@@ -89,11 +89,15 @@ def run_batch(
     bases: Sequence[Tensor],
     experts: Sequence[Sequence[Tensor]],
     out_dtype: torch.dtype | None = None,
+    room: Tensor | None = None,
 ) -> list[Tensor]:
     """`run` on L pieces of one shape, with dtypes as in `Action.run_batch`; each result is what the piece gives alone.
 
-    `layer` stands for all: their `in_axis` and `stacked` are the same.
+    `layer` stands for all: their `in_axis` and `stacked` are the same. Where one piece is given and the action is
+    chunkable, `room` may hold the result.
     """
+    if action.chunkable and room is not None and len(bases) == 1:
+        return [action.run_into(room, run_op, bases[0], experts[0])]
     if not action.takes_matrices:
         return action.run_batch(run_op, bases, experts, out_dtype)
     if layer.stacked:

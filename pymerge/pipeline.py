@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain
 from logging import DEBUG, WARNING
 
 import torch
@@ -28,7 +28,7 @@ from pymerge.steps import Step
 from pymerge.tracing import Tracer
 from pymerge.transfer import transfer_to
 
-Loads = list[Future[Tensor]]
+Loads = list[Future[list[Tensor]]]  # of each slot of a batch, all inputs
 
 
 class Pipeline:
@@ -54,7 +54,7 @@ class Pipeline:
     ) -> None:
         self._rest = deque(queue)  # not yet being read
         self._line: deque[tuple[Batch, Loads]] = deque()  # being read, the next to be computed first
-        self._writes: deque[tuple[Future[None], int]] = deque()  # under way, with their bytes
+        self._writes: deque[tuple[Future[None], list[Tensor], int]] = deque()  # under way, with their bytes
         self._limit = limit
         self._window = Window(limit)
         self._run_op = run_op
@@ -64,7 +64,7 @@ class Pipeline:
         self._progress = progress
         self._allow_nonfinite = allow_nonfinite
         self._keeps_cache = keeps_cache
-        self._transfer = transfer_to(run_op.device, [slot for batch in queue for slot in batch.slots], tracer)
+        self._transfer = transfer_to(run_op.device, [slot for batch in queue for slot in batch.slots], tracer, limit)
         self._heap = Heap(limit)
         # Elementwise work waits on memory, and readers need the processor beside it: a team of threads that does not
         # get all its cores waits for a time slice at every barrier.
@@ -86,7 +86,8 @@ class Pipeline:
                 for slot in batch.slots:
                     self._log_end(slot)
                 self._window.pop()
-                self._heap.freed(batch.memory.peak)
+                if not batch.slots[0].step.action.chunkable:
+                    self._heap.freed(batch.memory.peak)
             while self._writes:
                 self._wait_for_writer()
         finally:
@@ -116,28 +117,30 @@ class Pipeline:
                 continue
             batch = self._rest.popleft()
             self._window.push(batch.memory)
-            loads = [load for slot in batch.slots for load in self._start_reading(slot.step, slot.piece)]
+            loads = [self._start_reading(slot.step, slot.piece) for slot in batch.slots]
             self._line.append((batch, loads))
 
     def _held(self) -> int:
         """Bytes of all inputs and outputs in memory."""
-        return self._window.inputs + sum(nbytes for _, nbytes in self._writes)
+        return self._window.inputs + sum(nbytes for _, _, nbytes in self._writes)
 
-    def _start_reading(self, step: Step, piece: Piece) -> Loads:
+    def _start_reading(self, step: Step, piece: Piece) -> Future[list[Tensor]]:
         try:
             rooms = [self._transfer.prepare(entry, piece) for entry in step.inputs]
         except (MemoryError, RuntimeError) as error:
-            failed: Future[Tensor] = Future()
+            failed: Future[list[Tensor]] = Future()
             failed.set_exception(error)  # raised in the piece's turn
-            return [failed]
-        return [
-            self._readers.submit(self._load, entry, piece, room) for entry, room in zip(step.inputs, rooms, strict=True)
-        ]
+            return failed
+        return self._readers.submit(self._load, step.inputs, piece, rooms)
 
-    def _load(self, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+    def _load(self, entries: Sequence[TensorEntry], piece: Piece, rooms: Sequence[Tensor | None]) -> list[Tensor]:
+        for entry in entries:
+            self._reader.announce(entry, piece.start, piece.stop)
+        return [self._load_one(entry, piece, room) for entry, room in zip(entries, rooms, strict=True)]
+
+    def _load_one(self, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         nbytes = entry.nbytes * (piece.stop - piece.start) // max(1, _rows(entry))
         with self._tracer.span("read", entry.name, nbytes):
-            self._reader.announce(entry, piece.start, piece.stop)
             tensor = upcast(self._transfer.load(self._reader, entry, piece, room))
             if not self._keeps_cache:
                 self._reader.release(entry, piece.start, piece.stop)
@@ -157,19 +160,22 @@ class Pipeline:
         memory = batch.memory
         try:
             inputs = self._wait_for(batch, loads)
-            while self._writes and self._held() + memory.scratch + memory.output > self._limit:
+            while self._writes and (
+                self._writes[0][0].done() or self._held() + memory.scratch + memory.output > self._limit
+            ):
                 self._wait_for_writer()
-            self._transfer.begin()
-            merged = self._compute(batch, inputs)
-            for tensors, result in zip(inputs, merged, strict=True):
-                self._transfer.reuse(tensors, result)
+            room = self._room_for_result(batch)
+            merged = self._compute(batch, inputs, room)
+            used = [*chain.from_iterable(inputs), *([] if room is None else [room])]
+            kept = {_address(result) for result in merged}
+            self._transfer.reuse(each for each in used if _address(each) not in kept)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             text = f"{batch.name}: out of memory ({_first_line(error)}); once more in smaller blocks, and on without "
             event("out_of_memory", text + "reading ahead", level=WARNING, tensor=batch.slots[0].step.name)
             return False
-        del inputs, tensors
+        del inputs, used, room
         self._write(batch, merged)
         return True
 
@@ -178,7 +184,7 @@ class Pipeline:
         try:
             for part in pieces.halves(step.action, piece):
                 alone = Batch((Slot(step, part, step.memory(part)),))
-                merged = self._compute(alone, self._wait_for(alone, self._start_reading(step, part)))
+                merged = self._compute(alone, self._wait_for(alone, [self._start_reading(step, part)]))
                 self._write(alone, merged)
                 del merged
                 while self._writes:
@@ -219,17 +225,27 @@ class Pipeline:
     def _wait_for(self, batch: Batch, loads: Loads) -> list[list[Tensor]]:
         """The inputs of each piece."""
         with self._tracer.span("wait for inputs", batch.name):
-            tensors = iter([load.result() for load in loads])
+            tensors = [load.result() for load in loads]
         loads.clear()  # futures keep their results
-        return [list(islice(tensors, len(slot.step.inputs))) for slot in batch.slots]
+        return tensors
 
     def _wait_for_writer(self) -> None:
         """Wait for the oldest write."""
         with self._tracer.span("wait for the writer", ""):
-            self._writes.popleft()[0].result()
+            writing, merged, _ = self._writes.popleft()
+            writing.result()
+            self._transfer.reuse(merged)
 
-    def _compute(self, batch: Batch, inputs: list[list[Tensor]]) -> list[Tensor]:
-        """The merged pieces on the device, in the output's dtype."""
+    def _room_for_result(self, batch: Batch) -> Tensor | None:
+        """Memory for the result of a row range; what else is computed takes its own, and needs that of others."""
+        first = batch.slots[0]
+        if first.step.action.chunkable:
+            return self._transfer.result(first.piece.shape, TORCH_DTYPES[first.step.dtype])
+        self._transfer.free()
+        return None
+
+    def _compute(self, batch: Batch, inputs: list[list[Tensor]], room: Tensor | None = None) -> list[Tensor]:
+        """The merged pieces on the device, in the output's dtype; that of one row range may be in `room`."""
         device = self._run_op.device
         step = batch.slots[0].step  # all of a batch have its action, layout and dtypes
         threads = at_most_threads(self._elementwise_threads) if step.action.chunkable else nullcontext()
@@ -241,7 +257,7 @@ class Pipeline:
             experts = [tensors[1:] if step.reads_base else tensors for tensors in inputs]
             dtype = TORCH_DTYPES[step.dtype]
             try:
-                merged = pieces.run_batch(step.action, step.layer, self._run_op, bases, experts, dtype)
+                merged = pieces.run_batch(step.action, step.layer, self._run_op, bases, experts, dtype, room)
             except ArgumentError as error:
                 raise ArgumentError(f"{batch.name}: {error}") from error
             except RuntimeError as error:
@@ -264,8 +280,8 @@ class Pipeline:
     def _write(self, batch: Batch, merged: list[Tensor]) -> None:
         """Hand results to the writer; waits until no more than a few are with it."""
         nbytes = sum(result.nbytes for result in merged)
-        self._writes.append((self._writer.submit(self._store, batch, merged), nbytes))
-        while not may_wait([nbytes for _, nbytes in self._writes]):
+        self._writes.append((self._writer.submit(self._store, batch, merged), merged, nbytes))
+        while not may_wait([waiting for _, _, waiting in self._writes]):
             self._wait_for_writer()
 
     def _store(self, batch: Batch, merged: list[Tensor]) -> None:
@@ -280,6 +296,10 @@ def _check_inputs(slot: Slot, tensors: Sequence[Tensor]) -> None:
     """Raise NonFiniteError, which names file and tensor, if an input holds NaN or infinity."""
     for entry, tensor in zip(slot.step.inputs, tensors, strict=True):
         check_finite(entry, slot.piece.start, tensor)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _rows(entry: TensorEntry) -> int:

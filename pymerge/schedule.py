@@ -18,7 +18,7 @@ from pymerge.units import format_bytes
 
 # Elements of a row range of an elementwise step: a read is one long request, and what it brings is still in the cache
 # when it is used.
-CHUNK_ELEMENTS = 2 * 2**20
+CHUNK_ELEMENTS = 3 * 2**19
 # Pieces that may be in memory before (read ahead) and after (to be written) the one that is computed; more of them as
 # long as they are small together, so that norms and biases between large layers do not stop the reading.
 READ_AHEAD = 2

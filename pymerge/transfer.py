@@ -9,18 +9,21 @@ computing and writing overlap because they run on different threads, with a stre
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pymerge.buffers import Buffers
 from pymerge.checkpoint import TORCH_DTYPES, Reader, TensorEntry
 from pymerge.methods.average import element_count
 from pymerge.pieces import Piece
 from pymerge.schedule import Slot, staging_bytes
 from pymerge.tracing import Tracer
 
+# Bytes of memory on the CPU that may wait for a tensor of its size, while others are mapped.
+_MOST_IDLE = 32 * 2**20
 _CUDA: Any = torch.cuda  # PyTorch gives streams and events no types
 
 
@@ -33,68 +36,50 @@ class Transfer(Protocol):
     def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         """The piece on the device; `room` is what `prepare` returned for it. By a reader thread."""
 
+    def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Memory that a result may be written to; by the computing thread."""
+
     def finish(self) -> None:
         """Wait until all that has been computed is there; by the computing thread."""
 
-    def reuse(self, tensors: Sequence[Tensor], merged: Tensor) -> None:
-        """The inputs have been used, `merged` (which may be one of them) has not; by the computing thread."""
+    def reuse(self, tensors: Iterable[Tensor]) -> None:
+        """Nobody uses these tensors any more; by the computing thread."""
 
     def store(self, name: str, merged: Tensor) -> Tensor:
         """The tensor on the CPU, valid until the next call; by the writer thread."""
 
-    def begin(self) -> None:
-        """A computation begins, and takes the memory that nothing has been prepared in; by the computing thread."""
-
     def free(self) -> None:
-        """Memory has run out: give what is kept for later use back; by the computing thread."""
+        """Give back what is kept for later use: something else needs the memory; by the computing thread."""
 
 
 class NoTransfer:
-    """The CPU: files are read to where they are computed on.
+    """The CPU: files are read to where they are computed on, in memory that is used again."""
 
-    Fresh memory has to be mapped page by page, which takes longer than to copy a file from the page cache into it. So
-    the memory of a piece's inputs is kept for the piece that is read next, if that has the same size.
-    """
-
-    _LEAST = 2**20  # bytes; smaller blocks come from the heap
-
-    def __init__(self) -> None:
-        self._idle: list[Tensor] = []
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
 
     def prepare(self, entry: TensorEntry, piece: Piece) -> Tensor:
-        dtype = TORCH_DTYPES[entry.dtype]
-        nbytes = element_count(piece.shape) * dtype.itemsize
-        if nbytes < self._LEAST:
-            return torch.empty(piece.shape, dtype=dtype)
-        fitting = [index for index, idle in enumerate(self._idle) if idle.nbytes == nbytes]
-        if not fitting:
-            self._idle.clear()  # before more is taken
-        flat = self._idle.pop(fitting[0]) if fitting else torch.empty(nbytes, dtype=torch.uint8)
-        return flat.view(dtype).view(piece.shape)
+        return self._buffers.take(piece.shape, TORCH_DTYPES[entry.dtype])
 
     def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         assert room is not None
         reader.read_into(entry, room, piece.start, piece.stop)
         return room
 
-    def begin(self) -> None:
-        self._idle.clear()
+    def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._buffers.take(shape, dtype)
 
     def finish(self) -> None: ...
 
-    def reuse(self, tensors: Sequence[Tensor], merged: Tensor) -> None:
-        kept = merged.untyped_storage().data_ptr()
-        self._idle += [
-            tensor.view(-1).view(torch.uint8)
-            for tensor in tensors
-            if tensor.nbytes >= self._LEAST and tensor.untyped_storage().data_ptr() != kept
-        ]
+    def reuse(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self._buffers.give(tensor)
 
     def store(self, name: str, merged: Tensor) -> Tensor:
         return merged
 
     def free(self) -> None:
-        self._idle.clear()
+        self._buffers.settle(0)
 
 
 class CudaTransfer:
@@ -119,12 +104,12 @@ class CudaTransfer:
             self._wait(self._in)
         return loaded
 
-    def begin(self) -> None: ...
+    def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> None: ...
 
     def finish(self) -> None:
         self._wait(torch.cuda.current_stream(self._device))
 
-    def reuse(self, tensors: Sequence[Tensor], merged: Tensor) -> None: ...
+    def reuse(self, tensors: Iterable[Tensor]) -> None: ...
 
     def store(self, name: str, merged: Tensor) -> Tensor:
         staged = self._pinned(tuple(merged.shape), merged.dtype)
@@ -150,6 +135,8 @@ class CudaTransfer:
         event.synchronize()
 
 
-def transfer_to(device: torch.device, queue: Sequence[Slot], tracer: Tracer) -> Transfer:
-    """The transfer for a device and the pieces that will be moved."""
-    return CudaTransfer(device, staging_bytes(queue), tracer) if device.type == "cuda" else NoTransfer()
+def transfer_to(device: torch.device, queue: Sequence[Slot], tracer: Tracer, limit: int) -> Transfer:
+    """The transfer for a device and the pieces that will be moved, with tensors of `limit` bytes in memory."""
+    if device.type == "cuda":
+        return CudaTransfer(device, staging_bytes(queue), tracer)
+    return NoTransfer(Buffers(min(limit // 16, _MOST_IDLE)))

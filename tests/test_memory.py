@@ -113,10 +113,10 @@ def test_solvers_keep_to_the_least_limit_that_the_plan_names(tmp_path: Path) -> 
 
 
 def test_a_large_tensor_is_never_whole_in_memory(tmp_path: Path) -> None:
-    rows = 120_000  # 120 MiB of float32 that task_arithmetic reads in row ranges of 8 MiB
+    rows = 120_000  # 120 MiB of float32 that task_arithmetic reads in row ranges of 6 MiB
     write_models(tmp_path, {"model.embed_tokens.weight": torch.ones(rows, 256)}, experts=3)
     plan = api.plan(write_config(tmp_path, "task_arithmetic", experts=3))
-    assert len(plan.steps[0].pieces) == 15
+    assert len(plan.steps[0].pieces) == 20
     (tmp_path / "small").mkdir()
     write_models(tmp_path / "small", {"model.embed_tokens.weight": torch.ones(300, 256)}, experts=3)
     write_config(tmp_path / "small", "task_arithmetic", experts=3)

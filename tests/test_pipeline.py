@@ -14,13 +14,14 @@ import torch
 from checkpoints import load_output, pymerge, tree, write_config, write_models
 from torch import Tensor
 
-from pymerge import api, engine
+from pymerge import api, engine, transfer
 from pymerge.backends import native
+from pymerge.buffers import Buffers
 from pymerge.checkpoint import Reader
 from pymerge.errors import BackendError, CheckpointError, OutOfMemoryError
 from pymerge.schedule import slots
 from pymerge.tracing import Tracer
-from pymerge.transfer import NoTransfer, transfer_to
+from pymerge.transfer import transfer_to
 
 DEVICE = torch.device(os.environ.get("PYMERGE_TEST_DEVICE", "cpu"))
 NAMES = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(6)]
@@ -156,33 +157,45 @@ def test_a_transfer_brings_every_piece_to_the_device_and_back(models: Path) -> N
     queue = list(slots(plan.steps))
     base = load_output(models / "base")
     with Tracer() as tracer, Reader(plan.inputs.stamps) as reader:
-        transfer = transfer_to(DEVICE, queue, tracer)
+        moves = transfer_to(DEVICE, queue, tracer, plan.budget.tensors)
         for slot in queue:
             entry = slot.step.base
-            loaded = transfer.load(reader, entry, slot.piece, transfer.prepare(entry, slot.piece))
+            loaded = moves.load(reader, entry, slot.piece, moves.prepare(entry, slot.piece))
             assert loaded.device.type == DEVICE.type
-            transfer.begin()
             doubled = loaded * 2
-            transfer.finish()
+            moves.finish()
             expected = 2 * base[entry.name][slot.piece.start : slot.piece.stop]
-            assert torch.equal(transfer.store(entry.name, doubled), expected)
-            transfer.reuse([loaded], doubled)
+            assert torch.equal(moves.store(entry.name, doubled), expected)
+            moves.reuse([loaded])
 
 
-def test_memory_of_inputs_is_used_again_but_never_that_of_the_result(models: Path) -> None:
-    plan = api.plan(write_config(models, "linear"), device="cpu")
-    step = plan.steps[0]
-    [piece] = step.pieces
-    transfer = NoTransfer()
-    one, two = (transfer.prepare(entry, piece) for entry in step.inputs)
-    transfer.reuse([one, two], merged=two)
-    again = [transfer.prepare(entry, piece) for entry in step.inputs]
-    assert [room.data_ptr() == one.data_ptr() for room in again] == [True, False]
-    assert all(room.data_ptr() != two.data_ptr() for room in again)
-    transfer.reuse(again, merged=one.clone())
-    transfer.begin()  # a computation takes what is left
-    assert transfer._idle == []
-    copied = api.plan(write_config(models, "wudi", rest="base", exclude=["."]), device="cpu")
-    engine.run(copied, models / "copied", device="cpu")
+def test_memory_of_inputs_and_results_is_used_again(models: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    names = [*NAMES, *(name.replace("up_proj", "down_proj") for name in NAMES)]
+    write_models(models, {name: torch.randn(640, 512, generator=generator) for name in names})
+    config = write_config(models, "task_arithmetic")
+    taken: list[int] = []
+
+    class Watched(Buffers):
+        def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            tensor = super().take(shape, dtype)
+            taken.append(tensor.data_ptr())
+            return tensor
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(transfer, "Buffers", Watched)
+        api.merge(config, models / "out", device="cpu", progress=False)
+    assert len(taken) == 4 * len(names)
+    # At once in memory: three inputs of each of five pieces (four of them are SMALL_BYTES), and five results.
+    assert len(set(taken)) <= 20
+    base, first, second = (load_output(models / name) for name in ("base", "e0", "e1"))
+    for name, found in load_output(models / "out").items():
+        expected = api.merge_tensors(base[name], [first[name], second[name]], "task_arithmetic", weight=0.5)
+        assert torch.equal(found, expected)
+
+
+def test_a_result_in_the_memory_of_an_input_is_not_overwritten(models: Path) -> None:
+    copied = write_config(models, "wudi", rest="base", exclude=["."])
+    api.merge(copied, models / "copied", device="cpu", progress=False)
     base = load_output(models / "base")
     assert all(torch.equal(tensor, base[name]) for name, tensor in load_output(models / "copied").items())

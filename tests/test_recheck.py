@@ -77,6 +77,14 @@ def test_the_sample_takes_every_kind_and_is_always_the_same(models: Path) -> Non
     assert "4 tensors computed again, the same bytes" in done.out
 
 
+@pytest.mark.parametrize("arguments", [("{out}", "--deep"), ("--deep", "{out}"), ("--deep", "--quiet", "{out}")])
+def test_deep_without_a_number_computes_a_sample(models: Path, arguments: tuple[str, ...]) -> None:
+    out = merge(models)
+    done = pymerge("verify", *(argument.format(out=out) for argument in arguments))
+    assert done.code == 0, done
+    assert "--quiet" in arguments or "16 tensors computed again, the same bytes" in done.out
+
+
 def test_an_input_that_was_only_touched_is_named_and_no_problem(models: Path) -> None:
     out = merge(models)
     (models / "e0/model.safetensors").touch()

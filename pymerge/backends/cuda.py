@@ -46,12 +46,13 @@ def combine(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`combine` in one pass over the inputs, with the arithmetic of the C++ backend."""
     from pymerge import _cuda
 
     like = tensors[0] if base is None else base
-    out = torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device)
+    out = torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device) if out is None else out
     base = None if base is None else base.contiguous()
     inputs = [tensor.contiguous() for tensor in tensors]
     with torch.cuda.device(out.device):

@@ -73,12 +73,13 @@ def combine(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`combine` in one pass over the inputs; bit for bit the reference's result."""
     from pymerge import _C
 
     like = tensors[0] if base is None else base
-    out = torch.empty(like.shape, dtype=out_dtype or like.dtype)
+    out = torch.empty(like.shape, dtype=out_dtype or like.dtype) if out is None else out
     base = None if base is None else base.contiguous()
     inputs = [tensor.contiguous() for tensor in tensors]
     _C.combine(

@@ -50,12 +50,13 @@ def combine(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`combine` in one pass over the inputs."""
     from pymerge.kernels import combine as kernel
 
     like = tensors[0] if base is None else base
-    out = torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device)
+    out = torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device) if out is None else out
     inputs = [tensor.contiguous() for tensor in tensors]
     with on(like.device):
         kernel.launch(out, None if base is None else base.contiguous(), inputs, weights)

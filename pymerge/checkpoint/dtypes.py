@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import torch
 
 from pymerge.errors import ArgumentError
@@ -53,7 +56,7 @@ def memory_item_size(code: str) -> int:
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
     """8-bit floats as bfloat16, which holds each of their values exactly; any other tensor as it is."""
-    small = tensor.is_floating_point() and tensor.element_size() == 1
+    small = tensor.dtype.is_floating_point and tensor.element_size() == 1
     return tensor.to(torch.bfloat16) if small else tensor
 
 
@@ -66,5 +69,7 @@ def code_of(dtype: torch.dtype) -> str:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes, shared, without a copy."""
-    # numpy has no bfloat16, and a 0-d tensor cannot change its item size: flatten, then see bytes.
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+    # Not by way of torch and numpy: each call of torch lets go of the interpreter lock, and waits for other threads.
+    array: Any = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
+    array.tensor = tensor  # which lives as long as the view
+    return memoryview(array).cast("B")

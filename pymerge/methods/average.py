@@ -50,6 +50,10 @@ class WeightedSum(Action):
         merged: Tensor = run_op("combine", None, experts, self.weights, out_dtype or base.dtype)
         return merged
 
+    def run_into(self, out: Tensor, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        merged: Tensor = run_op("combine", None, experts, self.weights, out.dtype, out)
+        return merged
+
     @property
     def shows_nonfinite(self) -> bool:
         return all(self.weights)
@@ -71,6 +75,10 @@ class AddTaskVectors(Action):
         self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
     ) -> Tensor:
         merged: Tensor = run_op("combine", base, experts, self.weights, out_dtype)
+        return merged
+
+    def run_into(self, out: Tensor, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        merged: Tensor = run_op("combine", base, experts, self.weights, out.dtype, out)
         return merged
 
     @property

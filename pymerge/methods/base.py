@@ -124,6 +124,13 @@ class Action(ABC):
     ) -> Tensor:
         """Return the merged tensor in `out_dtype` (default: the base's dtype)."""
 
+    def run_into(self, out: Tensor, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        """`run`, for chunkable actions, with memory for the result: `out` has its shape and dtype.
+
+        The result may be `out` or not; nothing else is in that memory.
+        """
+        return self.run(run_op, base, experts, out.dtype)
+
     def run_batch(
         self,
         run_op: OpRunner,

@@ -57,7 +57,7 @@ def check_task_tensors(op: str, base: Tensor, experts: Sequence[Tensor], *, ndim
         if expert.device != base.device:
             raise ArgumentError(f"{op}: expert {index} is on {expert.device}, the base on {base.device}; move one")
     for label, tensor in [("base", base), *((f"expert {i}", e) for i, e in enumerate(experts))]:
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise ArgumentError(f"{op}: {label} has dtype {tensor.dtype}; only floating point can be merged")
 
 

@@ -16,6 +16,7 @@ def check(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> None:
     """Raise ArgumentError unless shapes, devices and counts agree and all dtypes are floating point."""
     first = tensors[0] if base is None and tensors else base
@@ -25,6 +26,20 @@ def check(
     check_length("combine", "weights", weights, len(tensors))
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ArgumentError(f"combine: out_dtype {out_dtype} is not floating point; choose one that is")
+    if out is not None:
+        _check_out(out, first, out_dtype or first.dtype, tensors if base is None else [base, *tensors])
+
+
+def _check_out(out: Tensor, like: Tensor, dtype: torch.dtype, inputs: Sequence[Tensor]) -> None:
+    expected = (dtype, like.shape, like.device)
+    if (out.dtype, out.shape, out.device) != expected or not out.is_contiguous():
+        raise ArgumentError(
+            f"combine: out is {out.dtype} {tuple(out.shape)} on {out.device}; give a contiguous tensor of {dtype} "
+            f"{tuple(like.shape)} on {like.device}"
+        )
+    memory = out.untyped_storage().data_ptr()
+    if memory and memory in {tensor.untyped_storage().data_ptr() for tensor in inputs}:
+        raise ArgumentError("combine: out is in the memory of an input; give memory of its own")
 
 
 def reference(
@@ -32,6 +47,7 @@ def reference(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return sum_t w_t W_t, or W_0 + sum_t w_t (W_t - W_0) when a base is given.
 
@@ -40,6 +56,7 @@ def reference(
         tensors: T tensors W_t of the same shape; each may have its own floating dtype.
         weights: T numbers w_t, used as they are (normalising is the method's business).
         out_dtype: dtype of the result; default: the base's (or the first tensor's).
+        out: contiguous tensor of that dtype and of the inputs' shape, to which the result is written.
 
     Accumulates in float32 (float64 if any input is) in the order of `tensors`, and rounds once at the end. A delta is
     formed after upcasting. Source: Task Arithmetic, arXiv 2212.04089; Model Soups, arXiv 2203.05482.
@@ -51,7 +68,7 @@ def reference(
     for tensor, weight in zip(tensors, weights, strict=True):
         value = tensor.to(dtype)
         total.add_(value if origin is None else value - origin, alpha=weight)
-    return total.to(out_dtype or like.dtype)
+    return total.to(out_dtype or like.dtype) if out is None else out.copy_(total)
 
 
 OP = Op("combine", check, reference, "weighted sums of weights or task vectors, one pass over the inputs")
