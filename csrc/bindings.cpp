@@ -13,6 +13,7 @@
 #include "ops/combine.h"
 #include "ops/mix_weights.h"
 #include "ops/spd_solve.h"
+#include "ops/task_dots.h"
 #include "ops/task_gram.h"
 #include "ops/task_vector.h"
 
@@ -109,6 +110,21 @@ void adam_step(Address D, Address m, Address v, Address product, Address B, std:
                   threads);
 }
 
+void task_dots(Address out, Address base, std::int32_t base_dtype, const std::vector<Address>& inputs,
+               const std::vector<std::int32_t>& dtypes, std::int64_t vectors, std::int64_t length, int threads) {
+    PM_CHECK(inputs.size() == dtypes.size(),
+             "task_dots: " << inputs.size() << " inputs, " << dtypes.size() << " dtypes; give one of each");
+    std::vector<const void*> pointers;
+    std::vector<DType> codes;
+    for (std::size_t t = 0; t < inputs.size(); ++t) {
+        pointers.push_back(pointer<const void>(inputs[t]));
+        codes.push_back(checked_dtype(dtypes[t]));
+    }
+    task_dots_cpu({pointer<double>(out), pointer<const void>(base), checked_dtype(base_dtype), pointers.data(),
+                   codes.data(), static_cast<std::int64_t>(inputs.size()), vectors, length},
+                  threads);
+}
+
 using Dense = std::tuple<Address, std::int32_t, std::int64_t, std::int64_t>;  // address, dtype, stride, T
 // values, their dtype, columns, whether those are int32, starts, their stride, T
 using Sparse = std::tuple<Address, std::int32_t, Address, bool, Address, std::int64_t, std::int64_t>;
@@ -184,6 +200,7 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled ops for the CPU; see pymerge.backends.native.";
     module.def("task_sum", &task_sum, py::call_guard<py::gil_scoped_release>());
     module.def("task_stats", &task_stats, py::call_guard<py::gil_scoped_release>());
+    module.def("task_dots", &task_dots, py::call_guard<py::gil_scoped_release>());
     module.def("adam_step", &adam_step, py::call_guard<py::gil_scoped_release>());
     module.def("mix_dense", &mix_dense, py::call_guard<py::gil_scoped_release>());
     module.def("mix_sparse", &mix_sparse, py::call_guard<py::gil_scoped_release>());

@@ -44,6 +44,17 @@ def task_stats(
     threads: int,
     /,
 ) -> None: ...
+def task_dots(
+    out: int,
+    base: int,
+    base_dtype: int,
+    inputs: Sequence[int],
+    dtypes: Sequence[int],
+    vectors: int,
+    length: int,
+    threads: int,
+    /,
+) -> None: ...
 def adam_step(
     D: int,
     m: int,

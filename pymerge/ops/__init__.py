@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pymerge.ops import (
+    arcee_fusion,
     combine,
+    combine_vectors,
     gradient_flow,
+    nearswap,
     normal_equations,
+    ram,
     routed_linear,
+    sce,
     spd_solve,
     spectral_filter,
     spectral_refine,
+    task_dots,
     task_gram,
     task_stats,
     task_sum,
@@ -29,5 +35,11 @@ _MODULES = (
     spd_solve,
     spectral_refine,
     routed_linear,
+    task_dots,
+    combine_vectors,
+    nearswap,
+    ram,
+    sce,
+    arcee_fusion,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}
