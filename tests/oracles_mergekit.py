@@ -98,7 +98,7 @@ def ram(base: Array, models: Sequence[Array], epsilon: float, r: float = 0.0, al
     total = np.zeros_like(base)
     for tau, touched in zip(taus, active, strict=True):
         lone, shared = (touched & (count == 1)).sum(), (touched & (count > 1)).sum()
-        factor = 1 + r * min(shared / max(lone, epsilon), alpha)
+        factor = 1 + r * min(shared / max(lone, 1), alpha)
         total += np.where(touched, tau / np.maximum(count, 1) * np.where(count == 1, factor, 1), 0)
     return base + total
 

@@ -42,15 +42,15 @@ def reference(
         base: W_0, any shape, floating point.
         experts: T tensors W_t like it.
         epsilon: size up to which an element of tau_t counts as untouched.
-        r, alpha: where tau_t alone is active it is multiplied by 1 + r min(s_t / max(u_t, epsilon), alpha), u_t the
-            number of such elements of the tensor and s_t that of elements where tau_t and another are active.
+        r, alpha: where tau_t alone is active it is multiplied by 1 + r min(s_t / u_t, alpha), u_t the number of such
+            elements of the tensor and s_t that of elements where tau_t and another are active.
         out_dtype: dtype of the result; default: the base's.
 
     In float32 (float64 if an input is), in the order of `experts`, rounded once at the end. Source: arXiv 2601.13572.
     """
     dtype = compute_dtype(base, *experts)
     merged = torch.empty(base.numel(), dtype=out_dtype or base.dtype, device=base.device)
-    factors = lone_factors(lone_and_shared(base, experts, epsilon, dtype), epsilon, r, alpha) if r else None
+    factors = lone_factors(lone_and_shared(base, experts, epsilon, dtype), r, alpha) if r else None
     for here, origin, taus, active, count in _blocks(base, experts, epsilon, dtype):
         total = torch.zeros_like(origin)
         for index, tau in enumerate(taus):
@@ -73,9 +73,9 @@ def lone_and_shared(base: Tensor, experts: Sequence[Tensor], epsilon: float, dty
     return found
 
 
-def lone_factors(counts: Sequence[Sequence[int]], epsilon: float, r: float, alpha: float) -> list[float]:
-    """1 + r min(s_t / max(u_t, epsilon), alpha) of each task."""
-    return [1.0 + r * min(max(shared / max(lone, epsilon), 0.0), alpha) for lone, shared in counts]
+def lone_factors(counts: Sequence[Sequence[int]], r: float, alpha: float) -> list[float]:
+    """1 + r min(s_t / u_t, alpha) of each task; 1 where u_t is 0, and nothing is multiplied."""
+    return [1.0 + r * min(shared / lone, alpha) if lone else 1.0 for lone, shared in counts]
 
 
 def _blocks(
