@@ -96,7 +96,7 @@ def task_dots(base: Tensor | None, tensors: Sequence[Tensor], axis: Axis = "whol
     """`task_dots` in one pass over the inputs; columns are turned into rows first."""
     from pymerge import _C
 
-    rows, columns = vector_shape(tensors[0], axis)
+    rows, columns = vector_shape(tensors[0].shape, axis)
     vectors, length = (columns, rows) if axis == "columns" else (rows, columns)
     dots = torch.empty(vectors, len(tensors), len(tensors), dtype=torch.float64)
     if axis == "columns":

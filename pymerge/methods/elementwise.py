@@ -124,11 +124,14 @@ class TakeImportant(Action):
 
 
 class NearSwap(Method):
-    """W = q W_1 + (1 - q) W_0, q = min(t / max(|W_1 - W_0|, 1e-6), 1): each element moves by at most t."""
+    """W = q W_1 + (1 - q) W_0, q = min(t / max(|W_1 - W_0|, 1e-6), 1): each element moves by at most t.
+
+    https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
+    """
 
     name = "nearswap"
     summary = "each element of the base moves towards one model's by at most t"
-    source = "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001; mergekit"
+    source = "alchemonaut, QuartetAnemoi-70B; mergekit"
     most_experts = 1
     parameters = (Parameter("t", "number", 1e-4, "the farthest that an element moves", required=True, minimum=0.0),)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Action, Cost, OpRunner
-from pymerge.ops.task_dots import BLOCK, Axis
+from pymerge.ops.task_dots import BLOCK, Axis, vector_shape
 
 # Elements of one call of `combine`: its scratch in PyTorch's form stays small however large the tensor is.
 _SUM_ELEMENTS = 2**20
@@ -57,7 +57,8 @@ class InSpan(Action):
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items, models = element_count(shape), experts + 1
-        vectors = 1 if self.axis == "whole" else items // max(1, shape[-1] if self.axis == "rows" else shape[0])
+        rows, columns = vector_shape(shape, self.axis)
+        vectors = columns if self.axis == "columns" else rows
         blocks = min(items, BLOCK) * 8 * 3 * models  # float64 copies, and those of the product
         sums = 4 * _COMBINE_SCRATCH_ITEMS * min(items, _SUM_ELEMENTS)
         turned = 4 * items * models if self.axis == "columns" else 0

@@ -202,11 +202,12 @@ class MultiSlerp(BaseOptional):
     u_t = v_t / (||v_t|| + eps), m = sum_t w_t u_t, W = cos(eps) m / ||m|| * sum_t w_t ||v_t||. The tangent step of the
     source at m / ||m|| is exactly 0, since sum_t w_t u_t has no part orthogonal to m. Where ||m|| < eps: the weighted
     sum for two models, and where all v_t are 0; otherwise an error. One model is returned as it is.
+    https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
     """
 
     name = "multislerp"
     summary = "mean direction of the models (with a base: of the task vectors) with their mean norm"
-    source = "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea; mergekit"
+    source = "Goddard, Multi-SLERP; mergekit"
     parameters = (
         WEIGHT,
         Parameter("normalize_weights", "flag", True, "divide the weights by their sum"),

@@ -22,7 +22,7 @@ def check(
 ) -> None:
     """Raise ArgumentError unless the tensors agree and there is a weight for each tensor and vector."""
     task_dots.check(base, tensors, axis)
-    rows, columns = vector_shape(tensors[0], axis)
+    rows, columns = vector_shape(tensors[0].shape, axis)
     expected = (columns if axis == "columns" else rows, len(tensors))
     if tuple(weights.shape) != expected:
         raise ArgumentError(f"combine_vectors: weights have shape {tuple(weights.shape)}, expected {expected}")
@@ -47,7 +47,7 @@ def reference(
     """
     like = tensors[0] if base is None else base
     dtype = compute_dtype(like, *tensors)
-    rows, columns = vector_shape(like, axis)
+    rows, columns = vector_shape(like.shape, axis)
     flat = [tensor.reshape(rows, columns) for tensor in tensors]
     origin = None if base is None else base.reshape(rows, columns)
     merged = torch.empty(rows, columns, dtype=out_dtype or like.dtype, device=like.device)

@@ -17,8 +17,10 @@ def kth_smallest(values: Tensor, rank: int) -> float:
             as larger than all.
         rank: 0 to len(values) - 1.
 
-    Counts 16 bits at a time, the highest first, block by block: the result depends on nothing but the values.
+    Many values are counted by 16 bits at a time, the highest first, block by block.
     """
+    if len(values) <= _BLOCK:
+        return float(values.kthvalue(rank + 1).values)
     bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
     prefix = 0
     for shift in range(8 * values.element_size() - _DIGIT, -1, -_DIGIT):

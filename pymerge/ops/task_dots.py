@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -40,7 +41,7 @@ def reference(base: Tensor | None, tensors: Sequence[Tensor], axis: Axis = "whol
     Sums run in float64 in an order that the shape decides.
     """
     dtype = compute_dtype(*tensors, *([] if base is None else [base]))
-    rows, columns = vector_shape(tensors[0], axis)
+    rows, columns = vector_shape(tensors[0].shape, axis)
     along_rows = axis != "columns"
     dots = torch.zeros(
         rows if along_rows else columns, len(tensors), len(tensors), dtype=torch.float64, device=tensors[0].device
@@ -57,15 +58,13 @@ def reference(base: Tensor | None, tensors: Sequence[Tensor], axis: Axis = "whol
     return dots
 
 
-def vector_shape(tensor: Tensor, axis: Axis) -> tuple[int, int]:
-    """(rows, columns) of the matrix whose rows (for "columns": whose columns) are the vectors."""
-    if axis == "whole":
-        return 1, tensor.numel()
-    if tensor.ndim == 0:
-        return 1, 1
-    size = tensor.shape[-1] if axis == "rows" else tensor.shape[0]
-    other = torch.Size(tensor.shape[:-1] if axis == "rows" else tensor.shape[1:]).numel()
-    return (other, size) if axis == "rows" else (size, other)
+def vector_shape(shape: Sequence[int], axis: Axis) -> tuple[int, int]:
+    """(rows, columns) of the matrix whose rows (for "columns": whose columns) are the vectors of a tensor."""
+    if axis == "whole" or not shape:
+        return 1, math.prod(shape)
+    if axis == "rows":
+        return math.prod(shape[:-1]), shape[-1]
+    return shape[0], math.prod(shape[1:])
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
