@@ -13,6 +13,7 @@ ELEMENTWISE = ("linear", "task_arithmetic")
 HELP_SECONDS = 0.4
 OVER_FLOOR = {"1.2B": 1.6}
 FASTER_THAN_MERGEKIT = {"135M": 5.0, "1.2B": 4.0}
+SLERP_FASTER_THAN_MERGEKIT = {"1.2B": 5.0}
 SHARE_OF_MERGEKITS_PEAK = 0.25
 
 
@@ -29,6 +30,8 @@ def judge(rows: Sequence[Row]) -> list[Row]:
     for row in merges:
         if row["method"] in ELEMENTWISE:
             found += _of_one(row)
+        elif row["method"] == "slerp":
+            found += _against_mergekit(row, SLERP_FASTER_THAN_MERGEKIT)
     return found + _memory(merges)
 
 
@@ -41,12 +44,19 @@ def _of_one(row: Row) -> list[Row]:
     if row["size"] in OVER_FLOOR:
         most, over = OVER_FLOOR[row["size"]], row["over_floor"]
         found.append(_target(f"{name}: at most {most:g}x the floor", f"{over:.2f}x", over <= most))
-    speedup, share = row["speedup_over_mergekit"], row["share_of_mergekits_peak"]
-    if speedup is not None and row["size"] in FASTER_THAN_MERGEKIT:
-        least, most = FASTER_THAN_MERGEKIT[row["size"]], SHARE_OF_MERGEKITS_PEAK
-        found.append(_target(f"{name}: at least {least:g}x faster than mergekit", f"{speedup:.1f}x", speedup >= least))
+    found += _against_mergekit(row, FASTER_THAN_MERGEKIT)
+    share, most = row["share_of_mergekits_peak"], SHARE_OF_MERGEKITS_PEAK
+    if share is not None and row["size"] in FASTER_THAN_MERGEKIT:
         found.append(_target(f"{name}: at most {most:.0%} of mergekit's peak memory", f"{share:.0%}", share <= most))
     return found
+
+
+def _against_mergekit(row: Row, least_by_size: dict[str, float]) -> list[Row]:
+    least, speedup = least_by_size.get(row["size"]), row["speedup_over_mergekit"]
+    if least is None or speedup is None:
+        return []
+    what = f"{row['method']}, {row['size']}: at least {least:g}x faster than mergekit"
+    return [_target(what, f"{speedup:.1f}x", speedup >= least)]
 
 
 def _memory(merges: Sequence[Row]) -> list[Row]:
