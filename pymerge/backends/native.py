@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.dtypes import DTYPE_CODES as DTYPE_CODES
+from pymerge.backends.native_elementwise import nearswap, ram, sce
 from pymerge.backends.native_routed import routed_linear
 from pymerge.ops.base import compute_dtype
 from pymerge.ops.gradient_flow import evaluate
@@ -44,6 +45,9 @@ def implementations() -> Mapping[str, Callable[..., Any]]:
     """The ops with C++ in them."""
     return {
         "combine": combine,
+        "nearswap": nearswap,
+        "ram": ram,
+        "sce": sce,
         "task_dots": task_dots,
         "task_stats": task_stats,
         "task_sum": task_sum,

@@ -53,7 +53,13 @@ def reference(
     Source: FuseChat-3.0, arXiv 2408.07990; mergekit.
     """
     dtype = compute_dtype(base, *experts)
-    selected = _selected(base, experts, select_topk, dtype) if select_topk < 1.0 else None
+    selected = None
+    if select_topk < 1.0:
+        spread = torch.empty(base.numel(), dtype=dtype, device=base.device)
+        for here, _, taus in _blocks(base, experts, dtype, None):
+            mean = _sum_in_order(taus).div_(len(experts))
+            spread[here] = _sum_in_order((taus - mean).square_()).div_(len(experts))
+        selected = most_varied(spread, select_topk)
     energies = torch.zeros(len(experts), dtype=torch.float64, device=base.device)
     with one_thread():
         for _, _, taus in _blocks(base, experts, dtype, selected):
@@ -80,12 +86,9 @@ def task_weights(energies: Sequence[float], least_energy: float) -> list[float]:
     return [energy / total for energy in energies]
 
 
-def _selected(base: Tensor, experts: Sequence[Tensor], share: float, dtype: torch.dtype) -> Tensor:
-    """True for the elements with the largest variances, [n]."""
-    spread = torch.empty(base.numel(), dtype=dtype, device=base.device)
-    for here, _, taus in _blocks(base, experts, dtype, None):
-        mean = _sum_in_order(taus).div_(len(experts))
-        spread[here] = _sum_in_order((taus - mean).square_()).div_(len(experts)).abs_()  # not even NaN has a sign
+def most_varied(spread: Tensor, share: float) -> Tensor:
+    """True for the largest of the variances [n], int(share * m) of them where m are not 0; `spread` is written to."""
+    spread.abs_()  # not even NaN has a sign
     count = int(int(torch.count_nonzero(spread)) * share)
     if count <= 0:
         return torch.zeros_like(spread, dtype=torch.bool)
