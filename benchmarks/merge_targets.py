@@ -44,9 +44,10 @@ def _of_one(row: Row) -> list[Row]:
     if row["size"] in OVER_FLOOR:
         most, over = OVER_FLOOR[row["size"]], row["over_floor"]
         found.append(_target(f"{name}: at most {most:g}x the floor", f"{over:.2f}x", over <= most))
-    found += _against_mergekit(row, FASTER_THAN_MERGEKIT)
-    share, most = row["share_of_mergekits_peak"], SHARE_OF_MERGEKITS_PEAK
-    if share is not None and row["size"] in FASTER_THAN_MERGEKIT:
+    speed = _against_mergekit(row, FASTER_THAN_MERGEKIT)
+    if speed:
+        share, most = row["share_of_mergekits_peak"], SHARE_OF_MERGEKITS_PEAK
+        found += speed
         found.append(_target(f"{name}: at most {most:.0%} of mergekit's peak memory", f"{share:.0%}", share <= most))
     return found
 
