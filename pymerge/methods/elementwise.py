@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pymerge.methods.average import Scaled, element_count
 from pymerge.methods.base import COMPAT, Action, Cost, Method, OpRunner, Parameter, Values
-from pymerge.ops import arcee_fusion, ram, sce
+from pymerge.ops import arcee_fusion, ram, sce, selection
 
 _MERGEKITS_LEAST = 1e-6  # sum of energies, sum of weights
 
@@ -100,8 +100,9 @@ class SelectCalculateErase(Action):
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)
-        selection = (4 + 1 + 1) * items if self.select_topk < 1.0 else 0  # variances, mask, those equal to the least
-        return Cost(10 * experts * items, selection + min(items, sce.BLOCK) * (16 * experts + 32))
+        # Variances, mask, those equal to the least; and what finds that.
+        selecting = (4 + 1 + 1) * items + 16 * min(items, selection.BLOCK) if self.select_topk < 1.0 else 0
+        return Cost(10 * experts * items, selecting + min(items, sce.BLOCK) * (16 * experts + 32))
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class TakeImportant(Action):
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)
         row = max(arcee_fusion.BLOCK, shape[-1] if shape else 1)
-        return Cost(40 * items, 4 * items + min(items, row) * 8 * 6)  # scores; float64 rows
+        # Scores; float64 rows; what finds the quantiles.
+        return Cost(40 * items, 4 * items + min(items, row) * 8 * 6 + 16 * min(items, selection.BLOCK))
 
 
 class NearSwap(Method):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _DIGIT = 16  # bits
-_BLOCK = 2**20
+BLOCK = 2**20  # up to so many values are copied, with their indices
 
 
 def kth_smallest(values: Tensor, rank: int) -> float:
@@ -19,14 +19,14 @@ def kth_smallest(values: Tensor, rank: int) -> float:
 
     Many values are counted by 16 bits at a time, the highest first, block by block.
     """
-    if len(values) <= _BLOCK:
+    if len(values) <= BLOCK:
         return float(values.kthvalue(rank + 1).values)
     bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
     prefix = 0
     for shift in range(8 * values.element_size() - _DIGIT, -1, -_DIGIT):
         counts = torch.zeros(2**_DIGIT, dtype=torch.int64, device=values.device)
-        for start in range(0, len(bits), _BLOCK):
-            here = bits[start : start + _BLOCK]
+        for start in range(0, len(bits), BLOCK):
+            here = bits[start : start + BLOCK]
             high = here >> shift
             if shift + _DIGIT < 8 * values.element_size():
                 high = high[(high >> _DIGIT) == prefix]
