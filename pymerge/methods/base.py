@@ -115,12 +115,17 @@ class Cost:
 
 
 class Action(ABC):
-    """What is done to one tensor, given base and experts as d_out x d_in matrices; as stored if chunkable or whole."""
+    """What is done to one tensor, given base and experts as d_out x d_in matrices (or any shape: `takes_matrices`)."""
 
     label: ClassVar[str]
     chunkable: ClassVar[bool] = False  # rows are independent of each other: may run on row ranges, on any shape
-    whole: ClassVar[bool] = False  # works on all elements of a tensor together, as it is stored, on any shape
+    whole: ClassVar[bool] = False  # looks at all elements of a tensor together, as it is stored, on any shape
     batched: ClassVar[bool] = False  # `run_batch` does more than to call `run` for one layer after another
+
+    @property
+    def takes_matrices(self) -> bool:
+        """Whether it is given matrices, d_out x d_in and one of a stack after the other; else tensors as stored."""
+        return not (self.chunkable or self.whole)
 
     @abstractmethod
     def run(
