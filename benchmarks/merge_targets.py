@@ -13,7 +13,7 @@ ELEMENTWISE = ("linear", "task_arithmetic")
 HELP_SECONDS = 0.4
 OVER_FLOOR = {"1.2B": 1.6}
 FASTER_THAN_MERGEKIT = {"135M": 5.0, "1.2B": 4.0}
-SPARSE_FASTER_THAN_MERGEKIT = {"ties": 30.0, "della": 30.0, "dare_ties": 15.0}  # 1.2B
+WHOLE_FASTER_THAN_MERGEKIT = {"ties": 30.0, "della": 30.0, "dare_ties": 15.0, "slerp": 5.0}  # 1.2B
 SHARE_OF_MERGEKITS_PEAK = 0.25
 
 
@@ -30,8 +30,8 @@ def judge(rows: Sequence[Row]) -> list[Row]:
     for row in merges:
         if row["method"] in ELEMENTWISE:
             found += _of_one(row)
-        elif row["method"] in SPARSE_FASTER_THAN_MERGEKIT and row["size"] == "1.2B":
-            found += _faster(row, SPARSE_FASTER_THAN_MERGEKIT[row["method"]])
+        elif row["method"] in WHOLE_FASTER_THAN_MERGEKIT and row["size"] == "1.2B":
+            found += _faster(row, WHOLE_FASTER_THAN_MERGEKIT[row["method"]])
     return found + _memory(merges)
 
 
@@ -60,12 +60,15 @@ def _faster(row: Row, least: float) -> list[Row]:
 
 
 def _memory(merges: Sequence[Row]) -> list[Row]:
-    """From 135M to 1.2B, memory grows by no more than the largest tensor does; sparse methods hold it of all models."""
+    """From 135M to 1.2B, memory grows by no more than the largest tensor does.
+
+    Methods on whole tensors hold that tensor of all models.
+    """
     by_size = {(row["size"], row["method"]): row for row in merges}
     found = []
     for (size, method), row in by_size.items():
         small = by_size.get(("135M", method))
-        if size == "1.2B" and small is not None and method not in SPARSE_FASTER_THAN_MERGEKIT:
+        if size == "1.2B" and small is not None and method not in WHOLE_FASTER_THAN_MERGEKIT:
             growth, allowed = row["peak"] - small["peak"], row["largest_tensor"] - small["largest_tensor"]
             what = (
                 f"{method}: peak memory of 1.2B over that of 135M at most {format_bytes(allowed)}, the largest tensor's"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import elementwise_peers
 import inputs
 import op_peers
 import sparse_peers
@@ -254,6 +255,50 @@ CASES = {
         bytes=lambda size, item: _weights_read(size, item) + item * size.numel + size.tasks * size.numel // 8,
         work=lambda size: 900 * size.tasks * size.numel,
         peer=sparse_peers.SPARSE_COMBINE,
+    ),
+    "combine_vectors": Case(
+        lambda layer: (layer.base, layer.experts, elementwise_peers.row_weights(layer), "rows"),
+        flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: (size.tasks + 2) * size.numel * item,
+        work=lambda size: 600 * size.tasks * size.numel,
+        settings="by rows",
+        peer=elementwise_peers.COMBINE_VECTORS,
+    ),
+    "task_dots": Case(
+        lambda layer: (layer.base, layer.experts),
+        flops=lambda layer: layer.size.tasks * (layer.size.tasks + 2) * layer.size.numel,
+        bytes=lambda size, item: (size.tasks + 1) * size.numel * item,
+        work=lambda size: 300 * size.tasks * (size.tasks + 1) * size.numel,
+        peer=elementwise_peers.TASK_DOTS,
+    ),
+    "nearswap": Case(
+        lambda layer: (layer.base, layer.experts[0], elementwise_peers.T),
+        flops=lambda layer: 8 * layer.size.numel,
+        bytes=lambda size, item: 3 * size.numel * item,
+        work=lambda size: 600 * size.numel,
+        peer=elementwise_peers.NEARSWAP,
+    ),
+    "ram": Case(
+        lambda layer: (layer.base, layer.experts, elementwise_peers.EPSILON),
+        flops=lambda layer: 4 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: (size.tasks + 2) * size.numel * item,
+        work=lambda size: 600 * size.tasks * size.numel,
+        peer=elementwise_peers.RAM,
+    ),
+    "sce": Case(
+        lambda layer: (layer.base, layer.experts, elementwise_peers.SHARE),
+        flops=lambda layer: 12 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: (size.tasks + 2) * size.numel * item,
+        work=lambda size: 2000 * size.tasks * size.numel,
+        settings=f"select_topk={elementwise_peers.SHARE:g}",
+        peer=elementwise_peers.SCE,
+    ),
+    "arcee_fusion": Case(
+        lambda layer: (layer.base, layer.experts[0]),
+        flops=lambda layer: 40 * layer.size.numel,
+        bytes=lambda size, item: 3 * size.numel * item,
+        work=lambda size: 3000 * size.numel,
+        peer=elementwise_peers.ARCEE_FUSION,
     ),
     "task_stats": Case(
         lambda layer: (layer.base, layer.experts),

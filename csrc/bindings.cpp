@@ -11,11 +11,13 @@
 #include "common/dispatch.h"
 #include "ops/adam_step.h"
 #include "ops/combine.h"
+#include "ops/elementwise.h"
 #include "ops/magnitude_mask.h"
 #include "ops/mix_weights.h"
 #include "ops/random_mask.h"
 #include "ops/sparse_combine.h"
 #include "ops/spd_solve.h"
+#include "ops/task_dots.h"
 #include "ops/task_gram.h"
 #include "ops/task_vector.h"
 #include "ops/trim_threshold.h"
@@ -167,6 +169,79 @@ void adam_step(Address D, Address m, Address v, Address product, Address B, std:
                   threads);
 }
 
+void task_dots(Address out, Address base, std::int32_t base_dtype, const std::vector<Address>& inputs,
+               const std::vector<std::int32_t>& dtypes, std::int64_t vectors, std::int64_t length, int threads) {
+    PM_CHECK(inputs.size() == dtypes.size(),
+             "task_dots: " << inputs.size() << " inputs, " << dtypes.size() << " dtypes; give one of each");
+    std::vector<const void*> pointers;
+    std::vector<DType> codes;
+    for (std::size_t t = 0; t < inputs.size(); ++t) {
+        pointers.push_back(pointer<const void>(inputs[t]));
+        codes.push_back(checked_dtype(dtypes[t]));
+    }
+    task_dots_cpu({pointer<double>(out), pointer<const void>(base), checked_dtype(base_dtype), pointers.data(),
+                   codes.data(), static_cast<std::int64_t>(inputs.size()), vectors, length},
+                  threads);
+}
+
+// base, its dtype, experts, their dtypes, elements
+using Tasks = std::tuple<Address, std::int32_t, std::vector<Address>, std::vector<std::int32_t>, std::int64_t>;
+using Target = std::tuple<Address, std::int32_t>;
+
+// Calls f(TaskTensors); what the struct points to lives until f returns.
+template <class F>
+void with_tasks(const Tasks& tasks, F&& f) {
+    const auto& [base, base_dtype, experts, dtypes, numel] = tasks;
+    PM_CHECK(experts.size() == dtypes.size(),
+             "task tensors: " << experts.size() << " experts, " << dtypes.size() << " dtypes; give one of each");
+    std::vector<const void*> pointers;
+    std::vector<DType> codes;
+    for (std::size_t t = 0; t < experts.size(); ++t) {
+        pointers.push_back(pointer<const void>(experts[t]));
+        codes.push_back(checked_dtype(dtypes[t]));
+    }
+    f(TaskTensors{pointer<const void>(base), checked_dtype(base_dtype), pointers.data(), codes.data(),
+                  static_cast<std::int64_t>(experts.size()), numel});
+}
+
+Output output(const Target& target) { return {pointer(std::get<0>(target)), checked_dtype(std::get<1>(target))}; }
+
+void nearswap(const Target& out, const Tasks& tasks, double t, double least, int threads) {
+    with_tasks(tasks, [&](const TaskTensors& p) { nearswap_cpu(output(out), p, t, least, threads); });
+}
+
+void ram(const Target& out, const Tasks& tasks, double epsilon, const std::vector<double>& factors, int threads) {
+    with_tasks(tasks, [&](const TaskTensors& p) {
+        PM_CHECK(factors.empty() || static_cast<std::int64_t>(factors.size()) == p.count,
+                 "ram: " << factors.size() << " factors for " << p.count << " experts; give one of each, or none");
+        ram_cpu(output(out), p, epsilon, factors.empty() ? nullptr : factors.data(), threads);
+    });
+}
+
+void ram_counts(Address counts, const Tasks& tasks, double epsilon, int threads) {
+    with_tasks(tasks,
+               [&](const TaskTensors& p) { ram_counts_cpu(pointer<std::int64_t>(counts), p, epsilon, threads); });
+}
+
+void sce_spread(Address out, const Tasks& tasks, int threads) {
+    with_tasks(tasks, [&](const TaskTensors& p) { sce_spread_cpu(pointer(out), p, threads); });
+}
+
+void sce_energies(Address energies, const Tasks& tasks, Address selected, int threads) {
+    with_tasks(tasks, [&](const TaskTensors& p) {
+        sce_energies_cpu(pointer<double>(energies), p, pointer<const bool>(selected), threads);
+    });
+}
+
+void sce(const Target& out, const Tasks& tasks, Address selected, const std::vector<double>& weights, double least,
+         int threads) {
+    with_tasks(tasks, [&](const TaskTensors& p) {
+        PM_CHECK(static_cast<std::int64_t>(weights.size()) == p.count,
+                 "sce: " << weights.size() << " weights for " << p.count << " experts; give one of each");
+        sce_cpu(output(out), p, pointer<const bool>(selected), weights.data(), least, threads);
+    });
+}
+
 using Dense = std::tuple<Address, std::int32_t, std::int64_t, std::int64_t>;  // address, dtype, stride, T
 // values, their dtype, columns, whether those are int32, starts, their stride, T
 using Sparse = std::tuple<Address, std::int32_t, Address, bool, Address, std::int64_t, std::int64_t>;
@@ -246,6 +321,13 @@ PYBIND11_MODULE(_C, module) {
     module.def("magnitude_mask", &magnitude_mask, py::call_guard<py::gil_scoped_release>());
     module.def("random_mask", &random_mask, py::call_guard<py::gil_scoped_release>());
     module.def("sparse_combine", &sparse_combine, py::call_guard<py::gil_scoped_release>());
+    module.def("task_dots", &task_dots, py::call_guard<py::gil_scoped_release>());
+    module.def("nearswap", &nearswap, py::call_guard<py::gil_scoped_release>());
+    module.def("ram", &ram, py::call_guard<py::gil_scoped_release>());
+    module.def("ram_counts", &ram_counts, py::call_guard<py::gil_scoped_release>());
+    module.def("sce_spread", &sce_spread, py::call_guard<py::gil_scoped_release>());
+    module.def("sce_energies", &sce_energies, py::call_guard<py::gil_scoped_release>());
+    module.def("sce", &sce, py::call_guard<py::gil_scoped_release>());
     module.def("adam_step", &adam_step, py::call_guard<py::gil_scoped_release>());
     module.def("mix_dense", &mix_dense, py::call_guard<py::gil_scoped_release>());
     module.def("mix_sparse", &mix_sparse, py::call_guard<py::gil_scoped_release>());

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 
 _Matrix = tuple[int, int, int]
+# base, its dtype, experts, their dtypes, elements of each.
+_Tasks = tuple[int, int, Sequence[int], Sequence[int], int]
+# address, dtype
+_Target = tuple[int, int]
 # T dense task vectors: (address, dtype, elements between two of them, T).
 _Dense = tuple[int, int, int, int]
 # T sparse matrices by rows: (values, dtype, columns, columns are int32, starts, starts between two tasks, T).
@@ -87,6 +91,25 @@ def sparse_combine(
     scale: float,
     threads: int,
     /,
+) -> None: ...
+def task_dots(
+    out: int,
+    base: int,
+    base_dtype: int,
+    inputs: Sequence[int],
+    dtypes: Sequence[int],
+    vectors: int,
+    length: int,
+    threads: int,
+    /,
+) -> None: ...
+def nearswap(out: _Target, tasks: _Tasks, t: float, least: float, threads: int, /) -> None: ...
+def ram(out: _Target, tasks: _Tasks, epsilon: float, factors: Sequence[float], threads: int, /) -> None: ...
+def ram_counts(counts: int, tasks: _Tasks, epsilon: float, threads: int, /) -> None: ...
+def sce_spread(out: int, tasks: _Tasks, threads: int, /) -> None: ...
+def sce_energies(energies: int, tasks: _Tasks, selected: int, threads: int, /) -> None: ...
+def sce(
+    out: _Target, tasks: _Tasks, selected: int, weights: Sequence[float], least: float, threads: int, /
 ) -> None: ...
 def adam_step(
     D: int,

@@ -104,7 +104,7 @@ def merge(
 
 
 def merge_tensors(
-    base: Tensor,
+    base: Tensor | None,
     experts: Sequence[Tensor],
     method: str = "wudi",
     *,
@@ -118,7 +118,7 @@ def merge_tensors(
 
     Args:
         base: W_0: d_out x d_in for a linear weight, E x d_out x d_in for a stack of them; any other shape is treated
-            as a tensor that is no linear weight (a bias, a norm).
+            as a tensor that is no linear weight (a bias, a norm). None for methods that do without.
         experts: T tensors W_t of the base's shape.
         method: a name of `pymerge methods`.
         device: where to compute; default: where the base is. The result returns to the base's device.
@@ -137,10 +137,13 @@ def merge_tensors(
     """
     if in_axis not in (0, 1):
         raise ArgumentError(f"in_axis is {in_axis!r}; give 1 (d_out x d_in) or 0 (d_in x d_out)")
-    solvable = base.ndim in (2, 3)
-    layer = Layer(Kind.LINEAR if solvable else Kind.OTHER, in_axis=in_axis, stacked=base.ndim == 3)
-    merger = _Merger(method, parameters, len(experts), device or base.device, backend)
-    return merger.merge("the tensor", layer, base, experts, _dtype(dtype))
+    if not experts:
+        raise ArgumentError("no experts were given; pass at least one")
+    like = experts[0] if base is None else base
+    solvable = like.ndim in (2, 3)
+    layer = Layer(Kind.LINEAR if solvable else Kind.OTHER, in_axis=in_axis, stacked=like.ndim == 3)
+    merger = _Merger(method, parameters, len(experts), device or like.device, backend, with_base=base is not None)
+    return merger.merge("the tensor", layer, like, experts, _dtype(dtype))
 
 
 def merge_state_dicts(
@@ -194,10 +197,16 @@ class _Merger:
         experts: int,
         device: str | torch.device,
         backend: str,
+        *,
+        with_base: bool = True,
     ) -> None:
         if experts == 0:
             raise ArgumentError("no experts were given; pass at least one")
-        self._method = get_method(method)
+        self._method = get_method(method).given(with_base)
+        if self._method.needs_base and not with_base:
+            raise ArgumentError(f"method {method!r} works on differences to a base, and base is None; pass the base")
+        if wrong := self._method.wrong_count([f"expert {index}" for index in range(experts)]):
+            raise ArgumentError(wrong)
         self._values = _values(self._method, parameters, experts)
         self._run_op = Dispatcher(backend, resolve_device(device))
 
@@ -220,17 +229,20 @@ class _Merger:
         moved = [tensor.detach().to(device) for tensor in experts]
         origin, dtype = base.detach().to(device), dtype or base.dtype
         whole = pieces.split(layer, action, tuple(base.shape), max_elements=max(1, base.numel()))
-        parts = [
-            pieces.run(
-                action,
-                layer,
-                self._run_op,
-                origin[piece.start : piece.stop] if base.ndim else origin,
-                [expert[piece.start : piece.stop] if base.ndim else expert for expert in moved],
-                dtype,
-            )
-            for piece in whole
-        ]
+        try:
+            parts = [
+                pieces.run(
+                    action,
+                    layer,
+                    self._run_op,
+                    origin[piece.start : piece.stop] if base.ndim else origin,
+                    [expert[piece.start : piece.stop] if base.ndim else expert for expert in moved],
+                    dtype,
+                )
+                for piece in whole
+            ]
+        except ArgumentError as error:
+            raise ArgumentError(f"{name}: {error}") from error
         merged = parts[0] if len(parts) == 1 else torch.cat(parts)
         return merged.to(base.device)
 

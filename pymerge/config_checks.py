@@ -75,7 +75,7 @@ class Checker:
         name = self._raw.get("merge_method")
         if isinstance(name, str):
             try:
-                return get_method(name)
+                return get_method(name).given(self._raw.get("base_model") is not None)
             except ConfigError as error:
                 self._document.add(("merge_method",), str(error))
         return None
@@ -193,7 +193,7 @@ class Checker:
             problem = f"'base_model' is missing, and {method.name!r} works on differences from it"
             document.add((), f"{problem}; add 'base_model: ...'")
         first: dict[str, int] = {}
-        merged = 0
+        merged: list[str] = []
         for i, (entry, own) in enumerate(read):
             name = entry.get("model") if isinstance(entry, dict) else None
             if not isinstance(name, str):
@@ -203,7 +203,7 @@ class Checker:
             first.setdefault(name, i)
             if method.needs_base and isinstance(base, str) and same_model(name, base):
                 continue
-            merged += 1
+            merged.append(name)
             for parameter in method.parameters:
                 if parameter.required and parameter.scope == "model" and parameter.name not in own | given:
                     problem = f"model {name!r} has no {parameter.name!r}, which {method.name!r} requires"
@@ -212,5 +212,8 @@ class Checker:
         for parameter in method.parameters:
             if parameter.required and parameter.scope == "merge" and parameter.name not in given:
                 document.add((), f"{method.name!r} requires {parameter.name!r}; add it under 'parameters'")
-        if read and not merged and all(isinstance(entry, dict) and "model" in entry for entry, _ in read):
-            document.add(("models",), "models lists only the base; add the models to merge")
+        if read and all(isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry, _ in read):
+            if not merged:
+                document.add(("models",), "models lists only the base; add the models to merge")
+            elif wrong := method.wrong_count(merged):
+                document.add(("models",), wrong)

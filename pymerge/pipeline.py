@@ -248,7 +248,7 @@ class Pipeline:
         """The merged pieces on the device, in the output's dtype; that of one row range may be in `room`."""
         device = self._run_op.device
         step = batch.slots[0].step  # all of a batch have its action, layout and dtypes
-        threads = at_most_threads(self._elementwise_threads) if step.action.chunkable else nullcontext()
+        threads = nullcontext() if step.action.takes_matrices else at_most_threads(self._elementwise_threads)
         with self._tracer.span("compute", batch.name), threads:
             if not (self._allow_nonfinite or step.action.shows_nonfinite):
                 for slot, tensors in zip(batch.slots, inputs, strict=True):

@@ -141,7 +141,7 @@ def build_plan(
         ConfigError, CheckpointError: an input cannot be opened at all.
         ArgumentError: an unknown `dtype`.
     """
-    method = get_method(config.merge_method)
+    method = get_method(config.merge_method).given(config.base_model is not None)
     inputs = open_inputs(config, method)
     problems: list[str] = []
     donor = inputs.donor

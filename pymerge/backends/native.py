@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.dtypes import DTYPE_CODES as DTYPE_CODES
+from pymerge.backends.native_elementwise import nearswap, ram, sce
 from pymerge.backends.native_routed import routed_linear
 from pymerge.backends.native_sparse import magnitude_mask, random_mask, sparse_combine, trim_threshold
 from pymerge.ops.base import compute_dtype
 from pymerge.ops.gradient_flow import evaluate
 from pymerge.ops.normal_equations import NormalEquations, outputs_first
+from pymerge.ops.task_dots import Axis, vector_shape
 from pymerge.ops.task_stats import TaskStats
 from pymerge.ops.wudi_adam import bias_corrections
 
@@ -48,6 +50,10 @@ def implementations() -> Mapping[str, Callable[..., Any]]:
         "magnitude_mask": magnitude_mask,
         "random_mask": random_mask,
         "sparse_combine": sparse_combine,
+        "nearswap": nearswap,
+        "ram": ram,
+        "sce": sce,
+        "task_dots": task_dots,
         "task_stats": task_stats,
         "task_sum": task_sum,
         "task_gram": task_gram,
@@ -94,6 +100,31 @@ def combine(
         torch.get_num_threads(),
     )
     return out
+
+
+def task_dots(base: Tensor | None, tensors: Sequence[Tensor], axis: Axis = "whole") -> Tensor:
+    """`task_dots` in one pass over the inputs; columns are turned into rows first."""
+    from pymerge import _C
+
+    rows, columns = vector_shape(tensors[0].shape, axis)
+    vectors, length = (columns, rows) if axis == "columns" else (rows, columns)
+    dots = torch.empty(vectors, len(tensors), len(tensors), dtype=torch.float64)
+    if axis == "columns":
+        tensors = [tensor.reshape(rows, columns).T for tensor in tensors]
+        base = None if base is None else base.reshape(rows, columns).T
+    inputs = [tensor.contiguous() for tensor in tensors]
+    base = None if base is None else base.contiguous()
+    _C.task_dots(
+        dots.data_ptr(),
+        0 if base is None else base.data_ptr(),
+        DTYPE_CODES[torch.float32 if base is None else base.dtype],
+        [tensor.data_ptr() for tensor in inputs],
+        [DTYPE_CODES[tensor.dtype] for tensor in inputs],
+        vectors,
+        length,
+        torch.get_num_threads(),
+    )
+    return dots
 
 
 def task_stats(base: Tensor, experts: Sequence[Tensor]) -> TaskStats:

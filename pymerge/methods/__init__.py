@@ -8,13 +8,20 @@ from pymerge.errors import ConfigError
 from pymerge.methods.ace import Ace
 from pymerge.methods.average import Linear, TaskArithmetic
 from pymerge.methods.base import Method
+from pymerge.methods.elementwise import ArceeFusion, NearSwap, Passthrough, Ram, RamPlus, Sce
 from pymerge.methods.flow import Swudi, SwudiA, WudiFlow
 from pymerge.methods.sparse import SPARSE_METHODS
+from pymerge.methods.spherical import Karcher, MultiSlerp, NuSlerp, Slerp
+from pymerge.methods.stock import ModelStock
 from pymerge.methods.wudi import Wudi
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (Linear(), TaskArithmetic(), *SPARSE_METHODS, Wudi(), WudiFlow(), Swudi(), SwudiA(), Ace())
+    for method in (
+        *(Linear(), TaskArithmetic(), *SPARSE_METHODS, Wudi(), WudiFlow(), Swudi(), SwudiA(), Ace()),
+        *(Slerp(), NuSlerp(), MultiSlerp(), Karcher(), ModelStock(), Sce(), NearSwap()),
+        *(Ram(), RamPlus(), ArceeFusion(), Passthrough()),
+    )
 }
 
 

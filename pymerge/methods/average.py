@@ -64,6 +64,32 @@ class WeightedSum(Action):
 
 
 @dataclass(frozen=True)
+class Scaled(Action):
+    """The only model, times a number; with 1, bit for bit."""
+
+    factor: float = 1.0
+    label: ClassVar[str] = "scale"
+    chunkable: ClassVar[bool] = True
+
+    def run(
+        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        (model,) = experts
+        out_dtype = out_dtype or base.dtype
+        if self.factor == 1.0:
+            return model.to(out_dtype)
+        merged: Tensor = run_op("combine", None, experts, (self.factor,), out_dtype)
+        return merged
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return self.factor != 0.0
+
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        return WeightedSum((self.factor,)).cost(shape, experts)
+
+
+@dataclass(frozen=True)
 class AddTaskVectors(Action):
     """W_0 + sum_t w_t tau_t."""
 
@@ -113,7 +139,7 @@ def normalised(weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
-_WEIGHT = Parameter("weight", "number", 1.0, "weight of this model", scope="model", required=True)
+WEIGHT = Parameter("weight", "number", 1.0, "weight of this model", scope="model", required=True)
 
 
 class Linear(Method):
@@ -123,7 +149,7 @@ class Linear(Method):
     summary = "weighted average of the models"
     source = "Model Soups, arXiv 2203.05482"
     needs_base = False
-    parameters = (_WEIGHT, Parameter("normalize", "flag", True, "divide the weights by their sum"))
+    parameters = (WEIGHT, Parameter("normalize", "flag", True, "divide the weights by their sum"))
 
     def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
         weights = values.model["weight"]
@@ -137,7 +163,7 @@ class TaskArithmetic(Method):
     summary = "base + lambda * sum_t weight_t * tau_t"
     source = "Task Arithmetic, arXiv 2212.04089"
     parameters = (
-        _WEIGHT,
+        WEIGHT,
         Parameter("normalize", "flag", False, "divide the weights by their sum"),
         Parameter("lambda", "number", 1.0, "factor of the sum"),
         Parameter("density", "number", 1.0, "used by other methods", scope="model", no_effect=True),

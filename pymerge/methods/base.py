@@ -89,6 +89,15 @@ class Parameter:
         return ArgumentError(f"parameter {self.name!r} is {reprlib.repr(value)}; it must be {expected}")
 
 
+COMPAT = Parameter(
+    "compat",
+    "choice",
+    "none",
+    "mergekit: reproduce what it does differently by mistake (docs/methods.md)",
+    choices=("mergekit", "none"),
+)
+
+
 @dataclass(frozen=True)
 class Values:
     """Parameter values of one tensor: `merge[name]`, and `model[name]` with one value for each expert."""
@@ -99,7 +108,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an action needs on one matrix (or on one element range): floating-point operations and scratch memory."""
+    """What an action needs on one matrix, whole tensor or element range: floating-point operations and scratch."""
 
     flops: int
     workspace: int  # bytes beside inputs and output
@@ -174,6 +183,25 @@ class Method(ABC):
     source: str
     parameters: tuple[Parameter, ...]
     needs_base: bool = True
+    least_experts: ClassVar[int] = 1  # beside the base, where the method needs one
+    most_experts: ClassVar[int | None] = None
+
+    def given(self, base: bool) -> Method:
+        """This method where a base is named, or where none is: for those that can do with and without."""
+        return self
+
+    def wrong_count(self, experts: Sequence[str]) -> str | None:
+        """What is wrong with the number of models, given their names; None if nothing is."""
+        least, most = self.least_experts, self.most_experts
+        if len(experts) >= least and (most is None or len(experts) <= most):
+            return None
+        wanted = f"{'exactly' if most == least else 'at least'} {least} model{'' if least == 1 else 's'}"
+        beside = " beside the base" if self.needs_base else ""
+        remedy = "add models" if len(experts) < least else "delete models, or choose a method that takes more"
+        return (
+            f"{self.name!r} merges {wanted}{beside}, and {len(experts)} "
+            f"{'is' if len(experts) == 1 else 'are'} listed ({', '.join(experts)}); {remedy}"
+        )
 
     def parameter(self, name: str) -> Parameter:
         """The parameter of this name; KeyError if the method has none."""
@@ -196,6 +224,16 @@ class Method(ABC):
             values: parameter values of this tensor.
             experts: number of experts T.
         """
+
+
+class BaseOptional(Method):
+    """A method that uses the base where one is named, and does without where none is."""
+
+    def __init__(self, needs_base: bool = True) -> None:
+        self.needs_base = needs_base
+
+    def given(self, base: bool) -> Method:
+        return type(self)(base)
 
 
 def next_by_name(parameters: Sequence[Parameter], name: str) -> Parameter:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pymerge.ops import (
+    arcee_fusion,
     combine,
+    combine_vectors,
     gradient_flow,
     magnitude_mask,
+    nearswap,
     normal_equations,
+    ram,
     random_mask,
     routed_linear,
+    sce,
     sparse_combine,
     spd_solve,
     spectral_filter,
     spectral_refine,
+    task_dots,
     task_gram,
     task_stats,
     task_sum,
@@ -37,5 +43,11 @@ _MODULES = (
     spd_solve,
     spectral_refine,
     routed_linear,
+    task_dots,
+    combine_vectors,
+    nearswap,
+    ram,
+    sce,
+    arcee_fusion,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}
