@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from pymerge.config_checks import HUB_REFERENCE, PASSED_OVER, Checker, places, same_model
+from pymerge.config_slices import check_parts
 from pymerge.errors import CheckpointError, ConfigError
 from pymerge.layers import Kind, Rule
 from pymerge.methods.base import Method, Parameter, Values
@@ -68,6 +69,44 @@ class ModelEntry(_Strict):
     parameters: dict[str, Setting] = Field(default_factory=dict)
 
 
+def _layer_range(value: Any) -> Any:
+    whole = isinstance(value, (list, tuple)) and all(type(bound) is int for bound in value)
+    if not whole or len(value) != 2 or not 0 <= value[0] < value[1]:
+        raise ValueError("two whole numbers, the first layer and the one behind the last, as in [0, 16]")
+    return tuple(value)
+
+
+class SourceEntry(ModelEntry):
+    """One model of a slice, and which of its layers: from layer_range[0] to before layer_range[1]."""
+
+    layer_range: Annotated[tuple[int, int], BeforeValidator(_layer_range)]
+
+
+class SliceEntry(_Strict):
+    """Layers of the output that are merged from as many layers of each source."""
+
+    sources: tuple[SourceEntry, ...]
+    base_model: Annotated[StrictStr, Field(min_length=1)] | None = None
+    parameters: dict[str, Setting] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _equally_many(self) -> SliceEntry:
+        counts = [source.layer_range[1] - source.layer_range[0] for source in self.sources]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"of sources with equally many layers, not {' and '.join(map(str, counts))}; correct a layer_range"
+            )
+        return self
+
+
+class ModuleEntry(_Strict):
+    """One tower of a model with several (vision_tower, text_decoder, ...): whole, or in slices."""
+
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[SliceEntry, ...] = ()
+    parameters: dict[str, Setting] = Field(default_factory=dict)
+
+
 class LayerRule(_Strict):
     """What the tensors are whose name `pattern` finds; it overrides what pymerge.layers would say."""
 
@@ -88,7 +127,9 @@ class MergeConfig(_Strict):
 
     merge_method: StrictStr
     base_model: Annotated[StrictStr, Field(min_length=1)] | None = None
-    models: tuple[ModelEntry, ...]
+    models: tuple[ModelEntry, ...] = ()  # with slices or modules: every model of theirs, once
+    slices: tuple[SliceEntry, ...] = ()
+    modules: dict[str, ModuleEntry] = Field(default_factory=dict)
     parameters: dict[str, Setting] = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
@@ -120,6 +161,18 @@ class MergeConfig(_Strict):
         return tuple(self._document.report(self._document.warnings))
 
     @property
+    def donor(self) -> str:
+        """The model that gives config.json, tokenizer and the names of tensors."""
+        slices = [*self.slices, *(entry for module in self.modules.values() for entry in module.slices)]
+        bases = [self.base_model, *(entry.base_model for entry in slices)]
+        return next((base for base in bases if base is not None), None) or self.models[0].model
+
+    def at(self, *location: str | int) -> str:
+        """The place of a key or item, for messages: file, line, and path inside."""
+        line = self._document.line(location)
+        return f"{self.name}:{line}: {show(location)}" if line else f"{self.name}: {show(location)}"
+
+    @property
     def rules(self) -> tuple[Rule, ...]:
         """`layers` as pymerge.layers.classify takes them."""
         return tuple(Rule(rule.pattern, rule.kind, rule.in_axis, rule.stacked) for rule in self.layers)
@@ -143,11 +196,16 @@ def load_config(source: str | Path | Mapping[str, Any], *, directory: Path | Non
         document = read_yaml_file(Path(source).expanduser())
     if directory is not None:
         document.directory = directory
+    return read_config(document)
+
+
+def read_config(document: Document) -> MergeConfig:
+    """Check a config that has been parsed. Raises ConfigError as `load_config`."""
     if not isinstance(document.data, dict):
         document.add((), "the config is not a mapping; start with 'merge_method: ...' and 'models:'")
         document.finish()
     checker = Checker(document)
-    raw = checker.check()
+    raw = check_parts(checker.check(), checker, document)
     config = None
     try:
         config = MergeConfig.model_validate(raw)
@@ -171,21 +229,27 @@ def participants(config: MergeConfig, method: Method) -> tuple[int, ...]:
 
 
 def resolve(
-    config: MergeConfig, method: Method, tensor_name: str, position: float, model_indices: Sequence[int]
+    config: MergeConfig,
+    method: Method,
+    tensor_name: str,
+    position: float,
+    model_indices: Sequence[int],
+    input_names: Sequence[str] | None = None,
 ) -> Values:
     """Parameter values of one tensor, with mergekit's precedence: the model's, the top level's, the default.
 
     Args:
         position: t in [0, 1] of the tensor's block (pymerge.layers.positions), for gradients.
         model_indices: the models that take part, in order (see `participants`).
+        input_names: what each of these models calls the tensor, for filters of its parameters; default: the same.
 
     Raises:
         ConfigError: a required parameter has only filters, and none fits this tensor.
     """
 
-    def one(parameter: Parameter, levels: Sequence[Mapping[str, Setting]], owner: str) -> Any:
+    def one(parameter: Parameter, levels: Sequence[Mapping[str, Setting]], name: str, owner: str) -> Any:
         for level in levels:
-            if parameter.name in level and (value := level[parameter.name].value(tensor_name, position)) is not None:
+            if parameter.name in level and (value := level[parameter.name].value(name, position)) is not None:
                 return value
         if parameter.required:
             raise ConfigError(
@@ -195,13 +259,15 @@ def resolve(
         return parameter.default
 
     merge, model = {}, {}
+    entries = [config.models[i] for i in model_indices]
+    names = input_names or [tensor_name] * len(entries)
     for parameter in method.parameters:
         if parameter.scope == "merge":
-            merge[parameter.name] = one(parameter, [config.parameters], "")
+            merge[parameter.name] = one(parameter, [config.parameters], tensor_name, "")
             continue
-        entries = [config.models[i] for i in model_indices]
         model[parameter.name] = tuple(
-            one(parameter, [entry.parameters, config.parameters], f" of model {entry.model!r}") for entry in entries
+            one(parameter, [entry.parameters, config.parameters], name, f" of model {entry.model!r}")
+            for entry, name in zip(entries, names, strict=True)
         )
     return Values(merge, model)
 
@@ -236,14 +302,20 @@ def hub_reference(config: MergeConfig, name: str) -> tuple[str, str | None] | No
 
 def canonical(config: MergeConfig) -> dict[str, Any]:
     """JSON-able form for fingerprints: equal for equal configs, whatever their order and comments."""
+    plain = config.model_dump(mode="json", exclude={"models", "slices", "modules", "parameters"})
+    parts: dict[str, Any] = {"models": config.models, "parameters": config.parameters}
+    parts |= {name: part for name in ("slices", "modules") if (part := getattr(config, name))}
+    return dict(sorted((plain | {name: _canonical(part) for name, part in parts.items()}).items()))
 
-    def settings(parameters: Mapping[str, Setting]) -> dict[str, Any]:
-        return {name: parameters[name].canonical() for name in sorted(parameters)}
 
-    plain = config.model_dump(mode="json", exclude={"models", "parameters"})
-    plain["models"] = [{"model": e.model, "parameters": settings(e.parameters)} for e in config.models]
-    plain["parameters"] = settings(config.parameters)
-    return dict(sorted(plain.items()))
+def _canonical(part: Any) -> Any:
+    if isinstance(part, Setting):
+        return part.canonical()
+    if isinstance(part, BaseModel):
+        return {name: _canonical(value) for name, value in part if value not in (None, ())}
+    if isinstance(part, Mapping):
+        return {name: _canonical(part[name]) for name in sorted(part)}
+    return [_canonical(item) for item in part] if isinstance(part, tuple) else part
 
 
 _EXPECTED = {
@@ -253,7 +325,13 @@ _EXPECTED = {
     "model_type": "a mapping",
     "string_too_short": "a path",
 }
-_FIELDS: dict[str | int, type[BaseModel]] = {"models": ModelEntry, "layers": LayerRule}
+_FIELDS: dict[str | int, type[BaseModel]] = {
+    "models": ModelEntry,
+    "sources": SourceEntry,
+    "slices": SliceEntry,
+    "modules": ModuleEntry,
+    "layers": LayerRule,
+}
 
 
 def _describe(detail: Mapping[str, Any], method: Method | None) -> str:
@@ -275,7 +353,8 @@ def _describe(detail: Mapping[str, Any], method: Method | None) -> str:
 
 
 def _hint(key: str, around: Location, method: Method | None) -> str:
-    fields = (_FIELDS[around[0]] if around else MergeConfig).model_fields
+    keys = [part for part in around if part in _FIELDS]
+    fields = (_FIELDS[keys[-1]] if keys else MergeConfig).model_fields
     if around[:1] != ("layers",) and method and any(parameter.name == key for parameter in method.parameters):
         return f"it is a parameter of {method.name!r}: put it under 'parameters'"
     if near := nearest(key, [*fields, *(() if around else PASSED_OVER)]):

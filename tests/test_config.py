@@ -131,7 +131,8 @@ def test_parameter_problem(line: str, expected: str) -> None:
     ("line", "expected"),
     [
         ("parameters: [scale]", "parameters is ['scale']; write names and values"),
-        ("slices: []", "'slices' is not supported yet; list whole models under 'models'"),
+        ("slices: []", "'slices' stands beside 'models'; keep one of them"),
+        ("modules: {}", "'modules' stands beside 'models'; keep one of them"),
         ("tokenizer_source: union", "tokenizer_source 'union' is not supported yet; write 'base'"),
         ("tokeniser_source: base", "unknown key 'tokeniser_source'; did you mean 'tokenizer_source'?"),
         ("chat_template: auto", "chat_template is not supported yet"),
