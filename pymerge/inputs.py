@@ -57,8 +57,8 @@ class Inputs:
         return {path: stamp for checkpoint in self.all for path, stamp in checkpoint.stamps.items()}
 
 
-def open_inputs(config: MergeConfig, method: Method) -> Inputs:
-    """Open the base and all models that take part.
+def open_inputs(config: MergeConfig, method: Method, planned: Mapping[str, Checkpoint] | None = None) -> Inputs:
+    """Open the base and all models that take part; those that are `planned` will be written before the merge runs.
 
     Raises:
         PlanError: some cannot be opened (all of them are named), no base for a method that needs one, or no expert.
@@ -70,16 +70,19 @@ def open_inputs(config: MergeConfig, method: Method) -> Inputs:
         raise PlanError([f"only the base is listed under models; list the experts that {method.name!r} shall merge"])
     names = [config.models[index].model for index in chosen]
     donor = config.base_model or names[0]
-    opened = open_models(config, [donor, *names])
+    opened = open_models(config, [donor, *names], planned)
     return Inputs(opened[donor], tuple(opened[name] for name in names))
 
 
-def open_models(config: MergeConfig, names: Iterable[str]) -> dict[str, Checkpoint]:
+def open_models(
+    config: MergeConfig, names: Iterable[str], planned: Mapping[str, Checkpoint] | None = None
+) -> dict[str, Checkpoint]:
     """Open the models of these names. Raises PlanError, which names all that cannot be opened."""
     problems: list[str] = []
-    opened: dict[str, Checkpoint] = {}
-    remote = [name for name in dict.fromkeys(names) if hub_reference(config, name)]
-    local = [name for name in dict.fromkeys(names) if name not in remote]
+    names = list(dict.fromkeys(names))
+    opened = {name: checkpoint for name, checkpoint in (planned or {}).items() if name in names}
+    remote = [name for name in names if name not in opened and hub_reference(config, name)]
+    local = [name for name in names if name not in opened and name not in remote]
     for group in (local, remote):  # nothing is downloaded for a merge in which a model on this machine is wrong
         for name in group:
             try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pymerge import env, pieces
@@ -102,6 +103,25 @@ class Plan:
             "peak_memory": self.peak_memory,
         }
 
+    def checkpoint(self, out: Path) -> Checkpoint:
+        """The output as it will be in the folder `out`, for plans of what is merged from it."""
+        tensors = {
+            tensor.name: TensorEntry(
+                tensor.name, tensor.dtype, tensor.shape, out / layout.file, tensor.offset, tensor.nbytes
+            )
+            for layout in self.layouts
+            for tensor in layout.tensors
+        }
+        config = json.loads(self.config_json) if self.config_json else {}
+        return Checkpoint(
+            out,
+            files=tuple(out / layout.file for layout in self.layouts),
+            tensors=tensors,
+            config=config,
+            other_files=self.inputs.donor.other_files,
+            stamps={},
+        )
+
     def identity(self, backend: str, device: str, processor: str) -> dict[str, str]:
         """All that decides the bytes of the output, by name: versions, config, inputs, layout, backend, device."""
         headers = hashlib.sha256(b"".join(layout.header for layout in self.layouts))
@@ -123,6 +143,7 @@ def build_plan(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
+    planned: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
     """Plan a merge from the config and the headers of its inputs.
 
@@ -131,6 +152,7 @@ def build_plan(
         budget: the memory that the merge may use.
         max_shard_bytes: size above which a new output file is started.
         dtype: output dtype ("float32", ...), instead of the config's.
+        planned: models, by their names in the config, that will be written before the merge runs (`Plan.checkpoint`).
 
     Raises:
         PlanError: with everything that is wrong: missing, extra or misshapen tensors, dtypes, memory.
@@ -138,8 +160,8 @@ def build_plan(
         ArgumentError: an unknown `dtype`.
     """
     method = get_method(config.merge_method)
-    assembly = arrange(config, method) if config.slices or config.modules else None
-    inputs = assembly.inputs if assembly else open_inputs(config, method)
+    assembly = arrange(config, method, planned) if config.slices or config.modules else None
+    inputs = assembly.inputs if assembly else open_inputs(config, method, planned)
     problems: list[str] = []
     donor = inputs.donor
     described = {name: (entry.dtype, entry.shape) for name, entry in donor.tensors.items()}

@@ -74,13 +74,16 @@ class Assembly:
         return Matched(replace(self.inputs, donor=output), names, list(dict.fromkeys(warnings)), parts)
 
 
-def arrange(config: MergeConfig, method: Method) -> Assembly:
+def arrange(config: MergeConfig, method: Method, planned: Mapping[str, Checkpoint] | None = None) -> Assembly:
     """Open the models of a config with slices or modules, and find the tensors of each section.
+
+    Args:
+        planned: models that will be written before the merge runs.
 
     Raises:
         PlanError: a model that cannot be opened; layers that a model has not; towers that cannot be told apart.
     """
-    opened = open_models(config, [config.donor, *(entry.model for entry in config.models)])
+    opened = open_models(config, [config.donor, *(entry.model for entry in config.models)], planned)
     builder = _Builder(config, method, opened)
     if config.slices:
         builder.add_slices()

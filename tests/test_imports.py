@@ -41,7 +41,8 @@ ARROWS = {
     "layer_counts": "",
     "sources": "layers checkpoint towers",
     "slices": (
-        "errors methods layers checkpoint settings yaml_lines config_checks config inputs layer_counts sources tied towers"
+        "errors methods layers checkpoint settings yaml_lines config_checks config inputs layer_counts sources tied "
+        "towers"
     ),
     "memory": "errors units",
     "steps": "methods layers checkpoint pieces",
@@ -60,11 +61,13 @@ ARROWS = {
         "errors env units methods layers checkpoint finite config memory pieces backends planner progress report "
         "sampling engine"
     ),
+    "stages": "errors env checkpoint config config_checks memory planner report units yaml_lines api",
+    "tensor_table": "planner steps",
     "views": "env units methods layers backends planner steps",
     "wemoe": "errors env ops checkpoint backends",
     "testing": "errors env ops methods backends api",
-    "__init__": "errors env planner report api wemoe",
-    "cli": "errors checkpoint logs progress recheck api views",
+    "__init__": "errors env planner report api stages wemoe",
+    "cli": "errors checkpoint logs progress recheck api stages tensor_table views",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.
