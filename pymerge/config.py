@@ -323,6 +323,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "tuple_type": "a list",
     "model_type": "a mapping",
+    "dict_type": "a mapping",
     "string_too_short": "a path",
 }
 _FIELDS: dict[str | int, type[BaseModel]] = {

@@ -40,7 +40,8 @@ OPTIONS = {
     ),
     "plan": "--tensors --json --memory --max-shard-size --dtype --log-json --help",
     "multi": (
-        "--intermediate-dir --device --backend --memory --max-shard-size --dry-run --overwrite --quiet --log-json --help"
+        "--intermediate-dir --device --backend --memory --max-shard-size --dry-run --overwrite --quiet --log-json "
+        "--help"
     ),
     "verify": "--allow-nonfinite --deep --quiet --log-json --help",
     "methods": "--help",

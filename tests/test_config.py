@@ -110,7 +110,7 @@ def test_misindented_weight_is_pointed_at() -> None:
         ("scale: 1" + 400 * "0", "it must be a number that fits a float"),
         ("scale: ", "parameters.scale is empty"),
         ("scale: []", "parameters.scale is an empty list"),
-        ("scale: {filter: a, value: 1}", "parameters.scale is a mapping; make it a list"),
+        ("scale: {filter: a}", "parameters.scale has no 'value'; add one"),
         (
             "scale: [{filter: a, value: 1, valeu: 1}]",
             "unknown key 'valeu' in parameters.scale[0]; did you mean 'value'?",
