@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pymerge.checkpoint import Checkpoint, TensorEntry, is_float
-from pymerge.config import MergeConfig, ModelEntry, SliceEntry, SourceEntry, participants
+from pymerge.config import MergeConfig, participants
 from pymerge.config_checks import same_model
+from pymerge.config_entries import ModelEntry, SliceEntry, SourceEntry
 from pymerge.errors import PlanError
 from pymerge.inputs import Inputs, Matched, Matcher, Part, find_tied, listed, open_models
 from pymerge.layer_counts import NoLayerCountError, resized
@@ -310,7 +311,7 @@ def _unlike(donor: Checkpoint, output: Checkpoint) -> list[str]:
     """Tensors whose rows are those of another model than the one that config.json is of."""
     return [
         f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, and config.json is that of {donor.path}, "
-        f"where it has {list(donor.tensors[name].shape)}; take the model of the first slice as base_model"
+        f"where it has {list(donor.tensors[name].shape)}; take models of one vocabulary for first and last slice"
         for name, entry in output.tensors.items()
         if entry.shape != donor.tensors[name].shape
     ]

@@ -31,7 +31,8 @@ ARROWS = {
     "settings": "errors methods yaml_lines",
     "config_checks": "errors methods settings yaml_lines",
     "config_slices": "config_checks yaml_lines",
-    "config": "errors methods layers settings config_checks config_slices yaml_lines",
+    "config_entries": "layers settings",
+    "config": "errors methods layers settings config_checks config_entries config_slices yaml_lines",
     "pieces": "layers methods ops",
     "prefixes": "",
     "tied": "layers checkpoint",
@@ -41,8 +42,8 @@ ARROWS = {
     "layer_counts": "",
     "sources": "layers checkpoint towers",
     "slices": (
-        "errors methods layers checkpoint settings yaml_lines config_checks config inputs layer_counts sources tied "
-        "towers"
+        "errors methods layers checkpoint settings yaml_lines config_checks config_entries config inputs layer_counts "
+        "sources tied towers"
     ),
     "memory": "errors units",
     "steps": "methods layers checkpoint pieces",

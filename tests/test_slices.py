@@ -272,6 +272,16 @@ def test_problems_of_bases_and_architectures(models: Path, weights: dict[str, Te
     assert "0 lists of layers (no numbered modules)" in problem(models, [part(source(str(tmp_path / "flat"), 0, 2))])
 
 
+def test_slices_of_models_with_other_vocabularies_are_refused(models: Path, tmp_path: Path) -> None:
+    longer = llama(vocabulary=40)
+    write_model(tmp_path / "longer", longer, config=llama_config(longer))
+    slices = [part(source("a", 0, 2)), part(source(str(tmp_path / "longer"), 0, 2))]
+    assert "vocabularies of different sizes; set vocabulary: base" in problem(models, slices)
+    text = problem(models, slices, vocabulary="base")
+    assert "tensor 'lm_head.weight' has shape [40, 16], and config.json is that of" in text
+    assert "take models of one vocabulary for first and last slice" in text
+
+
 def test_what_has_no_effect_is_said(models: Path) -> None:
     raw = {"merge_method": "passthrough", "slices": [part(source("a", 0, 2), residual_weight=0.5)]}
     plan = api.plan(yaml.safe_dump(_with_paths(raw, models)))
