@@ -23,7 +23,7 @@ from pymerge.methods.base import Method
 from pymerge.settings import Setting
 from pymerge.sources import Source, classified, read_source
 from pymerge.tied import embedding_of
-from pymerge.towers import is_first, stacks, towers
+from pymerge.towers import is_first, shared_tensors, stacks, towers
 from pymerge.yaml_lines import Location
 
 
@@ -188,7 +188,8 @@ class _Builder:
     ) -> None:
         """Slices of a tower: what stands before its layers goes with the first slice, what stands behind with the
         last."""
-        loose = [name for name in names if self._layers[name].index is None]
+        shared = shared_tensors(self._layers)
+        loose = [name for name in names if self._layers[name].index is None or name in shared]
         before = [name for name in loose if is_first(name, self._layers[name])]
         behind = [name for name in loose if name not in before]
         self._tensors |= {name: self._donor.tensors[name] for name in before}

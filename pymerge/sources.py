@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pymerge.checkpoint import Checkpoint, TensorEntry
 from pymerge.layers import Layer, classify
-from pymerge.towers import stacks
+from pymerge.towers import shared_tensors, stacks
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,18 @@ def read_source(checkpoint: Checkpoint, donor: Checkpoint, blocks: str, others: 
     if prefix is None:
         return None
     lost, added = prefix
+    path = lost + blocks[len(added) :]
+    shared = shared_tensors(layers)
     source = Source(checkpoint)
     for name, entry in checkpoint.tensors.items():
         layer = layers[name]
         renamed = name
         if name not in donor.tensors and name.startswith(lost):
             renamed = added + name[len(lost) :]
-        if layer.index is not None and layer.blocks == lost + blocks[len(added) :]:
+        if layer.index is not None and layer.blocks == path and name not in shared:
             rest = name[len(f"{layer.blocks}.{layer.index}") :]
             source.layers.setdefault(layer.index, {})[rest] = entry
-        elif layer.blocks not in others:
+        elif layer.blocks == path or layer.blocks not in others:
             source.loose[renamed] = entry
     return source
 

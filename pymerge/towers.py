@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from pymerge.layers import Kind, Layer
@@ -30,6 +31,19 @@ def is_first(name: str, layer: Layer) -> bool:
     """Whether a tensor outside the layers stands before them (embeddings and what is in their modules), not behind."""
     words = (word for part in name.lower().split(".") for word in part.split("_"))
     return layer.kind is Kind.EMBEDDING or any(_FIRST_WORDS.match(word) for word in words)
+
+
+def shared_tensors(layers: Mapping[str, Layer]) -> set[str]:
+    """Embeddings that one layer has for all: T5's first layer has the relative positions of its whole stack."""
+    counts = stacks(layers)
+    inside = {name: layer for name, layer in layers.items() if layer.index is not None}
+    kinds = {name: (layer.blocks, name[len(f"{layer.blocks}.{layer.index}") :]) for name, layer in inside.items()}
+    found = Counter(kinds.values())
+    return {
+        name
+        for name, layer in inside.items()
+        if layer.kind is Kind.EMBEDDING and found[kinds[name]] == 1 and counts[layer.blocks] > 1
+    }
 
 
 def towers(modules: list[str], layers: Mapping[str, Layer], heads: Mapping[str, str]) -> dict[str, list[str]]:

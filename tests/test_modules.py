@@ -103,6 +103,31 @@ def test_slices_of_one_module(models: Path) -> None:
     assert config["vision_config"] == VLM["vision_config"]
 
 
+def test_what_the_first_layer_has_for_all_stays_there(tmp_path: Path) -> None:
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    query = "encoder.block.{}.layer.0.SelfAttention.q.weight"
+    generator = torch.Generator().manual_seed(0)
+    names = ["shared.weight", bias, *(query.format(number) for number in range(3)), "encoder.final_layer_norm.weight"]
+    base = {name: torch.randn((8,) if "norm" in name else (8, 8), generator=generator) for name in names}
+    other = fine_tuned(base, 1, 0.5)
+    for name, tensors in (("a", base), ("b", other)):
+        write_model(tmp_path / name, tensors, config={"num_layers": 3, "num_decoder_layers": 3})
+    slices = [
+        {"sources": [{"model": "b", "layer_range": [1, 3]}]},
+        {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+    ]
+    config = {"merge_method": "passthrough", "base_model": "a", "slices": slices}
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(config))
+    api.merge(tmp_path / "merge.yml", tmp_path / "out", device="cpu", progress=False)
+    found = load_output(tmp_path / "out")
+    assert sorted(found) == sorted({*names, query.format(3)})
+    assert torch.equal(found[bias], other[bias])
+    origins = [other[query.format(1)], other[query.format(2)], base[query.format(0)], base[query.format(1)]]
+    assert all(torch.equal(found[query.format(number)], tensor) for number, tensor in enumerate(origins))
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written == {"num_layers": 4, "num_decoder_layers": 3}
+
+
 def test_problems_of_modules(models: Path) -> None:
     rest = {"models": [{"model": "a"}]}
 
