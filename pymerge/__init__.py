@@ -10,10 +10,21 @@ if TYPE_CHECKING:
     from pymerge.errors import PymergeError
     from pymerge.planner import Plan
     from pymerge.report import MergeReport
+    from pymerge.stages import multi
 
     __version__: str
 
-__all__ = ["MergeReport", "Plan", "PymergeError", "merge", "merge_state_dicts", "merge_tensors", "plan", "wemoe"]
+__all__ = [
+    "MergeReport",
+    "Plan",
+    "PymergeError",
+    "merge",
+    "merge_state_dicts",
+    "merge_tensors",
+    "multi",
+    "plan",
+    "wemoe",
+]
 
 _HOMES = {
     "MergeReport": "pymerge.report",
@@ -22,6 +33,7 @@ _HOMES = {
     "merge": "pymerge.api",
     "merge_state_dicts": "pymerge.api",
     "merge_tensors": "pymerge.api",
+    "multi": "pymerge.stages",
     "plan": "pymerge.api",
 }
 

@@ -88,10 +88,13 @@ def align(
     settings = config.tokenizer
     if settings is None and config.chat_template is None:
         return Aligned(inputs, TokenPlan())
-    models = _named_models(inputs, config, method)
+    assembled = bool(config.slices or config.modules)
+    models = _assembled_models(inputs, config) if assembled else _named_models(inputs, config, method)
     template = _template(config, models, warnings)
     carried = models[0].files
-    if settings is None:
+    if settings is not None and assembled:
+        _check_same(models, settings, config)
+    if settings is None or assembled:
         return Aligned(inputs, plan_files(tokenizer_files(None, carried, template), carried))
     token_models, tables = _token_models(models, layers, names, settings, warnings)
     source = _source(config, settings, token_models)
@@ -133,6 +136,36 @@ def _named_models(inputs: Inputs, config: MergeConfig, method: Method) -> list[_
             files = read_files(checkpoint.path, checkpoint.other_files)
             found[checkpoint.path] = _Named(name, config.place(*place), checkpoint, files)
     return list(found.values())
+
+
+def _assembled_models(inputs: Inputs, config: MergeConfig) -> list[_Named]:
+    """The donor of an output that is put together from slices or modules, then the other models."""
+    found = []
+    for checkpoint in inputs.all:
+        files = read_files(checkpoint.path, checkpoint.other_files)
+        found.append(_Named(str(checkpoint.path), config.name, checkpoint, files))
+    return found
+
+
+def _check_same(models: Sequence[_Named], settings: TokenizerSettings, config: MergeConfig) -> None:
+    """Raise PlanError unless all models have one vocabulary: rows of slices and modules are not gathered."""
+    place = config.place(settings.key)
+    if settings.tokens or settings.pad_to_multiple_of is not None:
+        raise PlanError(
+            [f"{place}: tokens and pad_to_multiple_of work with models, not with slices or modules; delete them"]
+        )
+    read = read_vocabularies({model.checkpoint.path: model.files for model in models})
+    first = read[models[0].checkpoint.path]
+    for path, vocabulary in read.items():
+        if isinstance(vocabulary, CheckpointError):
+            raise PlanError([f"{place}: {vocabulary}, or delete {settings.key}"]) from vocabulary
+        if isinstance(first, Vocabulary) and vocabulary.ids != first.ids:
+            raise PlanError(
+                [
+                    f"{place}: slices and modules need models of one vocabulary, and that of {path} is another "
+                    f"than that of {first.folder}; give the models one vocabulary first, in merges of their own"
+                ]
+            )
 
 
 def _template(config: MergeConfig, models: Sequence[_Named], warnings: list[str]) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pymerge import engine, env, pieces
 from pymerge.backends import Dispatcher, check_backend
 from pymerge.checkpoint import TORCH_DTYPES, code_of
-from pymerge.config import load_config
+from pymerge.config import MergeConfig, load_config
 from pymerge.errors import ArgumentError, NonFiniteError
 from pymerge.finite import is_finite
 from pymerge.layers import Kind, Layer, classify
@@ -29,7 +29,7 @@ from pymerge.units import parse_bytes
 
 
 def plan(
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, Any] | MergeConfig,
     *,
     device: str | torch.device = "auto",
     memory: int | str | None = None,
@@ -56,7 +56,7 @@ def plan(
     target = resolve_device(device)
     check_backend("auto", target)
     planned = build_plan(
-        load_config(config),
+        config if isinstance(config, MergeConfig) else load_config(config),
         budget(target, None if memory is None else parse_bytes(memory)),
         max_shard_bytes=parse_bytes(max_shard_size),
         dtype=dtype,
@@ -65,7 +65,7 @@ def plan(
 
 
 def merge(
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, Any] | MergeConfig,
     out: str | Path,
     *,
     device: str | torch.device = "auto",

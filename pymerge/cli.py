@@ -1,4 +1,4 @@
-"""The command line: merge, plan, report, verify, methods, env, demo, bench."""
+"""The command line: merge, multi, plan, report, verify, methods, env, demo, bench."""
 
 from __future__ import annotations
 
@@ -149,29 +149,98 @@ def merge(
 
 
 @app.command()
+def multi(
+    config: Annotated[Path, typer.Argument(help="YAML file of several configs, separated by ---.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Argument(help="Directory of the config without a name.", show_default=False)
+    ] = None,
+    intermediate_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--intermediate-dir", "-I", help="Directory of the outputs with a name.", show_default="OUT.stages"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    backend: Annotated[Backend | None, typer.Option(help="Which kernels compute.", show_default="auto")] = None,
+    memory: Memory = None,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plans and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other merges in the outputs.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    log_json: LogJson = None,
+) -> None:
+    """Run the merges of CONFIG, each with a `name` by which later ones use its output; the one without goes to OUT.
+
+    The same command continues what was interrupted, and verifies what is finished.
+    """
+    with _reported(), recording(log_json):
+        from pymerge import stages
+        from pymerge.views import plan_view
+
+        if dry_run:
+            found = stages.read_stages(config, out, intermediate_dir)
+            plans = stages.plan_stages(found, device=device, memory=memory, max_shard_size=max_shard_size)
+            for stage, planned in zip(found, plans, strict=True):
+                _out.print(f"{stage.name or 'without name'}: into {stage.out}", style="bold", markup=False)
+                _out.print(plan_view(planned))
+            return
+        reports = stages.multi(
+            config,
+            out,
+            intermediate_dir=intermediate_dir,
+            device=device,
+            backend=backend.value if backend else None,
+            memory=memory,
+            progress=not quiet,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+        if not quiet:
+            for report in reports:
+                _print_warnings(report.warnings)
+                for line in report.lines():
+                    _out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def plan(
     config: Config,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="A row for every tensor: what it is made from, with which parameters.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same and the totals as JSON.")] = False,
     memory: Memory = None,
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
     log_json: LogJson = None,
 ) -> None:
-    """Show what a merge would read, compute and write, from the files' headers alone."""
+    """Check a config, and show what a merge would read, compute and write, from the files' headers alone."""
     with _reported(), recording(log_json):
-        _show_plan(config, memory, max_shard_size, dtype)
+        _show_plan(config, memory, max_shard_size, dtype, form="json" if as_json else "tensors" if tensors else "")
 
 
 def _show_plan(
-    config: Path, memory: str | None, max_shard_size: str, dtype: OutputDtype | None, device: str = "auto"
+    config: Path,
+    memory: str | None,
+    max_shard_size: str,
+    dtype: OutputDtype | None,
+    device: str = "auto",
+    form: str = "",
 ) -> None:
-    from pymerge import api
+    from pymerge import api, tensor_table
     from pymerge.views import plan_view
 
     planned = api.plan(
         config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype.value if dtype else None
     )
     event("plan", f"{planned.method.name}: {len(planned.steps)} tensors", **planned.summary())
-    _out.print(plan_view(planned))
+    if form == "json":
+        sys.stdout.write(tensor_table.plan_json(planned) + "\n")
+    elif form == "tensors":
+        _out.print(tensor_table.tensor_view(planned))
+    else:
+        _out.print(plan_view(planned))
+        _out.print(tensor_table.group_view(planned), soft_wrap=True)
 
 
 @app.command()

@@ -7,89 +7,31 @@ of a config are reported together.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    StrictBool,
-    StrictStr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, PrivateAttr, StrictBool, StrictStr, ValidationError
 
 from pymerge.config_checks import HUB_REFERENCE, Checker, places, same_model
+from pymerge.config_entries import Dtype, LayerRule, ModelEntry, ModuleEntry, SliceEntry, SourceEntry, Strict
+from pymerge.config_slices import check_parts
 from pymerge.errors import CheckpointError, ConfigError
-from pymerge.layers import Kind, Rule
+from pymerge.layers import Rule
 from pymerge.methods.base import Method, Parameter, Values
 from pymerge.settings import Setting
 from pymerge.tokenizers import TokenizerSettings
 from pymerge.yaml_lines import Document, Location, from_mapping, nearest, parse_yaml, read_yaml_file, show
 
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
-
-def _dtype(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    name = value.removeprefix("torch.")
-    return _DTYPES.get(name, name)
-
-
-def _regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"a regular expression ({error})") from error
-    return pattern
-
-
-def _axis(value: Any) -> Any:
-    return str(value) if isinstance(value, bool) else value  # True == 1, but is no axis
-
-
-Dtype = Annotated[Literal["float32", "float16", "bfloat16", "float64"], BeforeValidator(_dtype)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelEntry(_Strict):
-    """One model of the merge: its folder, and parameters for it alone."""
-
-    model: StrictStr = Field(min_length=1)
-    parameters: dict[str, Setting] = Field(default_factory=dict)
-
-
-class LayerRule(_Strict):
-    """What the tensors are whose name `pattern` finds; it overrides what pymerge.layers would say."""
-
-    pattern: Annotated[StrictStr, AfterValidator(_regex)]
-    kind: Kind
-    in_axis: Annotated[Literal[0, 1], BeforeValidator(_axis)] | None = None
-    stacked: StrictBool | None = None
-
-    @model_validator(mode="after")
-    def _only_linear(self) -> LayerRule:
-        if self.kind is not Kind.LINEAR and (self.in_axis is not None or self.stacked is not None):
-            raise ValueError("of kind 'linear' to have in_axis or stacked")
-        return self
-
-
-class MergeConfig(_Strict):
+class MergeConfig(Strict):
     """A config whose every key and value has been checked against its method. Made by `load_config`."""
 
     merge_method: StrictStr
     base_model: Annotated[StrictStr, Field(min_length=1)] | None = None
-    models: tuple[ModelEntry, ...]
+    models: tuple[ModelEntry, ...] = ()  # with slices or modules: every model of theirs, once
+    slices: tuple[SliceEntry, ...] = ()
+    modules: dict[str, ModuleEntry] = Field(default_factory=dict)
     parameters: dict[str, Setting] = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
@@ -128,6 +70,18 @@ class MergeConfig(_Strict):
         return f"{self.name}:{line}" if line else f"{self.name}: {show(location)}"
 
     @property
+    def donor(self) -> str:
+        """The model that gives config.json, tokenizer and the names of tensors."""
+        slices = [*self.slices, *(entry for module in self.modules.values() for entry in module.slices)]
+        bases = [self.base_model, *(entry.base_model for entry in slices)]
+        return next((base for base in bases if base is not None), None) or self.models[0].model
+
+    def at(self, *location: str | int) -> str:
+        """The place of a key or item, for messages: file, line, and path inside."""
+        line = self._document.line(location)
+        return f"{self.name}:{line}: {show(location)}" if line else f"{self.name}: {show(location)}"
+
+    @property
     def rules(self) -> tuple[Rule, ...]:
         """`layers` as pymerge.layers.classify takes them."""
         return tuple(Rule(rule.pattern, rule.kind, rule.in_axis, rule.stacked) for rule in self.layers)
@@ -151,11 +105,16 @@ def load_config(source: str | Path | Mapping[str, Any], *, directory: Path | Non
         document = read_yaml_file(Path(source).expanduser())
     if directory is not None:
         document.directory = directory
+    return read_config(document)
+
+
+def read_config(document: Document) -> MergeConfig:
+    """Check a config that has been parsed. Raises ConfigError as `load_config`."""
     if not isinstance(document.data, dict):
         document.add((), "the config is not a mapping; start with 'merge_method: ...' and 'models:'")
         document.finish()
     checker = Checker(document)
-    raw = checker.check()
+    raw = check_parts(checker.check(), checker, document)
     config = None
     try:
         config = MergeConfig.model_validate(raw)
@@ -179,21 +138,27 @@ def participants(config: MergeConfig, method: Method) -> tuple[int, ...]:
 
 
 def resolve(
-    config: MergeConfig, method: Method, tensor_name: str, position: float, model_indices: Sequence[int]
+    config: MergeConfig,
+    method: Method,
+    tensor_name: str,
+    position: float,
+    model_indices: Sequence[int],
+    input_names: Sequence[str] | None = None,
 ) -> Values:
     """Parameter values of one tensor, with mergekit's precedence: the model's, the top level's, the default.
 
     Args:
         position: t in [0, 1] of the tensor's block (pymerge.layers.positions), for gradients.
         model_indices: the models that take part, in order (see `participants`).
+        input_names: what each of these models calls the tensor, for filters of its parameters; default: the same.
 
     Raises:
         ConfigError: a required parameter has only filters, and none fits this tensor.
     """
 
-    def one(parameter: Parameter, levels: Sequence[Mapping[str, Setting]], owner: str) -> Any:
+    def one(parameter: Parameter, levels: Sequence[Mapping[str, Setting]], name: str, owner: str) -> Any:
         for level in levels:
-            if parameter.name in level and (value := level[parameter.name].value(tensor_name, position)) is not None:
+            if parameter.name in level and (value := level[parameter.name].value(name, position)) is not None:
                 return value
         if parameter.required:
             raise ConfigError(
@@ -203,13 +168,15 @@ def resolve(
         return parameter.default
 
     merge, model = {}, {}
+    entries = [config.models[i] for i in model_indices]
+    names = input_names or [tensor_name] * len(entries)
     for parameter in method.parameters:
         if parameter.scope == "merge":
-            merge[parameter.name] = one(parameter, [config.parameters], "")
+            merge[parameter.name] = one(parameter, [config.parameters], tensor_name, "")
             continue
-        entries = [config.models[i] for i in model_indices]
         model[parameter.name] = tuple(
-            one(parameter, [entry.parameters, config.parameters], f" of model {entry.model!r}") for entry in entries
+            one(parameter, [entry.parameters, config.parameters], name, f" of model {entry.model!r}")
+            for entry, name in zip(entries, names, strict=True)
         )
     return Values(merge, model)
 
@@ -244,14 +211,20 @@ def hub_reference(config: MergeConfig, name: str) -> tuple[str, str | None] | No
 
 def canonical(config: MergeConfig) -> dict[str, Any]:
     """JSON-able form for fingerprints: equal for equal configs, whatever their order and comments."""
+    plain = config.model_dump(mode="json", exclude={"models", "slices", "modules", "parameters"})
+    parts: dict[str, Any] = {"models": config.models, "parameters": config.parameters}
+    parts |= {name: part for name in ("slices", "modules") if (part := getattr(config, name))}
+    return dict(sorted((plain | {name: _canonical(part) for name, part in parts.items()}).items()))
 
-    def settings(parameters: Mapping[str, Setting]) -> dict[str, Any]:
-        return {name: parameters[name].canonical() for name in sorted(parameters)}
 
-    plain = config.model_dump(mode="json", exclude={"models", "parameters"})
-    plain["models"] = [{"model": e.model, "parameters": settings(e.parameters)} for e in config.models]
-    plain["parameters"] = settings(config.parameters)
-    return dict(sorted(plain.items()))
+def _canonical(part: Any) -> Any:
+    if isinstance(part, Setting):
+        return part.canonical()
+    if isinstance(part, BaseModel):
+        return {name: _canonical(value) for name, value in part if value not in (None, ())}
+    if isinstance(part, Mapping):
+        return {name: _canonical(part[name]) for name in sorted(part)}
+    return [_canonical(item) for item in part] if isinstance(part, tuple) else part
 
 
 _EXPECTED = {
@@ -259,9 +232,16 @@ _EXPECTED = {
     "bool_type": "true or false",
     "tuple_type": "a list",
     "model_type": "a mapping",
+    "dict_type": "a mapping",
     "string_too_short": "a path",
 }
-_FIELDS: dict[str | int, type[BaseModel]] = {"models": ModelEntry, "layers": LayerRule}
+_FIELDS: dict[str | int, type[BaseModel]] = {
+    "models": ModelEntry,
+    "sources": SourceEntry,
+    "slices": SliceEntry,
+    "modules": ModuleEntry,
+    "layers": LayerRule,
+}
 
 
 def _describe(detail: Mapping[str, Any], method: Method | None) -> str:
@@ -283,7 +263,8 @@ def _describe(detail: Mapping[str, Any], method: Method | None) -> str:
 
 
 def _hint(key: str, around: Location, method: Method | None) -> str:
-    fields = (_FIELDS[around[0]] if around else MergeConfig).model_fields
+    keys = [part for part in around if part in _FIELDS]
+    fields = (_FIELDS[keys[-1]] if keys else MergeConfig).model_fields
     if around[:1] != ("layers",) and method and any(parameter.name == key for parameter in method.parameters):
         return f"it is a parameter of {method.name!r}: put it under 'parameters'"
     if near := nearest(key, [*fields, *(() if around else ("tokenizer_source",))]):

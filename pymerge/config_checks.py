@@ -17,17 +17,16 @@ from pymerge.yaml_lines import Document, Location, nearest, show
 
 # Keys of mergekit's formats that are known and not supported: what to do instead.
 _UNSUPPORTED = {
-    "slices": "list whole models under 'models'",
-    "modules": "list whole models under 'models'",
-    "name": "delete it, and give each merge its own file",
+    "name": "it names a stage of `pymerge multi`: run that, or delete the key",
     "experts": "mergekit-moe configs build another architecture; list whole models under 'models'",
     "gate_mode": "mergekit-moe configs build another architecture; list whole models under 'models'",
-    "residual_weight": "delete it: it has no effect in mergekit either",
 }
+# What is merged: exactly one of these, in a module one of the first two.
+FORMS = ("models", "slices", "modules")
 # A model of the Hugging Face Hub, at a branch, a tag or a commit. Paths of more parts, or with dots first, are none.
 HUB_REFERENCE = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _UNSUPPORTED_OF_MODEL = {
-    "layer_range": "delete it: whole models are merged",
+    "layer_range": "delete it, or list the model as a source under 'slices'",
     "lora": "merge the adapter into its model first and name the result",
     "revision": "give a folder, or a name of the Hugging Face Hub as in org/name@revision",
     "override_architecture": "delete it: tensors are matched by name and shape",
@@ -54,22 +53,49 @@ class Checker:
         self._document = document
         self._raw: dict[str, Any] = dict(document.data)
         self.method = self._find_method()
+        self.given: set[str] = set()  # names of the top-level parameters
 
     def check(self) -> dict[str, Any]:
-        """The raw config with settings parsed and references made plain, for the typed models."""
+        """The raw config with settings parsed and references made plain, for the typed models.
+
+        `slices` and `modules` are as they were: see pymerge.config_slices.
+        """
         raw = self._raw
         self._refuse_unsupported(raw, _UNSUPPORTED, ())
         self._take_random_seed()
-        given = self._settings(raw, ())
-        raw["base_model"] = self._reference(raw.get("base_model"), ("base_model",))
+        self.given = self.settings(raw, (), shared=True)
+        raw["base_model"] = self.reference(raw.get("base_model"), ("base_model",))
+        self.one_form(raw, FORMS, ())
         if isinstance(raw.get("models"), list):
-            read = [self._model(entry, ("models", i)) for i, entry in enumerate(raw["models"])]
-            raw["models"] = [entry for entry, _ in read]
-            if not read:
-                self._document.add(("models",), "models is empty; list the models to merge")
-            self._check_models(raw["base_model"], given, read)
-        take_tokenizer(raw, self._document, self._reference, self._model_names(raw))
+            raw["models"] = self.models(raw["models"], ("models",), raw["base_model"], self.given)
+        take_tokenizer(raw, self._document, self.reference, self._model_names(raw))
         return raw
+
+    def one_form(self, raw: dict[str, Any], forms: Sequence[str], location: Location) -> None:
+        """Exactly one of models, slices, modules; what is too much is taken out."""
+        given = [form for form in forms if raw.get(form) is not None]
+        inside = f" in {show(location)}" if location else ""
+        if not given:
+            *first, last = (f"'{form}: ...'" for form in forms)
+            problem = f"{forms[0]!r} is missing{inside}; add {', '.join(first)} or {last}"
+            self._document.add(location, problem)
+        for form in given[1:]:
+            problem = f"{form!r} stands beside {given[0]!r}{inside}; keep one of them"
+            self._document.add((*location, form), problem)
+            del raw[form]
+
+    def models(self, entries: list[Any], location: Location, base: Any, given: set[str]) -> list[Any]:
+        """A list of models (of a merge, a module, or as sources of a slice) with the settings of each.
+
+        Args:
+            given: names of the parameters that stand above it.
+        """
+        sources = location[-1] == "sources"
+        read = [self._model(entry, (*location, i), sources) for i, entry in enumerate(entries)]
+        if not read:
+            self._document.add(location, f"{show(location)} is empty; list the models to merge")
+        self._check_models(base, given, read, location)
+        return [entry for entry, _ in read]
 
     def _find_method(self) -> Method | None:
         name = self._raw.get("merge_method")
@@ -106,8 +132,12 @@ class Checker:
         elif isinstance(parameters, dict):
             self._raw["parameters"] = {**parameters, "random_seed": seed}
 
-    def _settings(self, raw: dict[str, Any], location: Location) -> set[str]:
-        """Replace raw["parameters"] by parsed settings; returns the names given, right or wrong."""
+    def settings(self, raw: dict[str, Any], location: Location, *, shared: bool) -> set[str]:
+        """Replace raw["parameters"] by parsed settings; returns the names given, right or wrong.
+
+        Args:
+            shared: parameters of all models may stand here; False for those of one model.
+        """
         inside = (*location, "parameters")
         if "parameters" not in raw:
             return set()
@@ -125,7 +155,7 @@ class Checker:
         for name in given:
             if name not in known:
                 self._document.add((*inside, name), self._unknown_parameter(name, known))
-            elif location and known[name].scope == "merge":
+            elif not shared and known[name].scope == "merge":
                 problem = f"parameter {name!r} in {show(inside)} is one of the whole merge"
                 self._document.add((*inside, name), f"{problem}; move it to the top-level 'parameters'")
             else:
@@ -152,16 +182,17 @@ class Checker:
             hint = "its parameters: " + ", ".join(known)
         return f"unknown parameter {name!r} of {own!r}; {hint}"
 
-    def _model(self, entry: Any, location: Location) -> tuple[Any, set[str]]:
+    def _model(self, entry: Any, location: Location, source: bool) -> tuple[Any, set[str]]:
         if not isinstance(entry, dict):
             return entry, set()
         entry = dict(entry)
-        self._refuse_unsupported(entry, _UNSUPPORTED_OF_MODEL, location)
+        refused = {key: remedy for key, remedy in _UNSUPPORTED_OF_MODEL.items() if key != "layer_range" or not source}
+        self._refuse_unsupported(entry, refused, location)
         if "model" in entry:
-            entry["model"] = self._reference(entry["model"], (*location, "model"))
-        return entry, self._settings(entry, location)
+            entry["model"] = self.reference(entry["model"], (*location, "model"))
+        return entry, self.settings(entry, location, shared=False)
 
-    def _reference(self, value: Any, location: Location) -> Any:
+    def reference(self, value: Any, location: Location) -> Any:
         """A model's path; mergekit's mapping {model: {path: ...}} is taken too."""
         if isinstance(value, dict):
             value = dict(value)
@@ -173,7 +204,7 @@ class Checker:
             for unknown in [other for other in value if other != key]:
                 problem = f"unknown key {unknown!r} in {show(location)}; write the model's path alone"
                 self._document.add((*location, unknown), problem)
-            return self._reference(value.get(key), (*location, key))
+            return self.reference(value.get(key), (*location, key))
         if isinstance(value, str) and not (
             HUB_REFERENCE.fullmatch(value)
             or any(os.path.exists(path) for path in places(value, self._document.directory))
@@ -184,14 +215,17 @@ class Checker:
                     self._document.add(location, f"{problem}; {_UNSUPPORTED_OF_MODEL[key]}")
         return value
 
-    def _check_models(self, base: Any, given: set[str], read: Sequence[tuple[Any, set[str]]]) -> None:
+    def _check_models(
+        self, base: Any, given: set[str], read: Sequence[tuple[Any, set[str]]], location: Location
+    ) -> None:
         """Base present, models beside it, none twice, and every required parameter given."""
         method, document = self.method, self._document
         if method is None:
             return
+        around = location[:-1]
         if method.needs_base and base is None:
             problem = f"'base_model' is missing, and {method.name!r} works on differences from it"
-            document.add((), f"{problem}; add 'base_model: ...'")
+            document.add(around, f"{problem}; add 'base_model: ...'")
         first: dict[str, int] = {}
         merged: list[str] = []
         for i, (entry, own) in enumerate(read):
@@ -199,7 +233,8 @@ class Checker:
             if not isinstance(name, str):
                 continue
             if name in first:
-                self._document.warn(("models", i), f"models[{i}] is models[{first[name]}] again: {name!r} counts twice")
+                text = f"{show((*location, i))} is {show((*location, first[name]))} again: {name!r} counts twice"
+                self._document.warn((*location, i), text)
             first.setdefault(name, i)
             if method.needs_base and isinstance(base, str) and same_model(name, base):
                 continue
@@ -208,12 +243,14 @@ class Checker:
                 if parameter.required and parameter.scope == "model" and parameter.name not in own | given:
                     problem = f"model {name!r} has no {parameter.name!r}, which {method.name!r} requires"
                     remedy = "add it under this model's 'parameters', or for all models under the top-level ones"
-                    document.add(("models", i), f"{problem}; {remedy}")
+                    document.add((*location, i), f"{problem}; {remedy}")
         for parameter in method.parameters:
             if parameter.required and parameter.scope == "merge" and parameter.name not in given:
-                document.add((), f"{method.name!r} requires {parameter.name!r}; add it under 'parameters'")
+                document.add(around, f"{method.name!r} requires {parameter.name!r}; add it under 'parameters'")
+        if location[-1] == "sources":  # a slice of the base alone is a copy of its layers
+            return
         if read and all(isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry, _ in read):
             if not merged:
-                document.add(("models",), "models lists only the base; add the models to merge")
+                document.add(location, f"{show(location)} lists only the base; add the models to merge")
             elif wrong := method.wrong_count(merged):
-                document.add(("models",), wrong)
+                document.add(location, wrong)

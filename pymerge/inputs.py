@@ -9,7 +9,7 @@ from pathlib import Path
 from pymerge.checkpoint import Checkpoint, fetch, is_float, is_float8, open_checkpoint
 from pymerge.config import MergeConfig, hub_reference, model_path, participants
 from pymerge.errors import CheckpointError, PlanError
-from pymerge.layers import Kind, Layer, classify, is_head_name
+from pymerge.layers import Kind, Layer, classify, is_head_name, positions
 from pymerge.methods.base import Method
 from pymerge.prefixes import AmbiguousPrefix, find_prefix, nearest_prefix, renamed
 from pymerge.tied import embedding_of, same_values, tied_tensors, ties
@@ -57,8 +57,8 @@ class Inputs:
         return {path: stamp for checkpoint in self.all for path, stamp in checkpoint.stamps.items()}
 
 
-def open_inputs(config: MergeConfig, method: Method) -> Inputs:
-    """Open the base and all models that take part.
+def open_inputs(config: MergeConfig, method: Method, planned: Mapping[str, Checkpoint] | None = None) -> Inputs:
+    """Open the base and all models that take part; those that are `planned` will be written before the merge runs.
 
     Raises:
         PlanError: some cannot be opened (all of them are named), no base for a method that needs one, or no expert.
@@ -70,10 +70,19 @@ def open_inputs(config: MergeConfig, method: Method) -> Inputs:
         raise PlanError([f"only the base is listed under models; list the experts that {method.name!r} shall merge"])
     names = [config.models[index].model for index in chosen]
     donor = config.base_model or names[0]
+    opened = open_models(config, [donor, *names], planned)
+    return Inputs(opened[donor], tuple(opened[name] for name in names))
+
+
+def open_models(
+    config: MergeConfig, names: Iterable[str], planned: Mapping[str, Checkpoint] | None = None
+) -> dict[str, Checkpoint]:
+    """Open the models of these names. Raises PlanError, which names all that cannot be opened."""
     problems: list[str] = []
-    opened: dict[str, Checkpoint] = {}
-    remote = [name for name in dict.fromkeys([donor, *names]) if hub_reference(config, name)]
-    local = [name for name in dict.fromkeys([donor, *names]) if name not in remote]
+    names = list(dict.fromkeys(names))
+    opened = {name: checkpoint for name, checkpoint in (planned or {}).items() if name in names}
+    remote = [name for name in names if name not in opened and hub_reference(config, name)]
+    local = [name for name in names if name not in opened and name not in remote]
     for group in (local, remote):  # nothing is downloaded for a merge in which a model on this machine is wrong
         for name in group:
             try:
@@ -82,7 +91,7 @@ def open_inputs(config: MergeConfig, method: Method) -> Inputs:
                 problems.append(str(error))
         if problems:
             raise PlanError(problems)
-    return Inputs(opened[donor], tuple(opened[name] for name in names))
+    return opened
 
 
 def _open(config: MergeConfig, name: str) -> Checkpoint:
@@ -94,36 +103,67 @@ def _open(config: MergeConfig, name: str) -> Checkpoint:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Tensors of the output that are merged from the same models: all of them, or those of a slice.
+
+    `config` has the part's own models, base and parameters; `experts` are the models that take part, with their
+    tensors under the output's names; `positions` has t in [0, 1] for each of its tensors, for gradients. Layer i of the
+    output is layer i + shift of an expert, if there are `shifts`.
+    """
+
+    config: MergeConfig
+    experts: tuple[Checkpoint, ...]
+    positions: Mapping[str, float]
+    shifts: tuple[int, ...] = ()
+
+    def input_names(self, name: str, layer: Layer) -> list[str]:
+        """What each expert calls this tensor of the output."""
+        shifts = self.shifts or (0,) * len(self.experts)
+        if layer.index is None:
+            return [name] * len(shifts)
+        rest = name[len(f"{layer.blocks}.{layer.index}") :]
+        return [f"{layer.blocks}.{layer.index + shift}{rest}" for shift in shifts]
+
+
+@dataclass(frozen=True)
 class Matched:
     """Inputs whose experts have their tensors under the donor's names; `names` are those of the output, in the
-    donor's file order."""
+    donor's file order, `parts` has the part that each belongs to."""
 
     inputs: Inputs
     names: list[str]
     warnings: list[str]
+    parts: Mapping[str, Part]
 
 
 def match_tensors(inputs: Inputs, layers: Mapping[str, Layer], config: MergeConfig, problems: list[str]) -> Matched:
     """Hold the experts against the donor, tensor by tensor; what does not fit is added to `problems`."""
     donor = inputs.donor
     warnings = [note for checkpoint in inputs.all for note in checkpoint.notes]
+    tied = find_tied(donor, layers, warnings)
+    names = [name for name in donor.tensors if name not in tied]
+    merged = [name for name in names if layers[name].kind is not Kind.BUFFER]
+    for name in merged:
+        _check_dtype(donor, name, problems)
+    matcher = Matcher(donor, layers, config, tied, merged, problems, warnings)
+    experts = tuple(expert if expert.path == donor.path else matcher.match(expert) for expert in inputs.experts)
+    part = Part(config, experts, positions(layers, donor.config))
+    return Matched(Inputs(donor, experts), names, list(dict.fromkeys(warnings)), dict.fromkeys(names, part))
+
+
+def find_tied(donor: Checkpoint, layers: Mapping[str, Layer], warnings: list[str]) -> dict[str, str]:
+    """Tensors of the donor that are not written, because transformers makes them from another one: name -> that."""
     tied = tied_tensors(donor, layers)
     for name in tied:
         if not same_values(donor, name, tied[name]):
             warnings.append(_differs(donor, name, tied[name]))
     if tied:
         warnings.append(f"{listed(tied)}: tied to the embedding, written once, with the embedding")
-    names = [name for name in donor.tensors if name not in tied]
-    merged = [name for name in names if layers[name].kind is not Kind.BUFFER]
-    for name in merged:
-        _check_dtype(donor, name, problems)
-    matcher = _Matcher(donor, layers, config, tied, merged, problems, warnings)
-    experts = tuple(expert if expert.path == donor.path else matcher.match(expert) for expert in inputs.experts)
-    return Matched(Inputs(donor, experts), names, list(dict.fromkeys(warnings)))
+    return tied
 
 
 @dataclass
-class _Matcher:
+class Matcher:
     """Fits one expert after the other to the donor."""
 
     donor: Checkpoint
@@ -245,7 +285,7 @@ class _Matcher:
         theirs, ours = expert.tensors[name], self.donor.tensors[name]
         if theirs.shape == ours.shape:
             return
-        where = f"{theirs.file}: tensor {name!r} has shape {list(theirs.shape)}, in {self.donor.path} it has"
+        where = f"{theirs.file}: tensor {theirs.name!r} has shape {list(theirs.shape)}, in {self.donor.path} it has"
         if not is_token_table(name, self.layers, self.donor.tensors, expert.tensors):
             self.problems.append(
                 f"{where} {list(ours.shape)}; merge only models of the same architecture and vocabulary"

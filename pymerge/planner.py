@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pymerge import env, pieces
@@ -22,13 +23,14 @@ from pymerge.checkpoint import (
 )
 from pymerge.config import MergeConfig, canonical, participants, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
-from pymerge.inputs import Inputs, listed, match_tensors, open_inputs
-from pymerge.layers import Kind, Layer, classify, positions, unused_rules
+from pymerge.inputs import Inputs, Part, listed, match_tensors, open_inputs
+from pymerge.layers import Kind, Layer, classify, unused_rules
 from pymerge.memory import Budget
 from pymerge.methods import get_method
 from pymerge.methods.average import Copy, element_count
-from pymerge.methods.base import Action, Method
+from pymerge.methods.base import Action, Method, Values
 from pymerge.schedule import CHUNK_ELEMENTS, Forecast, batches, fit, forecast
+from pymerge.slices import arrange
 from pymerge.steps import Step
 from pymerge.tokenizers import TokenPlan
 from pymerge.vocabulary import rows_of
@@ -104,6 +106,25 @@ class Plan:
             "peak_memory": self.peak_memory,
         }
 
+    def checkpoint(self, out: Path) -> Checkpoint:
+        """The output as it will be in the folder `out`, for plans of what is merged from it."""
+        tensors = {
+            tensor.name: TensorEntry(
+                tensor.name, tensor.dtype, tensor.shape, out / layout.file, tensor.offset, tensor.nbytes
+            )
+            for layout in self.layouts
+            for tensor in layout.tensors
+        }
+        config = json.loads(self.config_json) if self.config_json else {}
+        return Checkpoint(
+            out,
+            files=tuple(out / layout.file for layout in self.layouts),
+            tensors=tensors,
+            config=config,
+            other_files=self.inputs.donor.other_files,
+            stamps={},
+        )
+
     def identity(self, backend: str, device: str, processor: str) -> dict[str, str]:
         """All that decides the bytes of the output, by name: versions, config, inputs, layout, backend, device."""
         headers = hashlib.sha256(b"".join(layout.header for layout in self.layouts))
@@ -127,6 +148,7 @@ def build_plan(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
+    planned: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
     """Plan a merge from the config and the headers of its inputs.
 
@@ -135,6 +157,7 @@ def build_plan(
         budget: the memory that the merge may use.
         max_shard_bytes: size above which a new output file is started.
         dtype: output dtype ("float32", ...), instead of the config's.
+        planned: models, by their names in the config, that will be written before the merge runs (`Plan.checkpoint`).
 
     Raises:
         PlanError: with everything that is wrong: missing, extra or misshapen tensors, dtypes, memory.
@@ -142,7 +165,8 @@ def build_plan(
         ArgumentError: an unknown `dtype`.
     """
     method = get_method(config.merge_method).given(config.base_model is not None)
-    inputs = open_inputs(config, method)
+    assembly = arrange(config, method, planned) if config.slices or config.modules else None
+    inputs = assembly.inputs if assembly else open_inputs(config, method, planned)
     problems: list[str] = []
     donor = inputs.donor
     described = {name: (entry.dtype, entry.shape) for name, entry in donor.tensors.items()}
@@ -151,7 +175,7 @@ def build_plan(
         f"{config.name}: layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
         for pattern in unused_rules(layers, config.rules)
     ]
-    matched = match_tensors(inputs, layers, config, problems)
+    matched = assembly.match(layers, problems) if assembly else match_tensors(inputs, layers, config, problems)
     if problems:
         raise PlanError(problems)
     names, warnings = matched.names, matched.warnings
@@ -169,14 +193,13 @@ def build_plan(
         [(name, _output_dtype(stored[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
         max_shard_bytes,
     )
-    places = positions(layers, donor.config)
     steps = []
     wrong: dict[str, list[str]] = {}  # the same mistake is often made for many tensors
     for shard in placed:
         for tensor in shard.tensors:
             layer, entry = layers[tensor.name], donor.tensors[tensor.name]
             try:
-                action, experts = _action(config, method, inputs, tensor.name, layer, places[tensor.name])
+                action, experts, values = _action(matched.parts[tensor.name], method, tensor.name, layer)
             except (ArgumentError, ConfigError) as error:
                 wrong.setdefault(str(error), []).append(tensor.name)
                 continue
@@ -197,6 +220,7 @@ def build_plan(
                         offset=tensor.offset + (tensor.nbytes - nbytes if rows.start else 0),
                         nbytes=nbytes,
                         pieces=tuple(pieces.split(layer, action_here, rows.base.shape, CHUNK_ELEMENTS)),
+                        values=values,
                     )
                 )
     if wrong:
@@ -228,16 +252,18 @@ def _flat(canonical_config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _action(
-    config: MergeConfig, method: Method, inputs: Inputs, name: str, layer: Layer, position: float
-) -> tuple[Action, tuple[TensorEntry, ...]]:
-    """The action of one tensor and the entries of the experts that it reads."""
-    if layer.kind is Kind.BUFFER:
-        return Copy(), ()
-    values = resolve(config, method, name, position, participants(config, method))
-    action = method.action(name, layer.solvable, values, len(inputs.experts))
+    part: Part, method: Method, name: str, layer: Layer
+) -> tuple[Action, tuple[TensorEntry, ...], Values | None]:
+    """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
+    if layer.kind is Kind.BUFFER or not part.experts:
+        return Copy(), (), None
+    chosen = participants(part.config, method)
+    names = part.input_names(name, layer)
+    values = resolve(part.config, method, name, part.positions[name], chosen, names)
+    action = method.action(name, layer.solvable, values, len(part.experts))
     if isinstance(action, Copy):
-        return action, ()
-    return action, tuple(expert.tensors[name] for expert in inputs.experts)
+        return action, (), values
+    return action, tuple(expert.tensors[name] for expert in part.experts), values
 
 
 def _output_dtype(entry: TensorEntry, layer: Layer, wanted: str | None) -> str:

@@ -71,11 +71,7 @@ def parse_setting(raw: Any, parameter: Parameter, location: Location, document: 
     if isinstance(raw, list) and any(isinstance(item, dict) for item in raw):
         entries = [_entry(item, parameter, (*location, i), document) for i, item in enumerate(raw)]
     elif isinstance(raw, dict):
-        document.add(
-            location,
-            f"{show(location)} is a mapping; make it a list: '- filter: ...' and under it 'value: ...'",
-        )
-        entries = []
+        entries = [_entry(raw, parameter, location, document)]
     else:
         entries = [Entry(_value(raw, parameter, location, document))]
     return Setting(tuple(entries)) if len(document.problems) == before else None

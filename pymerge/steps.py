@@ -9,7 +9,7 @@ from pymerge import pieces
 from pymerge.checkpoint import ITEM_SIZES, TensorEntry, memory_item_size
 from pymerge.layers import Layer
 from pymerge.methods.average import element_count
-from pymerge.methods.base import Action
+from pymerge.methods.base import Action, Values
 from pymerge.pieces import Piece
 
 
@@ -43,6 +43,7 @@ class Step:
     offset: int  # of the first byte in the output file
     nbytes: int
     pieces: tuple[Piece, ...]
+    values: Values | None = None  # the parameters that the action was made from; None for a copy
 
     @property
     def inputs(self) -> tuple[TensorEntry, ...]:

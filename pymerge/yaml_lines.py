@@ -88,33 +88,58 @@ def read_yaml_file(path: Path) -> Document:
     Raises:
         ConfigError: the file is missing, not a plain file, too large, not UTF-8, or not plain YAML.
     """
+    document = parse_yaml(read_text(path), str(path))
+    document.directory = path.resolve().parent
+    return document
+
+
+def read_text(path: Path) -> str:
+    """The text of a YAML file of at most 1 MB. Raises ConfigError as `read_yaml_file`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path}: not a file; name the config's YAML file")
         if status.st_size > MAX_BYTES:
             raise ConfigError(f"{path}: {status.st_size} bytes is too large for a config, at most {MAX_BYTES}")
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the config's path") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    document = parse_yaml(text, str(path))
-    document.directory = path.resolve().parent
-    return document
 
 
 def parse_yaml(text: str, name: str) -> Document:
     """Parse YAML text; `name` stands for the file in messages. ConfigError if it is not plain YAML."""
-    document = Document(name, text=text)
+    return _parse(text, name, lambda loader: [loader.get_single_node()])[0]
+
+
+def parse_documents(text: str, name: str) -> list[Document]:
+    """Parse the documents of a text, separated by ---, leaving out empty ones; lines count from the start of the text.
+
+    Raises ConfigError as `parse_yaml`.
+    """
+    return [document for document in _parse(text, name, _all_nodes) if document.data is not None]
+
+
+def _all_nodes(loader: _Loader) -> list[yaml.Node | None]:
+    nodes = []
+    while loader.check_node():
+        nodes.append(loader.get_node())
+    return nodes
+
+
+def _parse(text: str, name: str, nodes_of: Callable[[_Loader], list[yaml.Node | None]]) -> list[Document]:
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{name}: {len(text)} characters is too large for a config, at most {MAX_BYTES}")
     loader = None
+    documents = []
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is not None:
-            document.data = _Builder(loader, document).build(node, ())
+        for node in nodes_of(loader):
+            document = Document(name, text=text)
+            if node is not None:
+                document.data = _Builder(loader, document).build(node, ())
+            documents.append(document)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -126,13 +151,13 @@ def parse_yaml(text: str, name: str) -> Document:
     finally:
         if loader is not None:
             loader.dispose()
-    return document
+    return documents
 
 
 def _reason(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or error.context or "not YAML"
     if "expected a single document" in (error.context or ""):
-        return "more than one YAML document; keep one, and give each merge its own file"
+        return "more than one YAML document; run them with `pymerge multi`, or keep one"
     if isinstance(error, yaml.constructor.ConstructorError):
         return f"{problem}; use plain YAML without tags"
     return f"not valid YAML: {problem}; check indentation, colons and quotes"

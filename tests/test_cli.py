@@ -38,7 +38,11 @@ OPTIONS = {
         "--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --profile --quiet --verbose "
         "--log-json --help"
     ),
-    "plan": "--memory --max-shard-size --dtype --log-json --help",
+    "plan": "--tensors --json --memory --max-shard-size --dtype --log-json --help",
+    "multi": (
+        "--intermediate-dir --device --backend --memory --max-shard-size --dry-run --overwrite --quiet --log-json "
+        "--help"
+    ),
     "verify": "--allow-nonfinite --deep --quiet --log-json --help",
     "methods": "--help",
     "env": "--help",

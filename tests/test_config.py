@@ -110,7 +110,7 @@ def test_misindented_weight_is_pointed_at() -> None:
         ("scale: 1" + 400 * "0", "it must be a number that fits a float"),
         ("scale: ", "parameters.scale is empty"),
         ("scale: []", "parameters.scale is an empty list"),
-        ("scale: {filter: a, value: 1}", "parameters.scale is a mapping; make it a list"),
+        ("scale: {filter: a}", "parameters.scale has no 'value'; add one"),
         (
             "scale: [{filter: a, value: 1, valeu: 1}]",
             "unknown key 'valeu' in parameters.scale[0]; did you mean 'value'?",
@@ -131,7 +131,8 @@ def test_parameter_problem(line: str, expected: str) -> None:
     ("line", "expected"),
     [
         ("parameters: [scale]", "parameters is ['scale']; write names and values"),
-        ("slices: []", "'slices' is not supported yet; list whole models under 'models'"),
+        ("slices: []", "'slices' stands beside 'models'; keep one of them"),
+        ("modules: {}", "'modules' stands beside 'models'; keep one of them"),
         ("tokenizer_source: [union]", "tokenizer_source is ['union']; write union, base, or the path of a model"),
         ("tokenizer: {sauce: base}", "unknown key 'sauce' in tokenizer; did you mean 'source'?"),
         ("tokenizer: {pad_to_multiple_of: 0}", "tokenizer.pad_to_multiple_of is 0; it must be a whole number"),

@@ -31,18 +31,27 @@ ARROWS = {
     "settings": "errors methods yaml_lines",
     "tokenizers": "errors checkpoint yaml_lines",
     "config_checks": "errors methods settings tokenizers yaml_lines",
-    "config": "errors methods layers settings config_checks tokenizers yaml_lines",
+    "config_slices": "config_checks yaml_lines",
+    "config_entries": "layers settings",
+    "config": "errors methods layers settings config_checks config_entries config_slices tokenizers yaml_lines",
     "pieces": "layers methods ops",
     "prefixes": "",
     "tied": "layers checkpoint",
     "vocabulary": "layers checkpoint",
     "inputs": "errors methods layers checkpoint config prefixes tied vocabulary",
     "alignment": "errors methods layers checkpoint config inputs tokenizers vocabulary",
+    "towers": "layers",
+    "layer_counts": "",
+    "sources": "layers checkpoint towers",
+    "slices": (
+        "errors methods layers checkpoint settings yaml_lines config_checks config_entries config inputs layer_counts "
+        "sources tied towers"
+    ),
     "memory": "errors units",
     "steps": "methods layers checkpoint pieces",
     "schedule": "errors units methods checkpoint memory pieces steps",
     "planner": (
-        "errors env methods layers checkpoint config inputs memory pieces schedule steps tokenizers vocabulary "
+        "errors env methods layers checkpoint config inputs memory pieces schedule slices steps tokenizers vocabulary "
         "alignment"
     ),
     "progress": "",
@@ -59,13 +68,15 @@ ARROWS = {
         "errors env units methods layers checkpoint finite config memory pieces backends planner progress report "
         "sampling engine"
     ),
+    "stages": "errors env checkpoint config config_checks memory planner report units yaml_lines api",
+    "tensor_table": "planner steps",
     "names": "",
     "analysis": "errors env units names methods checkpoint config planner progress steps",
     "views": "env units names methods layers backends planner steps",
     "wemoe": "errors env ops checkpoint backends",
     "testing": "errors env ops methods backends api",
-    "__init__": "errors env planner report api wemoe",
-    "cli": "errors analysis checkpoint logs progress recheck api views",
+    "__init__": "errors env planner report api stages wemoe",
+    "cli": "errors analysis checkpoint logs progress recheck api stages tensor_table views",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.
