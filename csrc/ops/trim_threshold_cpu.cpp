@@ -134,7 +134,7 @@ public:
     }
 
 private:
-    std::int64_t left_;   // elements to be taken among those that start with the prefix
+    std::int64_t left_;       // elements to be taken among those that start with the prefix
     std::int64_t equal_ = 0;  // how many those are
     std::uint32_t prefix_ = 0;
     std::size_t bin_ = 0;  // the prefix's last digit
