@@ -51,13 +51,15 @@ private:
 
     PM_TARGET_CLONES static std::uint32_t largest_key(const float* delta, std::int64_t n) {
         std::uint32_t largest = 0;
-        for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, bit_copy<std::uint32_t>(delta[i]) & 0x7fffffffu);
+        for (std::int64_t i = 0; i < n; ++i) {
+            largest = std::max(largest, bit_copy<std::uint32_t>(delta[i]) & 0x7fffffffu);
+        }
         return largest;
     }
 
     // Rounding keeps the order: a larger magnitude is never in a lower bucket.
-    PM_TARGET_CLONES static void find_buckets(std::uint32_t* __restrict buckets, const float* __restrict delta, float scale,
-                                       std::uint32_t limit, std::int64_t n) {
+    PM_TARGET_CLONES static void find_buckets(std::uint32_t* __restrict buckets, const float* __restrict delta,
+                                              float scale, std::uint32_t limit, std::int64_t n) {
         for (std::int64_t i = 0; i < n; ++i) {
             const float place = bit_copy<float>(bit_copy<std::uint32_t>(delta[i]) & 0x7fffffffu) * scale;
             buckets[i] = std::min(static_cast<std::uint32_t>(static_cast<std::int32_t>(place)), limit);

@@ -117,8 +117,8 @@ void random_mask_cpu(const RandomMaskParams& p, int threads) {
     for (std::int64_t t = 0; t < p.count; ++t) {
         const bool ranked = p.lowest[t] != p.highest[t] && p.columns > 1;
         // Rows in groups that fill words.
-        const std::int64_t group = std::max<std::int64_t>(1, segment / std::max<std::int64_t>(1, word_bits * p.columns));
-        const std::int64_t rows = group * word_bits;
+        const std::int64_t together = std::max<std::int64_t>(1, word_bits * p.columns);
+        const std::int64_t rows = std::max<std::int64_t>(1, segment / together) * word_bits;
         const std::int64_t items = ranked ? chunk_count(p.rows, rows) : chunk_count(numel, segment);
         const auto limits = ranked ? limits_of(p.lowest[t], p.highest[t], p.columns) : std::vector<std::uint64_t>();
         std::vector<Norms> parts(static_cast<std::size_t>(items));

@@ -1,26 +1,35 @@
 #include "ops/trim_threshold.h"
 
 #include <array>
-#include <atomic>
+#include <bit>
 #include <vector>
 
+#include "common/bitmask.h"
 #include "common/check.h"
-#include "common/parallel.h"
 
 namespace pymerge {
 namespace {
 
 constexpr std::int64_t block_size = 2048;           // a block's delta and keys stay in the first-level cache
-constexpr std::int64_t segment = 128 * block_size;  // what one thread counts before it adds to the shared histogram
+constexpr std::int64_t segment = 128 * block_size;  // what is counted in one table
 
 struct Digit {
     int shift;
     int bits;
 };
-constexpr std::array<Digit, 3> digits{{{20, 11}, {9, 11}, {0, 9}}};  // of 31 bits, from the top
+constexpr std::array<Digit, 3> digits{{{20, 11}, {10, 10}, {0, 10}}};  // of 31 bits, from the top
 constexpr std::size_t bins = 1 << 11;
 
-using Histogram = std::vector<std::atomic<std::int64_t>>;
+using Table = std::array<std::uint32_t, bins>;
+
+PM_TARGET_CLONES void find_keys(std::uint32_t* __restrict keys, const float* __restrict delta, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(delta[i]);
+}
+
+PM_TARGET_CLONES void find_matching(std::uint32_t* __restrict flags, const std::uint32_t* __restrict keys,
+                                    std::uint32_t prefix, int shift, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) flags[i] = (keys[i] >> shift) == prefix;
+}
 
 // Calls f(keys, n, begin) for each block of a segment of one task.
 template <class F>
@@ -31,62 +40,106 @@ void for_each_block(const TrimThresholdParams& p, std::int64_t task, std::int64_
     for (std::int64_t at = begin; at < end; at += block_size) {
         const std::int64_t n = std::min(block_size, end - at);
         task_deltas(delta, p.base, p.experts[task], at, n);
-        for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(delta[i]);
+        find_keys(keys, delta, n);
         f(keys, n, at);
     }
 }
 
-// The keys that start with `prefix`, moved to the front; returns their number.
-std::int64_t matching(std::uint32_t* keys, std::int64_t n, std::uint32_t prefix, int shift) {
-    std::int64_t found = 0;
-    for (std::int64_t i = 0; i < n; ++i) {
-        const std::uint32_t key = keys[i];
-        keys[found] = key;
-        found += (key >> shift) == prefix;
-    }
-    return found;
-}
-
-void count_digits(const TrimThresholdParams& p, std::int64_t task, std::int64_t begin, std::uint32_t prefix,
-                  Digit digit, Histogram& total) {
-    // Two tables: neighbours often fall into the same bin, and would wait for each other's store.
-    std::uint32_t tables[2][bins] = {};
-    const std::uint32_t mask = (1u << digit.bits) - 1;
-    const int above = digit.shift + digit.bits;
-    for_each_block(p, task, begin, [&](std::uint32_t* keys, std::int64_t n, std::int64_t) {
-        const std::int64_t found = above == 31 ? n : matching(keys, n, prefix, above);
-        std::int64_t i = 0;
-        for (; i + 1 < found; i += 2) {
-            ++tables[0][(keys[i] >> digit.shift) & mask];
-            ++tables[1][(keys[i + 1] >> digit.shift) & mask];
+// Calls f(key) for the keys of a block that start with `prefix`.
+template <class F>
+void for_each_matching(const std::uint32_t* keys, std::int64_t n, std::uint32_t prefix, int shift, F&& f) {
+    std::uint32_t flags[block_size];
+    std::uint64_t words[block_size / 64] = {};
+    find_matching(flags, keys, prefix, shift, n);
+    std::fill(flags + n, flags + (n + 31) / 32 * 32, 0u);
+    pack_bits(reinterpret_cast<std::uint8_t*>(words), flags, n);
+    for (std::int64_t place = 0; place * 64 < n; ++place) {
+        for (std::uint64_t word = words[place]; word != 0; word &= word - 1) {
+            f(keys[place * 64 + std::countr_zero(word)]);
         }
-        if (i < found) ++tables[0][(keys[i] >> digit.shift) & mask];
-    });
-    for (std::size_t bin = 0; bin <= mask; ++bin) {
-        const std::int64_t sum = std::int64_t{tables[0][bin]} + tables[1][bin];
-        if (sum > 0) total[bin].fetch_add(sum, std::memory_order_relaxed);
     }
 }
 
-PM_TARGET_CLONES std::int64_t count_equal(const std::uint32_t* keys, std::int64_t n, std::uint32_t key) {
-    std::uint32_t equal = 0;
-    for (std::int64_t i = 0; i < n; ++i) equal += keys[i] == key;
-    return equal;
+void count_first_digit(const TrimThresholdParams& p, std::int64_t task, std::int64_t begin, Table& table) {
+    // Two tables: neighbours often fall into the same bin, and would wait for each other's store.
+    Table other{};
+    for_each_block(p, task, begin, [&](const std::uint32_t* keys, std::int64_t n, std::int64_t) {
+        std::int64_t i = 0;
+        for (; i + 1 < n; i += 2) {
+            ++table[keys[i] >> digits[0].shift];
+            ++other[keys[i + 1] >> digits[0].shift];
+        }
+        if (i < n) ++table[keys[i] >> digits[0].shift];
+    });
+    for (std::size_t bin = 0; bin < bins; ++bin) table[bin] += other[bin];
 }
 
-// Index behind the left-th element of this key.
-std::int64_t behind_tie(const TrimThresholdParams& p, std::int64_t task, std::uint32_t key, std::int64_t left,
-                        const std::int64_t* ties) {
-    std::int64_t place = 0;
-    while (ties[place] < left) left -= ties[place++];
+void count_digit(const TrimThresholdParams& p, std::int64_t task, std::int64_t begin, std::uint32_t prefix,
+                 Digit digit, Table& table) {
+    const std::uint32_t mask = (1u << digit.bits) - 1;
+    for_each_block(p, task, begin, [&](const std::uint32_t* keys, std::int64_t n, std::int64_t) {
+        for_each_matching(keys, n, prefix, digit.shift + digit.bits,
+                          [&](std::uint32_t key) { ++table[(key >> digit.shift) & mask]; });
+    });
+}
+
+// Index behind the left-th element of this key in a segment.
+std::int64_t behind_tie(const TrimThresholdParams& p, std::int64_t task, std::int64_t begin, std::uint32_t key,
+                        std::int64_t left) {
     std::int64_t end = 0;
-    for_each_block(p, task, place * segment, [&](const std::uint32_t* keys, std::int64_t n, std::int64_t begin) {
+    for_each_block(p, task, begin, [&](const std::uint32_t* keys, std::int64_t n, std::int64_t at) {
         for (std::int64_t i = 0; i < n && left > 0; ++i) {
-            if (keys[i] == key && --left == 0) end = begin + i + 1;
+            if (keys[i] == key && --left == 0) end = at + i + 1;
         }
     });
     return end;
 }
+
+// The selection of one task, digit by digit from the top.
+class Search {
+public:
+    Search(std::int64_t count, std::int64_t segments) : left_(count), tables_(static_cast<std::size_t>(segments)) {}
+
+    void count(const TrimThresholdParams& p, std::int64_t task, std::size_t place, Digit digit) {
+        Table& table = tables_[place];
+        table.fill(0);
+        const std::int64_t begin = static_cast<std::int64_t>(place) * segment;
+        if (digit.shift == digits[0].shift) {
+            count_first_digit(p, task, begin, table);
+        } else {
+            count_digit(p, task, begin, prefix_, digit, table);
+        }
+    }
+
+    void settle(Digit digit) {
+        bin_ = std::size_t{1} << digit.bits;
+        do {
+            --bin_;
+            equal_ = 0;
+            for (const Table& table : tables_) equal_ += table[bin_];
+            left_ -= equal_;
+        } while (left_ > 0);
+        left_ += equal_;
+        prefix_ = (prefix_ << digit.bits) | static_cast<std::uint32_t>(bin_);
+    }
+
+    std::int64_t key() const { return prefix_; }
+
+    std::int64_t end(const TrimThresholdParams& p, std::int64_t task) const {
+        if (left_ == equal_) return p.numel;
+        std::int64_t left = left_;
+        std::size_t place = 0;
+        while (tables_[place][bin_] < left) left -= tables_[place++][bin_];
+        return behind_tie(p, task, static_cast<std::int64_t>(place) * segment, prefix_, left);
+    }
+
+private:
+    std::int64_t left_;       // elements to be taken among those that start with the prefix
+    std::int64_t equal_ = 0;  // how many those are
+    std::uint32_t prefix_ = 0;
+    std::size_t bin_ = 0;  // the prefix's last digit
+    std::vector<Table> tables_;
+};
 
 }  // namespace
 
@@ -98,39 +151,20 @@ void trim_threshold_cpu(const TrimThresholdParams& p, int threads) {
                  "trim_threshold: an input is float64; use the reference");
     }
     const std::int64_t segments = chunk_count(p.numel, segment);
-    std::vector<std::uint32_t> prefixes(static_cast<std::size_t>(p.count), 0);
-    std::vector<std::int64_t> left(p.counts, p.counts + p.count);
-    std::vector<std::int64_t> equal(static_cast<std::size_t>(p.count), 0);
+    std::vector<Search> searches;
+    for (std::int64_t t = 0; t < p.count; ++t) searches.emplace_back(p.counts[t], segments);
     for (const Digit digit : digits) {
-        std::vector<Histogram> totals;
-        for (std::int64_t t = 0; t < p.count; ++t) totals.emplace_back(bins);
         // Tasks take turns, so that the base's segment is still in the cache.
         for_each_item(segments * p.count, threads, [&](std::int64_t item) {
-            const auto task = static_cast<std::size_t>(item % p.count);
-            count_digits(p, item % p.count, item / p.count * segment, prefixes[task], digit, totals[task]);
+            const std::int64_t task = item % p.count;
+            searches[static_cast<std::size_t>(task)].count(p, task, static_cast<std::size_t>(item / p.count), digit);
         });
-        for (std::size_t t = 0; t < totals.size(); ++t) {
-            std::size_t bin = (std::size_t{1} << digit.bits) - 1;
-            while (totals[t][bin] < left[t]) left[t] -= totals[t][bin--];
-            prefixes[t] = (prefixes[t] << digit.bits) | static_cast<std::uint32_t>(bin);
-            equal[t] = totals[t][bin];
-        }
+        for (Search& search : searches) search.settle(digit);
     }
-    std::vector<std::int64_t> ties(static_cast<std::size_t>(segments * p.count), 0);
-    for_each_item(segments * p.count, threads, [&](std::int64_t item) {
-        const std::int64_t task = item % p.count, place = item / p.count;
-        const auto t = static_cast<std::size_t>(task);
-        if (equal[t] == left[t]) return;
-        std::int64_t& sum = ties[static_cast<std::size_t>(task * segments + place)];
-        for_each_block(p, task, place * segment, [&](const std::uint32_t* keys, std::int64_t n, std::int64_t) {
-            sum += count_equal(keys, n, prefixes[t]);
-        });
-    });
-    for (std::int64_t task = 0; task < p.count; ++task) {
-        const auto t = static_cast<std::size_t>(task);
-        p.keys[task] = prefixes[t];
-        p.ends[task] = equal[t] == left[t] ? p.numel
-                                           : behind_tie(p, task, prefixes[t], left[t], ties.data() + task * segments);
+    for (std::int64_t t = 0; t < p.count; ++t) {
+        const Search& search = searches[static_cast<std::size_t>(t)];
+        p.keys[t] = search.key();
+        p.ends[t] = search.end(p, t);
     }
 }
 
