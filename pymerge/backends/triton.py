@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymerge.backends.batches import packed, rows_contiguous, weights_by_layer
 from pymerge.backends.triton_routed import on, routed_linear
 from pymerge.ops.wudi_adam import bias_corrections, rates
 
@@ -79,19 +80,17 @@ def task_gram(
         first = None if means is None else means.unsqueeze(0)
         return task_gram(base.unsqueeze(0), [expert.unsqueeze(0) for expert in experts], weights, first, dtype)[0]
     layers, _, columns = base.shape
-    if not isinstance(weights, Tensor):
-        weights = torch.tensor([list(weights)] * layers, dtype=torch.float64)
     common = experts[0].dtype if len({expert.dtype for expert in experts}) == 1 else torch.float32
-    experts = [_rows_contiguous(expert.to(common)) for expert in experts]
+    experts = [rows_contiguous(expert.to(common)) for expert in experts]
     if len({expert.stride() for expert in experts}) > 1:
-        experts = [_packed(expert) for expert in experts]
+        experts = [packed(expert) for expert in experts]
     out = torch.empty(layers, columns, columns, dtype=torch.float32, device=base.device)
     with on(base.device):
         kernel.launch(
             out,
-            _rows_contiguous(base),
+            rows_contiguous(base),
             experts,
-            weights.to(out.device, torch.float32).contiguous(),
+            weights_by_layer(weights, layers, out.device),
             None if means is None else means.to(torch.float32).contiguous(),
             _interpreted(),
         )
@@ -118,15 +117,3 @@ def wudi_adam(
     with on(B.device):
         D: Tensor = kernel.launch(A.contiguous(), B.contiguous(), schedule, betas, eps)
     return D
-
-
-def _rows_contiguous(layers: Tensor) -> Tensor:
-    """The batch of matrices itself if their rows are contiguous and do not overlap, else a copy."""
-    if layers.stride(2) == 1 and layers.stride(1) >= layers.shape[2]:
-        return layers
-    return _packed(layers)
-
-
-def _packed(layers: Tensor) -> Tensor:
-    """A copy without gaps. Not contiguous(): it keeps meaningless strides of dimensions of size 0 or 1."""
-    return torch.empty(layers.shape, dtype=layers.dtype, device=layers.device).copy_(layers)
