@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pymerge.backends.batches import packed, rows_contiguous, weights_by_layer
 from pymerge.backends.triton_routed import on, routed_linear
+from pymerge.ops import spd_solve as spd
 from pymerge.ops.wudi_adam import bias_corrections, rates
 
 NAME = "triton"
@@ -37,11 +38,19 @@ def unavailable(device: torch.device) -> str | None:
 
 def implementations() -> Mapping[str, Callable[..., Any]]:
     """The ops with a Triton kernel."""
-    return {"combine": combine, "task_gram": task_gram, "wudi_adam": wudi_adam, "routed_linear": routed_linear}
+    return {
+        "combine": combine,
+        "task_gram": task_gram,
+        "wudi_adam": wudi_adam,
+        "spd_solve": spd_solve,
+        "routed_linear": routed_linear,
+    }
 
 
 def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
     """A reason if the kernels do not know one of the dtypes."""
+    if op == "spd_solve":
+        return None  # its check leaves float32 and float64, and the kernel takes both
     unknown = sorted(str(dtype) for dtype in dtypes - _DTYPES)
     return f"{', '.join(unknown)} is not one of float32, float16, bfloat16" if unknown else None
 
@@ -117,3 +126,19 @@ def wudi_adam(
     with on(B.device):
         D: Tensor = kernel.launch(A.contiguous(), B.contiguous(), schedule, betas, eps)
     return D
+
+
+def spd_solve(S: Tensor, R: Tensor, prior: Tensor | None = None) -> spd.Solution:
+    """`spd_solve` of small systems, all in one launch; those that registers can't hold go to PyTorch's library."""
+    from pymerge.kernels import spd_solve as kernel
+
+    if not 0 < R.shape[-1] <= kernel.MOST_COLUMNS:
+        return spd.reference(S, R, prior)
+    S, R = S.contiguous(), R.contiguous()
+    X = torch.empty_like(R)
+    conditions = torch.empty(S.shape[:-2], dtype=torch.float64, device=S.device)
+    minors = torch.empty(S.shape[:-2], dtype=torch.int32, device=S.device)
+    shift = None if prior is None else prior.contiguous()
+    with on(S.device):
+        kernel.launch(X, conditions, minors, S, R, shift, spd.start_vector(S), spd.ITERATIONS)
+    return spd.Solution(X, spd.settle(S, conditions, minors))
