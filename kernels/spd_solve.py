@@ -1,4 +1,4 @@
-"""spd_solve: X of X (S + 1 c) = R for a batch of small systems, one launch; a program takes a system and some rows of R.
+"""spd_solve: X of X (S + 1 c) = R for a batch of small systems, one launch; a program takes a system and rows of R.
 
 The system lies in registers as one square, in float64 whatever its dtype: then no order of sums loses digits that
 float32 results have. Elimination, a column at a time, turns it in place into all that solving needs. S = L D L^T with a

@@ -191,21 +191,11 @@ struct Block {
     }
 };
 
-// Tile rows k and n - 1 - k of a lower triangle of n rows have n + 1 tiles together: they make one row of a grid, which
-// is n + 1 wide and half of n high. False for the half row that is left over when n is odd.
-__device__ __forceinline__ bool triangle_tile(std::int64_t tiles, Place& place) {
-    place = grouped_tile(blockIdx.x, ceil_divide(tiles, 2), tiles + 1);
-    if (place.column <= place.row) return true;
-    if (2 * place.row + 1 == tiles) return false;
-    place = {tiles - 1 - place.row, place.column - place.row - 1};
-    return true;
-}
-
 template <Operand operand, int tile>
 __global__ void __launch_bounds__(tile_threads<tile>) task_gram_kernel(const __grid_constant__ Arguments a) {
     alignas(16) __shared__ Shared<operand, tile> s;
     Place place;
-    if (!triangle_tile(ceil_divide(a.columns, tile), place)) return;
+    if (!triangle_tile(blockIdx.x, ceil_divide(a.columns, tile), place)) return;
     Block<operand, tile> block{a, s, blockIdx.y, place.row * tile, place.column * tile, 0, {}};
     block.steps_of_task = ceil_divide(a.rows, block.depth);
     if (threadIdx.x == 0) {

@@ -78,7 +78,7 @@ def task_gram(
     means: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`task_gram` on tensor cores, task vectors formed on the way there; lower triangle only, all layers in one launch."""
+    """`task_gram` on tensor cores, task vectors formed on the way; lower triangle only, all layers in one launch."""
     from pymerge import _cuda
 
     if base.ndim == 2:
@@ -120,7 +120,7 @@ def wudi_adam(
 ) -> Tensor:
     """`wudi_adam` with one kernel a step for all layers, the product on tensor cores and the update at its end.
 
-    Nothing here waits for the device, but copying lr there does: what is to be captured in a graph is `_cuda.wudi_adam`.
+    Copying lr to the device waits for it. The steps do not: `_cuda.wudi_adam` can be captured in a graph.
     """
     from pymerge import _cuda
 

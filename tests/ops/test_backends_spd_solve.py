@@ -1,4 +1,4 @@
-"""spd_solve on every compiled backend against float64; the emulated CUDA C++ is in test_backends_cuda_emulated.py."""
+"""spd_solve on every compiled backend against float64; the emulated CUDA C++ is in test_emulated.py."""
 
 from __future__ import annotations
 
