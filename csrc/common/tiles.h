@@ -65,6 +65,25 @@ struct Lane {
 // A warp's square: 2 x 4 products of 16 x 8.
 using Square = float[2][4][4];
 
+// Strips summed in one register before they are added to the total: rounding errors grow with the square roots of this
+// and of the number of groups, and not with that of all strips.
+constexpr std::int64_t group_strips = 32;
+
+// total += sum, and sum = 0.
+__device__ __forceinline__ void add_group(Square& total, Square& sum) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                total[i][j][e] += sum[i][j][e];
+                sum[i][j][e] = 0.0f;
+            }
+        }
+    }
+}
+
 // x rounded to TF32's 11 significant bits, to the nearest. Of NaN, NaN or 0.
 PM_HOST_DEVICE std::uint32_t round_tf32(float x) { return (bit_copy<std::uint32_t>(x) + 0x1000u) & 0xffffe000u; }
 

@@ -9,7 +9,7 @@
 //   TF32     everything else: centred task vectors, too, since minus its mean no tau~ fits in 16 bits. hi hi + hi lo +
 //            lo hi, within 2^-21 of |tau_i tau_j|.
 // Tensor cores round sums towards zero, which adds up: the product of two strips starts at 0 there, and is added to the
-// tile in float32.
+// tile in float32, in groups.
 #include "ops/task_gram.h"
 
 #include "common/device.h"
@@ -158,7 +158,7 @@ struct Block {
         for (int j = 0; j < 4; ++j) mma<operand>(part[j], left, right[j]);
     }
 
-    __device__ __forceinline__ void multiply(Square& total, std::int64_t step, const Lane<tile>& lane) const {
+    __device__ __forceinline__ void multiply(Square& sum, std::int64_t step, const Lane<tile>& lane) const {
         const int stage = static_cast<int>(step % 2);
         const float weight = a.weights[layer * a.count + task(step)];
         const bool with_lo = s.with_lo[stage] == step, finite = s.with_special[stage] == step;
@@ -185,7 +185,7 @@ struct Block {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) total[i][j][e] = fmaf(weight, part[j][e], total[i][j][e]);
+                for (int e = 0; e < 4; ++e) sum[i][j][e] = fmaf(weight, part[j][e], sum[i][j][e]);
             }
         }
     }
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(tile_threads<tile>) task_gram_kernel(const __g
     __syncthreads();
 
     const Lane<tile> lane;
-    Square total = {};
+    Square total = {}, sum = {};
     const std::int64_t steps = s.used * block.steps_of_task;
     if (steps > 0) {
         block.fetch(0);
@@ -217,9 +217,11 @@ __global__ void __launch_bounds__(tile_threads<tile>) task_gram_kernel(const __g
     for (std::int64_t step = 0; step < steps; ++step) {
         __syncthreads();  // the step's words are there, and nobody reads those of the one before any more
         if (step + 1 < steps) block.fetch(step + 1);
-        block.multiply(total, step, lane);
+        block.multiply(sum, step, lane);
+        if ((step + 1) % group_strips == 0) add_group(total, sum);
         if (step + 1 < steps) block.store(step + 1);
     }
+    add_group(total, sum);
 
     // Both triangles come from the lower one, so S is symmetric to the last bit.
     float* out = a.out + block.layer * a.columns * a.columns;

@@ -3,7 +3,7 @@
 //
 // Float32 by three TF32 products: x = hi + lo, both TF32, and hi hi + hi lo + lo hi, within 2^-21 of the terms' size.
 // Tensor cores round sums towards zero, which adds up: each product of 8 columns starts at 0 there, and is added to the
-// tile in float32. Strips of D and A are on their way to shared memory while the ones before them are multiplied.
+// tile in float32, in groups. Strips of D and A are on their way to shared memory while the ones before them are multiplied.
 #include "ops/wudi_adam.h"
 
 #include <cmath>
@@ -71,7 +71,7 @@ struct Strips {
         }
     }
 
-    __device__ __forceinline__ void multiply(Square& product, const Lane<tile>& lane) const {
+    __device__ __forceinline__ void multiply(Square& sum, const Lane<tile>& lane) const {
 #pragma unroll
         for (int k = 0; k < depth; k += 8) {
             std::uint32_t b_hi[4][2], b_lo[4][2];
@@ -100,7 +100,7 @@ struct Strips {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) product[i][j][e] += part[j][e];
+                    for (int e = 0; e < 4; ++e) sum[i][j][e] += part[j][e];
                 }
             }
         }
@@ -136,16 +136,18 @@ __global__ void __launch_bounds__(tile_threads<tile>) wudi_adam_kernel(const __g
     const float* A = a.A + layer * a.columns * a.columns;
     const Lane<tile> lane;
 
-    Square product = {};
+    Square product = {}, sum = {};
     strips[0].start(D, A, row, column, 0, a);
     int stage = 0;
     for (std::int64_t k = 0; k < a.columns; k += depth) {
         wait_for_copies();
         __syncthreads();  // all copies are there, and nobody reads the other stage any more
         if (k + depth < a.columns) strips[1 - stage].start(D, A, row, column, k + depth, a);
-        strips[stage].multiply(product, lane);
+        strips[stage].multiply(sum, lane);
+        if ((k / depth + 1) % group_strips == 0) add_group(product, sum);
         stage = 1 - stage;
     }
+    add_group(product, sum);
 
     AdamFactors<float> factors = a.factors;
     factors.step = static_cast<float>(-a.lr[layer] / a.correction1);

@@ -64,6 +64,12 @@ def test_task_gram(emulated: ModuleType, shape: tuple[int, int], centred: bool, 
 
 
 @pytest.mark.parametrize("mix", ["bf16", "fp32"])
+def test_task_gram_of_many_rows_keeps_its_digits(emulated: ModuleType, mix: str) -> None:
+    """Hundreds of strips, several groups of them."""
+    assert_gram(emulated, task_case((3000, 10), MIXES[mix]))
+
+
+@pytest.mark.parametrize("mix", ["bf16", "fp32"])
 def test_task_gram_of_many_layers_takes_large_tiles_and_gives_the_same_bits(emulated: ModuleType, mix: str) -> None:
     """36 layers of 3 tiles of 128, beside one layer, which gets tiles of 64."""
     case = task_case((20, 132), MIXES[mix])
