@@ -32,8 +32,9 @@ PM_HOST_DEVICE Place grouped_tile(std::int64_t place, std::int64_t rows, std::in
     return {first + inside % height, inside / height};
 }
 
-// Tile `number` of the lower triangle of tiles x tiles. Tile rows k and n - 1 - k of a lower triangle of n rows have n + 1 tiles together: they make one row of a grid, which
-// is n + 1 wide and half of n high. False for the half row that is left over when n is odd.
+// Tile `number` of the lower triangle of tiles x tiles. Tile rows k and n - 1 - k of a lower triangle of n rows have
+// n + 1 tiles together: they make one row of a grid, which is n + 1 wide and half of n high. False for the half row
+// that is left over when n is odd.
 PM_HOST_DEVICE bool triangle_tile(std::int64_t number, std::int64_t tiles, Place& place) {
     place = grouped_tile(number, ceil_divide(tiles, 2), tiles + 1);
     if (place.column <= place.row) return true;

@@ -3,7 +3,7 @@
 //
 // Float32 by three TF32 products: x = hi + lo, both TF32, and hi hi + hi lo + lo hi, within 2^-21 of the terms' size.
 // Tensor cores round sums towards zero, which adds up: each product of 8 columns starts at 0 there, and is added to the
-// tile in float32, in groups. Strips of D and A are on their way to shared memory while the ones before them are multiplied.
+// tile in float32, in groups. Strips of D and A are on their way to shared memory while those before are multiplied.
 #include "ops/wudi_adam.h"
 
 #include <cmath>
@@ -48,7 +48,7 @@ __device__ __forceinline__ void copy_four(
     }
 }
 
-// x = hi + lo. Tensor cores leave out lo's last bit, one of x's 24 at most. Rounding loses a NaN of all ones; lo has it.
+// x = hi + lo. Tensor cores leave out lo's last bit, one of x's 24 at most. Of a NaN of all ones, lo has it.
 __device__ __forceinline__ void split(float x, std::uint32_t& hi, std::uint32_t& lo) {
     hi = round_tf32(x);
     lo = bit_copy<std::uint32_t>(x - bit_copy<float>(hi));

@@ -43,7 +43,8 @@ double product(std::uint32_t a, std::uint32_t b) {
 
 inline float towards_zero(double value) {
     const float nearest = static_cast<float>(value);
-    return std::isfinite(value) && std::abs(double(nearest)) > std::abs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+    const bool beyond = std::isfinite(value) && std::abs(double(nearest)) > std::abs(value);
+    return beyond ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
 }  // namespace emulation
