@@ -65,6 +65,8 @@ class Size:
 
 # Names of shapes. The part before the first dash is a model: --shape takes it, too.
 SHAPES = {
+    "small-attn": Size(64, 64, 5),  # systems that kernels of ours solve whole
+    "glyphs-attn": Size(128, 128, 5),
     "vitb-attn": Size(768, 768, 8),
     "vitb-up": Size(3072, 768, 8),
     "vitb-down": Size(768, 3072, 8),

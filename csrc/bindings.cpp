@@ -21,6 +21,7 @@
 #include "ops/task_gram.h"
 #include "ops/task_vector.h"
 #include "ops/trim_threshold.h"
+#include "ops/wudi_adam.h"
 
 namespace py = pybind11;
 using namespace pymerge;
@@ -69,13 +70,27 @@ void combine(Address out, std::int32_t out_dtype, Address base, std::int32_t bas
 
 #if defined(PM_CUDA)
 
-void task_gram(Address out, const Matrix& base, const std::vector<Matrix>& experts, const std::vector<double>& weights,
-               Address means, std::int64_t rows, std::int64_t columns, std::intptr_t stream) {
-    PM_CHECK(experts.size() == weights.size(),
-             "task_gram: " << experts.size() << " experts, " << weights.size() << " weights; give one of each");
-    const std::vector<MatrixView> matrices = views(experts);
-    task_gram_cuda({pointer<float>(out), view(base), matrices.data(), weights.data(), pointer<const float>(means),
-                    static_cast<std::int64_t>(experts.size()), rows, columns},
+using Layers = std::tuple<Address, std::int32_t, std::int64_t, std::int64_t>;  // a matrix, and the layers' stride
+
+LayersView view(const Layers& l) {
+    return {view(Matrix{std::get<0>(l), std::get<1>(l), std::get<2>(l)}), std::get<3>(l)};
+}
+
+void task_gram(Address out, const Layers& base, const std::vector<Layers>& experts, Address weights, Address means,
+               std::int64_t layers, std::int64_t rows, std::int64_t columns, std::intptr_t stream) {
+    std::vector<LayersView> matrices;
+    for (const Layers& expert : experts) matrices.push_back(view(expert));
+    task_gram_cuda({pointer<float>(out), view(base), matrices.data(), pointer<const float>(weights),
+                    pointer<const float>(means), static_cast<std::int64_t>(experts.size()), layers, rows, columns},
+                   reinterpret_cast<void*>(stream));
+}
+
+void wudi_adam(Address D, Address other, Address m, Address v, Address A, Address B, Address lr, std::int64_t layers,
+               std::int64_t rows, std::int64_t columns, std::int64_t iterations, double beta1, double beta2, double eps,
+               std::intptr_t stream) {
+    wudi_adam_cuda({pointer<float>(D), pointer<float>(other), pointer<float>(m), pointer<float>(v),
+                    pointer<const float>(A), pointer<const float>(B), pointer<const double>(lr), layers, rows, columns,
+                    iterations, beta1, beta2, eps},
                    reinterpret_cast<void*>(stream));
 }
 
@@ -310,6 +325,7 @@ std::string build_info() {
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "Compiled ops for NVIDIA devices; see pymerge.backends.cuda.";
     module.def("task_gram", &task_gram, py::call_guard<py::gil_scoped_release>());
+    module.def("wudi_adam", &wudi_adam, py::call_guard<py::gil_scoped_release>());
     module.def("spd_solve", &spd_solve, py::call_guard<py::gil_scoped_release>());
     module.def("spd_solve_columns", [](std::int32_t dtype) { return spd_solve_columns(checked_dtype(dtype)); });
 #else

@@ -1,7 +1,8 @@
 # csrc/bindings.cpp for NVIDIA devices; conventions as in _C.pyi, streams as integers.
 from collections.abc import Sequence
 
-_Matrix = tuple[int, int, int]
+# Address, dtype code, strides of rows and of layers in elements.
+_Layers = tuple[int, int, int, int]
 
 def build_info() -> str: ...
 def combine(
@@ -18,12 +19,31 @@ def combine(
 ) -> None: ...
 def task_gram(
     out: int,
-    base: _Matrix,
-    experts: Sequence[_Matrix],
-    weights: Sequence[float],
+    base: _Layers,
+    experts: Sequence[_Layers],
+    weights: int,
     means: int,
+    layers: int,
     rows: int,
     columns: int,
+    stream: int,
+    /,
+) -> None: ...
+def wudi_adam(
+    D: int,
+    other: int,
+    m: int,
+    v: int,
+    A: int,
+    B: int,
+    lr: int,
+    layers: int,
+    rows: int,
+    columns: int,
+    iterations: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
     stream: int,
     /,
 ) -> None: ...

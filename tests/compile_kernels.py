@@ -16,6 +16,7 @@ from typing import Any
 import triton.language as tl
 from pymerge.kernels._common import _SIZES, Sizes
 from pymerge.kernels.combine import combine_kernel
+from pymerge.kernels.spd_solve import ROWS, spd_solve_kernel, warps
 from pymerge.kernels.task_gram import task_gram_kernel
 from pymerge.kernels.wudi_adam import wudi_adam_kernel
 from triton import compile, knobs
@@ -63,6 +64,11 @@ def variants(arch: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, An
         types |= dict.fromkeys(("take1", "keep2", "take2", "eps"), "fp32")
         constants = {"TURN": 0, "BLOCK": size.block, "DEPTH": size.depth, "GROUP": size.group}
         yield f"wudi_adam {size.block}", wudi_adam_kernel, types, constants, size
+    for element, columns in (("fp32", 64), ("fp64", 16)):
+        types = dict.fromkeys(("X", "S", "R", "prior", "start"), f"*{element}") | {"rows": "i32", "columns": "i32"}
+        types |= {"conditions": "*fp64", "minors": "*i32"}
+        constants = {"HAS_PRIOR": True, "ITERATIONS": 8, "BLOCK": columns, "ROWS": ROWS}
+        yield f"spd_solve {element} {columns}", spd_solve_kernel, types, constants, Sizes(columns, warps=warps(columns))
 
 
 def stack_bytes(cubin: bytes) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton import knobs
 
 from pymerge import _C
 
@@ -73,6 +74,16 @@ def test_unknown_dtype_code_is_an_error() -> None:
         _C.combine(0, 0, 0, 0, [0, 0], [0], [1.0, 1.0], 0, 1)
 
 
+# The products of a source's kernels on tensor cores, in the machine's own words.
+PRODUCTS = {
+    "wudi_adam_cuda.cu": {"HMMA.1688.F32.TF32"},
+    "task_gram_cuda.cu": {"HMMA.1688.F32.TF32", "HMMA.16816.F32.BF16", "HMMA.16816.F32"},
+}
+SPILLS = 64  # bytes of a thread's local memory: totals that are added to once in many strips
+# Loads that they live on: of 16 bytes straight to shared memory, or of four elements to registers.
+LOADS = {"wudi_adam_cuda.cu": {"LDGSTS.E.BYPASS.128"}, "task_gram_cuda.cu": {"LDG.E.128", "LDG.E.64"}}
+
+
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on this machine")
 @pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("ops/*_cuda.cu")))
 def test_cuda_source_compiles(source: str, tmp_path: Path) -> None:
@@ -84,6 +95,18 @@ def test_cuda_source_compiles(source: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert target.stat().st_size > 10_000
+    for arch in ARCHS if source in PRODUCTS else ():
+        listing = dump("-sass", "-arch", f"sm_{arch}", target)
+        assert set(re.findall(r"[HID]MMA\.[A-Z0-9.]+", listing)) == PRODUCTS[source]
+        assert set(re.findall(r"LDG[A-Z]*\.E\.[A-Z0-9.]+", listing)) >= LOADS[source]
+    if source in PRODUCTS:
+        assert max(map(int, re.findall(r"STACK:(\d+)", dump("-res-usage", target)))) <= SPILLS
+
+
+def dump(*arguments: object) -> str:
+    """What cuobjdump, which Triton brings along, prints."""
+    command = [knobs.nvidia.cuobjdump.path, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on this machine, so pymerge._cuda is not built")
@@ -117,13 +140,17 @@ def test_triton_kernels_compile_ahead_of_time(arch: str, tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     built = {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
-    assert {name.split()[0] for name in built} == {"combine", "task_gram", "wudi_adam"}
+    assert {name.split()[0] for name in built} == {"combine", "task_gram", "wudi_adam", "spd_solve"}
     assert {"task_gram bf16 64", "task_gram fp16 64", "task_gram fp32 128", "wudi_adam 128"} <= built.keys()
     for name, row in built.items():
         assert row["target"].rstrip("a") == f"sm_{arch}", row
         assert row["shared"] <= SHARED_MEMORY[arch], row
         assert row["stack"] <= STACK.get(name, STACK_ELSE), row
         if name.startswith("combine"):
+            continue
+        if name.startswith("spd_solve"):  # in float64, on tensor cores; they have no wgmma of it
+            assert row["tensor"], row
+            assert all(re.search(r"^mma\.sync\..*\.f64\.f64\.f64\.f64$", i) for i in row["tensor"]), row
             continue
         narrow = re.fullmatch(r"task_gram (bf16|fp16) \d+", name)
         operands = {"bf16": "bf16", "fp16": "f16"}[narrow[1]] if narrow else "tf32"

@@ -7,13 +7,20 @@
 
 namespace pymerge {
 
+// The matrix of every layer of a batch.
+struct LayersView {
+    MatrixView first;
+    std::int64_t layer_stride;  // elements
+};
+
 struct TaskGramParams {
-    float* out;  // columns x columns, contiguous
-    MatrixView base;
-    const MatrixView* experts;
-    const double* weights;
-    const float* means;  // count x columns, contiguous, or null
-    std::int64_t count;  // T
+    float* out;  // layers x columns x columns, contiguous
+    LayersView base;
+    const LayersView* experts;
+    const float* weights;  // layers x count, on the device, contiguous; a task of weight 0 is left out
+    const float* means;    // layers x count x columns, contiguous, or null
+    std::int64_t count;    // T
+    std::int64_t layers;
     std::int64_t rows;
     std::int64_t columns;
 };

@@ -19,7 +19,7 @@ from pymerge.ops import OPS
 BACKENDS = ("reference", "native", "triton", "cuda")
 
 # Ops whose functions take batches of layers. Others are called for each layer; the references take batches themselves.
-_TAKE_BATCHES = {"triton": ("task_gram", "wudi_adam"), "cuda": ("spd_solve",)}
+_TAKE_BATCHES = {"triton": ("task_gram", "wudi_adam"), "cuda": ("task_gram", "wudi_adam")}
 
 _NOT_MEASURED = (
     "PyTorch on the device: nobody has timed ours at such a shape on a {device}; --backend triton or cuda selects them"

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymerge.backends.native import DTYPE_CODES, matrix_argument, rows_contiguous
+from pymerge.backends.batches import rows_contiguous, weights_by_layer
+from pymerge.backends.dtypes import DTYPE_CODES
 from pymerge.ops import spd_solve as spd
+from pymerge.ops.wudi_adam import rates
 
 NAME = "cuda"
 
@@ -28,7 +30,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def implementations() -> Mapping[str, Callable[..., Any]]:
     """The ops with a CUDA kernel."""
-    return {"combine": combine, "task_gram": task_gram, "spd_solve": spd_solve}
+    return {"combine": combine, "task_gram": task_gram, "wudi_adam": wudi_adam, "spd_solve": spd_solve}
 
 
 def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
@@ -36,8 +38,8 @@ def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
     unknown = sorted(str(dtype) for dtype in dtypes - set(DTYPE_CODES))
     if unknown:
         return f"{', '.join(unknown)} is not one of float32, float64, float16, bfloat16"
-    if torch.float64 in dtypes and op == "task_gram":
-        return "it forms task vectors in float32, and float64 was given or asked for"
+    if torch.float64 in dtypes and op in ("task_gram", "wudi_adam"):
+        return "it computes in float32 on tensor cores, and float64 was given or asked for"
     return None
 
 
@@ -73,31 +75,81 @@ def combine(
 def task_gram(
     base: Tensor,
     experts: Sequence[Tensor],
-    weights: Sequence[float],
+    weights: Sequence[float] | Tensor,
     means: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`task_gram` with task vectors formed inside the tiles, lower triangle only."""
+    """`task_gram` on tensor cores, task vectors formed on the way; lower triangle only, all layers in one launch."""
     from pymerge import _cuda
 
-    rows, columns = base.shape
-    out = torch.empty(columns, columns, dtype=torch.float32, device=base.device)
-    used = [index for index, weight in enumerate(weights) if weight != 0.0]
+    if base.ndim == 2:
+        first = None if means is None else means.unsqueeze(0)
+        return task_gram(base.unsqueeze(0), [expert.unsqueeze(0) for expert in experts], weights, first, dtype)[0]
+    layers, rows, columns = base.shape
+    out = torch.empty(layers, columns, columns, dtype=torch.float32, device=base.device)
     base = rows_contiguous(base)
-    inputs = [rows_contiguous(experts[index]) for index in used]
-    shift = None if means is None else means[used].to(torch.float32).contiguous()
+    inputs = [rows_contiguous(expert) for expert in experts]
+    factors = weights_by_layer(weights, layers, base.device)
+    shift = None if means is None else means.to(torch.float32).contiguous()
     with torch.cuda.device(out.device):
         _cuda.task_gram(
             out.data_ptr(),
-            matrix_argument(base),
-            [matrix_argument(matrix) for matrix in inputs],
-            [float(weights[index]) for index in used],
+            layers_argument(base),
+            [layers_argument(expert) for expert in inputs],
+            factors.data_ptr(),
             0 if shift is None else shift.data_ptr(),
+            layers,
             rows,
             columns,
             torch.cuda.current_stream(out.device).cuda_stream,
         )
     return out
+
+
+def layers_argument(matrices: Tensor) -> tuple[int, int, int, int]:
+    """(address, dtype code, row stride, layer stride), as csrc/bindings.cpp takes batches of matrices."""
+    return matrices.data_ptr(), DTYPE_CODES[matrices.dtype], matrices.stride(1), matrices.stride(0)
+
+
+def wudi_adam(
+    A: Tensor,
+    B: Tensor,
+    iterations: int,
+    lr: float | Sequence[float],
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Tensor:
+    """`wudi_adam` with one kernel a step for all layers, the product on tensor cores and the update at its end.
+
+    Copying lr to the device waits for it. The steps do not: `_cuda.wudi_adam` can be captured in a graph.
+    """
+    from pymerge import _cuda
+
+    if B.ndim == 2:
+        return wudi_adam(A.unsqueeze(0), B.unsqueeze(0), iterations, lr, betas, eps)[0]
+    A, B = A.contiguous(), B.contiguous()
+    layers, rows, columns = B.shape
+    D, m, v = (torch.zeros_like(B) for _ in range(3))
+    other = torch.empty_like(B)
+    speeds = torch.tensor(rates(lr, layers), dtype=torch.float64).to(B.device)
+    with torch.cuda.device(B.device):
+        _cuda.wudi_adam(
+            D.data_ptr(),
+            other.data_ptr(),
+            m.data_ptr(),
+            v.data_ptr(),
+            A.data_ptr(),
+            B.data_ptr(),
+            speeds.data_ptr(),
+            layers,
+            rows,
+            columns,
+            iterations,
+            *betas,
+            eps,
+            torch.cuda.current_stream(B.device).cuda_stream,
+        )
+    return other if iterations % 2 else D
 
 
 def spd_solve(S: Tensor, R: Tensor, prior: Tensor | None = None) -> spd.Solution:

@@ -77,12 +77,14 @@ def from_results(results: dict[str, Any]) -> list[Row]:
     """
     times: dict[tuple[str, str, tuple[int, int, int]], dict[str, float]] = {}
     for case in results["rows"]:
-        key = (case["op"], case["dtype"], _problem(tuple(case["shape"])))
-        times.setdefault(key, {})[case["backend"]] = case["median"]
+        if case["kind"] == "time":
+            key = (case["op"], case["dtype"], (1, case["d_out"], case["d_in"]))
+            times.setdefault(key, {})[case["backend"]] = case["seconds"]["median"]
     machine = results["machine"]
     source = f"{results['date'][:10]} at {machine['commit']}"
     found = []
     for (op, dtype, shape), medians in times.items():
+        medians.pop("peer", None)  # not one of ours
         if "reference" in medians and {"triton", "cuda"} & medians.keys():
             best = min(medians, key=lambda backend: medians[backend])
             speedup = round(medians["reference"] / medians[best], 3)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymerge.backends.batches import packed, rows_contiguous, weights_by_layer
 from pymerge.backends.triton_routed import on, routed_linear
+from pymerge.ops import spd_solve as spd
 from pymerge.ops.wudi_adam import bias_corrections, rates
 
 NAME = "triton"
@@ -36,11 +38,19 @@ def unavailable(device: torch.device) -> str | None:
 
 def implementations() -> Mapping[str, Callable[..., Any]]:
     """The ops with a Triton kernel."""
-    return {"combine": combine, "task_gram": task_gram, "wudi_adam": wudi_adam, "routed_linear": routed_linear}
+    return {
+        "combine": combine,
+        "task_gram": task_gram,
+        "wudi_adam": wudi_adam,
+        "spd_solve": spd_solve,
+        "routed_linear": routed_linear,
+    }
 
 
 def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
     """A reason if the kernels do not know one of the dtypes."""
+    if op == "spd_solve":
+        return None  # its check leaves float32 and float64, and the kernel takes both
     unknown = sorted(str(dtype) for dtype in dtypes - _DTYPES)
     return f"{', '.join(unknown)} is not one of float32, float16, bfloat16" if unknown else None
 
@@ -80,19 +90,17 @@ def task_gram(
         first = None if means is None else means.unsqueeze(0)
         return task_gram(base.unsqueeze(0), [expert.unsqueeze(0) for expert in experts], weights, first, dtype)[0]
     layers, _, columns = base.shape
-    if not isinstance(weights, Tensor):
-        weights = torch.tensor([list(weights)] * layers, dtype=torch.float64)
     common = experts[0].dtype if len({expert.dtype for expert in experts}) == 1 else torch.float32
-    experts = [_rows_contiguous(expert.to(common)) for expert in experts]
+    experts = [rows_contiguous(expert.to(common)) for expert in experts]
     if len({expert.stride() for expert in experts}) > 1:
-        experts = [_packed(expert) for expert in experts]
+        experts = [packed(expert) for expert in experts]
     out = torch.empty(layers, columns, columns, dtype=torch.float32, device=base.device)
     with on(base.device):
         kernel.launch(
             out,
-            _rows_contiguous(base),
+            rows_contiguous(base),
             experts,
-            weights.to(out.device, torch.float32).contiguous(),
+            weights_by_layer(weights, layers, out.device),
             None if means is None else means.to(torch.float32).contiguous(),
             _interpreted(),
         )
@@ -121,13 +129,17 @@ def wudi_adam(
     return D
 
 
-def _rows_contiguous(layers: Tensor) -> Tensor:
-    """The batch of matrices itself if their rows are contiguous and do not overlap, else a copy."""
-    if layers.stride(2) == 1 and layers.stride(1) >= layers.shape[2]:
-        return layers
-    return _packed(layers)
+def spd_solve(S: Tensor, R: Tensor, prior: Tensor | None = None) -> spd.Solution:
+    """`spd_solve` of small systems, all in one launch; those that registers can't hold go to PyTorch's library."""
+    from pymerge.kernels import spd_solve as kernel
 
-
-def _packed(layers: Tensor) -> Tensor:
-    """A copy without gaps. Not contiguous(): it keeps meaningless strides of dimensions of size 0 or 1."""
-    return torch.empty(layers.shape, dtype=layers.dtype, device=layers.device).copy_(layers)
+    if not 0 < R.shape[-1] <= kernel.MOST_COLUMNS:
+        return spd.reference(S, R, prior)
+    S, R = S.contiguous(), R.contiguous()
+    X = torch.empty_like(R)
+    conditions = torch.empty(S.shape[:-2], dtype=torch.float64, device=S.device)
+    minors = torch.empty(S.shape[:-2], dtype=torch.int32, device=S.device)
+    shift = None if prior is None else prior.contiguous()
+    with on(S.device):
+        kernel.launch(X, conditions, minors, S, R, shift, spd.start_vector(S), spd.ITERATIONS)
+    return spd.Solution(X, spd.settle(S, conditions, minors))

@@ -91,20 +91,37 @@ def reference(
 
     Source: WUDI-Merging, arXiv 2503.08099, released loop; normal-equation form of the same gradient.
     """
-    if B.ndim == 3:
+    if B.ndim == 2:
+        return together(A.unsqueeze(0), B.unsqueeze(0), iterations, lr, betas, eps)[0]
+    # The cores of a CPU are busy with one layer, whose matrices stay in the cache.
+    if B.device.type == "cpu":
         return each_layer(reference, A, B, iterations, lr, betas, eps)
-    rate = rates(lr, 1)[0]
+    return together(A, B, iterations, lr, betas, eps)
+
+
+def together(
+    A: Tensor, B: Tensor, iterations: int, lr: float | Sequence[float], betas: tuple[float, float], eps: float
+) -> Tensor:
+    """The same for a batch, a step of all layers at a time: what works element by element is one launch for all.
+
+    The products are one call a layer: libraries choose their routine by the size of a batch, and a layer's bits would
+    depend on how many are together.
+    """
     D = torch.zeros_like(B)
     m = torch.zeros_like(B)
     v = torch.zeros_like(B)
     grad = torch.empty_like(B)
+    speeds = rates(lr, len(B))
+    products = list(zip(B.unbind(), D.unbind(), A.unbind(), grad.unbind(), strict=True))
     for step in range(1, iterations + 1):
-        torch.addmm(B, D, A, beta=-2.0, alpha=2.0, out=grad)
+        for target, moved, system, out in products:
+            torch.addmm(target, moved, system, beta=-2.0, alpha=2.0, out=out)
         m.lerp_(grad, 1.0 - betas[0])
         v.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
         correction1, correction2 = bias_corrections(step, betas)
         denominator = (v.sqrt() / correction2).add_(eps)
-        D.addcdiv_(m, denominator, value=-rate / correction1)
+        for moved, moment, divisor, rate in zip(D, m, denominator, speeds, strict=True):
+            moved.addcdiv_(moment, divisor, value=-rate / correction1)
     return D
 
 

@@ -1,12 +1,18 @@
-// Stands in for CUDA's header so that a C++ compiler builds the .cu files: a thread of a block is a thread of the CPU,
-// blocks run one after the other. Enough for the kernels' logic (indices, tiles, barriers); says nothing about speed.
+// Stands in for CUDA's header so that a C++ compiler builds the .cu files. A thread of a block is a coroutine with a
+// stack of its own; blocks run one after the other. A thread runs until it waits for others, then the next one does: a
+// barrier that is missing shows, since threads are then as far apart as they can be. Enough for the kernels' logic
+// (indices, tiles, barriers) and, with common/mma.h beside this file, their rounding; says nothing about speed.
 #pragma once
 
-#include <barrier>
+#include <csetjmp>
 #include <cmath>
 #include <cstdint>
-#include <thread>
+#include <functional>
+#include <memory>
+#include <stdexcept>
 #include <vector>
+
+#include <ucontext.h>
 
 #define __global__
 #define __device__
@@ -21,11 +27,95 @@ struct dim3 {
     dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
 
-inline thread_local dim3 blockIdx, threadIdx;
-inline dim3 gridDim, blockDim;
-inline std::barrier<>* block_barrier;
+inline dim3 blockIdx, threadIdx, gridDim, blockDim;
 
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+namespace emulation {
+
+constexpr std::size_t stack_bytes = 64 * 1024;
+
+// Arrivals at a barrier; a thread waits for the round to change.
+struct Barrier {
+    unsigned arrived = 0;
+    unsigned round = 0;
+};
+
+struct Thread {
+    std::unique_ptr<char[]> stack{new char[stack_bytes]};
+    ucontext_t first;
+    jmp_buf state;
+    bool started = false;
+    bool done = false;
+    const Barrier* waits_for = nullptr;
+    unsigned round = 0;
+    std::vector<std::function<void()>> copies;  // asynchronous ones, made when they are waited for
+};
+
+inline std::vector<Thread> team;
+inline std::vector<Barrier> warps;
+inline Barrier block;
+inline jmp_buf scheduler;
+inline std::function<void()> body;
+
+inline Thread& current() { return team[threadIdx.x]; }
+
+inline void run_thread() {
+    body();
+    current().done = true;
+    _longjmp(scheduler, 1);
+}
+
+inline void wait(Barrier& barrier, unsigned members) {
+    if (++barrier.arrived == members) {
+        barrier.arrived = 0;
+        ++barrier.round;
+        return;
+    }
+    Thread& self = current();
+    self.waits_for = &barrier;
+    self.round = barrier.round;
+    if (_setjmp(self.state) == 0) _longjmp(scheduler, 1);
+}
+
+inline void wait_for_warp() { wait(warps[threadIdx.x / 32], 32); }
+
+// Lets thread t run until it waits or ends.
+inline void resume(unsigned t) {
+    threadIdx = dim3(t);
+    Thread& thread = team[t];
+    thread.waits_for = nullptr;
+    if (_setjmp(scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.state, 1);
+    thread.started = true;
+    getcontext(&thread.first);
+    thread.first.uc_stack.ss_sp = thread.stack.get();
+    thread.first.uc_stack.ss_size = stack_bytes;
+    thread.first.uc_link = nullptr;
+    makecontext(&thread.first, run_thread, 0);
+    setcontext(&thread.first);
+}
+
+inline void run_block(unsigned threads) {
+    for (Thread& thread : team) thread.started = thread.done = false;
+    for (bool running = true; running;) {
+        running = false;
+        bool moved = false;
+        for (unsigned t = 0; t < threads; ++t) {
+            Thread& thread = team[t];
+            running |= !thread.done;
+            if (thread.done || (thread.waits_for != nullptr && thread.waits_for->round == thread.round)) continue;
+            resume(t);
+            moved = true;
+        }
+        if (running && !moved) throw std::logic_error("threads wait at a barrier that others have passed by");
+    }
+    for (const Thread& thread : team) {
+        if (!thread.copies.empty()) throw std::logic_error("a thread ended before its asynchronous copies");
+    }
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::wait(emulation::block, blockDim.x); }
 
 using cudaStream_t = void*;
 using cudaError_t = int;
@@ -39,20 +129,14 @@ template <class Kernel, class Argument>
 void emulate(Kernel kernel, dim3 grid, unsigned threads, cudaStream_t, const Argument& argument) {
     gridDim = grid;
     blockDim = dim3(threads);
-    std::barrier<> inside(threads), between(threads);
-    block_barrier = &inside;
-    std::vector<std::thread> team;
-    for (unsigned t = 0; t < threads; ++t) {
-        team.emplace_back([&, t] {
-            threadIdx = dim3(t);
-            for (unsigned y = 0; y < grid.y; ++y) {
-                for (unsigned x = 0; x < grid.x; ++x) {
-                    blockIdx = dim3(x, y);
-                    kernel(argument);
-                    between.arrive_and_wait();
-                }
-            }
-        });
+    emulation::team = std::vector<emulation::Thread>(threads);
+    emulation::warps = std::vector<emulation::Barrier>((threads + 31) / 32);
+    emulation::block = {};
+    emulation::body = [&] { kernel(argument); };
+    for (unsigned y = 0; y < grid.y; ++y) {
+        for (unsigned x = 0; x < grid.x; ++x) {
+            blockIdx = dim3(x, y);
+            emulation::run_block(threads);
+        }
     }
-    for (std::thread& thread : team) thread.join();
 }

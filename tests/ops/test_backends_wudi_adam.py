@@ -96,6 +96,22 @@ def test_graph_gives_the_bits_of_plain_launches(monkeypatch: pytest.MonkeyPatch)
     assert_same("D", function(A, B, 31, 1e-5), replayed)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a device")
+def test_steps_in_cuda_can_be_captured() -> None:
+    from pymerge import _cuda
+
+    A, B = (matrix.cuda() for matrix in system(300, 130, torch.float32))
+    plain = load("cuda").implementations()["wudi_adam"](A, B, 7, 1e-5)
+    D, m, v, other = (torch.zeros_like(B) for _ in range(4))
+    lr = torch.full((1,), 1e-5, dtype=torch.float64, device="cuda")
+    addresses = [t.data_ptr() for t in (D, other, m, v, A, B, lr)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _cuda.wudi_adam(*addresses, 1, 300, 130, 7, 0.9, 0.999, 1e-8, torch.cuda.current_stream().cuda_stream)
+    graph.replay()
+    assert_same("D", other, plain)
+
+
 def test_wudi_adam_in_float64() -> None:
     A, B = system(40, 65, torch.float64)
     actual = native.wudi_adam(A, B, 60, 1e-4, (0.8, 0.95), 1e-6)

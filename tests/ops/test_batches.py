@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pymerge.backends import Dispatcher
 from pymerge.errors import ArgumentError
-from pymerge.ops import OPS
+from pymerge.ops import OPS, wudi_adam
 from pymerge.testing.cases import implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same
 
@@ -64,6 +64,20 @@ def test_wudi_adam(backend: str, device: str, lr: float | tuple[float, ...]) -> 
         rate = lr[layer] if isinstance(lr, tuple) else lr
         assert_same(f"layer {layer}", actual[layer], run("wudi_adam", A[layer], B[layer], 7, rate))
     assert bool((actual[1] == 0).all()) == isinstance(lr, tuple)  # its rate is 0
+
+
+@pytest.mark.parametrize("columns", [64, 70])
+def test_steps_of_all_layers_together(columns: int) -> None:
+    """What a device does with a batch. Of layers that begin where they would alone, to the bit."""
+    generator = torch.Generator().manual_seed(3)
+    G = torch.randn(LAYERS, 30, columns, generator=generator)
+    A, B, lr = G.mT @ G / columns, torch.randn(LAYERS, 9, columns, generator=generator), (1e-3, 0.0, 2e-2)
+    reference = OPS["wudi_adam"].reference
+    actual = wudi_adam.together(A, B, 7, lr, (0.9, 0.999), 1e-8)
+    truth = reference(A.double(), B.double(), 7, lr)
+    assert_accurate("D", actual, reference(A, B, 7, lr), truth)
+    for layer in range(LAYERS if columns == 64 else 0):
+        assert_same(f"layer {layer}", actual[layer], reference(A[layer], B[layer], 7, lr[layer]))
 
 
 @pytest.mark.parametrize(("backend", "device"), runs("spd_solve"))

@@ -22,20 +22,11 @@ FLOAT = frozenset({torch.float32})
 GPU = "NVIDIA Test 9000"
 
 
-def case(op: str, shape: tuple[int, ...], dtype: str, **medians: float) -> list[dict[str, Any]]:
-    return [
-        {
-            "op": op,
-            "case": "",
-            "backend": name,
-            "min": 0.0,
-            "median": median,
-            "calls": 3,
-            "shape": shape,
-            "dtype": dtype,
-        }
-        for name, median in medians.items()
-    ]
+def case(op: str, shape: tuple[int, int], dtype: str, **medians: float) -> list[dict[str, Any]]:
+    """Rows as bench_ops writes them, of what `from_results` reads."""
+    d_out, d_in = shape
+    where = {"kind": "time", "op": op, "shape": f"some-{d_out}", "d_out": d_out, "d_in": d_in, "dtype": dtype}
+    return [where | {"backend": name, "seconds": {"min": 0.0, "median": time}} for name, time in medians.items()]
 
 
 def results(*cases: list[dict[str, Any]], device: str = GPU) -> dict[str, Any]:
@@ -74,7 +65,8 @@ def test_nothing_measured_is_pytorch_with_the_reason(table: Path) -> None:
 
 
 def test_results_become_rows_and_rows_decide(table: Path) -> None:
-    fast = case("task_gram", (768, 768), "bfloat16", reference=4.0, triton=1.0, cuda=9.0)
+    fast = case("task_gram", (768, 768), "bfloat16", reference=4.0, triton=1.0, cuda=9.0, peer=0.5)
+    fast.append({"kind": "skipped", "op": "task_gram", "backend": "native", "reason": "no"})
     slow = case("task_gram", (8192, 2048), "bfloat16", reference=1.0, triton=2.0)
     file = table.with_name("results.json")
     file.write_text(json.dumps(results(fast, slow, case("gradient_flow", (768, 768), "float32", reference=1.0))))

@@ -1,0 +1,27 @@
+"""What the device backends share: batches of matrices as their kernels take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rows_contiguous(layers: Tensor) -> Tensor:
+    """The batch of matrices itself if their rows are contiguous and do not overlap, else a copy."""
+    if layers.stride(2) == 1 and layers.stride(1) >= layers.shape[2]:
+        return layers
+    return packed(layers)
+
+
+def packed(layers: Tensor) -> Tensor:
+    """A copy without gaps. Not contiguous(): it keeps meaningless strides of dimensions of size 0 or 1."""
+    return torch.empty(layers.shape, dtype=layers.dtype, device=layers.device).copy_(layers)
+
+
+def weights_by_layer(weights: Sequence[float] | Tensor, layers: int, device: torch.device) -> Tensor:
+    """[L, T] float32 on the device: the weights of each layer, or the same ones of all."""
+    if not isinstance(weights, Tensor):
+        weights = torch.tensor([list(weights)] * layers, dtype=torch.float64)
+    return weights.to(device, torch.float32).contiguous()
