@@ -63,6 +63,9 @@ class Checker:
         raw = self._raw
         self._refuse_unsupported(raw, _UNSUPPORTED, ())
         self._take_tokenizer()
+        if raw.pop("wemoe", None) is not None:
+            problem = "'wemoe' is a section for pymerge wemoe build; run that command, or delete the section"
+            self._document.add(("wemoe",), problem)
         given = self._settings(raw, ())
         raw["base_model"] = self._reference(raw.get("base_model"), ("base_model",))
         if isinstance(raw.get("models"), list):

@@ -16,7 +16,7 @@ from pymerge.checkpoint.files import MANIFEST_NAME, WORK_FOLDER, atomic_write, f
 from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
 from pymerge.checkpoint.hub import fetch
 from pymerge.checkpoint.identity import differences, printable
-from pymerge.checkpoint.layout import ShardLayout, TensorLayout, index_json, index_name, layout_shards
+from pymerge.checkpoint.layout import ShardLayout, TensorLayout, index_json, index_name, layout_file, layout_shards
 from pymerge.checkpoint.manifest import VerifyReport, build_manifest, read_manifest, verify
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.writer import OutputDirectory
@@ -45,6 +45,7 @@ __all__ = [
     "index_name",
     "is_float",
     "is_float8",
+    "layout_file",
     "layout_shards",
     "memory_item_size",
     "open_checkpoint",
