@@ -1,22 +1,32 @@
-"""The command line: merge, plan, verify, methods, env, demo, bench."""
+"""The command line: merge, plan, verify, methods, env, wemoe, demo, bench."""
 
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import Enum
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
-from pymerge.errors import ArgumentError, OutputError, PymergeError
+from pymerge.console import (
+    OUT,
+    Backend,
+    Config,
+    Dtype,
+    LogJson,
+    Memory,
+    OutputDtype,
+    Quiet,
+    ShardSize,
+    Verbose,
+    print_lines,
+    print_warnings,
+    reported,
+)
+from pymerge.errors import ArgumentError, OutputError
 from pymerge.logs import event, recording
 
 app = typer.Typer(
@@ -26,73 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# In a file or a pipe, wide enough that tables keep one line a row.
-_out = Console(width=None if sys.stdout.isatty() else 160)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
-_INTERRUPTED = 130
-_TERMINATED = 143
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM has come. Like KeyboardInterrupt no Exception, so that nothing on its way up holds it."""
-
-
-class Backend(str, Enum):
-    auto = "auto"
-    reference = "reference"
-    native = "native"
-    triton = "triton"
-    cuda = "cuda"
-
-
-class OutputDtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-
-Config = Annotated[Path, typer.Argument(help="YAML file; mergekit's format is understood.", show_default=False)]
-Memory = Annotated[
-    str | None,
-    typer.Option(help="Hold at most this much of tensors at once, such as 8GiB.", show_default="75% of what is free"),
-]
-ShardSize = Annotated[str, typer.Option(help="Start a new file above this size.")]
-Dtype = Annotated[
-    OutputDtype | None, typer.Option(help="Output dtype, instead of the config's or the base's.", show_default=False)
-]
-LogJson = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Append events as lines of JSON; - for standard error.", show_default=False),
-]
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Errors as one line and an exit code; signals as a clean stop that the same command continues."""
-
-    def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        raise _TerminatedError
-
-    previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except PymergeError as error:
-        _err.print(f"error: {error}", style="red", markup=False)
-        raise SystemExit(error.exit_code) from error
-    except KeyboardInterrupt:
-        _err.print("interrupted; the same command goes on where this one stopped", markup=False)
-        raise SystemExit(_INTERRUPTED) from None
-    except _TerminatedError:
-        _err.print("terminated; the same command goes on where this one stopped", markup=False)
-        raise SystemExit(_TERMINATED) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _print_warnings(warnings: tuple[str, ...]) -> None:
-    for warning in warnings:
-        _err.print(f"warning: {warning}", style="yellow", markup=False)
 
 
 @app.command()
@@ -109,17 +52,15 @@ def merge(
     profile: Annotated[
         Path | None, typer.Option(help="Write a trace of the merge for ui.perfetto.dev.", show_default=False)
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say which backend computes what, and which tensors are slow.")
-    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     log_json: LogJson = None,
 ) -> None:
     """Merge the models of CONFIG into the directory OUT.
 
     The same command continues an interrupted merge, and verifies a finished one.
     """
-    with _reported(), recording(log_json, verbose=verbose):
+    with reported(), recording(log_json, verbose=verbose):
         from pymerge import api
 
         if dry_run:
@@ -138,9 +79,8 @@ def merge(
             profile=profile,
         )
         if not quiet:
-            _print_warnings(report.warnings)
-            for line in [*report.lines(), *(report.slowest_lines() if verbose else ())]:
-                _out.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_warnings(report.warnings)
+            print_lines([*report.lines(), *(report.slowest_lines() if verbose else ())])
 
 
 @app.command()
@@ -152,7 +92,7 @@ def plan(
     log_json: LogJson = None,
 ) -> None:
     """Show what a merge would read, compute and write, from the files' headers alone."""
-    with _reported(), recording(log_json):
+    with reported(), recording(log_json):
         _show_plan(config, memory, max_shard_size, dtype)
 
 
@@ -166,7 +106,7 @@ def _show_plan(
         config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype.value if dtype else None
     )
     event("plan", f"{planned.method.name}: {len(planned.steps)} tensors", **planned.summary())
-    _out.print(plan_view(planned))
+    OUT.print(plan_view(planned))
 
 
 @app.command()
@@ -181,11 +121,11 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
     log_json: LogJson = None,
 ) -> None:
     """Read a merged model again and compare every byte with its manifest."""
-    with _reported(), recording(log_json):
+    with reported(), recording(log_json):
         from pymerge.checkpoint import read_manifest
         from pymerge.checkpoint import verify as verify_output
         from pymerge.progress import NoProgress, ProgressBar
@@ -211,8 +151,7 @@ def verify(
             raise OutputError(f"{out} is not as it was written:\n" + "\n".join(f"- {p}" for p in report.problems))
         event("verified", lines[-1], output=out, tensors=report.tensors, parameters=report.parameters)
         if not quiet:
-            for line in lines:
-                _out.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_lines(lines)
 
 
 def _sample_size(deep: str | None) -> int | None:
@@ -234,7 +173,7 @@ def _verify_deep(out: Path, count: int | None, problems: list[str], quiet: bool)
     if found.problems:
         problems += found.problems + changed
     elif not quiet:
-        _print_warnings(tuple(changed))
+        print_warnings(tuple(changed))
     text = f"{out}: {len(found.tensors)} tensors computed again, the same bytes"
     event("recomputed", text, tensors=found.tensors, changes=found.changes, problems=found.problems)
     return text
@@ -253,15 +192,23 @@ def environment() -> None:
 
 
 def _print_view(name: str) -> None:
-    with _reported():
+    with reported():
         from pymerge import views
 
         view: Callable[[], Any] = getattr(views, name)
-        _out.print(view())
+        OUT.print(view())
 
 
-# Scripts of the checkout take their own options, --help among them.
+# These take their own options, --help among them.
 _SCRIPT: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command(context_settings=_SCRIPT)
+def wemoe(context: typer.Context) -> None:
+    """Build and inspect merged models that mix their experts per input (pymerge wemoe --help)."""
+    from pymerge.wemoe.cli import wemoe_app  # imports PyTorch
+
+    wemoe_app(context.args, prog_name="pymerge wemoe")
 
 
 @app.command(context_settings=_SCRIPT)
@@ -277,7 +224,7 @@ def bench(context: typer.Context) -> None:
 
 
 def _run_script(name: str, arguments: list[str]) -> NoReturn:
-    with _reported():
+    with reported():
         script = Path(__file__).resolve().parent.parent / name
         if not script.is_file():
             raise OutputError(f"{name} is not installed ({script} is missing); clone the repository for it")

@@ -115,7 +115,9 @@ def run(
         keeps_cache = plan.budget.keeps_cache(plan.bytes_read + plan.bytes_written + sum(supplement.cost(frozenset())))
     manifest = read_manifest(out)
     if manifest is not None and manifest["identity"] == identity and not overwrite:
-        return _verified(plan, out, started, progress)
+        shards = manifest["shards"].values()
+        nbytes = sum(tensor["nbytes"] for shard in shards for tensor in shard["tensors"].values())
+        return _verified(plan, out, nbytes, started, progress)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     with (
@@ -239,9 +241,9 @@ def _publish(
     output.publish(files, manifest, last=supplement.last if supplement else None)
 
 
-def _verified(plan: Plan, out: Path, started: float, progress: ProgressSink) -> MergeReport:
-    """The report of an output that was there already, after reading it again."""
-    progress.start(sum(step.nbytes for step in plan.steps))
+def _verified(plan: Plan, out: Path, nbytes: int, started: float, progress: ProgressSink) -> MergeReport:
+    """The report of an output of this size that was there already, after reading it again."""
+    progress.start(nbytes)
 
     def advance(count: int, name: str) -> None:
         progress.tensor(name)

@@ -54,10 +54,14 @@ ARROWS = {
         "sampling engine"
     ),
     "views": "env units methods layers backends planner steps",
-    "wemoe": "errors env ops checkpoint backends",
+    "wemoe": (
+        "errors env units logs yaml_lines ops methods checkpoint finite config config_checks memory schedule planner "
+        "progress report tracing sampling backends engine console views"
+    ),
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api wemoe",
-    "cli": "errors checkpoint logs progress recheck api views",
+    "console": "errors",
+    "cli": "errors console checkpoint logs progress recheck api views wemoe",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.
