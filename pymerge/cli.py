@@ -205,10 +205,11 @@ _SCRIPT: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": T
 
 @app.command(context_settings=_SCRIPT)
 def wemoe(context: typer.Context) -> None:
-    """Build and inspect merged models that mix their experts per input (pymerge wemoe --help)."""
-    from pymerge.wemoe.cli import wemoe_app  # imports PyTorch
+    """Merged models whose MLPs mix base and experts for each input: build, info."""
+    with reported():
+        from pymerge.wemoe.cli import wemoe_app
 
-    wemoe_app(context.args, prog_name="pymerge wemoe")
+        wemoe_app(args=context.args, prog_name="pymerge wemoe")
 
 
 @app.command(context_settings=_SCRIPT)

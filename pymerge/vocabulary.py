@@ -33,15 +33,16 @@ def is_token_table(
     if not ours or not other or ours[1:] != other[1:]:
         return False
     if kind is Kind.EMBEDDING:
-        return _has_tokens(name)
+        return has_tokens(name)
     if kind is not Kind.HEAD and not (kind is Kind.BIAS and is_head_name(name)):
         return False
-    tables = [table for table in layers if layers[table].kind is Kind.EMBEDDING and _has_tokens(table)]
+    tables = [table for table in layers if layers[table].kind is Kind.EMBEDDING and has_tokens(table)]
     lengths = [(base[table].shape[0], theirs[table].shape[0]) for table in tables if table in theirs]
     return (ours[0], other[0]) in lengths
 
 
-def _has_tokens(embedding: str) -> bool:
+def has_tokens(embedding: str) -> bool:
+    """Whether the rows of an embedding are tokens, by its name: not positions, segments or distances."""
     return not any(word in embedding for word in _OTHER_TABLES)
 
 

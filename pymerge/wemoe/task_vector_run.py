@@ -109,7 +109,9 @@ class TaskVectorRun:
         loads.clear()  # futures keep their results
         found: Iterable[tuple[str, Tensor]]
         if parameter.dense:
-            found = ((f"{parameter.name}::values", values) for values in _dense(parameter, base, experts))
+            tasks = _dense(parameter, base, experts)
+            name = f"{parameter.name}::values"
+            found = ((name, each[None]) for each in tasks) if file.exact else [(name, torch.stack(list(tasks)))]
         else:
             with self._tracer.span("compute", parameter.name):
                 found = _compressed(parameter, base, experts).items()
