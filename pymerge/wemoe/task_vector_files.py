@@ -84,11 +84,11 @@ class Parameter:
         return self.numel * sum(memory_item_size(entry.dtype) for entry in self.entries)
 
     @cached_property
-    def peak(self) -> int:
-        """Bytes of tensors held at once while it is worked on: inputs, scratch of one task, results."""
+    def scratch(self) -> int:
+        """Bytes that one task takes while it is computed, beside inputs and results."""
         n, item = self.numel, 8 if self.base.dtype == "F64" else 4
         if self.dense:
-            return self.inputs + 3 * item * min(n, CHUNK_ELEMENTS) + self.stored_bytes
+            return 3 * item * min(n, CHUNK_ELEMENTS)
         tau = 3 * item * n  # W_t and W_0 upcast, and their difference
         if self.storage.kind == "pruned":
             # Magnitudes and their copy for the selection; then a mask, and the entries with their places as int64.
@@ -98,7 +98,13 @@ class Parameter:
             small = min(rows, columns)
             # float64: two copies of tau, both factors twice, and what LAPACK's divide and conquer takes.
             work = 8 * (2 * n + 2 * small * (rows + columns) + 5 * small * small + 16 * small)
-        return self.inputs + max(tau, item * n + work) + 2 * self.stored_bytes
+        return max(tau, item * n + work)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of tensors held at once while it is worked on, task after task."""
+        joined = 1 if self.dense else 2  # results of each task, and of all
+        return self.inputs + self.scratch + joined * self.stored_bytes
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Makes the files of task vectors: a few threads read, this one computes, one writes; in bounded memory."""
+"""Makes the files of task vectors: a few threads read, some compute, one writes; in bounded memory."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,6 +54,9 @@ class TaskVectorRun:
         self._held: dict[str, Tensor] = {}  # of the file at work
         self._writes: deque[tuple[Future[None], int]] = deque()
         self._heap = Heap(limit)
+        self._threads = torch.get_num_threads()
+        # Each computes one task on one thread: threads of a team would wait for each other at every small operation.
+        self._workers = ThreadPoolExecutor(self._threads, "pymerge-compute", torch.set_num_threads, (1,))
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pymerge-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
 
@@ -67,23 +71,31 @@ class TaskVectorRun:
                 ahead = None
                 if following is not None and self._held_bytes + parameter.peak + following.inputs <= self._limit:
                     ahead = self._start_reading(following)
-                self._make_room(parameter.peak + (following.inputs if following is not None and ahead else 0))
-                self._carry_out(file, parameter, loads)
+                needed = parameter.peak + (following.inputs if following is not None and ahead else 0)
+                self._make_room(needed)
+                room = self._limit - needed - self._held_bytes - self._waiting_bytes
+                self._carry_out(file, parameter, loads, 1 + max(0, room // max(1, parameter.scratch)))
                 loads = ahead
                 self._heap.freed(parameter.peak)
             while self._writes:
                 self._wait_for_writer()
         finally:
             self._readers.shutdown(cancel_futures=True)
+            self._workers.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)  # what later threads start with
             self._writer.shutdown(cancel_futures=True)
 
     @property
     def _held_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._held.values())
 
+    @property
+    def _waiting_bytes(self) -> int:
+        return sum(nbytes for _, nbytes in self._writes)
+
     def _make_room(self, needed: int) -> None:
         """Wait for the writer until `needed` bytes fit."""
-        while self._writes and self._held_bytes + sum(nbytes for _, nbytes in self._writes) + needed > self._limit:
+        while self._writes and self._held_bytes + self._waiting_bytes + needed > self._limit:
             self._wait_for_writer()
 
     def _wait_for_writer(self) -> None:
@@ -102,26 +114,27 @@ class TaskVectorRun:
         self._progress.advance(entry.nbytes)
         return tensor
 
-    def _carry_out(self, file: TaskVectorFile, parameter: Parameter, loads: Loads) -> None:
+    def _carry_out(self, file: TaskVectorFile, parameter: Parameter, loads: Loads, at_once: int) -> None:
+        """Compute a parameter, `at_once` tasks at a time, and hand it to the writer or hold it."""
         self._progress.tensor(parameter.name)
         with self._tracer.span("wait for inputs", parameter.name):
             base, *experts = [load.result() for load in loads]
         loads.clear()  # futures keep their results
-        found: Iterable[tuple[str, Tensor]]
-        if parameter.dense:
-            tasks = _dense(parameter, base, experts)
-            name = f"{parameter.name}::values"
-            found = ((name, each[None]) for each in tasks) if file.exact else [(name, torch.stack(list(tasks)))]
+        with self._tracer.span("compute", parameter.name):
+            tasks = list(zip(parameter.experts, experts, strict=True))
+            parts: list[dict[str, Tensor]] = []
+            for start in range(0, len(tasks), at_once):
+                group = tasks[start : start + at_once]
+                parts += self._workers.map(partial(_one_task, parameter, base), group)
+            found = _joined(parts) if not (parameter.dense and file.exact) else {}
+        if file.exact:
+            for part in [found] if found else parts:
+                for name, tensor in part.items():
+                    self._write(name, tensor)
         else:
-            with self._tracer.span("compute", parameter.name):
-                found = _compressed(parameter, base, experts).items()
-        for name, tensor in found:
-            if file.exact:
-                self._write(name, tensor)
-            else:
-                self._held[name] = tensor
-        if not file.exact and parameter is file.parameters[-1]:
-            self._write_held(file)
+            self._held |= found
+            if parameter is file.parameters[-1]:
+                self._write_held(file)
 
     def _write(self, name: str, tensor: Tensor) -> None:
         self._writes.append((self._writer.submit(self._store, name, tensor), tensor.nbytes))
@@ -141,32 +154,32 @@ class TaskVectorRun:
         self._progress.advance(tensor.nbytes)
 
 
-def _dense(parameter: Parameter, base: Tensor, experts: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Task vectors rounded to the storage's dtype, one after the other, by ranges of rows."""
-    rows = max(1, CHUNK_ELEMENTS * base.shape[0] // max(1, base.numel()))
-    for entry, expert in zip(parameter.experts, experts, strict=True):
-        values = torch.empty(base.shape, dtype=parameter.storage.torch_dtype)
+def _one_task(parameter: Parameter, base: Tensor, task: tuple[TensorEntry, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors of one expert alone."""
+    entry, expert = task
+    dtype = compute_dtype(base)
+    if parameter.dense:
+        # By ranges of rows, whose float32 forms stay in the cache.
+        values = torch.empty((1, *base.shape), dtype=parameter.storage.torch_dtype)
+        rows = max(1, CHUNK_ELEMENTS * base.shape[0] // max(1, base.numel()))
         for start in range(0, base.shape[0], rows):
             part = slice(start, start + rows)
-            values[part] = task_vector(base[part], expert[part], None, compute_dtype(base))
-        _check(parameter, entry, base, expert, values)
-        yield values
-
-
-def _compressed(parameter: Parameter, base: Tensor, experts: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The stored tensors, task after task, so that one task vector is in memory at a time."""
-    parts: dict[str, list[Tensor]] = {}
-    for entry, expert in zip(parameter.experts, experts, strict=True):
-        tau = task_vector(base, expert, None, compute_dtype(base))
+            values[0, part] = task_vector(base[part], expert[part], None, dtype)
+        found = {f"{parameter.name}::values": values}
+    else:
+        tau = task_vector(base, expert, None, dtype)
         _check(parameter, entry, base, expert, tau)
-        one = encode(parameter.name, compress([tau], parameter.storage), parameter.storage)
-        for name, tensor in one.items():
-            _check(parameter, entry, base, expert, tensor)
-            parts.setdefault(name, []).append(tensor)
-    found = {}
-    for name in list(parts):
-        found[name] = torch.cat(parts.pop(name), 1 if name.endswith(f"::{_COLUMNS}") else 0)
+        found = encode(parameter.name, compress([tau], parameter.storage), parameter.storage)
+    for tensor in found.values():
+        _check(parameter, entry, base, expert, tensor)
     return found
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The stored tensors of all experts, from those of each in their order."""
+    return {
+        name: torch.cat([part[name] for part in parts], 1 if name.endswith(f"::{_COLUMNS}") else 0) for name in parts[0]
+    }
 
 
 def _check(parameter: Parameter, entry: TensorEntry, base: Tensor, expert: Tensor, found: Tensor) -> None:
