@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import fine_tuned, in_process, tree, write_model
+from checkpoints import fine_tuned, in_process, llama, llama_config, pymerge, tree, write_model, write_models
 from torch import nn
 
 from pymerge import wemoe
 from pymerge.checkpoint import verify
 from pymerge.errors import OutputError, PlanError
+from pymerge.recheck import recheck
 
 MIB = 2**20
 SHARD = 500
@@ -194,3 +195,35 @@ def test_memory_stays_within_the_limit(tmp_path: Path, storage: str, dtype: torc
     found = in_process(grown, small, made, storage, settings)
     # Python's objects, thread stacks, and buffers of the libraries.
     assert found <= limit + 12 * MIB, f"{found / MIB:.1f} MiB"
+
+
+def test_commands(tmp_path: Path) -> None:
+    """build, its plan, info and verify; --help lists them."""
+    tensors = llama()
+    write_models(tmp_path, tensors, config=llama_config(tensors))
+    file, out = tmp_path / "wemoe.yml", tmp_path / "out"
+    file.write_text(
+        "base_model: base\nmodels:\n- model: e0\n- model: e1\n"
+        "wemoe:\n  router: {depth: 1}\n  storage: {kind: pruned, ratio: 0.9}\n"
+    )
+    plan = pymerge("wemoe", "build", file, out, "--dry-run")
+    assert plan.code == 0, plan
+    # 2 x 3 weights of 384 entries, of which 39 are kept for each of 2 experts: a value, a column; and counts of rows.
+    assert "task vectors: pruned bfloat16, at most 2.83KiB in 1 files; dense 9.00KiB" in plan.out
+    assert not out.exists()
+    done = pymerge("wemoe", "build", file, out, "--max-shard-size", "4KB")
+    assert done.code == 0, done
+    assert "2 MLPs mix 2 experts; task vectors: pruned, 2.83KiB (dense 9.00KiB)" in done.out
+    found = pymerge("wemoe", "info", out)
+    assert found.code == 0, found
+    assert "LlamaForCausalLM, 2 experts: e0, e1\n" in found.out
+    assert "2 routers of depth 1, 68 parameters" in found.out
+    assert pymerge("verify", out).code == 0
+    with pytest.raises(OutputError, match="verify it without --deep"):
+        recheck(out)
+    wrong = pymerge("wemoe", "info", tmp_path / "base")
+    assert (wrong.code, len(wrong.errors)) == (3, 1)
+    assert "wemoe.json: cannot be read" in wrong.errors[0]
+    refused = pymerge("merge", file, tmp_path / "merged")
+    assert refused.code == 2
+    assert "'wemoe' is a section for pymerge wemoe build" in refused.err
