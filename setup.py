@@ -131,7 +131,7 @@ def extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["pymerge", "pymerge.*"]), "pymerge.kernels"],
     package_dir={"pymerge.kernels": "kernels"},
-    package_data={"pymerge": ["py.typed", "*.pyi"], "pymerge.backends": ["*.json"]},
+    package_data={"pymerge": ["py.typed", "*.pyi"], "pymerge.backends": ["*.json"], "pymerge.analysis": ["*.html"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtensions},
 )

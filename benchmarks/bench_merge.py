@@ -40,6 +40,8 @@ CONFIGS: dict[str, tuple[str, bool]] = {
     "linear": ("", True),
     "task_arithmetic": ("parameters: {lambda: 0.4}\n", True),
     "ties": ("parameters: {lambda: 1.0, density: 0.5}\n", True),
+    "dare_ties": ("parameters: {lambda: 1.0, density: 0.5}\n", True),
+    "della": ("parameters: {lambda: 1.0, density: 0.5, epsilon: 0.15}\n", True),
     "ace": ("", False),
     "wudi_flow": ("", False),
 }

@@ -13,6 +13,7 @@ ELEMENTWISE = ("linear", "task_arithmetic")
 HELP_SECONDS = 0.4
 OVER_FLOOR = {"1.2B": 1.6}
 FASTER_THAN_MERGEKIT = {"135M": 5.0, "1.2B": 4.0}
+SPARSE_FASTER_THAN_MERGEKIT = {"ties": 30.0, "della": 30.0, "dare_ties": 15.0}  # 1.2B
 SHARE_OF_MERGEKITS_PEAK = 0.25
 
 
@@ -29,6 +30,8 @@ def judge(rows: Sequence[Row]) -> list[Row]:
     for row in merges:
         if row["method"] in ELEMENTWISE:
             found += _of_one(row)
+        elif row["method"] in SPARSE_FASTER_THAN_MERGEKIT and row["size"] == "1.2B":
+            found += _faster(row, SPARSE_FASTER_THAN_MERGEKIT[row["method"]])
     return found + _memory(merges)
 
 
@@ -41,21 +44,28 @@ def _of_one(row: Row) -> list[Row]:
     if row["size"] in OVER_FLOOR:
         most, over = OVER_FLOOR[row["size"]], row["over_floor"]
         found.append(_target(f"{name}: at most {most:g}x the floor", f"{over:.2f}x", over <= most))
-    speedup, share = row["speedup_over_mergekit"], row["share_of_mergekits_peak"]
-    if speedup is not None and row["size"] in FASTER_THAN_MERGEKIT:
-        least, most = FASTER_THAN_MERGEKIT[row["size"]], SHARE_OF_MERGEKITS_PEAK
-        found.append(_target(f"{name}: at least {least:g}x faster than mergekit", f"{speedup:.1f}x", speedup >= least))
+    share, most = row["share_of_mergekits_peak"], SHARE_OF_MERGEKITS_PEAK
+    if row["speedup_over_mergekit"] is not None and row["size"] in FASTER_THAN_MERGEKIT:
+        found += _faster(row, FASTER_THAN_MERGEKIT[row["size"]])
         found.append(_target(f"{name}: at most {most:.0%} of mergekit's peak memory", f"{share:.0%}", share <= most))
     return found
 
 
+def _faster(row: Row, least: float) -> list[Row]:
+    speedup = row["speedup_over_mergekit"]
+    if speedup is None:
+        return []
+    what = f"{row['method']}, {row['size']}: at least {least:g}x faster than mergekit"
+    return [_target(what, f"{speedup:.1f}x", speedup >= least)]
+
+
 def _memory(merges: Sequence[Row]) -> list[Row]:
-    """From 135M to 1.2B, memory grows by no more than the largest tensor does."""
+    """From 135M to 1.2B, memory grows by no more than the largest tensor does; sparse methods hold it of all models."""
     by_size = {(row["size"], row["method"]): row for row in merges}
     found = []
     for (size, method), row in by_size.items():
         small = by_size.get(("135M", method))
-        if size == "1.2B" and small is not None:
+        if size == "1.2B" and small is not None and method not in SPARSE_FASTER_THAN_MERGEKIT:
             growth, allowed = row["peak"] - small["peak"], row["largest_tensor"] - small["largest_tensor"]
             what = (
                 f"{method}: peak memory of 1.2B over that of 135M at most {format_bytes(allowed)}, the largest tensor's"

@@ -12,12 +12,15 @@ from typing import Any, Literal
 
 import inputs
 import op_peers
+import sparse_peers
 import torch
 from torch import Tensor
 
 from pymerge.backends import Dispatcher
 from pymerge.ops import gradient_flow, normal_equations
+from pymerge.ops.bitmask import TaskMasks
 from pymerge.ops.task_storage import DenseTasks
+from pymerge.ops.trim_threshold import Thresholds
 
 ADAM_STEPS = 5
 LR, TIME = 1e-5, 300.0
@@ -133,6 +136,24 @@ class Layer:
         return x, gates, self.base.float(), DenseTasks(taus)
 
     @cached_property
+    def counts(self) -> list[int]:
+        """How many elements of each task vector are kept."""
+        return [int(sparse_peers.DENSITY * self.size.numel)] * self.size.tasks
+
+    @cached_property
+    def thresholds(self) -> Thresholds:
+        """Where they end."""
+        found: Thresholds = Dispatcher("auto", self.device)("trim_threshold", self.base, self.experts, self.counts)
+        return found
+
+    @cached_property
+    def masks(self) -> TaskMasks:
+        """Which they are."""
+        run_op = Dispatcher("auto", self.device)
+        masks: TaskMasks = run_op("magnitude_mask", self.base, self.experts, self.thresholds)
+        return masks
+
+    @cached_property
     def flow_flops(self) -> int:
         """Operations of the cheaper way to evaluate gradient flow on this A."""
         scale = gradient_flow.largest_eigenvalue(self.equations[0]) * TIME
@@ -170,6 +191,15 @@ def _equations(size: Size) -> int:
     return _gram(size) + size.tasks * each
 
 
+def _weights_read(size: Size, item: int) -> int:
+    return (size.tasks + 1) * size.numel * item
+
+
+def _probabilities(size: Size) -> tuple[list[float], list[float]]:
+    low, high = sparse_peers.DENSITY - sparse_peers.EPSILON, sparse_peers.DENSITY + sparse_peers.EPSILON
+    return [low] * size.tasks, [high] * size.tasks
+
+
 def _refine(size: Size) -> float:
     """A symmetric Gram, its eigenvectors (reduction and back-transformation, 10/3 n^3), and two products."""
     large = size.numel // size.small
@@ -192,6 +222,38 @@ CASES = {
         bytes=lambda size, item: (size.tasks + 2) * size.numel * item,
         work=lambda size: 300 * size.tasks * size.numel,
         peer=op_peers.COMBINE,
+    ),
+    "trim_threshold": Case(
+        lambda layer: (layer.base, layer.experts, layer.counts),
+        flops=lambda layer: layer.size.tasks * layer.size.numel,
+        bytes=_weights_read,
+        work=lambda size: 2000 * size.tasks * size.numel,
+        settings=f"density {sparse_peers.DENSITY:g}",
+        peer=sparse_peers.TRIM_THRESHOLD,
+    ),
+    "magnitude_mask": Case(
+        lambda layer: (layer.base, layer.experts, layer.thresholds),
+        flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: _weights_read(size, item) + size.tasks * size.numel // 8,
+        work=lambda size: 1500 * size.tasks * size.numel,
+        settings=f"density {sparse_peers.DENSITY:g}",
+        peer=sparse_peers.MAGNITUDE_MASK,
+    ),
+    "random_mask": Case(
+        lambda layer: (layer.base, layer.experts, *_probabilities(layer.size), range(layer.size.tasks)),
+        flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: _weights_read(size, item) + size.tasks * size.numel // 8,
+        work=lambda size: 6000 * size.tasks * size.numel,
+        settings=f"density {sparse_peers.DENSITY:g}, epsilon {sparse_peers.EPSILON:g}",
+        peer=sparse_peers.RANDOM_MASK,
+    ),
+    "sparse_combine": Case(
+        lambda layer: (layer.base, layer.experts, [1.0] * layer.size.tasks),
+        keywords=lambda layer: {"bits": layer.masks.bits, "elect": True, "normalize": True},
+        flops=lambda layer: 6 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: _weights_read(size, item) + item * size.numel + size.tasks * size.numel // 8,
+        work=lambda size: 900 * size.tasks * size.numel,
+        peer=sparse_peers.SPARSE_COMBINE,
     ),
     "task_stats": Case(
         lambda layer: (layer.base, layer.experts),

@@ -11,10 +11,14 @@
 #include "common/dispatch.h"
 #include "ops/adam_step.h"
 #include "ops/combine.h"
+#include "ops/magnitude_mask.h"
 #include "ops/mix_weights.h"
+#include "ops/random_mask.h"
+#include "ops/sparse_combine.h"
 #include "ops/spd_solve.h"
 #include "ops/task_gram.h"
 #include "ops/task_vector.h"
+#include "ops/trim_threshold.h"
 
 namespace py = pybind11;
 using namespace pymerge;
@@ -102,6 +106,60 @@ void task_stats(Address norms, Address traces, Address means, const Matrix& base
                    threads);
 }
 
+void trim_threshold(Address keys, Address ends, const Matrix& base, const std::vector<Matrix>& experts,
+                    const std::vector<std::int64_t>& counts, std::int64_t numel, int threads) {
+    PM_CHECK(experts.size() == counts.size(),
+             "trim_threshold: " << experts.size() << " experts, " << counts.size() << " counts; give one of each");
+    const std::vector<MatrixView> matrices = views(experts);
+    trim_threshold_cpu({pointer<std::int64_t>(keys), pointer<std::int64_t>(ends), view(base), matrices.data(),
+                        counts.data(), static_cast<std::int64_t>(experts.size()), numel},
+                       threads);
+}
+
+using Masks = std::tuple<Address, Address, Address>;  // bits, L1 norms before, after
+using Selected = std::tuple<Address, Address>;        // keys, ends; 0 and 0: nothing
+
+MaskOutput view(const Masks& m) {
+    return {pointer<std::uint8_t>(std::get<0>(m)), pointer<double>(std::get<1>(m)), pointer<double>(std::get<2>(m))};
+}
+
+Selection view(const Selected& s) {
+    return {pointer<const std::int64_t>(std::get<0>(s)), pointer<const std::int64_t>(std::get<1>(s))};
+}
+
+void magnitude_mask(const Masks& out, const Matrix& base, const std::vector<Matrix>& experts, const Selected& kept,
+                    const Selected& dropped, std::int64_t numel, int threads) {
+    const std::vector<MatrixView> matrices = views(experts);
+    magnitude_mask_cpu({view(out), view(base), matrices.data(), view(kept), view(dropped),
+                        static_cast<std::int64_t>(experts.size()), numel},
+                       threads);
+}
+
+void random_mask(const Masks& out, const Matrix& base, const std::vector<Matrix>& experts,
+                 const std::vector<double>& lowest, const std::vector<double>& highest,
+                 const std::vector<std::uint64_t>& keys, std::int64_t rows, std::int64_t columns, int threads) {
+    PM_CHECK(experts.size() == lowest.size() && experts.size() == highest.size() && experts.size() == keys.size(),
+             "random_mask: " << experts.size() << " experts, " << lowest.size() << " and " << highest.size()
+                             << " probabilities, " << keys.size() << " keys; give one of each");
+    const std::vector<MatrixView> matrices = views(experts);
+    random_mask_cpu({view(out), view(base), matrices.data(), lowest.data(), highest.data(), keys.data(),
+                     static_cast<std::int64_t>(experts.size()), rows, columns},
+                    threads);
+}
+
+void sparse_combine(Address out, std::int32_t out_dtype, const Matrix& base, const std::vector<Matrix>& experts,
+                    Address bits, const std::vector<double>& sizes, const std::vector<double>& weights,
+                    std::int64_t numel, bool elect, bool normalize, double scale, int threads) {
+    PM_CHECK(experts.size() == sizes.size() && experts.size() == weights.size(),
+             "sparse_combine: " << experts.size() << " experts, " << sizes.size() << " sizes, " << weights.size()
+                                << " weights; give one of each");
+    const std::vector<MatrixView> matrices = views(experts);
+    sparse_combine_cpu({pointer(out), checked_dtype(out_dtype), view(base), matrices.data(),
+                        pointer<const std::uint8_t>(bits), sizes.data(), weights.data(),
+                        static_cast<std::int64_t>(experts.size()), numel, elect, normalize, scale},
+                       threads);
+}
+
 void adam_step(Address D, Address m, Address v, Address product, Address B, std::int32_t dtype, std::int64_t numel,
                double beta1, double beta2, double correction1, double correction2, double lr, double eps, int threads) {
     adam_step_cpu({pointer(D), pointer(m), pointer(v), pointer<const void>(product), pointer<const void>(B),
@@ -184,6 +242,10 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled ops for the CPU; see pymerge.backends.native.";
     module.def("task_sum", &task_sum, py::call_guard<py::gil_scoped_release>());
     module.def("task_stats", &task_stats, py::call_guard<py::gil_scoped_release>());
+    module.def("trim_threshold", &trim_threshold, py::call_guard<py::gil_scoped_release>());
+    module.def("magnitude_mask", &magnitude_mask, py::call_guard<py::gil_scoped_release>());
+    module.def("random_mask", &random_mask, py::call_guard<py::gil_scoped_release>());
+    module.def("sparse_combine", &sparse_combine, py::call_guard<py::gil_scoped_release>());
     module.def("adam_step", &adam_step, py::call_guard<py::gil_scoped_release>());
     module.def("mix_dense", &mix_dense, py::call_guard<py::gil_scoped_release>());
     module.def("mix_sparse", &mix_sparse, py::call_guard<py::gil_scoped_release>());

@@ -8,6 +8,10 @@ _Dense = tuple[int, int, int, int]
 # T sparse matrices by rows: (values, dtype, columns, columns are int32, starts, starts between two tasks, T).
 _Sparse = tuple[int, int, int, bool, int, int, int]
 
+# Bits, L1 norms before and after; keys and ends of thresholds, 0 and 0 for none. Weights are one row of all elements.
+_Masks = tuple[int, int, int]
+_Thresholds = tuple[int, int]
+
 def build_info() -> str: ...
 def combine(
     out: int,
@@ -41,6 +45,46 @@ def task_stats(
     experts: Sequence[_Matrix],
     rows: int,
     columns: int,
+    threads: int,
+    /,
+) -> None: ...
+def trim_threshold(
+    keys: int, ends: int, base: _Matrix, experts: Sequence[_Matrix], counts: Sequence[int], numel: int, threads: int, /
+) -> None: ...
+def magnitude_mask(
+    out: _Masks,
+    base: _Matrix,
+    experts: Sequence[_Matrix],
+    kept: _Thresholds,
+    dropped: _Thresholds,
+    numel: int,
+    threads: int,
+    /,
+) -> None: ...
+def random_mask(
+    out: _Masks,
+    base: _Matrix,
+    experts: Sequence[_Matrix],
+    lowest: Sequence[float],
+    highest: Sequence[float],
+    keys: Sequence[int],
+    rows: int,
+    columns: int,
+    threads: int,
+    /,
+) -> None: ...
+def sparse_combine(
+    out: int,
+    out_dtype: int,
+    base: _Matrix,
+    experts: Sequence[_Matrix],
+    bits: int,
+    sizes: Sequence[float],
+    weights: Sequence[float],
+    numel: int,
+    elect: bool,
+    normalize: bool,
+    scale: float,
     threads: int,
     /,
 ) -> None: ...

@@ -1,4 +1,4 @@
-"""The command line: merge, plan, verify, methods, env, wemoe, demo, bench."""
+"""The command line: merge, plan, report, verify, methods, env, wemoe, demo, bench."""
 
 from __future__ import annotations
 
@@ -110,6 +110,33 @@ def _show_plan(
 
 
 @app.command()
+def report(
+    config: Config,
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for index.html and report.json.", show_default=False)
+    ],
+    spectra: Annotated[
+        str, typer.Option(metavar="N|all", help="Compute the singular values of N linear weights; 0 for none.")
+    ] = "12",
+    memory: Memory = None,
+    quiet: Quiet = False,
+    log_json: LogJson = None,
+) -> None:
+    """Measure the experts of CONFIG before they are merged: who conflicts with whom, and where. Merges nothing."""
+    with reported(), recording(log_json):
+        from pymerge import api
+        from pymerge.analysis import survey, write_report
+        from pymerge.progress import NoProgress, ProgressBar
+
+        planned = api.plan(config, device="cpu", memory=memory)
+        found = survey(planned, _count("--spectra", spectra, 0), NoProgress() if quiet else ProgressBar("measuring"))
+        page = write_report(planned, found, out)
+        event("report", f"wrote {page}", page=page)
+        if not quiet:
+            print_lines([f"wrote {page}"])
+
+
+@app.command()
 def verify(
     out: Annotated[Path, typer.Argument(help="Directory that `pymerge merge` wrote.", show_default=False)],
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")] = False,
@@ -130,7 +157,7 @@ def verify(
         from pymerge.checkpoint import verify as verify_output
         from pymerge.progress import NoProgress, ProgressBar
 
-        count = _sample_size(deep)
+        count = None if deep is None else _count("--deep", deep, 1)
         manifest = read_manifest(out)
         progress = NoProgress() if quiet or manifest is None else ProgressBar("verifying")
         shards = manifest["shards"].values() if manifest else ()
@@ -154,13 +181,13 @@ def verify(
             print_lines(lines)
 
 
-def _sample_size(deep: str | None) -> int | None:
-    """How many tensors --deep asks for; None for all."""
-    if deep is None or deep == "all":
+def _count(option: str, text: str, least: int) -> int | None:
+    """A number of tensors, at least `least`; None for all."""
+    if text == "all":
         return None
-    if not re.fullmatch("[1-9][0-9]{0,8}", deep):
-        raise ArgumentError(f"--deep is {deep!r}; give a number of tensors, or all")
-    return int(deep)
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise ArgumentError(f"{option} is {text!r}; give a number of tensors, or all")
+    return int(text)
 
 
 def _verify_deep(out: Path, count: int | None, problems: list[str], quiet: bool) -> str:

@@ -19,7 +19,6 @@ _UNSUPPORTED = {
     "slices": "list whole models under 'models'",
     "modules": "list whole models under 'models'",
     "tokenizer": "delete it: the base's tokenizer is copied as it is",
-    "random_seed": "delete it: no method here draws random numbers",
     "name": "delete it, and give each merge its own file",
     "experts": "mergekit-moe configs build another architecture; list whole models under 'models'",
     "gate_mode": "mergekit-moe configs build another architecture; list whole models under 'models'",
@@ -66,6 +65,7 @@ class Checker:
         if raw.pop("wemoe", None) is not None:
             problem = "'wemoe' is a section for pymerge wemoe build; run that command, or delete the section"
             self._document.add(("wemoe",), problem)
+        self._take_random_seed()
         given = self._settings(raw, ())
         raw["base_model"] = self._reference(raw.get("base_model"), ("base_model",))
         if isinstance(raw.get("models"), list):
@@ -99,6 +99,19 @@ class Checker:
         if self._raw.pop("chat_template", None) is not None:
             problem = "chat_template is not supported yet; delete it: the base's template is copied"
             self._document.add(("chat_template",), problem)
+
+    def _take_random_seed(self) -> None:
+        """mergekit's top-level key is a parameter of the methods that draw random numbers."""
+        seed, parameters = self._raw.pop("random_seed", None), self._raw.get("parameters", {})
+        if seed is None or self.method is None:
+            return
+        if not any(parameter.name == "random_seed" for parameter in self.method.parameters):
+            problem = f"random_seed is {seed!r}, and {self.method.name!r} draws no random numbers; delete it"
+            self._document.add(("random_seed",), problem)
+        elif isinstance(parameters, dict) and "random_seed" in parameters:
+            self._document.add(("random_seed",), "random_seed stands under 'parameters', too; delete one of the two")
+        elif isinstance(parameters, dict):
+            self._raw["parameters"] = {**parameters, "random_seed": seed}
 
     def _settings(self, raw: dict[str, Any], location: Location) -> set[str]:
         """Replace raw["parameters"] by parsed settings; returns the names given, right or wrong."""

@@ -45,7 +45,7 @@ def smallest(layer: Layer, action: Action, shape: tuple[int, ...]) -> Piece:
     """The first of the smallest pieces that the action can work on: one row, one matrix of a stack, or all."""
     if not shape or shape[0] == 0:
         return Piece(0, shape[0] if shape else 1, shape)
-    rows = 1 if action.chunkable or layer.stacked else shape[0]
+    rows = 1 if action.chunkable or (layer.stacked and action.takes_matrices) else shape[0]
     return Piece(0, rows, (rows, *shape[1:]))
 
 
@@ -67,7 +67,7 @@ def matrix_shape(layer: Layer, shape: tuple[int, ...]) -> tuple[int, int]:
 
 def cost(layer: Layer, action: Action, piece: Piece, experts: int) -> Cost:
     """Flops and scratch bytes of one piece."""
-    return action.cost(piece.shape if action.chunkable else matrix_shape(layer, piece.shape), experts)
+    return action.cost(matrix_shape(layer, piece.shape) if action.takes_matrices else piece.shape, experts)
 
 
 def run(
@@ -94,7 +94,7 @@ def run_batch(
 
     `layer` stands for all: their `in_axis` and `stacked` are the same.
     """
-    if action.chunkable:
+    if not action.takes_matrices:
         return action.run_batch(run_op, bases, experts, out_dtype)
     if layer.stacked:
         bases, experts = [base[0] for base in bases], [[expert[0] for expert in tasks] for tasks in experts]

@@ -64,7 +64,7 @@ class Step:
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs)
         output = elements * ITEM_SIZES[self.dtype]
         scratch = pieces.cost(self.layer, self.action, piece, len(self.experts)).workspace
-        if not self.action.chunkable and self.layer.in_axis == 0:
+        if self.action.takes_matrices and self.layer.in_axis == 0:
             scratch += inputs + output  # transposed copies
         return Memory(inputs, scratch, output)
 

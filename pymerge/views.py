@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +15,7 @@ from pymerge.layers import Layer
 from pymerge.methods import METHODS
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Parameter
+from pymerge.names import role
 from pymerge.planner import Plan
 from pymerge.steps import Step
 from pymerge.units import format_bytes, format_flops
@@ -42,7 +42,7 @@ def plan_view(plan: Plan) -> RenderableType:
             format_bytes(sum(step.nbytes for step in steps)),
             format_flops(sum(step.flops for step in steps)),
         )
-        reasons.setdefault(_without_numbers(first.layer.describe()), []).append(name)
+        reasons.setdefault(role(first.layer.describe()), []).append(name)
     files = _count(len(plan.layouts), "file")
     largest = max(element_count(piece.shape) for step in plan.steps for piece in step.pieces)
     lines = [
@@ -71,17 +71,12 @@ def _kind(layer: Layer) -> str:
     return "stacked " * layer.stacked + layer.kind.value + " (transposed)" * (layer.in_axis == 0)
 
 
-def _without_numbers(text: str) -> str:
-    """Block numbers in a dotted name as *."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
-
-
 def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
     """Steps that are alike but for the block number, under their name with * for it."""
     groups: dict[str, dict[tuple[object, ...], list[Step]]] = {}
     for step in steps:
-        name = _without_numbers(step.name)
-        reason = _without_numbers(step.layer.describe())
+        name = role(step.name)
+        reason = role(step.layer.describe())
         alike = groups.setdefault(name, {})
         alike.setdefault((step.shape, reason, step.action, step.dtype), []).append(step)
     return {

@@ -93,3 +93,45 @@ def filter_delta(base: Matrix, experts: list[Matrix], time: float, rank: float |
         count = min(count, int((values > 1e-12 * values.max()).sum()))
     h[: len(values) - count] = 0.0
     return start - start @ V * h @ V.T + D @ V * (h / clamped) @ V.T, start
+
+
+def kept_magnitudes(tau: Matrix, begin: int, end: int) -> NDArray[np.bool_]:
+    """Elements whose rank by descending magnitude, equal ones in the order of their index, is begin .. end - 1."""
+    flat = np.abs(tau).reshape(-1)
+    order = np.lexsort((np.arange(flat.size), -flat))
+    keep = np.zeros(flat.size, dtype=bool)
+    keep[order[begin:end]] = True
+    return keep.reshape(tau.shape)
+
+
+def della_probabilities(tau: Matrix, density: float, epsilon: float) -> Matrix:
+    """Keep probabilities by ascending rank in the row, equal magnitudes in the order of their index."""
+    rows = np.atleast_2d(tau).reshape(-1, tau.shape[-1])
+    ranks = np.argsort(np.argsort(np.abs(rows), axis=1, kind="stable"), axis=1, kind="stable")
+    return (density - epsilon + 2 * epsilon * ranks / (rows.shape[1] - 1)).reshape(tau.shape)
+
+
+def sparse_delta(
+    taus: list[Matrix],
+    masks: list[NDArray[np.bool_]],
+    weights: list[float],
+    *,
+    elect: bool = False,
+    normalize: bool = False,
+    rescale: bool = False,
+    scale: float = 1.0,
+) -> Matrix:
+    """The merged delta of mergekit's generalised task arithmetic, given what is kept of each task vector."""
+    kept = [np.where(mask, tau, 0.0) for tau, mask in zip(taus, masks, strict=True)]
+    if rescale:
+        norms = [(np.abs(tau).sum(), np.abs(part).sum()) for tau, part in zip(taus, kept, strict=True)]
+        kept = [part if min(pair) < 1e-7 else part * pair[0] / pair[1] for part, pair in zip(kept, norms, strict=True)]
+    values = np.stack([weight * part for weight, part in zip(weights, kept, strict=True)])
+    column = np.array(weights).reshape(-1, *[1] * taus[0].ndim)
+    agrees = np.ones(values.shape, dtype=bool)
+    if elect:
+        agrees = np.sign(values) == np.where(values.sum(0) >= 0, 1, -1)
+    total, share = (values * agrees).sum(0), (column * agrees).sum(0)
+    if normalize:
+        total = total / np.where(share == 0, 1.0, share)
+    return scale * total

@@ -31,6 +31,8 @@ from pymerge.errors import PlanError
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"weight": [{"filter": "q_proj", "value": 0.3}, {"value": 0.7}]},
     "task_arithmetic": {"weight": 0.4, "lambda": 1.3},
+    "breadcrumbs_ties": {"weight": 0.4, "density": 0.6},
+    "della": {"weight": 0.4, "density": 0.6, "random_seed": 3},
     "wudi": {"iterations": 20, "lr": "auto"},
     "ace": {},
 }

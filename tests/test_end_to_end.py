@@ -23,6 +23,8 @@ import pymerge
 METHODS = {
     "linear": {"weight": 1.0},
     "task_arithmetic": {"weight": 0.4},
+    "ties": {"weight": 0.8, "density": 0.4},
+    "della": {"weight": 0.8, "density": 0.4},
     "wudi": {"iterations": 30},
     "ace": {},
 }

@@ -53,7 +53,9 @@ ARROWS = {
         "errors env units methods layers checkpoint finite config memory pieces backends planner progress report "
         "sampling engine"
     ),
-    "views": "env units methods layers backends planner steps",
+    "names": "",
+    "analysis": "errors env units names methods checkpoint config planner progress steps",
+    "views": "env units names methods layers backends planner steps",
     "wemoe": (
         "errors env units logs yaml_lines ops methods checkpoint finite config config_checks memory schedule planner "
         "progress report tracing sampling backends engine console views"
@@ -61,7 +63,7 @@ ARROWS = {
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api wemoe",
     "console": "errors",
-    "cli": "errors console checkpoint logs progress recheck api views wemoe",
+    "cli": "errors console analysis checkpoint logs progress recheck api views wemoe",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.

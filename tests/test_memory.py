@@ -69,6 +69,7 @@ def write_layers(folder: Path, layers: int, method: str, *, shards: int = 1, **p
     ("method", "parameters"),
     [
         ("task_arithmetic", {}),
+        ("ties", {"weight": 0.5, "density": 0.5}),
         ("wudi", {"iterations": 2}),
         ("ace", {"gamma_threshold": 100}),
     ],

@@ -130,6 +130,10 @@ void sum_all(const TaskSumParams& p, int threads) {
 
 }  // namespace
 
+void task_deltas(float* out, const MatrixView& base, const MatrixView& expert, std::int64_t begin, std::int64_t n) {
+    subtract(out, base, expert, 0, begin, n);
+}
+
 void task_sum_cpu(const TaskSumParams& p, int threads) {
     check_sizes(p.rows, p.columns);
     check_view("base", p.base, p.columns);

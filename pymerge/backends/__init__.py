@@ -173,7 +173,9 @@ def _what(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[froze
     # W_0, B or R are d_out x d_in. Where an op has none of them, its first tensor is.
     tensors = [named[name] for name in ("base", "B", "R") if isinstance(named.get(name), Tensor)]
     tensors = tensors or list(_tensors(named.values()))
-    return frozenset(_dtypes(named.values())), tuple(tensors[0].shape)
+    # Indices and masks are of one integer type in each op.
+    dtypes = frozenset(dtype for dtype in _dtypes(named.values()) if dtype.is_floating_point)
+    return dtypes, tuple(tensors[0].shape)
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:

@@ -9,10 +9,12 @@ from pymerge.methods.ace import Ace
 from pymerge.methods.average import Linear, TaskArithmetic
 from pymerge.methods.base import Method
 from pymerge.methods.flow import Swudi, SwudiA, WudiFlow
+from pymerge.methods.sparse import SPARSE_METHODS
 from pymerge.methods.wudi import Wudi
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (Linear(), TaskArithmetic(), Wudi(), WudiFlow(), Swudi(), SwudiA(), Ace())
+    method.name: method
+    for method in (Linear(), TaskArithmetic(), *SPARSE_METHODS, Wudi(), WudiFlow(), Swudi(), SwudiA(), Ace())
 }
 
 

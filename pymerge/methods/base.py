@@ -106,11 +106,17 @@ class Cost:
 
 
 class Action(ABC):
-    """What is done to one tensor, given base and experts as d_out x d_in matrices (or any shape, if chunkable)."""
+    """What is done to one tensor, given base and experts as d_out x d_in matrices (or any shape: `takes_matrices`)."""
 
     label: ClassVar[str]
     chunkable: ClassVar[bool] = False  # rows are independent of each other: may run on row ranges, on any shape
+    whole: ClassVar[bool] = False  # looks at all elements of a tensor together, as it is stored, on any shape
     batched: ClassVar[bool] = False  # `run_batch` does more than to call `run` for one layer after another
+
+    @property
+    def takes_matrices(self) -> bool:
+        """Whether it is given matrices, d_out x d_in and one of a stack after the other; else tensors as stored."""
+        return not (self.chunkable or self.whole)
 
     @abstractmethod
     def run(
@@ -156,11 +162,11 @@ class Action(ABC):
 class Method(ABC):
     """A way to merge: a name, its parameters and source, and what it does with each tensor."""
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    source: ClassVar[str]
-    parameters: ClassVar[tuple[Parameter, ...]]
-    needs_base: ClassVar[bool] = True
+    name: str
+    summary: str
+    source: str
+    parameters: tuple[Parameter, ...]
+    needs_base: bool = True
 
     def parameter(self, name: str) -> Parameter:
         """The parameter of this name; KeyError if the method has none."""
@@ -178,7 +184,7 @@ class Method(ABC):
         """The action for one tensor.
 
         Args:
-            name: the tensor's name (for exclusion patterns).
+            name: the tensor's name (for exclusion patterns, and random numbers of its own).
             solvable: True for linear weights, the only tensors that solvers touch (pymerge.layers decides).
             values: parameter values of this tensor.
             experts: number of experts T.

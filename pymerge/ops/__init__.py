@@ -5,20 +5,28 @@ from __future__ import annotations
 from pymerge.ops import (
     combine,
     gradient_flow,
+    magnitude_mask,
     normal_equations,
+    random_mask,
     routed_linear,
+    sparse_combine,
     spd_solve,
     spectral_filter,
     spectral_refine,
     task_gram,
     task_stats,
     task_sum,
+    trim_threshold,
     wudi_adam,
 )
 from pymerge.ops.base import Op
 
 _MODULES = (
     combine,
+    trim_threshold,
+    magnitude_mask,
+    random_mask,
+    sparse_combine,
     task_stats,
     task_sum,
     task_gram,

@@ -1,0 +1,68 @@
+#include "ops/magnitude_mask.h"
+
+#include "common/check.h"
+#include "common/mask_block.h"
+#include "ops/trim_threshold.h"
+
+namespace pymerge {
+namespace {
+
+constexpr std::int64_t block_size = 2048;
+constexpr std::int64_t segment = 16 * block_size;
+
+// A selection within one block: keys fit 32 bits, indices count from the block's start.
+struct BlockSelection {
+    std::uint32_t key;  // all ones: nothing is larger, and no magnitude is equal
+    std::int32_t end;
+};
+
+BlockSelection at_block(const Selection& s, std::int64_t task, std::int64_t begin) {
+    if (s.keys == nullptr) return {~0u, 0};
+    const std::int64_t key = std::min<std::int64_t>(s.keys[task], ~0u);
+    const std::int64_t end = std::clamp<std::int64_t>(s.ends[task] - begin, 0, block_size);
+    return {static_cast<std::uint32_t>(key), static_cast<std::int32_t>(end)};
+}
+
+PM_TARGET_CLONES void flag_block(std::uint32_t* __restrict flags, const float* __restrict delta, BlockSelection kept,
+                                 BlockSelection dropped, std::int32_t n) {
+    for (std::int32_t i = 0; i < n; ++i) {
+        const std::uint32_t key = magnitude_key(delta[i]);
+        const bool in = (key > kept.key) | ((key == kept.key) & (i < kept.end));
+        const bool out = (key > dropped.key) | ((key == dropped.key) & (i < dropped.end));
+        flags[i] = in & !out;
+    }
+}
+
+Norms mask_segment(const MagnitudeMaskParams& p, std::int64_t task, std::int64_t begin) {
+    const std::int64_t end = std::min(p.numel, begin + segment);
+    std::uint8_t* bits = p.out.bits + task * mask_bytes(p.numel);
+    float delta[block_size];
+    std::uint32_t flags[block_size];
+    Norms norms;
+    for (std::int64_t at = begin; at < end; at += block_size) {
+        const std::int64_t n = std::min(block_size, end - at);
+        task_deltas(delta, p.base, p.experts[task], at, n);
+        flag_block(flags, delta, at_block(p.kept, task, at), at_block(p.dropped, task, at),
+                   static_cast<std::int32_t>(n));
+        norms += block_norms(delta, flags, n);
+        std::fill(flags + n, flags + (n + 31) / 32 * 32, 0u);
+        pack_bits(bits + at / 8, flags, n);
+    }
+    return norms;
+}
+
+}  // namespace
+
+void magnitude_mask_cpu(const MagnitudeMaskParams& p, int threads) {
+    PM_CHECK(p.base.dtype != DType::f64, "magnitude_mask: the base is float64; use the reference");
+    const std::int64_t segments = chunk_count(p.numel, segment);
+    std::vector<Norms> parts(static_cast<std::size_t>(segments * p.count));
+    // Tasks take turns, so that the base's segment is still in the cache.
+    for_each_item(segments * p.count, threads, [&](std::int64_t item) {
+        const std::int64_t task = item % p.count, place = item / p.count;
+        parts[static_cast<std::size_t>(task * segments + place)] = mask_segment(p, task, place * segment);
+    });
+    sum_norms(parts, p.count, segments, p.out.before, p.out.after);
+}
+
+}  // namespace pymerge

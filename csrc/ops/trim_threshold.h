@@ -1,0 +1,25 @@
+// Where the k largest |W_t - W_0| of each task end: exact, by radix selection. Source: TIES-Merging, arXiv 2306.01708.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/task_vector.h"
+
+namespace pymerge {
+
+// Magnitudes are ordered as their bits are, NaN above infinity.
+PM_HOST_DEVICE std::uint32_t magnitude_key(float delta) { return bit_copy<std::uint32_t>(delta) & 0x7fffffffu; }
+
+struct TrimThresholdParams {
+    std::int64_t* keys;  // [count]: selected is a larger key, or this one at an index below the end
+    std::int64_t* ends;  // [count]
+    MatrixView base;     // one row of numel elements, as the experts
+    const MatrixView* experts;
+    const std::int64_t* counts;  // how many to select, 1 to numel - 1
+    std::int64_t count;
+    std::int64_t numel;
+};
+
+void trim_threshold_cpu(const TrimThresholdParams& p, int threads);
+
+}  // namespace pymerge

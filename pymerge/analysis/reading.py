@@ -1,0 +1,167 @@
+"""Reads every tensor that a plan would merge, range by range, and measures its task vectors."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, zip_longest
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pymerge.analysis.measures import Analysis, Spectrum, Sums, TensorMeasures
+from pymerge.checkpoint import Reader, TensorEntry, upcast
+from pymerge.config import participants
+from pymerge.errors import ArgumentError, NonFiniteError, PlanError
+from pymerge.names import role
+from pymerge.planner import Plan
+from pymerge.progress import NoProgress, ProgressSink
+from pymerge.steps import Step
+
+# Elements of a range: in float32, with the differences of all tasks, some MiB a task.
+_RANGE_ELEMENTS = 2**20
+_AHEAD = 2  # ranges that are being read while one is measured
+# Float64 matrices of a weight's size that singular values take: base and expert as read, their difference, the Gram.
+_SPECTRUM_MATRICES = 4
+
+Read = TypeVar("Read")
+
+
+def survey(plan: Plan, spectra: int | None = 12, progress: ProgressSink | None = None) -> Analysis:
+    """Measure the task vectors of every tensor that `plan` merges.
+
+    Args:
+        plan: of the merge that is being considered; its config must name a base.
+        spectra: of how many linear weights singular values are computed, from every role and from first, middle and
+            last blocks in turn; None for all. They cost as much as a merge by SVD would: d_out d_in min(d_out, d_in)
+            flops a task and more.
+        progress: told about the bytes read.
+
+    Memory holds three ranges of 2^20 elements for each model, and one matrix with its Gram, in float64; matrices for
+    which the plan's budget is too small are left out and named.
+
+    Raises:
+        PlanError: the config has no base, or nothing is merged.
+        NonFiniteError: a model holds NaN or infinity; the message names file and tensor.
+        CheckpointError: a file cannot be read.
+    """
+    if plan.config.base_model is None:
+        raise PlanError([f"{plan.config.name}: task vectors are differences to a base; set base_model"])
+    steps = [step for step in plan.steps if step.experts]
+    if not steps:
+        raise PlanError([f"{plan.config.name}: no tensor is merged; there is nothing to report"])
+    if spectra is not None and spectra < 0:
+        raise ArgumentError(f"spectra is {spectra}; give a number of weights, 0 for none")
+    chosen = _spread(steps)[:spectra]
+    fitting = [step for step in chosen if _spectrum_bytes(step) <= plan.budget.host]
+    progress = progress or NoProgress()
+    progress.start(sum(_bytes(step) for step in [*steps, *fitting]))
+    try:
+        with Reader(plan.inputs.stamps) as reader:
+            tensors = list(_measures(steps, reader, progress))
+            found = [_spectrum(step, reader, progress) for step in fitting]
+    finally:
+        progress.close()
+    names = tuple(plan.config.models[index].model for index in participants(plan.config, plan.method))
+    left_out = tuple(step.name for step in chosen if step not in fitting)
+    return Analysis(names, tuple(tensors), tuple(found), left_out)
+
+
+def _bytes(step: Step) -> int:
+    return step.base.nbytes + sum(entry.nbytes for entry in step.experts)
+
+
+def _measures(steps: Sequence[Step], reader: Reader, progress: ProgressSink) -> Iterator[TensorMeasures]:
+    ranges = [(step, rows) for step in steps for rows in _ranges(step.shape)]
+
+    def read(job: tuple[Step, tuple[int, int]]) -> list[Tensor]:
+        step, rows = job
+        return [_read(reader, entry, *rows) for entry in (step.base, *step.experts)]
+
+    sums: Sums | None = None
+    for (step, rows), tensors in zip(ranges, _ahead(ranges, read), strict=True):
+        progress.tensor(step.name)
+        sums = sums or Sums(len(step.experts))
+        sums.add(tensors[0], tensors[1:])
+        progress.advance(_bytes(step) * (rows[1] - rows[0]) // max(1, step.shape[0] if step.shape else 1))
+        if not sums.finite:
+            raise _not_finite(step, tensors)
+        if rows[1] == (step.shape[0] if step.shape else 1):
+            yield sums.result(step.name, step.layer.kind.value, step.shape)
+            sums = None
+
+
+def _ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most 2^20 elements, but at least one row."""
+    rows = shape[0] if shape else 1
+    each = max(1, _RANGE_ELEMENTS // max(1, math.prod(shape[1:])))
+    yield from ((start, min(start + each, rows)) for start in range(0, max(rows, 1), each))
+
+
+def _read(reader: Reader, entry: TensorEntry, start: int, stop: int) -> Tensor:
+    return upcast(reader.read(entry, start, stop) if entry.shape else reader.read(entry))
+
+
+def _not_finite(step: Step, tensors: Sequence[Tensor]) -> NonFiniteError:
+    for entry, tensor in zip((step.base, *step.experts), tensors, strict=True):
+        if not bool(tensor.isfinite().all()):
+            return NonFiniteError(f"{entry.file}: tensor {entry.name!r} holds NaN or infinity; repair the model first")
+    return NonFiniteError(
+        f"{step.base.file}: the deltas of {step.name!r} are too large to be squared; check the models"
+    )
+
+
+def _ahead(jobs: Iterable[Read], work: Callable[[Read], list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Results of `work` in order, computed in a few threads some jobs ahead of their use."""
+    waiting: deque[Future[list[Tensor]]] = deque()
+    with ThreadPoolExecutor(_AHEAD, thread_name_prefix="pymerge-read") as pool:
+        for job in jobs:
+            waiting.append(pool.submit(work, job))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _spread(steps: Sequence[Step]) -> list[Step]:
+    """Linear weights in the order in which singular values are worth having: of every role the first, then the last,
+    the middle one, and the others."""
+    roles: dict[str, list[Step]] = {}
+    for step in steps:
+        if step.layer.solvable:
+            roles.setdefault(role(step.name), []).append(step)
+    for members in roles.values():
+        count = len(members)
+        first = list(dict.fromkeys([0, count - 1, count // 2]))
+        members[:] = [members[i] for i in [*first, *(i for i in range(count) if i not in first)]]
+    rounds = zip_longest(*roles.values())
+    return [step for step in chain.from_iterable(rounds) if step is not None]
+
+
+def _matrix(step: Step) -> tuple[int, int]:
+    """Shape of the weight, or of the first of a stack."""
+    return step.shape[-2], step.shape[-1]
+
+
+def _spectrum_bytes(step: Step) -> int:
+    rows, columns = _matrix(step)
+    return 8 * _SPECTRUM_MATRICES * rows * columns
+
+
+def _spectrum(step: Step, reader: Reader, progress: ProgressSink) -> Spectrum:
+    """Singular values by the eigenvalues of the smaller Gram, in float64: those below 1e-8 of the largest are noise."""
+    progress.tensor(step.name)
+    rows = (0, 1) if step.layer.stacked else (0, step.shape[0])
+    base = _read(reader, step.base, *rows).double()
+    found = []
+    for entry in step.experts:
+        tau = (_read(reader, entry, *rows).double() - base).reshape(_matrix(step))
+        gram = tau @ tau.mT if tau.shape[0] <= tau.shape[1] else tau.mT @ tau
+        values = torch.linalg.eigvalsh(gram).clamp_(min=0.0).sqrt_().flip(0)
+        found.append(tuple(values.tolist()))
+        progress.advance(entry.nbytes)
+    progress.advance(step.base.nbytes)
+    return Spectrum(step.name + ("[0]" if step.layer.stacked else ""), _matrix(step), tuple(found))

@@ -1,0 +1,333 @@
+"""mergekit's task-vector family: sparse task vectors, with or without an election of signs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pymerge.errors import ArgumentError
+from pymerge.methods.average import AddTaskVectors, element_count, normalised
+from pymerge.methods.base import Action, Cost, Method, OpRunner, Parameter, Values
+from pymerge.ops.bitmask import BLOCK, TaskMasks, row_bytes
+from pymerge.ops.philox import key_of
+
+Sparsifier = Literal["magnitude", "magnitude_outliers", "random", "della_magprune"]
+
+# mergekit leaves a task vector as it is where one of its L1 norms is smaller.
+_SMALL_NORM = 1e-7
+# Bytes that the forms of the ops need: an element of a block in PyTorch's, an element of a row that is ranked in C++.
+_BLOCK_SCRATCH = 64
+_ROW_SCRATCH = 40
+# Rows that are ranked at the same time, each thread one of 32 that follow each other.
+_ROWS_OF_A_THREAD = 32
+_THREADS = 64
+
+
+@dataclass(frozen=True)
+class ElectSigns(Action):
+    """W_0 + scale * the sum, for each element, of the w_t tau_t that have the sign of sum_t w_t tau_t."""
+
+    weights: tuple[float, ...]
+    normalize: bool
+    scale: float
+    label: ClassVar[str] = "elect signs"
+    chunkable: ClassVar[bool] = True
+
+    def run(
+        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        merged: Tensor = run_op(
+            "sparse_combine",
+            base,
+            experts,
+            self.weights,
+            out_dtype,
+            elect=True,
+            normalize=self.normalize,
+            scale=self.scale,
+        )
+        return merged
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return True
+
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        items = element_count(shape)
+        return Cost(6 * experts * items, _BLOCK_SCRATCH * min(items, BLOCK))
+
+
+@dataclass(frozen=True)
+class MergeSparse(Action):
+    """Masks the task vectors, rescales what is kept to the L1 norm of the whole, and adds the sum to the base."""
+
+    weights: tuple[float, ...]
+    elect: bool
+    normalize: bool
+    rescale: bool
+    scale: float
+    whole: ClassVar[bool] = True
+
+    @abstractmethod
+    def masks(self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
+        """What is kept of each task vector."""
+
+    def run(
+        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        masks = self.masks(run_op, base, experts)
+        factors = [1.0] * len(experts)
+        if self.rescale:
+            norms = zip(masks.before.tolist(), masks.after.tolist(), strict=True)
+            factors = [1.0 if min(pair) < _SMALL_NORM else pair[0] / pair[1] for pair in norms]
+        merged: Tensor = run_op(
+            "sparse_combine",
+            base,
+            experts,
+            self.weights,
+            out_dtype,
+            bits=masks.bits,
+            factors=factors,
+            elect=self.elect,
+            normalize=self.normalize,
+            scale=self.scale,
+        )
+        return merged
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return True
+
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        items = element_count(shape)
+        scratch = experts * row_bytes(items) + _BLOCK_SCRATCH * min(items, BLOCK)
+        return Cost((12 if self.elect else 9) * experts * items, scratch)
+
+
+@dataclass(frozen=True)
+class KeepMagnitudes(MergeSparse):
+    """Keeps elements whose magnitude has one of certain ranks, the largest having rank 0."""
+
+    first: tuple[float, ...]  # shares of the elements for each expert, see `ranks`
+    density: tuple[float, ...]
+    outliers: bool
+    zeroes_small: bool
+    label: ClassVar[str] = "keep magnitudes"
+
+    def ranks(self, numel: int) -> list[tuple[int, int]]:
+        """(begin, end) of the ranks that are kept, for each expert."""
+        return [self._ranks(numel, *shares) for shares in zip(self.first, self.density, strict=True)]
+
+    def _ranks(self, numel: int, first: float, density: float) -> tuple[int, int]:
+        if density >= 1.0:
+            return 0, numel
+        if not self.outliers:
+            return 0, min(numel, max(1, int(density * numel))) if density > 0.0 else 0
+        kept = int(density * numel)
+        begin = min(int(first * numel), numel - kept)
+        return (0, 0) if self.zeroes_small and begin == 0 else (begin, begin + kept)
+
+    def masks(self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
+        ranks = self.ranks(base.numel())
+        kept = run_op("trim_threshold", base, experts, [end for _, end in ranks])
+        dropped = None
+        if any(begin for begin, _ in ranks):
+            dropped = run_op("trim_threshold", base, experts, [begin for begin, _ in ranks])
+        masks: TaskMasks = run_op("magnitude_mask", base, experts, kept, dropped)
+        return masks
+
+
+@dataclass(frozen=True)
+class KeepAtRandom(MergeSparse):
+    """Keeps elements with a probability, which may grow with the rank in the row."""
+
+    lowest: tuple[float, ...]
+    highest: tuple[float, ...]
+    keys: tuple[int, ...]
+    label: ClassVar[str] = "keep at random"
+
+    def masks(self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
+        masks: TaskMasks = run_op("random_mask", base, experts, self.lowest, self.highest, self.keys)
+        return masks
+
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        cost = super().cost(shape, experts)
+        if self.lowest == self.highest:
+            return cost
+        columns = shape[-1] if shape else 1
+        rows = element_count(shape) // max(1, columns)
+        at_once = min(-(-rows // _ROWS_OF_A_THREAD), _THREADS)
+        return Cost(cost.flops, cost.workspace + _ROW_SCRATCH * columns * at_once)
+
+
+class SparseMethod(Method):
+    """A row of the family: which sparsifier, whether signs are elected, and what is the default."""
+
+    def __init__(
+        self,
+        name: str,
+        summary: str,
+        source: str,
+        sparsifier: Sparsifier,
+        *,
+        elect: bool,
+        normalize: bool,
+        rescale: bool,
+    ) -> None:
+        self.name, self.summary, self.source = name, summary, source
+        self._sparsifier, self._elect = sparsifier, elect
+        self.parameters = (
+            Parameter("weight", "number", 1.0, "weight of this model", scope="model", required=True),
+            Parameter(
+                "density", "number", 1.0, "share of elements that are kept", scope="model", minimum=0.0, maximum=1.0
+            ),
+            *_PARAMETERS[sparsifier],
+            Parameter("normalize", "flag", normalize, "divide by the sum of the weights that take part"),
+            Parameter("rescale", "flag", rescale, "bring what is kept to the L1 norm of the whole task vector"),
+            Parameter("lambda", "number", 1.0, "factor of the sum"),
+            Parameter("int8_mask", "flag", False, "changes no number in mergekit either", no_effect=True),
+        )
+
+    def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
+        weights, densities = values.model["weight"], values.model["density"]
+        scale, normalize = values.merge["lambda"], values.merge["normalize"]
+        if not self._elect and normalize:  # the same divisor for all elements
+            weights, normalize = normalised(weights), False
+        if all(density == 1.0 for density in densities):
+            if self._elect:
+                return ElectSigns(weights, normalize, scale)
+            return AddTaskVectors(tuple(scale * weight for weight in weights))
+        shared = (weights, self._elect, normalize, values.merge["rescale"], scale)
+        if self._sparsifier == "magnitude":
+            return KeepMagnitudes(*shared, (0.0,) * experts, densities, False, False)
+        if self._sparsifier == "magnitude_outliers":
+            zeroes_small = values.merge["compat"] == "mergekit"
+            return KeepMagnitudes(*shared, values.model["gamma"], densities, True, zeroes_small)
+        keys = tuple(key_of(values.merge["random_seed"], name, model) for model in range(experts))
+        if self._sparsifier == "random":
+            return KeepAtRandom(*shared, densities, densities, keys)
+        ranges = [_around(*pair) for pair in zip(densities, values.model["epsilon"], strict=True)]
+        lowest, highest = zip(*ranges, strict=True)
+        return KeepAtRandom(*shared, lowest, highest, keys)
+
+
+def _around(density: float, epsilon: float) -> tuple[float, float]:
+    """The lowest and the highest probability of DELLA."""
+    if density in (0.0, 1.0):
+        return density, density
+    lowest, highest = density - epsilon, density + epsilon
+    if lowest <= 0.0 or highest >= 1.0:
+        raise ArgumentError(
+            f"density {density:g} with epsilon {epsilon:g} gives probabilities from {lowest:g} to {highest:g}, which "
+            f"must lie between 0 and 1; choose epsilon below {min(density, 1.0 - density):g}"
+        )
+    return lowest, highest
+
+
+_SEED = Parameter("random_seed", "integer", 0, "of the random masks; also a key of the config", minimum=0)
+_PARAMETERS: dict[Sparsifier, tuple[Parameter, ...]] = {
+    "magnitude": (),
+    "magnitude_outliers": (
+        Parameter(
+            "gamma",
+            "number",
+            0.01,
+            "share of elements, the largest, that are dropped",
+            scope="model",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+        Parameter(
+            "compat",
+            "choice",
+            "none",
+            "mergekit: drop a whole task vector if gamma drops no element of it, as before mergekit 0.1.5",
+            choices=("none", "mergekit"),
+        ),
+    ),
+    "random": (_SEED,),
+    "della_magprune": (
+        Parameter(
+            "epsilon",
+            "number",
+            0.15,
+            "probabilities are density - epsilon to density + epsilon",
+            scope="model",
+            minimum=0.0,
+        ),
+        _SEED,
+    ),
+}
+
+_TIES, _DARE = "TIES-Merging, arXiv 2306.01708", "DARE, arXiv 2311.03099"
+_BREADCRUMBS, _DELLA = "Model Breadcrumbs, arXiv 2312.06795", "DELLA-Merging, arXiv 2406.11617"
+SPARSE_METHODS = (
+    SparseMethod(
+        "ties",
+        "largest elements of each task vector, signs elected",
+        _TIES,
+        "magnitude",
+        elect=True,
+        normalize=True,
+        rescale=False,
+    ),
+    SparseMethod(
+        "dare_linear",
+        "elements of each task vector drawn at random",
+        _DARE,
+        "random",
+        elect=False,
+        normalize=False,
+        rescale=True,
+    ),
+    SparseMethod(
+        "dare_ties",
+        "elements of each task vector drawn at random, signs elected",
+        _DARE,
+        "random",
+        elect=True,
+        normalize=False,
+        rescale=True,
+    ),
+    SparseMethod(
+        "della",
+        "elements drawn at random, larger ones more often, signs elected",
+        _DELLA,
+        "della_magprune",
+        elect=True,
+        normalize=True,
+        rescale=True,
+    ),
+    SparseMethod(
+        "della_linear",
+        "elements drawn at random, larger ones more often",
+        _DELLA,
+        "della_magprune",
+        elect=False,
+        normalize=False,
+        rescale=True,
+    ),
+    SparseMethod(
+        "breadcrumbs",
+        "task vectors without their smallest and largest elements",
+        _BREADCRUMBS,
+        "magnitude_outliers",
+        elect=False,
+        normalize=False,
+        rescale=False,
+    ),
+    SparseMethod(
+        "breadcrumbs_ties",
+        "task vectors without their smallest and largest elements, signs elected",
+        _BREADCRUMBS,
+        "magnitude_outliers",
+        elect=True,
+        normalize=False,
+        rescale=False,
+    ),
+)

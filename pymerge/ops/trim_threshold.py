@@ -1,0 +1,97 @@
+"""Exact selection by magnitude: where the k largest elements of each task vector end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pymerge.errors import ArgumentError
+from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops.bitmask import blocks, magnitude_keys
+
+# A key that no magnitude reaches.
+NOTHING = 2**63 - 1
+_DIGIT = 11  # bits
+
+
+class Thresholds(NamedTuple):
+    """The k largest magnitudes of task t are those with a key above keys[t], and those equal to it whose element index
+    is below ends[t]. A key is the magnitude's bits as an integer.
+    """
+
+    keys: Tensor  # [T] int64
+    ends: Tensor  # [T] int64
+
+
+def check(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int]) -> None:
+    """Raise ArgumentError unless tensors agree and each count is one of 0 to the number of elements."""
+    check_task_tensors("trim_threshold", base, experts)
+    check_length("trim_threshold", "counts", counts, len(experts))
+    for count in counts:
+        if not 0 <= count <= base.numel():
+            raise ArgumentError(f"trim_threshold: count {count} of {base.numel()} elements; give 0 to {base.numel()}")
+
+
+def reference(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int]) -> Thresholds:
+    """Return where the k_t largest |tau_t| of each task end.
+
+    Args:
+        base: W_0, any shape, floating point.
+        experts: T tensors W_t like it.
+        counts: T numbers k_t, 0 to numel.
+
+    Elements of equal magnitude are taken in the order of their index, so exactly k_t are selected. NaN counts as larger
+    than infinity. Where all elements at the threshold are taken, ends[t] is numel; otherwise it is the index behind the
+    last one. Deltas in float32 (float64 if an input is). Radix selection from the top: no sort, and no copy of the
+    task vector. Source: the trim step of TIES-Merging, arXiv 2306.01708.
+    """
+    keys, ends = zip(*(_one(base, expert, count) for expert, count in zip(experts, counts, strict=True)), strict=True)
+    return Thresholds(torch.tensor(keys, device=base.device), torch.tensor(ends, device=base.device))
+
+
+def exact(numel: int, count: int) -> tuple[int, int] | None:
+    """Key and end where nothing or everything is selected; None where the tensor must be looked at."""
+    if count == 0:
+        return NOTHING, 0
+    return (0, numel) if count == numel else None
+
+
+def _one(base: Tensor, expert: Tensor, count: int) -> tuple[int, int]:
+    numel = base.numel()
+    known = exact(numel, count)
+    if known is not None:
+        return known
+    flat, other, dtype = base.reshape(-1), expert.reshape(-1), compute_dtype(base, expert)
+
+    def keys(begin: int, end: int) -> Tensor:
+        return magnitude_keys(task_vector(flat[begin:end], other[begin:end], None, dtype))
+
+    prefix, left, bits = 0, count, 63 if dtype == torch.float64 else 31
+    while bits:
+        digit = min(_DIGIT, bits)
+        histogram = torch.zeros(1 << digit, dtype=torch.int64, device=base.device)
+        for begin, end in blocks(numel):
+            block = keys(begin, end)
+            matching = block[(block >> bits) == prefix] >> (bits - digit)
+            histogram += torch.bincount(matching & ((1 << digit) - 1), minlength=1 << digit)
+        bits -= digit
+        numbers = histogram.tolist()
+        place = len(numbers) - 1
+        while numbers[place] < left:
+            left -= numbers[place]
+            place -= 1
+        prefix, ties = (prefix << digit) | place, numbers[place]
+    if left == ties:
+        return prefix, numel
+    for begin, end in blocks(numel):
+        found = torch.nonzero(keys(begin, end) == prefix).view(-1)
+        if len(found) >= left:
+            return prefix, begin + int(found[left - 1]) + 1
+        left -= len(found)
+    raise AssertionError("the histogram counted elements that are not there")
+
+
+OP = Op("trim_threshold", check, reference, "k-th largest |tau_t| by radix selection, ties in order of the index")
