@@ -16,7 +16,7 @@ from pymerge.finite import is_finite
 from pymerge.memory import Heap
 from pymerge.ops.base import compute_dtype, task_vector
 from pymerge.progress import ProgressSink
-from pymerge.schedule import READ_THREADS
+from pymerge.schedule import READ_THREADS, SMALL_BYTES
 from pymerge.tracing import Tracer
 from pymerge.wemoe.files import compress, encode
 from pymerge.wemoe.task_vector_files import CHUNK_ELEMENTS, Parameter, TaskVectorFile
@@ -72,7 +72,7 @@ class TaskVectorRun:
                 if following is not None and self._held_bytes + parameter.peak + following.inputs <= self._limit:
                     ahead = self._start_reading(following)
                 needed = parameter.peak + (following.inputs if following is not None and ahead else 0)
-                self._make_room(needed)
+                self._make_room(needed, parameter.stored_bytes)
                 room = self._limit - needed - self._held_bytes - self._waiting_bytes
                 self._carry_out(file, parameter, loads, 1 + max(0, room // max(1, parameter.scratch)))
                 loads = ahead
@@ -93,9 +93,12 @@ class TaskVectorRun:
     def _waiting_bytes(self) -> int:
         return sum(nbytes for _, nbytes in self._writes)
 
-    def _make_room(self, needed: int) -> None:
-        """Wait for the writer until `needed` bytes fit."""
-        while self._writes and self._held_bytes + self._waiting_bytes + needed > self._limit:
+    def _make_room(self, needed: int, results: int) -> None:
+        """Wait for the writer until `needed` bytes fit, and no more waits than one parameter's results are."""
+        least = max(results, SMALL_BYTES)
+        while self._writes and (
+            self._waiting_bytes > least or self._held_bytes + self._waiting_bytes + needed > self._limit
+        ):
             self._wait_for_writer()
 
     def _wait_for_writer(self) -> None:
