@@ -1,26 +1,36 @@
-"""The command line: merge, multi, plan, report, verify, methods, env, demo, bench."""
+"""The command line: merge, multi, plan, report, verify, methods, env, wemoe, demo, bench."""
 
 from __future__ import annotations
 
 import atexit
 import gc
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import Enum
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
-from pymerge.errors import ArgumentError, OutputError, PymergeError
+from pymerge.console import (
+    OUT,
+    Backend,
+    Config,
+    Dtype,
+    LogJson,
+    Memory,
+    OutputDtype,
+    Quiet,
+    ShardSize,
+    Verbose,
+    print_lines,
+    print_warnings,
+    reported,
+)
+from pymerge.errors import ArgumentError, OutputError
 from pymerge.logs import event, recording
 
 app = typer.Typer(
@@ -30,74 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# In a file or a pipe, wide enough that tables keep one line a row.
-_out = Console(width=None if sys.stdout.isatty() else 160)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
-_INTERRUPTED = 130
-_TERMINATED = 143
 _DEEP = "16"  # tensors that `verify --deep` computes
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM has come. Like KeyboardInterrupt no Exception, so that nothing on its way up holds it."""
-
-
-class Backend(str, Enum):
-    auto = "auto"
-    reference = "reference"
-    native = "native"
-    triton = "triton"
-    cuda = "cuda"
-
-
-class OutputDtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-
-Config = Annotated[Path, typer.Argument(help="YAML file; mergekit's format is understood.", show_default=False)]
-Memory = Annotated[
-    str | None,
-    typer.Option(help="Hold at most this much of tensors at once, such as 8GiB.", show_default="75% of what is free"),
-]
-ShardSize = Annotated[str, typer.Option(help="Start a new file above this size.")]
-Dtype = Annotated[
-    OutputDtype | None, typer.Option(help="Output dtype, instead of the config's or the base's.", show_default=False)
-]
-LogJson = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Append events as lines of JSON; - for standard error.", show_default=False),
-]
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Errors as one line and an exit code; signals as a clean stop that the same command continues."""
-
-    def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        raise _TerminatedError
-
-    previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except PymergeError as error:
-        _err.print(f"error: {error}", style="red", markup=False)
-        raise SystemExit(error.exit_code) from error
-    except KeyboardInterrupt:
-        _err.print("interrupted; the same command goes on where this one stopped", markup=False)
-        raise SystemExit(_INTERRUPTED) from None
-    except _TerminatedError:
-        _err.print("terminated; the same command goes on where this one stopped", markup=False)
-        raise SystemExit(_TERMINATED) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _print_warnings(warnings: tuple[str, ...]) -> None:
-    for warning in warnings:
-        _err.print(f"warning: {warning}", style="yellow", markup=False)
 
 
 @app.command()
@@ -114,17 +57,15 @@ def merge(
     profile: Annotated[
         Path | None, typer.Option(help="Write a trace of the merge for ui.perfetto.dev.", show_default=False)
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say which backend computes what, and which tensors are slow.")
-    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     log_json: LogJson = None,
 ) -> None:
     """Merge the models of CONFIG into the directory OUT.
 
     The same command continues an interrupted merge, and verifies a finished one.
     """
-    with _reported(), recording(log_json, verbose=verbose):
+    with reported(), recording(log_json, verbose=verbose):
         from pymerge import api
 
         if dry_run:
@@ -143,9 +84,8 @@ def merge(
             profile=profile,
         )
         if not quiet:
-            _print_warnings(report.warnings)
-            for line in [*report.lines(), *(report.slowest_lines() if verbose else ())]:
-                _out.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_warnings(report.warnings)
+            print_lines([*report.lines(), *(report.slowest_lines() if verbose else ())])
 
 
 @app.command()
@@ -166,14 +106,14 @@ def multi(
     max_shard_size: ShardSize = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plans and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other merges in the outputs.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
     log_json: LogJson = None,
 ) -> None:
     """Run the merges of CONFIG, each with a `name` by which later ones use its output; the one without goes to OUT.
 
     The same command continues what was interrupted, and verifies what is finished.
     """
-    with _reported(), recording(log_json):
+    with reported(), recording(log_json):
         from pymerge import stages
         from pymerge.views import plan_view
 
@@ -181,8 +121,8 @@ def multi(
             found = stages.read_stages(config, out, intermediate_dir)
             plans = stages.plan_stages(found, device=device, memory=memory, max_shard_size=max_shard_size)
             for stage, planned in zip(found, plans, strict=True):
-                _out.print(f"{stage.name or 'without name'}: into {stage.out}", style="bold", markup=False)
-                _out.print(plan_view(planned))
+                OUT.print(f"{stage.name or 'without name'}: into {stage.out}", style="bold", markup=False)
+                OUT.print(plan_view(planned))
             return
         reports = stages.multi(
             config,
@@ -197,9 +137,8 @@ def multi(
         )
         if not quiet:
             for report in reports:
-                _print_warnings(report.warnings)
-                for line in report.lines():
-                    _out.print(line, markup=False, highlight=False, soft_wrap=True)
+                print_warnings(report.warnings)
+                print_lines(report.lines())
 
 
 @app.command()
@@ -215,7 +154,7 @@ def plan(
     log_json: LogJson = None,
 ) -> None:
     """Check a config, and show what a merge would read, compute and write, from the files' headers alone."""
-    with _reported(), recording(log_json):
+    with reported(), recording(log_json):
         _show_plan(config, memory, max_shard_size, dtype, form="json" if as_json else "tensors" if tensors else "")
 
 
@@ -237,10 +176,10 @@ def _show_plan(
     if form == "json":
         sys.stdout.write(tensor_table.plan_json(planned) + "\n")
     elif form == "tensors":
-        _out.print(tensor_table.tensor_view(planned))
+        OUT.print(tensor_table.tensor_view(planned))
     else:
-        _out.print(plan_view(planned))
-        _out.print(tensor_table.group_view(planned), soft_wrap=True)
+        OUT.print(plan_view(planned))
+        OUT.print(tensor_table.group_view(planned), soft_wrap=True)
 
 
 @app.command()
@@ -253,11 +192,11 @@ def report(
         str, typer.Option(metavar="N|all", help="Compute the singular values of N linear weights; 0 for none.")
     ] = "12",
     memory: Memory = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
     log_json: LogJson = None,
 ) -> None:
     """Measure the experts of CONFIG before they are merged: who conflicts with whom, and where. Merges nothing."""
-    with _reported(), recording(log_json):
+    with reported(), recording(log_json):
         from pymerge import api
         from pymerge.analysis import survey, write_report
         from pymerge.progress import NoProgress, ProgressBar
@@ -267,7 +206,7 @@ def report(
         page = write_report(planned, found, out)
         event("report", f"wrote {page}", page=page)
         if not quiet:
-            _out.print(f"wrote {page}", markup=False, highlight=False, soft_wrap=True)
+            print_lines([f"wrote {page}"])
 
 
 class _Verify(TyperCommand):
@@ -294,11 +233,11 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
     log_json: LogJson = None,
 ) -> None:
     """Read a merged model again and compare every byte with its manifest."""
-    with _reported(), recording(log_json):
+    with reported(), recording(log_json):
         from pymerge.checkpoint import read_manifest
         from pymerge.checkpoint import verify as verify_output
         from pymerge.progress import NoProgress, ProgressBar
@@ -324,8 +263,7 @@ def verify(
             raise OutputError(f"{out} is not as it was written:\n" + "\n".join(f"- {p}" for p in report.problems))
         event("verified", lines[-1], output=out, tensors=report.tensors, parameters=report.parameters)
         if not quiet:
-            for line in lines:
-                _out.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_lines(lines)
 
 
 def _count(option: str, text: str, least: int) -> int | None:
@@ -347,7 +285,7 @@ def _verify_deep(out: Path, count: int | None, problems: list[str], quiet: bool)
     if found.problems:
         problems += found.problems + changed
     elif not quiet:
-        _print_warnings(tuple(changed))
+        print_warnings(tuple(changed))
     text = f"{out}: {len(found.tensors)} tensors computed again, the same bytes"
     event("recomputed", text, tensors=found.tensors, changes=found.changes, problems=found.problems)
     return text
@@ -366,15 +304,24 @@ def environment() -> None:
 
 
 def _print_view(name: str) -> None:
-    with _reported():
+    with reported():
         from pymerge import views
 
         view: Callable[[], Any] = getattr(views, name)
-        _out.print(view())
+        OUT.print(view())
 
 
-# Scripts of the checkout take their own options, --help among them.
+# These take their own options, --help among them.
 _SCRIPT: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command(context_settings=_SCRIPT)
+def wemoe(context: typer.Context) -> None:
+    """Merged models whose MLPs mix base and experts for each input: build, info, adapt."""
+    with reported():
+        from pymerge.wemoe.cli import wemoe_app
+
+        wemoe_app(args=context.args, prog_name="pymerge wemoe")
 
 
 @app.command(context_settings=_SCRIPT)
@@ -390,7 +337,7 @@ def bench(context: typer.Context) -> None:
 
 
 def _run_script(name: str, arguments: list[str]) -> NoReturn:
-    with _reported():
+    with reported():
         script = Path(__file__).resolve().parent.parent / name
         if not script.is_file():
             raise OutputError(f"{name} is not installed ({script} is missing); clone the repository for it")

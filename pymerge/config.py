@@ -97,6 +97,11 @@ def load_config(source: str | Path | Mapping[str, Any], *, directory: Path | Non
     Raises:
         ConfigError: with one line for each problem: file, line, value, and what to do.
     """
+    return check_config(read_config(source, directory=directory))
+
+
+def read_config(source: str | Path | Mapping[str, Any], *, directory: Path | None = None) -> Document:
+    """The document behind a config, its syntax checked and nothing else; arguments as of `load_config`."""
     if isinstance(source, Mapping):
         document = from_mapping(source, "config")
     elif isinstance(source, str) and "\n" in source:
@@ -105,11 +110,11 @@ def load_config(source: str | Path | Mapping[str, Any], *, directory: Path | Non
         document = read_yaml_file(Path(source).expanduser())
     if directory is not None:
         document.directory = directory
-    return read_config(document)
+    return document
 
 
-def read_config(document: Document) -> MergeConfig:
-    """Check a config that has been parsed. Raises ConfigError as `load_config`."""
+def check_config(document: Document) -> MergeConfig:
+    """The checked config of a document. Raises ConfigError, with problems that are noted there already."""
     if not isinstance(document.data, dict):
         document.add((), "the config is not a mapping; start with 'merge_method: ...' and 'models:'")
         document.finish()

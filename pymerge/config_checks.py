@@ -62,6 +62,9 @@ class Checker:
         """
         raw = self._raw
         self._refuse_unsupported(raw, _UNSUPPORTED, ())
+        if raw.pop("wemoe", None) is not None:
+            problem = "'wemoe' is a section for pymerge wemoe build; run that command, or delete the section"
+            self._document.add(("wemoe",), problem)
         self._take_random_seed()
         self.given = self.settings(raw, (), shared=True)
         raw["base_model"] = self.reference(raw.get("base_model"), ("base_model",))

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from logging import WARNING
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from pymerge import memory
 from pymerge.backends import Dispatcher
-from pymerge.checkpoint import OutputDirectory, Reader, build_manifest, printable, read_manifest, verify
+from pymerge.checkpoint import (
+    OutputDirectory,
+    Reader,
+    ShardLayout,
+    build_manifest,
+    printable,
+    read_manifest,
+    verify,
+)
 from pymerge.errors import OutputError
 from pymerge.logs import event
 from pymerge.pipeline import Pipeline
@@ -23,6 +32,39 @@ from pymerge.report import RECIPE_NAME, MergeReport, model_card
 from pymerge.schedule import batches, fit
 from pymerge.steps import Step
 from pymerge.tracing import Tracer
+
+
+class Supplement(Protocol):
+    """What an output holds beside the merged model: files of tensors that are made from the same inputs.
+
+    `layouts` and `late` are its files as `OutputDirectory` takes them, `changeable` those that may get other values
+    later, `identity` what decides their bytes, `last` the file that makes the output whole, `note` what its model card
+    says about it.
+    """
+
+    @property
+    def layouts(self) -> Sequence[ShardLayout]: ...
+    @property
+    def late(self) -> Mapping[str, int]: ...
+    @property
+    def changeable(self) -> Sequence[str]: ...
+    @property
+    def identity(self) -> Mapping[str, str]: ...
+    @property
+    def last(self) -> str: ...
+    @property
+    def note(self) -> str: ...
+
+    def cost(self, finished: frozenset[str]) -> tuple[int, int]:
+        """Bytes that are still to be read and written when these files are finished."""
+
+    def make(
+        self, output: OutputDirectory, reader: Reader, tracer: Tracer, progress: ProgressSink, keeps_cache: bool
+    ) -> None:
+        """Write all unfinished files."""
+
+    def files(self, beside: Sequence[ShardLayout]) -> dict[str, bytes]:
+        """Small files, from the layouts of all that have been written; `last` among them."""
 
 
 def processor(device: torch.device) -> str:
@@ -36,6 +78,7 @@ def run(
     plan: Plan,
     out: Path,
     *,
+    supplement: Supplement | None = None,
     device: str | torch.device = "auto",
     backend: str = "auto",
     overwrite: bool = False,
@@ -48,6 +91,7 @@ def run(
         plan: from `build_plan`.
         out: output directory; new, empty, or holding this very merge (unfinished: it goes on; finished: it is
             verified).
+        supplement: what is made beside the merged model, under the same lock.
         device, backend: where and with what to compute.
         overwrite: replace another merge that is there.
         progress: told about bytes and tensors; default: nobody.
@@ -65,27 +109,41 @@ def run(
     _log_plan(plan, backend, target)
     _refuse_inputs(plan, out)
     identity = plan.identity(backend, str(target), processor(target))
+    keeps_cache = plan.keeps_cache
+    if supplement is not None:
+        identity |= supplement.identity
+        keeps_cache = plan.budget.keeps_cache(plan.bytes_read + plan.bytes_written + sum(supplement.cost(frozenset())))
     manifest = read_manifest(out)
     if manifest is not None and manifest["identity"] == identity and not overwrite:
-        return _verified(plan, out, started, progress)
+        shards = manifest["shards"].values()
+        nbytes = sum(tensor["nbytes"] for shard in shards for tensor in shard["tensors"].values())
+        return _verified(plan, out, nbytes, started, progress)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     with (
         Tracer(profile, nvtx=target.type == "cuda") as tracer,
         OutputDirectory(
-            out, plan.layouts, identity=identity, overwrite=overwrite, keeps_cache=plan.keeps_cache
+            out,
+            plan.layouts,
+            identity=identity,
+            beside=supplement.layouts if supplement else (),
+            late=supplement.late if supplement else None,
+            overwrite=overwrite,
+            keeps_cache=keeps_cache,
         ) as output,
         Reader(plan.inputs.stamps) as reader,
     ):
-        resumed = len(output.finished)
+        kept = output.finished
+        resumed = len(kept)
         if resumed:
-            kept = sorted(output.finished)
-            event("resumed", f"kept {resumed} finished shards of an interrupted run", shards=kept)
-        unfinished = [step for step in plan.steps if step.file not in output.finished]
+            event("resumed", f"kept {resumed} finished shards of an interrupted run", shards=sorted(kept))
+        unfinished = [step for step in plan.steps if step.file not in kept]
         budget, steps = _budgeted(plan, unfinished, target)
         read = sum(step.bytes_read for step in steps)
         written = sum(step.nbytes for step in steps)
-        progress.start(read + written)
+        if supplement is not None:
+            read += supplement.cost(kept)[0]
+        progress.start(read + written + (supplement.cost(kept)[1] if supplement else 0))
         try:
             Pipeline(
                 batches(steps, budget),
@@ -96,11 +154,15 @@ def run(
                 tracer,
                 progress,
                 allow_nonfinite=plan.config.allow_nonfinite,
-                keeps_cache=plan.keeps_cache,
+                keeps_cache=keeps_cache,
             ).run()
+            if supplement is not None:
+                supplement.make(output, reader, tracer, progress, keeps_cache)
         finally:
             progress.close()
-        _publish(plan, output, backend, target)
+        beside = [layout for layout in output.beside if layout.file not in kept]
+        written += sum(tensor.nbytes for layout in beside for tensor in layout.tensors)
+        _publish(plan, output, supplement, backend, target)
     report = MergeReport(
         output=out,
         tensors=plan.tensors,
@@ -148,7 +210,9 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
             raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
 
 
-def _publish(plan: Plan, output: OutputDirectory, backend: str, device: torch.device) -> None:
+def _publish(
+    plan: Plan, output: OutputDirectory, supplement: Supplement | None, backend: str, device: torch.device
+) -> None:
     """Put everything beside the weights in place, and make the output visible."""
     donor = plan.inputs.donor
     files: dict[str, bytes | Path] = {path.as_posix(): donor.path / path for path in donor.other_files}
@@ -157,8 +221,10 @@ def _publish(plan: Plan, output: OutputDirectory, backend: str, device: torch.de
     )
     if plan.config_json is not None:
         files["config.json"] = plan.config_json
-    files["README.md"] = model_card(plan)
+    files["README.md"] = model_card(plan, supplement.note if supplement else "")
     files[RECIPE_NAME] = plan.config.source_text.encode()
+    if supplement is not None:
+        files |= supplement.files(output.beside)
     manifest = build_manifest(
         plan.layouts,
         output.checksums,
@@ -172,13 +238,15 @@ def _publish(plan: Plan, output: OutputDirectory, backend: str, device: torch.de
             "device": str(device),
         },
         base_parameters=plan.base_parameters,
+        beside=output.beside,
+        changeable=supplement.changeable if supplement else (),
     )
-    output.publish(files, manifest)
+    output.publish(files, manifest, last=supplement.last if supplement else None)
 
 
-def _verified(plan: Plan, out: Path, started: float, progress: ProgressSink) -> MergeReport:
-    """The report of an output that was there already, after reading it again."""
-    progress.start(sum(step.nbytes for step in plan.steps))
+def _verified(plan: Plan, out: Path, nbytes: int, started: float, progress: ProgressSink) -> MergeReport:
+    """The report of an output of this size that was there already, after reading it again."""
+    progress.start(nbytes)
 
     def advance(count: int, name: str) -> None:
         progress.tensor(name)

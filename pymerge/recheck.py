@@ -46,6 +46,11 @@ def recheck(out: Path | str, count: int | None = None, *, progress: ProgressSink
     manifest = read_manifest(out)
     if manifest is None:
         raise OutputError(f"{out}: has no {MANIFEST_NAME} of a finished merge; run the merge to its end first")
+    if any(shard.get("beside", False) for shard in manifest["shards"].values()):
+        raise OutputError(
+            f"{out}: is a WEMoE directory, whose tensors are not computed again; verify it without --deep, which reads "
+            "all of them"
+        )
     recipe = manifest["recipe"]
     run_op = _dispatcher(out, recipe)
     plan = _plan(out, recipe, memory.budget(run_op.device))

@@ -80,8 +80,8 @@ class MergeReport:
         return ["slowest tensors, seconds:", "     read   compute     write  tensor", *rows]
 
 
-def model_card(plan: Plan) -> bytes:
-    """README.md of the output: how it was made, with the recipe, in the form that model hubs read."""
+def model_card(plan: Plan, note: str = "") -> bytes:
+    """README.md of the output: how it was made, with the recipe, in the form that model hubs read; `note` is added."""
     config = plan.config
     models = [str(entry.model) for entry in config.models]
     front: dict[str, Any] = {
@@ -106,7 +106,7 @@ Made with pymerge {env.version()} by `{plan.method.name}`: {plan.method.summary}
 
 {listed}
 
-{plan.parameters:,} parameters. The recipe (also in `{RECIPE_NAME}`):
+{plan.parameters:,} parameters. {note}The recipe (also in `{RECIPE_NAME}`):
 
 ```yaml
 {config.source_text.strip()}

@@ -15,7 +15,7 @@ import yaml
 
 from pymerge import api
 from pymerge.checkpoint import Checkpoint
-from pymerge.config import MergeConfig, read_config
+from pymerge.config import MergeConfig, check_config
 from pymerge.config_checks import places
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.memory import budget, resolve_device
@@ -139,7 +139,7 @@ class _Reader:
     def read(self, document: Document) -> MergeConfig:
         """The document as a config; an empty one, and problems, if it is wrong."""
         try:
-            return read_config(document)
+            return check_config(document)
         except ConfigError as error:
             self._problems += str(error).splitlines()
             return MergeConfig(merge_method="linear")

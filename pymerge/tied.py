@@ -9,6 +9,7 @@ import torch
 
 from pymerge.checkpoint import ITEM_SIZES, Checkpoint, Reader, TensorEntry
 from pymerge.layers import Kind, Layer
+from pymerge.vocabulary import has_tokens
 
 _COMPARED_BYTES = 16 << 20
 
@@ -22,13 +23,16 @@ def ties(config: Mapping[str, Any]) -> bool | None:
 
 
 def embedding_of(name: str, tensors: Mapping[str, TensorEntry], layers: Mapping[str, Layer]) -> str | None:
-    """Another tensor that is an embedding of the same shape, the outermost of them; None if there is none."""
+    """Another tensor that is an embedding of tokens of the same shape, the outermost of them; None if there is none.
+
+    A classifier of two labels has the shape of BERT's embedding of segments, and nothing to do with it.
+    """
     shape = tensors[name].shape
     if len(shape) != 2:
         return None
     same = [other for other in tensors if other != name and tensors[other].shape == shape]
     return min(
-        (other for other in same if other in layers and layers[other].kind is Kind.EMBEDDING),
+        (other for other in same if other in layers and layers[other].kind is Kind.EMBEDDING and has_tokens(other)),
         key=lambda other: other.count("."),
         default=None,
     )

@@ -35,10 +35,10 @@ def is_token_table(
     if not ours or not other or ours[1:] != other[1:]:
         return False
     if kind is Kind.EMBEDDING:
-        return _has_tokens(name)
+        return has_tokens(name)
     if kind is not Kind.HEAD and not (kind is Kind.BIAS and is_head_name(name)):
         return False
-    tables = [table for table in layers if layers[table].kind is Kind.EMBEDDING and _has_tokens(table)]
+    tables = [table for table in layers if layers[table].kind is Kind.EMBEDDING and has_tokens(table)]
     lengths = [(base[table].shape[0], theirs[table].shape[0]) for table in tables if table in theirs]
     return (ours[0], other[0]) in lengths
 
@@ -62,7 +62,7 @@ def token_tables(
     lengths = {
         shape[0]
         for name, shape in shapes.items()
-        if layers[name].kind is Kind.EMBEDDING and _has_tokens(name) and len(shape) == 2
+        if layers[name].kind is Kind.EMBEDDING and has_tokens(name) and len(shape) == 2
     }
     lengths = lengths & sizes or {length for length in lengths if length >= tokens}
     if len(lengths) != 1:
@@ -71,7 +71,7 @@ def token_tables(
     def has(name: str) -> bool:
         kind, fits = layers[name].kind, shapes[name][0] in lengths
         if kind is Kind.EMBEDDING:
-            return fits and _has_tokens(name)
+            return fits and has_tokens(name)
         if kind is not Kind.HEAD and not (kind is Kind.BIAS and is_head_name(name)):
             return False
         return fits or not _LANGUAGE_HEADS.isdisjoint(name.split(".")[-2:-1])
@@ -79,7 +79,8 @@ def token_tables(
     return [name for name in shapes if has(name)]
 
 
-def _has_tokens(embedding: str) -> bool:
+def has_tokens(embedding: str) -> bool:
+    """Whether the rows of an embedding are tokens, by its name: not positions, segments or distances."""
     return not any(word in embedding for word in _OTHER_TABLES)
 
 

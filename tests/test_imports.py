@@ -36,8 +36,8 @@ ARROWS = {
     "config": "errors methods layers settings config_checks config_entries config_slices tokenizers yaml_lines",
     "pieces": "layers methods ops",
     "prefixes": "",
-    "tied": "layers checkpoint",
     "vocabulary": "layers checkpoint",
+    "tied": "layers checkpoint vocabulary",
     "inputs": "errors methods layers checkpoint config prefixes tied vocabulary",
     "alignment": "errors methods layers checkpoint config inputs tokenizers vocabulary",
     "towers": "layers",
@@ -73,10 +73,14 @@ ARROWS = {
     "names": "",
     "analysis": "errors env units names methods checkpoint config planner progress steps",
     "views": "env units names methods layers backends planner steps",
-    "wemoe": "errors env ops checkpoint backends",
+    "wemoe": (
+        "errors env units logs yaml_lines ops methods checkpoint finite config config_checks memory schedule planner "
+        "progress report tracing sampling backends engine console views"
+    ),
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api stages wemoe",
-    "cli": "errors analysis checkpoint logs progress recheck api stages tensor_table views",
+    "console": "errors",
+    "cli": "errors console analysis checkpoint logs progress recheck api stages tensor_table views wemoe",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.

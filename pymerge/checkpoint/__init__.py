@@ -18,7 +18,7 @@ from pymerge.checkpoint.gather import GatheredEntry, RowMap, gathered
 from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
 from pymerge.checkpoint.hub import fetch
 from pymerge.checkpoint.identity import differences, printable
-from pymerge.checkpoint.layout import ShardLayout, TensorLayout, index_json, index_name, layout_shards
+from pymerge.checkpoint.layout import ShardLayout, TensorLayout, index_json, index_name, layout_file, layout_shards
 from pymerge.checkpoint.manifest import VerifyReport, build_manifest, read_manifest, verify
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.writer import OutputDirectory
@@ -51,6 +51,7 @@ __all__ = [
     "index_name",
     "is_float",
     "is_float8",
+    "layout_file",
     "layout_shards",
     "memory_item_size",
     "open_checkpoint",

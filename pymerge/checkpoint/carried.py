@@ -25,8 +25,9 @@ WEIGHT_SUFFIXES = (
 _INDEX_SUFFIX = ".index.json"
 # Exports and leftovers of a training run: they describe other weights than the merged ones.
 SKIPPED_FOLDERS = ("runs", "onnx", "openvino", "coreml", "__pycache__")
-# An output gets its own of these; pymerge_* are the manifest and recipe of an earlier merge.
-_REPLACED = ("config.json", "README.md")
+# An output gets its own of these; pymerge_* are the manifest and recipe of an earlier merge, and wemoe.json goes with
+# task vectors, which are no part of a plain checkpoint.
+_REPLACED = ("config.json", "README.md", "wemoe.json")
 _OWN_PREFIX = "pymerge_"
 
 

@@ -68,6 +68,11 @@ def layout_shards(
     return tuple(_layout_file(name, group) for name, group in zip(names, groups, strict=True))
 
 
+def layout_file(file: str, tensors: Sequence[tuple[str, str, Sequence[int]]]) -> ShardLayout:
+    """One file with these tensors (name, dtype code, shape). Raises ArgumentError for what cannot be stored."""
+    return _layout_file(file, _checked(tensors))
+
+
 def index_name(layouts: Sequence[ShardLayout]) -> str | None:
     """Name of the index file of a sharded output; None for a single file, which needs no index."""
     match = _SHARD_NAME.fullmatch(layouts[0].file)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,19 @@ def build_manifest(
     identity: Identity,
     recipe: Mapping[str, str | None],
     base_parameters: int,
+    beside: Sequence[ShardLayout] = (),
+    changeable: Collection[str] = (),
 ) -> dict[str, Any]:
     """The manifest of an output whose shards are all written.
 
     `checksums` (shard file -> tensor -> sha256) is `OutputDirectory.checksums`; `files` is what `publish`
-    gets, to which the index is added here; `identity` is what the merge is made of, `recipe` how to compute a
-    tensor of it again; `base_parameters` counts the elements of the base checkpoint, tied weights once.
+    gets, to which the index is added here; `beside` are files of tensors that are not the model's own weights, and
+    those of them that are `changeable` may get other values later; `identity` is what the merge is made of,
+    `recipe` how to compute a tensor of it again; `base_parameters` counts the elements of the base checkpoint, tied
+    weights once.
     Raises CheckpointError when a file to be copied cannot be read.
     """
-    shards = {
+    shards: dict[str, dict[str, Any]] = {
         layout.file: {
             "size": layout.nbytes,
             "tensors": {
@@ -63,8 +67,10 @@ def build_manifest(
                 for tensor in layout.tensors
             },
         }
-        for layout in layouts
+        for layout in (*layouts, *beside)
     }
+    for layout in beside:
+        shards[layout.file] |= {"beside": True, "changeable": layout.file in changeable}
     sources = dict(files)
     index = index_name(layouts)
     if index is not None:
@@ -125,6 +131,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     texts += [text for text in manifest["recipe"].values() if text is not None]
     for shard in manifest["shards"].values():
         integers.append(shard["size"])
+        if not all(type(shard.get(flag, False)) is bool for flag in ("beside", "changeable")):
+            raise ValueError("a field has the wrong type")
         for tensor in shard["tensors"].values():
             integers += [tensor["offset"], tensor["nbytes"], *tensor["shape"]]
             texts += [tensor["dtype"], tensor["sha256"]]
@@ -189,7 +197,8 @@ def _verify_shard(
     allow_nonfinite: bool,
 ) -> None:
     header = read_header(file)
-    if header.file_bytes != expected["size"]:
+    beside, changeable = expected.get("beside", False), expected.get("changeable", False)
+    if header.file_bytes != expected["size"] and not changeable:
         report.problems.append(f"{file}: has {header.file_bytes} bytes, not {expected['size']}; merge again")
     tensors = expected["tensors"]
     missing = [name for name in tensors if name not in header.entries]
@@ -201,17 +210,17 @@ def _verify_shard(
         for entry in header.entries.values():
             report.tensors += 1
             report.nbytes += entry.nbytes
-            report.parameters += entry.numel
+            report.parameters += 0 if beside else entry.numel
             if entry.name in tensors:
                 where = f"{file}: tensor {entry.name}"
                 digest, bad = _read_tensor(reader, entry, progress)
                 found: dict[str, Any] = {
                     "dtype": entry.dtype,
                     "shape": list(entry.shape),
-                    "offset": entry.offset,
                     "nbytes": entry.nbytes,
-                    "sha256": digest,
                 }
+                if not changeable:
+                    found |= {"offset": entry.offset, "sha256": digest}
                 for key, value in found.items():
                     if value != tensors[entry.name][key]:
                         wanted = tensors[entry.name][key]
@@ -270,11 +279,15 @@ def _verify_files(path: Path, manifest: dict[str, Any], report: VerifyReport) ->
 
 
 def _verify_index(path: Path, manifest: dict[str, Any], report: VerifyReport) -> None:
-    indexes = [name for name in manifest["files"] if name.endswith(".safetensors.index.json")]
-    if len(manifest["shards"]) > 1 and not indexes:
+    suffix = ".safetensors.index.json"
+    indexes = [name for name in manifest["files"] if name.endswith(suffix)]
+    weights = [file for file, shard in manifest["shards"].items() if not shard.get("beside", False)]
+    if len(weights) > 1 and not any(weights[0].startswith(f"{index.removesuffix(suffix)}-") for index in indexes):
         report.problems.append(f"{path}: has several shards but no index; merge again")
-    expected = {name: file for file, shard in manifest["shards"].items() for name in shard["tensors"]}
     for index in indexes:
+        stem = f"{index.removesuffix(suffix)}-"
+        shards = {file: shard for file, shard in manifest["shards"].items() if file.startswith(stem)}
+        expected = {name: file for file, shard in shards.items() for name in shard["tensors"]}
         try:
             weight_map = parse_json_object(read_text_file(path / index), unique=True).get("weight_map")
         except (OSError, ValueError):

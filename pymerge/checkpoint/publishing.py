@@ -24,14 +24,16 @@ _CONFIG = "config.json"
 _WRITTEN_BY_US = (_CONFIG, "README.md")
 
 
-def check_names(path: Path, layouts: Sequence[ShardLayout], files: Mapping[str, bytes | Path]) -> list[str]:
+def check_names(
+    path: Path, layouts: Sequence[ShardLayout], beside: Sequence[ShardLayout], files: Mapping[str, bytes | Path]
+) -> list[str]:
     """Names of everything that publishing puts into `path`, sorted.
 
     Raises OutputError for a name outside the directory, one that is written here anyway, and a copied file
     that would stand in for the config or model card of the merge.
     """
     index = index_name(layouts)
-    own = [layout.file for layout in layouts] + [MANIFEST_NAME] + ([index] if index is not None else [])
+    own = [layout.file for layout in (*layouts, *beside)] + [MANIFEST_NAME] + ([index] if index is not None else [])
     for name, source in files.items():
         if not is_safe_name(name):
             raise OutputError(f"{path}: {name!r} is no relative file name inside the output; leave it out")
@@ -43,21 +45,30 @@ def check_names(path: Path, layouts: Sequence[ShardLayout], files: Mapping[str, 
 def publish_files(
     path: Path,
     layouts: Sequence[ShardLayout],
+    beside: Sequence[ShardLayout],
     files: Mapping[str, bytes | Path],
     manifest: Mapping[str, Any],
+    last: str | None = None,
 ) -> None:
     """Move the shards and write the other files, each one atomically; what makes it a model comes last."""
     index = index_name(layouts)
+    _move_shards(path, beside)
     if index is not None:
         _move_shards(path, layouts)
     recorded = manifest.get("files", {})
-    for name in sorted(files, key=lambda name: (name == _CONFIG, name)):
+
+    def put(name: str) -> None:
         _put(path, name, files[name], recorded.get(name, {}).get("sha256"))
+
+    for name in sorted(files.keys() - {last}, key=lambda name: (name == _CONFIG, name)):
+        put(name)
     _put(path, MANIFEST_NAME, manifest_bytes(manifest))
     if index is not None:
         _put(path, index, index_json(layouts))
     else:
         _move_shards(path, layouts)
+    if last is not None:
+        put(last)
 
 
 def _move_shards(path: Path, layouts: Sequence[ShardLayout]) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pymerge.checkpoint.fileformat import read_header
 from pymerge.checkpoint.files import output_error
-from pymerge.checkpoint.layout import ShardLayout, TensorLayout
-from pymerge.errors import OutputError
+from pymerge.checkpoint.layout import ShardLayout, TensorLayout, layout_file
+from pymerge.errors import ArgumentError, CheckpointError, OutputError
 
 _CHUNK_BYTES = 64 << 20
 # What file systems without preallocation answer; ENOSPC then comes from the writes.
@@ -128,6 +129,15 @@ def is_whole(file: Path, layout: ShardLayout, digests: Mapping[str, str]) -> boo
         if stream.read(len(layout.header)) != layout.header:
             return False
         return all(_digest(stream, tensor) == digests[tensor.name] for tensor in layout.tensors)
+
+
+def found_layout(file: Path) -> ShardLayout | None:
+    """The layout that a file of ours has, by its header; None if there is no such file, or it is damaged."""
+    try:
+        entries = read_header(file).entries.values()
+        return layout_file(file.name, [(entry.name, entry.dtype, entry.shape) for entry in entries])
+    except (CheckpointError, ArgumentError):
+        return None
 
 
 def _digest(stream: BinaryIO, tensor: TensorLayout) -> str:

@@ -35,9 +35,9 @@ from pymerge.checkpoint.claim import (
 from pymerge.checkpoint.dtypes import bytes_of, code_of
 from pymerge.checkpoint.files import WORK_FOLDER, free_bytes, fsync_directory, install, os_errors
 from pymerge.checkpoint.identity import Identity
-from pymerge.checkpoint.layout import ShardLayout
+from pymerge.checkpoint.layout import ShardLayout, TensorLayout
 from pymerge.checkpoint.publishing import check_names, publish_files
-from pymerge.checkpoint.shardfile import ShardFile, is_whole
+from pymerge.checkpoint.shardfile import ShardFile, found_layout, is_whole
 from pymerge.errors import OutputError
 from pymerge.logs import event
 
@@ -56,8 +56,10 @@ def _internal(message: str) -> OutputError:
 class OutputDirectory:
     """An output directory that belongs to this process between `open` and `publish` or `abandon`.
 
-    `layouts` are all files of the output, `identity` is what the merge is made of: a run with the same
-    one goes on where an earlier run stopped. Not thread-safe: one thread writes. As a context manager it
+    `layouts` are the weight files of the model, `beside` other files of tensors. Those of `late`, which maps their
+    names to the bytes to set aside for them, get their layout by `settle`, when their content is known. `identity` is
+    what the merge is made of: a run with the same one goes on where an earlier run stopped. Not thread-safe: one
+    thread writes. As a context manager it
     opens, and abandons what was not published. Without `keeps_cache`, what is written goes to the disk at once and
     does not stay in the page cache.
     """
@@ -68,6 +70,8 @@ class OutputDirectory:
         layouts: Sequence[ShardLayout],
         *,
         identity: Identity,
+        beside: Sequence[ShardLayout] = (),
+        late: Mapping[str, int] | None = None,
         overwrite: bool = False,
         keeps_cache: bool = True,
     ) -> None:
@@ -77,8 +81,12 @@ class OutputDirectory:
         self.overwrite = overwrite
         self.keeps_cache = keeps_cache
         self._work = self.path / WORK_FOLDER
-        self._shards = {layout.file: layout for layout in self.layouts}
-        self._places = {tensor.name: (shard, tensor) for shard in self.layouts for tensor in shard.tensors}
+        self._late = dict(late or {})
+        self._files = [*(layout.file for layout in (*self.layouts, *beside)), *self._late]
+        self._shards: dict[str, ShardLayout] = {}
+        self._places: dict[str, tuple[ShardLayout, TensorLayout]] = {}
+        for layout in (*self.layouts, *beside):
+            self._place(layout)
         self._active: dict[str, ShardFile] = {}
         self._created: list[Path] = []  # directories made by this run, outermost first
         self._lock: int | None = None
@@ -98,6 +106,12 @@ class OutputDirectory:
         return frozenset(self._own_state().finished)
 
     @property
+    def beside(self) -> tuple[ShardLayout, ...]:
+        """Layouts of the files that are not the model's, in their order; of late ones those that are settled."""
+        known = self._files[len(self.layouts) :]
+        return tuple(self._shards[file] for file in known if file in self._shards)
+
+    @property
     def checksums(self) -> dict[str, dict[str, str]]:
         """sha256 (hex) of every tensor of the finished shards: file -> tensor -> digest."""
         return {file: dict(digests) for file, digests in self._own_state().finished.items()}
@@ -115,23 +129,30 @@ class OutputDirectory:
             self._lock = acquire_lock(self.path)
             state = self._check_claim()
             if state is None:
-                self._check_space(self.layouts, earlier_bytes(self.path))
+                self._check_space(self._files, earlier_bytes(self.path))
                 remove_earlier(self.path)
-                state = State(self.identity, list(self._shards))
+                state = State(self.identity, self._files)
                 state.save(self._work)
             self._state = state
             install(_NOTE, self._work / NOTE_NAME, self._work / TEMPORARY_NAME)
             with os_errors(self._work, "resuming"):
                 self._drop_damaged(state)
-            unfinished = [layout for layout in self.layouts if layout.file not in state.finished]
+            unfinished = [file for file in self._files if file not in state.finished]
             self._check_space(unfinished, 0)
-            for layout in unfinished:
-                if layout.nbytes == len(layout.header):  # empty tensors only: nothing is going to be written
-                    self._finish(layout)
+            for file in unfinished:
+                if file not in self._late:
+                    self._finish_empty(self._shards[file])
         except BaseException:
             self.abandon()
             raise
         return self
+
+    def settle(self, layout: ShardLayout) -> None:
+        """Say what a late file holds, before its first tensor is written."""
+        if layout.file not in self._late or layout.file in self._shards:
+            raise _internal(f"{self.path}: {layout.file} is not a file that has yet to get its layout")
+        self._place(layout)
+        self._finish_empty(layout)
 
     def write(self, tensor_name: str, data: torch.Tensor | memoryview) -> None:
         """Append the next piece of a tensor: a CPU tensor of the planned dtype, or raw bytes.
@@ -161,21 +182,23 @@ class OutputDirectory:
         if shard.complete:
             self._finish(layout)
 
-    def publish(self, files: Mapping[str, bytes | Path], manifest: Mapping[str, Any]) -> None:
+    def publish(
+        self, files: Mapping[str, bytes | Path], manifest: Mapping[str, Any], *, last: str | None = None
+    ) -> None:
         """Make the output visible: shards, `files` (name -> content, or a file to copy), manifest, index.
 
         Names are relative, with "/". What makes the directory a model (the index, or the single weight file)
-        comes last. After a kill in between, opening the same merge and publishing again completes it. Raises
-        OutputError when a shard is unfinished, a name is not allowed or writing fails, and CheckpointError
-        when a file to be copied is not what the manifest says.
+        comes last, and after it only the file named `last`, if there is one. After a kill in between, opening the
+        same merge and publishing again completes it. Raises OutputError when a shard is unfinished, a name is not
+        allowed or writing fails, and CheckpointError when a file to be copied is not what the manifest says.
         """
         state = self._own_state()
-        unfinished = [file for file in self._shards if file not in state.finished]
+        unfinished = [file for file in self._files if file not in state.finished]
         if unfinished:
             raise _internal(f"{self.path}: {len(unfinished)} shards are unfinished, {unfinished[0]} among them")
-        state.publishing = check_names(self.path, self.layouts, files)
+        state.publishing = check_names(self.path, self.layouts, self.beside, files)
         state.save(self._work)
-        publish_files(self.path, self.layouts, files, manifest)
+        publish_files(self.path, self.layouts, self.beside, files, manifest, last)
         self._state = None
         self._created.clear()
         self._remove_work(state)
@@ -216,19 +239,27 @@ class OutputDirectory:
                     fsync_directory(folder.parent)
 
     def _check_claim(self) -> State | None:
-        return check_claim(self.path, self.identity, list(self._shards), overwrite=self.overwrite)
+        return check_claim(self.path, self.identity, self._files, overwrite=self.overwrite)
 
     def _drop_damaged(self, state: State) -> None:
         """Keep the shards whose size, header and checksums are as recorded, remove the others. Raises OSError."""
         if state.finished:
-            nbytes = sum(self._shards[file].nbytes for file in state.finished if file in self._shards)
+            nbytes = sum(self._size(file) for file in state.finished if file in self._files)
             text = f"checking {len(state.finished)} finished shards ({nbytes:,} bytes) of an interrupted run"
             event("checking_shards", text, shards=sorted(state.finished), bytes=nbytes)
-        for file, layout in self._shards.items():
+        for file in self._files:
             (self._work / partial_name(file)).unlink(missing_ok=True)
             folders = [self._work, self.path] if file in state.publishing else [self._work]
+            layouts = [self._shards.get(file) or found_layout(folder / file) for folder in folders]
             digests = state.finished.get(file, {})
-            if not any(is_whole(folder / file, layout, digests) for folder in folders):
+            whole = [
+                layout
+                for folder, layout in zip(folders, layouts, strict=True)
+                if layout is not None and is_whole(folder / file, layout, digests)
+            ]
+            if whole and file in self._late:
+                self._place(whole[0])
+            if not whole:
                 if state.finished.pop(file, None) is not None:
                     text = f"{file}: was finished and is no longer as it was written; it is made again"
                     event("shard_damaged", text, level=logging.WARNING, file=file)
@@ -236,8 +267,16 @@ class OutputDirectory:
                     (folder / file).unlink(missing_ok=True)
         state.save(self._work)
 
-    def _check_space(self, layouts: Sequence[ShardLayout], reclaimed: int) -> None:
-        needed = sum(layout.nbytes for layout in layouts)
+    def _place(self, layout: ShardLayout) -> None:
+        self._shards[layout.file] = layout
+        self._places |= {tensor.name: (layout, tensor) for tensor in layout.tensors}
+
+    def _size(self, file: str) -> int:
+        """Bytes of a file; as far as they are known, of a late one."""
+        return self._shards[file].nbytes if file in self._shards else self._late[file]
+
+    def _check_space(self, files: Sequence[str], reclaimed: int) -> None:
+        needed = sum(self._size(file) for file in files)
         with os_errors(self.path, "asking for free space"):
             free = free_bytes(self.path) + reclaimed
         if needed > free:
@@ -245,6 +284,11 @@ class OutputDirectory:
                 f"{self.path}: not enough space: needs {needed:,} bytes, {free:,} bytes free; "
                 "free some space or choose another disk"
             )
+
+    def _finish_empty(self, layout: ShardLayout) -> None:
+        """A file of empty tensors only is finished as it is: nothing is going to be written."""
+        if layout.nbytes == len(layout.header):
+            self._finish(layout)
 
     def _finish(self, layout: ShardLayout) -> None:
         state = self._own_state()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
+from pymerge.ops.base import one_thread
 
 # Columns up to here are stored as uint16.
 NARROW_COLUMNS = 2**16
@@ -269,7 +270,8 @@ def low_rank_tasks(
 ) -> LowRankTasks:
     """Truncated SVD of each task vector (d_out x d_in): to `rank`, or to the fewest that hold `energy` of ||tau||^2.
 
-    Factors share the singular values' square roots; they are computed in float64 and rounded to `dtype`.
+    Factors share the singular values' square roots; they are computed in float64, on one thread (the same bits for any
+    number of them), and rounded to `dtype`.
     """
     if (rank is None) == (energy is None):
         raise ArgumentError("low rank: give either rank or energy, not both and not neither")
@@ -279,7 +281,8 @@ def low_rank_tasks(
         raise ArgumentError(f"low rank: energy is {energy}; give a share above 0 and up to 1")
     lefts, rights, owners = [], [], []
     for task, tau in enumerate(taus):
-        u, s, vt = torch.linalg.svd(tau.to(torch.float64), full_matrices=False)
+        with one_thread():
+            u, s, vt = torch.linalg.svd(tau.to(torch.float64), full_matrices=False)
         if energy is not None:
             shares = s.square().cumsum(0)
             wanted = energy * shares[-1] if len(shares) else shares.sum()

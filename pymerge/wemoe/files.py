@@ -104,6 +104,12 @@ def decode(
     return DenseTasks(values) if len(shape) == 2 else values
 
 
+def index_bytes(weight_map: Mapping[str, str], nbytes: int) -> bytes:
+    """The content of the index: tensor -> file, and bytes of all tensors."""
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(weight_map)}
+    return (json.dumps(index, indent=1) + "\n").encode()
+
+
 class TaskVectorWriter:
     """Writes stored tensors, parameter by parameter, into shards of at most `max_bytes` (one parameter at least).
 
@@ -133,8 +139,7 @@ class TaskVectorWriter:
     def close(self) -> None:
         """Write the last shard and the index."""
         self._flush()
-        index = {"metadata": {"total_size": self.stored_bytes}, "weight_map": self._weight_map}
-        atomic_write(self.folder / INDEX_NAME, (json.dumps(index, indent=1) + "\n").encode())
+        atomic_write(self.folder / INDEX_NAME, index_bytes(self._weight_map, self.stored_bytes))
 
     def _flush(self) -> None:
         if not self._waiting:

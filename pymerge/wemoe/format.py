@@ -160,7 +160,11 @@ def _reason(error: Any) -> str:
     return f"{text} (found {value})" if len(value) <= 60 else text
 
 
+def spec_bytes(spec: Spec) -> bytes:
+    """The content of wemoe.json."""
+    return (json.dumps(spec.model_dump(exclude_none=True), indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def write_spec(folder: Path | str, spec: Spec) -> None:
     """Write wemoe.json, whole or not at all. Raises OutputError."""
-    text = json.dumps(spec.model_dump(exclude_none=True), indent=1, ensure_ascii=False) + "\n"
-    atomic_write(Path(folder) / SPEC_NAME, text.encode())
+    atomic_write(Path(folder) / SPEC_NAME, spec_bytes(spec))

@@ -75,11 +75,19 @@ def layer_code(index: int) -> Tensor:
     return torch.tensor([math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles])
 
 
+def router_count(spec: Spec) -> int:
+    """How many routers a model has: one for each module, or a single shared one."""
+    return 1 if spec.router.shared else len(spec.modules)
+
+
+def make_router(spec: Spec, index: int, seed: int | None = 0) -> Router:
+    """Router number `index`, freshly initialised."""
+    code_size = CODE_SIZE if spec.router.layer_code else 0
+    width = spec.modules[index].hidden_size
+    own = None if seed is None else seed + index
+    return Router(spec.router.depth, width, spec.tasks, spec.init_lambda, code_size, own)
+
+
 def make_routers(spec: Spec, seed: int = 0) -> nn.ModuleList:
     """Freshly initialised routers: one for each module in order, or a single shared one."""
-    router, modules = spec.router, spec.modules[:1] if spec.router.shared else spec.modules
-    code_size = CODE_SIZE if router.layer_code else 0
-    return nn.ModuleList(
-        Router(router.depth, module.hidden_size, spec.tasks, spec.init_lambda, code_size, seed + index)
-        for index, module in enumerate(modules)
-    )
+    return nn.ModuleList(make_router(spec, index, seed) for index in range(router_count(spec)))

@@ -19,12 +19,17 @@ SHARED = "shared"
 
 def router_tensors(spec: Spec, routers: nn.ModuleList) -> dict[str, Tensor]:
     """Parameters of all routers by their stored names: PATH::PARAMETER, or shared::PARAMETER."""
-    owners = [SHARED] if spec.router.shared else [module.path for module in spec.modules]
     return {
-        f"{owner}::{name}": tensor.detach()
-        for owner, router in zip(owners, routers, strict=True)
-        for name, tensor in router.state_dict().items()
+        name: tensor
+        for index, router in enumerate(routers)
+        for name, tensor in one_routers_tensors(spec, index, router).items()
     }
+
+
+def one_routers_tensors(spec: Spec, index: int, router: nn.Module) -> dict[str, Tensor]:
+    """Parameters of router number `index` by their stored names."""
+    owner = SHARED if spec.router.shared else spec.modules[index].path
+    return {f"{owner}::{name}": tensor.detach() for name, tensor in router.state_dict().items()}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

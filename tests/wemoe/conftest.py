@@ -22,6 +22,9 @@ def _model(name: str) -> nn.Module:
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**small, **_TEXT)),
         "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**small, vocab_size=32)),
         "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**small, image_size=8, patch_size=4)),
+        "clip": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**small, image_size=8, patch_size=4)),
+        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**small, **_TEXT, num_key_value_heads=1)),
+        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**small, **_TEXT, num_key_value_heads=1)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=2, n_head=2, **_TEXT)),
         "t5": lambda: t.T5ForConditionalGeneration(
             t.T5Config(
@@ -45,7 +48,7 @@ def tiny() -> Callable[[str], Tiny]:
                 parameter += 0.05 * torch.randn_like(parameter)
         tokens = torch.randint(3, 32, (3, 7))
         inputs: dict[str, Any] = {"input_ids": tokens}
-        if name == "vit":
+        if name in ("vit", "clip"):
             inputs = {"pixel_values": torch.randn(3, 3, 8, 8)}
         if name == "t5":
             inputs["decoder_input_ids"] = tokens[:, :3].clone()

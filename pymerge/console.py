@@ -1,0 +1,96 @@
+"""What the commands share: consoles, errors as one line and an exit code, common options."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from pymerge.errors import PymergeError
+
+# In a file or a pipe, wide enough that tables keep one line a row.
+OUT = Console(width=None if sys.stdout.isatty() else 160)
+ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+_INTERRUPTED = 130
+_TERMINATED = 143
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM has come. Like KeyboardInterrupt no Exception, so that nothing on its way up holds it."""
+
+
+class Backend(str, Enum):
+    auto = "auto"
+    reference = "reference"
+    native = "native"
+    triton = "triton"
+    cuda = "cuda"
+
+
+class OutputDtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+Config = Annotated[Path, typer.Argument(help="YAML file; mergekit's format is understood.", show_default=False)]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Hold at most this much of tensors at once, such as 8GiB.", show_default="75% of what is free"),
+]
+ShardSize = Annotated[str, typer.Option(help="Start a new file above this size.")]
+Dtype = Annotated[
+    OutputDtype | None, typer.Option(help="Output dtype, instead of the config's or the base's.", show_default=False)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Say which backend computes what, and which tensors are slow.")
+]
+LogJson = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Append events as lines of JSON; - for standard error.", show_default=False),
+]
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Errors as one line and an exit code; signals as a clean stop that the same command continues."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise _TerminatedError
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except PymergeError as error:
+        ERR.print(f"error: {error}", style="red", markup=False)
+        raise SystemExit(error.exit_code) from error
+    except KeyboardInterrupt:
+        ERR.print("interrupted; the same command goes on where this one stopped", markup=False)
+        raise SystemExit(_INTERRUPTED) from None
+    except _TerminatedError:
+        ERR.print("terminated; the same command goes on where this one stopped", markup=False)
+        raise SystemExit(_TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def print_warnings(warnings: tuple[str, ...]) -> None:
+    """Warnings, on standard error."""
+    for warning in warnings:
+        ERR.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines for people, as they are."""
+    for line in lines:
+        OUT.print(line, markup=False, highlight=False, soft_wrap=True)
