@@ -260,7 +260,7 @@ def _print_view(name: str) -> None:
         _out.print(view())
 
 
-# Scripts of the checkout take their own options, --help among them.
+# Scripts of the checkout, and groups of commands that import PyTorch, take their own options, --help among them.
 _SCRIPT: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
@@ -274,6 +274,15 @@ def demo(context: typer.Context) -> None:
 def bench(context: typer.Context) -> None:
     """Time every op on every backend that runs here, beside PyTorch (in a checkout only)."""
     _run_script("benchmarks/bench_ops.py", context.args)
+
+
+@app.command(context_settings=_SCRIPT)
+def wemoe(context: typer.Context) -> None:
+    """Merged models whose MLPs mix base and experts for each input: adapt."""
+    with _reported():
+        from pymerge.wemoe.cli import wemoe_app
+
+        wemoe_app(args=context.args, prog_name="pymerge wemoe")
 
 
 def _run_script(name: str, arguments: list[str]) -> NoReturn:

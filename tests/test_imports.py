@@ -54,10 +54,10 @@ ARROWS = {
         "sampling engine"
     ),
     "views": "env units methods layers backends planner steps",
-    "wemoe": "errors env ops checkpoint backends",
+    "wemoe": "errors env layers ops checkpoint backends",
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api wemoe",
-    "cli": "errors checkpoint logs progress recheck api views",
+    "cli": "errors checkpoint logs progress recheck api views wemoe",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.
