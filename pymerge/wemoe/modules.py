@@ -196,10 +196,10 @@ class RoutedLinear(nn.Module):
 
     def plain(self, gates: Tensor | None) -> nn.Module:
         """The original layer with its base weights, or with those mixed by gates (T)."""
-        if gates is None:
-            weight, bias = self.weight.detach().clone(), None if self.bias is None else self.bias.detach().clone()
-        else:
-            weight, bias = self._mix(gates, self.weight.dtype)
+        weight: Tensor = self.weight.detach().clone()
+        bias: Tensor | None = None if self.bias is None else self.bias.detach().clone()
+        if gates is not None:
+            weight, bias = self._mix(gates, weight.dtype)
         layer = copy.deepcopy(self._skeleton[0])
         layer.weight = nn.Parameter(weight.mT.contiguous() if self.transposed else weight, requires_grad=False)
         if bias is not None:
