@@ -5,7 +5,7 @@
 FusionBench's WeightEnsemblingMoE is imported from the site-packages of an environment that has it (with this torch);
 without one its columns stay empty. Everything is float32 on the CPU, in one process and in turns; outputs and gradients
 of the router are compared with FusionBench's, and outputs with each sample's MLP in float64. Peak memory is that of a
-process that runs one forward alone, less that of one that runs the base MLP. Rows go to
+process in one forward, less that of one that runs the base MLP. Rows go to
 benchmarks/results/<machine>/<date>-wemoe.json.
 """
 
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import processes
 import torch
 import torch.nn.functional as F
 from results_file import ResultsFile
@@ -204,23 +206,30 @@ def compare(samples: int, tasks: int, options: argparse.Namespace, peer: bool) -
 
 
 def run_alone(name: str, samples: int, tasks: int, quick: bool) -> None:
-    """One forward of one form; the base and experts that a form does not need are gone before."""
+    """One forward of one form; prints the process's peak of memory (KiB) from when the form was ready (Linux)."""
     mlp, experts, x = problem(samples, tasks, quick)
     model: nn.Module = mlp
     if name == "fusion_bench":
         model = theirs(mlp, experts, ours(mlp, experts, STORAGES["90 % pruned"]))
     elif name in STORAGES:
         model = ours(mlp, experts, STORAGES[name])
+    del mlp, experts
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     forward(model, x)()
+    print(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
 
 
 def peaks(samples: int, tasks: int, options: argparse.Namespace, peer: bool) -> Row:
-    """Peak memory in MiB of each form beyond that of the base MLP."""
+    """Peak memory in MiB of each form, and beyond that of the base MLP."""
     command = [sys.executable, __file__, "--cases", f"{samples}x{tasks}", "--threads", str(options.threads)]
     command += ["--quick"] * options.quick
     command += ["--fusion-bench", str(options.fusion_bench)] if options.fusion_bench else []
     names = ["base MLP", *STORAGES, *(["fusion_bench"] if peer else [])]
-    found = {name: processes.run([*command, "--alone", name]).peak / 2**20 for name in names}
+    found = {}
+    for name in names:
+        done = subprocess.run([*command, "--alone", name], stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = int(done.stdout.split()[-1]) / 1024
     over = {name: found[name] - found["base MLP"] for name in names[1:]}
     return {"kind": "memory", "samples": samples, "tasks": tasks, "peak_mib": found, "over_base_mib": over}
 
