@@ -4,7 +4,8 @@
 
 FusionBench's WeightEnsemblingMoE is imported from the site-packages of an environment that has it (with this torch);
 without one its columns stay empty. Everything is float32 on the CPU, in one process and in turns; outputs and gradients
-of the router are compared with FusionBench's, and outputs with each sample's MLP in float64. Rows go to
+of the router are compared with FusionBench's, and outputs with each sample's MLP in float64. Peak memory is that of a
+process in one forward, less that of one that runs the base MLP. Rows go to
 benchmarks/results/<machine>/<date>-wemoe.json.
 """
 
@@ -12,6 +13,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +36,11 @@ CASES = ((16, 8), (64, 8), (16, 20))
 SPEEDUP = {"float32": 2.0, "bfloat16": 2.0, "90 % pruned": 2.5}
 OVER_BASE = 1.9
 TOLERANCE = 1e-5
+STORAGES = {
+    "float32": wemoe.StorageSpec(dtype="float32"),
+    "bfloat16": wemoe.StorageSpec(),
+    "90 % pruned": wemoe.StorageSpec(kind="pruned", ratio=0.9),
+}
 
 Row = dict[str, Any]
 
@@ -69,6 +78,15 @@ def experts_of(mlp: Mlp, tasks: int) -> list[Mlp]:
             for parameter in expert.parameters():
                 parameter += 0.01 * parameter.std() * torch.randn_like(parameter)
     return experts
+
+
+def problem(samples: int, tasks: int, quick: bool) -> tuple[Mlp, list[Mlp], Tensor]:
+    """Base, experts and input of a case."""
+    width, inner, tokens = (64, 256, 17) if quick else (768, 3072, 197)
+    torch.manual_seed(0)
+    mlp = Mlp(width, inner)
+    experts = experts_of(mlp, tasks)
+    return mlp, experts, torch.randn(samples, tokens, width)
 
 
 def ours(mlp: Mlp, experts: list[Mlp], storage: wemoe.StorageSpec) -> wemoe.RoutedModel:
@@ -143,17 +161,8 @@ def forward(module: nn.Module, x: Tensor) -> Callable[[], None]:
 
 def compare(samples: int, tasks: int, options: argparse.Namespace, peer: bool) -> list[Row]:
     """Check and time one case; rows for each storage and pass."""
-    width, inner, tokens = (64, 256, 17) if options.quick else (768, 3072, 197)
-    torch.manual_seed(0)
-    mlp = Mlp(width, inner)
-    experts = experts_of(mlp, tasks)
-    x = torch.randn(samples, tokens, width)
-    storages = {
-        "float32": wemoe.StorageSpec(dtype="float32"),
-        "bfloat16": wemoe.StorageSpec(),
-        "90 % pruned": wemoe.StorageSpec(kind="pruned", ratio=0.9),
-    }
-    models: dict[str, nn.Module] = {name: ours(mlp, experts, storage) for name, storage in storages.items()}
+    mlp, experts, x = problem(samples, tasks, options.quick)
+    models: dict[str, nn.Module] = {name: ours(mlp, experts, storage) for name, storage in STORAGES.items()}
     full: Any = models["float32"]
     checks = {"error": relative(full(x), exact(mlp, experts, full, x))}
     if peer:
@@ -176,7 +185,7 @@ def compare(samples: int, tasks: int, options: argparse.Namespace, peer: bool) -
         variants = {name: make(module, x) for name, module in {**models, "base MLP": frozen}.items()}
         times = {name: summary(found) for name, found in time_in_turns(variants, seconds=options.seconds).items()}
         base, peer_time = times["base MLP"]["median"], times.get("fusion_bench", {}).get("median")
-        for name in storages:
+        for name in STORAGES:
             median = times[name]["median"]
             rows.append(
                 {
@@ -196,6 +205,35 @@ def compare(samples: int, tasks: int, options: argparse.Namespace, peer: bool) -
     return rows
 
 
+def run_alone(name: str, samples: int, tasks: int, quick: bool) -> None:
+    """One forward of one form; prints the process's peak of memory (KiB) from when the form was ready (Linux)."""
+    mlp, experts, x = problem(samples, tasks, quick)
+    model: nn.Module = mlp
+    if name == "fusion_bench":
+        model = theirs(mlp, experts, ours(mlp, experts, STORAGES["90 % pruned"]))
+    elif name in STORAGES:
+        model = ours(mlp, experts, STORAGES[name])
+    del mlp, experts
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    forward(model, x)()
+    print(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+
+
+def peaks(samples: int, tasks: int, options: argparse.Namespace, peer: bool) -> Row:
+    """Peak memory in MiB of each form, and beyond that of the base MLP."""
+    command = [sys.executable, __file__, "--cases", f"{samples}x{tasks}", "--threads", str(options.threads)]
+    command += ["--quick"] * options.quick
+    command += ["--fusion-bench", str(options.fusion_bench)] if options.fusion_bench else []
+    names = ["base MLP", *STORAGES, *(["fusion_bench"] if peer else [])]
+    found = {}
+    for name in names:
+        done = subprocess.run([*command, "--alone", name], stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = int(done.stdout.split()[-1]) / 1024
+    over = {name: found[name] - found["base MLP"] for name in names[1:]}
+    return {"kind": "memory", "samples": samples, "tasks": tasks, "peak_mib": found, "over_base_mib": over}
+
+
 def show(rows: list[Row]) -> Table:
     """The rows as a table."""
     table = Table(
@@ -203,6 +241,12 @@ def show(rows: list[Row]) -> Table:
     )
     for row in rows:
         case = f"{row['samples']}, {row['tasks']}"
+        if row["kind"] == "memory":
+            mib = row["over_base_mib"]
+            for name in STORAGES:
+                theirs_mib = f"{mib['fusion_bench']:.0f} MiB" if "fusion_bench" in mib else ""
+                table.add_row(case, "peak over base", name, f"{mib[name]:.0f} MiB", theirs_mib, *[""] * 4)
+            continue
         if row["kind"] == "disagreement":
             table.add_row(case, "not timed", *[""] * 6, f"{max(row['checks'].values()):.1e}")
             continue
@@ -231,14 +275,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each pass of each case")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", nargs="+", metavar="SAMPLESxTASKS", help="default: 16x8 64x8 16x20")
+    parser.add_argument("--alone", metavar="FORM", help="run one forward of one form, for its peak memory")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cases = [tuple(map(int, case.split("x"))) for case in options.cases] if options.cases else CASES
     peer = find_peer(options.fusion_bench)
+    if options.alone:
+        run_alone(options.alone, *cases[0], options.quick)
+        return
     settings = {key: str(value) for key, value in vars(options).items()}
     results = ResultsFile("wemoe-quick" if options.quick else "wemoe", options=settings)
     for samples, tasks in cases:
         results.rows += compare(samples, tasks, options, peer)
+        results.rows.append(peaks(samples, tasks, options, peer))
         results.write()
     Console(width=140).print(show(results.rows))
     print(f"{'against fusion_bench' if peer else 'fusion_bench was not found'}; written to {results.path}")

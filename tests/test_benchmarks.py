@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_ops
+import bench_wemoe_decode
 import merge_targets
 import op_cases
 import pytest
@@ -131,3 +132,14 @@ def test_targets_are_judged() -> None:
         ("linear, 1.2B", True),
         ("linear", True),  # 500 more bytes, 600 more in the largest tensor
     ]
+
+
+def test_decoding_gives_the_tokens_of_the_static_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYMERGE_BENCH_CACHE", str(tmp_path))
+    storages = ["dense float32", "dense", "pruned 0.9", "low rank 32"]
+    options = argparse.Namespace(storages=storages, tokens=5, seconds=0.0)
+    rows = {row["model"]: row for row in bench_wemoe_decode.compare("tiny", options)}
+    assert list(rows) == ["plain", *storages]
+    assert [rows[name]["tokens_as_static"] for name in storages] == [5] * 4
+    assert rows["plain"]["share_of_plain"] == 1.0
+    assert all(row["seconds"]["median"] > row["prompt_seconds"]["min"] / 2 > 0 for row in rows.values())

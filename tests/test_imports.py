@@ -74,8 +74,8 @@ ARROWS = {
     "analysis": "errors env units names methods checkpoint config planner progress steps",
     "views": "env units names methods layers backends planner steps",
     "wemoe": (
-        "errors env units logs yaml_lines ops methods checkpoint finite config config_checks memory schedule planner "
-        "progress report tracing sampling backends engine console views"
+        "errors env units logs yaml_lines layers ops methods checkpoint finite config config_checks memory schedule "
+        "planner progress report tracing sampling backends engine console views"
     ),
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api stages wemoe",

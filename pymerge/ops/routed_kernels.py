@@ -187,6 +187,8 @@ def _biases(dtype: torch.dtype, gates: Tensor, bias: Tensor | None, bias_tasks: 
 
 def token_gates(gates: Tensor, runs: Sequence[Run]) -> Tensor:
     """The gates (or biases) of each row of x, from those of the runs."""
+    if len(runs) == 1:  # one sample, as in decoding: no tensors of indices
+        return gates[runs[0].gate].expand(runs[0].end - runs[0].begin, -1).contiguous()
     rows = torch.tensor([run.gate for run in runs], device=gates.device)
     lengths = torch.tensor([run.end - run.begin for run in runs], device=gates.device)
     return gates[torch.repeat_interleave(rows, lengths)]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
+from torch.func import functional_call
 
 from pymerge.errors import ArgumentError, NonFiniteError
 from pymerge.wemoe.model import RoutedModel
@@ -47,12 +48,14 @@ def adapt(
     loss: Loss = "entropy",
     logits: Logits | None = None,
     teachers: Mapping[str, Callable[..., Any]] | None = None,
+    heads: Mapping[str, Mapping[str, Tensor]] | None = None,
     reduce: Literal["sample", "batch"] = "batch",
     autocast: torch.dtype | None = None,
     checkpoint: Path | str | None = None,
     checkpoint_every: int = 100,
     patience: int | None = None,
     seed: int = 0,
+    data: str = "",
     progress: bool = True,
 ) -> AdaptReport:
     """Adapt the routers with Adam; nothing else changes.
@@ -70,23 +73,28 @@ def adapt(
         logits: takes a task's logits (B x classes, or B x S x vocabulary) from the model's output; default: the output
             itself, or its `logits`. It is also given the teachers' outputs.
         teachers: for each task what gives the expert's output for a batch.
+        heads: for a task, tensors that stand for the model's own while it works on that task, by the wrapped model's
+            names; their shapes may differ. For experts with classifiers of their own.
         reduce: "batch" gives all samples of a batch one row of gates, as published; "sample" each its own.
         autocast: bfloat16 for mixed precision, on CPU or CUDA.
         checkpoint: a .safetensors file with routers and optimiser state, written every `checkpoint_every` steps and at
             the end; if it exists the run goes on from it, past the batches that were used.
         patience: stop when the mean of the losses has not fallen below its lowest for so many steps.
         seed: of PyTorch's generator while batches are drawn; the caller's is restored.
+        data: what the batches are, in the caller's words; a checkpoint of others is refused.
         progress: show a progress bar.
 
     Logits of three dimensions are a language model's: entropy and distillation look at the last token that the
     attention mask leaves in, supervised at every token that has a label (shifted by one; -100 has none).
     """
-    _check(model, loaders, loss, teachers, autocast)
+    _check(model, loaders, loss, teachers, heads, autocast)
     tasks = list(loaders)
     parameters = {name: parameter for name, parameter in model.routers.named_parameters()}
     optimizer = torch.optim.Adam(parameters.values(), lr=lr)
     report = AdaptReport(tasks)
     settings = {"loss": loss, "lr": repr(lr), "seed": str(seed), "reduce": reduce, "tasks": "\n".join(tasks)}
+    settings |= {"data": data}
+    swaps = {task: {f"model.{name}": tensor for name, tensor in head.items()} for task, head in (heads or {}).items()}
     target = None if checkpoint is None else Path(checkpoint)
     if target is not None and target.exists():
         report.losses = load_state(target, parameters, optimizer, settings)
@@ -99,8 +107,9 @@ def adapt(
         with torch.random.fork_rng(), Progress(disable=not progress) as bar:
             torch.manual_seed(seed)
             streams = {task: _endless(task, loader) for task, loader in loaders.items()}
-            for stream in streams.values():
-                for _ in range(report.steps):
+            # In the order of the run that was cut: loaders may share PyTorch's generator.
+            for _ in range(report.steps):
+                for stream in streams.values():
                     next(stream)
             shown = bar.add_task("adapting routers", total=steps, completed=report.steps)
             while report.steps < steps and not _out_of_patience(report, patience):
@@ -109,7 +118,7 @@ def adapt(
                 for task, stream in streams.items():
                     batch = _to(next(stream), device)
                     with mixed:
-                        value = _task_loss(model, task, batch, loss, logits, teachers)
+                        value = _task_loss(model, task, batch, loss, logits, teachers, swaps.get(task, {}))
                     number = float(value.detach())
                     if not math.isfinite(number):
                         raise NonFiniteError(
@@ -143,6 +152,7 @@ def _check(
     loaders: Mapping[str, Iterable[Any]],
     loss: str,
     teachers: Mapping[str, Any] | None,
+    heads: Mapping[str, Mapping[str, Tensor]] | None,
     autocast: torch.dtype | None,
 ) -> None:
     if not loaders:
@@ -151,6 +161,13 @@ def _check(
         raise ArgumentError(f"adapt: unknown loss {loss!r}; choose entropy, supervised or distillation")
     if loss == "distillation" and (teachers is None or set(teachers) != set(loaders)):
         raise ArgumentError(f"adapt: distillation needs a teacher for each of {', '.join(loaders)}; pass teachers")
+    own = model.model.state_dict()
+    for task, head in (heads or {}).items():
+        if task not in loaders:
+            raise ArgumentError(f"adapt: a head for {task!r}, which is no task; the tasks are {', '.join(loaders)}")
+        odd = sorted(set(head) - set(own))
+        if odd:
+            raise ArgumentError(f"adapt: the head of task {task!r} has {odd[0]!r}, the model has not; leave it out")
     if autocast not in (None, torch.bfloat16):
         raise ArgumentError(f"adapt: autocast to {autocast} would need loss scaling; give torch.bfloat16 or None")
     if not any(parameter.requires_grad for parameter in model.routers.parameters()):
@@ -202,6 +219,7 @@ def _task_loss(
     loss: Loss,
     logits: Logits | None,
     teachers: Mapping[str, Callable[..., Any]] | None,
+    swap: dict[str, Tensor],
 ) -> Tensor:
     positional, named, labels = _inputs(task, batch)
     mask = named.get("attention_mask")
@@ -210,7 +228,7 @@ def _task_loss(
         found: Tensor = logits(task, output) if logits is not None else getattr(output, "logits", output)
         return found
 
-    output = predictions(model(*positional, **named))
+    output = predictions(functional_call(model, swap, positional, named) if swap else model(*positional, **named))
     if loss == "entropy":
         return entropy(_last(output, mask))
     if loss == "distillation" and teachers is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from pymerge.wemoe.adapt_cli import adapt_command
 from pymerge.wemoe.build_cli import build_command, info_command
 
 wemoe_app = typer.Typer(
@@ -15,3 +16,4 @@ wemoe_app = typer.Typer(
 )
 wemoe_app.command("build")(build_command)
 wemoe_app.command("info")(info_command)
+wemoe_app.command("adapt")(adapt_command)

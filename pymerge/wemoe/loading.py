@@ -15,7 +15,7 @@ from pymerge.checkpoint import open_checkpoint
 from pymerge.errors import ArgumentError, CheckpointError
 from pymerge.ops.task_storage import Tasks
 from pymerge.wemoe.files import TaskVectorFiles, TaskVectorWriter, decode, encode
-from pymerge.wemoe.format import Spec, read_spec, write_spec
+from pymerge.wemoe.format import read_spec, write_spec
 from pymerge.wemoe.model import RoutedModel
 from pymerge.wemoe.modules import RoutedLinear
 from pymerge.wemoe.router import make_routers
@@ -43,7 +43,7 @@ def load(
     folder = Path(path)
     spec = read_spec(folder)
     if model is None:
-        model = _from_transformers(folder, spec, dtype)
+        model = _from_transformers(folder, spec.architecture, dtype)
     else:
         _fill(model, folder)
         model.to(dtype)
@@ -63,6 +63,15 @@ def load(
     routers = make_routers(spec)
     read_routers(folder, spec, routers)
     return RoutedModel(model.eval(), spec, names, vectors, routers).to(device)
+
+
+def load_plain(folder: Path, architecture: str, model: nn.Module | None = None) -> nn.Module:
+    """A plain checkpoint, such as an expert's, as a float32 model for inference; as `load` makes its model."""
+    if model is None:
+        model = _from_transformers(folder, architecture, torch.float32)
+    else:
+        _fill(model, folder)
+    return model.to(torch.float32).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -150,19 +159,18 @@ def _renaming(model: nn.Module) -> Any:
     return lambda name: loading.rename_source_key(name, renamings, [])[0]
 
 
-def _from_transformers(folder: Path, spec: Spec, dtype: torch.dtype | None) -> nn.Module:
-    """The class that wemoe.json names, from transformers itself, with the weights of the directory."""
+def _from_transformers(folder: Path, name: str, dtype: torch.dtype | None) -> nn.Module:
+    """The class of this name, from transformers itself, with the weights of the directory."""
     try:
         transformers = importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"{folder}: a {spec.architecture} needs transformers; pip install 'pymerge-engine[transformers]', "
-            "or give model="
+            f"{folder}: a {name} needs transformers; pip install 'pymerge-engine[transformers]', or give model="
         ) from error
-    architecture = getattr(transformers, spec.architecture, None)
+    architecture = getattr(transformers, name, None)
     if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise CheckpointError(
-            f"{folder / 'wemoe.json'}: architecture {spec.architecture!r} is no model class of transformers "
+            f"{folder / 'wemoe.json'}: architecture {name!r} is no model class of transformers "
             f"{transformers.__version__}; install a version that has it, or give model="
         )
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])

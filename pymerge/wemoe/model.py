@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,7 +158,8 @@ class RoutedModel(nn.Module):
 
     def _install_hooks(self) -> None:
         for module in _callers(self.model):
-            self._hooks += call_hooks(module, self._shared, _parse, self._finished)
+            names = tuple(inspect.signature(module.forward).parameters)
+            self._hooks += call_hooks(module, self._shared, partial(_parse, names), self._finished)
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -178,13 +180,11 @@ def _callers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
 
 
-def _parse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Mask and cache of a call, by the names that transformers gives them."""
-    given = dict(kwargs)
-    for name, value in zip(inspect.signature(module.forward).parameters, args, strict=False):
-        given[name] = value
+def _parse(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Mask and cache of a call to a forward with these arguments, by the names that transformers gives them."""
+    given = dict(zip(names, args, strict=False)) | kwargs
     mask, cache = given.get("attention_mask"), given.get("past_key_values")
     length = getattr(cache, "get_seq_length", None)
     seen = int(length()) if length is not None else len(cache or ())
     # Masks of more dimensions say which token sees which, not which is padding.
-    return Call(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None, seen > 0)
+    return Call(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None, seen > 0, cache is not None)

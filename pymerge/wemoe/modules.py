@@ -9,9 +9,11 @@ from functools import lru_cache
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pymerge.backends import Dispatcher
+from pymerge.backends import Dispatcher, load
+from pymerge.backends.native_routed import NativePasses
 from pymerge.env import default_backend
 from pymerge.errors import ArgumentError
 from pymerge.ops.routed_kernels import TorchPasses
@@ -21,10 +23,14 @@ from pymerge.wemoe.router import Router, layer_code
 
 @dataclass
 class Call:
-    """What the running forward of a model tells its units: the padding mask (B x S), and whether it decodes."""
+    """What the running forward of a model tells its units.
+
+    The padding mask (B x S), whether it decodes, and whether it has a key-value cache, so that decoding may follow.
+    """
 
     mask: Tensor | None = None
     decoding: bool = False
+    cached: bool = False
 
 
 @dataclass
@@ -128,6 +134,7 @@ class RoutedLinear(nn.Module):
             self.register_buffer(f"tasks_{name}", tensor)
         self.bias_tasks: Tensor | None
         self.register_buffer("bias_tasks", bias_tasks)
+        self._whole: tuple[Tensor, Tensor, Tensor | None] | None = None  # gates, and weight and bias mixed by them
 
     @property
     def tasks(self) -> Tasks:
@@ -145,18 +152,54 @@ class RoutedLinear(nn.Module):
         gates = self.unit.gates_for(self, tokens)
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
-        run = dispatcher(self.unit.shared.backend, x.device)
-        y: Tensor = run("routed_linear", tokens, gates, self.weight, self.tasks, self.bias, self.bias_tasks)
+        if self._is_worth_mixing(gates):
+            weight, bias = self._mixed_for_prompt(gates, tokens.dtype)
+            y = F.linear(tokens, weight, bias)
+        else:
+            self._whole = None
+            run = dispatcher(self.unit.shared.backend, x.device)
+            y = run("routed_linear", tokens, gates, self.weight, self.tasks, self.bias, self.bias_tasks)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def mixed_weight(self) -> Tensor | None:
+        """The weight mixed for the prompt that is being decoded, if it is kept whole."""
+        return None if self._whole is None else self._whole[1]
+
+    def _is_worth_mixing(self, gates: Tensor) -> bool:
+        """Whether one weight serves a prompt and every token decoded after it.
+
+        Sparse and low-rank task vectors are there to save memory, and cheap to multiply a token with.
+        """
+        return self.unit.shared.call.cached and self._kind is DenseTasks and len(gates) == 1 and not gates.requires_grad
+
+    def _mixed_for_prompt(self, gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias mixed by the prompt's gates, made once and kept until other gates come."""
+        key = self.unit.kept
+        assert key is not None
+        if self._whole is None or self._whole[0] is not key or self._whole[1].dtype != dtype:
+            self._whole = None  # before the next one is made
+            self._whole = (key, *self._mix(gates[0], dtype))
+        return self._whole[1:]
+
+    def _mix(self, gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias mixed by gates (T)."""
+        gates = gates.to(self.weight.device, torch.promote_types(torch.float32, self.weight.dtype))
+        weight = torch.empty_like(self.weight, dtype=dtype, requires_grad=False)
+        passes(self.unit.shared.backend, weight.device).mix(
+            self.tasks, weight, self.weight.detach(), gates, slice(None)
+        )
+        bias = None if self.bias is None else self.bias.detach().to(gates.dtype)
+        if bias is not None and self.bias_tasks is not None:
+            bias = bias + gates @ self.bias_tasks.to(gates.dtype)
+        return weight, None if bias is None else bias.to(dtype)
 
     def plain(self, gates: Tensor | None) -> nn.Module:
         """The original layer with its base weights, or with those mixed by gates (T)."""
-        weight, bias = self.weight.detach().clone(), None if self.bias is None else self.bias.detach().clone()
+        weight: Tensor = self.weight.detach().clone()
+        bias: Tensor | None = None if self.bias is None else self.bias.detach().clone()
         if gates is not None:
-            gates = gates.to(self.weight.device, torch.promote_types(torch.float32, self.weight.dtype))
-            TorchPasses().mix(self.tasks, weight, self.weight.detach(), gates, slice(None))
-            if bias is not None and self.bias_tasks is not None:
-                bias.copy_(bias.to(gates.dtype) + gates @ self.bias_tasks.to(gates.dtype))
+            weight, bias = self._mix(gates, weight.dtype)
         layer = copy.deepcopy(self._skeleton[0])
         layer.weight = nn.Parameter(weight.mT.contiguous() if self.transposed else weight, requires_grad=False)
         if bias is not None:
@@ -180,16 +223,24 @@ def dispatcher(backend: str, device: torch.device) -> Dispatcher:
     return Dispatcher(backend, device)
 
 
+@lru_cache(maxsize=16)
+def passes(backend: str, device: torch.device) -> TorchPasses:
+    """The passes over task vectors: in C++ where they run and no other backend is named."""
+    if device.type == "cpu" and backend in ("auto", "native") and load("native").unavailable(device) is None:
+        return NativePasses()
+    return TorchPasses()
+
+
 def call_hooks(
     module: nn.Module,
     shared: Shared,
-    parse: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Call],
+    parse: Callable[[tuple[Any, ...], dict[str, Any]], Call],
     finished: Callable[[], None],
 ) -> list[Any]:
     """Hooks that push a Call while `module` runs; `finished` is called when the outermost one is over."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shared.calls.append(parse(module, args, kwargs))
+        shared.calls.append(parse(args, kwargs))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         shared.calls.pop()

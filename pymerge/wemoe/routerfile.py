@@ -44,7 +44,8 @@ def write_routers(path: Path | str, spec: Spec, routers: nn.ModuleList) -> None:
     """Write the routers to a file, or into a directory under their usual name."""
     path = Path(path)
     target = path / ROUTER_NAME if path.is_dir() else path
-    write_tensors(target, router_tensors(spec, routers), {"format": "pt", "experts": str(spec.tasks)})
+    # One key: safetensors writes several in an order that changes from process to process.
+    write_tensors(target, router_tensors(spec, routers), {"format": "pt"})
 
 
 def read_routers(path: Path | str, spec: Spec, routers: nn.ModuleList) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,54 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been_cut(tiny: Callable[[str], Any],
         assert_same("router", found.detach(), expected.detach())
     with pytest.raises(CheckpointError, match=r"is of a run with lr '0.01', this one has '0.5'"):
         wemoe.adapt(three, batches, steps=9, checkpoint=state, lr=0.5, progress=False)
+
+
+def test_a_cut_run_draws_the_same_shuffled_batches(tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    """Loaders of several tasks that shuffle with PyTorch's one generator."""
+
+    class Shuffled:
+        def __init__(self, batches: list[Any]) -> None:
+            self.batches = batches
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter([self.batches[place] for place in torch.randperm(len(self.batches))])
+
+    one, batches, _ = vit(tiny)
+    loaders = {task: Shuffled([*found, *batches["b" if task == "a" else "a"]]) for task, found in batches.items()}
+    whole = wemoe.adapt(one, loaders, steps=9, seed=3, **QUIET)
+    state = tmp_path / "state.safetensors"
+    two, _, _ = vit(tiny)
+    wemoe.adapt(two, loaders, steps=5, seed=3, checkpoint=state, data="shuffled", **QUIET)
+    report = wemoe.adapt(two, loaders, steps=9, seed=3, checkpoint=state, data="shuffled", **QUIET)
+    assert report.losses == whole.losses
+    with pytest.raises(CheckpointError, match="is of a run with data 'shuffled', this one has 'others'"):
+        wemoe.adapt(two, loaders, steps=9, seed=3, checkpoint=state, data="others", **QUIET)
+
+
+def test_heads_stand_for_the_models_own(tiny: Callable[[str], Any]) -> None:
+    """A task's head of three classes, where the model has two: the loss is that of the model with this head."""
+    routed, batches, _ = vit(tiny, reduce="batch")
+    generator = torch.Generator().manual_seed(4)
+    head = {
+        "classifier.weight": torch.randn(3, 16, generator=generator),
+        "classifier.bias": torch.randn(3, generator=generator),
+    }
+    own = copy.deepcopy(routed)
+    classifier = own.model.get_submodule("classifier")
+    for name, tensor in head.items():
+        setattr(classifier, name.removeprefix("classifier."), torch.nn.Parameter(tensor))
+    expected = [
+        float(entropy(model(**batches[task][0]).logits).detach()) for task, model in (("a", own), ("b", routed))
+    ]
+    report = wemoe.adapt(routed, batches, steps=1, heads={"a": head}, **QUIET)
+    assert report.losses[0] == pytest.approx(expected, rel=1e-6)
+    assert routed.model.get_submodule("classifier").out_features == 2
+    for heads, message in (
+        ({"c": head}, "a head for 'c', which is no task; the tasks are a, b"),
+        ({"a": {"score": head["classifier.bias"]}}, "the head of task 'a' has 'score', the model has not"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            wemoe.adapt(routed, batches, steps=1, heads=heads, **QUIET)
 
 
 def test_patience_stops(tiny: Callable[[str], Any]) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import pymerge
 from pymerge import wemoe
 from pymerge.errors import ArgumentError, CheckpointError
 from pymerge.testing.compare import assert_same
+from pymerge.wemoe.modules import RoutedLinear
 
 NAMES = ("llama", "bert", "vit", "gpt2", "t5")
 FLOAT32 = wemoe.StorageSpec(dtype="float32")
@@ -182,6 +184,34 @@ def test_decoding_steps_reuse_gates_and_a_new_prompt_does_not(tiny: Callable[[st
     cache.batch_select_indices(torch.tensor([0, 2, 4, 0]))
     with pytest.raises(ArgumentError, match="4 sequences are decoded after a prefill of 3"):
         routed(input_ids=tokens[[0, 1, 2, 0], :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_prompt_is_decoded_with_weights_that_are_mixed_once(tiny: Callable[[str], Any], backend: str) -> None:
+    model, inputs, experts = tiny("llama")
+    routed = spread(wemoe.upscale(model, experts, storage=FLOAT32))
+    routed.backend = backend
+    layers = {name: layer for name, layer in routed.model.named_modules() if isinstance(layer, RoutedLinear)}
+    seen: list[Tensor] = []
+    for row in (0, 1):
+        prompt = inputs["input_ids"][row : row + 1]
+        with torch.no_grad():
+            cache = routed(input_ids=prompt, past_key_values=DynamicCache(config=model.config)).past_key_values
+        plain: Any = routed.static({path: rows[0] for path, rows in routed.gates().items()})
+        mixed = {name: layer.mixed_weight for name, layer in layers.items()}
+        for name, weight in mixed.items():
+            assert weight is not None
+            assert relative(weight, plain.get_submodule(name).weight) < 1e-6
+        seen.append(next(weight for weight in mixed.values() if weight is not None))
+        step = routed(input_ids=prompt[:, :1], past_key_values=cache).logits
+        assert relative(step[0, -1], plain(input_ids=torch.cat([prompt, prompt[:, :1]], 1)).logits[0, -1]) < 1e-5
+        assert all(layer.mixed_weight is mixed[name] for name, layer in layers.items())
+    assert not torch.equal(*seen)
+    routed(input_ids=inputs["input_ids"])
+    assert all(layer.mixed_weight is None for layer in layers.values())
+    pruned = wemoe.upscale(model, experts, storage=wemoe.StorageSpec(kind="pruned", ratio=0.5))
+    pruned.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, pad_token_id=0)
+    assert all(layer.mixed_weight is None for layer in pruned.modules() if isinstance(layer, RoutedLinear))
 
 
 @pytest.mark.parametrize("name", NAMES)
