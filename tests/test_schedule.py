@@ -46,7 +46,7 @@ def test_row_ranges_are_in_order_and_complete(large: Path) -> None:
 
 def test_elementwise_steps_are_cut_until_reading_ahead_fits_too(large: Path) -> None:
     roomy = {step.name: step for step in planned(large, "task_arithmetic").steps}
-    assert [len(roomy[name].pieces) for name in (EMBEDDING, UP)] == [3, 1]
+    assert [len(roomy[name].pieces) for name in (EMBEDDING, UP)] == [4, 1]
     plan = planned(large, "task_arithmetic", 20 * MIB)
     # Three float32 inputs, three temporaries, an output; two more pieces' inputs ahead and outputs behind: 15 rows.
     rows = 20 * MIB // (15 * 4096)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pymerge.backends import load
+from pymerge.errors import ArgumentError
 from pymerge.ops import OPS
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same
@@ -111,3 +112,28 @@ def test_thread_count_does_not_change_combine() -> None:
     torch.set_num_threads(threads)
     assert_same("2 threads", results[1], results[0])
     assert_same("3 threads", results[2], results[0])
+
+
+@pytest.mark.parametrize(("backend", "device"), [("reference", "cpu"), *RUNS])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_result_is_written_where_it_is_wanted(backend: str, device: str, with_base: bool) -> None:
+    base, *tensors = (values(1025, torch.float32, seed).to(device) for seed in range(3))
+    origin = base if with_base else None
+    function = load(backend).implementations()["combine"]
+    out = torch.full_like(base, float("nan"))
+    assert function(origin, tensors, WEIGHTS, torch.float32, out) is out
+    assert_same("out", out, function(origin, tensors, WEIGHTS, torch.float32))
+
+
+def test_an_out_that_does_not_fit_is_refused() -> None:
+    base, first, second = torch.zeros(3, 4, 5)
+    check = OPS["combine"].check
+    check(base, [first], [1.0], None, torch.empty(4, 5))
+    wrong = (torch.empty(5, 4), torch.empty(4, 5, dtype=torch.bfloat16), torch.empty(5, 4).mT)
+    for out in wrong:
+        with pytest.raises(
+            ArgumentError, match=r"combine: out is .*; give a contiguous tensor of torch.float32 \(4, 5\)"
+        ):
+            check(base, [first], [1.0], None, out)
+    with pytest.raises(ArgumentError, match="out is in the memory of an input"):
+        check(base, [first], [1.0], None, second)
