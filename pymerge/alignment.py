@@ -11,7 +11,7 @@ from typing import Any
 from pymerge.checkpoint import Checkpoint, RowMap, TensorEntry, carried_files, gathered
 from pymerge.config import MergeConfig, hub_reference, model_path, participants
 from pymerge.errors import CheckpointError, PlanError
-from pymerge.inputs import Inputs
+from pymerge.inputs import Inputs, Matched, Part
 from pymerge.layers import Layer
 from pymerge.methods.base import Method
 from pymerge.tokenizers import (
@@ -43,9 +43,10 @@ _ID_SUFFIX = "_token_id"
 
 @dataclass(frozen=True)
 class Aligned:
-    """Inputs whose token tables all have the output's vocabulary."""
+    """Inputs whose token tables all have the output's vocabulary, and the parts of the output that read them."""
 
     inputs: Inputs
+    parts: Mapping[str, Part]
     tokens: TokenPlan
 
 
@@ -67,27 +68,21 @@ class _Source:
     rows: int
 
 
-def align(
-    inputs: Inputs,
-    layers: Mapping[str, Layer],
-    names: Sequence[str],
-    config: MergeConfig,
-    method: Method,
-    warnings: list[str],
-) -> Aligned:
+def align(matched: Matched, layers: Mapping[str, Layer], config: MergeConfig, method: Method) -> Aligned:
     """Carry out the config's tokenizer keys on matched inputs; without any, the inputs are what they were.
 
     Args:
-        inputs, names: from `match_tensors`: the experts' tensors have the donor's names.
-        warnings: gets what people should know.
+        matched: from `match_tensors`: the experts' tensors have the donor's names. Its warnings get what people
+            should know.
 
     Raises:
         PlanError: a model has no usable tokenizer, a token has no row where the config says, tables do not fit.
         CheckpointError: a tokenizer file cannot be read.
     """
     settings = config.tokenizer
+    inputs, names, warnings = matched.inputs, matched.names, matched.warnings
     if settings is None and config.chat_template is None:
-        return Aligned(inputs, TokenPlan())
+        return Aligned(inputs, matched.parts, TokenPlan())
     assembled = bool(config.slices or config.modules)
     models = _assembled_models(inputs, config) if assembled else _named_models(inputs, config, method)
     template = _template(config, models, warnings)
@@ -95,7 +90,7 @@ def align(
     if settings is not None and assembled:
         _check_same(models, settings, config)
     if settings is None or assembled:
-        return Aligned(inputs, plan_files(tokenizer_files(None, carried, template), carried))
+        return Aligned(inputs, matched.parts, plan_files(tokenizer_files(None, carried, template), carried))
     token_models, tables = _token_models(models, layers, names, settings, warnings)
     source = _source(config, settings, token_models)
     output = source.vocabulary
@@ -120,7 +115,9 @@ def align(
         size = f"{len(model.vocabulary.ids):,} tokens, {model.rows:,} rows"
         lines.append(f"  {model.folder}: {size}; {describe_rows(found, number)}")
     tokens = plan_files(written, carried, keys, lines, maps)
-    return Aligned(_gathered(inputs, models, tables, maps), tokens)
+    inputs = _gathered(inputs, models, tables, maps)
+    parts = {name: replace(part, experts=inputs.experts) for name, part in matched.parts.items()}
+    return Aligned(inputs, parts, tokens)
 
 
 def _named_models(inputs: Inputs, config: MergeConfig, method: Method) -> list[_Named]:

@@ -179,7 +179,7 @@ def build_plan(
     if problems:
         raise PlanError(problems)
     names, warnings = matched.names, matched.warnings
-    aligned = align(matched.inputs, layers, names, config, method, warnings)
+    aligned = align(matched, layers, config, method)
     inputs, tokens = aligned.inputs, aligned.tokens
     donor, stored = inputs.donor, donor.tensors  # gathered tables may have a wider dtype
 
@@ -199,7 +199,7 @@ def build_plan(
         for tensor in shard.tensors:
             layer, entry = layers[tensor.name], donor.tensors[tensor.name]
             try:
-                action, experts, values = _action(matched.parts[tensor.name], method, tensor.name, layer)
+                action, experts, values = _action(aligned.parts[tensor.name], method, tensor.name, layer)
             except (ArgumentError, ConfigError) as error:
                 wrong.setdefault(str(error), []).append(tensor.name)
                 continue

@@ -194,10 +194,10 @@ def test_verify_finds_a_changed_task_vector_and_a_changed_index(tiny: Callable[[
 )
 def test_a_wrong_section_is_named_with_its_line(tmp_path: Path, section: str, message: str) -> None:
     file = tmp_path / "merge.yml"
-    file.write_text(f"base_model: base\nmodels:\n  - model: e0\nmodle: 3\n# the rest\nwemoe:\n{section}\n")
+    file.write_text(f"base_model: base\nmodels:\n  - model: e0\nmdels: 3\n# the rest\nwemoe:\n{section}\n")
     with pytest.raises(ConfigError, match=message) as error:
         wemoe.plan_build(file)
-    assert "merge.yml:4: unknown key 'modle'; did you mean 'models'?" in str(error.value)  # all at once
+    assert "merge.yml:4: unknown key 'mdels'; did you mean 'models'?" in str(error.value)  # all at once
 
 
 def test_what_cannot_be_built_is_refused(tiny: Callable[[str], Any], tmp_path: Path) -> None:
