@@ -48,7 +48,8 @@ std::vector<MatrixView> views(const std::vector<Matrix>& matrices) {
 
 void combine(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype,
              const std::vector<Address>& inputs, const std::vector<std::int32_t>& dtypes,
-             const std::vector<double>& weights, std::int64_t numel, std::intptr_t threads_or_stream) {
+             const std::vector<double>& weights, double divisor, std::int64_t numel,
+             std::intptr_t threads_or_stream) {
     PM_CHECK(inputs.size() == dtypes.size() && inputs.size() == weights.size(),
              "combine: " << inputs.size() << " inputs, " << dtypes.size() << " dtypes, " << weights.size()
                          << " weights; give one of each");
@@ -60,7 +61,8 @@ void combine(Address out, std::int32_t out_dtype, Address base, std::int32_t bas
     }
     const CombineParams p{pointer(out),     checked_dtype(out_dtype), pointer<const void>(base), checked_dtype(base_dtype),
                           pointers.data(),  codes.data(),             weights.data(),
-                          static_cast<std::int64_t>(inputs.size()),   numel};
+                          divisor,
+                          static_cast<std::int64_t>(inputs.size()), numel};
 #if defined(PM_CUDA)
     combine_cuda(p, reinterpret_cast<void*>(threads_or_stream));
 #else

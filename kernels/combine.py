@@ -1,4 +1,4 @@
-"""combine: W_0 + sum_t w_t (W_t - W_0), or sum_t w_t W_t, in one pass over the inputs."""
+"""combine: W_0 + (sum_t w_t (W_t - W_0)) / divisor, or the same without W_0, in one pass over the inputs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def combine_kernel(
     base,
     tensors,  # tuple of T pointers, each of its own type
     weights,  # tuple of T float32
+    divisor,
     count,
     HAS_BASE: tl.constexpr,
     TO_BF16: tl.constexpr,
@@ -29,17 +30,20 @@ def combine_kernel(
         origin = tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
     else:
         origin = tl.zeros((BLOCK,), dtype=tl.float32)
-    total = origin
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
     for t in tl.static_range(len(tensors)):
         value = tl.load(tensors[t] + offsets, mask=mask, other=0.0).to(tl.float32)
         total += (value - origin) * weights[t]
+    total = origin + tl.div_rn(total, tl.zeros((BLOCK,), dtype=tl.float32) + divisor)
     if TO_BF16:
         tl.store(out + offsets, to_bfloat16(total).to(tl.int16), mask=mask)
     else:
         tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
 
 
-def launch(out: Tensor, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]) -> None:
+def launch(
+    out: Tensor, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], divisor: float
+) -> None:
     """Write the result to `out`. All contiguous, of one element count; float32, float16 or bfloat16."""
     count = out.numel()
     if count == 0:
@@ -51,6 +55,7 @@ def launch(out: Tensor, base: Tensor | None, tensors: Sequence[Tensor], weights:
         out if base is None else base,
         tuple(tensors),
         tuple(float(weight) for weight in weights),
+        float(divisor),
         count,
         HAS_BASE=base is not None,
         TO_BF16=to_bf16,

@@ -25,6 +25,7 @@ def combine(
     inputs: Sequence[int],
     dtypes: Sequence[int],
     weights: Sequence[float],
+    divisor: float,
     numel: int,
     threads: int,
     /,

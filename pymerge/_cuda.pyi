@@ -13,6 +13,7 @@ def combine(
     inputs: Sequence[int],
     dtypes: Sequence[int],
     weights: Sequence[float],
+    divisor: float,
     numel: int,
     stream: int,
     /,

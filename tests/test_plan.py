@@ -89,7 +89,7 @@ def test_files_sizes_and_offsets_are_those_of_the_output(models: Path, size: str
 def test_the_actions_of_each_method(models: Path) -> None:
     wudi = steps(planned(models, "wudi", iterations=7, lr="auto", scale=0.5, exclude=["down_proj"]))
     assert wudi[UP].action == SolveWudi(0.5, "auto", 7, "auto")
-    assert wudi[DOWN].action == AddTaskVectors((0.5, 0.5))
+    assert wudi[DOWN].action == AddTaskVectors((1.0, 1.0), 2.0)
     assert {name for name, step in wudi.items() if isinstance(step.action, SolveWudi)} == {
         name for name in wudi if "_proj" in name and "down_proj" not in name
     }
@@ -99,7 +99,7 @@ def test_the_actions_of_each_method(models: Path) -> None:
     assert ace[NORM].inputs == (ace[NORM].base,)
     assert ace[NORM].bytes_read == 64
     linear = steps(planned(models, "linear", weight=3))
-    assert all(step.action == WeightedSum((0.5, 0.5)) for step in linear.values())
+    assert all(step.action == WeightedSum((3.0, 3.0), 6.0) for step in linear.values())
     assert all(step.inputs == step.experts for step in linear.values())
     factor: dict[str, Any] = {"lambda": 2}
     arithmetic = steps(planned(models, "task_arithmetic", weight=0.25, **factor))

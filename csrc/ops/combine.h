@@ -1,4 +1,4 @@
-// out = origin + sum_t w_t (W_t - origin), origin = W_0 or 0. Source: Task Arithmetic, arXiv 2212.04089.
+// out = origin + (sum_t w_t (W_t - origin)) / divisor, origin = W_0 or 0. Source: Task Arithmetic, arXiv 2212.04089.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +17,7 @@ struct CombineParams {
     const void* const* inputs;
     const DType* dtypes;
     const double* weights;
+    double divisor;
     std::int64_t count;  // T
     std::int64_t numel;  // elements of every tensor, contiguous
 };

@@ -23,9 +23,15 @@ PM_TARGET_CLONES void add_block(
     }
 }
 
+template <class A>
+PM_TARGET_CLONES void divide_block(A* __restrict total, A divisor, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) total[i] /= divisor;
+}
+
 template <class A, class T>
-PM_TARGET_CLONES void write_block(T* __restrict to, const A* __restrict total, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) to[i] = Round<T>::from(total[i]);
+PM_TARGET_CLONES void write_block(T* __restrict to, const A* __restrict total, const A* __restrict origin,
+                                  std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) to[i] = Round<T>::from(origin[i] + total[i]);
 }
 
 template <class A>
@@ -40,7 +46,7 @@ void combine_block(const CombineParams& p, std::int64_t begin, std::int64_t n) {
             read_block<A, T>(origin, static_cast<const T*>(p.base) + begin, n);
         });
     }
-    std::copy_n(origin, n, total);
+    std::fill_n(total, n, A(0));
     for (std::int64_t t = 0; t < p.count; ++t) {
         dispatch(p.dtypes[t], [&](auto tag) {
             using T = typename decltype(tag)::type;
@@ -48,9 +54,10 @@ void combine_block(const CombineParams& p, std::int64_t begin, std::int64_t n) {
             add_block<A, T>(total, origin, values, static_cast<A>(p.weights[t]), n);
         });
     }
+    if (p.divisor != 1.0) divide_block<A>(total, static_cast<A>(p.divisor), n);
     dispatch(p.out_dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        write_block<A, T>(static_cast<T*>(p.out) + begin, total, n);
+        write_block<A, T>(static_cast<T*>(p.out) + begin, total, origin, n);
     });
 }
 

@@ -19,6 +19,7 @@ struct Arguments {
     void* out;
     const void* base;
     std::int64_t numel;
+    double divisor;
     DType out_dtype;
     DType base_dtype;
     int count;
@@ -31,12 +32,13 @@ __global__ void combine_kernel(const __grid_constant__ Arguments a) {
     const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
     for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < a.numel; i += stride) {
         const A origin = a.base == nullptr ? A(0) : load_at<A>(a.base, a.base_dtype, i);
-        A total = origin;
+        A total = A(0);
         for (int t = 0; t < a.count; ++t) {
             const Input& input = a.inputs[t];
             total = combine_step<A>(total, load_at<A>(input.data, input.dtype, i), origin, static_cast<A>(input.weight));
         }
-        store_at<A>(a.out, a.out_dtype, i, total);
+        if (a.divisor != 1.0) total /= static_cast<A>(a.divisor);
+        store_at<A>(a.out, a.out_dtype, i, origin + total);
     }
 }
 
@@ -47,7 +49,7 @@ void combine_cuda(const CombineParams& p, void* stream) {
     PM_CHECK(p.count <= tasks_at_most,
              "combine: " << p.count << " inputs; one launch takes " << tasks_at_most << ", use --backend reference");
     if (p.numel == 0) return;
-    Arguments a{p.out, p.base, p.numel, p.out_dtype, p.base_dtype, static_cast<int>(p.count), {}};
+    Arguments a{p.out, p.base, p.numel, p.divisor, p.out_dtype, p.base_dtype, static_cast<int>(p.count), {}};
     for (std::int64_t t = 0; t < p.count; ++t) a.inputs[t] = {p.inputs[t], p.weights[t], p.dtypes[t]};
     const std::int64_t needed = (p.numel + threads_per_block - 1) / threads_per_block;
     const unsigned blocks = static_cast<unsigned>(std::min(needed, blocks_at_most));

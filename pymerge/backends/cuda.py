@@ -49,6 +49,7 @@ def combine(
     weights: Sequence[float],
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    divisor: float = 1.0,
 ) -> Tensor:
     """`combine` in one pass over the inputs, with the arithmetic of the C++ backend."""
     from pymerge import _cuda
@@ -66,6 +67,7 @@ def combine(
             [tensor.data_ptr() for tensor in inputs],
             [DTYPE_CODES[tensor.dtype] for tensor in inputs],
             [float(weight) for weight in weights],
+            divisor,
             out.numel(),
             torch.cuda.current_stream(out.device).cuda_stream,
         )

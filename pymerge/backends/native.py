@@ -80,6 +80,7 @@ def combine(
     weights: Sequence[float],
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    divisor: float = 1.0,
 ) -> Tensor:
     """`combine` in one pass over the inputs; bit for bit the reference's result."""
     from pymerge import _C
@@ -96,6 +97,7 @@ def combine(
         [tensor.data_ptr() for tensor in inputs],
         [DTYPE_CODES[tensor.dtype] for tensor in inputs],
         [float(weight) for weight in weights],
+        divisor,
         out.numel(),
         torch.get_num_threads(),
     )

@@ -61,6 +61,7 @@ def combine(
     weights: Sequence[float],
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    divisor: float = 1.0,
 ) -> Tensor:
     """`combine` in one pass over the inputs."""
     from pymerge.kernels import combine as kernel
@@ -69,7 +70,7 @@ def combine(
     out = torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device) if out is None else out
     inputs = [tensor.contiguous() for tensor in tensors]
     with on(like.device):
-        kernel.launch(out, None if base is None else base.contiguous(), inputs, weights)
+        kernel.launch(out, None if base is None else base.contiguous(), inputs, weights, divisor)
     return out
 
 

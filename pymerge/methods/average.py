@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,20 +39,21 @@ class Copy(Action):
 
 @dataclass(frozen=True)
 class WeightedSum(Action):
-    """sum_t w_t W_t."""
+    """(sum_t w_t W_t) / divisor."""
 
     weights: tuple[float, ...]
+    divisor: float = 1.0
     label: ClassVar[str] = "weighted sum"
     chunkable: ClassVar[bool] = True
 
     def run(
         self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        merged: Tensor = run_op("combine", None, experts, self.weights, out_dtype or base.dtype)
+        merged: Tensor = run_op("combine", None, experts, self.weights, out_dtype or base.dtype, None, self.divisor)
         return merged
 
     def run_into(self, out: Tensor, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        merged: Tensor = run_op("combine", None, experts, self.weights, out.dtype, out)
+        merged: Tensor = run_op("combine", None, experts, self.weights, out.dtype, out, self.divisor)
         return merged
 
     @property
@@ -91,20 +93,21 @@ class Scaled(Action):
 
 @dataclass(frozen=True)
 class AddTaskVectors(Action):
-    """W_0 + sum_t w_t tau_t."""
+    """W_0 + (sum_t w_t tau_t) / divisor."""
 
     weights: tuple[float, ...]
+    divisor: float = 1.0
     label: ClassVar[str] = "add task vectors"
     chunkable: ClassVar[bool] = True
 
     def run(
         self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        merged: Tensor = run_op("combine", base, experts, self.weights, out_dtype)
+        merged: Tensor = run_op("combine", base, experts, self.weights, out_dtype, None, self.divisor)
         return merged
 
     def run_into(self, out: Tensor, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        merged: Tensor = run_op("combine", base, experts, self.weights, out.dtype, out)
+        merged: Tensor = run_op("combine", base, experts, self.weights, out.dtype, out, self.divisor)
         return merged
 
     @property
@@ -118,7 +121,7 @@ class AddTaskVectors(Action):
 
 def mean_of_tasks(experts: int) -> AddTaskVectors:
     """W_0 + (1/T) sum_t tau_t, the average of the fine-tuned weights."""
-    return AddTaskVectors((1.0 / experts,) * experts)
+    return AddTaskVectors((1.0,) * experts, float(experts))
 
 
 def element_count(shape: tuple[int, ...]) -> int:
@@ -131,12 +134,18 @@ def element_count(shape: tuple[int, ...]) -> int:
 
 def normalised(weights: Sequence[float]) -> tuple[float, ...]:
     """Weights divided by their sum; ArgumentError if the sum is 0."""
-    total = sum(weights)
+    total = sum_of(weights)
+    return tuple(weight / total for weight in weights)
+
+
+def sum_of(weights: Sequence[float]) -> float:
+    """What normalised weights are divided by; ArgumentError if it is 0."""
+    total = math.fsum(weights)
     if total == 0.0:
         raise ArgumentError(
             f"the weights {list(weights)} add up to 0 and cannot be normalised; change one, or set normalize: false"
         )
-    return tuple(weight / total for weight in weights)
+    return total
 
 
 WEIGHT = Parameter("weight", "number", 1.0, "weight of this model", scope="model", required=True)
@@ -153,7 +162,7 @@ class Linear(Method):
 
     def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
         weights = values.model["weight"]
-        return WeightedSum(normalised(weights) if values.merge["normalize"] else weights)
+        return WeightedSum(weights, sum_of(weights) if values.merge["normalize"] else 1.0)
 
 
 class TaskArithmetic(Method):
@@ -173,6 +182,5 @@ class TaskArithmetic(Method):
 
     def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
         weights = values.model["weight"]
-        if values.merge["normalize"]:
-            weights = normalised(weights)
-        return AddTaskVectors(tuple(values.merge["lambda"] * weight for weight in weights))
+        divisor = sum_of(weights) if values.merge["normalize"] else 1.0
+        return AddTaskVectors(tuple(values.merge["lambda"] * weight for weight in weights), divisor)

@@ -17,6 +17,7 @@ def check(
     weights: Sequence[float],
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    divisor: float = 1.0,
 ) -> None:
     """Raise ArgumentError unless shapes, devices and counts agree and all dtypes are floating point."""
     first = tensors[0] if base is None and tensors else base
@@ -24,6 +25,8 @@ def check(
         raise ArgumentError("combine: no tensors were given; pass at least one")
     check_task_tensors("combine", first, tensors)
     check_length("combine", "weights", weights, len(tensors))
+    if divisor == 0.0:
+        raise ArgumentError("combine: the divisor is 0; give another number")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ArgumentError(f"combine: out_dtype {out_dtype} is not floating point; choose one that is")
     if out is not None:
@@ -48,8 +51,9 @@ def reference(
     weights: Sequence[float],
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    divisor: float = 1.0,
 ) -> Tensor:
-    """Return sum_t w_t W_t, or W_0 + sum_t w_t (W_t - W_0) when a base is given.
+    """Return S = (sum_t w_t W_t) / divisor, or W_0 + S with W_t - W_0 for W_t when a base is given.
 
     Args:
         base: W_0, any shape, or None for a plain weighted sum.
@@ -57,17 +61,22 @@ def reference(
         weights: T numbers w_t, used as they are (normalising is the method's business).
         out_dtype: dtype of the result; default: the base's (or the first tensor's).
         out: contiguous tensor of that dtype and of the inputs' shape, to which the result is written.
+        divisor: of the sum; the sum of the weights for an average, which is rounded less often than normalised weights.
 
-    Accumulates in float32 (float64 if any input is) in the order of `tensors`, and rounds once at the end. A delta is
-    formed after upcasting. Source: Task Arithmetic, arXiv 2212.04089; Model Soups, arXiv 2203.05482.
+    Accumulates in float32 (float64 if any input is) in the order of `tensors`, the base last, and rounds once at the
+    end. A delta is formed after upcasting. Source: Task Arithmetic, arXiv 2212.04089; Model Soups, arXiv 2203.05482.
     """
     like = tensors[0] if base is None else base
     dtype = compute_dtype(like, *tensors)
     origin = None if base is None else base.to(dtype)
-    total = torch.zeros_like(like, dtype=dtype) if origin is None else origin.clone()
+    total = torch.zeros_like(like, dtype=dtype)
     for tensor, weight in zip(tensors, weights, strict=True):
         value = tensor.to(dtype)
         total.add_(value if origin is None else value - origin, alpha=weight)
+    if divisor != 1.0:
+        total.div_(divisor)
+    if origin is not None:
+        total.add_(origin)
     return total.to(out_dtype or like.dtype) if out is None else out.copy_(total)
 
 

@@ -55,11 +55,12 @@ def test_combine(backend: str, device: str, size: int, base_dtype: torch.dtype |
         tensors = [values(size, dtype, 2 + 2 * index + t).to(device) for t, dtype in enumerate(dtypes)]
         for out_dtype in (None, *known):
             label = f"{backend} {size} {base_dtype} {dtypes} -> {out_dtype}"
-            actual = function(base, tensors, WEIGHTS, out_dtype)
-            expected = REFERENCE(base, tensors, WEIGHTS, out_dtype)
+            divisor = 1.0 if index % 2 else 1.3
+            actual = function(base, tensors, WEIGHTS, out_dtype, None, divisor)
+            expected = REFERENCE(base, tensors, WEIGHTS, out_dtype, None, divisor)
             if backend == "triton":
                 wide = [None if base is None else base.double(), [tensor.double() for tensor in tensors]]
-                truth = REFERENCE(*wide, [float(torch.tensor(w)) for w in WEIGHTS], DOUBLE)
+                truth = REFERENCE(*wide, [float(torch.tensor(w)) for w in WEIGHTS], DOUBLE, None, divisor)
                 assert_accurate(label, actual, expected, truth)
             else:
                 assert_same(label, actual, expected)

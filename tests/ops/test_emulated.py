@@ -21,7 +21,10 @@ MIX = (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("size", [1, 255, 1000])
 @pytest.mark.parametrize("out_dtype", list(DTYPE_CODES))
 @pytest.mark.parametrize("base_dtype", [None, *DTYPE_CODES])
-def test_combine(emulated: ModuleType, size: int, out_dtype: torch.dtype, base_dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("divisor", [1.0, 1.3])
+def test_combine(
+    emulated: ModuleType, size: int, out_dtype: torch.dtype, base_dtype: torch.dtype | None, divisor: float
+) -> None:
     case = task_case((1, size), [base_dtype or torch.float32, *MIX[1:]])
     base = None if base_dtype is None else case.base
     out = torch.full((1, size), float("nan"), dtype=out_dtype)
@@ -33,10 +36,11 @@ def test_combine(emulated: ModuleType, size: int, out_dtype: torch.dtype, base_d
         [expert.data_ptr() for expert in case.experts],
         [DTYPE_CODES[expert.dtype] for expert in case.experts],
         WEIGHTS,
+        divisor,
         size,
         0,
     )
-    assert_same("combine", out, OPS["combine"].reference(base, case.experts, WEIGHTS, out_dtype))
+    assert_same("combine", out, OPS["combine"].reference(base, case.experts, WEIGHTS, out_dtype, None, divisor))
 
 
 def systems(layers: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
