@@ -156,7 +156,10 @@ def _sliced() -> Iterator[tuple[str, dict[str, Any]]]:
         {"merge_method": "slerp", "base_model": "base", "slices": both, "parameters": {"t": [0.1, 0.8]}},
     )
     inside = [
-        {"sources": [source("e1", 0, 3, weight=0.4), source("e2", 0, 3, weight=0.6)], "parameters": {"lambda": 0.5}}
+        {
+            "sources": [source("base", 0, 3), source("e1", 0, 3, weight=0.4), source("e2", 0, 3, weight=0.6)],
+            "parameters": {"lambda": 0.5},
+        }
     ]
     yield "slices, task_arithmetic", {"merge_method": "task_arithmetic", "base_model": "base", "slices": inside}
 
