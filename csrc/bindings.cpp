@@ -274,19 +274,19 @@ SparseTasks view(const Sparse& s) {
 }
 
 MixParams mix_params(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype, Address gates,
-                     std::int64_t rows, std::int64_t columns) {
+                     std::int64_t samples, std::int64_t rows, std::int64_t columns) {
     return {pointer(out), checked_dtype(out_dtype), pointer<const void>(base), checked_dtype(base_dtype),
-            pointer<const float>(gates), rows, columns};
+            pointer<const float>(gates), samples, rows, columns};
 }
 
 void mix_dense(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype, Address gates,
-               const Dense& tasks, std::int64_t rows, std::int64_t columns, int threads) {
-    mix_dense_cpu(mix_params(out, out_dtype, base, base_dtype, gates, rows, columns), view(tasks), threads);
+               const Dense& tasks, std::int64_t samples, std::int64_t rows, std::int64_t columns, int threads) {
+    mix_dense_cpu(mix_params(out, out_dtype, base, base_dtype, gates, samples, rows, columns), view(tasks), threads);
 }
 
 void mix_sparse(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype, Address gates,
-                const Sparse& tasks, std::int64_t rows, std::int64_t columns, int threads) {
-    mix_sparse_cpu(mix_params(out, out_dtype, base, base_dtype, gates, rows, columns), view(tasks), threads);
+                const Sparse& tasks, std::int64_t samples, std::int64_t rows, std::int64_t columns, int threads) {
+    mix_sparse_cpu(mix_params(out, out_dtype, base, base_dtype, gates, samples, rows, columns), view(tasks), threads);
 }
 
 void dots_dense(Address out, Address delta, std::int64_t numel, const Dense& tasks, int threads) {

@@ -29,11 +29,12 @@ struct SparseTasks {
 };
 
 struct MixParams {
-    void* out;  // float32, float16 or bfloat16, contiguous
+    void* out;  // float32, float16 or bfloat16, contiguous: samples x rows x columns
     DType out_dtype;
     const void* base;  // W_0, contiguous
     DType base_dtype;
-    const float* gates;  // T
+    const float* gates;  // samples x T
+    std::int64_t samples;
     std::int64_t rows;
     std::int64_t columns;
 };

@@ -34,6 +34,50 @@ PM_TARGET_CLONES void mix_block(float* __restrict out, const W* __restrict base,
     }
 }
 
+// The same for K samples at once: what is read of the task vectors is used K times.
+template <int K, class W, class E>
+PM_TARGET_CLONES void mix_block_of(float* __restrict out, std::int64_t out_stride, const W* __restrict base,
+                                   const E* tasks, std::int64_t stride, const float* __restrict gates,
+                                   std::int64_t count, std::int64_t n) {
+    constexpr std::int64_t width = 32;
+    std::int64_t at = 0;
+    for (; at + width <= n; at += width) {
+        float total[K][width];
+        for (int k = 0; k < K; ++k) {
+            for (std::int64_t i = 0; i < width; ++i) total[k][i] = load<float>(base[at + i]);
+        }
+        for (std::int64_t t = 0; t < count; ++t) {
+            const E* tau = tasks + t * stride + at;
+            float value[width];
+            for (std::int64_t i = 0; i < width; ++i) value[i] = load<float>(tau[i]);
+            for (int k = 0; k < K; ++k) {
+                const float gate = gates[k * count + t];
+                for (std::int64_t i = 0; i < width; ++i) total[k][i] = mix_step(total[k][i], gate, value[i]);
+            }
+        }
+        for (int k = 0; k < K; ++k) {
+            for (std::int64_t i = 0; i < width; ++i) out[k * out_stride + at + i] = total[k][i];
+        }
+    }
+    for (int k = 0; k < K && at < n; ++k) {
+        mix_block(out + k * out_stride + at, base + at, tasks + at, stride, gates + k * count, count, n - at);
+    }
+}
+
+// Samples that mix_block_of takes at a time: their sums stay in registers.
+constexpr std::int64_t together = 4;
+
+// K sparse rows at once, interleaved: sums[c * K + k].
+template <int K, class T, class C>
+PM_TARGET_CLONES void scatter_row(float* __restrict sums, const T* values, const C* columns, std::int64_t begin,
+                                  std::int64_t end, const float* __restrict gates) {
+    for (std::int64_t i = begin; i < end; ++i) {
+        const float value = load<float>(values[i]);
+        float* __restrict at = sums + static_cast<std::int64_t>(columns[i]) * K;
+        for (int k = 0; k < K; ++k) at[k] += gates[k] * value;
+    }
+}
+
 template <class W>
 PM_TARGET_CLONES void read_row(float* __restrict to, const W* __restrict from, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) to[i] = load<float>(from[i]);
@@ -109,43 +153,76 @@ void mix_dense_cpu(const MixParams& p, const DenseTasks& tasks, int threads) {
                 using E = typename decltype(task_tag)::type;
                 const W* base = static_cast<const W*>(p.base) + begin;
                 const E* values = static_cast<const E*>(tasks.data) + begin;
-                if (p.out_dtype == DType::f32) {
-                    float* out = static_cast<float*>(p.out) + begin;
-                    mix_block(out, base, values, tasks.stride, p.gates, tasks.count, end - begin);
-                    return;
+                const std::int64_t numel = p.rows * p.columns;
+                std::int64_t sample = 0;
+                // Chunk by chunk for all samples: the second one finds the task vectors in the cache.
+                for (; p.out_dtype == DType::f32 && sample + together <= p.samples; sample += together) {
+                    mix_block_of<together>(static_cast<float*>(p.out) + sample * numel + begin, numel, base, values,
+                                           tasks.stride, p.gates + sample * tasks.count, tasks.count, end - begin);
                 }
-                float mixed[chunk_size];
-                mix_block(mixed, base, values, tasks.stride, p.gates, tasks.count, end - begin);
-                store(p, begin, mixed, end - begin);
+                for (; sample < p.samples; ++sample) {
+                    const float* gates = p.gates + sample * tasks.count;
+                    if (p.out_dtype == DType::f32) {
+                        float* out = static_cast<float*>(p.out) + sample * numel + begin;
+                        mix_block(out, base, values, tasks.stride, gates, tasks.count, end - begin);
+                        continue;
+                    }
+                    float mixed[chunk_size];
+                    mix_block(mixed, base, values, tasks.stride, gates, tasks.count, end - begin);
+                    store(p, sample * numel + begin, mixed, end - begin);
+                }
             });
         });
     });
 }
 
+namespace {
+
+// Rows begin to end of K samples, from the first of them on.
+template <int K>
+void mix_sparse_rows(const MixParams& p, const SparseTasks& tasks, std::int64_t sample, std::int64_t begin,
+                     std::int64_t end) {
+    // A whole row of all samples: its scattered sums must not leave the cache between tasks.
+    std::vector<float> sums(static_cast<std::size_t>(p.columns * K));
+    std::vector<float> row_of_one(static_cast<std::size_t>(p.columns));
+    std::vector<float> gates(static_cast<std::size_t>(tasks.count * K));  // T x K
+    for (std::int64_t t = 0; t < tasks.count; ++t) {
+        for (int k = 0; k < K; ++k) {
+            gates[static_cast<std::size_t>(t * K + k)] = p.gates[(sample + k) * tasks.count + t];
+        }
+    }
+    for (std::int64_t row = begin; row < end; ++row) {
+        dispatch(p.base_dtype, [&](auto tag) {
+            using W = typename decltype(tag)::type;
+            read_row(row_of_one.data(), static_cast<const W*>(p.base) + row * p.columns, p.columns);
+        });
+        for (std::int64_t c = 0; c < p.columns; ++c) {
+            for (int k = 0; k < K; ++k) sums[static_cast<std::size_t>(c * K + k)] = row_of_one[static_cast<std::size_t>(c)];
+        }
+        with_sparse(tasks, [&](auto* values, auto* columns) {
+            for (std::int64_t t = 0; t < tasks.count; ++t) {
+                const std::int64_t* starts = tasks.starts + t * tasks.start_stride + row;
+                scatter_row<K>(sums.data(), values, columns, starts[0], starts[1], gates.data() + t * K);
+            }
+        });
+        for (int k = 0; k < K; ++k) {
+            for (std::int64_t c = 0; c < p.columns; ++c) {
+                row_of_one[static_cast<std::size_t>(c)] = sums[static_cast<std::size_t>(c * K + k)];
+            }
+            store(p, ((sample + k) * p.rows + row) * p.columns, row_of_one.data(), p.columns);
+        }
+    }
+}
+
+}  // namespace
+
 void mix_sparse_cpu(const MixParams& p, const SparseTasks& tasks, int threads) {
     check_mix(p, tasks.count);
     const std::int64_t rows_per_chunk = std::max<std::int64_t>(1, chunk_size / std::max<std::int64_t>(1, p.columns));
     for_each_chunk(p.rows, rows_per_chunk, threads, [&](std::int64_t begin, std::int64_t end) {
-        // A whole row: its scattered sums must not leave the cache between tasks.
-        std::vector<float> buffer(p.out_dtype == DType::f32 ? 0 : static_cast<std::size_t>(p.columns));
-        for (std::int64_t row = begin; row < end; ++row) {
-            const std::int64_t offset = row * p.columns;
-            float* sums = p.out_dtype == DType::f32 ? static_cast<float*>(p.out) + offset : buffer.data();
-            dispatch(p.base_dtype, [&](auto tag) {
-                using W = typename decltype(tag)::type;
-                read_row(sums, static_cast<const W*>(p.base) + offset, p.columns);
-            });
-            with_sparse(tasks, [&](auto* values, auto* columns) {
-                for (std::int64_t t = 0; t < tasks.count; ++t) {
-                    const std::int64_t* starts = tasks.starts + t * tasks.start_stride + row;
-                    const float gate = p.gates[t];
-                    for (std::int64_t i = starts[0]; i < starts[1]; ++i) {
-                        sums[columns[i]] += gate * load<float>(values[i]);
-                    }
-                }
-            });
-            if (p.out_dtype != DType::f32) store(p, offset, sums, p.columns);
-        }
+        std::int64_t sample = 0;
+        for (; sample + 8 <= p.samples; sample += 8) mix_sparse_rows<8>(p, tasks, sample, begin, end);
+        for (; sample < p.samples; ++sample) mix_sparse_rows<1>(p, tasks, sample, begin, end);
     });
 }
 

@@ -22,7 +22,7 @@ class NativePasses(TorchPasses):
     """Passes in C++; low-rank factors are products, and PyTorch's."""
 
     def mix(self, tasks: Tasks, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
-        """Write (W_0 + sum_t g_t tau_t)[rows] to `out` in one pass over memory."""
+        """Write (W_0 + sum_t g_kt tau_t)[rows] to out[k] in one pass over memory, for all samples k together."""
         from pymerge import _C
 
         origin = weight[rows]
@@ -31,7 +31,7 @@ class NativePasses(TorchPasses):
             return
         gates = gates.contiguous()
         head = (out.data_ptr(), DTYPE_CODES[out.dtype], origin.data_ptr(), DTYPE_CODES[origin.dtype], gates.data_ptr())
-        sizes = (*origin.shape, _threads(tasks, len(origin)))
+        sizes = (len(gates), *origin.shape, _threads(tasks, len(origin) * len(gates)))
         if isinstance(tasks, DenseTasks):
             _C.mix_dense(*head, _dense(tasks, rows), *sizes)
         else:

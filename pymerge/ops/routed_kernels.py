@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -17,6 +17,8 @@ from pymerge.ops.task_storage import LowRankTasks, Tasks
 # finds them in the cache.
 _PANEL = 2**18
 _PANEL_ROWS = 256
+# Samples whose weights are mixed in one pass over the task vectors, which are larger than the cache.
+_TOGETHER = 8
 
 
 class Run(NamedTuple):
@@ -31,7 +33,7 @@ class Passes(Protocol):
     """The passes over task vectors that a backend may have of its own; signatures are those of Tasks."""
 
     def mix(self, tasks: Tasks, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
-        """Write (W_0 + sum_t g_t tau_t)[rows] to `out`."""
+        """Write (W_0 + sum_t g_kt tau_t)[rows] to out[k] for K rows of gates; out is K x rows x d_in, contiguous."""
 
     def dots(self, tasks: Tasks, delta: Tensor, rows: slice) -> Tensor:
         """<delta, tau_t[rows]> for each task."""
@@ -44,8 +46,9 @@ class TorchPasses:
     """The passes in plain PyTorch."""
 
     def mix(self, tasks: Tasks, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
-        """Write (W_0 + sum_t g_t tau_t)[rows] to `out`."""
-        tasks.mix(out, weight, gates, rows)
+        """Write (W_0 + sum_t g_kt tau_t)[rows] to out[k] for K rows of gates."""
+        for mixed, gate in zip(out, gates, strict=True):
+            tasks.mix(mixed, weight, gate, rows)
 
     def dots(self, tasks: Tasks, delta: Tensor, rows: slice) -> Tensor:
         """<delta, tau_t[rows]> for each task."""
@@ -83,9 +86,7 @@ class Kernels:
             return y
         y = x.new_empty(len(x), weight.shape[0])
         for rows in _panels(weight):
-            mixed = x.new_empty(rows.stop - rows.start, weight.shape[1])
-            for gate, members in _mixes(gates, runs):
-                self.passes.mix(tasks, mixed, weight, gate, rows)
+            for mixed, members in self._mixed(problem, gates, rows, x.dtype):
                 # One product a run, so that a sample's result does not depend on its neighbours.
                 for run in members:
                     out = y[run.begin : run.end, rows]
@@ -94,6 +95,19 @@ class Kernels:
                     else:
                         torch.addmm(biases[run.gate, rows], x[run.begin : run.end], mixed.mT, out=out)
         return y
+
+    def _mixed(
+        self, problem: Problem, gates: Tensor, rows: slice, dtype: torch.dtype
+    ) -> Iterator[tuple[Tensor, list[Run]]]:
+        """Some rows of each mixed weight, and the runs that it belongs to. A weight is overwritten by later ones."""
+        mixes = _mixes(gates, problem.runs)
+        shape = (rows.stop - rows.start, problem.weight.shape[1])
+        room = torch.empty(min(_TOGETHER, len(mixes)), *shape, dtype=dtype, device=gates.device)
+        for start in range(0, len(mixes), _TOGETHER):
+            some = mixes[start : start + _TOGETHER]
+            mixed = room[: len(some)]
+            self.passes.mix(problem.tasks, mixed, problem.weight, torch.stack([gate for gate, _ in some]), rows)
+            yield from zip(mixed, (members for _, members in some), strict=True)
 
     def backward(
         self, problem: Problem, x: Tensor, gates: Tensor, dy: Tensor, need_x: bool, need_gates: bool
@@ -107,16 +121,14 @@ class Kernels:
         dx = torch.zeros_like(x) if need_x else None
         dg = torch.zeros_like(gates) if need_gates else None
         for rows in panels:
-            mixed = x.new_empty(rows.stop - rows.start, weight.shape[1])
-            for gate, members in _mixes(gates, runs):
-                if dx is not None:
-                    self.passes.mix(tasks, mixed, weight, gate, rows)
+            if dx is not None:
+                for mixed, members in self._mixed(problem, gates, rows, x.dtype):
                     for run in members:
                         dx[run.begin : run.end].addmm_(dy[run.begin : run.end, rows], mixed)
-                if dg is not None:
-                    for run in members:
-                        delta = dy[run.begin : run.end, rows].mT @ x[run.begin : run.end]
-                        dg[run.gate] += self.passes.dots(tasks, delta.to(gates.dtype), rows).to(gates.dtype)
+            if dg is not None:
+                for run in runs:
+                    delta = dy[run.begin : run.end, rows].mT @ x[run.begin : run.end]
+                    dg[run.gate] += self.passes.dots(tasks, delta.to(gates.dtype), rows).to(gates.dtype)
         return dx, dg
 
 

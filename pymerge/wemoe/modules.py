@@ -187,7 +187,7 @@ class RoutedLinear(nn.Module):
         gates = gates.to(self.weight.device, torch.promote_types(torch.float32, self.weight.dtype))
         weight = torch.empty_like(self.weight, dtype=dtype, requires_grad=False)
         passes(self.unit.shared.backend, weight.device).mix(
-            self.tasks, weight, self.weight.detach(), gates, slice(None)
+            self.tasks, weight[None], self.weight.detach(), gates[None], slice(None)
         )
         bias = None if self.bias is None else self.bias.detach().to(gates.dtype)
         if bias is not None and self.bias_tasks is not None:

@@ -166,13 +166,30 @@ def test_consecutive_samples_with_equal_gates_are_mixed_once() -> None:
         mixes = 0
 
         def mix(self, *arguments: Any) -> None:
-            Counted.mixes += 1
+            Counted.mixes += len(arguments[3])
             super().mix(*arguments)
 
     case = Case((7, 5, 3, 4, 6), "dense")
     gates = case.gates[[0, 0, 1, 0]]
     run(Kernels(Counted()), case.x, gates, case.weight, case.tasks, form="mixed")
     assert Counted.mixes == 3
+
+
+@pytest.mark.parametrize("store", ["dense", "dense bfloat16", "sparse"])
+@pytest.mark.parametrize("samples", [1, 3, 4, 7, 8, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_mixed_together_are_those_mixed_alone(store: str, samples: int, dtype: torch.dtype) -> None:
+    case = Case((70, 45, 3, samples, 1), store)
+    together, alone = torch.empty(samples, 41, 45, dtype=dtype), torch.empty(samples, 41, 45, dtype=dtype)
+    passes, rows = NativePasses(), slice(11, 52)
+    passes.mix(case.tasks, together, case.weight, case.gates, rows)
+    for sample in range(samples):
+        passes.mix(case.tasks, alone[sample : sample + 1], case.weight, case.gates[sample : sample + 1], rows)
+    assert_same("mix", together, alone)
+    exact = torch.empty(samples, 41, 45, dtype=torch.float64)
+    TorchPasses().mix(case.tasks, exact, case.weight.double(), case.gates.double(), rows)
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(together.double(), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
 
 
 def test_thread_count_does_not_change_the_compiled_passes() -> None:
@@ -184,7 +201,7 @@ def test_thread_count_does_not_change_the_compiled_passes() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             mixed, y = torch.empty(2000, 1100), torch.zeros(3, 2000)
-            passes.mix(case.tasks, mixed, case.weight, case.gates[0], slice(None))
+            passes.mix(case.tasks, mixed[None], case.weight, case.gates[:1], slice(None))
             passes.add_products(case.tasks, y, case.x[0], case.gates[:1].expand(3, 3))
             results.append((mixed, passes.dots(case.tasks, case.weight, slice(None)), y))
         torch.set_num_threads(1)
