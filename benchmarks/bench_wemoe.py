@@ -166,7 +166,8 @@ def compare(samples: int, tasks: int, options: argparse.Namespace, peer: bool) -
     mlp, experts, x = problem(samples, tasks, options.quick)
     models: dict[str, nn.Module] = {name: ours(mlp, experts, storage) for name, storage in STORAGES.items()}
     full: Any = models["float32"]
-    checks = {"error": relative(full(x), exact(mlp, experts, full, x))}
+    with torch.no_grad():
+        checks = {"error": relative(full(x), exact(mlp, experts, full, x))}
     if peer:
         other: Any = theirs(mlp, experts, full)
         models["fusion_bench"] = other
