@@ -172,6 +172,16 @@ def test_bad_input(config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
+def test_slices_are_no_whole_models(config: Path) -> None:
+    sources = [{"model": "base", "layer_range": [0, 2]}, {"model": "e0", "layer_range": [0, 2]}]
+    config.write_text(
+        "merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 1}\n"
+        f"slices: {json.dumps([{'sources': sources}])}\n"
+    )
+    with pytest.raises(PlanError, match=r"merge\.yml:4: a report is about whole models"):
+        survey(pymerge.plan(config))
+
+
 def test_integer_buffers_scalars_and_empty_tensors(tmp_path: Path) -> None:
     base = {
         "a.weight": torch.randn(4, 6),

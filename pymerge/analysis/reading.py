@@ -44,12 +44,16 @@ def survey(plan: Plan, spectra: int | None = 12, progress: ProgressSink | None =
     which the plan's budget is too small are left out and named.
 
     Raises:
-        PlanError: the config has no base, or nothing is merged.
+        PlanError: the config has no base, slices or modules, or nothing is merged.
         NonFiniteError: a model holds NaN or infinity; the message names file and tensor.
         CheckpointError: a file cannot be read.
     """
     if plan.config.base_model is None:
         raise PlanError([f"{plan.config.name}: task vectors are differences to a base; set base_model"])
+    if form := next((form for form in ("slices", "modules") if getattr(plan.config, form)), None):
+        raise PlanError(
+            [f"{plan.config.place(form)}: a report is about whole models against one base; list them under 'models'"]
+        )
     steps = [step for step in plan.steps if step.experts]
     if not steps:
         raise PlanError([f"{plan.config.name}: no tensor is merged; there is nothing to report"])

@@ -66,6 +66,16 @@ def load_build_config(
     config = check_config(document)
     if config.base_model is None:
         raise ConfigError(f"{config.name}: 'base_model' is missing, and task vectors are differences from it; add it")
+    if form := next((form for form in ("slices", "modules") if getattr(config, form)), None):
+        raise ConfigError(
+            f"{config.place(form)}: the layers of a WEMoE are those of its base and experts, and {form} put others "
+            "together; list whole models under 'models'"
+        )
+    if config.tokenizer is not None:
+        raise ConfigError(
+            f"{config.place(config.tokenizer.key)}: task vectors need tables whose rows agree; give the models one "
+            "vocabulary first, in merges of their own"
+        )
     return config, section
 
 

@@ -254,3 +254,20 @@ def test_a_checkpoint_without_architecture_names_the_remedy(tiny: Callable[[str]
         wemoe.plan_build(config)
     planned = wemoe.plan_build({**config, "wemoe": {"architecture": "LlamaForCausalLM"}})
     assert len(planned.spec.modules) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "slices: [{sources: [{model: base, layer_range: [0, 1]}, {model: e0, layer_range: [0, 1]}]}]",
+            r"merge.yml:2: the layers of a WEMoE are those of its base and experts, and slices put others",
+        ),
+        ("models: [{model: e0}]\ntokenizer_source: union", r"merge.yml:3: task vectors need tables whose rows agree"),
+    ],
+)
+def test_what_changes_layers_or_rows_is_refused(tmp_path: Path, lines: str, message: str) -> None:
+    file = tmp_path / "merge.yml"
+    file.write_text(f"base_model: base\n{lines}\nwemoe: {{}}\n")
+    with pytest.raises(ConfigError, match=message):
+        wemoe.plan_build(file)
