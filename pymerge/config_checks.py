@@ -250,9 +250,9 @@ class Checker:
         for parameter in method.parameters:
             if parameter.required and parameter.scope == "merge" and parameter.name not in given:
                 document.add(around, f"{method.name!r} requires {parameter.name!r}; add it under 'parameters'")
-        if location[-1] == "sources":  # a slice of the base alone is a copy of its layers
-            return
         if read and all(isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry, _ in read):
+            if not merged and location[-1] == "sources":
+                return  # a slice of the base alone is a copy of its layers
             if not merged:
                 document.add(location, f"{show(location)} lists only the base; add the models to merge")
             elif wrong := method.wrong_count(merged):

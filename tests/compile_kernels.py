@@ -45,7 +45,13 @@ def variants(arch: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, An
     """(name, kernel, types of its arguments, constants, sizes). All dtypes, and all sizes of the most used ones."""
     table = _SIZES[arch]
     for bf16 in (False, True):
-        types = {"out": "*i16" if bf16 else "*fp16", "base": "*bf16", "weights": ("fp32",) * 3, "count": "i64"}
+        types = {
+            "out": "*i16" if bf16 else "*fp16",
+            "base": "*bf16",
+            "weights": ("fp32",) * 3,
+            "divisor": "fp32",
+            "count": "i64",
+        }
         types |= {"tensors": ("*bf16", "*fp32", "*fp16")}
         constants = {"HAS_BASE": bf16, "TO_BF16": bf16, "BLOCK": table["combine"][0].block}
         yield f"combine {'bf16' if bf16 else 'fp16'}", combine_kernel, types, constants, table["combine"][0]

@@ -69,9 +69,9 @@ def test_build_info_names_language_and_threads() -> None:
 
 def test_unknown_dtype_code_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown dtype code 9; 0 to 3 are known"):
-        _C.combine(0, 9, 0, 0, [], [], [], 0, 1)
+        _C.combine(0, 9, 0, 0, [], [], [], 1.0, 0, 1)
     with pytest.raises(ValueError, match="2 inputs, 1 dtypes, 2 weights"):
-        _C.combine(0, 0, 0, 0, [0, 0], [0], [1.0, 1.0], 0, 1)
+        _C.combine(0, 0, 0, 0, [0, 0], [0], [1.0, 1.0], 1.0, 0, 1)
 
 
 # The products of a source's kernels on tensor cores, in the machine's own words.
@@ -116,9 +116,9 @@ def test_cuda_module_imports_without_a_gpu_and_says_so() -> None:
 
     assert all(arch in _cuda.build_info() for arch in ARCHS)
     with pytest.raises(RuntimeError, match=r"CUDA error \d+ \(cudaError\w+\)"):
-        _cuda.combine(0, 0, 0, 0, [1], [0], [1.0], 5, 0)
+        _cuda.combine(0, 0, 0, 0, [1], [0], [1.0], 1.0, 5, 0)
     with pytest.raises(ValueError, match="200 inputs; one launch takes 128"):
-        _cuda.combine(0, 0, 0, 0, [1] * 200, [0] * 200, [1.0] * 200, 5, 0)
+        _cuda.combine(0, 0, 0, 0, [1] * 200, [0] * 200, [1.0] * 200, 1.0, 5, 0)
 
 
 # Bytes of a thread's local memory, by kernel: an epilogue's that works on five tiles at once, and a few.

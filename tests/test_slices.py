@@ -248,7 +248,7 @@ def test_problems_of_slices_name_line_value_and_remedy(models: Path, tmp_path: P
     text = problem(models, [part(source("a", 0, 2, scale=1), parameters={"scal": 1})])
     assert "unknown parameter 'scal' of 'passthrough'; did you mean 'scale'?" in text
     text = problem(models, [part(source("a", 0, 2)), part(source("b", 0, 1), source("a", 0, 1))])
-    assert "passthrough takes the tensors of exactly one model, not of 2; list one" in text
+    assert "'passthrough' merges exactly 1 model, and 2 are listed" in text
 
 
 def test_problems_of_bases_and_architectures(models: Path, weights: dict[str, Tensors], tmp_path: Path) -> None:
