@@ -171,7 +171,7 @@ def test_a_transfer_brings_every_piece_to_the_device_and_back(models: Path) -> N
 
 def test_memory_of_inputs_and_results_is_used_again(models: Path) -> None:
     generator = torch.Generator().manual_seed(4)
-    names = [*NAMES, *(name.replace("up_proj", "down_proj") for name in NAMES)]
+    names = [name.replace("up_proj", f"{other}_proj") for name in NAMES for other in ("up", "down", "gate", "side")]
     write_models(models, {name: torch.randn(640, 512, generator=generator) for name in names})
     config = write_config(models, "task_arithmetic")
     taken: list[int] = []
