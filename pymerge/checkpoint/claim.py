@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
 
 from pymerge.checkpoint.fileformat import first_few, parse_json_object, read_text_file
@@ -83,8 +84,8 @@ def load_state(work: Path) -> State | None:
     return state
 
 
-def acquire_lock(path: Path) -> int:
-    """Make the work folder of an output directory and lock it; the lock lasts until the descriptor is closed.
+def acquire_lock(path: Path) -> FileIO:
+    """Make the work folder of an output directory and lock it; the lock lasts until the file is closed.
 
     Raises OutputError when another run holds it, or when the file system has no locks.
     """
@@ -92,22 +93,22 @@ def acquire_lock(path: Path) -> int:
     for _ in range(3):
         with os_errors(lock, "creating the lock"):
             lock.parent.mkdir(exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            file = FileIO(lock, "a+")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A run that just ended may have removed the file between our open and our lock.
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                return descriptor
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return file
         except FileNotFoundError:
             pass
         except OSError as error:
-            os.close(descriptor)
+            file.close()
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 break
             raise OutputError(
                 f"{lock}: file locks do not work here ({error.strerror}); write to another file system"
             ) from error
-        os.close(descriptor)
+        file.close()
     raise OutputError(f"{path}: another pymerge run is writing here; wait for it or choose another directory")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -89,7 +90,7 @@ class OutputDirectory:
             self._place(layout)
         self._active: dict[str, ShardFile] = {}
         self._created: list[Path] = []  # directories made by this run, outermost first
-        self._lock: int | None = None
+        self._lock: FileIO | None = None
         self._state: State | None = None  # set while the directory is ours
 
     def __enter__(self) -> OutputDirectory:
@@ -317,5 +318,5 @@ class OutputDirectory:
 
     def _release(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()  # may be done twice: a signal may come before the next line
             self._lock = None
