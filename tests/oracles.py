@@ -95,6 +95,42 @@ def filter_delta(base: Matrix, experts: list[Matrix], time: float, rank: float |
     return start - start @ V * h @ V.T + D @ V * (h / clamped) @ V.T, start
 
 
+def polar_factor(M: Matrix) -> Matrix:
+    """P Q^T of M = P S Q^T."""
+    P, _, Qh = np.linalg.svd(M, full_matrices=False)
+    return P @ Qh
+
+
+def tsv_delta(base: Matrix, experts: list[Matrix]) -> Matrix:
+    """Return X of TSV-M for task vectors of full rank, zero columns after the T k vectors as published."""
+    taus = [expert - base for expert in experts]
+    size = min(base.shape)
+    k = int(size * (1 / len(taus)))
+    U, s, V = np.zeros((base.shape[0], size)), np.zeros(size), np.zeros((base.shape[1], size))
+    for t, tau in enumerate(taus):
+        P, values, Qh = np.linalg.svd(tau, full_matrices=False)
+        columns = slice(t * k, (t + 1) * k)
+        U[:, columns], s[columns], V[:, columns] = P[:, :k], values[:k], Qh[:k].T
+    return polar_factor(U) * s @ polar_factor(V).T
+
+
+def iso_delta(base: Matrix, experts: list[Matrix], common: float = 1.0) -> Matrix:
+    """Return X of Iso-C (common 1) and Iso-CTS for sums and residuals of full rank."""
+    taus = [expert - base for expert in experts]
+    size, tasks = min(base.shape), len(taus)
+    P, values, Qh = np.linalg.svd(sum(taus), full_matrices=False)
+    specific = round((size - int(size * common)) / tasks) * tasks
+    shared = size - specific
+    us, ss, vs = [], [], []
+    for tau in taus:
+        own = np.linalg.svd(tau - P[:, :shared] @ P[:, :shared].T @ tau, full_matrices=False)
+        count = specific // tasks
+        us, ss, vs = [*us, own[0][:, :count]], [*ss, own[1][:count]], [*vs, own[2][:count].T]
+    us, ss, vs = [*us, P[:, :shared]], [*ss, values[:shared]], [*vs, Qh[:shared].T]
+    U, s, V = np.hstack(us), np.concatenate(ss), np.hstack(vs)
+    return float(s.mean()) * polar_factor(U) @ polar_factor(V).T
+
+
 def kept_magnitudes(tau: Matrix, begin: int, end: int) -> NDArray[np.bool_]:
     """Elements whose rank by descending magnitude, equal ones in the order of their index, is begin .. end - 1."""
     flat = np.abs(tau).reshape(-1)

@@ -35,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "della": {"weight": 0.4, "density": 0.6, "random_seed": 3},
     "wudi": {"iterations": 20, "lr": "auto"},
     "ace": {},
+    "tsv_m": {},
+    "iso_cts": {"common_space_fraction": 0.7},
 }
 # Large enough that ops split their work between threads, odd enough that no split is even.
 SIZES: dict[str, Any] = {"hidden": 144, "inner": 200, "vocabulary": 333, "blocks": 1}

@@ -10,6 +10,7 @@ from pymerge.methods.average import Linear, TaskArithmetic
 from pymerge.methods.base import Method
 from pymerge.methods.elementwise import ArceeFusion, NearSwap, Passthrough, Ram, RamPlus, Sce
 from pymerge.methods.flow import Swudi, SwudiA, WudiFlow
+from pymerge.methods.singular import IsoC, IsoCts, TsvM
 from pymerge.methods.sparse import SPARSE_METHODS
 from pymerge.methods.spherical import Karcher, MultiSlerp, NuSlerp, Slerp
 from pymerge.methods.stock import ModelStock
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         *(Linear(), TaskArithmetic(), *SPARSE_METHODS, Wudi(), WudiFlow(), Swudi(), SwudiA(), Ace()),
+        *(TsvM(), IsoC(), IsoCts()),
         *(Slerp(), NuSlerp(), MultiSlerp(), Karcher(), ModelStock(), Sce(), NearSwap()),
         *(Ram(), RamPlus(), ArceeFusion(), Passthrough()),
     )

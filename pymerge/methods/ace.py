@@ -15,6 +15,7 @@ from pymerge.errors import ArgumentError
 from pymerge.methods.average import mean_of_tasks
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
 from pymerge.methods.solver import (
+    PRECISION,
     SHARED_PARAMETERS,
     Precision,
     SolverMethod,
@@ -202,6 +203,7 @@ class Ace(SolverMethod):
         Parameter("k_frac", "number", 0.3, "share of singular directions that are refined", minimum=0.0, maximum=1.0),
         Parameter("variant", "choice", "released", "which formulas", choices=("released", "paper")),
         *SHARED_PARAMETERS,
+        PRECISION,
     )
 
     def solve(self, values: Values) -> Action:

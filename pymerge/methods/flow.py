@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
-from pymerge.methods.solver import SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
+from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
 from pymerge.ops.gradient_flow import schedule
 from pymerge.ops.spectral_filter import Rank
 
@@ -78,6 +78,7 @@ class WudiFlow(SolverMethod):
     parameters = (
         Parameter("time", "number", 300.0, "flow time t; 0 is the sum of task vectors", minimum=0.0),
         *SHARED_PARAMETERS,
+        PRECISION,
     )
 
     def solve(self, values: Values) -> Action:
@@ -97,6 +98,7 @@ class Swudi(SolverMethod):
             "rank_ratio", "number", 1.0, "share of eigenvectors (published for CLIP: 0.65)", above=0.0, maximum=1.0
         ),
         *SHARED_PARAMETERS,
+        PRECISION,
     )
 
     def solve(self, values: Values) -> Action:
@@ -110,7 +112,7 @@ class SwudiA(SolverMethod):
     name = "swudi_a"
     summary = "exact minimiser on an adaptive number of eigenvectors of WUDI's normal equations, data-free"
     source = "SWUDI-A, arXiv 2606.07289"
-    parameters = SHARED_PARAMETERS
+    parameters = (*SHARED_PARAMETERS, PRECISION)
 
     def solve(self, values: Values) -> Action:
         return SolveFilter(values.merge["scale"], values.merge["precision"], math.inf, "participation_sqrt")

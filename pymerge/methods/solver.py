@@ -1,4 +1,4 @@
-"""What the data-free solvers (WUDI, ACE) share: shared parameters, the rule for other tensors, small sums."""
+"""What the data-free solvers share: shared parameters, the rule for other tensors, small sums."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SHARED_PARAMETERS = (
         choices=("mean", "base"),
     ),
     Parameter("exclude", "texts", (), "regular expressions; linear weights whose name matches one are not solved"),
-    Parameter(
-        "precision",
-        "choice",
-        "auto",
-        "of products and solves; auto: float64 where float32 would cost digits of the result",
-        choices=("auto", "float32", "float64"),
-    ),
+)
+PRECISION = Parameter(
+    "precision",
+    "choice",
+    "auto",
+    "of products and solves; auto: float64 where float32 would cost digits of the result",
+    choices=("auto", "float32", "float64"),
 )
 
 

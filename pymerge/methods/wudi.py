@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
-from pymerge.methods.solver import SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
+from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
 from pymerge.ops.normal_equations import outputs_first
 
 PUBLISHED_LR = 1e-5
@@ -106,6 +106,7 @@ class Wudi(SolverMethod):
             above=0.0,
         ),
         *SHARED_PARAMETERS,
+        PRECISION,
     )
 
     def solve(self, values: Values) -> Action:

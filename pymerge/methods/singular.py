@@ -1,0 +1,113 @@
+"""Merges on singular vectors: TSV-M, which makes those of the tasks orthogonal, and Iso-C and Iso-CTS, which make
+singular values equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
+from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, add_to_base, not_a_number
+
+
+@dataclass(frozen=True)
+class SolveSingular(Action):
+    """W_0 + scale * X with X of the op `label`, which runs in float64."""
+
+    scale: float
+    label: ClassVar[str]
+
+    def run(
+        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        norms = run_op("task_stats", base, experts).norms.tolist()
+        if not all(map(math.isfinite, norms)):
+            return not_a_number(base, out_dtype)
+        X = run_op(self.label, base, experts, *self.arguments())
+        return add_to_base(base, X, self.scale, out_dtype)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What the op takes beside the weights."""
+        return ()
+
+    def decompositions(self, experts: int) -> int:
+        """How many are made, of matrices of the smaller side."""
+        return experts + 2
+
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        small, large = sorted(shape)
+        # A Gram matrix, its eigenvectors and the other side's vectors; an SVD where the Gram cannot resolve them.
+        flops = self.decompositions(experts) * (4 * small**2 * large + 9 * small**3)
+        # In float64: all task vectors, the vectors of both sides twice, and LAPACK's work.
+        return Cost(flops, 8 * ((experts + 5) * small * large + 8 * small**2))
+
+
+class SumOrthogonal(SolveSingular):
+    """TSV-M."""
+
+    label = "singular_sum"
+
+
+@dataclass(frozen=True)
+class MakeIsotropic(SolveSingular):
+    """Iso-C, and Iso-CTS for a common space of less than all."""
+
+    common: float
+    label = "isotropic"
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.common,)
+
+    def decompositions(self, experts: int) -> int:
+        return 1 if self.common == 1 else experts + 3
+
+
+class TsvM(SolverMethod):
+    """Task Singular Vectors: each task's leading singular vectors, made orthogonal across the tasks."""
+
+    name = "tsv_m"
+    summary = "leading singular vectors of each task, made orthogonal across tasks, data-free"
+    source = "TSV-M, arXiv 2412.00081"
+    parameters = SHARED_PARAMETERS
+
+    def solve(self, values: Values) -> Action:
+        return SumOrthogonal(values.merge["scale"])
+
+
+class IsoC(SolverMethod):
+    """Iso-C: the sum of the task vectors with its singular values replaced by their mean."""
+
+    name = "iso_c"
+    summary = "sum of the task vectors with equal singular values, data-free"
+    source = "Iso-C, arXiv 2502.04959"
+    parameters = SHARED_PARAMETERS
+
+    def solve(self, values: Values) -> Action:
+        return MakeIsotropic(values.merge["scale"], 1.0)
+
+
+class IsoCts(SolverMethod):
+    """Iso-CTS: as Iso-C on a common space, with directions of each task beside it."""
+
+    name = "iso_cts"
+    summary = "equal singular values on a common space and on directions of each task, data-free"
+    source = "Iso-CTS, arXiv 2502.04959"
+    parameters = (
+        Parameter(
+            "common_space_fraction",
+            "number",
+            0.8,
+            "share of the singular directions taken from the sum of the task vectors",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+        *SHARED_PARAMETERS,
+    )
+
+    def solve(self, values: Values) -> Action:
+        return MakeIsotropic(values.merge["scale"], values.merge["common_space_fraction"])
