@@ -19,7 +19,7 @@ class Sizes(NamedTuple):
     """Sizes of one launch."""
 
     block: int  # elements (of what goes element by element), or rows and columns of a tile of the result
-    depth: int = 0  # length of the products' inner dimension that a step takes
+    depth: int = 0  # of the products' inner dimension, what a step takes
     warps: int = 4
     stages: int = 1  # steps whose loads are in flight
     group: int = 8  # tile rows that are walked together, so that they share operands in L2
@@ -33,7 +33,7 @@ _SIZES = {
     80: {
         "combine": (Sizes(1024),),
         "mask": (Sizes(4096, warps=8), Sizes(1024)),
-        "task_dots": (Sizes(16384, depth=64, stages=3), Sizes(2048, depth=64, stages=3)),
+        "task_dots": (Sizes(16384, depth=128), Sizes(2048, depth=128)),
         "task_gram split": (Sizes(64, depth=16, stages=4),),
         "task_gram tf32": (Sizes(128, depth=16, warps=8, stages=3), Sizes(64, depth=16, stages=3)),
         "wudi_adam": (Sizes(128, depth=32, warps=8, stages=3), Sizes(64, depth=32, stages=3)),
@@ -42,7 +42,7 @@ _SIZES = {
     90: {
         "combine": (Sizes(1024),),
         "mask": (Sizes(4096, warps=8), Sizes(1024)),
-        "task_dots": (Sizes(16384, depth=64, stages=3), Sizes(2048, depth=64, stages=3)),
+        "task_dots": (Sizes(16384, depth=128), Sizes(2048, depth=128)),
         "task_gram split": (Sizes(128, depth=32, warps=8, stages=3), Sizes(64, depth=32, stages=3)),
         "task_gram tf32": (Sizes(128, depth=16, warps=8, stages=4), Sizes(64, depth=16, stages=4)),
         "wudi_adam": (Sizes(128, depth=32, warps=8, stages=4), Sizes(64, depth=32, stages=4)),
@@ -50,7 +50,7 @@ _SIZES = {
     },
 }
 # Small enough for the shapes of tests to have several tiles.
-_INTERPRETED = {"combine": Sizes(1024), "mask": Sizes(1024), "task_dots": Sizes(256, depth=64)}
+_INTERPRETED = {"combine": Sizes(1024), "mask": Sizes(1024), "task_dots": Sizes(512, depth=128)}
 _INTERPRETED_TILES = Sizes(64, depth=16, group=2)
 
 # A smaller tile is taken where the larger one would leave multiprocessors idle: an A100 has 108, an H100 132.

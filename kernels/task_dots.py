@@ -1,8 +1,9 @@
-"""task_dots: <v_s, v_t> of models or task vectors, products and sums in float64, in one pass over the inputs.
+"""task_dots: <v_s, v_t> of models or task vectors, products and sums in float64.
 
-A program takes a part of one vector, and makes the T x T products of `depth` elements at a time by float64 tensor
-cores: as many as there are pairs, without a sum across threads for each. Programs write their own sums, which are added
-in their order, the same on every run.
+A program takes a part of one vector. Each of its threads keeps a sum for every pair of tensors and adds up elements
+that lie BLOCK apart; threads are added once, at the end. Registers hold the sums of a group of tensors with a group;
+where there are more tensors, each pair of groups is a launch. Programs write their own sums, which are added in their
+order, the same on every run.
 """
 
 from __future__ import annotations
@@ -16,75 +17,92 @@ from torch import Tensor
 
 from ._common import sizes
 
+# Tensors of a group: 36 pairs of one with itself, 64 of two.
+GROUP = 8
+
+
+@triton.jit
+def _values(tensors, base, offsets, mask, HAS_BASE: tl.constexpr):
+    """v_t of each tensor in float64, from deltas in float32; 0 where there is no element."""
+    values = ()
+    for t in tl.static_range(len(tensors)):
+        value = tl.load(tensors[t] + offsets, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BASE:
+            value -= tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
+        values = values + (value.to(tl.float64),)
+    return values
+
 
 @triton.jit
 def task_dots_kernel(
     sums,  # [vectors, parts, T, T] float64
     base,  # [vectors, length], as the tensors
-    tensors,  # T addresses, int64
+    left,  # tuple of pointers: tensors number `first_left` on
+    right,  # tuple of pointers: tensors number `first_right` on; the same group, or an earlier one
+    first_left,
+    first_right,
     tasks,
     length,
     parts,
-    BLOCK: tl.constexpr,  # elements of a part
-    DEPTH: tl.constexpr,
-    TASKS: tl.constexpr,  # T, rounded up to what products take
-    ELEMENT: tl.constexpr,  # element type of the tensors
     HAS_BASE: tl.constexpr,
-    ALIGNED: tl.constexpr,  # all tensors start at multiples of 16 bytes
+    SAME: tl.constexpr,  # the two groups are one: pairs of its lower triangle
+    PART: tl.constexpr,  # elements
+    BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
     vector = place // parts
-    task = tl.arange(0, TASKS)
-    start = (place % parts) * BLOCK
-    # Tasks that do not exist read the first one's address, masked.
-    rows = tl.load(tensors + tl.where(task < tasks, task, 0)).to(tl.pointer_type(ELEMENT))
-    if ALIGNED:
-        rows = tl.multiple_of(rows, 16)
-    total = tl.zeros((TASKS, TASKS), dtype=tl.float64)
-    for step in range(0, tl.minimum(length - start, BLOCK), DEPTH):
-        column = start + step + tl.arange(0, DEPTH)
+    start = (place % parts) * PART
+    totals = ()
+    for s in tl.static_range(len(left)):
+        for t in tl.static_range(s + 1 if SAME else len(right)):
+            totals = totals + (tl.zeros((BLOCK,), dtype=tl.float64),)
+    for step in range(0, tl.minimum(length - start, PART), BLOCK):
+        column = start + step + tl.arange(0, BLOCK)
+        mask = column < length
         offsets = vector * length + column
-        inside = column < length
-        mask = (task < tasks)[:, None] & inside[None, :]
-        values = tl.load(rows[:, None] + offsets[None, :], mask=mask, other=0.0).to(tl.float32)
-        if HAS_BASE:
-            origin = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
-            values = tl.where(mask, values - origin[None, :], 0.0)
-        wide = values.to(tl.float64)
-        total = tl.dot(wide, tl.trans(wide), total, input_precision="ieee", out_dtype=tl.float64)
-    to = sums + place * tasks * tasks + task[:, None] * tasks + task[None, :]
-    tl.store(to, total, mask=(task < tasks)[:, None] & (task < tasks)[None, :])
-
-
-_ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+        ours = _values(left, base, offsets, mask, HAS_BASE)
+        theirs = ours
+        if not SAME:
+            theirs = _values(right, base, offsets, mask, HAS_BASE)
+        added = ()
+        for s in tl.static_range(len(left)):
+            for t in tl.static_range(s + 1 if SAME else len(right)):
+                added = added + (totals[len(added)] + ours[s] * theirs[t],)
+        totals = added
+    sums += place * tasks * tasks
+    for s in tl.static_range(len(left)):
+        for t in tl.static_range(s + 1 if SAME else len(right)):
+            total = totals[(s * (s + 1)) // 2 + t if SAME else s * len(right) + t]
+            tl.store(sums + (first_left + s) * tasks + first_right + t, tl.sum(total, 0))
 
 
 def launch(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
     """Return [vectors, T, T] float64.
 
-    base and tensors: [vectors, length], contiguous; the tensors of one dtype, float32, float16 or bfloat16.
+    base and tensors: [vectors, length], contiguous; float32, float16 or bfloat16.
     """
     vectors, length = tensors[0].shape
     tasks, device = len(tensors), tensors[0].device
-    size = sizes("task_dots", device, lambda block: vectors * triton.cdiv(length, block))
+    size = sizes("task_dots", device, lambda part: vectors * triton.cdiv(length, part))
     parts = triton.cdiv(length, size.block)
-    sums = torch.empty(vectors, parts, tasks, tasks, dtype=torch.float64, device=device)
-    if sums.numel():
+    sums = torch.zeros(vectors, parts, tasks, tasks, dtype=torch.float64, device=device)
+    groups = range(0, tasks if sums.numel() else 0, GROUP)
+    for first, second in [(first, second) for first in groups for second in groups if second <= first]:
         task_dots_kernel[(vectors * parts,)](
             sums,
             sums if base is None else base,
-            torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64).to(device),
+            tuple(tensors[first : first + GROUP]),
+            tuple(tensors[second : second + GROUP]),
+            first,
+            second,
             tasks,
             length,
             parts,
-            BLOCK=size.block,
-            DEPTH=size.depth,
-            TASKS=max(16, triton.next_power_of_2(tasks)),
-            ELEMENT=_ELEMENTS[tensors[0].dtype],
             HAS_BASE=base is not None,
-            ALIGNED=all(tensor.data_ptr() % 16 == 0 for tensor in tensors),
+            SAME=first == second,
+            PART=size.block,
+            BLOCK=size.depth,
             num_warps=size.warps,
-            num_stages=size.stages,
         )
-    lower = sums.sum(1).tril()
+    lower = sums.sum(1)
     return lower + lower.tril(-1).mT
