@@ -114,4 +114,4 @@ def word_places(BLOCK: tl.constexpr):
 
 def words_of(bits: Tensor) -> Tensor:
     """Masks [T, bytes] as words of 32 flags: element i is bit i % 32 of word i // 32."""
-    return bits.view(torch.int32)
+    return bits.view(torch.int32) if bits.numel() else bits.to(torch.int32)  # nothing has strides that do not divide
