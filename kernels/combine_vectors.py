@@ -1,4 +1,4 @@
-"""combine_vectors: sum_t w_gt W_t, or W_0 + sum_t w_gt (W_t - W_0), with weights for each row or column, in one pass."""
+"""combine_vectors: sum_t w_gt W_t, or W_0 + sum_t w_gt (W_t - W_0), weights for each row or column, in one pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""magnitude_mask: masks of a range of magnitudes of each task vector and their L1 norms, in one pass over the inputs."""
+"""magnitude_mask: masks of a range of magnitudes of each task vector and its L1 norms, in one pass."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def _values(tensors, base, offsets, mask, HAS_BASE: tl.constexpr):
         value = tl.load(tensors[t] + offsets, mask=mask, other=0.0).to(tl.float32)
         if HAS_BASE:
             value -= tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
-        values = values + (value.to(tl.float64),)
+        values += (value.to(tl.float64),)
     return values
 
 
@@ -54,8 +54,8 @@ def task_dots_kernel(
     start = (place % parts) * PART
     totals = ()
     for s in tl.static_range(len(left)):
-        for t in tl.static_range(s + 1 if SAME else len(right)):
-            totals = totals + (tl.zeros((BLOCK,), dtype=tl.float64),)
+        for _ in tl.static_range(s + 1 if SAME else len(right)):
+            totals += (tl.zeros((BLOCK,), dtype=tl.float64),)
     for step in range(0, tl.minimum(length - start, PART), BLOCK):
         column = start + step + tl.arange(0, BLOCK)
         mask = column < length
@@ -67,7 +67,7 @@ def task_dots_kernel(
         added = ()
         for s in tl.static_range(len(left)):
             for t in tl.static_range(s + 1 if SAME else len(right)):
-                added = added + (totals[len(added)] + ours[s] * theirs[t],)
+                added += (totals[len(added)] + ours[s] * theirs[t],)
         totals = added
     sums += place * tasks * tasks
     for s in tl.static_range(len(left)):

@@ -89,7 +89,7 @@ def test_masks_of_other_layouts_and_shapes(backend: str, device: str) -> None:
     kept = OPS["trim_threshold"].reference(*on_cpu(inputs(77)), [30, 20, 10])
     kept = type(kept)(*(each.to(device) for each in kept))
     packed = inputs(77, device)
-    for layout, shape in itertools.product(LAYOUTS, [(1, 77), (7, 11), (77,), (7, 1, 11)]):
+    for layout, shape in zip(LAYOUTS, [(1, 77), (7, 11), (77,), (7, 1, 11)], strict=True):
         case = inputs(77, device, layout)
         base, experts = case.base.reshape(shape), [expert.reshape(shape) for expert in case.experts]
         for name, arguments in (("magnitude_mask", (kept,)), ("random_mask", ([0.4] * 3, [0.4] * 3, KEYS))):
