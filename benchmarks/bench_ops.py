@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import torch
-from op_cases import CASES, SHAPES, Case, Layer
+from op_cases import CASES, SHAPES, Case, Layer, op_of
 from results_file import ResultsFile
 from rich.console import Console
 from rich.table import Table
@@ -129,7 +129,7 @@ class Bench:
             if backend not in ("reference", *self.options.backend):
                 continue
             try:
-                choice = choose(op, torch.device(self.options.device), dtypes, backend)
+                choice = choose(op_of(op), torch.device(self.options.device), dtypes, backend)
             except BackendError as error:
                 if self.options.named:
                     self.add(op, "skipped", backend=backend, reason=str(error))

@@ -1,6 +1,7 @@
 """What bench_ops.py times: for each op its arguments, the work it cannot avoid, and its published form.
 
-To add an op, add a `Case` to CASES; tests/test_benchmarks.py says which are missing.
+To add an op, add a `Case` to CASES; tests/test_benchmarks.py says which are missing. A further case of an op has a name
+of its own behind a dash: its times are reported, and `auto` chooses by the first case.
 """
 
 from __future__ import annotations
@@ -198,8 +199,8 @@ def _weights_read(size: Size, item: int) -> int:
     return (size.tasks + 1) * size.numel * item
 
 
-def _probabilities(size: Size) -> tuple[list[float], list[float]]:
-    low, high = sparse_peers.DENSITY - sparse_peers.EPSILON, sparse_peers.DENSITY + sparse_peers.EPSILON
+def _probabilities(size: Size, epsilon: float) -> tuple[list[float], list[float]]:
+    low, high = sparse_peers.DENSITY - epsilon, sparse_peers.DENSITY + epsilon
     return [low] * size.tasks, [high] * size.tasks
 
 
@@ -207,6 +208,11 @@ def _refine(size: Size) -> float:
     """A symmetric Gram, its eigenvectors (reduction and back-transformation, 10/3 n^3), and two products."""
     large = size.numel // size.small
     return large * size.small**2 + 10 / 3 * size.small**3 + 4 * size.numel * size.k
+
+
+def op_of(name: str) -> str:
+    """The op of a case."""
+    return name.partition("-")[0]
 
 
 CASES = {
@@ -243,12 +249,25 @@ CASES = {
         peer=sparse_peers.MAGNITUDE_MASK,
     ),
     "random_mask": Case(
-        lambda layer: (layer.base, layer.experts, *_probabilities(layer.size), range(layer.size.tasks)),
+        lambda layer: (layer.base, layer.experts, *_probabilities(layer.size, 0.0), range(layer.size.tasks)),
+        flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: _weights_read(size, item) + size.tasks * size.numel // 8,
+        work=lambda size: 1500 * size.tasks * size.numel,
+        settings=f"density {sparse_peers.DENSITY:g}",
+        peer=sparse_peers.RANDOM_MASK,
+    ),
+    "random_mask-ranks": Case(
+        lambda layer: (
+            layer.base,
+            layer.experts,
+            *_probabilities(layer.size, sparse_peers.EPSILON),
+            range(layer.size.tasks),
+        ),
         flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,
         bytes=lambda size, item: _weights_read(size, item) + size.tasks * size.numel // 8,
         work=lambda size: 6000 * size.tasks * size.numel,
         settings=f"density {sparse_peers.DENSITY:g}, epsilon {sparse_peers.EPSILON:g}",
-        peer=sparse_peers.RANDOM_MASK,
+        peer=sparse_peers.RANDOM_MASK_RANKS,
     ),
     "sparse_combine": Case(
         lambda layer: (layer.base, layer.experts, [1.0] * layer.size.tasks),

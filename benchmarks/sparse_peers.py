@@ -50,6 +50,11 @@ def _magnitude_masks(layer: Layer) -> tuple[Tensor, ...]:
 
 
 def _random_masks(layer: Layer) -> tuple[Tensor, ...]:
+    generator = torch.Generator(layer.base.device).manual_seed(0)
+    return (_bits([torch.bernoulli(torch.full_like(d, DENSITY), generator=generator) for d in _deltas(layer)]),)
+
+
+def _ranked_masks(layer: Layer) -> tuple[Tensor, ...]:
     masks = []
     for delta in _deltas(layer):
         ranks = delta.abs().argsort(dim=1).argsort(dim=1).float()
@@ -83,8 +88,15 @@ MAGNITUDE_MASK = Peer(
 )
 # Other random numbers: which elements are kept has nothing in common.
 RANDOM_MASK = Peer(
-    "mergekit's two sorts of rows and Bernoulli draws",
+    "mergekit's Bernoulli draws",
     _random_masks,
+    work=lambda size: 1500 * size.tasks * size.numel,
+    memory=lambda size: (8 * size.tasks + 16) * size.numel,
+    tolerance=2.0,
+)
+RANDOM_MASK_RANKS = Peer(
+    "mergekit's two sorts of rows and Bernoulli draws",
+    _ranked_masks,
     work=lambda size: 8000 * size.tasks * size.numel,
     memory=lambda size: (8 * size.tasks + 40) * size.numel,
     tolerance=2.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_ops import AGREEMENT, as_tensors, relative
-from op_cases import CASES, Layer, Size
+from op_cases import CASES, Layer, Size, op_of
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from pymerge.backends import load
@@ -15,16 +15,16 @@ LAYER = Layer(Size(192, 128, 4), torch.float32, "cpu")
 
 
 def pairs() -> list[tuple[str, str]]:
-    """(op, backend) of what runs on this CPU."""
+    """(case, backend) of what runs on this CPU."""
     names = [name for name in ("reference", "native") if load(name).unavailable(torch.device("cpu")) is None]
-    return [(op, name) for op in CASES for name in names if op in load(name).implementations()]
+    return [(case, name) for case in CASES for name in names if op_of(case) in load(name).implementations()]
 
 
-@pytest.mark.parametrize(("op", "backend"), pairs())
-def test_op(op: str, backend: str, benchmark: BenchmarkFixture) -> None:
-    arguments, keywords = CASES[op].arguments(LAYER), CASES[op].keywords(LAYER)
-    benchmark.group = op
-    found = benchmark(load(backend).implementations()[op], *arguments, **keywords)
-    expected = OPS[op].reference(*arguments, **keywords)
+@pytest.mark.parametrize(("case", "backend"), pairs())
+def test_op(case: str, backend: str, benchmark: BenchmarkFixture) -> None:
+    arguments, keywords = CASES[case].arguments(LAYER), CASES[case].keywords(LAYER)
+    benchmark.group = case
+    found = benchmark(load(backend).implementations()[op_of(case)], *arguments, **keywords)
+    expected = OPS[op_of(case)].reference(*arguments, **keywords)
     for mine, theirs in zip(as_tensors(found), as_tensors(expected), strict=True):
         assert relative(mine, theirs) <= AGREEMENT

@@ -105,6 +105,16 @@ void spd_solve(Address X, Address conditions, Address minors, Address S, Address
                    reinterpret_cast<void*>(stream));
 }
 
+void trim_threshold(Address keys, Address ends, Address scratch, const Matrix& base, const std::vector<Matrix>& experts,
+                    const std::vector<std::int64_t>& counts, std::int64_t numel, std::intptr_t stream) {
+    PM_CHECK(experts.size() == counts.size(),
+             "trim_threshold: " << experts.size() << " experts, " << counts.size() << " counts; give one of each");
+    const std::vector<MatrixView> matrices = views(experts);
+    trim_threshold_cuda({pointer<std::int64_t>(keys), pointer<std::int64_t>(ends), view(base), matrices.data(),
+                         counts.data(), static_cast<std::int64_t>(experts.size()), numel},
+                        pointer(scratch), reinterpret_cast<void*>(stream));
+}
+
 #else
 
 void task_sum(Address out, std::int32_t dtype, const Matrix& base, const std::vector<Matrix>& experts,
@@ -329,6 +339,8 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("task_gram", &task_gram, py::call_guard<py::gil_scoped_release>());
     module.def("wudi_adam", &wudi_adam, py::call_guard<py::gil_scoped_release>());
     module.def("spd_solve", &spd_solve, py::call_guard<py::gil_scoped_release>());
+    module.def("trim_threshold", &trim_threshold, py::call_guard<py::gil_scoped_release>());
+    module.def("trim_threshold_scratch", &trim_threshold_scratch);
     module.def("spd_solve_columns", [](std::int32_t dtype) { return spd_solve_columns(checked_dtype(dtype)); });
 #else
 PYBIND11_MODULE(_C, module) {

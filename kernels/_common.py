@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 class Sizes(NamedTuple):
     """Sizes of one launch."""
 
-    block: int  # elements (combine), or rows and columns of a tile of the result
-    depth: int = 0  # length of the products' inner dimension that a step takes
+    block: int  # elements (of what goes element by element), or rows and columns of a tile of the result
+    depth: int = 0  # of the products' inner dimension, what a step takes
     warps: int = 4
     stages: int = 1  # steps whose loads are in flight
     group: int = 8  # tile rows that are walked together, so that they share operands in L2
@@ -31,6 +32,8 @@ class Sizes(NamedTuple):
 _SIZES = {
     80: {
         "combine": (Sizes(1024),),
+        "mask": (Sizes(4096, warps=8), Sizes(1024)),
+        "task_dots": (Sizes(16384, depth=128), Sizes(2048, depth=128)),
         "task_gram split": (Sizes(64, depth=16, stages=4),),
         "task_gram tf32": (Sizes(128, depth=16, warps=8, stages=3), Sizes(64, depth=16, stages=3)),
         "wudi_adam": (Sizes(128, depth=32, warps=8, stages=3), Sizes(64, depth=32, stages=3)),
@@ -38,6 +41,8 @@ _SIZES = {
     },
     90: {
         "combine": (Sizes(1024),),
+        "mask": (Sizes(4096, warps=8), Sizes(1024)),
+        "task_dots": (Sizes(16384, depth=128), Sizes(2048, depth=128)),
         "task_gram split": (Sizes(128, depth=32, warps=8, stages=3), Sizes(64, depth=32, stages=3)),
         "task_gram tf32": (Sizes(128, depth=16, warps=8, stages=4), Sizes(64, depth=16, stages=4)),
         "wudi_adam": (Sizes(128, depth=32, warps=8, stages=4), Sizes(64, depth=32, stages=4)),
@@ -45,7 +50,7 @@ _SIZES = {
     },
 }
 # Small enough for the shapes of tests to have several tiles.
-_INTERPRETED = {"combine": Sizes(1024)}
+_INTERPRETED = {"combine": Sizes(1024), "mask": Sizes(1024), "task_dots": Sizes(512, depth=128)}
 _INTERPRETED_TILES = Sizes(64, depth=16, group=2)
 
 # A smaller tile is taken where the larger one would leave multiprocessors idle: an A100 has 108, an H100 132.
@@ -84,3 +89,29 @@ def to_bfloat16(x):
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(x != x, 0x7FC0, rounded)
+
+
+@triton.jit
+def store_rounded(to, offsets, x, mask, TO_BF16: tl.constexpr):
+    """Write float32 in the dtype of `to`; with TO_BF16 as bits, see `as_bits`."""
+    if TO_BF16:
+        tl.store(to + offsets, to_bfloat16(x).to(tl.int16), mask=mask)
+    else:
+        tl.store(to + offsets, x.to(to.dtype.element_ty), mask=mask)
+
+
+def as_bits(out: Tensor) -> Tensor:
+    """What `store_rounded` writes to: the tensor itself, or bfloat16 as int16."""
+    return out.view(torch.int16) if out.dtype == torch.bfloat16 else out
+
+
+@triton.jit
+def word_places(BLOCK: tl.constexpr):
+    """Of a program that works on BLOCK elements: its words of 32 flags, and [words, 32] offsets of the elements."""
+    word = tl.program_id(0).to(tl.int64) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+    return word, word[:, None] * 32 + tl.arange(0, 32)[None, :]
+
+
+def words_of(bits: Tensor) -> Tensor:
+    """Masks [T, bytes] as words of 32 flags: element i is bit i % 32 of word i // 32."""
+    return bits.view(torch.int32) if bits.numel() else bits.to(torch.int32)  # nothing has strides that do not divide

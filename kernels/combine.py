@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import sizes, to_bfloat16
+from ._common import as_bits, sizes, store_rounded
 
 
 @triton.jit
@@ -35,10 +35,7 @@ def combine_kernel(
         value = tl.load(tensors[t] + offsets, mask=mask, other=0.0).to(tl.float32)
         total += (value - origin) * weights[t]
     total = origin + tl.div_rn(total, tl.zeros((BLOCK,), dtype=tl.float32) + divisor)
-    if TO_BF16:
-        tl.store(out + offsets, to_bfloat16(total).to(tl.int16), mask=mask)
-    else:
-        tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
+    store_rounded(out, offsets, total, mask, TO_BF16)
 
 
 def launch(
@@ -49,16 +46,15 @@ def launch(
     if count == 0:
         return
     size = sizes("combine", out.device, lambda block: triton.cdiv(count, block))
-    to_bf16 = out.dtype == torch.bfloat16
     combine_kernel[(triton.cdiv(count, size.block),)](
-        out.view(torch.int16) if to_bf16 else out,
+        as_bits(out),
         out if base is None else base,
         tuple(tensors),
         tuple(float(weight) for weight in weights),
         float(divisor),
         count,
         HAS_BASE=base is not None,
-        TO_BF16=to_bf16,
+        TO_BF16=out.dtype == torch.bfloat16,
         BLOCK=size.block,
         num_warps=size.warps,
     )

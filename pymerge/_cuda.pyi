@@ -64,4 +64,16 @@ def spd_solve(
     stream: int,
     /,
 ) -> None: ...
+def trim_threshold(
+    keys: int,
+    ends: int,
+    scratch: int,
+    base: tuple[int, int, int],
+    experts: Sequence[tuple[int, int, int]],
+    counts: Sequence[int],
+    numel: int,
+    stream: int,
+    /,
+) -> None: ...
+def trim_threshold_scratch(count: int, numel: int, /) -> int: ...
 def spd_solve_columns(dtype: int, /) -> int: ...

@@ -22,7 +22,7 @@ TINY = op_cases.Size(40, 24, 3)
 
 
 def test_every_op_is_timed() -> None:
-    assert op_cases.CASES.keys() == OPS.keys()
+    assert {op_cases.op_of(name) for name in op_cases.CASES} == OPS.keys() <= op_cases.CASES.keys()
 
 
 @pytest.mark.parametrize("op", op_cases.CASES)
@@ -33,7 +33,7 @@ def test_published_forms_compute_what_the_ops_do(op: str, size: op_cases.Size, d
     assert case.flops(layer) > 0
     assert case.bytes(size, 4) > 0
     assert case.peer is not None
-    expected = bench_ops.as_tensors(OPS[op].reference(*case.arguments(layer), **case.keywords(layer)))
+    expected = bench_ops.as_tensors(OPS[op_cases.op_of(op)].reference(*case.arguments(layer), **case.keywords(layer)))
     found = case.peer.results(layer)
     assert 0 < len(found) <= len(expected)
     for theirs, ours in zip(found, expected, strict=False):

@@ -22,4 +22,8 @@ struct TrimThresholdParams {
 
 void trim_threshold_cpu(const TrimThresholdParams& p, int threads);
 
+// Bytes that the next function works in, all 0 at first.
+std::int64_t trim_threshold_scratch(std::int64_t count, std::int64_t numel);
+void trim_threshold_cuda(const TrimThresholdParams& p, void* scratch, void* stream);
+
 }  // namespace pymerge

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.batches import rows_contiguous, weights_by_layer
+from pymerge.backends.cuda_sparse import trim_threshold
 from pymerge.backends.dtypes import DTYPE_CODES
 from pymerge.ops import spd_solve as spd
 from pymerge.ops.wudi_adam import rates
@@ -30,7 +31,13 @@ def unavailable(device: torch.device) -> str | None:
 
 def implementations() -> Mapping[str, Callable[..., Any]]:
     """The ops with a CUDA kernel."""
-    return {"combine": combine, "task_gram": task_gram, "wudi_adam": wudi_adam, "spd_solve": spd_solve}
+    return {
+        "combine": combine,
+        "trim_threshold": trim_threshold,
+        "task_gram": task_gram,
+        "wudi_adam": wudi_adam,
+        "spd_solve": spd_solve,
+    }
 
 
 def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
@@ -40,6 +47,8 @@ def refuses(op: str, dtypes: frozenset[torch.dtype]) -> str | None:
         return f"{', '.join(unknown)} is not one of float32, float64, float16, bfloat16"
     if torch.float64 in dtypes and op in ("task_gram", "wudi_adam"):
         return "it computes in float32 on tensor cores, and float64 was given or asked for"
+    if torch.float64 in dtypes and op == "trim_threshold":
+        return "it compares float32 magnitudes, and float64 was given"
     return None
 
 

@@ -77,7 +77,7 @@ def from_results(results: dict[str, Any]) -> list[Row]:
     """
     times: dict[tuple[str, str, tuple[int, int, int]], dict[str, float]] = {}
     for case in results["rows"]:
-        if case["kind"] == "time":
+        if case["kind"] == "time" and "-" not in case["op"]:  # behind a dash, a further case of an op
             key = (case["op"], case["dtype"], (1, case["d_out"], case["d_in"]))
             times.setdefault(key, {})[case["backend"]] = case["seconds"]["median"]
     machine = results["machine"]

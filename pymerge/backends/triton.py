@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.batches import packed, rows_contiguous, weights_by_layer
+from pymerge.backends.triton_elementwise import combine_vectors, nearswap, ram, task_dots
 from pymerge.backends.triton_routed import on, routed_linear
+from pymerge.backends.triton_sparse import magnitude_mask, random_mask, sparse_combine
 from pymerge.ops import spd_solve as spd
 from pymerge.ops.wudi_adam import bias_corrections, rates
 
@@ -40,6 +42,13 @@ def implementations() -> Mapping[str, Callable[..., Any]]:
     """The ops with a Triton kernel."""
     return {
         "combine": combine,
+        "magnitude_mask": magnitude_mask,
+        "random_mask": random_mask,
+        "sparse_combine": sparse_combine,
+        "task_dots": task_dots,
+        "combine_vectors": combine_vectors,
+        "nearswap": nearswap,
+        "ram": ram,
         "task_gram": task_gram,
         "wudi_adam": wudi_adam,
         "spd_solve": spd_solve,

@@ -13,7 +13,7 @@ from pymerge.ops.bitmask import BLOCK, TaskMasks, blocks, magnitude_keys, pack, 
 from pymerge.ops.philox import uniform_words
 
 # Probabilities are compared with 32-bit numbers as multiples of 2^-32.
-_ONE = 2.0**32
+ONE = 2.0**32
 
 
 def check(
@@ -74,10 +74,10 @@ def reference(
 def _limits(lowest: float, highest: float, columns: int, device: torch.device) -> Tensor:
     """p 2^32 by rank, rounded down; one number where all are the same."""
     if lowest == highest or columns < 2:
-        return torch.tensor([int((lowest + highest) / 2 * _ONE)], device=device)
+        return torch.tensor([int((lowest + highest) / 2 * ONE)], device=device)
     step = (highest - lowest) / (columns - 1)
     ranks = torch.arange(columns, dtype=torch.float64, device=device)
-    return ((ranks * step + lowest) * _ONE).to(torch.int64)
+    return ((ranks * step + lowest) * ONE).to(torch.int64)
 
 
 OP = Op("random_mask", check, reference, "random masks of the task vectors, by Philox, with their L1 norms")

@@ -115,6 +115,14 @@ inline void run_block(unsigned threads) {
 
 }  // namespace emulation
 
+// Threads take turns, so that what one of them does is not divided.
+template <class T>
+T atomicAdd(T* to, T value) {
+    const T before = *to;
+    *to += value;
+    return before;
+}
+
 inline void __syncthreads() { emulation::wait(emulation::block, blockDim.x); }
 
 using cudaStream_t = void*;

@@ -1,0 +1,46 @@
+"""CUDA C++ for sparse task vectors: selection by magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pymerge.backends.dtypes import DTYPE_CODES
+from pymerge.ops.trim_threshold import Thresholds, exact
+
+
+def trim_threshold(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int]) -> Thresholds:
+    """`trim_threshold` by one or two passes over the weights, and one more where not all equal elements are taken.
+
+    All task vectors together; what is found stays on the device, and nothing waits for it.
+    """
+    from pymerge import _cuda
+
+    numel, device = base.numel(), base.device
+    known = [exact(numel, count) for count in counts]
+    searched = [t for t, found in enumerate(known) if found is None]
+    found = torch.tensor([row or (0, 0) for row in known], dtype=torch.int64).T.contiguous().to(device)
+    if searched:
+        base, inputs = base.contiguous(), [experts[t].contiguous() for t in searched]
+        scratch = torch.zeros(_cuda.trim_threshold_scratch(len(searched), numel), dtype=torch.uint8, device=device)
+        rows = torch.empty(2, len(searched), dtype=torch.int64, device=device)
+        with torch.cuda.device(device):
+            _cuda.trim_threshold(
+                rows[0].data_ptr(),
+                rows[1].data_ptr(),
+                scratch.data_ptr(),
+                flat_argument(base),
+                [flat_argument(expert) for expert in inputs],
+                [counts[t] for t in searched],
+                numel,
+                torch.cuda.current_stream(device).cuda_stream,
+            )
+        found[:, searched] = rows
+    return Thresholds(*found)
+
+
+def flat_argument(tensor: Tensor) -> tuple[int, int, int]:
+    """A contiguous tensor as one row: (address, dtype code, elements), as csrc/bindings.cpp takes matrices."""
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.numel()
