@@ -39,28 +39,42 @@ BATCH = 128
 TEST_IMAGES, VALIDATION_IMAGES = 400, 80  # a task
 CHECKPOINT_EVERY = 500  # steps of pretraining
 
+Nuisance = Callable[[Tensor, torch.Generator], Tensor]
+Forward = Callable[[GlyphVit, Tensor], Tensor]  # features of images, in another arithmetic if need be
+
 
 def generator(seed: int, stage: str, step: int = 0) -> torch.Generator:
     """The random numbers of one step of one stage."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{stage}/{step}".encode()))
 
 
-def render_all(progress: Progress) -> dict[str, Tensor]:
-    """Images (n, 32, 32) uint8 and labels (n,) int64 for "pretraining" and each part of each task."""
-    parts: dict[str, tuple[str, str]] = {"pretraining": (PRETRAINING, TRAIN_FAMILIES)}
+def parts() -> dict[str, tuple[str, str]]:
+    """Characters and font families of "pretraining" and of each part of each rendered task."""
+    found = {"pretraining": (PRETRAINING, TRAIN_FAMILIES)}
     for name, task in TASKS.items():
         if task.characters:
-            parts[f"{name}.train"] = (task.characters, TRAIN_FAMILIES)
-            parts[f"{name}.validation"] = (task.characters, VALIDATION_FAMILIES)
-            parts[f"{name}.test"] = (task.characters, TEST_FAMILIES)
+            found[f"{name}.train"] = (task.characters, TRAIN_FAMILIES)
+            found[f"{name}.validation"] = (task.characters, VALIDATION_FAMILIES)
+            found[f"{name}.test"] = (task.characters, TEST_FAMILIES)
+    return found
+
+
+def render_parts(parts: dict[str, tuple[str, str]], progress: Progress) -> dict[str, Tensor]:
+    """PART.images (n, 32, 32) uint8 and PART.labels (n,) int64 for every part's characters and families."""
     tensors: dict[str, Tensor] = {}
     for part, (characters, families) in progress.track(parts.items(), description="render"):
         rendered = list(render(characters, families))
         tensors[f"{part}.images"] = torch.from_numpy(np.stack([pixels for _, _, pixels in rendered]))
         tensors[f"{part}.labels"] = torch.tensor([index for index, _, _ in rendered])
+    return tensors
+
+
+def split_digits(test: int, validation: int) -> dict[str, Tensor]:
+    """Handwritten digits as `render_parts` gives characters: so many to test, to validate, the rest to train."""
     images, labels = handwritten_digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    cuts = {"test": order[:400], "validation": order[400:500], "train": order[500:]}
+    cuts = {"test": order[:test], "validation": order[test : test + validation], "train": order[test + validation :]}
+    tensors: dict[str, Tensor] = {}
     for part, chosen in cuts.items():
         tensors[f"digits.{part}.images"] = torch.from_numpy(images)[chosen]
         tensors[f"digits.{part}.labels"] = torch.from_numpy(labels)[chosen]
@@ -84,10 +98,9 @@ class Sampler:
 
 
 def train(
-    model: GlyphVit,
     parameters: list[nn.Parameter],
     batch: Callable[[int], tuple[Tensor, Tensor]],
-    logits: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
     steps: int,
     lr: float,
     weight_decay: float,
@@ -99,22 +112,19 @@ def train(
     first = 0
     if checkpoint and checkpoint.exists():
         first = restore(parameters, optimizer, checkpoint)
-    model.train()
     for step in ticks:
         if step < first:
             continue
         warm = min(1.0, (step + 1) / (0.05 * steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-        images, labels = batch(step)
-        loss = F.cross_entropy(logits(model(images)), labels)
+        value = loss(*batch(step))
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(value)
         optimizer.step()
         if checkpoint and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
             keep(parameters, optimizer, step + 1, checkpoint)
-            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
-    model.eval()
+            print(f"step {step + 1}: loss {value.item():.3f}", flush=True)
 
 
 def keep(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, step: int, path: Path) -> None:
@@ -142,30 +152,32 @@ def restore(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, pa
     return int(step)
 
 
-def pretrain(glyphs: dict[str, Tensor], args: argparse.Namespace, progress: Progress) -> GlyphVit:
-    """The base: a cosine classifier over the pretraining characters, whose head is thrown away."""
-    torch.manual_seed(args.seed)
-    model = GlyphVit(GlyphVitConfig())
-    classes = nn.Parameter(torch.randn(len(PRETRAINING), model.config.hidden_size) * 0.02)
-    sampler = Sampler(glyphs["pretraining.images"], glyphs["pretraining.labels"])
+def pretrain(
+    config: GlyphVitConfig,
+    sampler: Sampler,
+    seed: int,
+    steps: int,
+    lr: float,
+    ticks: Iterable[int],
+    checkpoint: Path,
+    forward: Forward = nn.Module.__call__,
+) -> GlyphVit:
+    """The base: a cosine classifier over the sampler's classes, whose head is thrown away."""
+    torch.manual_seed(seed)
+    model = GlyphVit(config)
+    classes = nn.Parameter(torch.randn(len(sampler.counts), config.hidden_size) * 0.02)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        rng = generator(args.seed, "pretrain", step)
+        rng = generator(seed, "pretrain", step)
         images, labels = sampler.draw(BATCH, rng)
         return vary(augment(images, rng), rng), labels
 
-    train(
-        model,
-        [*model.parameters(), classes],
-        batch,
-        lambda features: cosine_logits(features, torch.zeros(()), classes),
-        args.pretrain_steps,
-        args.pretrain_lr,
-        0.05,
-        progress.track(range(args.pretrain_steps), description="pretrain"),
-        args.cache / f"pretrain-{args.seed}-{args.pretrain_steps}-{args.pretrain_lr}.safetensors",
-    )
-    return model
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(cosine_logits(forward(model, images), torch.zeros(()), classes), labels)
+
+    model.train()
+    train([*model.parameters(), classes], batch, loss, steps, lr, 0.05, ticks, checkpoint)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -180,8 +192,8 @@ def make_head(model: GlyphVit, images: Tensor, labels: Tensor) -> tuple[Tensor, 
     return mean.half(), head.half()
 
 
-def held_out(images: Tensor, labels: Tensor, task: str, n: int, rng: torch.Generator) -> list[Tensor]:
-    """`n` uint8 images with the task's nuisance, classes in turn, and uint8 labels.
+def held_out(images: Tensor, labels: Tensor, nuisance: Nuisance, n: int, rng: torch.Generator) -> list[Tensor]:
+    """`n` uint8 images with the nuisance, classes in turn, and uint8 labels.
 
     A rendered image is used again, distorted anew, only where its class has too few.
     """
@@ -190,39 +202,36 @@ def held_out(images: Tensor, labels: Tensor, task: str, n: int, rng: torch.Gener
     rounds = [divmod(i, len(queues)) for i in range(n)]
     chosen = torch.stack([queues[c][turn % len(queues[c])] for turn, c in rounds])
     clean = images[chosen].float() / 255
-    noisy = TASKS[task].nuisance(augment(clean, rng, 0.7), rng)
+    noisy = nuisance(augment(clean, rng, 0.7), rng)
     return [(noisy * 255).round().byte(), labels[chosen].byte()]
 
 
 def finetune(
-    base: Path,
-    glyphs: dict[str, Tensor],
+    model: GlyphVit,
+    sampler: Sampler,
     task: str,
-    heads: dict[str, Tensor],
-    args: argparse.Namespace,
-    progress: Progress,
-) -> GlyphVit:
-    """An expert: the base's body trained on one task with its nuisance; the head stays as it is."""
-    model = load_model(base)
-    mean, head = heads[f"{task}.mean"].float(), heads[f"{task}.head"].float()
-    sampler = Sampler(glyphs[f"{task}.train.images"], glyphs[f"{task}.train.labels"])
+    nuisance: Nuisance,
+    head: tuple[Tensor, Tensor],
+    seed: int,
+    steps: int,
+    lr: float,
+    ticks: Iterable[int],
+    forward: Forward = nn.Module.__call__,
+) -> None:
+    """Make the base an expert: the body trained on one task with its nuisance; the (mean, head) stays as it is."""
+    mean, rows = (tensor.float() for tensor in head)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        rng = generator(args.seed, task, step)
+        rng = generator(seed, task, step)
         images, labels = sampler.draw(BATCH, rng)
-        return TASKS[task].nuisance(augment(images, rng), rng), labels
+        return nuisance(augment(images, rng), rng), labels
 
-    train(
-        model,
-        list(model.parameters()),
-        batch,
-        lambda features: cosine_logits(features, mean, head),
-        args.finetune_steps,
-        args.finetune_lr,
-        0.0,
-        progress.track(range(args.finetune_steps), description=f"fine-tune {task}"),
-    )
-    return model
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(cosine_logits(forward(model, images), mean, rows), labels)
+
+    model.train()
+    train(list(model.parameters()), batch, loss, steps, lr, 0.0, ticks)
+    model.eval()
 
 
 def settings() -> argparse.Namespace:
@@ -256,25 +265,35 @@ def main() -> None:
     with Progress(*columns) as progress:
         store = args.cache / "glyphs.safetensors"
         if not store.exists():
-            save_file(render_all(progress), store)
+            save_file(render_parts(parts(), progress) | split_digits(400, 100), store)
         glyphs = load_file(store)
         base = args.out / "base"
         if not (base / "model.safetensors").exists():
-            save_model(pretrain(glyphs, args, progress), base)
+            sampler = Sampler(glyphs["pretraining.images"], glyphs["pretraining.labels"])
+            ticks = progress.track(range(args.pretrain_steps), description="pretrain")
+            half_done = args.cache / f"pretrain-{args.seed}-{args.pretrain_steps}-{args.pretrain_lr}.safetensors"
+            steps, lr = args.pretrain_steps, args.pretrain_lr
+            save_model(pretrain(GlyphVitConfig(), sampler, args.seed, steps, lr, ticks, half_done), base)
         tensors: dict[str, Tensor] = {}
         model = load_model(base)
-        for task in TASKS:
-            mean, head = make_head(model, glyphs[f"{task}.train.images"], glyphs[f"{task}.train.labels"])
-            tensors |= {f"{task}.mean": mean, f"{task}.head": head}
+        for name, task in TASKS.items():
+            mean, head = make_head(model, glyphs[f"{name}.train.images"], glyphs[f"{name}.train.labels"])
+            tensors |= {f"{name}.mean": mean, f"{name}.head": head}
             for part, n in (("test", TEST_IMAGES), ("validation", VALIDATION_IMAGES)):
-                source = (glyphs[f"{task}.{part}.images"], glyphs[f"{task}.{part}.labels"])
-                images, labels = held_out(*source, task, n, generator(args.seed, f"{task}.{part}"))
-                tensors |= {f"{task}.{part}.images": images, f"{task}.{part}.labels": labels}
+                source = (glyphs[f"{name}.{part}.images"], glyphs[f"{name}.{part}.labels"])
+                images, labels = held_out(*source, task.nuisance, n, generator(args.seed, f"{name}.{part}"))
+                tensors |= {f"{name}.{part}.images": images, f"{name}.{part}.labels": labels}
         save_file(tensors, args.out / "testset.safetensors", metadata={"head_scale": str(HEAD_SCALE)})
-        for task in TASKS:
-            folder = args.out / "experts" / task
+        for name, task in TASKS.items():
+            folder = args.out / "experts" / name
             if not (folder / "model.safetensors").exists():
-                save_model(finetune(base, glyphs, task, tensors, args, progress), folder)
+                expert = load_model(base)
+                sampler = Sampler(glyphs[f"{name}.train.images"], glyphs[f"{name}.train.labels"])
+                frozen = (tensors[f"{name}.mean"], tensors[f"{name}.head"])
+                ticks = progress.track(range(args.finetune_steps), description=f"fine-tune {name}")
+                steps, lr = args.finetune_steps, args.finetune_lr
+                finetune(expert, sampler, name, task.nuisance, frozen, args.seed, steps, lr, ticks)
+                save_model(expert, folder)
 
 
 if __name__ == "__main__":
