@@ -69,8 +69,7 @@ class GlyphSuite:
         """SHA-256 of all weights and images, shortened."""
         found = hashlib.sha256()
         for path in self._files(seed):
-            with open(path, "rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest() if sys.version_info >= (3, 11) else file.read())
+            found.update(path.read_bytes())
         return found.hexdigest()[:16]
 
     def load(self, folder: Path) -> nn.Module:

@@ -1,0 +1,49 @@
+"""Merging by a recipe: as the real command in a process of its own, or within this process to tune and to sweep."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from processes import Cost, run
+
+import pymerge
+from quality.recipes import Recipe
+from quality.suite import Part, Suite, mean, scores
+
+# A tuning stops after so many values in a row that are no better than the best: accuracy has one peak in each of them.
+PATIENCE = 2
+
+
+def command(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int, out: Path) -> Cost:
+    """`pymerge merge CONFIG OUT`, what it took; the start of the interpreter is part of it."""
+    config = out.with_suffix(".yml")
+    config.write_text(yaml.safe_dump(recipe.config(suite, tasks, seed)))
+    return run([sys.executable, "-m", "pymerge", "merge", config, out, "--quiet"])
+
+
+def merged_scores(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int, part: Part) -> dict[str, float]:
+    """Accuracies of a merge that is done here and thrown away."""
+    with tempfile.TemporaryDirectory(prefix="pymerge-quality-") as folder:
+        out = Path(folder, "merged")
+        pymerge.merge(recipe.config(suite, tasks, seed), out, progress=False)
+        return scores(suite, out, tasks, seed, part)
+
+
+def tune(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int) -> tuple[Recipe, list[dict[str, float]]]:
+    """The recipe at its best value by the mean accuracy on validation examples, and the values that were tried.
+
+    Of equal ones the smallest is taken.
+    """
+    tried: list[dict[str, float]] = []
+    best = {"value": recipe.grid[0], "mean": -1.0}
+    for value in recipe.grid:
+        found = mean(merged_scores(suite, recipe.at(value), tasks, seed, "validation").values())
+        tried.append({"value": value, "mean": found})
+        best = max(best, tried[-1], key=lambda one: one["mean"])
+        if len(tried) > PATIENCE and all(one["value"] > best["value"] for one in tried[-PATIENCE:]):
+            break
+    return recipe.at(best["value"]), tried
