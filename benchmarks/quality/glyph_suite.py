@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from quality.suite import Part
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "glyphs"
-sys.path.insert(0, str(EXAMPLE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "glyphs"))
 
 from model import cosine_logits, load_model
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "glyphs"
 EXAMPLE_TASKS = ("digits", "latin", "greek", "cyrillic", "hebrew")
 BATCH = 250  # images; larger ones are no faster on a CPU
 

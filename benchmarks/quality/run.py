@@ -21,12 +21,15 @@ import torch
 from results_file import ResultsFile
 
 from pymerge.testing.bench import machine
+from quality.cross_check import cross_check
+from quality.measures import measures
 from quality.recipes import RECIPES
 from quality.store import Store
 from quality.suites import open_suite, work
+from quality.sweeps import sweeps
 from quality.table import table
 
-STAGES = {"table": table}
+STAGES = {"table": table, "sweeps": sweeps, "measures": measures, "cross-check": cross_check}
 
 
 def main() -> None:
