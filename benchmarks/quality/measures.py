@@ -36,8 +36,9 @@ def _rows(suite: Suite, seed: int) -> Iterator[dict[str, Any]]:
     yield {"kind": "cosines", "group": "all tensors", "cosines": _cosines(found.tensors)}
     groups: dict[str, list[TensorMeasures]] = {}
     for tensor in found.tensors:
-        groups.setdefault("outside the blocks" if tensor.block is None else f"block {tensor.block}", []).append(tensor)
-    for group in sorted(groups, key=_number):
+        numbered = re.match(r"(.*?\.\d+)\.", tensor.name)
+        groups.setdefault(numbered[1] if numbered else "all others", []).append(tensor)
+    for group in sorted(groups, key=_natural):
         yield {"kind": "cosines", "group": group, "cosines": _cosines(groups[group])}
     yield from _sizes(found)
     for spectrum in found.spectra:
@@ -54,9 +55,9 @@ def _rows(suite: Suite, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _number(group: str) -> int:
-    digits = re.search(r"\d+", group)
-    return int(digits[0]) if digits else -1
+def _natural(group: str) -> list[tuple[int, str]]:
+    """Sorts by words, and numbers by their size."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", group)]
 
 
 def _cosines(tensors: Iterable[TensorMeasures]) -> list[list[float]]:

@@ -14,9 +14,6 @@ import pymerge
 from quality.recipes import Recipe
 from quality.suite import Part, Suite, mean, scores
 
-# A tuning stops after so many values in a row that are no better than the best: accuracy has one peak in each of them.
-PATIENCE = 2
-
 
 def command(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int, out: Path) -> Cost:
     """`pymerge merge CONFIG OUT`, what it took; the start of the interpreter is part of it."""
@@ -36,14 +33,18 @@ def merged_scores(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int,
 def tune(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int) -> tuple[Recipe, list[dict[str, float]]]:
     """The recipe at its best value by the mean accuracy on validation examples, and the values that were tried.
 
-    Of equal ones the smallest is taken.
+    Climbs from the recipe's start: upwards along the grid while that is better, else downwards.
     """
-    tried: list[dict[str, float]] = []
-    best = {"value": recipe.grid[0], "mean": -1.0}
-    for value in recipe.grid:
-        found = mean(merged_scores(suite, recipe.at(value), tasks, seed, "validation").values())
-        tried.append({"value": value, "mean": found})
-        best = max(best, tried[-1], key=lambda one: one["mean"])
-        if len(tried) > PATIENCE and all(one["value"] > best["value"] for one in tried[-PATIENCE:]):
-            break
-    return recipe.at(best["value"]), tried
+    tried: dict[float, float] = {}
+
+    def accuracy(place: int) -> float:
+        value = recipe.grid[place]
+        if value not in tried:
+            tried[value] = mean(merged_scores(suite, recipe.at(value), tasks, seed, "validation").values())
+        return tried[value]
+
+    place = recipe.grid.index(recipe.start)
+    for step in (1, -1):
+        while 0 <= place + step < len(recipe.grid) and accuracy(place + step) > accuracy(place):
+            place += step
+    return recipe.at(recipe.grid[place]), [{"value": value, "mean": tried[value]} for value in sorted(tried)]

@@ -22,6 +22,7 @@ from results_file import ResultsFile
 
 from pymerge.testing.bench import machine
 from quality.cross_check import cross_check
+from quality.explain import explain
 from quality.measures import measures
 from quality.recipes import RECIPES
 from quality.store import Store
@@ -29,7 +30,7 @@ from quality.suites import open_suite, work
 from quality.sweeps import sweeps
 from quality.table import table
 
-STAGES = {"table": table, "sweeps": sweeps, "measures": measures, "cross-check": cross_check}
+STAGES = {"table": table, "sweeps": sweeps, "measures": measures, "explain": explain, "cross-check": cross_check}
 
 
 def main() -> None:

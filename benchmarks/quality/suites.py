@@ -16,8 +16,15 @@ def work() -> Path:
 
 
 def open_suite(name: str) -> Suite:
-    """`glyphs5` (the example's experts), or a folder's name or path: what train.py made there.
+    """`glyphs5` (the example's experts), `minilm4` (language_train.py's), or another folder's name: train.py's.
 
     Raises SystemExit if there is none.
     """
-    return GlyphSuite.example() if name == "glyphs5" else GlyphSuite.trained(work() / name)
+    if name == "glyphs5":
+        return GlyphSuite.example()
+    if name == "minilm4":
+        from quality.language_suite import LanguageSuite
+
+        language: Suite = LanguageSuite(work() / name)
+        return language
+    return GlyphSuite.trained(work() / name)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from quality.merging import merged_scores, tune
-from quality.recipes import EXACT_TIME, FLOW, FORBIDDEN, FORCED, TASK_ARITHMETIC, Recipe
+from quality.recipes import EXACT_TIME, FLOW, FORCED, TASK_ARITHMETIC, Recipe
 from quality.store import Entry, Store
 from quality.suite import Part, Suite, individual, mean, scores
 from quality.table import Tell
@@ -20,10 +20,9 @@ TIMES = (0.0, 1.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e4, 1e5, 1e6, EXACT_TIME)
 WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-THRESHOLDS = {"never refined": FORBIDDEN, "as released, gamma above 0.3": 0.3, "always refined": FORCED}
-DENSITIES = (0.1, 0.2, 0.5, 1.0)
-LAMBDAS = (0.5, 1.0, 1.5, 2.0, 3.0)
-COARSE = replace(TASK_ARITHMETIC, grid=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0))
+THRESHOLDS = {"as released, gamma above 0.3": 0.3, "always refined": FORCED}
+DENSITIES = (0.1, 0.2, 1.0)
+LAMBDAS = (0.5, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def points(tasks: tuple[str, ...]) -> Iterator[Point]:
     for count in range(2, len(tasks) + 1):
         some = tasks[:count]
         yield on("tasks", "simple average", count, "linear", some, weight=1.0)
-        yield Point("tasks", COARSE.name, count, COARSE, some)
+        yield Point("tasks", TASK_ARITHMETIC.name, count, TASK_ARITHMETIC, some)
         yield on("tasks", "wudi, published lr 1e-5", count, "wudi", some)
         yield Point("tasks", FLOW.name, count, FLOW, some)
         yield on("tasks", "ace, released, eps 1e-5", count, "ace", some)
@@ -101,6 +100,5 @@ def sweeps(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[Entry
 def measure(suite: Suite, point: Point, seed: int) -> Entry:
     """Tune what is to be tuned, merge, and measure."""
     recipe = tune(suite, point.recipe, point.tasks, seed)[0] if point.recipe.tuned else point.recipe
-    parameters = {name: str(value) if value == FORBIDDEN else value for name, value in recipe.parameters.items()}
     found = merged_scores(suite, recipe, point.tasks, seed, PART)
-    return {"method": recipe.method, "parameters": parameters, "scores": found}
+    return {"method": recipe.method, "parameters": dict(recipe.parameters), "scores": found}
