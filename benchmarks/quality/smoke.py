@@ -59,9 +59,9 @@ def main() -> None:
         shown = {name: rows[name]["mean"] for name in ("base", "individual", *(recipe.name for recipe in MERGES))}
         shown["task arithmetic, best"] = best_arithmetic(rows)
         print(" ".join(tasks), " ".join(f"| {name} {value:.2f}" for name, value in shown.items()), flush=True)
-    if options.write:
-        EXPECTED.write_text(json.dumps({"tasks": TASKS, "rows": measure(TASKS)}, indent=1) + "\n")
-        print(f"written to {EXPECTED}")
+        if options.write and tasks == TASKS:
+            EXPECTED.write_text(json.dumps({"tasks": tasks, "rows": rows}, indent=1) + "\n")
+            print(f"written to {EXPECTED}")
 
 
 if __name__ == "__main__":
