@@ -38,7 +38,7 @@ def _rows(suite: Suite, seed: int) -> Iterator[dict[str, Any]]:
     for tensor in found.tensors:
         numbered = re.match(r"(.*?\.\d+)\.", tensor.name)
         groups.setdefault(numbered[1] if numbered else "all others", []).append(tensor)
-    for group in sorted(groups, key=_natural):
+    for group in sorted(groups, key=natural):
         yield {"kind": "cosines", "group": group, "cosines": _cosines(groups[group])}
     yield from _sizes(found)
     for spectrum in found.spectra:
@@ -55,7 +55,7 @@ def _rows(suite: Suite, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _natural(group: str) -> list[tuple[int, str]]:
+def natural(group: str) -> list[tuple[int, str]]:
     """Sorts by words, and numbers by their size."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", group)]
 
