@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu setup.py pyproject.toml constraints.txt)
 
-.PHONY: demo test torture lint format gpu bench parity bench-small clean help
+.PHONY: demo test torture lint format gpu bench parity bench-small quality quality-smoke clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -58,6 +58,19 @@ parity: $(VENV)/installed  ## merge small models by every method of mergekit, wi
 
 bench-small: $(VENV)/installed  ## time every op on a small shape, in under a minute
 	$(BIN)/python -m pytest benchmarks/test_small_ops.py --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds
+
+quality: $(VENV)/installed  ## train eight tasks' experts, merge them by every method, measure, draw (40 minutes from nothing)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/quality/requirements.txt
+	@echo "== base and experts, kept in ~/.cache/pymerge-bench/quality"
+	$(BIN)/python benchmarks/quality/train.py
+	@echo "== merges and their accuracies; results go to benchmarks/results, see docs/quality.md"
+	$(BIN)/python benchmarks/quality/run.py
+	$(BIN)/python benchmarks/quality/plots.py $$(ls -t benchmarks/results/*/*-quality-glyphs8.json | head -n 1)
+	$(BIN)/python benchmarks/quality/show.py $$(ls -t benchmarks/results/*/*-quality-glyphs8.json | head -n 1)
+
+quality-smoke: $(VENV)/installed  ## merge two of the example's experts and check the order of the methods
+	$(BIN)/python benchmarks/quality/smoke.py
+	$(BIN)/python -m pytest -q tests/test_quality_smoke.py
 
 clean:  ## remove what was built and installed here
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis

@@ -1,0 +1,110 @@
+"""Why the order is what it is: suspected causes, each tested by a merge with that one thing changed (one seed).
+
+Recipes are tuned on validation examples and measured as the table is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pymerge
+from quality import routed
+from quality.merging import merged_scores, tune
+from quality.recipes import DENSITY, FLOW, FORCED, SCALES, TASK_ARITHMETIC, TIES, Recipe
+from quality.store import Entry, Store
+from quality.suite import Part, RoutedSuite, Suite, mean, scores
+from quality.table import Tell
+
+FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+EVEN = {"weight": 1.0}
+QUESTIONS: dict[str, tuple[Recipe, ...]] = {
+    "which step of ties costs": (
+        TASK_ARITHMETIC,
+        Recipe("trimmed", "breadcrumbs", {**EVEN, "density": DENSITY, "gamma": 0.0}, "lambda", SCALES, 0.3),
+        Recipe("signs elected", "ties", {**EVEN, "density": 1.0, "normalize": False}, "lambda", SCALES, 0.3),
+        Recipe("trimmed, elected", "ties", {**EVEN, "density": DENSITY, "normalize": False}, "lambda", SCALES, 0.3),
+        TIES,
+    ),
+    "is the merged delta too short": (
+        FLOW,
+        Recipe("wudi_flow, scale tuned", "wudi_flow", {"time": 300.0}, "scale", FACTORS, 1.0),
+        Recipe("ace, eps 1e-5", "ace"),
+        Recipe("ace, eps 1e-5, scale tuned", "ace", {}, "scale", FACTORS, 1.0),
+    ),
+    "what ace's normalisation and refinement do": (
+        Recipe("ace, eps 1e-5", "ace"),
+        Recipe("traces normalised, one direction refined", "ace", {"gamma_threshold": FORCED, "k_frac": 0.0}),
+        Recipe("traces normalised, refined", "ace", {"gamma_threshold": FORCED}),
+    ),
+    "what the tensors do that are not solved": (
+        FLOW,
+        Recipe("wudi_flow, rest: base", "wudi_flow", {"time": 300.0, "rest": "base"}),
+    ),
+}
+OWN = "what is lost, and where"
+ROUTED = "what adaptation adds to wemoe"
+
+
+def explain(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[Entry]:
+    """Rows of the first seed."""
+    seed = suite.seeds[0]
+    key = {"suite": suite.name, "fingerprint": suite.fingerprint(seed), "seed": seed, "part": part}
+    for question, variant, depends, measure in _measurements(suite, seed, part):
+        entry = store.get(f"explain-{variant}", {**key, "explain": variant, **depends}, measure)
+        found = mean(entry["scores"].values())
+        tell(f"{question:44} {variant:42} {found:6.2f}")
+        row = {"kind": "explain", "suite": suite.name, "seed": seed, "part": part, "question": question}
+        yield {**row, "variant": variant, **entry, "mean": found}
+
+
+def _measurements(suite: Suite, seed: int, part: Part) -> Iterator[tuple[str, str, Entry, Callable[[], Entry]]]:
+    """(question, variant, what it depends on beside the suite, how it is measured)."""
+    for question, recipes in QUESTIONS.items():
+        for recipe in recipes:
+            yield question, recipe.name, {"recipe": asdict(recipe)}, partial(_merge, suite, recipe, seed, part)
+    for kind, chosen in _kinds(suite, seed).items():
+        depends = {"own": chosen, "recipe": asdict(FLOW)}
+        yield OWN, f"each task's own {kind}", depends, partial(_own, suite, chosen, seed, part)
+    if isinstance(suite, RoutedSuite):
+        yield ROUTED, "not adapted", routed.settings(), partial(_unadapted, suite, seed, part)
+
+
+def _merge(suite: Suite, recipe: Recipe, seed: int, part: Part) -> Entry:
+    if recipe.tuned:
+        recipe, _ = tune(suite, recipe, suite.tasks, seed)
+    found = merged_scores(suite, recipe, suite.tasks, seed, part)
+    return {"method": recipe.method, "parameters": dict(recipe.parameters), "scores": found}
+
+
+def _kinds(suite: Suite, seed: int) -> dict[str, list[str]]:
+    """Tensors by what a merge does with them; MLPs, which wemoe routes, apart."""
+    steps = pymerge.plan(FLOW.config(suite, suite.tasks, seed)).steps
+    solved = [step.name for step in steps if step.layer.solvable]
+    kinds = {
+        "MLPs": [step.name for step in steps if ".mlp." in step.name],
+        "linear weights": solved,
+        "other tensors": [step.name for step in steps if step.name not in solved],
+    }
+    return {kind: names for kind, names in kinds.items() if names}
+
+
+def _own(suite: Suite, chosen: Sequence[str], seed: int, part: Part) -> Entry:
+    """wudi_flow's merge with some tensors of each task's own expert: what is lost by merging those."""
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="pymerge-quality-") as folder:
+        pymerge.merge(FLOW.config(suite, suite.tasks, seed), Path(folder, "merged"), progress=False)
+        merged = suite.load(Path(folder, "merged"))
+    state = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
+    for task in suite.tasks:
+        expert = suite.load(suite.expert(task, seed)).state_dict()
+        merged.load_state_dict({**state, **{name: expert[name] for name in chosen}})
+        found |= scores(suite, merged, [task], seed, part)
+    return {"tensors": len(chosen), "scores": found}
+
+
+def _unadapted(suite: Suite, seed: int, part: Part) -> Entry:
+    return {"scores": scores(suite, routed.upscaled(suite, suite.tasks, seed), suite.tasks, seed, part)}

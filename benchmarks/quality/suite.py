@@ -1,0 +1,68 @@
+"""What the protocol needs to know of a task suite: tasks, seeds, checkpoints, and how well a model does on a task.
+
+A suite is one base, and for each seed one expert of every task, with validation and test examples of its own. The base
+is the same for all seeds. Nothing else here knows what the tasks are about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Part = Literal["validation", "test"]
+
+
+class Suite(Protocol):
+    """Base, experts and examples of a set of tasks."""
+
+    name: str
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def base(self) -> Path:
+        """Folder of the base checkpoint."""
+
+    def expert(self, task: str, seed: int) -> Path:
+        """Folder of the expert that was fine-tuned on `task`."""
+
+    def fingerprint(self, seed: int) -> str:
+        """Changes whenever base, experts or examples of the seed do; what was measured before is then measured anew."""
+
+    def load(self, folder: Path) -> nn.Module:
+        """The float32 model of a checkpoint, merged ones included."""
+
+    def accuracy(self, model: nn.Module | Path, task: str, seed: int, part: Part) -> float:
+        """Percent of the task's examples that a model (or checkpoint) gets right."""
+
+
+@runtime_checkable
+class RoutedSuite(Protocol):
+    """A suite that can also adapt the routers of WEMoE; a `Suite` without this has no such row."""
+
+    def batches(self, task: str, seed: int, part: Part, size: int) -> Iterable[tuple[Any, Tensor]]:
+        """Inputs and labels, shuffled by PyTorch's generator on each pass."""
+
+    def logits(self, task: str, seed: int, output: Any) -> Tensor:
+        """A task's logits from what the model returns."""
+
+
+def scores(suite: Suite, model: nn.Module | Path, tasks: Sequence[str], seed: int, part: Part) -> dict[str, float]:
+    """Accuracy in percent of one model on each of the tasks."""
+    loaded = suite.load(model) if isinstance(model, Path) else model
+    with torch.no_grad():
+        return {task: suite.accuracy(loaded, task, seed, part) for task in tasks}
+
+
+def individual(suite: Suite, tasks: Sequence[str], seed: int, part: Part) -> dict[str, float]:
+    """Accuracy in percent of every expert on its own task."""
+    return {task: scores(suite, suite.expert(task, seed), [task], seed, part)[task] for task in tasks}
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean."""
+    listed = list(values)
+    return sum(listed) / len(listed)

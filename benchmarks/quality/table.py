@@ -1,0 +1,91 @@
+"""The table: every row for every seed, tuned on validation examples, measured on test examples."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from processes import Cost, run
+
+from quality import routed
+from quality.merging import command, tune
+from quality.recipes import RECIPES, Recipe
+from quality.store import Entry, Store
+from quality.suite import Part, RoutedSuite, Suite, individual, mean, scores
+
+WEMOE = "wemoe, entropy"
+Tell = Callable[[str], None]
+
+
+def table(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[Entry]:
+    """Rows of all seeds; a suite that cannot route has none for WEMoE."""
+    for seed in suite.seeds:
+        experts = None
+        for name, depends, measure in _measurements(suite, seed, part):
+            key = {"suite": suite.name, "fingerprint": suite.fingerprint(seed), "seed": seed, "part": part, **depends}
+            start = time.perf_counter()
+            entry = store.get(f"table-seed-{seed}-{name}", key, measure)
+            experts = entry["scores"] if name == "individual" else experts
+            if experts is None:
+                raise RuntimeError("the individual experts come first: all rows are divided by theirs")
+            found = summarised(entry["scores"], experts)
+            tell(f"seed {seed}  {name:28} {found['mean']:6.2f}   {time.perf_counter() - start:5.1f} s")
+            yield {"kind": "table", "suite": suite.name, "seed": seed, "row": name, "part": part, **entry, **found}
+
+
+def summarised(found: dict[str, float], experts: dict[str, float]) -> dict[str, float]:
+    """Mean accuracy, and the mean of accuracies over those of the tasks' own experts, both in percent."""
+    return {"mean": mean(found.values()), "normalised": 100 * mean(found[task] / experts[task] for task in found)}
+
+
+def _measurements(suite: Suite, seed: int, part: Part) -> Iterator[tuple[str, Entry, Callable[[], Entry]]]:
+    """(name, what it depends on beside the suite, how it is measured) of each row."""
+    tasks = suite.tasks
+    yield "individual", {"row": "individual"}, lambda: {"scores": individual(suite, tasks, seed, part)}
+    yield "base", {"row": "base"}, lambda: {"scores": scores(suite, suite.base(), tasks, seed, part)}
+    for recipe in RECIPES:
+        yield recipe.name, {"row": asdict(recipe)}, lambda recipe=recipe: merge_row(suite, recipe, tasks, seed, part)
+    if isinstance(suite, RoutedSuite):
+        yield WEMOE, {"row": WEMOE, **routed.settings()}, lambda: routed_row(suite, tasks, seed, part)
+
+
+def merge_row(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int, part: Part) -> Entry:
+    """Tune, merge by the command, measure."""
+    tried: list[dict[str, float]] = []
+    if recipe.tuned:
+        recipe, tried = tune(suite, recipe, tasks, seed)
+    with tempfile.TemporaryDirectory(prefix="pymerge-quality-") as folder:
+        out = Path(folder, "merged")
+        cost = command(suite, recipe, tasks, seed, out)
+        found = scores(suite, out, tasks, seed, part)
+    about: dict[str, Any] = {"method": recipe.method, "parameters": dict(recipe.parameters), **taken(cost)}
+    return {**about, "scores": found} | ({"tuning": tried} if tried else {})
+
+
+def routed_row(suite: Suite, tasks: Sequence[str], seed: int, part: Part) -> Entry:
+    """Adapt in a process of its own, measure here."""
+    here = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory(prefix="pymerge-quality-") as folder:
+        routers = Path(folder, "routers.safetensors")
+        arguments = [suite.name, str(seed), ",".join(tasks), routers]
+        cost = run([sys.executable, "-m", "quality.routed", *arguments], {"PYTHONPATH": path})
+        model = routed.upscaled(suite, tasks, seed)
+        model.load_router(routers)
+    return {
+        "method": "wemoe",
+        "parameters": routed.settings(),
+        **taken(cost),
+        "scores": scores(suite, model, tasks, seed, part),
+    }
+
+
+def taken(cost: Cost) -> dict[str, float]:
+    """Seconds of wall clock and peak memory in MiB of the process that merged."""
+    return {"seconds": cost.wall, "peak_mib": cost.peak / 2**20}
