@@ -214,3 +214,6 @@ class Ace(SolverMethod):
             merge["scale"],
             merge["precision"],
         )
+
+
+METHODS = (Ace(),)
