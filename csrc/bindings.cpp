@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "common/dispatch.h"
 #include "ops/adam_step.h"
 #include "ops/combine.h"
+#include "ops/combine_files.h"
 #include "ops/elementwise.h"
 #include "ops/magnitude_mask.h"
 #include "ops/mix_weights.h"
@@ -116,6 +118,29 @@ void trim_threshold(Address keys, Address ends, Address scratch, const Matrix& b
 }
 
 #else
+
+using File = std::tuple<int, std::int64_t, std::int32_t>;  // descriptor, byte of its first element, dtype code
+
+FileTensor view(const File& f) { return {std::get<0>(f), std::get<1>(f), checked_dtype(std::get<2>(f))}; }
+
+// (finite, which file failed, errno, byte, nanoseconds in reads), as in CombineFilesResult.
+std::tuple<bool, std::int64_t, int, std::int64_t, std::int64_t> combine_files(
+    Address out, std::int32_t out_dtype, const std::optional<File>& base, const std::vector<File>& inputs,
+    const std::vector<double>& weights, double divisor, std::int64_t numel, std::int64_t block, bool check_inputs) {
+    PM_CHECK(inputs.size() == weights.size(),
+             "combine_files: " << inputs.size() << " inputs, " << weights.size() << " weights; give one of each");
+    const FileTensor origin = base ? view(*base) : FileTensor{};
+    std::vector<FileTensor> files;
+    for (const File& input : inputs) files.push_back(view(input));
+    const CombineFilesResult result = combine_files_cpu(
+        {pointer(out), checked_dtype(out_dtype), base ? &origin : nullptr, files.data(), weights.data(), divisor,
+         static_cast<std::int64_t>(files.size()), numel, block, check_inputs});
+    return {result.finite, result.failed, result.error, result.at, result.reading_ns};
+}
+
+bool is_finite(Address values, std::int32_t dtype, std::int64_t numel) {
+    return is_finite_cpu(pointer<const void>(values), checked_dtype(dtype), numel);
+}
 
 void task_sum(Address out, std::int32_t dtype, const Matrix& base, const std::vector<Matrix>& experts,
               const std::vector<double>& weights, Address means, std::int64_t rows, std::int64_t columns, int threads) {
@@ -345,6 +370,8 @@ PYBIND11_MODULE(_cuda, module) {
 #else
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled ops for the CPU; see pymerge.backends.native.";
+    module.def("combine_files", &combine_files, py::call_guard<py::gil_scoped_release>());
+    module.def("is_finite", &is_finite, py::call_guard<py::gil_scoped_release>());
     module.def("task_sum", &task_sum, py::call_guard<py::gil_scoped_release>());
     module.def("task_stats", &task_stats, py::call_guard<py::gil_scoped_release>());
     module.def("trim_threshold", &trim_threshold, py::call_guard<py::gil_scoped_release>());

@@ -12,6 +12,9 @@ _Dense = tuple[int, int, int, int]
 # T sparse matrices by rows: (values, dtype, columns, columns are int32, starts, starts between two tasks, T).
 _Sparse = tuple[int, int, int, bool, int, int, int]
 
+# descriptor, byte of its first element, dtype.
+_File = tuple[int, int, int]
+
 # Bits, L1 norms before and after; keys and ends of thresholds, 0 and 0 for none. Weights are one row of all elements.
 _Masks = tuple[int, int, int]
 _Thresholds = tuple[int, int]
@@ -30,6 +33,19 @@ def combine(
     threads: int,
     /,
 ) -> None: ...
+def combine_files(
+    out: int,
+    out_dtype: int,
+    base: _File | None,
+    inputs: Sequence[_File],
+    weights: Sequence[float],
+    divisor: float,
+    numel: int,
+    block: int,
+    check_inputs: bool,
+    /,
+) -> tuple[bool, int, int, int, int]: ...
+def is_finite(values: int, dtype: int, numel: int, /) -> bool: ...
 def task_sum(
     out: int,
     dtype: int,

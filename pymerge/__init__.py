@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge import wemoe
-    from pymerge.api import merge, merge_state_dicts, merge_tensors, plan
+    from pymerge.api import merge, plan
     from pymerge.errors import PymergeError
+    from pymerge.in_memory import merge_state_dicts, merge_tensors
     from pymerge.planner import Plan
     from pymerge.report import MergeReport
     from pymerge.stages import multi
@@ -31,8 +32,8 @@ _HOMES = {
     "Plan": "pymerge.planner",
     "PymergeError": "pymerge.errors",
     "merge": "pymerge.api",
-    "merge_state_dicts": "pymerge.api",
-    "merge_tensors": "pymerge.api",
+    "merge_state_dicts": "pymerge.in_memory",
+    "merge_tensors": "pymerge.in_memory",
     "multi": "pymerge.stages",
     "plan": "pymerge.api",
 }

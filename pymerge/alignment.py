@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint import Checkpoint, RowMap, TensorEntry, carried_files, gathered
+from pymerge.checkpoint import Checkpoint, TensorEntry, carried_files
 from pymerge.config import MergeConfig, hub_reference, model_path, participants
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.inputs import Inputs, Matched, Part
@@ -19,7 +19,6 @@ from pymerge.tokenizers import (
     UNION,
     Files,
     TokenizerSettings,
-    TokenModel,
     TokenPlan,
     Vocabulary,
     choose_template,
@@ -29,13 +28,16 @@ from pymerge.tokenizers import (
     read_json,
     read_vocabularies,
     read_vocabulary,
-    row_maps,
     tokenizer_files,
     union,
     with_tokens,
     without_rows_beyond,
 )
 from pymerge.vocabulary import token_tables
+
+if TYPE_CHECKING:
+    from pymerge.checkpoint import RowMap
+    from pymerge.tokenizers.rows import TokenModel
 
 _GENERATION = "generation_config.json"
 _ID_SUFFIX = "_token_id"
@@ -186,6 +188,8 @@ def _token_models(
     warnings: list[str],
 ) -> tuple[list[TokenModel], list[str]]:
     """All models with vocabularies and lengths of tables, and the names of the tables."""
+    from pymerge.tokenizers.rows import TokenModel
+
     problems: list[str] = []
     vocabularies: list[Vocabulary] = []
     read = read_vocabularies({model.checkpoint.path: model.files for model in models})
@@ -255,6 +259,8 @@ def _maps(
     models: Sequence[TokenModel],
     warnings: list[str],
 ) -> list[RowMap]:
+    from pymerge.tokenizers.rows import row_maps
+
     wrong: list[tuple[str, str]] = []
     base = 0 if config.base_model else None
     maps = row_maps(output, rows, models, base, settings.tokens, warnings, wrong)
@@ -267,6 +273,8 @@ def _maps(
 
 def _gathered(inputs: Inputs, models: Sequence[_Named], tables: Sequence[str], maps: Sequence[RowMap]) -> Inputs:
     """The inputs with the token tables as their maps say; a model whose rows stay where they are keeps its own."""
+    from pymerge.checkpoint import gathered
+
     sources = {name: tuple(model.checkpoint.tensors[name] for model in models) for name in tables}
     aligned: dict[Path, Checkpoint] = {}
     for number, (model, found) in enumerate(zip(models, maps, strict=True)):

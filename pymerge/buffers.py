@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
-
 import torch
 from torch import Tensor
 
+from pymerge.memory import map_pages
 from pymerge.methods.average import element_count
 
 
@@ -40,7 +39,7 @@ class Buffers:
         if same_size is not None:
             return self._idle.pop(same_size).view(-1).view(dtype).view(shape)
         self.settle()
-        return _mapped(nbytes).view(dtype).view(shape)
+        return torch.frombuffer(map_pages(nbytes), dtype=torch.uint8).view(dtype).view(shape)
 
     def give(self, tensor: Tensor) -> None:
         """The memory of this contiguous tensor, which nobody uses any more."""
@@ -52,14 +51,3 @@ class Buffers:
         kept = sum(block.nbytes for block in self._idle)
         while kept > (self._most if most is None else most):
             kept -= self._idle.pop(0).nbytes
-
-
-def _mapped(nbytes: int) -> Tensor:
-    """Bytes that go back to the system as soon as they are freed, in large pages where there are any."""
-    try:
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"{nbytes} bytes cannot be mapped ({error.strerror})") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)

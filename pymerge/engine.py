@@ -8,12 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from logging import WARNING
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from pymerge import memory
-from pymerge.backends import Dispatcher
+from pymerge import memory, streams
 from pymerge.checkpoint import (
     OutputDirectory,
     Reader,
@@ -23,15 +20,21 @@ from pymerge.checkpoint import (
     read_manifest,
     verify,
 )
+from pymerge.devices import Device, resolve_device
 from pymerge.errors import OutputError
 from pymerge.logs import event
-from pymerge.pipeline import Pipeline
 from pymerge.planner import Plan
 from pymerge.progress import NoProgress, ProgressSink
 from pymerge.report import RECIPE_NAME, MergeReport, model_card
 from pymerge.schedule import batches, fit
 from pymerge.steps import Step
-from pymerge.tracing import Tracer
+from pymerge.streams import Streams
+from pymerge.tracing import Times, Tracer
+
+if TYPE_CHECKING:
+    import torch
+
+    from pymerge.backends import Dispatcher
 
 
 class Supplement(Protocol):
@@ -67,11 +70,39 @@ class Supplement(Protocol):
         """Small files, from the layouts of all that have been written; `last` among them."""
 
 
-def processor(device: torch.device) -> str:
-    """What computes: the name of the GPU, or the instructions that PyTorch uses on this CPU."""
+class Executor(Protocol):
+    """Carries out the steps of a plan: `Pipeline`, or `Streams` for weighted sums."""
+
+    def run(self) -> None:
+        """Work through all pieces. The first exception of any thread ends it."""
+
+    @property
+    def times(self) -> Times:
+        """What the leading thread has done so far."""
+
+    @property
+    def backends(self) -> Mapping[str, str]:
+        """Which backend computed each op."""
+
+
+def processor(plan: Plan, device: Device, backend: str) -> str:
+    """What computes, as far as the bytes of the output may depend on it.
+
+    That is the name of the GPU, or the instructions that PyTorch uses on this CPU. Files that are combined as they are
+    read give the same bytes with all instructions of an architecture.
+    """
+    if streamed(plan, device, backend):
+        return platform.machine()
+    import torch
+
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(str(device))
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def streamed(plan: Plan, device: Device, backend: str) -> bool:
+    """Whether files are combined as they are read (pymerge.streams), or tensors computed (pymerge.pipeline)."""
+    return streams.why_not(plan.steps, device, backend, allow_nonfinite=plan.config.allow_nonfinite) is None
 
 
 def run(
@@ -104,11 +135,11 @@ def run(
     """
     started = time.perf_counter()
     progress = progress or NoProgress()
-    target = memory.resolve_device(device)
-    run_op = Dispatcher(backend, target)
+    target = resolve_device(device)
+    run_op = _dispatcher(plan, target, backend)
     _log_plan(plan, backend, target)
     _refuse_inputs(plan, out)
-    identity = plan.identity(backend, str(target), processor(target))
+    identity = plan.identity(backend, str(target), processor(plan, target, backend))
     keeps_cache = plan.keeps_cache
     if supplement is not None:
         identity |= supplement.identity
@@ -118,8 +149,7 @@ def run(
         shards = manifest["shards"].values()
         nbytes = sum(tensor["nbytes"] for shard in shards for tensor in shard["tensors"].values())
         return _verified(plan, out, nbytes, started, progress)
-    if target.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(target)
+    _peak_device_memory(target, reset=True)
     with (
         Tracer(profile, nvtx=target.type == "cuda") as tracer,
         OutputDirectory(
@@ -144,18 +174,18 @@ def run(
         if supplement is not None:
             read += supplement.cost(kept)[0]
         progress.start(read + written + (supplement.cost(kept)[1] if supplement else 0))
+        executor: Executor
+        options = {"allow_nonfinite": plan.config.allow_nonfinite, "keeps_cache": keeps_cache}
+        if run_op is None:
+            limit = min(budget.tensors, plan.peak_memory)
+            executor = Streams(steps, limit, reader, output, tracer, progress, **options)
+        else:
+            from pymerge.pipeline import Pipeline
+
+            queue = batches(steps, budget)
+            executor = Pipeline(queue, budget.tensors, run_op, reader, output, tracer, progress, **options)
         try:
-            Pipeline(
-                batches(steps, budget),
-                budget.tensors,
-                run_op,
-                reader,
-                output,
-                tracer,
-                progress,
-                allow_nonfinite=plan.config.allow_nonfinite,
-                keeps_cache=keeps_cache,
-            ).run()
+            executor.run()
             if supplement is not None:
                 supplement.make(output, reader, tracer, progress, keeps_cache)
         finally:
@@ -170,15 +200,15 @@ def run(
         bytes_read=read,
         bytes_written=written,
         seconds=time.perf_counter() - started,
-        reading=tracer.seconds("wait for inputs"),
-        computing=tracer.seconds("compute"),
-        writing=tracer.seconds("wait for the writer"),
+        reading=executor.times.reading,
+        computing=executor.times.computing,
+        writing=executor.times.writing,
         overlap=tracer.overlap,
         slowest=tracer.slowest(),
         budget=budget.tensors,
         peak_memory=memory.peak_resident_bytes(),
-        peak_device_memory=torch.cuda.max_memory_allocated(target) if target.type == "cuda" else 0,
-        backends={op: choice.backend for op, choice in run_op.choices.items()},
+        peak_device_memory=_peak_device_memory(target),
+        backends=executor.backends,
         warnings=plan.warnings,
         resumed_shards=resumed,
     )
@@ -186,14 +216,34 @@ def run(
     return report
 
 
-def _log_plan(plan: Plan, backend: str, device: torch.device) -> None:
+def _dispatcher(plan: Plan, device: Device, backend: str) -> Dispatcher | None:
+    """What calls ops, where tensors are computed; None where files are combined as they are read."""
+    if streamed(plan, device, backend):
+        return None
+    from pymerge.backends import Dispatcher
+
+    return Dispatcher(backend, device)
+
+
+def _peak_device_memory(device: Device, *, reset: bool = False) -> int:
+    """Bytes allocated on a CUDA device at most, since the last `reset`; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    if reset:
+        torch.cuda.reset_peak_memory_stats(str(device))
+    return torch.cuda.max_memory_allocated(str(device))
+
+
+def _log_plan(plan: Plan, backend: str, device: Device) -> None:
     text = f"{plan.method.name}: {len(plan.steps)} tensors, {plan.bytes_read} bytes to read"
     event("plan", text, **plan.summary(), backend=backend, device=str(device))
     for warning in plan.warnings:
         event("warning", warning, level=WARNING)
 
 
-def _budgeted(plan: Plan, steps: Sequence[Step], target: torch.device) -> tuple[memory.Budget, Sequence[Step]]:
+def _budgeted(plan: Plan, steps: Sequence[Step], target: Device) -> tuple[memory.Budget, Sequence[Step]]:
     """The plan's budget and steps; made again if the plan was made for another kind of device."""
     if plan.budget.device == target.type:
         return plan.budget, steps
@@ -210,9 +260,7 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
             raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
 
 
-def _publish(
-    plan: Plan, output: OutputDirectory, supplement: Supplement | None, backend: str, device: torch.device
-) -> None:
+def _publish(plan: Plan, output: OutputDirectory, supplement: Supplement | None, backend: str, device: Device) -> None:
     """Put everything beside the weights in place, and make the output visible."""
     donor = plan.inputs.donor
     files: dict[str, bytes | Path] = {path.as_posix(): donor.path / path for path in donor.other_files}

@@ -21,6 +21,14 @@ def default_backend() -> str:
     return os.environ.get("PYMERGE_BACKEND") or "auto"
 
 
+def threads() -> int:
+    """OMP_NUM_THREADS, as far as it is a number, or the processors that this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def version() -> str:
     """The version of the installed distribution."""
     return importlib.metadata.version("pymerge-engine")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pymerge.checkpoint import TensorEntry
+from pymerge.checkpoint import TORCH_DTYPES, TensorEntry
 from pymerge.errors import NonFiniteError
 
 
@@ -16,6 +16,14 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.dtype.is_floating_point or tensor.numel() == 0:
         return True
     return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
+
+
+def overflow(name: str, code: str) -> NonFiniteError:
+    """The error of a result that is not finite though its inputs are, given its name and dtype code."""
+    return NonFiniteError(
+        f"{name}: the merged tensor has values that {TORCH_DTYPES[code]} cannot hold; "
+        "choose out_dtype bfloat16 or float32, or smaller weights"
+    )
 
 
 def check_finite(entry: TensorEntry, start_row: int, tensor: Tensor) -> None:

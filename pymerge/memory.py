@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
-from pymerge.errors import BackendError
+from pymerge.devices import Device
 from pymerge.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 # What a merge takes of the memory that is available, unless --memory says otherwise.
 HOST_SHARE = 0.75
@@ -42,22 +46,14 @@ class Budget:
         return nbytes <= CACHE_SHARE * self.available
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU. BackendError for a device that PyTorch does not know."""
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise BackendError(f"unknown device {str(device)!r}; choose auto, cpu, cuda or cuda:N") from error
-
-
-def budget(device: torch.device, memory: int | None = None) -> Budget:
+def budget(device: Device | torch.device, memory: int | None = None) -> Budget:
     """The budget of a merge on this device; `memory` is the limit on the host that the user has set."""
     available = available_bytes()
     host = int(HOST_SHARE * available) if memory is None else memory
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(str(device))
         origin = f"{DEVICE_SHARE:.0%} of {format_bytes(free)} free on {device}"
         return Budget(device.type, host, int(DEVICE_SHARE * free), available, origin)
     origin = "--memory" if memory is not None else f"{HOST_SHARE:.0%} of {format_bytes(available)} available"
@@ -107,6 +103,20 @@ def peak_resident_bytes() -> int:
     """Largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def map_pages(nbytes: int) -> mmap.mmap:
+    """Bytes that go back to the system as soon as they are freed, in large pages where there are any.
+
+    Raises MemoryError.
+    """
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes cannot be mapped ({error.strerror})") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 class Heap:

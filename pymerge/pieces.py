@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pymerge.layers import Layer
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Action, Cost, OpRunner
-from pymerge.ops.base import one_thread
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # A product below this takes less than a millisecond: waiting for other threads costs more than they give, and small
 # float64 products round differently for each number of them.
@@ -116,6 +117,7 @@ def run_matrices(
     out_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Run an action on matrices whose input axis is `in_axis`; contiguous results in the same layout."""
+    from pymerge.ops.base import one_thread
 
     def turned(matrix: Tensor) -> Tensor:
         return (matrix.mT if in_axis == 0 else matrix).contiguous()

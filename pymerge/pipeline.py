@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import chain
-from logging import DEBUG, WARNING
+from logging import WARNING
 
 import torch
 from torch import Tensor
@@ -16,16 +15,17 @@ from torch import Tensor
 from pymerge import pieces
 from pymerge.backends import Dispatcher
 from pymerge.checkpoint import TORCH_DTYPES, OutputDirectory, Reader, TensorEntry, upcast
-from pymerge.errors import ArgumentError, BackendError, NonFiniteError, OutOfMemoryError
-from pymerge.finite import check_finite, is_finite
+from pymerge.errors import ArgumentError, BackendError, OutOfMemoryError
+from pymerge.finite import check_finite, is_finite, overflow
 from pymerge.logs import event
 from pymerge.memory import Heap
 from pymerge.ops.base import at_most_threads
 from pymerge.pieces import Piece
 from pymerge.progress import ProgressSink
 from pymerge.schedule import READ_THREADS, Batch, Slot, Window, may_wait
+from pymerge.steplog import StepLog
 from pymerge.steps import Step
-from pymerge.tracing import Tracer
+from pymerge.tracing import Times, Tracer
 from pymerge.transfer import transfer_to
 
 Loads = list[Future[list[Tensor]]]  # of each slot of a batch, all inputs
@@ -69,7 +69,7 @@ class Pipeline:
         # Elementwise work waits on memory, and readers need the processor beside it: a team of threads that does not
         # get all its cores waits for a time slice at every barrier.
         self._elementwise_threads = max(1, torch.get_num_threads() - READ_THREADS)
-        self._began: dict[str, float] = {}  # when, of the steps that are being carried out
+        self._log = StepLog()
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pymerge-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
 
@@ -80,11 +80,11 @@ class Pipeline:
                 self._read_ahead()
                 batch, loads = self._line.popleft()
                 for slot in batch.slots:
-                    self._log_start(slot)
+                    self._log.begins(slot)
                 with self._tracer.span("step", batch.name):
                     self._carry_out(batch, loads)
                 for slot in batch.slots:
-                    self._log_end(slot)
+                    self._log.ends(slot)
                 self._window.pop()
                 if not batch.slots[0].step.action.chunkable:
                     self._heap.freed(batch.memory.peak)
@@ -94,18 +94,14 @@ class Pipeline:
             self._readers.shutdown(cancel_futures=True)
             self._writer.shutdown(cancel_futures=True)
 
-    def _log_start(self, slot: Slot) -> None:
-        if slot.piece is slot.step.pieces[0]:
-            name = slot.step.name
-            self._began[name] = time.perf_counter()
-            event("step_started", name, level=DEBUG, tensor=name, action=slot.step.action.label)
+    @property
+    def times(self) -> Times:
+        seconds = self._tracer.seconds
+        return Times(seconds("wait for inputs"), seconds("compute"), seconds("wait for the writer"))
 
-    def _log_end(self, slot: Slot) -> None:
-        step = slot.step
-        if slot.piece is step.pieces[-1]:
-            size = {"bytes_read": step.bytes_read, "bytes_written": step.nbytes}
-            seconds = time.perf_counter() - self._began.pop(step.name)
-            event("step_finished", step.name, level=DEBUG, tensor=step.name, seconds=seconds, **size)
+    @property
+    def backends(self) -> dict[str, str]:
+        return {op: choice.backend for op, choice in self._run_op.choices.items()}
 
     def _read_ahead(self) -> None:
         """Start to read what the window admits; at least one batch, for which outputs may have to be written first."""
@@ -270,10 +266,7 @@ class Pipeline:
             for slot, tensors, result in zip(batch.slots, inputs, merged, strict=True):
                 if not self._allow_nonfinite and not is_finite(result):
                     _check_inputs(slot, tensors)
-                    raise NonFiniteError(
-                        f"{slot.step.name}: the merged tensor has values that {dtype} cannot hold; "
-                        "choose out_dtype bfloat16 or float32, or smaller weights"
-                    )
+                    raise overflow(slot.step.name, step.dtype)
             self._transfer.finish()
         return merged
 

@@ -13,6 +13,7 @@ from pymerge import engine, memory, pieces
 from pymerge.backends import Dispatcher
 from pymerge.checkpoint import MANIFEST_NAME, TORCH_DTYPES, Reader, bytes_of, differences, read_manifest, upcast
 from pymerge.config import load_config
+from pymerge.devices import resolve_device
 from pymerge.errors import BackendError, CheckpointError, ConfigError, OutputError, PlanError
 from pymerge.planner import Plan, build_plan
 from pymerge.progress import NoProgress, ProgressSink
@@ -54,7 +55,8 @@ def recheck(out: Path | str, count: int | None = None, *, progress: ProgressSink
     recipe = manifest["recipe"]
     run_op = _dispatcher(out, recipe)
     plan = _plan(out, recipe, memory.budget(run_op.device))
-    now = plan.identity(recipe["backend"], recipe["device"], engine.processor(run_op.device))
+    processor = engine.processor(plan, resolve_device(recipe["device"]), recipe["backend"])
+    now = plan.identity(recipe["backend"], recipe["device"], processor)
     recorded = manifest["identity"]
     report = RecheckReport(
         changes=differences(
@@ -108,7 +110,7 @@ def _plan(out: Path, recipe: dict[str, Any], budget: memory.Budget) -> Plan:
 
 def _dispatcher(out: Path, recipe: dict[str, Any]) -> Dispatcher:
     try:
-        return Dispatcher(recipe["backend"], memory.resolve_device(recipe["device"]))
+        return Dispatcher(recipe["backend"], resolve_device(recipe["device"]))
     except BackendError as error:
         raise OutputError(
             f"{out}: was merged on {recipe['device']} with backend {recipe['backend']}, which cannot be used here "

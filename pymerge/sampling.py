@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
-
 from pymerge.checkpoint import Reader
 from pymerge.planner import Plan
 from pymerge.steps import Step
@@ -39,6 +37,8 @@ def delta_rms(step: Step, reader: Reader) -> float:
 
     NaN where a row holds NaN or infinity.
     """
+    import torch
+
     squares = []
     rows = list(_sample(step.shape[0]))
     origin = [reader.read(step.base, row, row + 1).double() for row in rows]

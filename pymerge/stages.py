@@ -8,21 +8,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from pymerge import api
 from pymerge.checkpoint import Checkpoint
 from pymerge.config import MergeConfig, check_config
 from pymerge.config_checks import places
+from pymerge.devices import resolve_device
 from pymerge.errors import ArgumentError, ConfigError, PlanError
-from pymerge.memory import budget, resolve_device
+from pymerge.memory import budget
 from pymerge.planner import DEFAULT_SHARD_BYTES, Plan, build_plan
 from pymerge.report import MergeReport
 from pymerge.units import parse_bytes
 from pymerge.yaml_lines import Document, Location, nearest, parse_documents, read_text, show
+
+if TYPE_CHECKING:
+    import torch
 
 # Keys whose value can be a model.
 _REFERENCES = ("model", "base_model", "path", "source", "tokenizer_source")

@@ -12,23 +12,36 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TextIO
-
-import torch
+from typing import Any, Literal, NamedTuple, TextIO
 
 from pymerge.errors import OutputError
 
 # Reading and writing files is what the pipeline hides behind computing. A copy moves a tensor to or from a CUDA device,
 # inside a read or a write. Steps are those of the computing thread, which waits or computes in them.
-Kind = Literal["step", "read", "write", "copy", "compute", "wait for inputs", "wait for the writer"]
-_IO = ("read", "write")
+# "combine" reads and computes, block by block.
+Kind = Literal["step", "read", "write", "copy", "compute", "combine", "wait for inputs", "wait for the writer"]
+_IO = ("read", "write", "combine")
+_COMPUTING = ("compute", "combine")
 _PROCESS = {"name": "pymerge"}
-_NVTX: Any = torch.cuda.nvtx  # PyTorch gives its functions no types
+
+
+def _nvtx() -> Any:
+    from torch.cuda import nvtx  # PyTorch gives its functions no types
+
+    return nvtx
+
+
+class Times(NamedTuple):
+    """Seconds of the thread that leads a merge."""
+
+    reading: float  # waiting for inputs
+    computing: float
+    writing: float  # and waiting for the writer
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds spent on one tensor: reading and writing as added up over threads, and computing."""
+    """Seconds spent on one tensor, added up over threads; what is read and computed block by block is computing."""
 
     name: str
     reading: float
@@ -50,7 +63,7 @@ class Tracer:
 
     def __init__(self, path: Path | None = None, *, nvtx: bool = False) -> None:
         self._path = path
-        self._nvtx = nvtx
+        self._nvtx = _nvtx() if nvtx else None
         self._lock = threading.Lock()
         self._started = self._changed = time.perf_counter_ns()  # changed: when a span began or ended last
         self._active: dict[str, int] = {}  # spans under way, by kind
@@ -81,15 +94,15 @@ class Tracer:
     @contextmanager
     def span(self, kind: Kind, name: str, nbytes: int = 0) -> Iterator[None]:
         """A span of work on this thread: on the tensor `name`, moving `nbytes` bytes."""
-        if self._nvtx:
-            _NVTX.range_push(f"{kind} {name}")
+        if self._nvtx is not None:
+            self._nvtx.range_push(f"{kind} {name}")
         began = self._change(kind, 1)
         try:
             yield
         finally:
             ended = self._change(kind, -1, name, began)
-            if self._nvtx:
-                _NVTX.range_pop()
+            if self._nvtx is not None:
+                self._nvtx.range_pop()
             if self._file is not None:
                 self._write(kind, name, began, ended, nbytes)
 
@@ -99,7 +112,7 @@ class Tracer:
             now = time.perf_counter_ns()
             if any(self._active.get(io) for io in _IO):
                 self._io_ns += now - self._changed
-                if self._active.get("compute"):
+                if any(self._active.get(each) for each in _COMPUTING):
                     self._hidden_ns += now - self._changed
             self._changed = now
             self._active[kind] = self._active.get(kind, 0) + count
@@ -142,7 +155,12 @@ class Tracer:
     def slowest(self, count: int = 10) -> tuple[StepTime, ...]:
         """The tensors that took longest, the slowest first."""
         times = (
-            StepTime(name, *(kinds.get(kind, 0) / 1e9 for kind in ("read", "compute", "write")))
+            StepTime(
+                name,
+                reading=kinds.get("read", 0) / 1e9,
+                computing=sum(kinds.get(kind, 0) for kind in _COMPUTING) / 1e9,
+                writing=kinds.get("write", 0) / 1e9,
+            )
             for name, kinds in self._steps.items()
         )
         return tuple(heapq.nlargest(count, times, key=lambda step: step.total))

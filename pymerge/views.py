@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from pymerge import env
-from pymerge.backends import describe, measured
 from pymerge.layers import Layer
 from pymerge.methods import METHODS
 from pymerge.methods.average import element_count
@@ -115,6 +113,10 @@ def _meaning(parameter: Parameter) -> str:
 
 def env_view() -> RenderableType:
     """Versions, devices, backends and environment variables."""
+    import torch
+
+    from pymerge.backends import describe, measured
+
     versions = Table("package", "version", title="versions", title_justify="left", pad_edge=False)
     for name, version in env.package_versions().items():
         versions.add_row(name, version)

@@ -22,6 +22,7 @@ ARROWS = {
     "logs": "errors",
     "env": "",
     "units": "errors",
+    "devices": "errors",
     "ops": "errors",
     "methods": "errors ops",
     "layers": "errors",
@@ -47,8 +48,9 @@ ARROWS = {
         "errors methods layers checkpoint settings yaml_lines config_checks config_entries config inputs layer_counts "
         "sources tied towers"
     ),
-    "memory": "errors units",
+    "memory": "devices units",
     "steps": "methods layers checkpoint pieces",
+    "steplog": "logs schedule",
     "schedule": "errors units methods checkpoint memory pieces steps",
     "planner": (
         "errors env methods layers checkpoint config inputs memory pieces schedule slices steps tokenizers vocabulary "
@@ -58,27 +60,32 @@ ARROWS = {
     "tracing": "errors",
     "sampling": "checkpoint planner steps",
     "report": "env units planner tracing",
-    "backends": "errors logs ops",
-    "buffers": "methods",
+    "backends": "devices errors logs ops",
+    "buffers": "memory methods",
     "transfer": "methods buffers checkpoint pieces schedule tracing",
-    "pipeline": "errors ops backends checkpoint finite logs memory pieces progress schedule steps tracing transfer",
-    "engine": "errors backends checkpoint logs memory pipeline planner progress report schedule steps tracing",
-    "recheck": "errors backends checkpoint config engine memory pieces planner progress steps",
-    "api": (
-        "errors env units methods layers checkpoint finite config memory pieces backends planner progress report "
-        "sampling engine"
+    "pipeline": (
+        "errors ops backends checkpoint finite logs memory pieces progress schedule steplog steps tracing transfer"
     ),
-    "stages": "errors env checkpoint config config_checks memory planner report units yaml_lines api",
+    "streams": (
+        "devices errors env backends checkpoint finite logs memory methods pieces progress schedule steplog steps tracing"
+    ),
+    "engine": (
+        "devices errors backends checkpoint logs memory pipeline planner progress report schedule steps streams tracing"
+    ),
+    "recheck": "devices errors backends checkpoint config engine memory pieces planner progress steps",
+    "api": "devices env units config memory planner progress report sampling engine",
+    "in_memory": "devices errors methods layers checkpoint finite pieces backends planner",
+    "stages": "devices errors env checkpoint config config_checks memory planner report units yaml_lines api",
     "tensor_table": "planner steps",
     "names": "",
     "analysis": "errors env units names methods checkpoint config planner progress steps",
     "views": "env units names methods layers backends planner steps",
     "wemoe": (
-        "errors env units logs yaml_lines layers ops methods checkpoint finite config config_checks memory schedule "
+        "devices errors env units logs yaml_lines layers ops methods checkpoint finite config config_checks memory schedule "
         "planner progress report tracing sampling backends engine console views"
     ),
     "testing": "errors env ops methods backends api",
-    "__init__": "errors env planner report api stages wemoe",
+    "__init__": "errors env planner report api in_memory stages wemoe",
     "console": "errors",
     "cli": "errors console analysis checkpoint logs progress recheck api stages tensor_table views wemoe",
     "__main__": "cli",

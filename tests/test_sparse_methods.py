@@ -20,7 +20,8 @@ from pymerge.config import load_config
 from pymerge.errors import ArgumentError, ConfigError, NonFiniteError, PlanError
 from pymerge.methods import METHODS
 from pymerge.methods.base import Values
-from pymerge.methods.sparse import SPARSE_METHODS, KeepMagnitudes
+from pymerge.methods.sparse import METHODS as SPARSE_METHODS
+from pymerge.methods.sparse import KeepMagnitudes
 from pymerge.ops.philox import key_of, uniform_words
 
 # name -> sparsifier, elects signs, normalize and rescale by default: mergekit's table.

@@ -46,7 +46,8 @@ void combine_block(const CombineParams& p, std::int64_t begin, std::int64_t n) {
             read_block<A, T>(origin, static_cast<const T*>(p.base) + begin, n);
         });
     }
-    std::fill_n(total, n, A(0));
+    // Without inputs the base is converted as it is: -0 + -0 is -0, and -0 + 0 is 0.
+    std::fill_n(total, n, p.count == 0 ? A(-0.0) : A(0));
     for (std::int64_t t = 0; t < p.count; ++t) {
         dispatch(p.dtypes[t], [&](auto tag) {
             using T = typename decltype(tag)::type;

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pymerge.backends.combine_files import missing
 from pymerge.backends.dtypes import DTYPE_CODES as DTYPE_CODES
 from pymerge.backends.native_elementwise import nearswap, ram, sce
 from pymerge.backends.native_routed import routed_linear
@@ -35,11 +35,7 @@ def unavailable(device: torch.device) -> str | None:
     """Why C++ cannot compute on this device; None if it can."""
     if device.type != "cpu":
         return f"it computes on the CPU, the tensors are on {device}; use --device cpu or --backend reference"
-    try:
-        importlib.import_module("pymerge._C")
-    except ImportError as error:
-        return f"pymerge._C does not load ({error}); install again where a C++20 compiler is: pip install ."
-    return None
+    return missing()
 
 
 def implementations() -> Mapping[str, Callable[..., Any]]:

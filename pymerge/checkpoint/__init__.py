@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from pymerge.checkpoint.carried import carried_files
-from pymerge.checkpoint.dtypes import (
-    ITEM_SIZES,
-    TORCH_DTYPES,
-    bytes_of,
-    code_of,
-    is_float,
-    is_float8,
-    memory_item_size,
-    upcast,
-)
+from pymerge.checkpoint.codes import ITEM_SIZES, is_float, is_float8, memory_item_size
 from pymerge.checkpoint.files import MANIFEST_NAME, WORK_FOLDER, atomic_write, fsync_directory
-from pymerge.checkpoint.gather import GatheredEntry, RowMap, gathered
+from pymerge.checkpoint.gathered import GatheredEntry
 from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
 from pymerge.checkpoint.hub import fetch
 from pymerge.checkpoint.identity import differences, printable
 from pymerge.checkpoint.layout import ShardLayout, TensorLayout, index_json, index_name, layout_file, layout_shards
 from pymerge.checkpoint.manifest import VerifyReport, build_manifest, read_manifest, verify
-from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.reader import Reader, failed_read
 from pymerge.checkpoint.writer import OutputDirectory
+
+if TYPE_CHECKING:
+    from pymerge.checkpoint.dtypes import TORCH_DTYPES, bytes_of, code_of, upcast
+    from pymerge.checkpoint.gather import gathered
+    from pymerge.checkpoint.rowmap import RowMap
+
+# Of modules that import PyTorch or numpy.
+_HOMES = {
+    "TORCH_DTYPES": "pymerge.checkpoint.dtypes",
+    "bytes_of": "pymerge.checkpoint.dtypes",
+    "code_of": "pymerge.checkpoint.dtypes",
+    "upcast": "pymerge.checkpoint.dtypes",
+    "gathered": "pymerge.checkpoint.gather",
+    "RowMap": "pymerge.checkpoint.rowmap",
+}
 
 __all__ = [
     "ITEM_SIZES",
@@ -44,6 +52,7 @@ __all__ = [
     "carried_files",
     "code_of",
     "differences",
+    "failed_read",
     "fetch",
     "fsync_directory",
     "gathered",
@@ -61,3 +70,12 @@ __all__ = [
     "upcast",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: what needs headers and bytes alone does not wait for PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pymerge.checkpoint' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

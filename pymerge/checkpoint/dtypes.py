@@ -1,4 +1,4 @@
-"""Element types of the safetensors format and what torch calls them."""
+"""What torch calls the element types of the safetensors format, and tensors as bytes. Imports PyTorch."""
 
 from __future__ import annotations
 
@@ -16,42 +16,20 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Not in every version and build of torch; those without them read every other type.
-for _code, _attribute in (
-    ("U16", "uint16"),
-    ("U32", "uint32"),
-    ("U64", "uint64"),
-    ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
-    ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
-):
-    if hasattr(torch, _attribute):
-        TORCH_DTYPES[_code] = getattr(torch, _attribute)
-
-ITEM_SIZES: dict[str, int] = {code: dtype.itemsize for code, dtype in TORCH_DTYPES.items()}
 
 _CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in TORCH_DTYPES.items()}
-
-
-def is_float(code: str) -> bool:
-    """Whether a dtype code is a floating-point type, 8-bit floats included."""
-    return code in TORCH_DTYPES and TORCH_DTYPES[code].is_floating_point
-
-
-def is_float8(code: str) -> bool:
-    """Whether a dtype code is an 8-bit float: read and upcast, never computed in or written."""
-    return is_float(code) and ITEM_SIZES[code] == 1
-
-
-def memory_item_size(code: str) -> int:
-    """Bytes that an element takes while it is read: an 8-bit float is there twice, as stored and upcast."""
-    return ITEM_SIZES[code] + (ITEM_SIZES["BF16"] if is_float8(code) else 0)
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.dtypes import ITEM_SIZES
+from pymerge.checkpoint.codes import ITEM_SIZES
 from pymerge.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -48,6 +48,11 @@ class TensorEntry:
     def numel(self) -> int:
         """Number of elements; 1 for a 0-d tensor."""
         return math.prod(self.shape)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the bytes of any rows lie in `file` as they are in memory, one after the other."""
+        return self.strides is None
 
     def rows(self, start: int, stop: int) -> TensorEntry:
         """The entry of rows `start` to `stop` (exclusive) of a tensor with at least one axis."""

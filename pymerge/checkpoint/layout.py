@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pymerge.checkpoint.dtypes import ITEM_SIZES
+from pymerge.checkpoint.codes import ITEM_SIZES
 from pymerge.checkpoint.fileformat import MAX_HEADER_BYTES, METADATA_KEY, shorten
 from pymerge.errors import ArgumentError
 

@@ -9,12 +9,10 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.carried import is_weight_file, model_files
-from pymerge.checkpoint.dtypes import ITEM_SIZES, bytes_of, is_float
+from pymerge.checkpoint.codes import ITEM_SIZES, is_float
 from pymerge.checkpoint.fileformat import TensorEntry, first_few, parse_json_object, read_header, read_text_file
 from pymerge.checkpoint.files import (
     MANIFEST_NAME,
@@ -28,6 +26,9 @@ from pymerge.checkpoint.identity import Identity
 from pymerge.checkpoint.layout import ShardLayout, index_json, index_name
 from pymerge.checkpoint.reader import Reader
 from pymerge.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    import torch
 
 _FORMAT = 2
 _CHUNK_BYTES = 16 << 20
@@ -231,6 +232,8 @@ def _verify_shard(
 
 def _read_tensor(reader: Reader, entry: TensorEntry, progress: Callable[[int, str], None] | None) -> tuple[str, int]:
     """sha256 of a tensor and how many of its values are not finite."""
+    from pymerge.checkpoint.dtypes import bytes_of
+
     flat = replace(entry, shape=(entry.numel,))
     step = _CHUNK_BYTES // ITEM_SIZES[entry.dtype]
     digest = hashlib.sha256()
@@ -246,6 +249,8 @@ def _read_tensor(reader: Reader, entry: TensorEntry, progress: Callable[[int, st
 
 
 def _count_nonfinite(chunk: torch.Tensor) -> int:
+    import torch
+
     # torch cannot compare 8-bit floats; float32 holds each of their values exactly.
     values = chunk.float() if chunk.element_size() == 1 else chunk
     # Both ends are NaN when any value is. This takes one pass; counting, seldom needed, takes several.

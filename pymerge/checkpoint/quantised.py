@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.dtypes import is_float8
+from pymerge.checkpoint.codes import is_float8
 from pymerge.checkpoint.fileformat import TensorEntry, shorten
 from pymerge.errors import CheckpointError
 

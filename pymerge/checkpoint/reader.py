@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-import torch
-
-from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, bytes_of
+from pymerge.checkpoint.codes import ITEM_SIZES
 from pymerge.checkpoint.fileformat import TensorEntry, shorten
-from pymerge.checkpoint.gather import GatheredEntry, Run, fill_gathered
+from pymerge.checkpoint.gathered import GatheredEntry, Run
 from pymerge.errors import ArgumentError, CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 CHUNK_BYTES = 64 << 20
 # Of a view whose elements lie apart, read at once and sorted out in memory: this much where most of it is wanted,
@@ -69,6 +73,10 @@ class Reader:
         The dtype is the stored one; the shape is that of the slice. A 0-d tensor is read whole. Raises
         ArgumentError for rows outside the tensor, CheckpointError when the file cannot be read.
         """
+        import torch
+
+        from pymerge.checkpoint.dtypes import TORCH_DTYPES
+
         shape, _, _ = _span(entry, start_row, stop_row)
         out = torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
         self.read_into(entry, out, start_row, stop_row)
@@ -76,7 +84,9 @@ class Reader:
 
     def read_into(self, entry: TensorEntry, out: torch.Tensor, start_row: int = 0, stop_row: int | None = None) -> None:
         """As `read`, into a contiguous CPU tensor (pinned or not) of the slice's shape and dtype."""
-        shape, offset, nbytes = _span(entry, start_row, stop_row)
+        from pymerge.checkpoint.dtypes import TORCH_DTYPES, bytes_of
+
+        shape, offset, _ = _span(entry, start_row, stop_row)
         right = out.dtype == TORCH_DTYPES[entry.dtype] and tuple(out.shape) == shape
         if not right or out.device.type != "cpu" or not out.is_contiguous():
             raise ArgumentError(
@@ -84,14 +94,50 @@ class Reader:
                 f"{out.device}; pass a contiguous CPU tensor of that dtype and shape"
             )
         if isinstance(entry, GatheredEntry):
+            from pymerge.checkpoint.gather import fill_gathered
+
             fill_gathered(self.read_runs_into, entry, out, start_row, start_row + shape[0])
             return
+        if entry.strides is None:
+            self.read_bytes_into(entry, bytes_of(out), start_row, stop_row)
+            return
         with self._descriptor(entry.file) as descriptor:
-            if entry.strides is None:
-                _fill(entry, descriptor, bytes_of(out), offset, nbytes)
-            else:
-                _fill_strided(entry, descriptor, out, entry.strides, offset)
+            _fill_strided(entry, descriptor, out, entry.strides, offset)
             self._check_stamp(entry.file, descriptor)
+
+    def read_bytes(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> bytearray:
+        """As `read`, as row-major bytes."""
+        shape, _, _ = _span(entry, start_row, stop_row)
+        out = bytearray(math.prod(shape) * ITEM_SIZES[entry.dtype])
+        if entry.contiguous:
+            self.read_bytes_into(entry, memoryview(out), start_row, stop_row)
+        else:
+            from pymerge.checkpoint.dtypes import bytes_of
+
+            out[:] = bytes_of(self.read(entry, start_row, stop_row))
+        return out
+
+    def read_bytes_into(
+        self, entry: TensorEntry, out: memoryview, start_row: int = 0, stop_row: int | None = None
+    ) -> None:
+        """As `read_into`, of a contiguous entry into bytes (format "B") of the slice's size."""
+        with self.places([entry], start_row, stop_row) as [(descriptor, offset)]:
+            _fill(entry, descriptor, out, offset, out.nbytes)
+
+    @contextmanager
+    def places(
+        self, entries: Sequence[TensorEntry], start_row: int = 0, stop_row: int | None = None
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Descriptor and offset in its file of these rows of contiguous entries, for reads inside the block.
+
+        At its end the files are checked, as after any read.
+        """
+        with ExitStack() as stack:
+            descriptors = [stack.enter_context(self._descriptor(entry.file)) for entry in entries]
+            offsets = [_span(entry, start_row, stop_row)[1] for entry in entries]
+            yield list(zip(descriptors, offsets, strict=True))
+            for entry, descriptor in zip(entries, descriptors, strict=True):
+                self._check_stamp(entry.file, descriptor)
 
     def read_runs_into(self, entry: TensorEntry, out: torch.Tensor, runs: Sequence[Run]) -> None:
         """Runs of rows of a stored tensor into those of a contiguous CPU tensor of its dtype and row shape."""
@@ -99,6 +145,8 @@ class Reader:
             for at, row, count in runs:
                 self.read_into(entry, out[at : at + count], row, row + count)
             return
+        from pymerge.checkpoint.dtypes import bytes_of
+
         row_bytes = entry.nbytes // max(1, entry.shape[0])
         view = bytes_of(out)
         with self._descriptor(entry.file) as descriptor:
@@ -220,15 +268,22 @@ def _fill(entry: TensorEntry, descriptor: int, view: memoryview, offset: int, nb
         try:
             count = os.preadv(descriptor, [part], offset + done)  # Python itself goes on after EINTR
         except OSError as error:
-            raise CheckpointError(
-                f"{entry.file}: reading tensor {shorten(entry.name)} failed ({error.strerror}); check the disk"
-            ) from error
+            raise failed_read(entry, error.errno or errno.EIO, offset + done) from error
         if count == 0:
-            raise CheckpointError(
-                f"{entry.file}: ends at byte {offset + done}, inside tensor {shorten(entry.name)}, "
-                "so it changed since the plan was made; download or copy the file again"
-            )
+            raise failed_read(entry, 0, offset + done)
         done += count
+
+
+def failed_read(entry: TensorEntry, number: int, offset: int) -> CheckpointError:
+    """The error of a read at a byte of the file: `number` is its errno, 0 where the file ends."""
+    if number:
+        return CheckpointError(
+            f"{entry.file}: reading tensor {shorten(entry.name)} failed ({os.strerror(number)}); check the disk"
+        )
+    return CheckpointError(
+        f"{entry.file}: ends at byte {offset}, inside tensor {shorten(entry.name)}, "
+        "so it changed since the plan was made; download or copy the file again"
+    )
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
@@ -240,6 +295,10 @@ def _fill_strided(
     entry: TensorEntry, descriptor: int, out: torch.Tensor, strides: tuple[int, ...], offset: int
 ) -> None:
     """Read a view in parts whose elements lie close together: halve it along its widest axis until they do."""
+    import torch
+
+    from pymerge.checkpoint.dtypes import bytes_of
+
     shape = tuple(out.shape)
     extent, size = _extent(shape, strides), out.element_size()
     if extent * size <= (_DENSE_BYTES if 4 * extent <= 5 * out.numel() else _SPARSE_BYTES):

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.dtypes import ITEM_SIZES, code_of
+from pymerge.checkpoint.codes import ITEM_SIZES
+from pymerge.checkpoint.dtypes import code_of
 from pymerge.checkpoint.fileformat import (
     AGAIN,
     MAX_ELEMENTS,
@@ -25,7 +26,6 @@ from pymerge.checkpoint.fileformat import (
 from pymerge.checkpoint.picklefile import RefusedPickle, View, read_pickle
 from pymerge.errors import ArgumentError, CheckpointError
 
-TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 CONVERT = "convert it to safetensors where it was made (load the model there, then save_pretrained or save_file)"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LOCAL_HEADER_BYTES = 30

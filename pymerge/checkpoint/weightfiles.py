@@ -11,7 +11,6 @@ from typing import Any
 
 from pymerge.checkpoint.carried import WEIGHT_SUFFIXES, is_weight_file
 from pymerge.checkpoint.fileformat import Header, first_few, parse_json_object, read_header, read_text_file, shorten
-from pymerge.checkpoint.torchfile import TORCH_SUFFIXES, read_torch_header
 from pymerge.errors import CheckpointError
 
 CONVERT = "convert it with transformers (from_pretrained, then save_pretrained, which writes safetensors)"
@@ -36,9 +35,16 @@ class WeightFormat:
         return f"{self.suffixes[0]}.index.json"
 
 
+def _read_torch_header(path: Path) -> Header:
+    """Imports PyTorch, for which merges of safetensors files do not wait."""
+    from pymerge.checkpoint.torchfile import read_torch_header
+
+    return read_torch_header(path)
+
+
 FORMATS = (
     WeightFormat("model", (".safetensors",), read_header),
-    WeightFormat("pytorch_model", TORCH_SUFFIXES, read_torch_header),
+    WeightFormat("pytorch_model", (".bin", ".pt", ".pth"), _read_torch_header),
 )
 
 

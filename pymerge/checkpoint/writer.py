@@ -17,9 +17,7 @@ from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.claim import (
     LOCK_NAME,
@@ -33,7 +31,6 @@ from pymerge.checkpoint.claim import (
     partial_name,
     remove_earlier,
 )
-from pymerge.checkpoint.dtypes import bytes_of, code_of
 from pymerge.checkpoint.files import WORK_FOLDER, free_bytes, fsync_directory, install, os_errors
 from pymerge.checkpoint.identity import Identity
 from pymerge.checkpoint.layout import ShardLayout, TensorLayout
@@ -41,6 +38,9 @@ from pymerge.checkpoint.publishing import check_names, publish_files
 from pymerge.checkpoint.shardfile import ShardFile, found_layout, is_whole
 from pymerge.errors import OutputError
 from pymerge.logs import event
+
+if TYPE_CHECKING:
+    import torch
 
 # Written at the start and not when a run fails, so that a killed run leaves it too.
 _NOTE = b"""\
@@ -166,7 +166,9 @@ class OutputDirectory:
         if tensor_name not in self._places:
             raise _internal(f"{self.path}: tensor {tensor_name} is not in the plan")
         layout, tensor = self._places[tensor_name]
-        if isinstance(data, torch.Tensor):
+        if not isinstance(data, memoryview):
+            from pymerge.checkpoint.dtypes import bytes_of, code_of
+
             if data.device.type != "cpu" or code_of(data.dtype) != tensor.dtype:
                 raise _internal(
                     f"{self.path}: tensor {tensor_name} is {data.dtype} on {data.device}, planned {tensor.dtype} on cpu"

@@ -216,3 +216,6 @@ class Ace(SolverMethod):
             merge["scale"],
             merge["precision"],
         )
+
+
+METHODS = (Ace(),)

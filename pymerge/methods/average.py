@@ -1,17 +1,21 @@
-"""Weighted averages: linear and task_arithmetic, and what other methods do with tensors they don't solve."""
+"""Weighted sums: linear, task_arithmetic and passthrough, and what other methods do with tensors they don't solve.
+
+Nothing here imports PyTorch: where files are combined as they are read, it is not needed.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from pymerge.errors import ArgumentError
-from pymerge.methods.base import Action, Cost, Method, OpRunner, Parameter, Values
+from pymerge.methods.base import Action, Combination, Cost, Method, OpRunner, Parameter, Values
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Row chunks of a combine are read as float32 in PyTorch's form: accumulator, upcast input, and their difference.
 _COMBINE_SCRATCH_ITEMS = 3
@@ -32,6 +36,10 @@ class Copy(Action):
     @property
     def shows_nonfinite(self) -> bool:
         return True
+
+    @property
+    def combination(self) -> Combination:
+        return Combination(on_base=True)
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         return Cost(0, 0)
@@ -60,6 +68,10 @@ class WeightedSum(Action):
     def shows_nonfinite(self) -> bool:
         return all(self.weights)
 
+    @property
+    def combination(self) -> Combination:
+        return Combination(self.weights, self.divisor)
+
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)
         return Cost(2 * experts * items, 4 * _COMBINE_SCRATCH_ITEMS * items)
@@ -87,6 +99,10 @@ class Scaled(Action):
     def shows_nonfinite(self) -> bool:
         return self.factor != 0.0
 
+    @property
+    def combination(self) -> Combination:
+        return Combination(() if self.factor == 1.0 else (self.factor,))
+
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         return WeightedSum((self.factor,)).cost(shape, experts)
 
@@ -113,6 +129,10 @@ class AddTaskVectors(Action):
     @property
     def shows_nonfinite(self) -> bool:
         return all(self.weights)
+
+    @property
+    def combination(self) -> Combination:
+        return Combination(self.weights, self.divisor, on_base=True)
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)
@@ -184,3 +204,20 @@ class TaskArithmetic(Method):
         weights = values.model["weight"]
         divisor = sum_of(weights) if values.merge["normalize"] else 1.0
         return AddTaskVectors(tuple(values.merge["lambda"] * weight for weight in weights), divisor)
+
+
+class Passthrough(Method):
+    """W = scale * W_1, bit for bit where scale is 1."""
+
+    name = "passthrough"
+    summary = "the tensors of one model, times a factor"
+    source = "mergekit"
+    needs_base = False
+    most_experts = 1
+    parameters = (Parameter("scale", "number", 1.0, "factor", scope="model"),)
+
+    def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
+        return Scaled(values.model["scale"][0])
+
+
+METHODS = (Linear(), TaskArithmetic(), Passthrough())

@@ -7,12 +7,13 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pymerge.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Calls an op by name on the chosen backend: run_op("combine", base, experts, weights). See pymerge.backends.
 OpRunner = Callable[..., Any]
@@ -114,6 +115,18 @@ class Cost:
     workspace: int  # bytes beside inputs and output
 
 
+@dataclass(frozen=True)
+class Combination:
+    """An action in other words: (sum_t w_t W_t) / divisor, or W_0 + (sum_t w_t tau_t) / divisor `on_base`.
+
+    Without weights it is the only tensor that is read, bit for bit where the dtype stays.
+    """
+
+    weights: tuple[float, ...] = ()
+    divisor: float = 1.0
+    on_base: bool = False
+
+
 class Action(ABC):
     """What is done to one tensor, given base and experts as d_out x d_in matrices (or any shape: `takes_matrices`)."""
 
@@ -155,6 +168,11 @@ class Action(ABC):
             out_dtype: of the results; default: the bases' dtype.
         """
         return [self.run(run_op, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
+
+    @property
+    def combination(self) -> Combination | None:
+        """What the action computes, if that is a weighted sum: then files can be combined as they are read."""
+        return None
 
     @property
     def shows_nonfinite(self) -> bool:

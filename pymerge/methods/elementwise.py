@@ -1,4 +1,4 @@
-"""mergekit's methods that go element by element: nearswap, ram, ramplus_tl, sce, arcee_fusion, passthrough."""
+"""mergekit's methods that go element by element: nearswap, ram, ramplus_tl, sce, arcee_fusion."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pymerge.methods.average import Scaled, element_count
+from pymerge.methods.average import element_count
 from pymerge.methods.base import COMPAT, Action, Cost, Method, OpRunner, Parameter, Values
 from pymerge.ops import arcee_fusion, ram, sce, selection
 
@@ -213,15 +213,4 @@ class ArceeFusion(Method):
         return TakeImportant()
 
 
-class Passthrough(Method):
-    """W = scale * W_1, bit for bit where scale is 1."""
-
-    name = "passthrough"
-    summary = "the tensors of one model, times a factor"
-    source = "mergekit"
-    needs_base = False
-    most_experts = 1
-    parameters = (Parameter("scale", "number", 1.0, "factor", scope="model"),)
-
-    def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
-        return Scaled(values.model["scale"][0])
+METHODS = (Sce(), NearSwap(), Ram(), RamPlus(), ArceeFusion())

@@ -116,3 +116,6 @@ class SwudiA(SolverMethod):
 
     def solve(self, values: Values) -> Action:
         return SolveFilter(values.merge["scale"], values.merge["precision"], math.inf, "participation_sqrt")
+
+
+METHODS = (WudiFlow(), Swudi(), SwudiA())

@@ -111,3 +111,6 @@ class IsoCts(SolverMethod):
 
     def solve(self, values: Values) -> Action:
         return MakeIsotropic(values.merge["scale"], values.merge["common_space_fraction"])
+
+
+METHODS = (TsvM(), IsoC(), IsoCts())

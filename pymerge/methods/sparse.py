@@ -266,7 +266,7 @@ _PARAMETERS: dict[Sparsifier, tuple[Parameter, ...]] = {
 
 _TIES, _DARE = "TIES-Merging, arXiv 2306.01708", "DARE, arXiv 2311.03099"
 _BREADCRUMBS, _DELLA = "Model Breadcrumbs, arXiv 2312.06795", "DELLA-Merging, arXiv 2406.11617"
-SPARSE_METHODS = (
+METHODS = (
     SparseMethod(
         "ties",
         "largest elements of each task vector, signs elected",

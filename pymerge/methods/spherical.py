@@ -242,3 +242,6 @@ class Karcher(BaseOptional):
         if experts == 1 and not self.needs_base:
             return Scaled()
         return KarcherSum(max_iter=values.merge["max_iter"], tol=values.merge["tol"], with_base=self.needs_base)
+
+
+METHODS = (Slerp(), NuSlerp(), MultiSlerp(), Karcher())

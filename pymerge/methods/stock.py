@@ -58,3 +58,6 @@ class ModelStock(Method):
             axis="rows" if values.merge["filter_wise"] else "whole",
             least_product=_LEAST_PRODUCT if values.merge["compat"] == "mergekit" else 0.0,
         )
+
+
+METHODS = (ModelStock(),)

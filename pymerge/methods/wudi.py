@@ -112,3 +112,6 @@ class Wudi(SolverMethod):
     def solve(self, values: Values) -> Action:
         merge = values.merge
         return SolveWudi(merge["scale"], merge["precision"], merge["iterations"], merge["lr"])
+
+
+METHODS = (Wudi(),)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pymerge.tokenizers.files import Files, Vocabulary, read_files, read_json, read_vocabularies, read_vocabulary
 from pymerge.tokenizers.output import tokenizer_files, union, with_tokens, without_rows_beyond
 from pymerge.tokenizers.planned import TokenPlan, describe_rows, plan_files
-from pymerge.tokenizers.rows import TokenModel, row_maps
 from pymerge.tokenizers.settings import BASE, UNION, TokenizerSettings, take_tokenizer
 from pymerge.tokenizers.templates import choose_template
 
@@ -13,7 +12,6 @@ __all__ = [
     "BASE",
     "UNION",
     "Files",
-    "TokenModel",
     "TokenPlan",
     "TokenizerSettings",
     "Vocabulary",
@@ -24,7 +22,6 @@ __all__ = [
     "read_json",
     "read_vocabularies",
     "read_vocabulary",
-    "row_maps",
     "take_tokenizer",
     "tokenizer_files",
     "union",

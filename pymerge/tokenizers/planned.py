@@ -6,13 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from pymerge.checkpoint import RowMap
-from pymerge.checkpoint.gather import AVERAGE, MEAN, ZERO
 from pymerge.tokenizers.files import Files
+
+if TYPE_CHECKING:
+    from pymerge.checkpoint import RowMap
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ def plan_files(
 
 def describe_rows(rows_map: RowMap, own: int) -> str:
     """How many rows of a table come from where, for people; `own` is the number of the model's own table."""
+    from pymerge.checkpoint.rowmap import AVERAGE, MEAN, ZERO
+
     if rows_map.is_identity(own):
         return "all rows where they are"
     counts = {
@@ -65,6 +66,4 @@ def describe_rows(rows_map: RowMap, own: int) -> str:
         "zeros": rows_map.source == ZERO,
         "padding, the mean of the others": rows_map.source == MEAN,
     }
-    return "rows: " + ", ".join(
-        f"{int(np.count_nonzero(rows)):,} {what}" for what, rows in counts.items() if rows.any()
-    )
+    return "rows: " + ", ".join(f"{int(rows.sum()):,} {what}" for what, rows in counts.items() if rows.any())

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from pymerge import engine, env
-from pymerge.backends import check_backend
 from pymerge.checkpoint import Checkpoint, OutputDirectory, Reader, ShardLayout, TensorEntry, code_of, layout_file
+from pymerge.devices import resolve_device
 from pymerge.errors import ConfigError, PlanError
-from pymerge.memory import Budget, budget, resolve_device
+from pymerge.memory import Budget, budget
 from pymerge.methods.average import Copy
 from pymerge.planner import DEFAULT_SHARD_BYTES, Plan, build_plan
 from pymerge.progress import NoProgress, ProgressBar, ProgressSink
@@ -188,7 +188,6 @@ def plan_build(
 ) -> BuildPlan:
     """Plan a build from headers; nothing is written. Arguments and errors as of `build`."""
     target = resolve_device(device)
-    check_backend("auto", target)
     merge, section = load_build_config(config)
     allowed = budget(target, None if memory is None else parse_bytes(memory))
     most = parse_bytes(max_shard_size)

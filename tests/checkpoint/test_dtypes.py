@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pymerge.checkpoint.dtypes import ITEM_SIZES, TORCH_DTYPES, bytes_of, code_of, is_float, is_float8, upcast
+from pymerge.checkpoint.codes import ITEM_SIZES, is_float, is_float8
+from pymerge.checkpoint.dtypes import TORCH_DTYPES, bytes_of, code_of, upcast
 from pymerge.checkpoint.fileformat import read_header
 from pymerge.errors import ArgumentError
 
@@ -27,6 +28,13 @@ def test_codes_are_those_of_the_safetensors_library(code: str, tmp_path: Path) -
 
 def test_the_codes_that_models_use_are_all_there() -> None:
     assert {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"} <= set(TORCH_DTYPES)
+
+
+def test_both_tables_have_the_same_codes() -> None:
+    assert ITEM_SIZES == {code: dtype.itemsize for code, dtype in TORCH_DTYPES.items()}
+    assert {code for code in ITEM_SIZES if is_float(code)} == {
+        code for code, dtype in TORCH_DTYPES.items() if dtype.is_floating_point
+    }
 
 
 def test_floats() -> None:

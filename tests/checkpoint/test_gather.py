@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pymerge.checkpoint import Reader, RowMap, TensorEntry, gathered, open_checkpoint
-from pymerge.checkpoint.gather import AVERAGE, MEAN, ZERO
+from pymerge.checkpoint.rowmap import AVERAGE, MEAN, ZERO
 from pymerge.errors import CheckpointError
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from pymerge.checkpoint.dtypes import ITEM_SIZES
+from pymerge.checkpoint.codes import ITEM_SIZES
 from pymerge.checkpoint.fileformat import read_header
 from pymerge.checkpoint.layout import index_json, index_name, layout_shards
 from pymerge.errors import ArgumentError

@@ -1,0 +1,61 @@
+"""Where tensors are computed on, by name: known without PyTorch, which is asked only where there may be a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pymerge.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+
+# What PyTorch needs of the system to compute on a GPU: NVIDIA's driver, or AMD's (which it calls "cuda" too).
+_NVIDIA, _AMD = "libcuda.so.1", Path("/dev/kfd")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as PyTorch names it: "cpu", "cuda", "cuda:1"."""
+
+    type: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        return self.type if self.index is None else f"{self.type}:{self.index}"
+
+
+def resolve_device(device: str | torch.device) -> Device:
+    """ "auto" is CUDA where there is one, else the CPU. BackendError for a device that cannot be used here."""
+    name = str(device)
+    if name == "auto":
+        return Device("cuda" if _cuda_devices() else "cpu")
+    found = re.fullmatch(r"([a-z]+)(?::([0-9]{1,4}))?", name)
+    if found is None:
+        raise BackendError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
+    resolved = Device(found[1], None if found[2] is None else int(found[2]))
+    check_device(resolved)
+    return resolved
+
+
+def check_device(device: Device | torch.device) -> None:
+    """Raise BackendError unless this device can be used here."""
+    if device.type not in ("cpu", "cuda"):
+        raise BackendError(f"device {str(device)!r} is not supported; choose cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= (count := _cuda_devices()):
+        raise BackendError(f"device {str(device)!r} was asked for and PyTorch sees {count}; use --device cpu")
+
+
+def _cuda_devices() -> int:
+    """How many PyTorch sees; where no driver is installed, none, and it is not imported."""
+    try:
+        ctypes.CDLL(_NVIDIA)
+    except OSError:
+        if not _AMD.exists():
+            return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,0 +1,214 @@
+"""Weighted sums from files to files: threads combine pieces as they read them, this one writes. Without PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pymerge import env
+from pymerge.backends import combine_files as native
+from pymerge.backends.combine_files import FileTensor
+from pymerge.checkpoint import ITEM_SIZES, OutputDirectory, Reader, failed_read, is_float8
+from pymerge.devices import Device
+from pymerge.errors import OutOfMemoryError
+from pymerge.logs import event
+from pymerge.memory import map_pages
+from pymerge.methods.average import element_count
+from pymerge.pieces import Piece
+from pymerge.progress import ProgressSink
+from pymerge.schedule import READ_THREADS, WRITE_BEHIND, Slot, slots
+from pymerge.steplog import StepLog
+from pymerge.steps import Step
+from pymerge.tracing import Times, Tracer
+
+# Elements of each tensor that are read at once: so many that a system call costs little beside them, and so few that
+# those of a base and several experts are still in a core's second-level cache when they are combined.
+BLOCK_ELEMENTS = 2**16
+_REASON = "files are combined in C++ as they are read"
+
+
+def why_not(steps: Sequence[Step], device: Device, backend: str, *, allow_nonfinite: bool) -> str | None:
+    """Why these steps need PyTorch; None if `Streams` can carry out all of them, on this device with this backend."""
+    if device.type != "cpu" or backend not in ("auto", "native"):
+        return f"backend {backend} on {device}"
+    needs = next((step.name for step in steps if not _is_sum(step, allow_nonfinite)), None)
+    return native.missing() if needs is None else f"{needs} is not a weighted sum of tensors as they are stored"
+
+
+def _is_sum(step: Step, allow_nonfinite: bool) -> bool:
+    combination, inputs = step.action.combination, step.inputs
+    if combination is None or not all(entry.contiguous for entry in inputs):
+        return False
+    if combination.weights:
+        return combination.on_base == step.reads_base and {step.dtype, *_dtypes(step)} <= native.DTYPES.keys()
+    if len(inputs) != 1:
+        return False
+    if inputs[0].dtype == step.dtype:
+        return not is_float8(step.dtype)
+    # Which bits NaN has in another dtype differs between PyTorch and C++.
+    return {step.dtype, *_dtypes(step)} <= native.DTYPES.keys() and not allow_nonfinite
+
+
+def _dtypes(step: Step) -> list[str]:
+    return [entry.dtype for entry in step.inputs]
+
+
+class Streams:
+    """Carries out steps in their order: a few threads read and combine pieces, this one writes them.
+
+    A piece is in memory as its output, and block by block as its inputs; all together take at most `limit` bytes.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        limit: int,
+        reader: Reader,
+        output: OutputDirectory,
+        tracer: Tracer,
+        progress: ProgressSink,
+        *,
+        allow_nonfinite: bool,
+        keeps_cache: bool,
+    ) -> None:
+        self._queue = list(slots(steps))
+        self._reader = reader
+        self._output = output
+        self._tracer = tracer
+        self._progress = progress
+        self._allow_nonfinite = allow_nonfinite
+        self._keeps_cache = keeps_cache
+        self._log = StepLog()
+        self._reading = 0  # nanoseconds, added up over threads
+        self._room_bytes = max((slot.memory.output for slot in self._queue), default=0)
+        blocks = max((_block_bytes(slot) for slot in self._queue), default=0)
+        threads = min(env.threads(), READ_THREADS)
+        self._most = max(1, min(threads + WRITE_BEHIND, limit // max(1, self._room_bytes + blocks)))
+        self._rooms: list[_Room] = []  # that nobody uses
+        self._threads = ThreadPoolExecutor(min(threads, self._most), thread_name_prefix="pymerge-combine")
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """What computed each op."""
+        sums = any(slot.step.experts and slot.step.action.combination for slot in self._queue)
+        return {"combine": native.NAME} if sums else {}
+
+    @property
+    def times(self) -> Times:
+        waited, busy = self._tracer.seconds("wait for inputs"), self._tracer.seconds("combine")
+        share = min(1.0, self._reading / 1e9 / busy) if busy else 0.0
+        return Times(waited * share, waited * (1.0 - share), self._tracer.seconds("write"))
+
+    def run(self) -> None:
+        """Work through the queue. The first exception of any thread ends it."""
+        for op, backend in self.backends.items():
+            event("backend_chosen", f"{op}: backend {backend} ({_REASON})", op=op, backend=backend, reason=_REASON)
+        line: deque[tuple[Slot, _Room, Future[int]]] = deque()
+        try:
+            for slot in self._queue:
+                if len(line) == self._most:
+                    self._finish(*line.popleft())
+                room = self._rooms.pop() if self._rooms else self._new_room(slot.step)
+                for entry in slot.step.inputs:
+                    self._reader.announce(entry, slot.piece.start, slot.piece.stop)
+                line.append((slot, room, self._threads.submit(self._combine, slot, room)))
+            while line:
+                self._finish(*line.popleft())
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+
+    def _new_room(self, step: Step) -> _Room:
+        try:
+            return _Room(max(1, self._room_bytes))
+        except MemoryError as error:
+            raise _out_of_memory(step, error) from error
+
+    def _finish(self, slot: Slot, room: _Room, combined: Future[int]) -> None:
+        """Write a piece when its turn has come."""
+        name, nbytes = slot.step.name, slot.memory.output
+        self._log.begins(slot)
+        self._progress.tensor(name)
+        with self._tracer.span("step", name):
+            with self._tracer.span("wait for inputs", name):
+                self._reading += combined.result()
+            with self._tracer.span("write", name, nbytes):
+                self._output.write(name, room.view[:nbytes])
+        self._rooms.append(room)
+        self._progress.advance(nbytes)
+        self._log.ends(slot)
+
+    def _combine(self, slot: Slot, room: _Room) -> int:
+        """Read a piece and combine it; returns the nanoseconds of reading. By one of the threads."""
+        step, piece = slot.step, slot.piece
+        nbytes = sum(element_count(piece.shape) * ITEM_SIZES[dtype] for dtype in _dtypes(step))
+        with self._tracer.span("combine", step.name, nbytes):
+            try:
+                reading, finite = self._fill(step, piece, room, slot.memory.output)
+            except MemoryError as error:
+                raise _out_of_memory(step, error) from error
+            if not finite and not self._allow_nonfinite:
+                self._raise_nonfinite(step, piece)
+            if not self._keeps_cache:
+                for entry in step.inputs:
+                    self._reader.release(entry, piece.start, piece.stop)
+        self._progress.advance(nbytes)
+        return reading
+
+    def _fill(self, step: Step, piece: Piece, room: _Room, nbytes: int) -> tuple[int, bool]:
+        """Put the merged piece into `room`; returns nanoseconds of reading, and whether all is finite."""
+        combination, inputs, numel = step.action.combination, step.inputs, element_count(piece.shape)
+        assert combination is not None
+        if not combination.weights and inputs[0].dtype == step.dtype:
+            began = time.perf_counter_ns()
+            self._reader.read_bytes_into(inputs[0], room.view[:nbytes], piece.start, piece.stop)
+            reading = time.perf_counter_ns() - began
+            return reading, step.dtype not in native.DTYPES or native.is_finite(room.address, step.dtype, numel)
+        with self._reader.places(inputs, piece.start, piece.stop) as places:
+            files = [FileTensor(*place, entry.dtype) for place, entry in zip(places, inputs, strict=True)]
+            has_base = combination.on_base or not combination.weights
+            done = native.combine_files(
+                room.address,
+                step.dtype,
+                numel,
+                files[0] if has_base else None,
+                files[1:] if has_base else files,
+                combination.weights,
+                combination.divisor,
+                block=BLOCK_ELEMENTS,
+                check_inputs=not (self._allow_nonfinite or step.action.shows_nonfinite),
+            )
+            if done.failed >= 0:
+                raise failed_read(inputs[done.failed], done.errno, done.offset)
+        return done.reading, done.finite
+
+    def _raise_nonfinite(self, step: Step, piece: Piece) -> None:
+        """Raise NonFiniteError, which names file and tensor if an input holds NaN or infinity."""
+        from pymerge.finite import check_finite, overflow
+
+        for entry in step.inputs:
+            check_finite(entry, piece.start, self._reader.read(entry, piece.start, piece.stop))
+        raise overflow(step.name, step.dtype)
+
+
+class _Room:
+    """Memory for the output of one piece."""
+
+    def __init__(self, nbytes: int) -> None:
+        pages = map_pages(nbytes)
+        self.view = memoryview(pages)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+
+
+def _block_bytes(slot: Slot) -> int:
+    """Memory for the inputs of one piece."""
+    return min(BLOCK_ELEMENTS, element_count(slot.piece.shape)) * sum(ITEM_SIZES[dtype] for dtype in _dtypes(slot.step))
+
+
+def _out_of_memory(step: Step, error: MemoryError) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"{step.name}: {step.action.label} runs out of memory on cpu ({error}); end other programs that use it, give a "
+        "lower --memory, or use a machine with more; the same command goes on where this one stopped"
+    )
