@@ -49,6 +49,7 @@ ARROWS = {
     ),
     "memory": "errors units",
     "steps": "methods layers checkpoint pieces",
+    "passes": "methods checkpoint pieces schedule",
     "schedule": "errors units methods checkpoint memory pieces steps",
     "planner": (
         "errors env methods layers checkpoint config inputs memory pieces schedule slices steps tokenizers vocabulary "
@@ -61,9 +62,11 @@ ARROWS = {
     "backends": "errors logs ops",
     "buffers": "methods",
     "transfer": "methods buffers checkpoint pieces schedule tracing",
-    "pipeline": "errors ops backends checkpoint finite logs memory pieces progress schedule steps tracing transfer",
+    "pipeline": (
+        "errors ops backends checkpoint finite logs memory passes pieces progress schedule steps tracing transfer"
+    ),
     "engine": "errors backends checkpoint logs memory pipeline planner progress report schedule steps tracing",
-    "recheck": "errors backends checkpoint config engine memory pieces planner progress steps",
+    "recheck": "errors backends checkpoint config engine memory passes planner progress schedule steps",
     "api": (
         "errors env units methods layers checkpoint finite config memory pieces backends planner progress report "
         "sampling engine"

@@ -7,6 +7,7 @@ from pymerge.ops import (
     combine,
     combine_vectors,
     gradient_flow,
+    magnitude_counts,
     magnitude_mask,
     nearswap,
     normal_equations,
@@ -30,6 +31,7 @@ from pymerge.ops.base import Op
 _MODULES = (
     combine,
     trim_threshold,
+    magnitude_counts,
     magnitude_mask,
     random_mask,
     sparse_combine,
