@@ -1,7 +1,7 @@
 """Times whole merges of Llama-shaped checkpoints: `pymerge merge`, the same config in mergekit, and the disk's speed.
 
-    python benchmarks/bench_merge.py [--size 135M 1.2B] [--methods linear,...] [--repeat N] [--no-mergekit]
-                                     [--data FOLDER]
+    python benchmarks/bench_merge.py [--size 135M 1.2B] [--methods linear,...] [--repeat N] [--repeat-mergekit N]
+                                     [--no-mergekit] [--data FOLDER]
 
 The checkpoints (see synthetic.py; 1.1 GB and 9.9 GB) are made once and kept. The floor reads the same input bytes into
 one buffer, writes and syncs as many output bytes into a file of reserved size, as pymerge does, and computes nothing.
@@ -128,8 +128,10 @@ class Merges:
             forms["mergekit"] = partial(processes.run, command, {"HF_HUB_OFFLINE": "1"})
         costs: dict[str, list[Cost]] = {name: [] for name in forms}
         read(inputs(method, self.models), bytearray(BLOCK))  # into the page cache, before anyone's turn
-        for _ in range(self.options.repeat):
+        for turn in range(max(self.options.repeat, self.options.repeat_mergekit if "mergekit" in forms else 0)):
             for name, form in forms.items():
+                if turn >= (self.options.repeat_mergekit if name == "mergekit" else self.options.repeat):
+                    continue
                 shutil.rmtree(out, ignore_errors=True)
                 touch(self.work / "touched", self.shape.nbytes())
                 os.sync()  # what the one before left to write is not this one's
@@ -199,12 +201,16 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", choices=synthetic.SHAPES, default=["135M"])
     parser.add_argument("--methods", default=",".join(known), help="default: all")
     parser.add_argument("--repeat", type=int, default=3, help="merges of each form")
+    parser.add_argument(
+        "--repeat-mergekit", type=int, help="merges with mergekit, which takes minutes for some methods; default: same"
+    )
     parser.add_argument("--no-mergekit", action="store_true", help="do not install mergekit, nor compare with it")
     parser.add_argument("--data", type=Path, default=environments.cache(), help="folder of the checkpoints")
     options = parser.parse_args()
     methods = options.methods.split(",")
-    if set(methods) - set(known) or options.repeat < 1:
-        parser.error(f"--methods takes {', '.join(known)}; --repeat at least 1")
+    options.repeat_mergekit = options.repeat if options.repeat_mergekit is None else options.repeat_mergekit
+    if set(methods) - set(known) or min(options.repeat, options.repeat_mergekit) < 1:
+        parser.error(f"--methods takes {', '.join(known)}; --repeat and --repeat-mergekit at least 1")
 
     mergekit = None if options.no_mergekit else environments.environment(environments.MERGEKIT)
     versions = None if mergekit is None else environments.versions(mergekit)

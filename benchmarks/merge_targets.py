@@ -31,7 +31,7 @@ def judge(rows: Sequence[Row]) -> list[Row]:
         if row["method"] in ELEMENTWISE:
             found += _of_one(row)
         elif row["method"] in WHOLE_FASTER_THAN_MERGEKIT and row["size"] == "1.2B":
-            found += _faster(row, WHOLE_FASTER_THAN_MERGEKIT[row["method"]])
+            found += _faster(row, WHOLE_FASTER_THAN_MERGEKIT[row["method"]]) + _smaller(row)
     return found + _memory(merges)
 
 
@@ -44,11 +44,17 @@ def _of_one(row: Row) -> list[Row]:
     if row["size"] in OVER_FLOOR:
         most, over = OVER_FLOOR[row["size"]], row["over_floor"]
         found.append(_target(f"{name}: at most {most:g}x the floor", f"{over:.2f}x", over <= most))
-    share, most = row["share_of_mergekits_peak"], SHARE_OF_MERGEKITS_PEAK
     if row["speedup_over_mergekit"] is not None and row["size"] in FASTER_THAN_MERGEKIT:
-        found += _faster(row, FASTER_THAN_MERGEKIT[row["size"]])
-        found.append(_target(f"{name}: at most {most:.0%} of mergekit's peak memory", f"{share:.0%}", share <= most))
+        found += _faster(row, FASTER_THAN_MERGEKIT[row["size"]]) + _smaller(row)
     return found
+
+
+def _smaller(row: Row) -> list[Row]:
+    share, most = row["share_of_mergekits_peak"], SHARE_OF_MERGEKITS_PEAK
+    if share is None:
+        return []
+    what = f"{row['method']}, {row['size']}: at most {most:.0%} of mergekit's peak memory"
+    return [_target(what, f"{share:.0%}", share <= most)]
 
 
 def _faster(row: Row, least: float) -> list[Row]:
@@ -62,7 +68,7 @@ def _faster(row: Row, least: float) -> list[Row]:
 def _memory(merges: Sequence[Row]) -> list[Row]:
     """From 135M to 1.2B, memory grows by no more than the largest tensor does.
 
-    Methods on whole tensors hold that tensor of all models.
+    Methods that look at whole tensors hold those of all models that are not large.
     """
     by_size = {(row["size"], row["method"]): row for row in merges}
     found = []

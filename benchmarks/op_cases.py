@@ -240,6 +240,14 @@ CASES = {
         settings=f"density {sparse_peers.DENSITY:g}",
         peer=sparse_peers.TRIM_THRESHOLD,
     ),
+    "magnitude_counts": Case(
+        lambda layer: (layer.base, layer.experts, [0] * layer.size.tasks, 15, 16),
+        flops=lambda layer: layer.size.tasks * layer.size.numel,
+        bytes=_weights_read,
+        work=lambda size: 700 * size.tasks * size.numel,
+        settings="first of two digits",
+        peer=sparse_peers.MAGNITUDE_COUNTS,
+    ),
     "magnitude_mask": Case(
         lambda layer: (layer.base, layer.experts, layer.thresholds),
         flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,

@@ -40,6 +40,11 @@ def _thresholds(layer: Layer) -> tuple[Tensor, ...]:
     return (smallest.view(torch.int32),)
 
 
+def _counts(layer: Layer) -> tuple[Tensor, ...]:
+    digits = [delta.abs().reshape(-1).view(torch.int32) >> 15 for delta in _deltas(layer)]
+    return (torch.stack([torch.bincount(each, minlength=2**16) for each in digits]),)
+
+
 def _magnitude_masks(layer: Layer) -> tuple[Tensor, ...]:
     masks = []
     for delta in _deltas(layer):
@@ -78,6 +83,12 @@ TRIM_THRESHOLD = Peer(
     "mergekit's sort",
     _thresholds,
     work=lambda size: 8000 * size.tasks * size.numel,
+    memory=lambda size: (4 * size.tasks + 24) * size.numel,
+)
+MAGNITUDE_COUNTS = Peer(
+    "plain PyTorch's bincount",
+    _counts,
+    work=lambda size: 700 * size.tasks * size.numel,
     memory=lambda size: (4 * size.tasks + 24) * size.numel,
 )
 MAGNITUDE_MASK = Peer(

@@ -14,6 +14,7 @@
 #include "ops/combine.h"
 #include "ops/combine_files.h"
 #include "ops/elementwise.h"
+#include "ops/magnitude_counts.h"
 #include "ops/magnitude_mask.h"
 #include "ops/mix_weights.h"
 #include "ops/random_mask.h"
@@ -170,6 +171,17 @@ void trim_threshold(Address keys, Address ends, const Matrix& base, const std::v
                        threads);
 }
 
+void magnitude_counts(Address counts, const Matrix& base, const std::vector<Matrix>& experts,
+                      const std::vector<std::uint32_t>& prefixes, int shift, int bits, std::int64_t numel,
+                      int threads) {
+    PM_CHECK(experts.size() == prefixes.size(),
+             "magnitude_counts: " << experts.size() << " experts, " << prefixes.size() << " prefixes; give one of each");
+    const std::vector<MatrixView> matrices = views(experts);
+    magnitude_counts_cpu({pointer<std::int64_t>(counts), view(base), matrices.data(), prefixes.data(), shift, bits,
+                          static_cast<std::int64_t>(experts.size()), numel},
+                         threads);
+}
+
 using Masks = std::tuple<Address, Address, Address>;  // bits, L1 norms before, after
 using Selected = std::tuple<Address, Address>;        // keys, ends; 0 and 0: nothing
 
@@ -191,13 +203,14 @@ void magnitude_mask(const Masks& out, const Matrix& base, const std::vector<Matr
 
 void random_mask(const Masks& out, const Matrix& base, const std::vector<Matrix>& experts,
                  const std::vector<double>& lowest, const std::vector<double>& highest,
-                 const std::vector<std::uint64_t>& keys, std::int64_t rows, std::int64_t columns, int threads) {
+                 const std::vector<std::uint64_t>& keys, std::int64_t first, std::int64_t rows, std::int64_t columns,
+                 int threads) {
     PM_CHECK(experts.size() == lowest.size() && experts.size() == highest.size() && experts.size() == keys.size(),
              "random_mask: " << experts.size() << " experts, " << lowest.size() << " and " << highest.size()
                              << " probabilities, " << keys.size() << " keys; give one of each");
     const std::vector<MatrixView> matrices = views(experts);
     random_mask_cpu({view(out), view(base), matrices.data(), lowest.data(), highest.data(), keys.data(),
-                     static_cast<std::int64_t>(experts.size()), rows, columns},
+                     static_cast<std::int64_t>(experts.size()), first, rows, columns},
                     threads);
 }
 
@@ -375,6 +388,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("task_sum", &task_sum, py::call_guard<py::gil_scoped_release>());
     module.def("task_stats", &task_stats, py::call_guard<py::gil_scoped_release>());
     module.def("trim_threshold", &trim_threshold, py::call_guard<py::gil_scoped_release>());
+    module.def("magnitude_counts", &magnitude_counts, py::call_guard<py::gil_scoped_release>());
     module.def("magnitude_mask", &magnitude_mask, py::call_guard<py::gil_scoped_release>());
     module.def("random_mask", &random_mask, py::call_guard<py::gil_scoped_release>());
     module.def("sparse_combine", &sparse_combine, py::call_guard<py::gil_scoped_release>());

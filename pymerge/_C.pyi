@@ -72,6 +72,17 @@ def task_stats(
 def trim_threshold(
     keys: int, ends: int, base: _Matrix, experts: Sequence[_Matrix], counts: Sequence[int], numel: int, threads: int, /
 ) -> None: ...
+def magnitude_counts(
+    counts: int,
+    base: _Matrix,
+    experts: Sequence[_Matrix],
+    prefixes: Sequence[int],
+    shift: int,
+    bits: int,
+    numel: int,
+    threads: int,
+    /,
+) -> None: ...
 def magnitude_mask(
     out: _Masks,
     base: _Matrix,
@@ -89,6 +100,7 @@ def random_mask(
     lowest: Sequence[float],
     highest: Sequence[float],
     keys: Sequence[int],
+    first: int,
     rows: int,
     columns: int,
     threads: int,

@@ -143,7 +143,7 @@ def run(
     keeps_cache = plan.keeps_cache
     if supplement is not None:
         identity |= supplement.identity
-        keeps_cache = plan.budget.keeps_cache(plan.bytes_read + plan.bytes_written + sum(supplement.cost(frozenset())))
+        keeps_cache = plan.budget.keeps_cache(plan.bytes_input + plan.bytes_written + sum(supplement.cost(frozenset())))
     manifest = read_manifest(out)
     if manifest is not None and manifest["identity"] == identity and not overwrite:
         shards = manifest["shards"].values()

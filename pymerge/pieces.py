@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pymerge.layers import Layer
+from pymerge.methods import reducing
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Action, Cost, OpRunner
 
@@ -48,6 +49,11 @@ def smallest(layer: Layer, action: Action, shape: tuple[int, ...]) -> Piece:
         return Piece(0, shape[0] if shape else 1, shape)
     rows = 1 if action.chunkable or (layer.stacked and action.takes_matrices) else shape[0]
     return Piece(0, rows, (rows, *shape[1:]))
+
+
+def ranges(shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    """The pieces of a tensor that is reduced before it is merged, by its shape alone."""
+    return tuple(Piece(start, stop, (stop - start, *shape[1:])) for start, stop in reducing.ranges(shape) if shape)
 
 
 def halves(action: Action, piece: Piece) -> list[Piece]:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from logging import WARNING
 
@@ -20,11 +21,10 @@ from pymerge.finite import check_finite, is_finite, overflow
 from pymerge.logs import event
 from pymerge.memory import Heap
 from pymerge.ops.base import at_most_threads
-from pymerge.pieces import Piece
+from pymerge.passes import Passes
 from pymerge.progress import ProgressSink
 from pymerge.schedule import READ_THREADS, Batch, Slot, Window, may_wait
 from pymerge.steplog import StepLog
-from pymerge.steps import Step
 from pymerge.tracing import Times, Tracer
 from pymerge.transfer import transfer_to
 
@@ -66,6 +66,7 @@ class Pipeline:
         self._keeps_cache = keeps_cache
         self._transfer = transfer_to(run_op.device, [slot for batch in queue for slot in batch.slots], tracer, limit)
         self._heap = Heap(limit)
+        self._passes = Passes(run_op)
         # Elementwise work waits on memory, and readers need the processor beside it: a team of threads that does not
         # get all its cores waits for a time slice at every barrier.
         self._elementwise_threads = max(1, torch.get_num_threads() - READ_THREADS)
@@ -85,8 +86,10 @@ class Pipeline:
                     self._carry_out(batch, loads)
                 for slot in batch.slots:
                     self._log.ends(slot)
+                    if slot.ends_step:
+                        self._passes.done()
                 self._window.pop()
-                if not batch.slots[0].step.action.chunkable:
+                if not _is_range(batch.slots[0]):
                     self._heap.freed(batch.memory.peak)
             while self._writes:
                 self._wait_for_writer()
@@ -113,32 +116,33 @@ class Pipeline:
                 continue
             batch = self._rest.popleft()
             self._window.push(batch.memory)
-            loads = [self._start_reading(slot.step, slot.piece) for slot in batch.slots]
+            loads = [self._start_reading(slot) for slot in batch.slots]
             self._line.append((batch, loads))
 
     def _held(self) -> int:
         """Bytes of all inputs and outputs in memory."""
         return self._window.inputs + sum(nbytes for _, _, nbytes in self._writes)
 
-    def _start_reading(self, step: Step, piece: Piece) -> Future[list[Tensor]]:
+    def _start_reading(self, slot: Slot) -> Future[list[Tensor]]:
         try:
-            rooms = [self._transfer.prepare(entry, piece) for entry in step.inputs]
+            rooms = [self._transfer.prepare(entry, slot.piece) for entry in slot.step.inputs]
         except (MemoryError, RuntimeError) as error:
             failed: Future[list[Tensor]] = Future()
             failed.set_exception(error)  # raised in the piece's turn
             return failed
-        return self._readers.submit(self._load, step.inputs, piece, rooms)
+        return self._readers.submit(self._load, slot, rooms)
 
-    def _load(self, entries: Sequence[TensorEntry], piece: Piece, rooms: Sequence[Tensor | None]) -> list[Tensor]:
-        for entry in entries:
-            self._reader.announce(entry, piece.start, piece.stop)
-        return [self._load_one(entry, piece, room) for entry, room in zip(entries, rooms, strict=True)]
+    def _load(self, slot: Slot, rooms: Sequence[Tensor | None]) -> list[Tensor]:
+        for entry in slot.step.inputs:
+            self._reader.announce(entry, slot.piece.start, slot.piece.stop)
+        return [self._load_one(slot, entry, room) for entry, room in zip(slot.step.inputs, rooms, strict=True)]
 
-    def _load_one(self, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+    def _load_one(self, slot: Slot, entry: TensorEntry, room: Tensor | None) -> Tensor:
+        piece = slot.piece
         nbytes = entry.nbytes * (piece.stop - piece.start) // max(1, _rows(entry))
         with self._tracer.span("read", entry.name, nbytes):
             tensor = upcast(self._transfer.load(self._reader, entry, piece, room))
-            if not self._keeps_cache:
+            if slot.merges and not self._keeps_cache:
                 self._reader.release(entry, piece.start, piece.stop)
         self._progress.advance(nbytes)
         return tensor
@@ -149,7 +153,7 @@ class Pipeline:
             loads.clear()  # they hold tensors, or an exception that does
             self._drain(batch)
             for slot in batch.slots:
-                self._carry_out_in_halves(slot.step, slot.piece)
+                self._carry_out_in_halves(slot)
 
     def _attempt(self, batch: Batch, loads: Loads) -> bool:
         """Compute a batch and hand it to the writer; False if memory ran out."""
@@ -175,12 +179,14 @@ class Pipeline:
         self._write(batch, merged)
         return True
 
-    def _carry_out_in_halves(self, step: Step, piece: Piece) -> None:
+    def _carry_out_in_halves(self, slot: Slot) -> None:
         """With nothing else in memory, and in two row ranges if the action allows it."""
+        step, piece = slot.step, slot.piece
         try:
             for part in pieces.halves(step.action, piece):
-                alone = Batch((Slot(step, part, step.memory(part)),))
-                merged = self._compute(alone, self._wait_for(alone, [self._start_reading(step, part)]))
+                half = replace(slot, piece=part, memory=step.memory(part))
+                alone = Batch((half,))
+                merged = self._compute(alone, self._wait_for(alone, [self._start_reading(half)]))
                 self._write(alone, merged)
                 del merged
                 while self._writes:
@@ -237,7 +243,8 @@ class Pipeline:
         first = batch.slots[0]
         if first.step.action.chunkable:
             return self._transfer.result(first.piece.shape, TORCH_DTYPES[first.step.dtype])
-        self._transfer.free()
+        if not _is_range(first):
+            self._transfer.free()
         return None
 
     def _compute(self, batch: Batch, inputs: list[list[Tensor]], room: Tensor | None = None) -> list[Tensor]:
@@ -246,14 +253,20 @@ class Pipeline:
         step = batch.slots[0].step  # all of a batch have its action, layout and dtypes
         threads = nullcontext() if step.action.takes_matrices else at_most_threads(self._elementwise_threads)
         with self._tracer.span("compute", batch.name), threads:
-            if not (self._allow_nonfinite or step.action.shows_nonfinite):
+            if not self._allow_nonfinite:
                 for slot, tensors in zip(batch.slots, inputs, strict=True):
-                    _check_inputs(slot, tensors)
+                    # What is found in one range shows in the result of others.
+                    if not step.action.shows_nonfinite or (step.in_ranges and slot.number == 0):
+                        _check_inputs(slot, tensors)
             bases = [tensors[0] for tensors in inputs]
             experts = [tensors[1:] if step.reads_base else tensors for tensors in inputs]
             dtype = TORCH_DTYPES[step.dtype]
             try:
-                merged = pieces.run_batch(step.action, step.layer, self._run_op, bases, experts, dtype, room)
+                if step.in_ranges:
+                    result = self._passes.run(batch.slots[0], bases[0], experts[0])
+                    merged = [] if result is None else [result]
+                else:
+                    merged = pieces.run_batch(step.action, step.layer, self._run_op, bases, experts, dtype, room)
             except ArgumentError as error:
                 raise ArgumentError(f"{batch.name}: {error}") from error
             except RuntimeError as error:
@@ -263,7 +276,7 @@ class Pipeline:
                     f"{batch.name}: {step.action.label} failed on {device} ({_first_line(error)}); "
                     "try --backend reference, and report this"
                 ) from error
-            for slot, tensors, result in zip(batch.slots, inputs, merged, strict=True):
+            for slot, tensors, result in zip(batch.slots, inputs, merged, strict=bool(merged)):
                 if not self._allow_nonfinite and not is_finite(result):
                     _check_inputs(slot, tensors)
                     raise overflow(slot.step.name, step.dtype)
@@ -271,7 +284,9 @@ class Pipeline:
         return merged
 
     def _write(self, batch: Batch, merged: list[Tensor]) -> None:
-        """Hand results to the writer; waits until no more than a few are with it."""
+        """Hand results, if there are any, to the writer; waits until no more than a few are with it."""
+        if not merged:
+            return
         nbytes = sum(result.nbytes for result in merged)
         self._writes.append((self._writer.submit(self._store, batch, merged), merged, nbytes))
         while not may_wait([waiting for _, _, waiting in self._writes]):
@@ -289,6 +304,11 @@ def _check_inputs(slot: Slot, tensors: Sequence[Tensor]) -> None:
     """Raise NonFiniteError, which names file and tensor, if an input holds NaN or infinity."""
     for entry, tensor in zip(slot.step.inputs, tensors, strict=True):
         check_finite(entry, slot.piece.start, tensor)
+
+
+def _is_range(slot: Slot) -> bool:
+    """Whether the next pieces will have the size of this one: then memory is used again as it is."""
+    return slot.step.action.chunkable or slot.step.in_ranges
 
 
 def _address(tensor: Tensor) -> int:

@@ -60,6 +60,11 @@ class Plan:
         return sum(step.bytes_read for step in self.steps)
 
     @property
+    def bytes_input(self) -> int:
+        """What is read has on the disk; some of it is read more than once."""
+        return sum(step.bytes_input for step in self.steps)
+
+    @property
     def bytes_written(self) -> int:
         return sum(layout.nbytes for layout in self.layouts)
 
@@ -90,7 +95,7 @@ class Plan:
     @property
     def keeps_cache(self) -> bool:
         """Whether inputs and output stay in the page cache; if not, their pages are dropped as soon as possible."""
-        return self.budget.keeps_cache(self.bytes_read + self.bytes_written)
+        return self.budget.keeps_cache(self.bytes_input + self.bytes_written)
 
     def summary(self) -> dict[str, Any]:
         """The plan in a few numbers: sizes in bytes, work in floating-point operations."""

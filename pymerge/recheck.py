@@ -9,14 +9,16 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from pymerge import engine, memory, pieces
+from pymerge import engine, memory
 from pymerge.backends import Dispatcher
-from pymerge.checkpoint import MANIFEST_NAME, TORCH_DTYPES, Reader, bytes_of, differences, read_manifest, upcast
+from pymerge.checkpoint import MANIFEST_NAME, Reader, bytes_of, differences, read_manifest, upcast
 from pymerge.config import load_config
 from pymerge.devices import resolve_device
 from pymerge.errors import BackendError, CheckpointError, ConfigError, OutputError, PlanError
+from pymerge.passes import Passes
 from pymerge.planner import Plan, build_plan
 from pymerge.progress import NoProgress, ProgressSink
+from pymerge.schedule import slots
 from pymerge.steps import Step
 
 # What `pymerge verify` need not know: the output's division into files is checked against its manifest.
@@ -137,11 +139,13 @@ def _compare_plan(out: Path, plan: Plan, base: int, written: dict[str, Any], rep
 def _digest(steps: Sequence[Step], reader: Reader, run_op: Dispatcher) -> str:
     """sha256 of one output tensor, computed piece after piece without anything that the engine does meanwhile."""
     digest = hashlib.sha256()
-    for step in steps:
-        for piece in step.pieces:
-            rows = (piece.start, piece.stop) if step.base.shape else ()
-            tensors = [upcast(reader.read(entry, *rows)).to(run_op.device) for entry in step.inputs]
-            base, experts = (tensors[0], tensors[1:]) if step.reads_base else (tensors[0], tensors)
-            merged = pieces.run(step.action, step.layer, run_op, base, experts, TORCH_DTYPES[step.dtype])
+    passes = Passes(run_op)
+    for slot in slots(steps):
+        step, piece = slot.step, slot.piece
+        rows = (piece.start, piece.stop) if step.base.shape else ()
+        tensors = [upcast(reader.read(entry, *rows)).to(run_op.device) for entry in step.inputs]
+        base, experts = (tensors[0], tensors[1:]) if step.reads_base else (tensors[0], tensors)
+        merged = passes.run(slot, base, experts)
+        if merged is not None:
             digest.update(bytes_of(merged.cpu().contiguous()))
     return digest.hexdigest()

@@ -26,6 +26,9 @@ WRITE_BEHIND = 2
 SMALL_BYTES = 16 * 2**20
 _MOST_PIECES = 16
 READ_THREADS = 4
+# Bytes of the inputs up to which a tensor that is reduced before it is merged is held meanwhile, by device; what is
+# larger is read again for each pass. The memory of a GPU is there to be used.
+HELD_BYTES = {"cpu": 2**28, "cuda": 2**62}
 # Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; the
 # cores of a CPU it does. Untimed: a guess at what a GPU takes.
 BATCH_ELEMENTS = {"cpu": 0, "cuda": 16 * 2**20}
@@ -38,6 +41,22 @@ class Slot:
     step: Step
     piece: Piece
     memory: Memory
+    number: int = 0  # of the pass over all pieces of the step
+
+    @property
+    def merges(self) -> bool:
+        """Whether this gives a part of the result; the passes before the last one do not."""
+        return self.number == self.step.passes - 1
+
+    @property
+    def starts_step(self) -> bool:
+        """Whether no piece of the step comes before this one."""
+        return self.number == 0 and self.piece is self.step.pieces[0]
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether no piece of the step comes after this one."""
+        return self.merges and self.piece is self.step.pieces[-1]
 
 
 @dataclass(frozen=True)
@@ -62,8 +81,10 @@ class Batch:
 def slots(steps: Iterable[Step]) -> Iterator[Slot]:
     """All pieces in the order of the plan."""
     for step in steps:
-        for piece in step.pieces:
-            yield Slot(step, piece, step.memory(piece))
+        for number in range(step.passes):
+            for piece in step.pieces:
+                memory = step.memory(piece)
+                yield Slot(step, piece, memory if number == step.passes - 1 else replace(memory, output=0), number)
 
 
 def batches(steps: Iterable[Step], budget: Budget) -> list[Batch]:
@@ -91,8 +112,8 @@ def _most_layers(slot: Slot, budget: Budget) -> int:
     if not slot.step.action.batched:
         return 1
     memory = slot.memory
-    room = memory.peak + READ_AHEAD * memory.inputs + WRITE_BEHIND * memory.output
-    return min(BATCH_ELEMENTS[budget.device] // max(1, element_count(slot.piece.shape)), budget.tensors // max(1, room))
+    layers = BATCH_ELEMENTS[budget.device] // max(1, element_count(slot.piece.shape))
+    return min(layers, budget.tensors // max(1, _room(memory)))
 
 
 def _kind(slot: Slot) -> Hashable:
@@ -119,7 +140,7 @@ def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
                 f"{format_bytes(budget.tensors)} ({budget.origin}); {remedy}, or exclude that tensor"
             ]
         )
-    fitting = tuple(_fitted(step, budget.tensors) for step in steps)
+    fitting = tuple(_fitted(step, budget) for step in steps)
     staging = (READ_THREADS + 1) * staging_bytes(list(slots(fitting))) if budget.device == "cuda" else 0
     if staging > budget.host:
         raise PlanError(
@@ -141,16 +162,26 @@ def staging_bytes(queue: Iterable[Slot]) -> int:
     return 1 << (largest - 1).bit_length()
 
 
-def _fitted(step: Step, limit: int) -> Step:
+def _fitted(step: Step, budget: Budget) -> Step:
     """The step in row ranges of at most CHUNK_ELEMENTS, smaller where they would not leave room to read ahead and
-    write behind within `limit` bytes; actions on whole matrices keep their pieces."""
+    write behind within the limit; in its own ranges where it is reduced before it is merged and too large to be held;
+    actions on whole matrices keep their pieces."""
+    if len(step.ranges) > 1:
+        whole = Piece(0, step.shape[0], step.shape)
+        memory = step.memory(whole)
+        held = memory.inputs <= HELD_BYTES[budget.device] and _room(memory) <= budget.tensors
+        return replace(step, pieces=(whole,) if held else step.ranges)
     if not step.action.chunkable or not step.shape or step.shape[0] == 0:
         return step
-    row = step.memory(step.smallest)
-    room = row.peak + READ_AHEAD * row.inputs + WRITE_BEHIND * row.output
+    room = _room(step.memory(step.smallest))
     elements = element_count(step.smallest.shape)
-    most = min(CHUNK_ELEMENTS, max(1, limit // max(1, room)) * elements)
+    most = min(CHUNK_ELEMENTS, max(1, budget.tensors // max(1, room)) * elements)
     return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))
+
+
+def _room(memory: Memory) -> int:
+    """What a piece takes with the next ones being read and the last ones being written."""
+    return memory.peak + READ_AHEAD * memory.inputs + WRITE_BEHIND * memory.output
 
 
 class Window:
@@ -225,7 +256,8 @@ def forecast(queue: Iterable[Batch], limit: int) -> Forecast:
         if following or depth is None:
             depth = len(window) - 1 if depth is None else min(depth, len(window) - 1)
         window.pop()
-        outputs.append(memory.output)
+        if memory.output:
+            outputs.append(memory.output)
         while not may_wait(outputs):
             outputs.popleft()
     return Forecast(peak, depth or 0)

@@ -16,14 +16,14 @@ class StepLog:
         self._began: dict[str, float] = {}  # of the steps that are being carried out
 
     def begins(self, slot: Slot) -> None:
-        if slot.piece is slot.step.pieces[0]:
+        if slot.starts_step:
             name = slot.step.name
             self._began[name] = time.perf_counter()
             event("step_started", name, level=DEBUG, tensor=name, action=slot.step.action.label)
 
     def ends(self, slot: Slot) -> None:
         step = slot.step
-        if slot.piece is step.pieces[-1]:
+        if slot.ends_step:
             size = {"bytes_read": step.bytes_read, "bytes_written": step.nbytes}
             seconds = time.perf_counter() - self._began.pop(step.name)
             event("step_finished", step.name, level=DEBUG, tensor=step.name, seconds=seconds, **size)

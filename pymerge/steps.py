@@ -10,6 +10,7 @@ from pymerge.checkpoint import ITEM_SIZES, TensorEntry, memory_item_size
 from pymerge.layers import Layer
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Action, Values
+from pymerge.methods.reducing import Reducing
 from pymerge.pieces import Piece
 
 
@@ -51,8 +52,24 @@ class Step:
         return (self.base, *self.experts) if self.reads_base else self.experts
 
     @property
-    def bytes_read(self) -> int:
+    def bytes_input(self) -> int:
+        """What the inputs have on the disk."""
         return sum(entry.nbytes for entry in self.inputs)
+
+    @property
+    def bytes_read(self) -> int:
+        """The same, as often as it is read."""
+        return self.passes * self.bytes_input
+
+    @property
+    def in_ranges(self) -> bool:
+        """Whether the tensor is reduced, and then merged, piece by piece."""
+        return isinstance(self.action, Reducing) and len(self.pieces) > 1
+
+    @cached_property
+    def passes(self) -> int:
+        """How often all pieces are read."""
+        return self.action.passes(self.shape) + 1 if isinstance(self.action, Reducing) and self.in_ranges else 1
 
     @cached_property
     def flops(self) -> int:
@@ -65,11 +82,21 @@ class Step:
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs)
         output = elements * ITEM_SIZES[self.dtype]
         scratch = pieces.cost(self.layer, self.action, piece, len(self.experts)).workspace
+        if isinstance(self.action, Reducing) and piece.shape != self.shape:
+            scratch += self.action.kept_bytes(self.shape, len(self.experts))
         if self.action.takes_matrices and self.layer.in_axis == 0:
             scratch += inputs + output  # transposed copies
         return Memory(inputs, scratch, output)
 
     @cached_property
     def smallest(self) -> Piece:
-        """The smallest piece that the action can work on: one row, or one matrix."""
-        return pieces.smallest(self.layer, self.action, self.shape)
+        """The smallest piece that the action can work on: one row, one matrix, or one range of rows."""
+        return self.ranges[0] if self.ranges else pieces.smallest(self.layer, self.action, self.shape)
+
+    @cached_property
+    def ranges(self) -> tuple[Piece, ...]:
+        """The pieces in which an action that reduces may take the tensor: none where an input is float64, whose
+        selection would need more passes."""
+        if not isinstance(self.action, Reducing) or any(entry.dtype == "F64" for entry in self.inputs):
+            return ()
+        return pieces.ranges(self.shape)

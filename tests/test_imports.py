@@ -51,6 +51,7 @@ ARROWS = {
     "memory": "devices units",
     "steps": "methods layers checkpoint pieces",
     "steplog": "logs schedule",
+    "passes": "methods checkpoint pieces schedule",
     "schedule": "errors units methods checkpoint memory pieces steps",
     "planner": (
         "errors env methods layers checkpoint config inputs memory pieces schedule slices steps tokenizers vocabulary "
@@ -64,15 +65,17 @@ ARROWS = {
     "buffers": "memory methods",
     "transfer": "methods buffers checkpoint pieces schedule tracing",
     "pipeline": (
-        "errors ops backends checkpoint finite logs memory pieces progress schedule steplog steps tracing transfer"
+        "errors ops backends checkpoint finite logs memory passes pieces progress schedule steplog steps tracing "
+        "transfer"
     ),
     "streams": (
-        "devices errors env backends checkpoint finite logs memory methods pieces progress schedule steplog steps tracing"
+        "devices errors env backends checkpoint finite logs memory methods pieces progress schedule steplog steps "
+        "tracing"
     ),
     "engine": (
         "devices errors backends checkpoint logs memory pipeline planner progress report schedule steps streams tracing"
     ),
-    "recheck": "devices errors backends checkpoint config engine memory pieces planner progress steps",
+    "recheck": "devices errors backends checkpoint config engine memory passes planner progress schedule steps",
     "api": "devices env units config memory planner progress report sampling engine",
     "in_memory": "devices errors methods layers checkpoint finite pieces backends planner",
     "stages": "devices errors env checkpoint config config_checks memory planner report units yaml_lines api",
@@ -81,8 +84,8 @@ ARROWS = {
     "analysis": "errors env units names methods checkpoint config planner progress steps",
     "views": "env units names methods layers backends planner steps",
     "wemoe": (
-        "devices errors env units logs yaml_lines layers ops methods checkpoint finite config config_checks memory schedule "
-        "planner progress report tracing sampling backends engine console views"
+        "devices errors env units logs yaml_lines layers ops methods checkpoint finite config config_checks memory "
+        "schedule planner progress report tracing sampling backends engine console views"
     ),
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api in_memory stages wemoe",

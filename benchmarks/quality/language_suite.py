@@ -8,9 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from quality.language_model import SentenceEncoder, cosine_logits, features, load_encoder
 from safetensors.torch import load_file
 from torch import Tensor
+
+from quality.language_model import SentenceEncoder, cosine_logits, features, load_encoder
 
 
 class LanguageSuite:

@@ -27,6 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import environments
 import torch
 import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
 from quality import language_data as data
 from quality.language_model import (
     SentenceEncoder,
@@ -36,10 +41,6 @@ from quality.language_model import (
     make_head,
     save_encoder,
 )
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from torch import Tensor
 
 NAME = "minilm4"
 LENGTH = 32  # tokens of a text, [CLS] and [SEP] included

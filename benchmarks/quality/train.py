@@ -27,10 +27,11 @@ import torch
 import train as glyphs  # of examples/glyphs
 from data import Task
 from model import HEAD_SCALE, GlyphVitConfig, load_model, save_model
-from quality.glyphs8 import CONFIG, TASKS, characters, forward
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from quality.glyphs8 import CONFIG, TASKS, characters, forward
 
 BASE_SEED = 0
 

@@ -2,7 +2,7 @@
 
 #include "common/check.h"
 #include "common/mask_block.h"
-#include "ops/trim_threshold.h"
+#include "ops/magnitude_blocks.h"
 
 namespace pymerge {
 namespace {

@@ -14,6 +14,7 @@ struct RandomMaskParams {
     const double* highest;  // [count]: of the largest
     const std::uint64_t* keys;
     std::int64_t count;
+    std::int64_t first;  // number of the first element, a multiple of 4
     std::int64_t rows;
     std::int64_t columns;
 };

@@ -46,7 +46,7 @@ Norms mask_segment(const RandomMaskParams& p, std::int64_t task, std::int64_t be
     for (std::int64_t at = begin; at < end; at += block_size) {
         const std::int64_t n = std::min(block_size, end - at);
         task_deltas(delta, p.base, p.experts[task], at, n);
-        flag_block(flags, words_of(room, p.keys[task], at, n), limit, n);
+        flag_block(flags, words_of(room, p.keys[task], p.first + at, n), limit, n);
         norms += block_norms(delta, flags, n);
         std::fill(flags + n, flags + (n + word_bits - 1) / word_bits * word_bits, 0u);
         pack_bits(bits + at / 8, flags, n);
@@ -78,7 +78,7 @@ Norms mask_rows(const RandomMaskParams& p, std::int64_t task, std::int64_t row, 
     for (; row < end; ++row) {
         float* delta = buffers.delta.data();
         task_deltas(delta, p.base, p.experts[task], row * columns, columns);
-        const std::uint32_t* words = words_of(buffers.room.data(), p.keys[task], row * columns, columns);
+        const std::uint32_t* words = words_of(buffers.room.data(), p.keys[task], p.first + row * columns, columns);
         const std::uint64_t* order = buffers.ranks.ascending(delta, columns);
         std::uint32_t* flags = buffers.flags.data() + waiting;
         for (std::int64_t rank = 0; rank < columns; ++rank) {

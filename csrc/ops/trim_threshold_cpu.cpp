@@ -1,17 +1,15 @@
 #include "ops/trim_threshold.h"
 
 #include <array>
-#include <bit>
 #include <vector>
 
-#include "common/bitmask.h"
 #include "common/check.h"
+#include "ops/magnitude_blocks.h"
 
 namespace pymerge {
 namespace {
 
-constexpr std::int64_t block_size = 2048;           // a block's delta and keys stay in the first-level cache
-constexpr std::int64_t segment = 128 * block_size;  // what is counted in one table
+constexpr std::int64_t segment = 128 * magnitude_block;  // what is counted in one table
 
 struct Digit {
     int shift;
@@ -22,42 +20,10 @@ constexpr std::size_t bins = 1 << 11;
 
 using Table = std::array<std::uint32_t, bins>;
 
-PM_TARGET_CLONES void find_keys(std::uint32_t* __restrict keys, const float* __restrict delta, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(delta[i]);
-}
-
-PM_TARGET_CLONES void find_matching(std::uint32_t* __restrict flags, const std::uint32_t* __restrict keys,
-                                    std::uint32_t prefix, int shift, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) flags[i] = (keys[i] >> shift) == prefix;
-}
-
-// Calls f(keys, n, begin) for each block of a segment of one task.
+// Calls f(keys, n, at) for each block of a segment of one task.
 template <class F>
 void for_each_block(const TrimThresholdParams& p, std::int64_t task, std::int64_t begin, F&& f) {
-    const std::int64_t end = std::min(p.numel, begin + segment);
-    float delta[block_size];
-    std::uint32_t keys[block_size];
-    for (std::int64_t at = begin; at < end; at += block_size) {
-        const std::int64_t n = std::min(block_size, end - at);
-        task_deltas(delta, p.base, p.experts[task], at, n);
-        find_keys(keys, delta, n);
-        f(keys, n, at);
-    }
-}
-
-// Calls f(key) for the keys of a block that start with `prefix`.
-template <class F>
-void for_each_matching(const std::uint32_t* keys, std::int64_t n, std::uint32_t prefix, int shift, F&& f) {
-    std::uint32_t flags[block_size];
-    std::uint64_t words[block_size / 64] = {};
-    find_matching(flags, keys, prefix, shift, n);
-    std::fill(flags + n, flags + (n + 31) / 32 * 32, 0u);
-    pack_bits(reinterpret_cast<std::uint8_t*>(words), flags, n);
-    for (std::int64_t place = 0; place * 64 < n; ++place) {
-        for (std::uint64_t word = words[place]; word != 0; word &= word - 1) {
-            f(keys[place * 64 + std::countr_zero(word)]);
-        }
-    }
+    for_each_key_block(p.base, p.experts[task], begin, std::min(p.numel, begin + segment), f);
 }
 
 void count_first_digit(const TrimThresholdParams& p, std::int64_t task, std::int64_t begin, Table& table) {

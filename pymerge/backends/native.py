@@ -12,7 +12,7 @@ from pymerge.backends.combine_files import missing
 from pymerge.backends.dtypes import DTYPE_CODES as DTYPE_CODES
 from pymerge.backends.native_elementwise import nearswap, ram, sce
 from pymerge.backends.native_routed import routed_linear
-from pymerge.backends.native_sparse import magnitude_mask, random_mask, sparse_combine, trim_threshold
+from pymerge.backends.native_sparse import magnitude_counts, magnitude_mask, random_mask, sparse_combine, trim_threshold
 from pymerge.ops.base import compute_dtype
 from pymerge.ops.gradient_flow import evaluate
 from pymerge.ops.normal_equations import NormalEquations, outputs_first
@@ -23,7 +23,7 @@ from pymerge.ops.wudi_adam import bias_corrections
 NAME = "native"
 
 # Ops whose C++ knows float32 results only.
-_FLOAT32_OPS = ("task_stats", "routed_linear", "trim_threshold", "magnitude_mask", "random_mask")
+_FLOAT32_OPS = ("task_stats", "routed_linear", "trim_threshold", "magnitude_counts", "magnitude_mask", "random_mask")
 
 # From this many columns on, a symmetric product is computed in panels of its lower triangle, faster than a full
 # one. The width is no power of two: panels of 256 float64 columns would fall on the same cache lines.
@@ -43,6 +43,7 @@ def implementations() -> Mapping[str, Callable[..., Any]]:
     return {
         "combine": combine,
         "trim_threshold": trim_threshold,
+        "magnitude_counts": magnitude_counts,
         "magnitude_mask": magnitude_mask,
         "random_mask": random_mask,
         "sparse_combine": sparse_combine,

@@ -36,6 +36,25 @@ def trim_threshold(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int
     return Thresholds(torch.tensor([key for key, _ in rows]), torch.tensor([end for _, end in rows]))
 
 
+def magnitude_counts(base: Tensor, experts: Sequence[Tensor], prefixes: Sequence[int], shift: int, bits: int) -> Tensor:
+    """`magnitude_counts` in one pass over the weights."""
+    from pymerge import _C
+
+    counts = torch.zeros(len(experts), 1 << bits, dtype=torch.int64)
+    base, inputs = base.contiguous(), [expert.contiguous() for expert in experts]
+    _C.magnitude_counts(
+        counts.data_ptr(),
+        _flat(base),
+        [_flat(expert) for expert in inputs],
+        list(prefixes),
+        shift,
+        bits,
+        base.numel(),
+        torch.get_num_threads(),
+    )
+    return counts
+
+
 def magnitude_mask(
     base: Tensor, experts: Sequence[Tensor], kept: Thresholds, dropped: Thresholds | None = None
 ) -> TaskMasks:
@@ -57,7 +76,12 @@ def magnitude_mask(
 
 
 def random_mask(
-    base: Tensor, experts: Sequence[Tensor], lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int]
+    base: Tensor,
+    experts: Sequence[Tensor],
+    lowest: Sequence[float],
+    highest: Sequence[float],
+    keys: Sequence[int],
+    first: int = 0,
 ) -> TaskMasks:
     """`random_mask` in one pass over the weights; ranks by buckets of a row's magnitudes."""
     from pymerge import _C
@@ -72,6 +96,7 @@ def random_mask(
         [float(value) for value in lowest],
         [float(value) for value in highest],
         list(keys),
+        first,
         base.numel() // max(1, columns),
         columns,
         torch.get_num_threads(),

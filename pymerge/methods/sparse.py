@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,19 +12,11 @@ from torch import Tensor
 from pymerge.errors import ArgumentError
 from pymerge.methods.average import AddTaskVectors, element_count, normalised
 from pymerge.methods.base import Action, Cost, Method, OpRunner, Parameter, Values
-from pymerge.ops.bitmask import BLOCK, TaskMasks, row_bytes
+from pymerge.methods.masking import BLOCK_SCRATCH, KeepAtRandom, KeepMagnitudes
+from pymerge.ops.bitmask import BLOCK
 from pymerge.ops.philox import key_of
 
 Sparsifier = Literal["magnitude", "magnitude_outliers", "random", "della_magprune"]
-
-# mergekit leaves a task vector as it is where one of its L1 norms is smaller.
-_SMALL_NORM = 1e-7
-# Bytes that the forms of the ops need: an element of a block in PyTorch's, an element of a row that is ranked in C++.
-_BLOCK_SCRATCH = 64
-_ROW_SCRATCH = 40
-# Rows that are ranked at the same time, each thread one of 32 that follow each other.
-_ROWS_OF_A_THREAD = 32
-_THREADS = 64
 
 
 @dataclass(frozen=True)
@@ -59,110 +50,7 @@ class ElectSigns(Action):
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)
-        return Cost(6 * experts * items, _BLOCK_SCRATCH * min(items, BLOCK))
-
-
-@dataclass(frozen=True)
-class MergeSparse(Action):
-    """Masks the task vectors, rescales what is kept to the L1 norm of the whole, and adds the sum to the base."""
-
-    weights: tuple[float, ...]
-    elect: bool
-    normalize: bool
-    rescale: bool
-    scale: float
-    whole: ClassVar[bool] = True
-
-    @abstractmethod
-    def masks(self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
-        """What is kept of each task vector."""
-
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        masks = self.masks(run_op, base, experts)
-        factors = [1.0] * len(experts)
-        if self.rescale:
-            norms = zip(masks.before.tolist(), masks.after.tolist(), strict=True)
-            factors = [1.0 if min(pair) < _SMALL_NORM else pair[0] / pair[1] for pair in norms]
-        merged: Tensor = run_op(
-            "sparse_combine",
-            base,
-            experts,
-            self.weights,
-            out_dtype,
-            bits=masks.bits,
-            factors=factors,
-            elect=self.elect,
-            normalize=self.normalize,
-            scale=self.scale,
-        )
-        return merged
-
-    @property
-    def shows_nonfinite(self) -> bool:
-        return True
-
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
-        scratch = experts * row_bytes(items) + _BLOCK_SCRATCH * min(items, BLOCK)
-        return Cost((12 if self.elect else 9) * experts * items, scratch)
-
-
-@dataclass(frozen=True)
-class KeepMagnitudes(MergeSparse):
-    """Keeps elements whose magnitude has one of certain ranks, the largest having rank 0."""
-
-    first: tuple[float, ...]  # shares of the elements for each expert, see `ranks`
-    density: tuple[float, ...]
-    outliers: bool
-    zeroes_small: bool
-    label: ClassVar[str] = "keep magnitudes"
-
-    def ranks(self, numel: int) -> list[tuple[int, int]]:
-        """(begin, end) of the ranks that are kept, for each expert."""
-        return [self._ranks(numel, *shares) for shares in zip(self.first, self.density, strict=True)]
-
-    def _ranks(self, numel: int, first: float, density: float) -> tuple[int, int]:
-        if density >= 1.0:
-            return 0, numel
-        if not self.outliers:
-            return 0, min(numel, max(1, int(density * numel))) if density > 0.0 else 0
-        kept = int(density * numel)
-        begin = min(int(first * numel), numel - kept)
-        return (0, 0) if self.zeroes_small and begin == 0 else (begin, begin + kept)
-
-    def masks(self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
-        ranks = self.ranks(base.numel())
-        kept = run_op("trim_threshold", base, experts, [end for _, end in ranks])
-        dropped = None
-        if any(begin for begin, _ in ranks):
-            dropped = run_op("trim_threshold", base, experts, [begin for begin, _ in ranks])
-        masks: TaskMasks = run_op("magnitude_mask", base, experts, kept, dropped)
-        return masks
-
-
-@dataclass(frozen=True)
-class KeepAtRandom(MergeSparse):
-    """Keeps elements with a probability, which may grow with the rank in the row."""
-
-    lowest: tuple[float, ...]
-    highest: tuple[float, ...]
-    keys: tuple[int, ...]
-    label: ClassVar[str] = "keep at random"
-
-    def masks(self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
-        masks: TaskMasks = run_op("random_mask", base, experts, self.lowest, self.highest, self.keys)
-        return masks
-
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        cost = super().cost(shape, experts)
-        if self.lowest == self.highest:
-            return cost
-        columns = shape[-1] if shape else 1
-        rows = element_count(shape) // max(1, columns)
-        at_once = min(-(-rows // _ROWS_OF_A_THREAD), _THREADS)
-        return Cost(cost.flops, cost.workspace + _ROW_SCRATCH * columns * at_once)
+        return Cost(6 * experts * items, BLOCK_SCRATCH * min(items, BLOCK))
 
 
 class SparseMethod(Method):

@@ -8,6 +8,7 @@ from pymerge.ops import (
     combine_vectors,
     gradient_flow,
     isotropic,
+    magnitude_counts,
     magnitude_mask,
     nearswap,
     normal_equations,
@@ -32,6 +33,7 @@ from pymerge.ops.base import Op
 _MODULES = (
     combine,
     trim_threshold,
+    magnitude_counts,
     magnitude_mask,
     random_mask,
     sparse_combine,

@@ -17,9 +17,15 @@ ONE = 2.0**32
 
 
 def check(
-    base: Tensor, experts: Sequence[Tensor], lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int]
+    base: Tensor,
+    experts: Sequence[Tensor],
+    lowest: Sequence[float],
+    highest: Sequence[float],
+    keys: Sequence[int],
+    first: int = 0,
 ) -> None:
-    """Raise ArgumentError unless tensors agree and each expert has a key and probabilities of 0 to 1 in their order."""
+    """Raise ArgumentError unless tensors agree, each expert has a key and probabilities of 0 to 1 in their order, and
+    `first` is a multiple of 64."""
     check_task_tensors("random_mask", base, experts)
     for label, values in (("lowest", lowest), ("highest", highest), ("keys", keys)):
         check_length("random_mask", label, values, len(experts))
@@ -29,10 +35,17 @@ def check(
     for key in keys:
         if not 0 <= key < 2**64:
             raise ArgumentError(f"random_mask: key {key} is not one of 64 bits; take it from philox.key_of")
+    if first < 0 or first % 64:
+        raise ArgumentError(f"random_mask: the first element is number {first}; give a multiple of 64")
 
 
 def reference(
-    base: Tensor, experts: Sequence[Tensor], lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int]
+    base: Tensor,
+    experts: Sequence[Tensor],
+    lowest: Sequence[float],
+    highest: Sequence[float],
+    keys: Sequence[int],
+    first: int = 0,
 ) -> TaskMasks:
     """Return masks that keep element i of task t with probability p_ti, independently.
 
@@ -42,7 +55,8 @@ def reference(
         lowest, highest: T probabilities each. p = lowest + (highest - lowest) r / (c - 1), where r = 0 ... c - 1 is the
             rank of |tau| in its row of c elements, ascending, equal ones in the order of their index; the mean of both
             where c is 1. With lowest = highest there is nothing to rank.
-        keys: T keys of 64 bits; element i is kept if the 32-bit number i of Philox is below p 2^32.
+        keys: T keys of 64 bits; element i is kept if the 32-bit number first + i of Philox is below p 2^32.
+        first: the number of the first element, where the tensors are rows of larger ones.
 
     L1 norms are summed in float64. Source: DARE, arXiv 2311.03099 (one probability); DELLA-Merging, arXiv 2406.11617
     (ranks); the generator: see pymerge.ops.philox.
@@ -62,7 +76,7 @@ def reference(
             if len(limits) > 1:
                 order = magnitude_keys(delta).view(-1, columns).argsort(dim=1, stable=True)
                 limits = torch.empty_like(order).scatter_(1, order, limits.expand_as(order)).view(-1)
-            keep = uniform_words(keys[t], begin, end, device) < limits
+            keep = uniform_words(keys[t], first + begin, first + end, device) < limits
             packed = pack(keep)
             bits[t, begin // 8 : begin // 8 + len(packed)] = packed
             sizes = delta.abs().to(torch.float64)

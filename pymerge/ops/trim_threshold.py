@@ -11,6 +11,7 @@ from torch import Tensor
 from pymerge.errors import ArgumentError
 from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops.bitmask import blocks, magnitude_keys
+from pymerge.ops.magnitude_counts import reference as magnitude_counts
 
 # A key that no magnitude reaches.
 NOTHING = 2**63 - 1
@@ -64,34 +65,37 @@ def _one(base: Tensor, expert: Tensor, count: int) -> tuple[int, int]:
     known = exact(numel, count)
     if known is not None:
         return known
-    flat, other, dtype = base.reshape(-1), expert.reshape(-1), compute_dtype(base, expert)
-
-    def keys(begin: int, end: int) -> Tensor:
-        return magnitude_keys(task_vector(flat[begin:end], other[begin:end], None, dtype))
-
-    prefix, left, bits = 0, count, 63 if dtype == torch.float64 else 31
+    prefix, left, bits = 0, count, 63 if compute_dtype(base, expert) == torch.float64 else 31
+    ties = numel
     while bits:
         digit = min(_DIGIT, bits)
-        histogram = torch.zeros(1 << digit, dtype=torch.int64, device=base.device)
-        for begin, end in blocks(numel):
-            block = keys(begin, end)
-            matching = block[(block >> bits) == prefix] >> (bits - digit)
-            histogram += torch.bincount(matching & ((1 << digit) - 1), minlength=1 << digit)
         bits -= digit
-        numbers = histogram.tolist()
-        place = len(numbers) - 1
-        while numbers[place] < left:
-            left -= numbers[place]
-            place -= 1
-        prefix, ties = (prefix << digit) | place, numbers[place]
-    if left == ties:
-        return prefix, numel
-    for begin, end in blocks(numel):
-        found = torch.nonzero(keys(begin, end) == prefix).view(-1)
+        counts = magnitude_counts(base, [expert], [prefix], bits, digit)[0]
+        place, left, ties = last_kept(counts, left)
+        prefix = (prefix << digit) | place
+    return prefix, numel if left == ties else behind(base, expert, prefix, left)
+
+
+def last_kept(counts: Tensor, left: int) -> tuple[int, int, int]:
+    """Value of a digit, from the top, in which the `left`-th element is; the elements taken of it, and all of it."""
+    numbers = counts.tolist()
+    place = len(numbers) - 1
+    while numbers[place] < left:
+        left -= numbers[place]
+        place -= 1
+    return place, left, numbers[place]
+
+
+def behind(base: Tensor, expert: Tensor, key: int, left: int) -> int:
+    """The index behind the `left`-th element with this key."""
+    flat, other, dtype = base.reshape(-1), expert.reshape(-1), compute_dtype(base, expert)
+    for begin, end in blocks(base.numel()):
+        keys = magnitude_keys(task_vector(flat[begin:end], other[begin:end], None, dtype))
+        found = torch.nonzero(keys == key).view(-1)
         if len(found) >= left:
-            return prefix, begin + int(found[left - 1]) + 1
+            return begin + int(found[left - 1]) + 1
         left -= len(found)
-    raise AssertionError("the histogram counted elements that are not there")
+    raise AssertionError("the counts are of other elements")
 
 
 OP = Op("trim_threshold", check, reference, "k-th largest |tau_t| by radix selection, ties in order of the index")

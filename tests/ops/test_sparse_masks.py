@@ -223,3 +223,34 @@ def test_what_does_not_fit_is_an_error() -> None:
         run_op("sparse_combine", base, [base], [1.0], bits=torch.zeros(1, 1, dtype=torch.uint8))
     with pytest.raises(ArgumentError, match=r"out_dtype torch\.int32 is not floating point"):
         run_op("sparse_combine", base, [base], [1.0], torch.int32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 5), (1,), (63, 65), (300_000,)], ids=str)
+@pytest.mark.parametrize(("shift", "bits"), [(15, 16), (0, 15), (20, 11), (0, 0)])
+def test_counts_of_a_digit(backend: str, shape: tuple[int, ...], shift: int, bits: int) -> None:
+    base, experts = weights(shape, torch.bfloat16, torch.bfloat16, torch.float32, ties=bits == 0)
+    keys = [np.abs(delta(base, expert)).view(np.int32).reshape(-1) for expert in experts]
+    # The prefix of some element; none is left above the first digit.
+    prefixes = [int(each[len(each) // 2] >> (shift + bits)) if len(each) else 0 for each in keys]
+    found = Dispatcher(backend)("magnitude_counts", base, experts, prefixes, shift, bits)
+    for row, each, prefix in zip(found, keys, prefixes, strict=True):
+        matching = each[each >> (shift + bits) == prefix] >> shift & ((1 << bits) - 1)
+        np.testing.assert_array_equal(row.numpy(), np.bincount(matching, minlength=1 << bits))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ranked", [False, True])
+def test_masks_of_rows_are_those_of_the_whole(backend: str, ranked: bool) -> None:
+    base, experts = weights((640, 33), torch.bfloat16, torch.bfloat16, torch.float32)
+    run_op, probabilities = Dispatcher(backend), ([0.3, 0.2], [0.7, 0.6]) if ranked else ([0.4] * 2, [0.4] * 2)
+    whole = run_op("random_mask", base, experts, *probabilities, KEYS[:2])
+    for start in (0, 192, 448):
+        part = slice(start, start + 192)
+        found = run_op(
+            "random_mask", base[part], [each[part] for each in experts], *probabilities, KEYS[:2], start * 33
+        )
+        for mask, expected in zip(flags(found, (192, 33)), flags(whole, (640, 33)), strict=True):
+            np.testing.assert_array_equal(mask, expected[part])
+    with pytest.raises(ArgumentError, match="first element is number 33; give a multiple of 64"):
+        run_op("random_mask", base, experts, *probabilities, KEYS[:2], 33)

@@ -1,0 +1,21 @@
+// How many |tau_t| have each value of a digit of their bits. Source: the trim step of TIES-Merging, arXiv 2306.01708.
+#pragma once
+
+#include "ops/task_vector.h"
+
+namespace pymerge {
+
+struct MagnitudeCountsParams {
+    std::int64_t* counts;  // [count, 2^bits], zeros at first
+    MatrixView base;       // one row of numel elements, as the experts
+    const MatrixView* experts;
+    const std::uint32_t* prefixes;  // only keys that start with it count
+    int shift;                      // the digit: bits shift to shift + bits - 1
+    int bits;
+    std::int64_t count;
+    std::int64_t numel;
+};
+
+void magnitude_counts_cpu(const MagnitudeCountsParams& p, int threads);
+
+}  // namespace pymerge

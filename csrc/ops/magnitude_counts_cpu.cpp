@@ -1,0 +1,63 @@
+#include "ops/magnitude_counts.h"
+
+#include <vector>
+
+#include "common/check.h"
+#include "ops/magnitude_blocks.h"
+
+namespace pymerge {
+namespace {
+
+constexpr int key_bits = 31;
+constexpr std::int64_t least = 16 * magnitude_block;  // elements that are worth a table of their own
+
+void count_all(const MagnitudeCountsParams& p, std::int64_t task, std::int64_t begin, std::int64_t end,
+               std::int64_t* table) {
+    for_each_key_block(p.base, p.experts[task], begin, end,
+                       [&](const std::uint32_t* keys, std::int64_t n, std::int64_t) {
+                           for (std::int64_t i = 0; i < n; ++i) ++table[keys[i] >> p.shift];
+                       });
+}
+
+void count_matching(const MagnitudeCountsParams& p, std::int64_t task, std::int64_t begin, std::int64_t end,
+                    std::int64_t* table) {
+    const std::uint32_t mask = (1u << p.bits) - 1;
+    for_each_key_block(p.base, p.experts[task], begin, end,
+                       [&](const std::uint32_t* keys, std::int64_t n, std::int64_t) {
+                           for_each_matching(keys, n, p.prefixes[task], p.shift + p.bits,
+                                             [&](std::uint32_t key) { ++table[(key >> p.shift) & mask]; });
+                       });
+}
+
+}  // namespace
+
+void magnitude_counts_cpu(const MagnitudeCountsParams& p, int threads) {
+    PM_CHECK(p.bits >= 0 && p.bits <= 16 && p.shift >= 0 && p.shift + p.bits <= key_bits,
+             "magnitude_counts: " << p.bits << " bits from bit " << p.shift << " on, of " << key_bits);
+    for (std::int64_t t = 0; t < p.count; ++t) {
+        PM_CHECK(p.base.dtype != DType::f64 && p.experts[t].dtype != DType::f64,
+                 "magnitude_counts: an input is float64; use the reference");
+    }
+    // A table for each thread: whole numbers add up to the same in any order.
+    const std::int64_t parts = std::clamp<std::int64_t>(p.numel / least, 1, std::max(threads, 1));
+    const std::int64_t part = (p.numel + parts - 1) / parts, bins = std::int64_t{1} << p.bits;
+    std::vector<std::int64_t> tables(static_cast<std::size_t>(parts * p.count * bins));
+    for_each_item(parts, threads, [&](std::int64_t item) {
+        for (std::int64_t task = 0; task < p.count; ++task) {
+            std::int64_t* table = tables.data() + (item * p.count + task) * bins;
+            const std::int64_t begin = item * part, end = std::min(p.numel, begin + part);
+            if (p.shift + p.bits == key_bits && p.prefixes[task] == 0) {
+                count_all(p, task, begin, end, table);
+            } else {
+                count_matching(p, task, begin, end, table);
+            }
+        }
+    });
+    for (std::int64_t item = 0; item < parts; ++item) {
+        for (std::int64_t i = 0; i < p.count * bins; ++i) {
+            p.counts[i] += tables[static_cast<std::size_t>(item * p.count * bins + i)];
+        }
+    }
+}
+
+}  // namespace pymerge

@@ -1,0 +1,207 @@
+"""Task vectors under masks, of elements kept by magnitude or at random: what the sparse methods do with a tensor."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pymerge.methods.average import element_count
+from pymerge.methods.base import Cost, OpRunner
+from pymerge.methods.reducing import Reducing, Reduction
+from pymerge.methods.selecting import Selection, passes_to_select
+from pymerge.ops.bitmask import BLOCK, TaskMasks, row_bytes
+
+# mergekit leaves a task vector as it is where one of its L1 norms is smaller.
+_SMALL_NORM = 1e-7
+# Bytes that the forms of the ops need: an element of a block in PyTorch's, an element of a row that is ranked in C++.
+BLOCK_SCRATCH = 64
+_ROW_SCRATCH = 40
+# Rows that are ranked at the same time, each thread one of 32 that follow each other.
+_ROWS_OF_A_THREAD = 32
+_THREADS = 64
+
+
+@dataclass(frozen=True)
+class MergeSparse(Reducing):
+    """Masks the task vectors, rescales what is kept to the L1 norm of the whole, and adds the sum to the base."""
+
+    weights: tuple[float, ...]
+    elect: bool
+    normalize: bool
+    rescale: bool
+    scale: float
+
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        return experts * row_bytes(element_count(shape)) if self.rescale else 0
+
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        items = element_count(shape)
+        scratch = experts * row_bytes(items) + BLOCK_SCRATCH * min(items, BLOCK)
+        return Cost((12 if self.elect else 9) * experts * items, scratch)
+
+
+class Sparsifying(Reduction):
+    """What the masks of a tensor follow from. Where what is kept is rescaled, that is known only behind all masks: they
+    are made in a pass of their own and held, a bit an element."""
+
+    def __init__(self, action: MergeSparse, run_op: OpRunner, shape: tuple[int, ...]) -> None:
+        self.passes = action.passes(shape)
+        self._action = action
+        self._run_op = run_op
+        self._numel = element_count(shape)
+        self._row = element_count(shape[1:])
+        self._before = [0.0] * len(action.weights)  # L1 norms
+        self._after = [0.0] * len(action.weights)
+        self._factors = [1.0] * len(action.weights)
+        self._bits: Tensor | None = None
+
+    @abstractmethod
+    def masks(self, first: int, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
+        """What is kept of the next range, whose first element has this number."""
+
+    def look(self, start: int, base: Tensor, experts: Sequence[Tensor]) -> None:
+        first = start * self._row
+        masks = self.masks(first, base, experts)
+        if self._bits is None:
+            size = (len(experts), row_bytes(self._numel))
+            self._bits = torch.empty(size, dtype=torch.uint8, device=base.device)
+        self._bits[:, first // 8 : first // 8 + masks.bits.shape[1]] = masks.bits
+        self._before = [a + b for a, b in zip(self._before, masks.before.tolist(), strict=True)]
+        self._after = [a + b for a, b in zip(self._after, masks.after.tolist(), strict=True)]
+
+    def settle(self) -> None:
+        norms = zip(self._before, self._after, strict=True)
+        self._factors = [1.0 if min(pair) < _SMALL_NORM else pair[0] / pair[1] for pair in norms]
+
+    def merge(self, start: int, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype) -> Tensor:
+        action, first = self._action, start * self._row
+        if self._bits is None:
+            bits = self.masks(first, base, experts).bits
+        else:
+            bits = self._bits[:, first // 8 : first // 8 + row_bytes(base.numel())]
+        merged: Tensor = self._run_op(
+            "sparse_combine",
+            base,
+            experts,
+            action.weights,
+            out_dtype,
+            bits=bits,
+            factors=self._factors,
+            elect=action.elect,
+            normalize=action.normalize,
+            scale=action.scale,
+        )
+        return merged
+
+
+@dataclass(frozen=True)
+class KeepMagnitudes(MergeSparse):
+    """Keeps elements whose magnitude has one of certain ranks, the largest having rank 0."""
+
+    first: tuple[float, ...]  # shares of the elements for each expert, see `ranks`
+    density: tuple[float, ...]
+    outliers: bool
+    zeroes_small: bool
+    label: ClassVar[str] = "keep magnitudes"
+
+    def ranks(self, numel: int) -> list[tuple[int, int]]:
+        """(begin, end) of the ranks that are kept, for each expert."""
+        return [self._ranks(numel, *shares) for shares in zip(self.first, self.density, strict=True)]
+
+    def _ranks(self, numel: int, first: float, density: float) -> tuple[int, int]:
+        if density >= 1.0:
+            return 0, numel
+        if not self.outliers:
+            return 0, min(numel, max(1, int(density * numel))) if density > 0.0 else 0
+        kept = int(density * numel)
+        begin = min(int(first * numel), numel - kept)
+        return (0, 0) if self.zeroes_small and begin == 0 else (begin, begin + kept)
+
+    def reduction(self, run_op: OpRunner, shape: tuple[int, ...], experts: int) -> Reduction:
+        return Selecting(self, run_op, shape)
+
+    def passes(self, shape: tuple[int, ...]) -> int:
+        numel = element_count(shape)
+        return passes_to_select(numel, [rank for ranks in self.ranks(numel) for rank in ranks]) + self.rescale
+
+
+class Selecting(Sparsifying):
+    """Where the ranks begin and end."""
+
+    def __init__(self, action: KeepMagnitudes, run_op: OpRunner, shape: tuple[int, ...]) -> None:
+        super().__init__(action, run_op, shape)
+        begins, ends = zip(*action.ranks(self._numel), strict=True)
+        self._kept = Selection(run_op, self._numel, ends)
+        self._dropped = Selection(run_op, self._numel, begins) if any(begins) else None
+        self._selections = [each for each in (self._kept, self._dropped) if each is not None]
+        self._to_select = self.passes - action.rescale
+
+    def look(self, start: int, base: Tensor, experts: Sequence[Tensor]) -> None:
+        if not self._to_select:
+            super().look(start, base, experts)
+            return
+        for selection in self._selections:
+            selection.count(base, experts)
+
+    def settle(self) -> None:
+        if not self._to_select:
+            super().settle()
+            return
+        for selection in self._selections:
+            selection.settle()
+        self._to_select -= 1
+
+    def look_at_all(self, base: Tensor, experts: Sequence[Tensor]) -> None:
+        for selection in self._selections:
+            selection.find(base, experts)
+        self.passes -= self._to_select
+        self._to_select = 0
+        super().look_at_all(base, experts)
+
+    def masks(self, first: int, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
+        kept = self._kept.of_range(first, base, experts)
+        dropped = None if self._dropped is None else self._dropped.of_range(first, base, experts)
+        masks: TaskMasks = self._run_op("magnitude_mask", base, experts, kept, dropped)
+        return masks
+
+
+@dataclass(frozen=True)
+class KeepAtRandom(MergeSparse):
+    """Keeps elements with a probability, which may grow with the rank in the row."""
+
+    lowest: tuple[float, ...]
+    highest: tuple[float, ...]
+    keys: tuple[int, ...]
+    label: ClassVar[str] = "keep at random"
+
+    def reduction(self, run_op: OpRunner, shape: tuple[int, ...], experts: int) -> Reduction:
+        return Drawing(self, run_op, shape)
+
+    def passes(self, shape: tuple[int, ...]) -> int:
+        return int(self.rescale)
+
+    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+        cost = super().cost(shape, experts)
+        if self.lowest == self.highest:
+            return cost
+        columns = shape[-1] if shape else 1
+        rows = element_count(shape) // max(1, columns)
+        at_once = min(-(-rows // _ROWS_OF_A_THREAD), _THREADS)
+        return Cost(cost.flops, cost.workspace + _ROW_SCRATCH * columns * at_once)
+
+
+class Drawing(Sparsifying):
+    """Random masks follow from the elements' numbers."""
+
+    def __init__(self, action: KeepAtRandom, run_op: OpRunner, shape: tuple[int, ...]) -> None:
+        super().__init__(action, run_op, shape)
+        self._draws = (action.lowest, action.highest, action.keys)
+
+    def masks(self, first: int, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
+        masks: TaskMasks = self._run_op("random_mask", base, experts, *self._draws, first)
+        return masks

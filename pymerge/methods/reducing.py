@@ -1,0 +1,93 @@
+"""Actions that first reduce a tensor to what decides its merge, and then merge it: each row range by row range."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pymerge.methods.average import element_count
+from pymerge.methods.base import Action, OpRunner
+
+# Elements of a row range: reading one is one long request, as for elementwise actions.
+RANGE_ELEMENTS = 3 * 2**19
+# Ranges start at multiples of so many elements: masks are whole words there, and random numbers whole counters.
+_ALIGNMENT = 64
+
+
+class Reduction(ABC):
+    """What is known of one tensor while its row ranges come by, in order, `passes` times to be looked at and once to
+    be merged."""
+
+    passes: int = 1
+
+    @abstractmethod
+    def look(self, start: int, base: Tensor, experts: Sequence[Tensor]) -> None:
+        """Take note of the range whose first row is `start`."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """A pass is over."""
+
+    @abstractmethod
+    def merge(self, start: int, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype) -> Tensor:
+        """The merged range."""
+
+    def look_at_all(self, base: Tensor, experts: Sequence[Tensor]) -> None:
+        """All passes over a tensor that is in memory, with the same result."""
+        several = ranges(tuple(base.shape))
+        for _ in range(self.passes):
+            for start, stop in several if len(several) > 1 else ():
+                self.look(start, base[start:stop], [expert[start:stop] for expert in experts])
+            if len(several) == 1:
+                self.look(0, base, experts)
+            self.settle()
+
+
+@dataclass(frozen=True)
+class Reducing(Action):
+    """An action that looks at all elements of a tensor together, in passes over its row ranges.
+
+    The ranges depend on the shape alone: sums over them are rounded the same whether the tensor is in memory or is read
+    again for each pass.
+    """
+
+    whole: ClassVar[bool] = True
+
+    @abstractmethod
+    def reduction(self, run_op: OpRunner, shape: tuple[int, ...], experts: int) -> Reduction:
+        """The start of a merge of one tensor of this shape."""
+
+    @abstractmethod
+    def passes(self, shape: tuple[int, ...]) -> int:
+        """How often all ranges are looked at before they are merged."""
+
+    @abstractmethod
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """What a reduction of a tensor of this shape holds from one range to the next."""
+
+    def run(
+        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        reduction = self.reduction(run_op, tuple(base.shape), len(experts))
+        reduction.look_at_all(base, experts)
+        return reduction.merge(0, base, experts, out_dtype or base.dtype)
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return True
+
+
+def ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """First and last (exclusive) rows of the ranges of a tensor of this shape; a vector is one range."""
+    if len(shape) < 2 or 0 in shape:
+        return [(0, shape[0] if shape else 1)]
+    row = element_count(shape[1:])
+    unit = _ALIGNMENT // math.gcd(row, _ALIGNMENT)
+    height = max(1, RANGE_ELEMENTS // (row * unit)) * unit
+    return [(start, min(start + height, shape[0])) for start in range(0, shape[0], height)]
