@@ -190,10 +190,8 @@ def _gathered() -> Iterator[tuple[str, dict[str, Any]]]:
         "padded": {"tokenizer": {"source": "union", "pad_to_multiple_of": 16}},
     }
     for name, key in keys.items():
-        yield (
-            f"vocabulary {name}, linear",
-            {"merge_method": "linear", "base_model": "base", "models": _weighted(), **key},
-        )
+        every = [{"model": "base", "parameters": {"weight": 0.3}}, *_weighted()]
+        yield f"vocabulary {name}, linear", {"merge_method": "linear", "base_model": "base", "models": every, **key}
         for method in ("task_arithmetic", "ties"):
             document = {"merge_method": method, "base_model": "base", "models": _weighted(), **key}
             yield f"vocabulary {name}, {method}", document
