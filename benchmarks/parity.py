@@ -9,7 +9,8 @@ element, since rounding errors of inputs and deltas have their size (for slices:
 mergekit computes the same in float64, too: "rounding" means that pymerge's result is more than one unit from
 mergekit's, and its error against float64 at most one unit, or twice mergekit's. Of equal magnitudes at the edge of what
 is kept any may be: those elements are left out, and counted. Random masks are not the same: of those, shares of changed
-elements and lengths of the merged task vectors are compared. Exit code 1 if a case differs for a reason that
+elements and lengths of the merged task vectors are compared. Rows of gathered vocabularies are compared by token: ids
+of new ones differ from run to run in mergekit. Exit code 1 if a case differs for a reason that
 docs/migration.md does not give (`EXPLAINED`). Results go to benchmarks/results/<machine>/<date>-parity.json.
 """
 
@@ -45,6 +46,8 @@ EXPLAINED = {
     r"bfloat16: sce, select_topk": "of equal variances at the edge of what is selected, any may be",
 }
 
+# Of the family whose models have vocabularies of their own.
+TOKEN_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 Row = dict[str, Any]
 
 
@@ -74,6 +77,13 @@ class Tensors:
         return tensor
 
 
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Tokens and ids of an output."""
+    document = json.loads((folder / "tokenizer.json").read_text())
+    added = {token["content"]: token["id"] for token in document["added_tokens"]}
+    return {**document["model"]["vocab"], **added}
+
+
 def spacing(like: Tensor, values: Sequence[Tensor]) -> Tensor:
     """The unit in the last place of `like`'s dtype at the largest of the values at each element."""
     size = torch.stack([value.double().abs() for value in values]).amax(dim=0)
@@ -96,15 +106,23 @@ def compare(case: Case, dtype: str, ours: Path, theirs: Path, models: Path) -> R
         if case.random:
             deviations = max(deviations, statistic(a, b, inputs["base"][name]))
             continue
-        near = {model: tensors[name] for model, tensors in inputs.items()} if "models" in case.document else {}
+        other_exact = exact[name]
+        if case.gathers and name in TOKEN_TABLES:
+            if set(ids := vocabulary(ours)) != set(other_ids := vocabulary(theirs)):
+                return row | {"problem": f"other tokens: {sorted(set(ids) ^ set(other_ids))}"}
+            places = torch.arange(len(a))
+            places[list(ids.values())] = torch.tensor([other_ids[token] for token in ids])
+            b, other_exact = b[places], other_exact[places]
+        plain = "models" in case.document and not case.gathers
+        near = {model: tensors[name] for model, tensors in inputs.items()} if plain else {}
         unit = spacing(a, [a, b, *near.values()] if near else [b.double().square().mean().sqrt().expand_as(b)])
         either = on_the_edge(case, near)
         found = ((a.double() - b.double()).abs() / unit).masked_fill(either, 0.0)
         elements, beyond = elements + a.numel(), beyond + int((found > MOST_ULPS).sum())
         undecided += int(either.sum())
         worst = max(worst, (largest(found), name))
-        own = max(own, largest(((a.double() - exact[name]).abs() / unit).masked_fill(either, 0.0)))
-        other_own = max(other_own, largest(((b.double() - exact[name]).abs() / unit).masked_fill(either, 0.0)))
+        own = max(own, largest(((a.double() - other_exact).abs() / unit).masked_fill(either, 0.0)))
+        other_own = max(other_own, largest(((b.double() - other_exact).abs() / unit).masked_fill(either, 0.0)))
     if case.random:
         return row | {"deviations": deviations, "agrees": deviations <= MOST_DEVIATIONS}
     counts = {"elements": elements, "beyond": beyond, "undecided": undecided}

@@ -19,6 +19,7 @@ class Case:
     family: str
     document: Mapping[str, Any]
     random: bool = False  # draws masks: compared by statistics
+    gathers: bool = False  # brings token tables into the order of a new vocabulary, whose ids may be others
 
     def text(self, folder: str, dtype: Mapping[str, str]) -> str:
         """The YAML with models in `folder`."""
@@ -28,10 +29,17 @@ class Case:
 def _placed(value: Any, folder: str) -> Any:
     if isinstance(value, dict):
         return {
-            key: f"{folder}/{inner}" if key in ("model", "base_model") else _placed(inner, folder)
+            key: f"{folder}/{inner}"
+            if key in ("model", "base_model") or _names_expert(key, inner)
+            else _placed(inner, folder)
             for key, inner in value.items()
         }
     return [_placed(inner, folder) for inner in value] if isinstance(value, list) else value
+
+
+def _names_expert(key: str, value: Any) -> bool:
+    """Whether this is the source of tokens, and a model."""
+    return key in ("source", "tokenizer_source") and value in ("e1", "e2", "e3")
 
 
 def _models(*parameters: Mapping[str, Any], base: bool = False) -> list[dict[str, Any]]:
@@ -164,8 +172,38 @@ def _sliced() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "slices, task_arithmetic", {"merge_method": "task_arithmetic", "base_model": "base", "slices": inside}
 
 
+def _gathered() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, document) of merges of models with vocabularies of their own: `parity_peer.TOKENS` has them."""
+    tokens = {
+        "<a>": {"source": "e1"},
+        "<b>": {"source": "e2", "force": True},
+        "<c>": {"source": {"kind": "zero"}},
+        "w5": {"source": {"kind": "model_token", "model": "e2", "token": "w7"}, "force": True},
+        "w6": {"source": {"kind": "model_token", "model": "e1", "token_id": 9}, "force": True},
+        "<new>": {"source": {"kind": "model_token", "model": "base", "token": "w4"}},
+    }
+    keys: dict[str, dict[str, Any]] = {
+        "union": {"tokenizer_source": "union"},
+        "of the base": {"tokenizer_source": "base"},
+        "of a model": {"tokenizer_source": "e1"},
+        "with sources": {"tokenizer": {"source": "union", "tokens": tokens}},
+        "padded": {"tokenizer": {"source": "union", "pad_to_multiple_of": 16}},
+    }
+    for name, key in keys.items():
+        every = [{"model": "base", "parameters": {"weight": 0.3}}, *_weighted()]
+        yield f"vocabulary {name}, linear", {"merge_method": "linear", "base_model": "base", "models": every, **key}
+        for method in ("task_arithmetic", "ties"):
+            document = {"merge_method": method, "base_model": "base", "models": _weighted(), **key}
+            yield f"vocabulary {name}, {method}", document
+        two = {"base_model": "base", "models": _models({}, base=True), "parameters": {"t": 0.3}}
+        if "tokens" not in key.get("tokenizer", {}):  # those name models that are not merged
+            yield f"vocabulary {name}, slerp", {"merge_method": "slerp", **two, **key}
+
+
 def cases() -> Iterator[Case]:
-    """All of them: every method on every family; slices and random masks on two."""
+    """All of them: every method on every family; slices and random masks on two; vocabularies on one of their own."""
+    for name, document in _gathered():
+        yield Case(name, "words", document, gathers=True)
     for family in ("llama", "gpt2", "bert", "qwen_moe"):
         for name, document in _plain():
             yield Case(name, family, document)

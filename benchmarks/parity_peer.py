@@ -19,8 +19,12 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 EXPERTS = 3
+# Added tokens of base, e1, e2, e3 in the family "words".
+TOKENS = ((), ("<a>", "<b>"), ("<b>", "<c>"), ("<c>",))
 _SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
@@ -50,6 +54,7 @@ def architectures() -> dict[str, Any]:
 def make(folder: Path) -> None:
     """Write FAMILY/base and FAMILY/e1 to e3 in float32, and the same in bfloat16 under FAMILY-bf16."""
     torch.manual_seed(0)
+    make_words(folder)
     for family, model in architectures().items():
         for parameter in model.parameters():  # norms and biases, too: all ones or zeros tell nothing
             parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
@@ -62,6 +67,36 @@ def make(folder: Path) -> None:
             name = f"e{number}" if number else "base"
             save(model, folder / family / name)
             save(copy.deepcopy(model).to(torch.bfloat16), folder / f"{family}-bf16" / name)
+
+
+def words(number: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model of the family "words": plain words that all have, and added tokens."""
+    vocabulary = {
+        token: place for place, token in enumerate(["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(3, 40))])
+    }
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_tokens(list(TOKENS[number]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def make_words(folder: Path) -> None:
+    """Write the family "words": Llamas whose token tables have the rows of their tokenizers, as many as these need."""
+    base: dict[str, torch.Tensor] = {}
+    for number in range(EXPERTS + 1):
+        tokenizer = words(number)
+        sizes = {**_SIZES, "vocab_size": len(tokenizer), "intermediate_size": 80, "num_key_value_heads": 2}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=False))
+        for name, parameter in model.named_parameters():
+            if number == 0:
+                base[name] = parameter.data.clone()
+            else:
+                noise = torch.randn_like(base[name]) * 2e-3 * number
+                parameter.data[: len(base[name])] = base[name] + noise
+        name = f"e{number}" if number else "base"
+        for place, dtype in ((folder / "words", torch.float32), (folder / "words-bf16", torch.bfloat16)):
+            copy.deepcopy(model).to(dtype).save_pretrained(place / name)
+            tokenizer.save_pretrained(place / name)
 
 
 def save(model: Any, folder: Path) -> None:

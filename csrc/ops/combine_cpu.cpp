@@ -2,6 +2,7 @@
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
+#include "ops/combine_fused.h"
 
 namespace pymerge {
 namespace {
@@ -75,7 +76,10 @@ void combine_all(const CombineParams& p, int threads) {
 
 void combine_cpu(const CombineParams& p, int threads) {
     PM_CHECK(p.numel >= 0, "combine: " << p.numel << " elements");
-    if (combine_in_double(p)) {
+    if (can_fuse(p)) {
+        for_each_chunk(p.numel, chunk_size, threads,
+                       [&](std::int64_t begin, std::int64_t end) { combine_fused(p, begin, end - begin); });
+    } else if (combine_in_double(p)) {
         combine_all<double>(p, threads);
     } else {
         combine_all<float>(p, threads);
