@@ -14,7 +14,7 @@ from pymerge.ops.trim_threshold import Thresholds, exact
 def trim_threshold(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int]) -> Thresholds:
     """`trim_threshold` by one or two passes over the weights, and one more where not all equal elements are taken.
 
-    All task vectors together; what is found stays on the device, and nothing waits for it.
+    All task vectors together; what is found stays on the device.
     """
     from pymerge import _cuda
 
