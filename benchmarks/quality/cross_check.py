@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import environments
@@ -35,9 +36,7 @@ def cross_check(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[
         recipe = Recipe("wudi", "wudi", {"lr": LR / scale, "iterations": 300})
         key = {"suite": suite.name, "fingerprint": suite.fingerprint(seed), "seed": seed, "part": part}
         key |= {"of": "cross-check", "scale": scale, "recipe": asdict(recipe), "peer": environments.FUSION_BENCH[0]}
-        entry = store.get(
-            f"cross-check-{scale:g}", key, lambda recipe=recipe, scale=scale: _compare(suite, recipe, scale, seed, part)
-        )
+        entry = store.get(f"cross-check-{scale:g}", key, partial(_compare, suite, recipe, scale, seed, part))
         worst = max(abs(entry["scores"][task] - entry["theirs"][task]) for task in suite.tasks)
         found = {"mean": mean(entry["scores"].values()), "their_mean": mean(entry["theirs"].values()), "worst": worst}
         told = "cross-check, deltas x {:g}: ours {:.2f}, theirs {:.2f}, largest difference of a task {:.2f}"

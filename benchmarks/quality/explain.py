@@ -94,7 +94,7 @@ def _kinds(suite: Suite, seed: int) -> dict[str, list[str]]:
 
 def _own(suite: Suite, chosen: Sequence[str], seed: int, part: Part) -> Entry:
     """wudi_flow's merge with some tensors of each task's own expert: what is lost by merging those."""
-    found = {}
+    found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="pymerge-quality-") as folder:
         pymerge.merge(FLOW.config(suite, suite.tasks, seed), Path(folder, "merged"), progress=False)
         merged = suite.load(Path(folder, "merged"))

@@ -82,7 +82,7 @@ class GlyphSuite:
         """Percent of the task's images recognised, with its frozen head."""
         network = self.load(model) if isinstance(model, Path) else model
         images, labels = self._samples(task, seed, part)
-        found = [self.logits(task, seed, network(batch)).argmax(1) for batch in images.split(BATCH)]
+        found = [self.logits(task, seed, network(batch)).argmax(1) for batch in torch.split(images, BATCH)]
         return 100 * (torch.cat(found) == labels).double().mean().item()
 
     def logits(self, task: str, seed: int, output: Any) -> Tensor:
@@ -121,5 +121,5 @@ class Batches:
         self.images, self.labels, self.size = images, labels, size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for places in torch.randperm(len(self.images)).split(self.size):
+        for places in torch.split(torch.randperm(len(self.images)), self.size):
             yield self.images[places], self.labels[places]

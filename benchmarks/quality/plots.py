@@ -58,7 +58,7 @@ class Results:
 
 def figure(
     title: str, results: Results, columns: int = 1, rows: int = 1, size: tuple[float, float] = (7.5, 4.6)
-) -> Any:
+) -> tuple[Figure, Any]:
     """A white figure with a title and what the numbers are from."""
     found, panels = pyplot.subplots(rows, columns, figsize=size, facecolor="white", layout="constrained", squeeze=False)
     found.suptitle(f"{title}\n{results.about}", fontsize=10)

@@ -24,7 +24,6 @@ from pymerge.testing.bench import machine
 from quality.cross_check import cross_check
 from quality.explain import explain
 from quality.measures import measures
-from quality.recipes import RECIPES
 from quality.store import Store
 from quality.suites import open_suite, work
 from quality.sweeps import sweeps
@@ -52,13 +51,8 @@ def main() -> None:
     if options.fresh and folder.exists():
         shutil.rmtree(folder)
     store = Store(folder, {"commit": machine()["commit"], "threads": options.threads})
-    about = {
-        "suite": suite.name,
-        "tasks": suite.tasks,
-        "seeds": suite.seeds,
-        "rows_in_order": [r.name for r in RECIPES],
-    }
-    results = ResultsFile(f"quality-{suite.name}", options=vars(options), **about)
+    about = {"suite": suite.name, "tasks": suite.tasks, "seeds": suite.seeds, "options": vars(options)}
+    results = ResultsFile(f"quality-{suite.name}", "cpu", **about)
     for stage in options.only:
         for row in STAGES[stage](suite, store, options.part, lambda line: print(line, flush=True)):
             results.rows.append(row)

@@ -59,8 +59,8 @@ def points(tasks: tuple[str, ...]) -> Iterator[Point]:
             yield on("ace eps", series, eps, "ace", eps=eps, gamma_threshold=threshold)
     for density in DENSITIES:
         for factor in LAMBDAS:
-            recipe = {"weight": 1.0, "density": density, "lambda": factor}
-            yield on("ties", f"density {density:g}", factor, "ties", **recipe)
+            recipe = Recipe("ties", "ties", {"weight": 1.0, "density": density, "lambda": factor})
+            yield Point("ties", f"density {density:g}", factor, recipe, tasks)
     for count in range(2, len(tasks) + 1):
         some = tasks[:count]
         yield on("tasks", "simple average", count, "linear", some, weight=1.0)

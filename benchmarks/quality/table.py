@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _measurements(suite: Suite, seed: int, part: Part) -> Iterator[tuple[str, En
     yield "individual", {"row": "individual"}, lambda: {"scores": individual(suite, tasks, seed, part)}
     yield "base", {"row": "base"}, lambda: {"scores": scores(suite, suite.base(), tasks, seed, part)}
     for recipe in RECIPES:
-        yield recipe.name, {"row": asdict(recipe)}, lambda recipe=recipe: merge_row(suite, recipe, tasks, seed, part)
+        yield recipe.name, {"row": asdict(recipe)}, partial(merge_row, suite, recipe, tasks, seed, part)
     if isinstance(suite, RoutedSuite):
         yield WEMOE, {"row": WEMOE, **routed.settings()}, lambda: routed_row(suite, tasks, seed, part)
 
@@ -74,7 +75,7 @@ def routed_row(suite: Suite, tasks: Sequence[str], seed: int, part: Part) -> Ent
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory(prefix="pymerge-quality-") as folder:
         routers = Path(folder, "routers.safetensors")
-        arguments = [suite.name, str(seed), ",".join(tasks), routers]
+        arguments = [suite.name, str(seed), ",".join(tasks), str(routers)]
         cost = run([sys.executable, "-m", "quality.routed", *arguments], {"PYTHONPATH": path})
         model = routed.upscaled(suite, tasks, seed)
         model.load_router(routers)
