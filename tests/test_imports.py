@@ -67,7 +67,8 @@ ARROWS = {
         "errors ops backends checkpoint finite logs memory pieces progress schedule steplog steps tracing transfer"
     ),
     "streams": (
-        "devices errors env backends checkpoint finite logs memory methods pieces progress schedule steplog steps tracing"
+        "devices errors env backends checkpoint finite logs memory methods pieces progress schedule steplog steps "
+        "tracing"
     ),
     "engine": (
         "devices errors backends checkpoint logs memory pipeline planner progress report schedule steps streams tracing"
@@ -81,8 +82,8 @@ ARROWS = {
     "analysis": "errors env units names methods checkpoint config planner progress steps",
     "views": "env units names methods layers backends planner steps",
     "wemoe": (
-        "devices errors env units logs yaml_lines layers ops methods checkpoint finite config config_checks memory schedule "
-        "planner progress report tracing sampling backends engine console views"
+        "devices errors env units logs yaml_lines layers ops methods checkpoint finite config config_checks memory "
+        "schedule planner progress report tracing sampling backends engine console views"
     ),
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api in_memory stages wemoe",

@@ -31,7 +31,7 @@ def test_the_codes_that_models_use_are_all_there() -> None:
 
 
 def test_both_tables_have_the_same_codes() -> None:
-    assert ITEM_SIZES == {code: dtype.itemsize for code, dtype in TORCH_DTYPES.items()}
+    assert {code: dtype.itemsize for code, dtype in TORCH_DTYPES.items()} == ITEM_SIZES
     assert {code for code in ITEM_SIZES if is_float(code)} == {
         code for code, dtype in TORCH_DTYPES.items() if dtype.is_floating_point
     }
