@@ -69,6 +69,7 @@ def write_layers(folder: Path, layers: int, method: str, *, shards: int = 1, **p
     ("method", "parameters"),
     [
         ("task_arithmetic", {}),
+        ("ram", {}),
         ("ties", {"weight": 0.5, "density": 0.5}),
         ("wudi", {"iterations": 2}),
         ("ace", {"gamma_threshold": 100}),
@@ -95,9 +96,10 @@ def test_one_large_shard_needs_as_much_as_many_small_ones(tmp_path: Path) -> Non
     assert len(list((folder / "out").glob("*.safetensors"))) == MANY
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ram"])
 @pytest.mark.parametrize("limit", [8 * MIB, 24 * MIB])
-def test_a_limit_is_kept(tmp_path: Path, limit: int) -> None:
-    folder = write_layers(tmp_path, MANY, "task_arithmetic")
+def test_a_limit_is_kept(tmp_path: Path, limit: int, method: str) -> None:
+    folder = write_layers(tmp_path, MANY, method)
     peak = measured(folder, memory=limit)
     assert peak.planned <= limit
     assert peak.grown <= 1.1 * limit + BESIDE_TENSORS

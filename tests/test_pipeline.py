@@ -49,7 +49,7 @@ def out_of_memory(function: Callable[..., Any], fails: Callable[[Tensor], bool])
 def test_a_step_without_memory_is_done_in_halves(
     models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = api.plan(write_config(models, "task_arithmetic"), device="cpu")
+    plan = api.plan(write_config(models, "ram"), device="cpu")
     engine.run(plan, models / "whole", device="cpu")
     rows: list[int] = []
 
@@ -57,7 +57,7 @@ def test_a_step_without_memory_is_done_in_halves(
         rows.append(expert.shape[0])
         return expert.shape[0] > 320
 
-    monkeypatch.setattr(native, "combine", out_of_memory(native.combine, fails))
+    monkeypatch.setattr(native, "ram", out_of_memory(native.ram, fails))
     with caplog.at_level(logging.WARNING, "pymerge"):
         report = engine.run(plan, models / "halves", device="cpu")
     assert rows == [640, 320, 320] * len(NAMES)
@@ -84,12 +84,12 @@ def test_a_whole_matrix_is_tried_once_more_with_nothing_else_in_memory(
     assert tree(models / "again") == tree(models / "whole")
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "wudi_flow"])
+@pytest.mark.parametrize("method", ["ram", "wudi_flow"])
 def test_a_second_failure_names_the_tensor_and_the_run_can_go_on(
     models: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     plan = api.plan(write_config(models, method), device="cpu", max_shard_size=640 * 512 * 4)
-    op = "combine" if method == "task_arithmetic" else "task_stats"
+    op = "ram" if method == "ram" else "task_stats"
     seen: list[int] = []
 
     def fails(expert: Tensor) -> bool:
@@ -111,14 +111,17 @@ def test_any_other_failure_of_an_op_names_tensor_and_action(models: Path, monkey
     def broken(*args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("no kernel image is available\nfor this device")
 
-    monkeypatch.setattr(native, "combine", broken)
-    with pytest.raises(BackendError, match=rf"^{UP}: weighted sum failed on cpu \(no kernel image is available\); try"):
-        api.merge(write_config(models, "linear"), models / "out", device="cpu", progress=False)
+    monkeypatch.setattr(native, "ram", broken)
+    with pytest.raises(
+        BackendError, match=rf"^{UP}: mean of active failed on cpu \(no kernel image is available\); try"
+    ):
+        api.merge(write_config(models, "ram"), models / "out", device="cpu", progress=False)
     assert not (models / "out").exists()
 
 
-def test_an_input_that_vanishes_while_the_merge_runs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = api.plan(write_config(models, "linear"), device="cpu")
+@pytest.mark.parametrize("method", ["linear", "ram"])
+def test_an_input_that_vanishes_while_the_merge_runs(models: Path, method: str) -> None:
+    plan = api.plan(write_config(models, method), device="cpu")
     (models / "e1/model.safetensors").rename(models / "e1/elsewhere")
     with pytest.raises(CheckpointError, match=r"e1/model\.safetensors: cannot be opened .* moved since the plan"):
         engine.run(plan, models / "out", device="cpu")
@@ -128,8 +131,9 @@ def test_an_input_that_vanishes_while_the_merge_runs(models: Path, monkeypatch: 
     assert len(load_output(models / "out")) == len(NAMES)
 
 
-def test_one_message_for_an_error_of_a_reader(models: Path) -> None:
-    config = write_config(models, "linear", more="allow_nonfinite: true")
+@pytest.mark.parametrize("method", ["linear", "ram"])
+def test_one_message_for_an_error_of_a_reader(models: Path, method: str) -> None:
+    config = write_config(models, method, more="allow_nonfinite: true")
     whole = (models / "e1/model.safetensors").read_bytes()
     plan = api.plan(config)
     (models / "e1/model.safetensors").write_bytes(whole[:-4])
@@ -174,7 +178,7 @@ def test_memory_of_inputs_and_results_is_used_again(models: Path) -> None:
     generator = torch.Generator().manual_seed(4)
     names = [name.replace("up_proj", f"{other}_proj") for name in NAMES for other in ("up", "down", "gate", "side")]
     write_models(models, {name: torch.randn(640, 512, generator=generator) for name in names})
-    config = write_config(models, "task_arithmetic")
+    config = write_config(models, "ram")
     taken: list[int] = []
 
     class Watched(Buffers):
@@ -191,7 +195,7 @@ def test_memory_of_inputs_and_results_is_used_again(models: Path) -> None:
     assert len(set(taken)) <= len(taken) // 2
     base, first, second = (load_output(models / name) for name in ("base", "e0", "e1"))
     for name, found in load_output(models / "out").items():
-        expected = merge_tensors(base[name], [first[name], second[name]], "task_arithmetic", weight=0.5)
+        expected = merge_tensors(base[name], [first[name], second[name]], "ram")
         assert torch.equal(found, expected)
 
 
