@@ -18,6 +18,9 @@
 
 namespace pymerge {
 
+// Floats of the largest tile of all instruction sets.
+constexpr std::int64_t most_of_tile = 14 * 32;
+
 // The functions of tile_kernels.h for one instruction set.
 struct TileKernels {
     using Tile = void (*)(float* y, std::int64_t y_stride, const float* from, std::int64_t from_stride, const float* a,

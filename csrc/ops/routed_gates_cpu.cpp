@@ -6,9 +6,11 @@
 namespace pymerge {
 namespace {
 
-// The part of dW_s = dy_s^T x_s that exists at a time. Results depend on both.
+// The part of dW_s = dy_s^T x_s that exists at a time, and the columns whose sums are added one after another. Results
+// depend on all three.
 constexpr std::int64_t block_rows = 96;
 constexpr std::int64_t block_columns = 32;
+constexpr std::int64_t item_columns = 512;
 
 // One gradient with everything that its threads share.
 class Gradient {
@@ -19,17 +21,21 @@ class Gradient {
     }
 
     void run() const {
-        const std::int64_t items = chunk_count(p_.weight.rows, block_rows), numbers = p_.samples * p_.weight.count;
+        const std::int64_t across = chunk_count(p_.weight.columns, item_columns);
+        const std::int64_t items = chunk_count(p_.weight.rows, block_rows) * across;
+        const std::int64_t numbers = p_.samples * p_.weight.count;
         const std::int64_t slots = std::clamp<std::int64_t>(items, 1, std::max(threads_, 1));
         const std::int64_t block = block_rows * block_columns;
         const std::int64_t room = (2 + p_.weight.count) * block + longest_ * block_columns;
         const Floats rooms(slots * room);
-        std::vector<double> partial(static_cast<std::size_t>(items * numbers)), dots(
-            static_cast<std::size_t>(slots * p_.weight.count));
+        std::vector<double> partial(static_cast<std::size_t>(items * numbers));
+        std::vector<double> dots(static_cast<std::size_t>(slots * p_.weight.count));
         for_each_item(slots, threads_, [&](std::int64_t slot) {
             for (std::int64_t item = items * slot / slots; item < items * (slot + 1) / slots; ++item) {
-                for (std::int64_t column = 0; column < p_.weight.columns; column += block_columns) {
-                    add_block(partial.data() + item * numbers, item * block_rows, column,
+                const std::int64_t begin = item % across * item_columns;
+                const std::int64_t end = std::min(begin + item_columns, p_.weight.columns);
+                for (std::int64_t column = begin; column < end; column += block_columns) {
+                    add_block(partial.data() + item * numbers, item / across * block_rows, column,
                               rooms.get() + slot * room, dots.data() + slot * p_.weight.count);
                 }
             }

@@ -7,8 +7,8 @@
 namespace pymerge {
 namespace {
 
-// What is multiplied at a time, so that mixed weights stay in a core's second-level cache until they are used: `most`
-// samples' weights of depth_step x outputs_step. Results depend on depth_step alone.
+// What is multiplied at a time, so that mixed weights stay in a core's second-level cache until they are used: up to
+// group_samples weights of depth_step x outputs_step. Results depend on depth_step alone.
 constexpr std::int64_t depth_step = 256;
 constexpr std::int64_t outputs_step = 64;
 constexpr std::int64_t group_samples = 8;
@@ -144,7 +144,7 @@ class Product {
     // One tile of y.
     void multiply(const Piece& tokens, std::int64_t output, std::int64_t k, std::int64_t depth,
                   const float* weight) const {
-        static constexpr float zeros[64] = {};
+        static constexpr float zeros[most_of_tile] = {};
         const std::int64_t rows = tokens.end - tokens.begin, width = kernels_.width;
         const TileKernels::Tile tile = kernels_.tiles[static_cast<std::size_t>(rows - 1)];
         const float* x = packed_.get() + tokens.begin * depth;
@@ -160,7 +160,7 @@ class Product {
             return;
         }
         const std::int64_t used = outputs_ - output;
-        float results[14 * 32];
+        float results[most_of_tile] = {};
         for (std::int64_t i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, used, results + i * width);
         tile(results, width, results, width, x, rows, weight, width, depth);
         for (std::int64_t i = 0; i < rows; ++i) std::copy_n(results + i * width, used, y + i * outputs_);

@@ -1,4 +1,4 @@
-"""`routed_linear` on the CPU: products with mixed weights in C++ where they are float32, else C++ passes and PyTorch's."""
+"""`routed_linear` on the CPU: float32 products that mix their weights, in C++; C++ passes around PyTorch's elsewhere."""
 
 from __future__ import annotations
 
@@ -99,7 +99,10 @@ class NativeKernels(Kernels):
         if not self._has_tiles(problem, x, gates):
             return super().backward(problem, x, gates, dy, need_x, need_gates)
         dx = self._product(problem, dy, gates, None, transposed=True) if need_x else None
-        return dx, self._gates_gradient(problem, x, gates, dy) if need_gates else None
+        dg = self._gates_gradient(problem, x, gates, dy) if need_gates else None
+        if dg is not None and not dg.isfinite().all():  # 0 in place of an absent entry may have met infinity
+            dg = super().backward(problem, x, gates, dy, False, True)[1]
+        return dx, dg
 
     def _has_tiles(self, problem: Problem, x: Tensor, gates: Tensor) -> bool:
         """Whether the compiled products take this: not where 0 in place of an absent entry would become NaN."""
