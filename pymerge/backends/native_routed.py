@@ -1,4 +1,4 @@
-"""`routed_linear` on the CPU: float32 products that mix their weights, in C++; C++ passes around PyTorch's elsewhere."""
+"""`routed_linear` on the CPU: float32 products with mixed weights in C++, or C++ passes around PyTorch's products."""
 
 from __future__ import annotations
 
