@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -18,6 +19,7 @@
 #include "ops/magnitude_mask.h"
 #include "ops/mix_weights.h"
 #include "ops/random_mask.h"
+#include "ops/routed_linear.h"
 #include "ops/sparse_combine.h"
 #include "ops/spd_solve.h"
 #include "ops/task_dots.h"
@@ -352,6 +354,44 @@ void add_sparse_products(Address y, std::int64_t y_stride, Address x, Address ga
                             rows, columns, view(tasks), threads);
 }
 
+using Weight = std::tuple<Address, std::int32_t, std::int64_t, std::int64_t>;  // address, dtype, rows, columns
+
+// Calls f with W_0 and its task vectors.
+template <class F>
+void with_weight(const Weight& w, const std::variant<Dense, Sparse>& tasks, F&& f) {
+    RoutedWeight weight{pointer<const void>(std::get<0>(w)), checked_dtype(std::get<1>(w)), std::get<2>(w),
+                        std::get<3>(w), nullptr, nullptr, 0};
+    std::visit([&](const auto& found) {
+        const auto viewed = view(found);
+        if constexpr (std::is_same_v<decltype(viewed), const DenseTasks>) {
+            weight.dense = &viewed;
+        } else {
+            weight.sparse = &viewed;
+        }
+        weight.count = viewed.count;
+        f(weight);
+    }, tasks);
+}
+
+void routed_product(Address y, Address x, const std::vector<std::int64_t>& ends, Address gates, Address bias,
+                    bool transposed, const Weight& weight, const std::variant<Dense, Sparse>& tasks, int lanes,
+                    int threads) {
+    with_weight(weight, tasks, [&](const RoutedWeight& w) {
+        routed_product_cpu({pointer<float>(y), pointer<const float>(x), ends.data(), pointer<const float>(gates),
+                            pointer<const float>(bias), static_cast<std::int64_t>(ends.size()) - 1, transposed, w},
+                           lanes, threads);
+    });
+}
+
+void routed_gates(Address out, Address dy, Address x, const std::vector<std::int64_t>& ends, const Weight& weight,
+                  const std::variant<Dense, Sparse>& tasks, int lanes, int threads) {
+    with_weight(weight, tasks, [&](const RoutedWeight& w) {
+        routed_gates_cpu({pointer<double>(out), pointer<const float>(dy), pointer<const float>(x), ends.data(),
+                          static_cast<std::int64_t>(ends.size()) - 1, w},
+                         lanes, threads);
+    });
+}
+
 #endif
 
 std::string build_info() {
@@ -405,6 +445,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("dots_dense", &dots_dense, py::call_guard<py::gil_scoped_release>());
     module.def("dots_sparse", &dots_sparse, py::call_guard<py::gil_scoped_release>());
     module.def("add_sparse_products", &add_sparse_products, py::call_guard<py::gil_scoped_release>());
+    module.def("routed_product", &routed_product, py::call_guard<py::gil_scoped_release>());
+    module.def("routed_gates", &routed_gates, py::call_guard<py::gil_scoped_release>());
+    module.def("routed_lanes", &routed_lanes);
 #endif
     module.def("combine", &combine, py::call_guard<py::gil_scoped_release>());
     module.def("build_info", &build_info);

@@ -11,6 +11,8 @@ _Target = tuple[int, int]
 _Dense = tuple[int, int, int, int]
 # T sparse matrices by rows: (values, dtype, columns, columns are int32, starts, starts between two tasks, T).
 _Sparse = tuple[int, int, int, bool, int, int, int]
+# W_0, contiguous: (address, dtype, rows, columns).
+_Weight = tuple[int, int, int, int]
 
 # descriptor, byte of its first element, dtype.
 _File = tuple[int, int, int]
@@ -197,3 +199,28 @@ def add_sparse_products(
     threads: int,
     /,
 ) -> None: ...
+def routed_product(
+    y: int,
+    x: int,
+    ends: list[int],
+    gates: int,
+    bias: int,
+    transposed: bool,
+    weight: _Weight,
+    tasks: _Dense | _Sparse,
+    lanes: int,
+    threads: int,
+    /,
+) -> None: ...
+def routed_gates(
+    out: int,
+    dy: int,
+    x: int,
+    ends: list[int],
+    weight: _Weight,
+    tasks: _Dense | _Sparse,
+    lanes: int,
+    threads: int,
+    /,
+) -> None: ...
+def routed_lanes() -> list[int]: ...

@@ -5,6 +5,7 @@
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
+#include "ops/task_tiles.h"
 
 namespace pymerge {
 namespace {
@@ -78,11 +79,6 @@ PM_TARGET_CLONES void scatter_row(float* __restrict sums, const T* values, const
     }
 }
 
-template <class W>
-PM_TARGET_CLONES void read_row(float* __restrict to, const W* __restrict from, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) to[i] = load<float>(from[i]);
-}
-
 template <class T>
 PM_TARGET_CLONES void write_row(T* __restrict to, const float* __restrict from, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) to[i] = Round<T>::from(from[i]);
@@ -112,20 +108,6 @@ PM_TARGET_CLONES void dot_block(double* __restrict out, const float* __restrict 
         for (; at < n; ++at) total += static_cast<double>(delta[at]) * load<double>(tau[at]);
         out[t] = total;
     }
-}
-
-// Calls f(values, columns) with typed pointers.
-template <class F>
-void with_sparse(const SparseTasks& tasks, F&& f) {
-    dispatch(tasks.dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        const T* values = static_cast<const T*>(tasks.values);
-        if (tasks.wide) {
-            f(values, static_cast<const std::int32_t*>(tasks.columns));
-        } else {
-            f(values, static_cast<const std::uint16_t*>(tasks.columns));
-        }
-    });
 }
 
 // Adds partial[item][t] over the items, in their order.

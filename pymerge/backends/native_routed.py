@@ -1,14 +1,15 @@
-"""`routed_linear` on the CPU: C++ passes over the task vectors, PyTorch's products."""
+"""`routed_linear` on the CPU: float32 products with mixed weights in C++, or C++ passes around PyTorch's products."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pymerge.backends.dtypes import DTYPE_CODES
-from pymerge.ops.routed_kernels import Kernels, TorchPasses
+from pymerge.ops.routed_kernels import Kernels, Problem, TorchPasses, mixes_of
 from pymerge.ops.routed_linear import run
 from pymerge.ops.task_storage import DenseTasks, SparseTasks, Tasks
 
@@ -77,6 +78,81 @@ class NativePasses(TorchPasses):
             y.copy_(total)
 
 
+class NativeKernels(Kernels):
+    """Float32 products that mix each part of a weight right before it is used; nothing as large as a weight is kept."""
+
+    def __init__(self, lanes: int | None = None) -> None:
+        """Registers of so many floats, of those that this machine has; the results are the same bits."""
+        super().__init__(NativePasses())
+        self._lanes = lanes
+
+    def forward(self, problem: Problem, x: Tensor, gates: Tensor, biases: Tensor | None) -> Tensor:
+        """y (N x d_out)."""
+        if problem.form == "mixed" and self._has_tiles(problem, x, gates):
+            return self._product(problem, x, gates, biases, transposed=False)
+        return super().forward(problem, x, gates, biases)
+
+    def backward(
+        self, problem: Problem, x: Tensor, gates: Tensor, dy: Tensor, need_x: bool, need_gates: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dL/dx, dL/dgates)."""
+        if not self._has_tiles(problem, x, gates):
+            return super().backward(problem, x, gates, dy, need_x, need_gates)
+        dx = self._product(problem, dy, gates, None, transposed=True) if need_x else None
+        dg = self._gates_gradient(problem, x, gates, dy) if need_gates else None
+        if dg is not None and not dg.isfinite().all():  # 0 in place of an absent entry may have met infinity
+            dg = super().backward(problem, x, gates, dy, False, True)[1]
+        return dx, dg
+
+    def _has_tiles(self, problem: Problem, x: Tensor, gates: Tensor) -> bool:
+        """Whether the compiled products take this: not where 0 in place of an absent entry would become NaN."""
+        return (
+            x.dtype == gates.dtype == torch.float32
+            and isinstance(problem.tasks, (DenseTasks, SparseTasks))
+            and problem.weight.is_contiguous()
+            and self.lanes > 0
+            and bool(gates.isfinite().all())
+        )
+
+    @property
+    def lanes(self) -> int:
+        """Floats of the registers that products use; 0 on machines for which there are none."""
+        from pymerge import _C
+
+        if self._lanes is None:
+            self._lanes = max(_C.routed_lanes(), default=0)
+        return self._lanes
+
+    def _product(
+        self, problem: Problem, x: Tensor, gates: Tensor, biases: Tensor | None, *, transposed: bool
+    ) -> Tensor:
+        """x_s W_s^T + biases, or x_s W_s."""
+        from pymerge import _C
+
+        mixes = mixes_of(gates, problem.runs)
+        chosen = [members[0].gate for _, members in mixes]
+        ends = [0, *(members[-1].end for _, members in mixes)]
+        x, gates = x.contiguous(), gates[chosen].contiguous()
+        rows = None if biases is None else biases[chosen].contiguous()
+        y = x.new_empty(len(x), problem.weight.shape[1 if transposed else 0])
+        addresses = (y.data_ptr(), x.data_ptr(), ends, gates.data_ptr(), 0 if rows is None else rows.data_ptr())
+        _C.routed_product(*addresses, transposed, *_weight(problem), self.lanes, torch.get_num_threads())
+        return y
+
+    def _gates_gradient(self, problem: Problem, x: Tensor, gates: Tensor, dy: Tensor) -> Tensor:
+        """<dy_s^T x_s, tau_t>, partial sums in float64."""
+        from pymerge import _C
+
+        runs = problem.runs
+        x, dy = x.contiguous(), dy.contiguous()
+        out = torch.empty(len(runs), problem.tasks.count, dtype=torch.float64)
+        ends = [0, *(run.end for run in runs)]
+        addresses = (out.data_ptr(), dy.data_ptr(), x.data_ptr(), ends)
+        _C.routed_gates(*addresses, *_weight(problem), self.lanes, torch.get_num_threads())
+        chosen = torch.tensor([run.gate for run in runs], dtype=torch.int64)
+        return torch.zeros_like(gates, dtype=torch.float64).index_add_(0, chosen, out).to(gates.dtype)
+
+
 def _threads(tasks: Tasks, rows: int) -> int:
     """Threads for a pass over `rows` rows of all task vectors."""
     work = tasks.entries * rows // max(tasks.shape[0], 1) * (_SCATTERED if isinstance(tasks, SparseTasks) else 1)
@@ -105,5 +181,11 @@ def _sparse(tasks: SparseTasks, rows: slice) -> tuple[int, int, int, bool, int, 
     )
 
 
-# With the weights of a sample mixed in panels that stay in the cache.
-routed_linear = partial(run, Kernels(NativePasses()))
+def _weight(problem: Problem) -> tuple[tuple[int, int, int, int], Any]:
+    """As csrc/bindings.cpp takes W_0 and its task vectors."""
+    weight, tasks = problem.weight, problem.tasks
+    packed = _dense(tasks, slice(None)) if isinstance(tasks, DenseTasks) else _sparse(tasks, slice(None))
+    return (weight.data_ptr(), DTYPE_CODES[weight.dtype], *weight.shape), packed
+
+
+routed_linear = partial(run, NativeKernels())

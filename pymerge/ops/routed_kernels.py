@@ -100,7 +100,7 @@ class Kernels:
         self, problem: Problem, gates: Tensor, rows: slice, dtype: torch.dtype
     ) -> Iterator[tuple[Tensor, list[Run]]]:
         """Some rows of each mixed weight, and the runs that it belongs to. A weight is overwritten by later ones."""
-        mixes = _mixes(gates, problem.runs)
+        mixes = mixes_of(gates, problem.runs)
         shape = (rows.stop - rows.start, problem.weight.shape[1])
         room = torch.empty(min(_TOGETHER, len(mixes)), *shape, dtype=dtype, device=gates.device)
         for start in range(0, len(mixes), _TOGETHER):
@@ -168,7 +168,7 @@ class RoutedFunction(torch.autograd.Function):
         return dx, dg, db, None, None, None
 
 
-def _mixes(gates: Tensor, runs: Sequence[Run]) -> list[tuple[Tensor, list[Run]]]:
+def mixes_of(gates: Tensor, runs: Sequence[Run]) -> list[tuple[Tensor, list[Run]]]:
     """Consecutive runs of equal gates, which share one mixed weight."""
     if len(runs) == 1:
         return [(gates[runs[0].gate], list(runs))]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from pymerge import _C
 from pymerge.backends import load
-from pymerge.backends.native_routed import NativePasses
+from pymerge.backends.native_routed import NativeKernels, NativePasses
 from pymerge.errors import ArgumentError
 from pymerge.ops import OPS
 from pymerge.ops.routed_kernels import Kernels, TorchPasses
 from pymerge.ops.routed_linear import choose_form, run
-from pymerge.ops.task_storage import DenseTasks, LowRankTasks, Tasks, low_rank_tasks, pruned_tasks
+from pymerge.ops.task_storage import DenseTasks, LowRankTasks, SparseTasks, Tasks, low_rank_tasks, pruned_tasks
 from pymerge.testing.cases import implementations
 from pymerge.testing.compare import assert_accurate, assert_same
 
@@ -210,6 +211,53 @@ def test_thread_count_does_not_change_the_compiled_passes() -> None:
             assert_same(f"{store} mix", other[0], results[0][0])
             assert_same(f"{store} dots", other[1], results[0][1])
             assert store != "sparse" or torch.equal(other[2], results[0][2])
+
+
+@pytest.mark.parametrize("store", ["dense", "dense bfloat16", "sparse"])
+def test_registers_and_threads_do_not_change_the_compiled_products(store: str) -> None:
+    """Several blocks of everything that is cut: outputs, depth, samples, tokens of a sample, task vectors."""
+    case = Case((150, 530, 10, 11, 1), store)
+    lengths = (1, 600, 3, 14, 15, 28, 2, 7, 6, 5, 40)
+    index = [sample for sample, length in enumerate(lengths) for _ in range(length)]
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(len(index), 530, generator=generator)
+    seed = torch.randn(len(index), 150, generator=generator)
+    wide = [tensor.double().requires_grad_() for tensor in (x, case.gates)]
+    weights = case.weight.double() + torch.einsum(
+        "st,tij->sij", wide[1], torch.stack([case.tasks.dense(task).double() for task in range(10)])
+    )
+    expected = torch.cat([rows @ w.mT for rows, w in zip(wide[0].split(lengths), weights, strict=True)])
+    truth = [expected, *torch.autograd.grad((expected * seed).sum(), wide)]
+    threads_before = torch.get_num_threads()
+    results = []
+    for lanes in _C.routed_lanes():
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [tensor.clone().requires_grad_() for tensor in (x, case.gates)]
+            y = run(NativeKernels(lanes), *leaves, case.weight, case.tasks, index=index, form="mixed")
+            results.append([y.detach(), *torch.autograd.grad((y * seed).sum(), leaves)])
+    torch.set_num_threads(threads_before)
+    for name, exact, *found in zip(("y", "x", "gates"), truth, *results, strict=True):
+        for other in found:
+            assert_same(name, other, found[0])
+            assert relative(other, exact) < 1e-6, name
+
+
+def test_infinite_gates_reach_the_entries_of_a_sparse_task_vector_alone() -> None:
+    case = Case((40, 30, 2, 2, 3), "sparse")
+    gates = case.gates.clone()
+    gates[0, 1] = torch.inf
+    native = load("native").implementations()["routed_linear"]
+    actual, expected = (f(case.x, gates, case.weight, case.tasks, form="mixed") for f in (native, OP.reference))
+    assert torch.equal(actual.isfinite(), expected.isfinite())
+    assert 0 < int(expected.isfinite().sum()) < expected.numel()
+
+
+def test_columns_of_a_sparse_row_must_ascend() -> None:
+    tasks = SparseTasks(torch.ones(3), torch.tensor([0, 4, 2], dtype=torch.uint16), torch.tensor([0, 1, 3, 3]), (3, 5))
+    for lanes in _C.routed_lanes():
+        with pytest.raises(ValueError, match="columns of row 1 of a sparse task vector do not ascend from 0 to 4"):
+            run(NativeKernels(lanes), torch.ones(1, 2, 5), torch.ones(1, 1), torch.ones(3, 5), tasks, form="mixed")
 
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)
