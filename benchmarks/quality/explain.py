@@ -1,6 +1,6 @@
 """Why the order is what it is: suspected causes, each tested by a merge with that one thing changed (one seed).
 
-Recipes are tuned on validation examples and measured as the table is.
+On validation examples, as sweeps are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from quality.merging import merged_scores, tune
 from quality.recipes import DENSITY, FLOW, FORCED, SCALES, TASK_ARITHMETIC, TIES, Recipe
 from quality.store import Entry, Store
 from quality.suite import Part, RoutedSuite, Suite, mean, scores
+from quality.sweeps import PART
 from quality.table import Tell
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -52,12 +53,12 @@ ROUTED = "what adaptation adds to wemoe"
 def explain(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[Entry]:
     """Rows of the first seed."""
     seed = suite.seeds[0]
-    key = {"suite": suite.name, "fingerprint": suite.fingerprint(seed), "seed": seed, "part": part}
-    for question, variant, depends, measure in _measurements(suite, seed, part):
+    key = {"suite": suite.name, "fingerprint": suite.fingerprint(seed), "seed": seed, "part": PART}
+    for question, variant, depends, measure in _measurements(suite, seed, PART):
         entry = store.get(f"explain-{variant}", {**key, "explain": variant, **depends}, measure)
         found = mean(entry["scores"].values())
         tell(f"{question:44} {variant:42} {found:6.2f}")
-        row = {"kind": "explain", "suite": suite.name, "seed": seed, "part": part, "question": question}
+        row = {"kind": "explain", "suite": suite.name, "seed": seed, "part": PART, "question": question}
         yield {**row, "variant": variant, **entry, "mean": found}
 
 

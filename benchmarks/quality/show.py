@@ -71,7 +71,7 @@ def tuned(content: Row) -> Iterator[str]:
 
 
 def explained(content: Row) -> Iterator[str]:
-    """What was tested about the order."""
+    """What was tested about the order, on validation examples."""
     rows = [row for row in content["rows"] if row["kind"] == "explain"]
     yield from header(["question", "variant", *content["tasks"], "mean"])
     asked = ""

@@ -18,10 +18,10 @@ STEPS = (10, 30, 100, 300, 1000)
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 TIMES = (0.0, 1.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e4, 1e5, 1e6, EXACT_TIME)
 WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 THRESHOLDS = {"as released, gamma above 0.3": 0.3, "always refined": FORCED}
-DENSITIES = (0.1, 0.2, 1.0)
+DENSITIES = (0.1, 0.2)
 LAMBDAS = (0.5, 1.0, 1.5, 2.0)
 
 
@@ -65,7 +65,6 @@ def points(tasks: tuple[str, ...]) -> Iterator[Point]:
         some = tasks[:count]
         yield on("tasks", "simple average", count, "linear", some, weight=1.0)
         yield Point("tasks", TASK_ARITHMETIC.name, count, TASK_ARITHMETIC, some)
-        yield on("tasks", "wudi, published lr 1e-5", count, "wudi", some)
         yield Point("tasks", FLOW.name, count, FLOW, some)
         yield on("tasks", "ace, released, eps 1e-5", count, "ace", some)
 
