@@ -45,6 +45,7 @@ EXACT_TIME = 1e9
 SWUDI_CLIP = {"time": 1300.0, "rank_ratio": 0.65}
 SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 LAMBDAS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # TIES and DARE keep a fifth of each task vector: the share that TIES was published with.
 DENSITY = 0.2
@@ -66,6 +67,8 @@ RECIPES = (
     FLOW,
     Recipe("swudi, t = 1300, 0.65", "swudi", SWUDI_CLIP),
     Recipe("swudi_a", "swudi_a"),
+    Recipe("tsv_m, tuned", "tsv_m", tuned="scale", grid=FACTORS, start=1.0),
+    Recipe("iso_c, tuned", "iso_c", tuned="scale", grid=FACTORS, start=1.0),
     ACE,
     Recipe("ace, paper, eps tuned", "ace", {"variant": "paper"}, "eps", RIDGES, 1e-5),
 )
