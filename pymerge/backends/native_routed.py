@@ -184,6 +184,7 @@ def _sparse(tasks: SparseTasks, rows: slice) -> tuple[int, int, int, bool, int, 
 def _weight(problem: Problem) -> tuple[tuple[int, int, int, int], Any]:
     """As csrc/bindings.cpp takes W_0 and its task vectors."""
     weight, tasks = problem.weight, problem.tasks
+    assert isinstance(tasks, (DenseTasks, SparseTasks))
     packed = _dense(tasks, slice(None)) if isinstance(tasks, DenseTasks) else _sparse(tasks, slice(None))
     return (weight.data_ptr(), DTYPE_CODES[weight.dtype], *weight.shape), packed
 
