@@ -23,6 +23,7 @@ class Buffers:
     def __init__(self, most: int) -> None:
         self._most = most
         self._idle: list[Tensor] = []  # the one used last at the end
+        self._made: set[int] = set()  # addresses of all blocks
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor of any content. Raises MemoryError."""
@@ -39,15 +40,22 @@ class Buffers:
         if same_size is not None:
             return self._idle.pop(same_size).view(-1).view(dtype).view(shape)
         self.settle()
-        return torch.frombuffer(map_pages(nbytes), dtype=torch.uint8).view(dtype).view(shape)
+        block = torch.frombuffer(map_pages(nbytes), dtype=torch.uint8)
+        self._made.add(block.data_ptr())
+        return block.view(dtype).view(shape)
 
     def give(self, tensor: Tensor) -> None:
-        """The memory of this contiguous tensor, which nobody uses any more."""
-        if tensor.nbytes >= self._LEAST and tensor.nbytes == tensor.untyped_storage().nbytes():
+        """The memory of this contiguous tensor, which nobody uses any more; kept if it is a whole one of ours.
+
+        Of others, which ops make for their results, there would be one more after every step.
+        """
+        if tensor.data_ptr() in self._made and tensor.nbytes == tensor.untyped_storage().nbytes():
             self._idle.append(tensor)
 
     def settle(self, most: int | None = None) -> None:
         """Free idle memory until no more than `most` bytes are left (default: those the constructor got)."""
         kept = sum(block.nbytes for block in self._idle)
         while kept > (self._most if most is None else most):
-            kept -= self._idle.pop(0).nbytes
+            block = self._idle.pop(0)
+            self._made.discard(block.data_ptr())
+            kept -= block.nbytes

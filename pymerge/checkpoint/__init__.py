@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.checkpoint.carried import carried_files
 from pymerge.checkpoint.codes import ITEM_SIZES, is_float, is_float8, memory_item_size
 from pymerge.checkpoint.files import MANIFEST_NAME, WORK_FOLDER, atomic_write, fsync_directory
-from pymerge.checkpoint.gathered import GatheredEntry
+from pymerge.checkpoint.gathered_entry import GatheredEntry
 from pymerge.checkpoint.headers import Checkpoint, Header, TensorEntry, open_checkpoint, read_header
 from pymerge.checkpoint.hub import fetch
 from pymerge.checkpoint.identity import differences, printable

@@ -11,7 +11,7 @@ import torch
 from pymerge.checkpoint.codes import ITEM_SIZES, is_float8
 from pymerge.checkpoint.dtypes import TORCH_DTYPES, upcast
 from pymerge.checkpoint.fileformat import TensorEntry
-from pymerge.checkpoint.gathered import GatheredEntry, Run
+from pymerge.checkpoint.gathered_entry import GatheredEntry, Run
 from pymerge.checkpoint.rowmap import AVERAGE, MEAN, ZERO, RowMap
 
 _SCRATCH_BYTES = 1 << 20  # of rows that are converted or averaged

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.codes import ITEM_SIZES
 from pymerge.checkpoint.fileformat import TensorEntry, shorten
-from pymerge.checkpoint.gathered import GatheredEntry, Run
+from pymerge.checkpoint.gathered_entry import GatheredEntry, Run
 from pymerge.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
