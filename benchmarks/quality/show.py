@@ -38,7 +38,7 @@ def about(content: Row) -> str:
     seeds = ", ".join(str(seed) for seed in content["seeds"])
     commits = sorted({row["commit"] for row in content["rows"] if "commit" in row})
     return (
-        f"{content['suite']}, seeds {seeds}; {machine['device']}, {content['options']['threads']} threads, "
+        f"{content['suite']}, seeds {seeds}, {content['options']['part']} examples; {machine['device']}, {content['options']['threads']} threads, "
         f"{content['date'][:10]}, commit {', '.join(commits)}"
     )
 
