@@ -37,9 +37,10 @@ def about(content: Row) -> str:
     machine = content["machine"]
     seeds = ", ".join(str(seed) for seed in content["seeds"])
     commits = sorted({row["commit"] for row in content["rows"] if "commit" in row})
+    options = content["options"]
     return (
-        f"{content['suite']}, seeds {seeds}; {machine['device']}, {content['options']['threads']} threads, "
-        f"{content['date'][:10]}, commit {', '.join(commits)}"
+        f"{content['suite']}, seeds {seeds}, {options['part']} examples; {machine['device']}, {options['threads']} "
+        f"threads, {content['date'][:10]}, commit {', '.join(commits)}"
     )
 
 
