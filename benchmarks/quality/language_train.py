@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,19 +44,20 @@ from quality.language_model import (
 )
 
 NAME = "minilm4"
-LENGTH = 32  # tokens of a text, [CLS] and [SEP] included
 MOST = {"train": 8000, "held": 4000}  # texts of a task
 HEAD_TEXTS = 1024  # a task
-TEST_TEXTS, VALIDATION_TEXTS = 500, 200  # a task
-BATCH, STEPS, LR = 32, 60, 2e-4
-RECIPE = {
-    "length": LENGTH,
-    "batch": BATCH,
-    "steps": STEPS,
-    "lr": LR,
-    "test": TEST_TEXTS,
-    "validation": VALIDATION_TEXTS,
-}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the experts and the held-out texts are made by; suite.json tells it."""
+
+    length: int = 24  # tokens of a text, [CLS] and [SEP] included
+    batch: int = 32
+    steps: int = 60
+    lr: float = 5e-4  # peak of the schedule
+    test: int = 500  # texts a task
+    validation: int = 200  # texts a task
 
 
 def generator(seed: int, what: str, step: int = 0) -> torch.Generator:
@@ -81,11 +83,11 @@ def make_base(root: Path) -> None:
     shutil.rmtree(unpacked)
 
 
-def make_texts(root: Path) -> None:
+def make_texts(root: Path, length: int) -> None:
     """ROOT/texts.safetensors: <task>.{train,held}.{tokens,labels}; the names of the classes are its metadata."""
     tokenizer = Tokenizer.from_file(str(root / "base" / "tokenizer.json"))
-    tokenizer.enable_truncation(LENGTH)
-    tokenizer.enable_padding(length=LENGTH)
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     for task, read in data.TASKS.items():
@@ -119,13 +121,13 @@ def in_turn(labels: Tensor, rng: torch.Generator) -> Tensor:
     return order[rounds.argsort(stable=True)]
 
 
-def make_testset(root: Path, texts: Mapping[str, Tensor], tasks: Sequence[str], seed: int) -> None:
+def make_testset(root: Path, texts: Mapping[str, Tensor], tasks: Sequence[str], seed: int, recipe: Recipe) -> None:
     """ROOT/seed-S/testset.safetensors: <task>.{test,validation}.{tokens,labels} and <task>.{mean,head}."""
     tensors = load_file(root / "heads.safetensors")
     for task in tasks:
         labels = texts[f"{task}.held.labels"]
         chosen = in_turn(labels, generator(seed, f"{task}.held"))
-        parts = {"test": chosen[:TEST_TEXTS], "validation": chosen[TEST_TEXTS : TEST_TEXTS + VALIDATION_TEXTS]}
+        parts = {"test": chosen[: recipe.test], "validation": chosen[recipe.test :][: recipe.validation]}
         for part, places in parts.items():
             tensors[f"{task}.{part}.tokens"] = texts[f"{task}.held.tokens"][places]
             tensors[f"{task}.{part}.labels"] = labels[places]
@@ -133,42 +135,47 @@ def make_testset(root: Path, texts: Mapping[str, Tensor], tasks: Sequence[str], 
     write(tensors, root / f"seed-{seed}" / "testset.safetensors")
 
 
-def draw(labels: Tensor, rng: torch.Generator) -> Tensor:
-    """Places of a batch in which every class is equally likely."""
+def draw(labels: Tensor, batch: int, rng: torch.Generator) -> Tensor:
+    """Places of `batch` texts, drawn so that every class is equally likely."""
     order, counts = labels.argsort(stable=True), labels.bincount()
-    classes = torch.randint(len(counts), (BATCH,), generator=rng)
-    within = (torch.rand(BATCH, generator=rng) * counts[classes]).long()
+    classes = torch.randint(len(counts), (batch,), generator=rng)
+    within = (torch.rand(batch, generator=rng) * counts[classes]).long()
     return order[(counts.cumsum(0) - counts)[classes] + within]
 
 
 def finetune(
-    model: SentenceEncoder, tokens: Tensor, labels: Tensor, mean: Tensor, head: Tensor, rngs: Iterator[torch.Generator]
+    model: SentenceEncoder,
+    samples: tuple[Tensor, Tensor],
+    head: tuple[Tensor, Tensor],
+    recipe: Recipe,
+    rngs: Iterator[torch.Generator],
 ) -> None:
     """AdamW on the six layers, with warm-up and a cosine schedule; embeddings, pooler and head stay as they are."""
+    tokens, labels = samples
     layers = list(model.encoder.parameters())
     model.requires_grad_(False)
     model.encoder.requires_grad_(True)
-    optimizer = torch.optim.AdamW(layers, lr=LR, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(layers, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step, rng in enumerate(rngs):
-        warm = min(1.0, (step + 1) / (0.1 * STEPS))
+        warm = min(1.0, (step + 1) / (0.1 * recipe.steps))
         for group in optimizer.param_groups:
-            group["lr"] = LR * warm * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        places = draw(labels, rng)
-        loss = F.cross_entropy(cosine_logits(model(tokens[places]), mean, head), labels[places])
+            group["lr"] = recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        places = draw(labels, recipe.batch, rng)
+        loss = F.cross_entropy(cosine_logits(model(tokens[places]), *head), labels[places])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
-def make_expert(root: Path, task: str, seed: int) -> float:
+def make_expert(root: Path, task: str, seed: int, recipe: Recipe) -> float:
     """ROOT/seed-S/experts/TASK, with one thread; returns seconds."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     texts, heads = load_file(root / "texts.safetensors"), load_file(root / "heads.safetensors")
     samples = texts[f"{task}.train.tokens"], texts[f"{task}.train.labels"]
     model = load_encoder(root / "base")
-    rngs = (generator(seed, task, step) for step in range(STEPS))
-    finetune(model, *samples, heads[f"{task}.mean"], heads[f"{task}.head"], rngs)
+    rngs = (generator(seed, task, step) for step in range(recipe.steps))
+    finetune(model, samples, (heads[f"{task}.mean"], heads[f"{task}.head"]), recipe, rngs)
     save_encoder(model, root / "base" / "config.json", root / f"seed-{seed}" / "experts" / task)
     return time.perf_counter() - began
 
@@ -192,14 +199,14 @@ class Times:
         self.add(name, time.perf_counter() - began)
 
 
-def describe(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> None:
+def describe(root: Path, tasks: Sequence[str], seeds: Sequence[int], recipe: Recipe) -> None:
     """ROOT/suite.json: tasks, seeds (those of earlier runs too) and recipe.
 
     Raises SystemExit if what lies there was made by another recipe.
     """
-    path = root / "suite.json"
-    told = json.loads(path.read_text()) if path.exists() else {"tasks": list(tasks), "seeds": [], "recipe": RECIPE}
-    if told["tasks"] != list(tasks) or told["recipe"] != RECIPE:
+    path, about = root / "suite.json", asdict(recipe)
+    told = json.loads(path.read_text()) if path.exists() else {"tasks": list(tasks), "seeds": [], "recipe": about}
+    if told["tasks"] != list(tasks) or told["recipe"] != about:
         raise SystemExit(
             f"{path} was made with {told['tasks']}, {told['recipe']}; remove {root}, or pass another --work"
         )
@@ -208,10 +215,10 @@ def describe(root: Path, tasks: Sequence[str], seeds: Sequence[int]) -> None:
     path.write_text(json.dumps(told, indent=1) + "\n")
 
 
-def make_suite(root: Path, seeds: Sequence[int], jobs: int, progress: Progress) -> None:
+def make_suite(root: Path, recipe: Recipe, seeds: Sequence[int], jobs: int, progress: Progress) -> None:
     """Run the stages that `root` doesn't hold yet; experts are trained in `jobs` processes of one thread each."""
     tasks = tuple(data.TASKS)
-    describe(root, tasks, seeds)
+    describe(root, tasks, seeds, recipe)
     times = Times(root / "times.json")
     torch.set_num_threads(1)
     if not (root / "texts.safetensors").exists():
@@ -220,18 +227,18 @@ def make_suite(root: Path, seeds: Sequence[int], jobs: int, progress: Progress) 
         with times.stage("base and texts"):
             if not (root / "base").exists():
                 make_base(root)
-            make_texts(root)
+            make_texts(root, recipe.length)
     texts = load_file(root / "texts.safetensors")
     if not (root / "heads.safetensors").exists():
         with times.stage("heads"):
             make_heads(root, texts, tasks)
     for seed in seeds:
         if not (root / f"seed-{seed}" / "testset.safetensors").exists():
-            make_testset(root, texts, tasks, seed)
+            make_testset(root, texts, tasks, seed, recipe)
     wanted = [(seed, task) for seed in seeds for task in tasks]
     missing = [(seed, task) for seed, task in wanted if not (root / f"seed-{seed}" / "experts" / task).exists()]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(make_expert, root, task, seed): f"seed {seed}: {task}" for seed, task in missing}
+        running = {pool.submit(make_expert, root, task, seed, recipe): f"seed {seed}: {task}" for seed, task in missing}
         for done in progress.track(as_completed(running), total=len(running), description="experts"):
             times.add(running[done], done.result())
 
@@ -251,7 +258,7 @@ def main() -> None:
     options = settings()
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        make_suite(options.work / NAME, options.seeds, options.jobs, progress)
+        make_suite(options.work / NAME, Recipe(), options.seeds, options.jobs, progress)
 
 
 if __name__ == "__main__":
