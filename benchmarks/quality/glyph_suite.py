@@ -25,7 +25,7 @@ from model import cosine_logits, load_model
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "glyphs"
 EXAMPLE_TASKS = ("digits", "latin", "greek", "cyrillic", "hebrew")
-BATCH = 250  # images; larger ones are no faster on a CPU
+BATCH = 50  # images; larger ones leave the caches of a CPU
 
 
 class GlyphSuite:
