@@ -1,7 +1,7 @@
 """The language suite's texts, read from packages of PyPI: what each task is, and which texts are held out.
 
-A text belongs to a group (the message that was translated, the disease, the review, the definition); a group is either
-for training or held out, so no held-out text has a near copy that was trained on.
+A text belongs to a group (the message that was translated, the category of diagnoses, the definition), and a group is
+either for training or held out.
 """
 
 from __future__ import annotations
