@@ -16,9 +16,9 @@ from ._masks import output, store_mask, task_delta
 
 
 @triton.jit
-def _random_words(key, BLOCK: tl.constexpr):
-    """The 32-bit numbers of a program's elements, [BLOCK / 32, 32]: element i has word i % 4 of counter i // 4."""
-    counter = tl.program_id(0).to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+def _random_words(key, start, BLOCK: tl.constexpr):
+    """The 32-bit numbers of a program's elements, [BLOCK / 32, 32]: number i is word i % 4 of counter i // 4."""
+    counter = start + tl.program_id(0).to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     zero = tl.zeros((BLOCK // 4,), dtype=tl.uint32)
     first, second, third, fourth = tl.philox(key, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero)
     words = tl.join(tl.join(first, third), tl.join(second, fourth))
@@ -33,6 +33,7 @@ def random_mask_kernel(
     experts,  # tuple of T pointers, each of its own type
     keys,  # [T] int64: the bits of the keys
     limits,  # [T] int64: probabilities as multiples of 2^-32
+    start,  # counter of the first element
     count,
     words,
     BLOCK: tl.constexpr,
@@ -43,18 +44,19 @@ def random_mask_kernel(
     for t in tl.static_range(len(experts)):
         delta = task_delta(experts[t], origin, offsets, mask)
         limit = tl.load(limits + t)
-        drawn = _random_words(tl.load(keys + t), BLOCK) < limit.to(tl.uint32)
+        drawn = _random_words(tl.load(keys + t), start, BLOCK) < limit.to(tl.uint32)
         flags = mask & (drawn | (limit >> 32 != 0))  # probability 1 has no 32-bit limit
         store_mask(bits, norms, t, word, words, flags, delta)
 
 
 def launch(
-    bits: Tensor, base: Tensor, experts: Sequence[Tensor], keys: Tensor, limits: Tensor
+    bits: Tensor, base: Tensor, experts: Sequence[Tensor], keys: Tensor, limits: Tensor, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Write the masks to `bits`, [T, 8 ceil(count / 64)] uint8, and return the L1 norms before and after, [T] float64.
 
     base and experts: contiguous, of `count` elements; float32, float16 or bfloat16. keys: [T] int64, the bits of
-    unsigned ones. limits: [T] int64, probabilities times 2^32, rounded down.
+    unsigned ones. limits: [T] int64, probabilities times 2^32, rounded down. first: the number of the first element, a
+    multiple of 64.
     """
     count = base.numel()
     out = output(bits, count)
@@ -66,6 +68,7 @@ def launch(
             tuple(experts),
             keys,
             limits,
+            first // 4,
             count,
             out.bits.shape[1],
             BLOCK=out.size.block,

@@ -78,7 +78,7 @@ def elementwise(table: dict[str, tuple[Sizes, ...]]) -> Variants:
         thresholds = dict.fromkeys(("kept_keys", "kept_ends", "dropped_keys", "dropped_ends"), "*i64")
         options = {"DROPS": True, "BLOCK": size.block}
         yield f"magnitude_mask {size.block}", magnitude_mask_kernel, types | thresholds, options, size
-        types |= {"keys": "*i64", "limits": "*i64"}
+        types |= {"keys": "*i64", "limits": "*i64", "start": "i64"}
         yield f"random_mask {size.block}", random_mask_kernel, types, {"BLOCK": size.block}, size
     size = table["task_dots"][0]
     for same in (True, False):

@@ -27,7 +27,12 @@ def magnitude_mask(
 
 
 def random_mask(
-    base: Tensor, experts: Sequence[Tensor], lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int]
+    base: Tensor,
+    experts: Sequence[Tensor],
+    lowest: Sequence[float],
+    highest: Sequence[float],
+    keys: Sequence[int],
+    first: int = 0,
 ) -> TaskMasks:
     """`random_mask` in one pass over the weights; tasks whose elements have ranks go to PyTorch, which sorts rows."""
     from pymerge.kernels import random_mask as kernel
@@ -35,14 +40,14 @@ def random_mask(
     columns = base.shape[-1] if base.ndim else 1
     ranked = [low != high and columns > 1 for low, high in zip(lowest, highest, strict=True)]
     if any(ranked):
-        return _by_task(base, experts, lowest, highest, keys, ranked)
+        return _by_task(base, experts, lowest, highest, keys, ranked, first)
     bits = _bits(len(experts), base)
     limits = [int((low + high) / 2 * random.ONE) for low, high in zip(lowest, highest, strict=True)]
     signed = [key - (key >> 63 << 64) for key in keys]  # the same bits
     numbers = torch.tensor([signed, limits], dtype=torch.int64).to(base.device)
     inputs = [expert.contiguous() for expert in experts]
     with on(base.device):
-        norms = kernel.launch(bits, base.contiguous(), inputs, numbers[0], numbers[1])
+        norms = kernel.launch(bits, base.contiguous(), inputs, numbers[0], numbers[1], first)
     return TaskMasks(bits, *norms)
 
 
@@ -53,10 +58,11 @@ def _by_task(
     highest: Sequence[float],
     keys: Sequence[int],
     ranked: Sequence[bool],
+    first: int,
 ) -> TaskMasks:
     """Masks of the tasks with ranks from the reference, of the others from the kernel, in their order."""
     rows = [
-        (random.reference if by_rank else random_mask)(base, [expert], [low], [high], [key])
+        (random.reference if by_rank else random_mask)(base, [expert], [low], [high], [key], first)
         for expert, low, high, key, by_rank in zip(experts, lowest, highest, keys, ranked, strict=True)
     ]
     return TaskMasks(*(torch.cat(parts) for parts in zip(*rows, strict=True)))

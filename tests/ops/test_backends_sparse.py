@@ -78,9 +78,10 @@ def test_random_mask(backend: str, device: str, size: int) -> None:
     function = load(backend).implementations()["random_mask"]
     case = inputs(size, device)
     for lowest, highest in (([0.0, 0.3, 1.0], [0.0, 0.3, 1.0]), ([0.5, 0.2, 2.0**-32], [0.5, 0.4, 2.0**-32])):
-        expected = OPS["random_mask"].reference(*on_cpu(case), lowest, highest, KEYS)
-        found = function(case.base, case.experts, lowest, highest, KEYS)
-        assert_masks(f"{size} {lowest}", found, expected)
+        for first in (0, 2**34 - 64):  # the second crosses a 32-bit number of counters
+            expected = OPS["random_mask"].reference(*on_cpu(case), lowest, highest, KEYS, first)
+            found = function(case.base, case.experts, lowest, highest, KEYS, first)
+            assert_masks(f"{size} {lowest} {first}", found, expected)
 
 
 @pytest.mark.parametrize(("backend", "device"), implementations("random_mask"))
