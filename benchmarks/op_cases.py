@@ -402,4 +402,18 @@ CASES = {
         computes="float64",
         peer=op_peers.SPECTRAL_REFINE,
     ),
+    "singular_sum": Case(
+        lambda layer: (layer.base, layer.experts),
+        flops=lambda layer: layer.size.tasks * _refine(layer.size),
+        bytes=lambda size, item: _weights_read(size, item) + 4 * size.numel,
+        work=lambda size: (size.tasks + 2) * (EIGEN * size.small**3 + 4 * size.numel * size.small),
+        computes="float64",
+    ),
+    "isotropic": Case(
+        lambda layer: (layer.base, layer.experts),
+        flops=lambda layer: _refine(layer.size),
+        bytes=lambda size, item: _weights_read(size, item) + 4 * size.numel,
+        work=lambda size: EIGEN * size.small**3 + 8 * size.numel * size.small,
+        computes="float64",
+    ),
 }

@@ -364,10 +364,12 @@ def test_a_signal_says_how_to_go_on(
 def test_two_merges_into_one_directory(long_merge: tuple[str | Path, ...], tmp_path: Path) -> None:
     out = tmp_path / "out"
     running = begin(long_merge, out, 1)
+    running.send(signal.SIGSTOP)  # it holds the directory for as long as the others take
     for more in ((), ("--overwrite",)):
         done = pymerge(*long_merge, out, *more)
         assert done.code == 8
         assert "another pymerge run is writing here" in done.errors[0]
+    running.send(signal.SIGCONT)
     assert running.wait().code == 0
     assert tree(out) == tree(Path(long_merge[1]).parent / "unbroken")
 

@@ -6,13 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Action, OpRunner
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Elements of a row range: reading one is one long request, as for elementwise actions.
 RANGE_ELEMENTS = 3 * 2**19
