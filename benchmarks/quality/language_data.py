@@ -106,9 +106,9 @@ def diseases(packages: Path) -> Iterator[Item]:
             yield Item(chapter.findtext("name", ""), text, code[:3])
 
 
-def verbs(packages: Path) -> Iterator[Item]:
-    """Which of WordNet's fields (motion, cognition, ...) a verb is in, from its definition alone."""
-    return (Item(field, text, text) for field, text in definitions(packages, "verb"))
+def nouns(packages: Path) -> Iterator[Item]:
+    """Which of WordNet's fields (animal, artifact, feeling, ...) a noun is in, from its definition alone."""
+    return (Item(field, text, text) for field, text in definitions(packages, "noun"))
 
 
 def kinds(packages: Path) -> Iterator[Item]:
@@ -140,7 +140,7 @@ def member(archive: tarfile.TarFile, ending: str) -> bytes:
 TASKS: Mapping[str, Callable[[Path], Iterable[Item]]] = {
     "languages": languages,
     "diseases": diseases,
-    "verbs": verbs,
+    "nouns": nouns,
     "kinds": kinds,
 }
 
