@@ -408,6 +408,7 @@ CASES = {
         bytes=lambda size, item: _weights_read(size, item) + 4 * size.numel,
         work=lambda size: (size.tasks + 2) * (EIGEN * size.small**3 + 4 * size.numel * size.small),
         computes="float64",
+        peer=op_peers.SINGULAR_SUM,
     ),
     "isotropic": Case(
         lambda layer: (layer.base, layer.experts),
@@ -415,5 +416,6 @@ CASES = {
         bytes=lambda size, item: _weights_read(size, item) + 4 * size.numel,
         work=lambda size: EIGEN * size.small**3 + 8 * size.numel * size.small,
         computes="float64",
+        peer=op_peers.ISOTROPIC,
     ),
 }

@@ -120,6 +120,29 @@ def _svd(layer: Layer) -> tuple[Tensor, ...]:
     return (X + s[:k].mean() * U[:, :k] @ Vh[:k],)
 
 
+def _polar(M: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+    return U @ Vh
+
+
+def _orthogonal_sum(layer: Layer) -> tuple[Tensor, ...]:
+    base, experts = _floats(layer)
+    k = layer.size.small // len(experts)
+    parts = [torch.linalg.svd(expert - base, full_matrices=False) for expert in experts]
+    U, s, Vh = (
+        torch.cat([p[0][:, :k] for p in parts], 1),
+        torch.cat([p[1][:k] for p in parts]),
+        [p[2][:k] for p in parts],
+    )
+    return (_polar(U) * s @ _polar(torch.cat(Vh)),)
+
+
+def _isotropic(layer: Layer) -> tuple[Tensor, ...]:
+    base, experts = _floats(layer)
+    U, s, Vh = torch.linalg.svd(sum((expert - base for expert in experts), torch.zeros_like(base)), full_matrices=False)
+    return (s.mean() * U @ Vh,)
+
+
 # Half of bfloat16's digits are lost in the deltas; the reference rounds once, at the end.
 COMBINE = Peer(
     "mergekit's stacked deltas",
@@ -165,6 +188,20 @@ SPD_SOLVE = Peer(
     work=lambda size: size.product + 5 * size.d_in**3,
     memory=lambda size: 16 * size.d_in**2,
     tolerance=1e-3,
+)
+SINGULAR_SUM = Peer(
+    "TSV-M's singular value decompositions",
+    _orthogonal_sum,
+    work=lambda size: 7 * (size.tasks + 2) * (4 * size.numel * size.small + 22 * size.small**3),
+    memory=lambda size: 4 * (size.tasks + 8) * (size.numel + size.small**2),
+    tolerance=2e-2,
+)
+ISOTROPIC = Peer(
+    "Iso-C's singular value decomposition",
+    _isotropic,
+    work=lambda size: 7 * (4 * size.numel * size.small + 22 * size.small**3),
+    memory=lambda size: 4 * (size.tasks + 6) * (size.numel + size.small**2),
+    tolerance=2e-2,
 )
 SPECTRAL_REFINE = Peer(
     "ACE's full SVD",
