@@ -59,7 +59,7 @@ parity: $(VENV)/installed  ## merge small models by every method of mergekit, wi
 bench-small: $(VENV)/installed  ## time every op on a small shape, in under a minute
 	$(BIN)/python -m pytest benchmarks/test_small_ops.py --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds
 
-quality: $(VENV)/installed  ## train eight tasks' experts, merge them by every method, measure, draw (40 minutes from nothing)
+quality: $(VENV)/installed  ## train eight tasks' experts, merge them by every method, measure, draw
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/quality/requirements.txt
 	@echo "== base and experts, kept in ~/.cache/pymerge-bench/quality"
 	$(BIN)/python benchmarks/quality/train.py
