@@ -8,7 +8,8 @@ import torch
 from op_peers import Peer
 from torch import Tensor
 
-from pymerge.ops.bitmask import pack, row_bytes, unpack
+from pymerge.ops.bitmask import pack, unpack
+from pymerge.vectors import row_bytes
 
 if TYPE_CHECKING:
     from op_cases import Layer

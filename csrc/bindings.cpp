@@ -184,6 +184,11 @@ void magnitude_counts(Address counts, const Matrix& base, const std::vector<Matr
                          threads);
 }
 
+std::int64_t magnitude_place(const Matrix& base, const Matrix& expert, std::uint32_t key, std::int64_t left,
+                             std::int64_t numel) {
+    return magnitude_place_cpu(view(base), view(expert), key, left, numel);
+}
+
 using Masks = std::tuple<Address, Address, Address>;  // bits, L1 norms before, after
 using Selected = std::tuple<Address, Address>;        // keys, ends; 0 and 0: nothing
 
@@ -429,6 +434,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("task_stats", &task_stats, py::call_guard<py::gil_scoped_release>());
     module.def("trim_threshold", &trim_threshold, py::call_guard<py::gil_scoped_release>());
     module.def("magnitude_counts", &magnitude_counts, py::call_guard<py::gil_scoped_release>());
+    module.def("magnitude_place", &magnitude_place, py::call_guard<py::gil_scoped_release>());
     module.def("magnitude_mask", &magnitude_mask, py::call_guard<py::gil_scoped_release>());
     module.def("random_mask", &random_mask, py::call_guard<py::gil_scoped_release>());
     module.def("sparse_combine", &sparse_combine, py::call_guard<py::gil_scoped_release>());

@@ -85,6 +85,7 @@ def magnitude_counts(
     threads: int,
     /,
 ) -> None: ...
+def magnitude_place(base: _Matrix, expert: _Matrix, key: int, left: int, numel: int, /) -> int: ...
 def magnitude_mask(
     out: _Masks,
     base: _Matrix,

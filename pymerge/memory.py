@@ -119,6 +119,15 @@ def map_pages(nbytes: int) -> mmap.mmap:
     return pages
 
 
+class Room:
+    """Memory of `nbytes` bytes and more, in whole pages. Raises MemoryError."""
+
+    def __init__(self, nbytes: int) -> None:
+        pages = map_pages(max(1, nbytes))
+        self.view = memoryview(pages)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+
+
 class Heap:
     """Gives freed memory back to the system.
 

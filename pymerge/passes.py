@@ -8,8 +8,10 @@ from torch import Tensor
 
 from pymerge import pieces
 from pymerge.checkpoint import TORCH_DTYPES
+from pymerge.methods.average import element_count
 from pymerge.methods.base import OpRunner
 from pymerge.methods.reducing import Reducing, Reduction
+from pymerge.methods.tensor_parts import TensorPart
 from pymerge.schedule import Slot
 
 
@@ -22,17 +24,20 @@ class Passes:
 
     def run(self, slot: Slot, base: Tensor, experts: Sequence[Tensor]) -> Tensor | None:
         """The merged piece, in the output's dtype; None in the passes before the one that merges."""
-        step, dtype = slot.step, TORCH_DTYPES[slot.step.dtype]
+        step, piece, dtype = slot.step, slot.piece, TORCH_DTYPES[slot.step.dtype]
         if not step.in_ranges:
             return pieces.run(step.action, step.layer, self._run_op, base, experts, dtype)
         assert isinstance(step.action, Reducing)
         if slot.starts_step:
-            self._reduction = step.action.reduction(self._run_op, step.shape, len(experts))
+            self._reduction = step.action.reduction(step.shape, len(experts))
         assert self._reduction is not None
+        first = piece.start * element_count(step.shape[1:])
+        part = TensorPart(self._run_op, base, experts, dtype, first, piece.start)
         if slot.merges:
-            return self._reduction.merge(slot.piece.start, base, experts, dtype)
-        self._reduction.look(slot.piece.start, base, experts)
-        if slot.piece is step.pieces[-1]:
+            merged: Tensor = self._reduction.merge(part)
+            return merged
+        self._reduction.take(first, self._reduction.look(part))
+        if piece is step.pieces[-1]:
             self._reduction.settle()
         return None
 

@@ -27,8 +27,9 @@ SMALL_BYTES = 16 * 2**20
 _MOST_PIECES = 16
 READ_THREADS = 4
 # Bytes of the inputs up to which a tensor that is reduced before it is merged is held meanwhile, by device; what is
-# larger is read again for each pass. The memory of a GPU is there to be used.
-HELD_BYTES = {"cpu": 2**28, "cuda": 2**62}
+# larger is read again for each pass. On a CPU it comes from the page cache then, into memory that is used again. The
+# memory of a GPU is there to be used.
+HELD_BYTES = {"cpu": 0, "cuda": 2**62}
 # Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; the
 # cores of a CPU it does. Untimed: a guess at what a GPU takes.
 BATCH_ELEMENTS = {"cpu": 0, "cuda": 16 * 2**20}

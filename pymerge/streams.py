@@ -1,12 +1,12 @@
-"""Weighted sums from files to files: threads combine pieces as they read them, this one writes. Without PyTorch."""
+"""From files to files without PyTorch: threads read pieces and combine, reduce or merge them, this one writes."""
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from pymerge import env
 from pymerge.backends import combine_files as native
@@ -15,10 +15,11 @@ from pymerge.checkpoint import ITEM_SIZES, OutputDirectory, Reader, failed_read,
 from pymerge.devices import Device
 from pymerge.errors import OutOfMemoryError
 from pymerge.logs import event
-from pymerge.memory import map_pages
+from pymerge.memory import Room
 from pymerge.methods.average import element_count
 from pymerge.pieces import Piece
 from pymerge.progress import ProgressSink
+from pymerge.raw_passes import RawPasses, can_take
 from pymerge.schedule import READ_THREADS, WRITE_BEHIND, Slot, slots
 from pymerge.steplog import StepLog
 from pymerge.steps import Step
@@ -27,15 +28,15 @@ from pymerge.tracing import Times, Tracer
 # Elements of each tensor that are read at once: so many that a system call costs little beside them, and so few that
 # those of a base and several experts are still in a core's second-level cache when they are combined.
 BLOCK_ELEMENTS = 2**16
-_REASON = "files are combined in C++ as they are read"
+_REASON = "files are merged in C++ as they are read"
 
 
 def why_not(steps: Sequence[Step], device: Device, backend: str, *, allow_nonfinite: bool) -> str | None:
     """Why these steps need PyTorch; None if `Streams` can carry out all of them, on this device with this backend."""
     if device.type != "cpu" or backend not in ("auto", "native"):
         return f"backend {backend} on {device}"
-    needs = next((step.name for step in steps if not _is_sum(step, allow_nonfinite)), None)
-    return native.missing() if needs is None else f"{needs} is not a weighted sum of tensors as they are stored"
+    needs = next((step.name for step in steps if not (_is_sum(step, allow_nonfinite) or can_take(step))), None)
+    return native.missing() if needs is None else f"{needs} is merged by ops that take tensors of PyTorch"
 
 
 def _is_sum(step: Step, allow_nonfinite: bool) -> bool:
@@ -57,9 +58,10 @@ def _dtypes(step: Step) -> list[str]:
 
 
 class Streams:
-    """Carries out steps in their order: a few threads read and combine pieces, this one writes them.
+    """Carries out steps in their order: a few threads read pieces and work on them, this one writes them.
 
-    A piece is in memory as its output, and block by block as its inputs; all together take at most `limit` bytes.
+    A piece of a weighted sum is in memory as its output, and block by block as its inputs; others with all that they
+    need. All together take at most `limit` bytes.
     """
 
     def __init__(
@@ -84,17 +86,25 @@ class Streams:
         self._log = StepLog()
         self._reading = 0  # nanoseconds, added up over threads
         self._room_bytes = max((slot.memory.output for slot in self._queue), default=0)
-        blocks = max((_block_bytes(slot) for slot in self._queue), default=0)
+        others = max((_working_bytes(slot) for slot in self._queue), default=0)
         threads = min(env.threads(), READ_THREADS)
-        self._most = max(1, min(threads + WRITE_BEHIND, limit // max(1, self._room_bytes + blocks)))
-        self._rooms: list[_Room] = []  # that nobody uses
+        self._most = max(1, min(threads + WRITE_BEHIND, limit // max(1, self._room_bytes + others)))
+        self._rooms: list[Room] = []  # that nobody uses
+        self._used: dict[str, str] = {}
+        self._passes = RawPasses(reader, self._use)
         self._threads = ThreadPoolExecutor(min(threads, self._most), thread_name_prefix="pymerge-combine")
 
     @property
     def backends(self) -> dict[str, str]:
         """What computed each op."""
-        sums = any(slot.step.experts and slot.step.action.combination for slot in self._queue)
-        return {"combine": native.NAME} if sums else {}
+        return dict(self._used)
+
+    def _use(self, op: str) -> None:
+        if op not in self._used:
+            self._used[op] = native.NAME
+            event(
+                "backend_chosen", f"{op}: backend {native.NAME} ({_REASON})", op=op, backend=native.NAME, reason=_REASON
+            )
 
     @property
     def times(self) -> Times:
@@ -104,60 +114,69 @@ class Streams:
 
     def run(self) -> None:
         """Work through the queue. The first exception of any thread ends it."""
-        for op, backend in self.backends.items():
-            event("backend_chosen", f"{op}: backend {backend} ({_REASON})", op=op, backend=backend, reason=_REASON)
-        line: deque[tuple[Slot, _Room, Future[int]]] = deque()
+        line: deque[tuple[Slot, Room, Future[_Done]]] = deque()
         try:
             for slot in self._queue:
-                if len(line) == self._most:
+                while len(line) == self._most or (line and _comes_after(slot, line[-1][0])):
                     self._finish(*line.popleft())
+                if can_take(slot.step):
+                    self._passes.starts(slot)
                 room = self._rooms.pop() if self._rooms else self._new_room(slot.step)
                 for entry in slot.step.inputs:
                     self._reader.announce(entry, slot.piece.start, slot.piece.stop)
-                line.append((slot, room, self._threads.submit(self._combine, slot, room)))
+                line.append((slot, room, self._threads.submit(self._work, slot, room)))
             while line:
                 self._finish(*line.popleft())
         finally:
             self._threads.shutdown(cancel_futures=True)
 
-    def _new_room(self, step: Step) -> _Room:
+    def _new_room(self, step: Step) -> Room:
         try:
-            return _Room(max(1, self._room_bytes))
+            return Room(self._room_bytes)
         except MemoryError as error:
             raise _out_of_memory(step, error) from error
 
-    def _finish(self, slot: Slot, room: _Room, combined: Future[int]) -> None:
-        """Write a piece when its turn has come."""
+    def _finish(self, slot: Slot, room: Room, working: Future[_Done]) -> None:
+        """Write a piece, or note what was seen of it, when its turn has come."""
         name, nbytes = slot.step.name, slot.memory.output
         self._log.begins(slot)
         self._progress.tensor(name)
         with self._tracer.span("step", name):
             with self._tracer.span("wait for inputs", name):
-                self._reading += combined.result()
-            with self._tracer.span("write", name, nbytes):
-                self._output.write(name, room.view[:nbytes])
+                done = working.result()
+            self._reading += done.reading
+            if can_take(slot.step):
+                self._passes.take(slot, done.seen)
+            if slot.merges:
+                with self._tracer.span("write", name, nbytes):
+                    self._output.write(name, room.view[:nbytes])
         self._rooms.append(room)
         self._progress.advance(nbytes)
         self._log.ends(slot)
 
-    def _combine(self, slot: Slot, room: _Room) -> int:
-        """Read a piece and combine it; returns the nanoseconds of reading. By one of the threads."""
+    def _work(self, slot: Slot, room: Room) -> _Done:
+        """Read a piece, and combine, reduce or merge it. By one of the threads."""
         step, piece = slot.step, slot.piece
         nbytes = sum(element_count(piece.shape) * ITEM_SIZES[dtype] for dtype in _dtypes(step))
         with self._tracer.span("combine", step.name, nbytes):
             try:
-                reading, finite = self._fill(step, piece, room, slot.memory.output)
+                if can_take(step):
+                    checks = not self._allow_nonfinite
+                    seen, reading, finite = self._passes.work(slot, room.address, check_inputs=checks)
+                else:
+                    reading, finite = self._fill(step, piece, room, slot.memory.output)
+                    seen = None
             except MemoryError as error:
                 raise _out_of_memory(step, error) from error
             if not finite and not self._allow_nonfinite:
                 self._raise_nonfinite(step, piece)
-            if not self._keeps_cache:
+            if slot.merges and not self._keeps_cache:
                 for entry in step.inputs:
                     self._reader.release(entry, piece.start, piece.stop)
         self._progress.advance(nbytes)
-        return reading
+        return _Done(reading, seen)
 
-    def _fill(self, step: Step, piece: Piece, room: _Room, nbytes: int) -> tuple[int, bool]:
+    def _fill(self, step: Step, piece: Piece, room: Room, nbytes: int) -> tuple[int, bool]:
         """Put the merged piece into `room`; returns nanoseconds of reading, and whether all is finite."""
         combination, inputs, numel = step.action.combination, step.inputs, element_count(piece.shape)
         assert combination is not None
@@ -169,6 +188,8 @@ class Streams:
         with self._reader.places(inputs, piece.start, piece.stop) as places:
             files = [FileTensor(*place, entry.dtype) for place, entry in zip(places, inputs, strict=True)]
             has_base = combination.on_base or not combination.weights
+            if combination.weights:
+                self._use("combine")
             done = native.combine_files(
                 room.address,
                 step.dtype,
@@ -193,17 +214,22 @@ class Streams:
         raise overflow(step.name, step.dtype)
 
 
-class _Room:
-    """Memory for the output of one piece."""
+class _Done(NamedTuple):
+    """What a thread has to say of a piece."""
 
-    def __init__(self, nbytes: int) -> None:
-        pages = map_pages(nbytes)
-        self.view = memoryview(pages)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    reading: int  # nanoseconds
+    seen: Any  # by a pass that does not merge
 
 
-def _block_bytes(slot: Slot) -> int:
-    """Memory for the inputs of one piece."""
+def _comes_after(slot: Slot, last: Slot) -> bool:
+    """Whether a piece is worked on by what another one, the last before it, tells of its tensor."""
+    return slot.step is last.step and slot.number > last.number
+
+
+def _working_bytes(slot: Slot) -> int:
+    """Memory for the inputs of one piece, and what is computed from them beside the output."""
+    if can_take(slot.step):
+        return slot.memory.inputs + slot.memory.scratch
     return min(BLOCK_ELEMENTS, element_count(slot.piece.shape)) * sum(ITEM_SIZES[dtype] for dtype in _dtypes(slot.step))
 
 

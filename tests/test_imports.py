@@ -23,8 +23,9 @@ ARROWS = {
     "env": "",
     "units": "errors",
     "devices": "errors",
-    "ops": "errors",
-    "methods": "errors ops",
+    "vectors": "",
+    "ops": "errors vectors",
+    "methods": "errors ops vectors",
     "layers": "errors",
     "checkpoint": "errors logs",
     "finite": "errors checkpoint",
@@ -61,7 +62,9 @@ ARROWS = {
     "tracing": "errors",
     "sampling": "checkpoint planner steps",
     "report": "env units planner tracing",
-    "backends": "devices errors logs ops",
+    "backends": "devices errors logs ops vectors",
+    "raw_parts": "methods vectors",
+    "raw_passes": "backends checkpoint memory methods raw_parts schedule steps",
     "buffers": "memory methods",
     "transfer": "methods buffers checkpoint pieces schedule tracing",
     "pipeline": (
@@ -69,8 +72,8 @@ ARROWS = {
         "transfer"
     ),
     "streams": (
-        "devices errors env backends checkpoint finite logs memory methods pieces progress schedule steplog steps "
-        "tracing"
+        "devices errors env backends checkpoint finite logs memory methods pieces progress raw_passes schedule steplog "
+        "steps tracing"
     ),
     "engine": (
         "devices errors backends checkpoint logs memory pipeline planner progress report schedule steps streams tracing"

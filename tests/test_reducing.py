@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,15 @@ import pytest
 import torch
 from checkpoints import change, write_config, write_models
 from safetensors.torch import load_file
-from torch import Tensor
 
 import pymerge
-from pymerge import api, schedule
+from pymerge import api, engine, schedule, streams
 from pymerge.backends import Dispatcher
+from pymerge.devices import Device
 from pymerge.errors import NonFiniteError
 from pymerge.methods.reducing import RANGE_ELEMENTS, ranges
 from pymerge.methods.selecting import Selection, passes_to_select
+from pymerge.methods.tensor_parts import TensorPart
 from pymerge.recheck import recheck
 
 MIB = 2**20
@@ -63,25 +63,37 @@ def config(models: Path, method: str, parameters: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize(("method", "parameters", "passes"), CASES, ids=str)
 def test_ranges_give_the_bytes_of_the_whole(
-    models: Path, tmp_path: Path, method: str, parameters: dict[str, Any], passes: int
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, parameters: dict[str, Any], passes: int
 ) -> None:
+    """Tensors of PyTorch that are held, those that are read in ranges, and files that are merged as they are read."""
     path = config(models, method, parameters)
-    held, ranged = api.plan(path, device="cpu"), api.plan(path, device="cpu", memory=80 * MIB)
+    ranged = api.plan(path, device="cpu", memory=80 * MIB)
+    streamed = streams.why_not(ranged.steps, Device("cpu"), "auto", allow_nonfinite=False) is None
+    assert streamed == ("nuslerp_flatten" not in parameters and "filter_wise" not in parameters)
+    files = [merged(ranged, tmp_path / "streamed")]
+    monkeypatch.setattr(streams, "why_not", lambda *_, **__: "a test")
+    files.append(merged(ranged, tmp_path / "ranged"))
+    monkeypatch.setitem(schedule.HELD_BYTES, "cpu", 2**62)
+    held = api.plan(path, device="cpu")
+    files.append(merged(held, tmp_path / "held"))
     assert [len(plan.steps[0].pieces) for plan in (held, ranged)] == [1, 3]
     assert ranged.steps[0].bytes_read == passes * held.steps[0].bytes_read
     assert ranged.peak_memory <= 80 * MIB
-    for memory in (None, 80 * MIB):
-        api.merge(path, tmp_path / str(memory), device="cpu", memory=memory, progress=False)
-    files = [(tmp_path / str(memory) / "model.safetensors").read_bytes() for memory in (None, 80 * MIB)]
-    assert files[0] == files[1]
+    assert files[0] == files[1] == files[2]
+
+
+def merged(plan: Any, folder: Path) -> bytes:
+    engine.run(plan, folder, device="cpu")
+    return (folder / "model.safetensors").read_bytes()
 
 
 def test_what_is_larger_than_may_be_held_is_read_again(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(schedule.HELD_BYTES, "cpu", 6 * ROWS * COLUMNS - 1)
     path = config(models, "ties", {"weight": 1.0, "density": 0.5})
-    assert len(api.plan(path, device="cpu").steps[0].pieces) == 3
+    for held, pieces in ((6 * ROWS * COLUMNS, 1), (6 * ROWS * COLUMNS - 1, 3)):
+        monkeypatch.setitem(schedule.HELD_BYTES, "cpu", held)
+        assert len(api.plan(path, device="cpu").steps[0].pieces) == pieces
     report = api.merge(path, tmp_path / "out", device="cpu", progress=False)
     assert report.bytes_read == 3 * 6 * ROWS * COLUMNS + 6 * COLUMNS
     found = recheck(tmp_path / "out")
@@ -121,22 +133,16 @@ def test_selection_by_ranges_takes_the_elements_of_the_whole(backend: str, count
     experts = [torch.randint(-4, 5, (3000,), generator=generator) / 8 for _ in range(2)]
     counts = [count, 1000]
     whole = run_op("magnitude_mask", base, experts, run_op("trim_threshold", base, experts, counts))
-    selection = Selection(run_op, 3000, counts)
-    parts = [slice(0, 512), slice(512, 1024), slice(1024, 2944), slice(2944, 3000)]
+    selection = Selection(3000, counts)
+    everything = TensorPart(run_op, base, experts, torch.float32)
+    parts = [everything.rows(*rows) for rows in ((0, 512), (512, 1024), (1024, 2944), (2944, 3000))]
     for _ in range(passes_to_select(3000, counts)):
         for part in parts:
-            selection.count(base[part], [expert[part] for expert in experts])
+            selection.take(part.first, selection.count(part))
         selection.settle()
-    bits = [masks_of(run_op, selection, part, base, experts) for part in parts]
+    bits = [part.magnitude_mask(selection.of_range(part), None).bits for part in parts]
     assert torch.equal(torch.cat(bits, dim=1)[:, : whole.bits.shape[1]], whole.bits)
     assert int(sum(byte.bit_count() for byte in whole.bits[0].tolist())) == count
-
-
-def masks_of(run_op: Dispatcher, selection: Selection, part: slice, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-    inputs = [expert[part] for expert in experts]
-    thresholds = selection.of_range(part.start, base[part], inputs)
-    bits: Tensor = run_op("magnitude_mask", base[part], inputs, thresholds).bits
-    return bits
 
 
 def test_the_api_and_the_engine_give_the_same(models: Path, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from pymerge.methods import METHODS
 from pymerge.methods.base import Values
 from pymerge.methods.sparse import METHODS as SPARSE_METHODS
 from pymerge.methods.sparse import KeepMagnitudes
-from pymerge.ops.philox import key_of, uniform_words
+from pymerge.ops.philox import uniform_words
+from pymerge.vectors import key_of
 
 # name -> sparsifier, elects signs, normalize and rescale by default: mergekit's table.
 FAMILY = {

@@ -159,7 +159,7 @@ def test_no_memory_for_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     write_models(tmp_path, tensors())
     plan = streams_plan(tmp_path, "linear")
-    monkeypatch.setattr(streams, "map_pages", none_left)
+    monkeypatch.setattr("pymerge.memory.map_pages", none_left)
     with pytest.raises(
         OutOfMemoryError, match=r"^model.counter: copy runs out of memory on cpu \(.* cannot be mapped\)"
     ):

@@ -18,4 +18,8 @@ struct MagnitudeCountsParams {
 
 void magnitude_counts_cpu(const MagnitudeCountsParams& p, int threads);
 
+// The index behind the left-th element with this key; the number of elements where there are not so many.
+std::int64_t magnitude_place_cpu(const MatrixView& base, const MatrixView& expert, std::uint32_t key, std::int64_t left,
+                                 std::int64_t numel);
+
 }  // namespace pymerge

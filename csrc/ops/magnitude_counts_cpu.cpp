@@ -60,4 +60,19 @@ void magnitude_counts_cpu(const MagnitudeCountsParams& p, int threads) {
     }
 }
 
+std::int64_t magnitude_place_cpu(const MatrixView& base, const MatrixView& expert, std::uint32_t key, std::int64_t left,
+                                 std::int64_t numel) {
+    for (std::int64_t begin = 0; begin < numel; begin += least) {
+        std::int64_t found = -1;
+        for_each_key_block(base, expert, begin, std::min(numel, begin + least),
+                           [&](const std::uint32_t* keys, std::int64_t n, std::int64_t at) {
+                               for (std::int64_t i = 0; i < n && left > 0; ++i) {
+                                   if (keys[i] == key && --left == 0) found = at + i + 1;
+                               }
+                           });
+        if (found >= 0) return found;
+    }
+    return numel;
+}
+
 }  // namespace pymerge

@@ -16,9 +16,9 @@ from pymerge.backends.native_sparse import magnitude_counts, magnitude_mask, ran
 from pymerge.ops.base import compute_dtype
 from pymerge.ops.gradient_flow import evaluate
 from pymerge.ops.normal_equations import NormalEquations, outputs_first
-from pymerge.ops.task_dots import Axis, vector_shape
 from pymerge.ops.task_stats import TaskStats
 from pymerge.ops.wudi_adam import bias_corrections
+from pymerge.vectors import Axis, vector_shape
 
 NAME = "native"
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.dtypes import DTYPE_CODES
-from pymerge.ops.bitmask import TaskMasks, row_bytes
-from pymerge.ops.trim_threshold import Thresholds, exact
+from pymerge.ops.bitmask import TaskMasks
+from pymerge.ops.trim_threshold import Thresholds
+from pymerge.vectors import exact, row_bytes
 
 
 def trim_threshold(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int]) -> Thresholds:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pymerge.backends.triton_routed import on
 from pymerge.ops.nearswap import LEAST_DIFFERENCE
 from pymerge.ops.ram import lone_factors
-from pymerge.ops.task_dots import Axis, vector_shape
+from pymerge.vectors import Axis, vector_shape
 
 
 def task_dots(base: Tensor | None, tensors: Sequence[Tensor], axis: Axis = "whole") -> Tensor:

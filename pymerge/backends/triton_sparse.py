@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pymerge.backends.triton_routed import on
 from pymerge.ops import random_mask as random
-from pymerge.ops.bitmask import TaskMasks, row_bytes
+from pymerge.ops.bitmask import TaskMasks
 from pymerge.ops.trim_threshold import Thresholds
+from pymerge.vectors import row_bytes
 
 
 def magnitude_mask(

@@ -5,16 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import Any, ClassVar
 
 from pymerge.methods.average import element_count
-from pymerge.methods.base import Cost, OpRunner
-from pymerge.methods.reducing import Reducing, Reduction
-from pymerge.methods.selecting import Selection, passes_to_select
-from pymerge.ops.bitmask import BLOCK, TaskMasks, row_bytes
+from pymerge.methods.base import Cost
+from pymerge.methods.parts import Kept, Part
+from pymerge.methods.reducing import Reducing, Reduction, ranges
+from pymerge.methods.selecting import BYTES_OF_RANGE, SCRATCH_BYTES, Selection, passes_to_select
+from pymerge.vectors import BLOCK, row_bytes
 
 # mergekit leaves a task vector as it is where one of its L1 norms is smaller.
 _SMALL_NORM = 1e-7
@@ -49,54 +47,42 @@ class Sparsifying(Reduction):
     """What the masks of a tensor follow from. Where what is kept is rescaled, that is known only behind all masks: they
     are made in a pass of their own and held, a bit an element."""
 
-    def __init__(self, action: MergeSparse, run_op: OpRunner, shape: tuple[int, ...]) -> None:
+    def __init__(self, action: MergeSparse, shape: tuple[int, ...]) -> None:
         self.passes = action.passes(shape)
         self._action = action
-        self._run_op = run_op
-        self._numel = element_count(shape)
-        self._row = element_count(shape[1:])
         self._before = [0.0] * len(action.weights)  # L1 norms
         self._after = [0.0] * len(action.weights)
         self._factors = [1.0] * len(action.weights)
-        self._bits: Tensor | None = None
+        self._bits: dict[int, Any] = {}  # by the number of a range's first element
 
     @abstractmethod
-    def masks(self, first: int, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
-        """What is kept of the next range, whose first element has this number."""
+    def masks(self, part: Part) -> Kept:
+        """What is kept of a range."""
 
-    def look(self, start: int, base: Tensor, experts: Sequence[Tensor]) -> None:
-        first = start * self._row
-        masks = self.masks(first, base, experts)
-        if self._bits is None:
-            size = (len(experts), row_bytes(self._numel))
-            self._bits = torch.empty(size, dtype=torch.uint8, device=base.device)
-        self._bits[:, first // 8 : first // 8 + masks.bits.shape[1]] = masks.bits
-        self._before = [a + b for a, b in zip(self._before, masks.before.tolist(), strict=True)]
-        self._after = [a + b for a, b in zip(self._after, masks.after.tolist(), strict=True)]
+    def look(self, part: Part) -> Any:
+        return self.masks(part)
+
+    def take(self, first: int, seen: Any) -> None:
+        self._bits[first] = seen.bits
+        self._before = [a + b for a, b in zip(self._before, seen.before.tolist(), strict=True)]
+        self._after = [a + b for a, b in zip(self._after, seen.after.tolist(), strict=True)]
 
     def settle(self) -> None:
         norms = zip(self._before, self._after, strict=True)
         self._factors = [1.0 if min(pair) < _SMALL_NORM else pair[0] / pair[1] for pair in norms]
 
-    def merge(self, start: int, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype) -> Tensor:
-        action, first = self._action, start * self._row
-        if self._bits is None:
-            bits = self.masks(first, base, experts).bits
-        else:
-            bits = self._bits[:, first // 8 : first // 8 + row_bytes(base.numel())]
-        merged: Tensor = self._run_op(
-            "sparse_combine",
-            base,
-            experts,
+    def merge(self, part: Part) -> Any:
+        action = self._action
+        numel = element_count(part.shape)
+        held = [bits for first, bits in self._bits.items() if part.first <= first < part.first + max(1, numel)]
+        return part.sparse_combine(
             action.weights,
-            out_dtype,
-            bits=bits,
+            bits=part.join(held) if held else self.masks(part).bits,
             factors=self._factors,
             elect=action.elect,
             normalize=action.normalize,
             scale=action.scale,
         )
-        return merged
 
 
 @dataclass(frozen=True)
@@ -122,31 +108,47 @@ class KeepMagnitudes(MergeSparse):
         begin = min(int(first * numel), numel - kept)
         return (0, 0) if self.zeroes_small and begin == 0 else (begin, begin + kept)
 
-    def reduction(self, run_op: OpRunner, shape: tuple[int, ...], experts: int) -> Reduction:
-        return Selecting(self, run_op, shape)
+    def reduction(self, shape: tuple[int, ...], experts: int) -> Reduction:
+        return Selecting(self, shape)
 
     def passes(self, shape: tuple[int, ...]) -> int:
+        return self._passes_to_select(shape) + self.rescale
+
+    def _passes_to_select(self, shape: tuple[int, ...]) -> int:
         numel = element_count(shape)
-        return passes_to_select(numel, [rank for ranks in self.ranks(numel) for rank in ranks]) + self.rescale
+        return passes_to_select(numel, [rank for ranks in self.ranks(numel) for rank in ranks])
+
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        selecting = 0
+        if self._passes_to_select(shape):
+            of_task = len(ranges(shape)) * BYTES_OF_RANGE + SCRATCH_BYTES
+            selecting = (2 if self.outliers else 1) * experts * of_task
+        return selecting + super().kept_bytes(shape, experts)
 
 
 class Selecting(Sparsifying):
     """Where the ranks begin and end."""
 
-    def __init__(self, action: KeepMagnitudes, run_op: OpRunner, shape: tuple[int, ...]) -> None:
-        super().__init__(action, run_op, shape)
-        begins, ends = zip(*action.ranks(self._numel), strict=True)
-        self._kept = Selection(run_op, self._numel, ends)
-        self._dropped = Selection(run_op, self._numel, begins) if any(begins) else None
+    def __init__(self, action: KeepMagnitudes, shape: tuple[int, ...]) -> None:
+        super().__init__(action, shape)
+        numel = element_count(shape)
+        begins, ends = zip(*action.ranks(numel), strict=True)
+        self._kept = Selection(numel, ends)
+        self._dropped = Selection(numel, begins) if any(begins) else None
         self._selections = [each for each in (self._kept, self._dropped) if each is not None]
         self._to_select = self.passes - action.rescale
 
-    def look(self, start: int, base: Tensor, experts: Sequence[Tensor]) -> None:
+    def look(self, part: Part) -> Any:
         if not self._to_select:
-            super().look(start, base, experts)
+            return super().look(part)
+        return [selection.count(part) for selection in self._selections]
+
+    def take(self, first: int, seen: Any) -> None:
+        if not self._to_select:
+            super().take(first, seen)
             return
-        for selection in self._selections:
-            selection.count(base, experts)
+        for selection, counts in zip(self._selections, seen, strict=True):
+            selection.take(first, counts)
 
     def settle(self) -> None:
         if not self._to_select:
@@ -156,18 +158,16 @@ class Selecting(Sparsifying):
             selection.settle()
         self._to_select -= 1
 
-    def look_at_all(self, base: Tensor, experts: Sequence[Tensor]) -> None:
+    def look_at_all(self, whole: Part, parts: Sequence[Part]) -> None:
         for selection in self._selections:
-            selection.find(base, experts)
+            selection.find(whole)
         self.passes -= self._to_select
         self._to_select = 0
-        super().look_at_all(base, experts)
+        super().look_at_all(whole, parts)
 
-    def masks(self, first: int, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
-        kept = self._kept.of_range(first, base, experts)
-        dropped = None if self._dropped is None else self._dropped.of_range(first, base, experts)
-        masks: TaskMasks = self._run_op("magnitude_mask", base, experts, kept, dropped)
-        return masks
+    def masks(self, part: Part) -> Kept:
+        dropped = None if self._dropped is None else self._dropped.of_range(part)
+        return part.magnitude_mask(self._kept.of_range(part), dropped)
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ class KeepAtRandom(MergeSparse):
     keys: tuple[int, ...]
     label: ClassVar[str] = "keep at random"
 
-    def reduction(self, run_op: OpRunner, shape: tuple[int, ...], experts: int) -> Reduction:
-        return Drawing(self, run_op, shape)
+    def reduction(self, shape: tuple[int, ...], experts: int) -> Reduction:
+        return Drawing(self, shape)
 
     def passes(self, shape: tuple[int, ...]) -> int:
         return int(self.rescale)
@@ -198,10 +198,9 @@ class KeepAtRandom(MergeSparse):
 class Drawing(Sparsifying):
     """Random masks follow from the elements' numbers."""
 
-    def __init__(self, action: KeepAtRandom, run_op: OpRunner, shape: tuple[int, ...]) -> None:
-        super().__init__(action, run_op, shape)
+    def __init__(self, action: KeepAtRandom, shape: tuple[int, ...]) -> None:
+        super().__init__(action, shape)
         self._draws = (action.lowest, action.highest, action.keys)
 
-    def masks(self, first: int, base: Tensor, experts: Sequence[Tensor]) -> TaskMasks:
-        masks: TaskMasks = self._run_op("random_mask", base, experts, *self._draws, first)
-        return masks
+    def masks(self, part: Part) -> Kept:
+        return part.random_mask(*self._draws)

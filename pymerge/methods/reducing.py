@@ -6,10 +6,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Action, OpRunner
+from pymerge.methods.parts import Part
 
 if TYPE_CHECKING:
     import torch
@@ -22,31 +23,34 @@ _ALIGNMENT = 64
 
 
 class Reduction(ABC):
-    """What is known of one tensor while its row ranges come by, in order, `passes` times to be looked at and once to
-    be merged."""
+    """What is known of one tensor while its row ranges come by, `passes` times to be looked at and once to be merged.
+
+    `look` and `merge` change nothing, so several ranges may be worked on at once.
+    """
 
     passes: int = 1
 
     @abstractmethod
-    def look(self, start: int, base: Tensor, experts: Sequence[Tensor]) -> None:
-        """Take note of the range whose first row is `start`."""
+    def look(self, part: Part) -> Any:
+        """What this pass is to know of a range."""
+
+    @abstractmethod
+    def take(self, first: int, seen: Any) -> None:
+        """Take note of what has been seen of the range from element `first` on; in the order of the ranges."""
 
     @abstractmethod
     def settle(self) -> None:
         """A pass is over."""
 
     @abstractmethod
-    def merge(self, start: int, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype) -> Tensor:
-        """The merged range."""
+    def merge(self, part: Part) -> Any:
+        """The merged range, in the part's library."""
 
-    def look_at_all(self, base: Tensor, experts: Sequence[Tensor]) -> None:
-        """All passes over a tensor that is in memory, with the same result."""
-        several = ranges(tuple(base.shape))
+    def look_at_all(self, whole: Part, parts: Sequence[Part]) -> None:
+        """All passes over a tensor that is in memory, `parts` its ranges, with the same result."""
         for _ in range(self.passes):
-            for start, stop in several if len(several) > 1 else ():
-                self.look(start, base[start:stop], [expert[start:stop] for expert in experts])
-            if len(several) == 1:
-                self.look(0, base, experts)
+            for part in parts:
+                self.take(part.first, self.look(part))
             self.settle()
 
 
@@ -60,8 +64,13 @@ class Reducing(Action):
 
     whole: ClassVar[bool] = True
 
+    @property
+    def plain(self) -> bool:
+        """Whether all that it asks of a part can be had of plain memory too."""
+        return True
+
     @abstractmethod
-    def reduction(self, run_op: OpRunner, shape: tuple[int, ...], experts: int) -> Reduction:
+    def reduction(self, shape: tuple[int, ...], experts: int) -> Reduction:
         """The start of a merge of one tensor of this shape."""
 
     @abstractmethod
@@ -75,9 +84,14 @@ class Reducing(Action):
     def run(
         self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        reduction = self.reduction(run_op, tuple(base.shape), len(experts))
-        reduction.look_at_all(base, experts)
-        return reduction.merge(0, base, experts, out_dtype or base.dtype)
+        from pymerge.methods.tensor_parts import TensorPart
+
+        whole = TensorPart(run_op, base, experts, out_dtype or base.dtype)
+        reduction = self.reduction(whole.shape, len(experts))
+        several = ranges(whole.shape)
+        reduction.look_at_all(whole, [whole.rows(*rows) for rows in several] if len(several) > 1 else [whole])
+        merged: Tensor = reduction.merge(whole)
+        return merged
 
     @property
     def shows_nonfinite(self) -> bool:

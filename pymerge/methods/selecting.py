@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from pymerge.methods.average import element_count
+from pymerge.methods.parts import Limits, Part
+from pymerge.vectors import exact
 
-from pymerge.methods.base import OpRunner
-from pymerge.ops.trim_threshold import Thresholds, behind, exact, last_kept
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Bits of the float32 keys that one pass decides, from the top.
 _DIGITS = (16, 15)
+# What is kept of each range and task behind the last pass: how many elements have each value of the last digit.
+BYTES_OF_RANGE = 4 << _DIGITS[-1]
+# Counts of one range, and of all together.
+SCRATCH_BYTES = 3 * 8 << _DIGITS[0]
 
 
 def passes_to_select(numel: int, counts: Sequence[int]) -> int:
@@ -22,53 +28,80 @@ def passes_to_select(numel: int, counts: Sequence[int]) -> int:
 class Selection:
     """`trim_threshold` of a tensor that may be seen range by range: the same elements, of equal ones the first.
 
-    Either `find` gets the whole tensor, or all ranges are counted and each pass settled, as often as `passes_to_select`
-    says. Then `of_range` gives the thresholds of the ranges, in order.
+    Either `find` gets the whole tensor, or each pass counts all ranges, takes the counts in their order and is settled,
+    as often as `passes_to_select` says. Then `of_range` gives the thresholds of any range.
     """
 
-    def __init__(self, run_op: OpRunner, numel: int, counts: Sequence[int]) -> None:
+    def __init__(self, numel: int, counts: Sequence[int]) -> None:
         known = [exact(numel, count) for count in counts]
-        self._run_op = run_op
         self._counts = counts
         self._keys = [0 if found is None else found[0] for found in known]
         self._ends = [numel if found is None else found[1] for found in known]
         self._open = [task for task, found in enumerate(known) if found is None]
         self._left = {task: counts[task] for task in self._open}  # to be taken of those that start as the key does
         self._digits = list(_DIGITS)
-        self._table: Tensor | None = None
+        self._total: NDArray[Any] | None = None
+        self._of_ranges: list[tuple[int, NDArray[Any]]] = []  # number of the first element, counts of the last digit
+        self._ties: dict[int, dict[int, tuple[int, int]]] = {}  # by task and first element: how many are taken, of all
 
-    def find(self, base: Tensor, experts: Sequence[Tensor]) -> None:
+    def find(self, whole: Part) -> None:
         """Look at the whole tensor."""
-        found: Thresholds = self._run_op("trim_threshold", base, experts, self._counts)
-        self._keys, self._ends = found.keys.tolist(), found.ends.tolist()
-        self._left = {}
-
-    def count(self, base: Tensor, experts: Sequence[Tensor]) -> None:
-        """Count the magnitudes of a range."""
         if self._open:
-            keys, inputs = [self._keys[task] for task in self._open], [experts[task] for task in self._open]
-            bits, *lower = self._digits
-            table: Tensor = self._run_op("magnitude_counts", base, inputs, keys, sum(lower), bits)
-            self._table = table if self._table is None else self._table + table
+            keys, ends = whole.trim_threshold(self._counts)
+            self._keys, self._ends = list(keys), list(ends)
+
+    def count(self, part: Part) -> NDArray[Any] | None:
+        """The magnitudes of a range."""
+        if not self._open:
+            return None
+        bits, *lower = self._digits
+        return part.magnitude_counts(self._open, [self._keys[task] for task in self._open], sum(lower), bits)
+
+    def take(self, first: int, counts: NDArray[Any] | None) -> None:
+        """Add what `count` gave for the next range."""
+        if counts is None:
+            return
+        self._total = counts if self._total is None else self._total + counts
+        if len(self._digits) == 1:
+            self._of_ranges.append((first, counts.astype("uint32")))
 
     def settle(self) -> None:
         """All ranges have been counted."""
+        if self._total is None:
+            return
         bits = self._digits.pop(0)
-        for task, numbers in zip(self._open, [] if self._table is None else self._table.cpu(), strict=True):
-            digit, self._left[task], ties = last_kept(numbers, self._left[task])
+        for index, task in enumerate(self._open):
+            digit, self._left[task], ties = _last_kept(self._total[index], self._left[task])
             self._keys[task] = (self._keys[task] << bits) | digit
-            if not self._digits and self._left[task] == ties:
-                del self._left[task]
-        self._table = None
+            if not self._digits and self._left[task] < ties:
+                self._share(task, index, digit)
+        self._total = None
+        if not self._digits:
+            self._of_ranges = []
 
-    def of_range(self, first: int, base: Tensor, experts: Sequence[Tensor]) -> Thresholds:
-        """The thresholds of the next range, whose first element has this number; indices count from there."""
-        ends = [min(max(end - first, 0), base.numel()) for end in self._ends]
-        for task, left in self._left.items():
-            key = self._keys[task]
-            ties = int(self._run_op("magnitude_counts", base, [experts[task]], [key], 0, 0)) if left else 1
-            taken = min(left, ties)
+    def _share(self, task: int, index: int, digit: int) -> None:
+        """Take of equal elements the first."""
+        left, shares = self._left[task], {}
+        for first, counts in self._of_ranges:
+            ties = int(counts[index, digit])
+            shares[first] = min(left, ties), ties
+            left -= shares[first][0]
+        self._ties[task] = shares
+
+    def of_range(self, part: Part) -> Limits:
+        """The thresholds of a range; indices count from its first element."""
+        numel = element_count(part.shape)
+        ends = [min(max(end - part.first, 0), numel) for end in self._ends]
+        for task, shares in self._ties.items():
+            taken, ties = shares[part.first]
             if taken < ties:
-                ends[task] = behind(base, experts[task], key, taken) if taken else 0
-            self._left[task] -= taken
-        return Thresholds(*(torch.tensor(numbers, device=base.device) for numbers in (self._keys, ends)))
+                ends[task] = part.behind(task, self._keys[task], taken) if taken else 0
+        return Limits(self._keys, ends)
+
+
+def _last_kept(counts: NDArray[Any], left: int) -> tuple[int, int, int]:
+    """Value of a digit, from the top, in which the `left`-th element is; the elements taken of it, and all of it."""
+    from_top = counts[::-1].cumsum()
+    place = int(from_top.searchsorted(left))
+    ties = int(counts[len(counts) - 1 - place])
+    return len(counts) - 1 - place, left - (int(from_top[place]) - ties), ties

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pymerge.errors import ArgumentError
 from pymerge.methods.average import AddTaskVectors, element_count, normalised
 from pymerge.methods.base import Action, Cost, Method, OpRunner, Parameter, Values
 from pymerge.methods.masking import BLOCK_SCRATCH, KeepAtRandom, KeepMagnitudes
-from pymerge.ops.bitmask import BLOCK
-from pymerge.ops.philox import key_of
+from pymerge.vectors import BLOCK, key_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Sparsifier = Literal["magnitude", "magnitude_outliers", "random", "della_magprune"]
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from pymerge.errors import ArgumentError
 from pymerge.methods.average import WEIGHT, Scaled, normalised
 from pymerge.methods.base import Action, BaseOptional, Method, Parameter, Values
+from pymerge.methods.parts import Models
 from pymerge.methods.span import InSpan, norms
-from pymerge.ops.task_dots import Axis
+from pymerge.vectors import Axis
 
 _SLERP_LINEAR = 0.9995  # |cos| above which slerp interpolates linearly
 _SLERP_NORM = 1e-8  # a norm up to here counts as 1
@@ -29,15 +29,13 @@ class SlerpSum(InSpan):
 
     t: float = 0.5
     label: ClassVar[str] = "slerp"
+    models: ClassVar[Models] = Models(with_base=True)
 
-    def vectors(self, base: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
-        return None, [base, *experts]
-
-    def weights(self, dots: Tensor) -> Tensor:
+    def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         lengths = norms(dots)
-        lengths = torch.where(lengths > _SLERP_NORM, lengths, 1.0)
-        cos = (dots[:, 0, 1] / lengths.prod(-1)).clamp(-1.0, 1.0)
-        return _on_arc(cos, cos.abs() > _SLERP_LINEAR, self.t)
+        lengths = np.where(lengths > _SLERP_NORM, lengths, 1.0)
+        cos = (dots[:, 0, 1] / lengths.prod(-1)).clip(-1.0, 1.0)
+        return _on_arc(cos, abs(cos) > _SLERP_LINEAR, self.t)
 
 
 @dataclass(frozen=True)
@@ -48,21 +46,21 @@ class NuSlerpSum(InSpan):
     on_deltas: bool = False
     label: ClassVar[str] = "nuslerp"
 
-    def vectors(self, base: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
-        return base if self.on_deltas else None, experts
+    @property
+    def vectors(self) -> Models:
+        return Models(on_base=self.on_deltas)
 
-    def weights(self, dots: Tensor) -> Tensor:
-        lengths = norms(dots).clamp(min=_NUSLERP_NORM)
-        cos = (dots[:, 0, 1] / lengths.prod(-1)).clamp(-1.0, 1.0)
-        return _on_arc(cos, 1.0 - cos.square() <= _NUSLERP_LINEAR, self.t)
+    def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
+        lengths = norms(dots).clip(min=_NUSLERP_NORM)
+        cos = (dots[:, 0, 1] / lengths.prod(-1)).clip(-1.0, 1.0)
+        return _on_arc(cos, 1.0 - cos**2 <= _NUSLERP_LINEAR, self.t)
 
 
-def _on_arc(cos: Tensor, linear: Tensor, t: float) -> Tensor:
+def _on_arc(cos: NDArray[Any], linear: NDArray[Any], t: float) -> NDArray[Any]:
     """Weights of two vectors [G, 2], t of the way along the arc between them, or along the line."""
-    angle = torch.acos(torch.where(linear, 0.0, cos))
-    parts = torch.tensor([1.0 - t, t], dtype=torch.float64)
-    arc = torch.sin(angle[:, None] * parts) / torch.sin(angle)[:, None]
-    return torch.where(linear[:, None], parts, arc)
+    angle = np.arccos(np.where(linear, 0.0, cos))[:, None]
+    parts = np.array([1.0 - t, t])
+    return np.where(linear[:, None], parts, np.sin(angle * parts) / np.sin(angle))
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,15 @@ class MultiSlerpSum(InSpan):
     on_deltas: bool = False
     label: ClassVar[str] = "multislerp"
 
-    def vectors(self, base: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
-        return base if self.on_deltas else None, experts
+    @property
+    def vectors(self) -> Models:
+        return Models(on_base=self.on_deltas)
 
-    def weights(self, dots: Tensor) -> Tensor:
-        shares = torch.tensor(self.shares, dtype=torch.float64)
+    def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
+        shares = np.array(self.shares)
         lengths = norms(dots)[0]
         units = shares / (lengths + self.eps)
-        mean = float((units @ dots[0] @ units).clamp(min=0.0).sqrt())
+        mean = math.sqrt(max(0.0, units @ dots[0] @ units))
         if mean < self.eps:
             if len(self.shares) == 2 or not lengths.any():
                 return shares[None]
@@ -91,7 +90,8 @@ class MultiSlerpSum(InSpan):
             )
         # The tangent vectors at mhat add up to sum_t w_t u_t - |m| mhat = 0: what the exponential map leaves is
         # cos(0 + eps).
-        return (units * float(math.cos(self.eps) / mean * (shares @ lengths)))[None]
+        weights: NDArray[Any] = units * float(math.cos(self.eps) / mean * (shares @ lengths))
+        return weights[None]
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,24 @@ class KarcherSum(InSpan):
     with_base: bool = False
     label: ClassVar[str] = "karcher"
 
-    def vectors(self, base: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
-        return None, [base, *experts] if self.with_base else experts
+    @property
+    def vectors(self) -> Models:
+        return Models(with_base=self.with_base)
 
-    def weights(self, dots: Tensor) -> Tensor:
+    def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         lengths = norms(dots)[0]
-        if not bool(lengths.isfinite().all()):
-            return lengths[None] * math.nan
+        if not np.isfinite(lengths).all():
+            return np.full((1, len(lengths)), math.nan)
         kept = lengths > self.tol
         if not kept.any():
-            return torch.zeros_like(lengths)[None]
-        units = torch.where(kept, 1.0 / torch.where(kept, lengths, 1.0), 0.0)
+            return np.zeros((1, len(lengths)))
+        units = np.where(kept, 1.0 / np.where(kept, lengths, 1.0), 0.0)
         cosines = dots[0] * units * units[:, None]
-        alphas = kept.double() / kept.sum()
+        alphas = kept / kept.sum()
         mean = alphas / _length(alphas, cosines)
         if _length(alphas, cosines) < self.tol:  # no direction: the first model's
-            mean = torch.zeros_like(alphas)
-            mean[kept.nonzero()[0]] = 1.0
+            mean = np.zeros_like(alphas)
+            mean[kept.argmax()] = 1.0
         for _ in range(self.max_iter):
             step = self._step(mean, alphas, cosines)
             length = _length(step, cosines)
@@ -127,24 +128,26 @@ class KarcherSum(InSpan):
                 break
             mean = math.cos(length) * mean + math.sin(length) / length * step
             mean = mean / _length(mean, cosines)
-        return (mean * units * lengths.mean())[None]
+        weights: NDArray[Any] = mean * units * lengths.mean()
+        return weights[None]
 
-    def _step(self, mean: Tensor, alphas: Tensor, cosines: Tensor) -> Tensor:
+    def _step(self, mean: NDArray[Any], alphas: NDArray[Any], cosines: NDArray[Any]) -> NDArray[Any]:
         """The mean of the tangent vectors at `mean` that lead to each unit vector, as weights of these."""
-        cos = (cosines @ mean).clamp(-1.0, 1.0)
-        angles = torch.acos(cos)
+        cos = (cosines @ mean).clip(-1.0, 1.0)
+        angles = np.arccos(cos)
         opposite = (angles > math.pi - self.tol) & (alphas > 0.0)
         if opposite.any():
             raise ArgumentError(
-                f"karcher: model {int(opposite.nonzero()[0])} (from 0) points away from the mean, and no way from the "
+                f"karcher: model {opposite.argmax()} (from 0) points away from the mean, and no way from the "
                 "one to the other is shorter than the rest; leave that model out"
             )
         near = (angles < self.tol) | (alphas == 0.0)
-        moves = torch.where(near, 0.0, alphas * angles / torch.sin(torch.where(near, 1.0, angles)))
-        return moves - (moves @ cos) * mean
+        moves = np.where(near, 0.0, alphas * angles / np.sin(np.where(near, 1.0, angles)))
+        step: NDArray[Any] = moves - (moves @ cos) * mean
+        return step
 
 
-def _length(weights: Tensor, cosines: Tensor) -> float:
+def _length(weights: NDArray[Any], cosines: NDArray[Any]) -> float:
     """The norm of a weighted sum of unit vectors."""
     return math.sqrt(max(0.0, float(weights @ cosines @ weights)))
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from pymerge.methods.base import COMPAT, Action, Method, Parameter, Values
+from pymerge.methods.parts import Models
 from pymerge.methods.span import InSpan, norms
 
 _SINGULAR = 1e-6  # of 1 + (T - 1) c: the base is kept
@@ -22,21 +22,19 @@ class ModelStockSum(InSpan):
 
     least_product: float = 0.0
     label: ClassVar[str] = "model stock"
+    models: ClassVar[Models] = Models(on_base=True)
 
-    def vectors(self, base: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
-        return base, experts
-
-    def weights(self, dots: Tensor) -> Tensor:
+    def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         models = dots.shape[-1]
-        first, second = torch.triu_indices(models, models, 1)
+        first, second = np.triu_indices(models, 1)
         lengths = norms(dots)
-        products = (lengths[:, first] * lengths[:, second]).clamp(min=self.least_product)
-        cosines = (dots[:, first, second] / torch.where(products == 0.0, 1.0, products)).clamp(-1.0, 1.0)
+        products = (lengths[:, first] * lengths[:, second]).clip(min=self.least_product)
+        cosines = (dots[:, first, second] / np.where(products == 0.0, 1.0, products)).clip(-1.0, 1.0)
         mean = cosines.mean(-1)
         denominator = 1.0 + (models - 1) * mean
-        singular = denominator.abs() < _SINGULAR
-        t = torch.where(singular, 0.0, models * mean / torch.where(singular, 1.0, denominator))
-        return (t / models)[:, None].expand(-1, models)
+        singular = abs(denominator) < _SINGULAR
+        t = np.where(singular, 0.0, models * mean / np.where(singular, 1.0, denominator))
+        return np.repeat((t / models)[:, None], models, axis=1)
 
 
 class ModelStock(Method):

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-
-# Elements that references work on at once: their scratch does not grow with the tensor. A multiple of 64.
-BLOCK = 2**18
+from pymerge.vectors import BLOCK, row_bytes
 
 
 class TaskMasks(NamedTuple):
@@ -20,11 +18,6 @@ class TaskMasks(NamedTuple):
     bits: Tensor  # [T, 8 ceil(numel / 64)] uint8: element i is bit i % 8 of byte i // 8; bits behind the last are 0
     before: Tensor  # [T] float64: sum of |tau_t|
     after: Tensor  # [T] float64: sum of |tau_t| over what is kept
-
-
-def row_bytes(numel: int) -> int:
-    """Bytes of one task's mask: whole 64-bit words."""
-    return -(-numel // 64) * 8
 
 
 def blocks(numel: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from pymerge.errors import ArgumentError
 from pymerge.ops import task_dots
 from pymerge.ops.base import Op, compute_dtype
-from pymerge.ops.task_dots import Axis, blocks, vector_shape
+from pymerge.ops.task_dots import blocks
+from pymerge.vectors import Axis, vector_shape
 
 
 def check(

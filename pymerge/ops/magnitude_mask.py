@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops.base import Op, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops.bitmask import TaskMasks, blocks, magnitude_keys, pack, row_bytes
+from pymerge.ops.bitmask import TaskMasks, blocks, magnitude_keys, pack
 from pymerge.ops.trim_threshold import Thresholds
+from pymerge.vectors import row_bytes
 
 
 def check(base: Tensor, experts: Sequence[Tensor], kept: Thresholds, dropped: Thresholds | None = None) -> None:

@@ -6,8 +6,6 @@ the same numbers.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
@@ -15,12 +13,6 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _WORD = 0xFFFFFFFF
-
-
-def key_of(seed: int, name: str, model: int) -> int:
-    """The 64-bit key of one model's tensor."""
-    digest = hashlib.sha256(f"{seed}\0{model}\0{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops.bitmask import BLOCK, TaskMasks, blocks, magnitude_keys, pack, row_bytes
+from pymerge.ops.bitmask import TaskMasks, blocks, magnitude_keys, pack
 from pymerge.ops.philox import uniform_words
+from pymerge.vectors import BLOCK, row_bytes
 
 # Probabilities are compared with 32-bit numbers as multiples of 2^-32.
 ONE = 2.0**32

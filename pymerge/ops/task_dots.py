@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops.base import Op, check_task_tensors, compute_dtype, one_thread
-
-# What is one vector: the whole tensor, each row along the last axis, each column along the first.
-Axis = Literal["whole", "rows", "columns"]
-AXES = ("whole", "rows", "columns")
+from pymerge.vectors import AXES, Axis, vector_shape
 
 # Elements that are upcast to float64 at once: scratch stays small, and sums do not depend on the machine.
 BLOCK = 2**18
@@ -56,15 +51,6 @@ def reference(base: Tensor | None, tensors: Sequence[Tensor], axis: Axis = "whol
             taus = taus.to(torch.float64).permute((1, 0, 2) if along_rows else (2, 0, 1))
             dots[place[0] if along_rows else place[1]] += taus @ taus.mT
     return dots
-
-
-def vector_shape(shape: Sequence[int], axis: Axis) -> tuple[int, int]:
-    """(rows, columns) of the matrix whose rows (for "columns": whose columns) are the vectors of a tensor."""
-    if axis == "whole" or not shape:
-        return 1, math.prod(shape)
-    if axis == "rows":
-        return math.prod(shape[:-1]), shape[-1]
-    return shape[0], math.prod(shape[1:])
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:

@@ -12,9 +12,8 @@ from pymerge.errors import ArgumentError
 from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops.bitmask import blocks, magnitude_keys
 from pymerge.ops.magnitude_counts import reference as magnitude_counts
+from pymerge.vectors import exact
 
-# A key that no magnitude reaches.
-NOTHING = 2**63 - 1
 _DIGIT = 11  # bits
 
 
@@ -51,13 +50,6 @@ def reference(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int]) ->
     """
     keys, ends = zip(*(_one(base, expert, count) for expert, count in zip(experts, counts, strict=True)), strict=True)
     return Thresholds(torch.tensor(keys, device=base.device), torch.tensor(ends, device=base.device))
-
-
-def exact(numel: int, count: int) -> tuple[int, int] | None:
-    """Key and end where nothing or everything is selected; None where the tensor must be looked at."""
-    if count == 0:
-        return NOTHING, 0
-    return (0, numel) if count == numel else None
 
 
 def _one(base: Tensor, expert: Tensor, count: int) -> tuple[int, int]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from pymerge.backends import Dispatcher
 from pymerge.errors import ArgumentError
 from pymerge.ops import task_dots
-from pymerge.ops.task_dots import AXES
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, task_case
 from pymerge.testing.compare import assert_same
+from pymerge.vectors import AXES
 
 BACKENDS = ("reference", "native")
 # Beside matrices: a number, a bias, a stack, a row that is longer than one chunk of the C++ form.

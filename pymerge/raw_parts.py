@@ -1,0 +1,172 @@
+"""Parts that are plain memory: the ops in C++ (pymerge._C), one thread each, without PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pymerge.methods.average import element_count
+from pymerge.methods.parts import Kept, Limits, Models, Part, from_the_nearer
+from pymerge.vectors import Axis, exact, row_bytes
+
+_C: Any = importlib.import_module("pymerge._C")
+
+
+class Raw(NamedTuple):
+    """A contiguous tensor in memory, as one row: what csrc/bindings.cpp takes for a matrix."""
+
+    address: int
+    dtype: int  # by pymerge.backends.combine_files.DTYPES
+    numel: int
+
+
+class RawPart(Part):
+    """Rows of a base and experts; results go to `out`, of as many elements.
+
+    `used` is told the name of each op that is called.
+    """
+
+    def __init__(
+        self,
+        base: Raw,
+        experts: Sequence[Raw],
+        out: Raw,
+        shape: tuple[int, ...],
+        used: Callable[[str], None],
+        first: int = 0,
+        row: int = 0,
+    ) -> None:
+        super().__init__(first, row, shape)
+        self._base = base
+        self._experts = list(experts)
+        self._out = out
+        self._used = used
+        self._numel = element_count(shape)
+
+    def trim_threshold(self, counts: Sequence[int]) -> Limits:
+        self._used("trim_threshold")
+        known = [exact(self._numel, count) for count in counts]
+        wanted = [task for task, found in enumerate(known) if found is None]
+        keys, ends = np.empty(len(wanted), np.int64), np.empty(len(wanted), np.int64)
+        _C.trim_threshold(
+            keys.ctypes.data,
+            ends.ctypes.data,
+            self._base,
+            [self._experts[task] for task in wanted],
+            [counts[task] for task in wanted],
+            self._numel,
+            1,
+        )
+        for task, key, end in zip(wanted, keys.tolist(), ends.tolist(), strict=True):
+            known[task] = key, end
+        found = [each for each in known if each is not None]
+        return Limits([key for key, _ in found], [end for _, end in found])
+
+    def magnitude_counts(self, tasks: Sequence[int], prefixes: Sequence[int], shift: int, bits: int) -> NDArray[Any]:
+        self._used("magnitude_counts")
+        counts = np.zeros((len(tasks), 1 << bits), np.int64)
+        experts = [self._experts[task] for task in tasks]
+        _C.magnitude_counts(counts.ctypes.data, self._base, experts, list(prefixes), shift, bits, self._numel, 1)
+        return counts
+
+    def behind(self, task: int, key: int, count: int) -> int:
+        place: int = _C.magnitude_place(self._base, self._experts[task], key, count, self._numel)
+        return place
+
+    def magnitude_mask(self, kept: Limits, dropped: Limits | None) -> Kept:
+        self._used("magnitude_mask")
+        masks, lower = self._masks(), _numbers(kept)
+        upper = None if dropped is None else _numbers(dropped)
+        limits = (lower[0].ctypes.data, lower[1].ctypes.data)
+        above = (0, 0) if upper is None else (upper[0].ctypes.data, upper[1].ctypes.data)
+        _C.magnitude_mask(_addresses(masks), self._base, self._experts, limits, above, self._numel, 1)
+        return masks
+
+    def random_mask(self, lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int]) -> Kept:
+        self._used("random_mask")
+        masks, columns = self._masks(), self.shape[-1] if self.shape else 1
+        rows = self._numel // max(1, columns)
+        draws = (list(lowest), list(highest), list(keys))
+        _C.random_mask(_addresses(masks), self._base, self._experts, *draws, self.first, rows, columns, 1)
+        return masks
+
+    def join(self, bits: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        return bits[0] if len(bits) == 1 else np.concatenate(bits, axis=1)
+
+    def sparse_combine(
+        self,
+        weights: Sequence[float],
+        *,
+        bits: NDArray[Any] | None,
+        factors: Sequence[float],
+        elect: bool,
+        normalize: bool,
+        scale: float,
+    ) -> None:
+        self._used("sparse_combine")
+        _C.sparse_combine(
+            self._out.address,
+            self._out.dtype,
+            self._base,
+            self._experts,
+            0 if bits is None else bits.ctypes.data,
+            [weight * factor for weight, factor in zip(weights, factors, strict=True)],
+            list(weights),
+            self._numel,
+            elect,
+            normalize,
+            scale,
+            1,
+        )
+
+    def task_dots(self, models: Models, axis: Axis) -> NDArray[Any]:
+        self._used("task_dots")
+        if axis != "whole":
+            raise NotImplementedError("inner products of rows and columns are pymerge.backends.native's")
+        origin, tensors = self._vectors(models)
+        dots = np.empty((1, len(tensors), len(tensors)))
+        _C.task_dots(dots.ctypes.data, *_optional(origin), *_columns(tensors), 1, self._numel, 1)
+        return dots
+
+    def combine(self, models: Models, weights: Sequence[float]) -> None:
+        self._used("combine")
+        origin, tensors = self._vectors(models)
+        near = from_the_nearer(models, weights)
+        if near is not None:
+            origin, tensors, weights = tensors[near], [tensors[1 - near]], [weights[1 - near]]
+        target = (self._out.address, self._out.dtype)
+        _C.combine(*target, *_optional(origin), *_columns(tensors), list(weights), 1.0, self._numel, 1)
+
+    def combine_vectors(self, models: Models, weights: NDArray[Any], axis: Axis) -> None:
+        raise NotImplementedError("sums with weights of each vector are pymerge.backends.native's")
+
+    def _vectors(self, models: Models) -> tuple[Raw | None, list[Raw]]:
+        """The origin (None: zero) and the tensors whose differences from it are the vectors."""
+        tensors = [self._base, *self._experts] if models.with_base else self._experts
+        return self._base if models.on_base else None, tensors
+
+    def _masks(self) -> Kept:
+        tasks = len(self._experts)
+        return Kept(np.zeros((tasks, row_bytes(self._numel)), np.uint8), np.empty(tasks), np.empty(tasks))
+
+
+def _addresses(masks: Kept) -> tuple[int, int, int]:
+    return masks.bits.ctypes.data, masks.before.ctypes.data, masks.after.ctypes.data
+
+
+def _numbers(limits: Limits) -> tuple[NDArray[Any], NDArray[Any]]:
+    return np.array(limits.keys, np.int64), np.array(limits.ends, np.int64)
+
+
+def _optional(tensor: Raw | None) -> tuple[int, int]:
+    """Address and dtype; 0 for None."""
+    return (0, 0) if tensor is None else (tensor.address, tensor.dtype)
+
+
+def _columns(tensors: Sequence[Raw]) -> tuple[list[int], list[int]]:
+    """Addresses and dtypes."""
+    return [tensor.address for tensor in tensors], [tensor.dtype for tensor in tensors]
