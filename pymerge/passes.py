@@ -20,7 +20,7 @@ class Passes:
 
     def __init__(self, run_op: OpRunner) -> None:
         self._run_op = run_op
-        self._reduction: Reduction | None = None
+        self._reductions: dict[int, Reduction] = {}  # of steps that have begun
 
     def run(self, slot: Slot, base: Tensor, experts: Sequence[Tensor]) -> Tensor | None:
         """The merged piece, in the output's dtype; None in the passes before the one that merges."""
@@ -29,18 +29,16 @@ class Passes:
             return pieces.run(step.action, step.layer, self._run_op, base, experts, dtype)
         assert isinstance(step.action, Reducing)
         if slot.starts_step:
-            self._reduction = step.action.reduction(step.shape, len(experts))
-        assert self._reduction is not None
+            self._reductions[id(step)] = step.action.reduction(step.shape, len(experts))
+        reduction = self._reductions[id(step)]
         first = piece.start * element_count(step.shape[1:])
         part = TensorPart(self._run_op, base, experts, dtype, first, piece.start)
         if slot.merges:
-            merged: Tensor = self._reduction.merge(part)
+            merged: Tensor = reduction.merge(part)
+            if slot.ends_step:
+                del self._reductions[id(step)]
             return merged
-        self._reduction.take(first, self._reduction.look(part))
+        reduction.take(first, reduction.look(part))
         if piece is step.pieces[-1]:
-            self._reduction.settle()
+            reduction.settle()
         return None
-
-    def done(self) -> None:
-        """A step is over: what was known of its tensor is not needed any more."""
-        self._reduction = None

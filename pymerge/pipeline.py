@@ -67,6 +67,7 @@ class Pipeline:
         self._transfer = transfer_to(run_op.device, [slot for batch in queue for slot in batch.slots], tracer, limit)
         self._heap = Heap(limit)
         self._passes = Passes(run_op)
+        self._inputs: dict[tuple[str, int], Future[list[Tensor]]] = {}  # inputs of pieces of a step in several passes
         # Elementwise work waits on memory, and readers need the processor beside it: a team of threads that does not
         # get all its cores waits for a time slice at every barrier.
         self._elementwise_threads = max(1, torch.get_num_threads() - READ_THREADS)
@@ -86,8 +87,6 @@ class Pipeline:
                     self._carry_out(batch, loads)
                 for slot in batch.slots:
                     self._log.ends(slot)
-                    if slot.ends_step:
-                        self._passes.done()
                 self._window.pop()
                 if not _is_range(batch.slots[0]):
                     self._heap.freed(batch.memory.peak)
@@ -124,6 +123,15 @@ class Pipeline:
         return self._window.inputs + sum(nbytes for _, _, nbytes in self._writes)
 
     def _start_reading(self, slot: Slot) -> Future[list[Tensor]]:
+        place = slot.step.name, slot.piece.start
+        if slot.number > 0 and place in self._inputs:
+            return self._inputs[place] if not slot.merges else self._inputs.pop(place)
+        reading = self._submit(slot)
+        if slot.step.held and not slot.merges:
+            self._inputs[place] = reading
+        return reading
+
+    def _submit(self, slot: Slot) -> Future[list[Tensor]]:
         try:
             rooms = [self._transfer.prepare(entry, slot.piece) for entry in slot.step.inputs]
         except (MemoryError, RuntimeError) as error:
@@ -142,7 +150,7 @@ class Pipeline:
         nbytes = entry.nbytes * (piece.stop - piece.start) // max(1, _rows(entry))
         with self._tracer.span("read", entry.name, nbytes):
             tensor = upcast(self._transfer.load(self._reader, entry, piece, room))
-            if slot.merges and not self._keeps_cache:
+            if slot.reads_last and not self._keeps_cache:
                 self._reader.release(entry, piece.start, piece.stop)
         self._progress.advance(nbytes)
         return tensor
@@ -166,7 +174,10 @@ class Pipeline:
                 self._wait_for_writer()
             room = self._room_for_result(batch)
             merged = self._compute(batch, inputs, room)
-            used = [*chain.from_iterable(inputs), *([] if room is None else [room])]
+            used = [
+                *([] if self._keeps_inputs(batch) else chain.from_iterable(inputs)),
+                *([] if room is None else [room]),
+            ]
             kept = {_address(result) for result in merged}
             self._transfer.reuse(each for each in used if _address(each) not in kept)
         except (MemoryError, RuntimeError) as error:
@@ -178,6 +189,11 @@ class Pipeline:
         del inputs, used, room
         self._write(batch, merged)
         return True
+
+    def _keeps_inputs(self, batch: Batch) -> bool:
+        """Whether another pass needs them."""
+        slot = batch.slots[0]
+        return (slot.step.name, slot.piece.start) in self._inputs
 
     def _carry_out_in_halves(self, slot: Slot) -> None:
         """With nothing else in memory, and in two row ranges if the action allows it."""
@@ -216,6 +232,7 @@ class Pipeline:
                 if not load.cancelled():
                     load.exception()  # waits; an error comes again with the second attempt
         self._line.clear()
+        self._inputs.clear()
         self._rest = deque(Batch((slot,)) for waiting in self._rest for slot in waiting.slots)
         self._window = Window(0)
         self._window.push(batch.memory)

@@ -29,7 +29,7 @@ from pymerge.memory import Budget
 from pymerge.methods import get_method
 from pymerge.methods.average import Copy, element_count
 from pymerge.methods.base import Action, Method, Values
-from pymerge.schedule import CHUNK_ELEMENTS, Forecast, batches, fit, forecast
+from pymerge.schedule import CHUNK_ELEMENTS, WRITE_BEHIND, Forecast, batches, fit, forecast, slots, waiting
 from pymerge.slices import arrange
 from pymerge.steps import Step
 from pymerge.tokenizers import TokenPlan
@@ -87,10 +87,12 @@ class Plan:
         """How far the pipeline reads ahead, and what it then holds."""
         return forecast(batches(self.steps, self.budget), self.budget.tensors)
 
-    @property
+    @cached_property
     def peak_memory(self) -> int:
         """Upper bound in bytes of all tensors held at once: a piece in work, those read ahead, those to be written."""
-        return self.forecast.peak
+        count, nbytes = waiting(slots(self.steps)) if self.budget.device == "cpu" else (0, 0)
+        more = count * nbytes if count > WRITE_BEHIND else 0
+        return min(self.budget.tensors, self.forecast.peak + more)
 
     @property
     def keeps_cache(self) -> bool:

@@ -77,21 +77,23 @@ class RawPart(Part):
         place: int = _C.magnitude_place(self._base, self._experts[task], key, count, self._numel)
         return place
 
-    def magnitude_mask(self, kept: Limits, dropped: Limits | None) -> Kept:
+    def magnitude_mask(self, kept: Limits, dropped: Limits | None, *, norms: bool) -> Kept:
         self._used("magnitude_mask")
         masks, lower = self._masks(), _numbers(kept)
         upper = None if dropped is None else _numbers(dropped)
         limits = (lower[0].ctypes.data, lower[1].ctypes.data)
         above = (0, 0) if upper is None else (upper[0].ctypes.data, upper[1].ctypes.data)
-        _C.magnitude_mask(_addresses(masks), self._base, self._experts, limits, above, self._numel, 1)
+        _C.magnitude_mask(_addresses(masks, norms), self._base, self._experts, limits, above, self._numel, 1)
         return masks
 
-    def random_mask(self, lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int]) -> Kept:
+    def random_mask(
+        self, lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int], *, norms: bool
+    ) -> Kept:
         self._used("random_mask")
         masks, columns = self._masks(), self.shape[-1] if self.shape else 1
         rows = self._numel // max(1, columns)
         draws = (list(lowest), list(highest), list(keys))
-        _C.random_mask(_addresses(masks), self._base, self._experts, *draws, self.first, rows, columns, 1)
+        _C.random_mask(_addresses(masks, norms), self._base, self._experts, *draws, self.first, rows, columns, 1)
         return masks
 
     def join(self, bits: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -154,8 +156,8 @@ class RawPart(Part):
         return Kept(np.zeros((tasks, row_bytes(self._numel)), np.uint8), np.empty(tasks), np.empty(tasks))
 
 
-def _addresses(masks: Kept) -> tuple[int, int, int]:
-    return masks.bits.ctypes.data, masks.before.ctypes.data, masks.after.ctypes.data
+def _addresses(masks: Kept, norms: bool) -> tuple[int, int, int]:
+    return masks.bits.ctypes.data, masks.before.ctypes.data if norms else 0, masks.after.ctypes.data
 
 
 def _numbers(limits: Limits) -> tuple[NDArray[Any], NDArray[Any]]:

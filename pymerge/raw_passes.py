@@ -27,21 +27,29 @@ def can_take(step: Step) -> bool:
     return dtypes <= DTYPES.keys() - {"F64"} and all(entry.contiguous for entry in step.inputs)
 
 
+def working_bytes(slot: Slot) -> int:
+    """Memory for the inputs of a piece, and what is computed from them beside the output."""
+    assert isinstance(slot.step.action, Reducing)
+    return _input_bytes(slot) + slot.step.action.plain_bytes(slot.piece.shape, len(slot.step.experts))
+
+
 class RawPasses:
     """Reductions of steps, the pieces of a pass in any order, on any threads."""
 
     def __init__(self, reader: Reader, used: Callable[[str], None]) -> None:
         self._reader = reader
         self._used = used
-        self._reductions: dict[str, Reduction] = {}  # by the step's name
-        self._memory = threading.local()
+        self._reductions: dict[int, Reduction] = {}  # of steps that have begun
+        self._idle: list[Room] = []  # memory for inputs that nobody uses
+        self._held: dict[tuple[int, int], Room] = {}  # by step and first row
+        self._lock = threading.Lock()
 
     def starts(self, slot: Slot) -> None:
         """A piece will be worked on; by the thread that calls `take`."""
         if slot.starts_step:
             assert isinstance(slot.step.action, Reducing)
             reduction = slot.step.action.reduction(slot.step.shape, len(slot.step.experts))
-            self._reductions[slot.step.name] = reduction
+            self._reductions[id(slot.step)] = reduction
 
     def work(self, slot: Slot, out: int, *, check_inputs: bool) -> tuple[Any, int, bool]:
         """Read a piece and look at it, or merge it to address `out`.
@@ -52,47 +60,69 @@ class RawPasses:
 
         step, piece = slot.step, slot.piece
         numel = element_count(piece.shape)
-        room, at, tensors = self._room(slot), 0, []
+        room, at, tensors = self._take_room(slot), 0, []
         began = time.perf_counter_ns()
         for entry in step.inputs:
             nbytes = numel * ITEM_SIZES[entry.dtype]
-            self._reader.read_bytes_into(entry, room.view[at : at + nbytes], piece.start, piece.stop)
+            if slot.reads:
+                self._reader.read_bytes_into(entry, room.view[at : at + nbytes], piece.start, piece.stop)
             tensors.append(Raw(room.address + at, DTYPES[entry.dtype], numel))
             at += -(-nbytes // _LINE) * _LINE
         reading = time.perf_counter_ns() - began
         base, *experts = tensors
         first = piece.start * element_count(step.shape[1:])
         part = RawPart(base, experts, Raw(out, DTYPES[step.dtype], numel), piece.shape, self._used, first, piece.start)
-        reduction = self._reductions[step.name]
-        # NaN in one range shows in the result of others.
-        finite = not (check_inputs and step.in_ranges and slot.number == 0) or all(
-            is_finite(tensor.address, entry.dtype, numel) for tensor, entry in zip(tensors, step.inputs, strict=True)
-        )
-        if not slot.merges:
-            return reduction.look(part) if finite else None, reading, finite
-        if not step.in_ranges:
-            reduction.look_at_all(part, [part])
-        reduction.merge(part)
-        return None, reading, finite and is_finite(out, step.dtype, numel)
+        reduction = self._reductions[id(step)]
+        seen = None
+        if slot.merges:
+            if not step.in_ranges:
+                reduction.look_at_all(part, [part])
+            reduction.merge(part)
+            finite = is_finite(out, step.dtype, numel)
+        else:
+            seen = reduction.look(part)
+            # NaN in one range shows in the result of others.
+            finite = (
+                not (check_inputs and slot.number == 0)
+                or reduction.finite(seen)
+                or all(is_finite(t.address, entry.dtype, numel) for t, entry in zip(tensors, step.inputs, strict=True))
+            )
+        self._give_room(slot, room)
+        return seen, reading, finite
 
     def take(self, slot: Slot, seen: Any) -> None:
         """What was seen of a piece, in the order of the pieces."""
         step = slot.step
         if slot.ends_step:
-            del self._reductions[step.name]
+            del self._reductions[id(step)]
         if slot.merges:
             return
-        reduction = self._reductions[step.name]
+        reduction = self._reductions[id(step)]
         reduction.take(slot.piece.start * element_count(step.shape[1:]), seen)
         if slot.piece is step.pieces[-1]:
             reduction.settle()
 
-    def _room(self, slot: Slot) -> Room:
-        """Memory for the inputs of a piece, of this thread."""
-        numel = element_count(slot.piece.shape)
-        nbytes = sum(numel * ITEM_SIZES[entry.dtype] + _LINE for entry in slot.step.inputs)
-        room: Room | None = getattr(self._memory, "room", None)
-        if room is None or room.view.nbytes < nbytes:
-            self._memory.room = None
-            self._memory.room = room = Room(nbytes)
-        return room
+    def _take_room(self, slot: Slot) -> Room:
+        """Memory for the inputs of a piece; with them in it, if they are held."""
+        nbytes = _input_bytes(slot)
+        with self._lock:
+            if not slot.reads:
+                return self._held.pop((id(slot.step), slot.piece.start))
+            for index, room in enumerate(self._idle):
+                if room.view.nbytes >= nbytes:
+                    return self._idle.pop(index)
+            if self._idle:  # too small: sooner or later all are as large as the largest pieces
+                self._idle.pop()
+        return Room(nbytes)
+
+    def _give_room(self, slot: Slot, room: Room) -> None:
+        with self._lock:
+            if slot.step.held and not slot.merges:
+                self._held[id(slot.step), slot.piece.start] = room
+            else:
+                self._idle.append(room)
+
+
+def _input_bytes(slot: Slot) -> int:
+    numel = element_count(slot.piece.shape)
+    return sum(numel * ITEM_SIZES[entry.dtype] + _LINE for entry in slot.step.inputs)

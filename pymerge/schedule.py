@@ -6,12 +6,14 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 
 from pymerge import pieces
 from pymerge.checkpoint import ITEM_SIZES
 from pymerge.errors import PlanError
 from pymerge.memory import Budget
 from pymerge.methods.average import element_count
+from pymerge.methods.reducing import Reducing
 from pymerge.pieces import Piece
 from pymerge.steps import Memory, Step
 from pymerge.units import format_bytes
@@ -25,11 +27,11 @@ READ_AHEAD = 2
 WRITE_BEHIND = 2
 SMALL_BYTES = 16 * 2**20
 _MOST_PIECES = 16
+MOST_WAITING = 30
 READ_THREADS = 4
-# Bytes of the inputs up to which a tensor that is reduced before it is merged is held meanwhile, by device; what is
-# larger is read again for each pass. On a CPU it comes from the page cache then, into memory that is used again. The
-# memory of a GPU is there to be used.
-HELD_BYTES = {"cpu": 0, "cuda": 2**62}
+# Bytes of the inputs up to which a tensor that is reduced before it is merged is held meanwhile, on a CPU; larger ones
+# are read again for each pass. The memory of a GPU is there to be used: there a tensor is held whole if it fits.
+HELD_BYTES = 2**28
 # Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; the
 # cores of a CPU it does. Untimed: a guess at what a GPU takes.
 BATCH_ELEMENTS = {"cpu": 0, "cuda": 16 * 2**20}
@@ -48,6 +50,16 @@ class Slot:
     def merges(self) -> bool:
         """Whether this gives a part of the result; the passes before the last one do not."""
         return self.number == self.step.passes - 1
+
+    @property
+    def reads(self) -> bool:
+        """Whether the inputs are read; those of a step that are held are, in the first pass alone."""
+        return self.number == 0 or not self.step.held
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether they are not read again."""
+        return self.step.held or self.merges
 
     @property
     def starts_step(self) -> bool:
@@ -80,22 +92,66 @@ class Batch:
 
 
 def slots(steps: Iterable[Step]) -> Iterator[Slot]:
-    """All pieces in the order of the plan."""
-    for step in steps:
-        for number in range(step.passes):
-            for piece in step.pieces:
-                memory = step.memory(piece)
-                yield Slot(step, piece, memory if number == step.passes - 1 else replace(memory, output=0), number)
+    """All pieces in the order of the plan, those of a tensor pass after pass."""
+    return (slot for step in steps for number in range(step.passes) for slot in _pass(step, number, 0))
 
 
-def batches(steps: Iterable[Step], budget: Budget) -> list[Batch]:
-    """All pieces in the order of the plan, except that a batch stands at the place of its first piece.
+def alternating(steps: Sequence[Step], limit: int) -> list[Slot]:
+    """The same, but passes of a tensor alternate with those of its neighbours, as far as all of it fits `limit` bytes.
+
+    A pass starts when all is known of the one before. If other work lies between, nobody waits for the last piece.
+    """
+    order = sorted(
+        (index + number, number, index)
+        for index, together in enumerate(_tensors(steps))
+        for number in range(together[0].passes if len(together) == 1 else 1)
+    )
+    tensors = _tensors(steps)
+    known: dict[int, int] = {}  # bytes that are held for each tensor, between its passes
+    found: list[Slot] = []
+    for _, number, index in order:
+        together = tensors[index]
+        if len(together) > 1:  # rows of one tensor, which are written in their order
+            found += (replace(slot, memory=_with_scratch(slot.memory, sum(known.values()))) for slot in slots(together))
+            continue
+        (step,) = together
+        others = sum(nbytes for other, nbytes in known.items() if other != index)
+        found += _pass(step, number, others)
+        if number < step.passes - 1:
+            known[index] = step.known_bytes
+        else:
+            known.pop(index, None)
+    return found if all(slot.memory.peak <= limit for slot in found) else list(slots(steps))
+
+
+def _tensors(steps: Iterable[Step]) -> list[list[Step]]:
+    """The steps of each tensor."""
+    return [list(together) for _, together in groupby(steps, key=lambda step: step.name)]
+
+
+def _pass(step: Step, number: int, others: int) -> Iterator[Slot]:
+    """The pieces of one pass, with so many bytes held for other tensors."""
+    last = number == step.passes - 1
+    for piece in step.pieces:
+        memory = _with_scratch(step.memory(piece), others)
+        if step.held:
+            inputs = memory.inputs if number == 0 else 0
+            memory = replace(memory, inputs=inputs, scratch=memory.scratch + step.held_bytes - inputs)
+        yield Slot(step, piece, memory if last else replace(memory, output=0), number)
+
+
+def _with_scratch(memory: Memory, nbytes: int) -> Memory:
+    return replace(memory, scratch=memory.scratch + nbytes)
+
+
+def batches(steps: Sequence[Step], budget: Budget) -> list[Batch]:
+    """All pieces, alternating, except that a batch stands at the place of its first piece.
 
     So the pieces of one tensor stay in order, and which ones are together does not depend on other shards.
     """
     found: list[list[Slot]] = []
     filling: dict[Hashable, list[Slot]] = {}
-    for slot in slots(steps):
+    for slot in alternating(steps, budget.tensors):
         most = _most_layers(slot, budget)
         together = filling.get(_kind(slot)) if most > 1 else None
         if together is not None and len(together) < most:
@@ -165,13 +221,16 @@ def staging_bytes(queue: Iterable[Slot]) -> int:
 
 def _fitted(step: Step, budget: Budget) -> Step:
     """The step in row ranges of at most CHUNK_ELEMENTS, smaller where they would not leave room to read ahead and
-    write behind within the limit; in its own ranges where it is reduced before it is merged and too large to be held;
-    actions on whole matrices keep their pieces."""
+    write behind within the limit; in its own ranges where it is reduced before it is merged, held or not; actions on
+    whole matrices keep their pieces."""
     if len(step.ranges) > 1:
         whole = Piece(0, step.shape[0], step.shape)
         memory = step.memory(whole)
-        held = memory.inputs <= HELD_BYTES[budget.device] and _room(memory) <= budget.tensors
-        return replace(step, pieces=(whole,) if held else step.ranges)
+        fits = _room(memory) <= budget.tensors
+        if budget.device == "cuda":
+            return replace(step, pieces=(whole,) if fits else step.ranges)
+        ranged = replace(step, pieces=step.ranges)
+        return replace(ranged, held=ranged.passes > 1 and fits and memory.inputs <= HELD_BYTES)
     if not step.action.chunkable or not step.shape or step.shape[0] == 0:
         return step
     room = _room(step.memory(step.smallest))
@@ -223,6 +282,28 @@ class Window:
     def pop(self) -> None:
         """The first piece has been computed and its inputs are free."""
         self.inputs -= self._waiting.popleft().inputs
+
+
+def known_bytes(slot: Slot) -> int:
+    """What is in memory beside the piece itself: of its tensor from earlier passes, and of others."""
+    own = pieces.cost(slot.step.layer, slot.step.action, slot.piece, len(slot.step.experts)).workspace
+    return slot.memory.scratch - own if slot.step.in_ranges else 0
+
+
+def waiting(queue: Iterable[Slot]) -> tuple[int, int]:
+    """How many pieces may wait on a CPU, where files are merged as they are read, and what the largest of them takes.
+
+    They wait to be written or, where a pass only looks, taken note of. A disk now and then stops for a moment; if there
+    are passes that only look, they are done meanwhile.
+    """
+    count, nbytes = WRITE_BEHIND, 0
+    for slot in queue:
+        action, seen = slot.step.action, 0
+        if isinstance(action, Reducing) and slot.step.in_ranges:
+            count = MOST_WAITING
+            seen = 0 if slot.merges else action.plain_bytes(slot.piece.shape, len(slot.step.experts))
+        nbytes = max(nbytes, slot.memory.output + seen)
+    return count, nbytes
 
 
 def may_wait(outputs: Sequence[int]) -> bool:

@@ -44,6 +44,7 @@ class Step:
     offset: int  # of the first byte in the output file
     nbytes: int
     pieces: tuple[Piece, ...]
+    held: bool = False  # inputs that are read stay in memory until the last of several passes
     values: Values | None = None  # the parameters that the action was made from; None for a copy
 
     @property
@@ -59,7 +60,7 @@ class Step:
     @property
     def bytes_read(self) -> int:
         """The same, as often as it is read."""
-        return self.passes * self.bytes_input
+        return self.bytes_input * (1 if self.held else self.passes)
 
     @property
     def in_ranges(self) -> bool:
@@ -68,7 +69,7 @@ class Step:
 
     @cached_property
     def passes(self) -> int:
-        """How often all pieces are read."""
+        """How often all pieces are worked on."""
         return self.action.passes(self.shape) + 1 if isinstance(self.action, Reducing) and self.in_ranges else 1
 
     @cached_property
@@ -82,11 +83,25 @@ class Step:
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs)
         output = elements * ITEM_SIZES[self.dtype]
         scratch = pieces.cost(self.layer, self.action, piece, len(self.experts)).workspace
-        if isinstance(self.action, Reducing) and piece.shape != self.shape:
-            scratch += self.action.kept_bytes(self.shape, len(self.experts))
+        if piece.shape != self.shape:
+            scratch += self._kept_bytes
         if self.action.takes_matrices and self.layer.in_axis == 0:
             scratch += inputs + output  # transposed copies
         return Memory(inputs, scratch, output)
+
+    @cached_property
+    def held_bytes(self) -> int:
+        """What is held of the inputs, in memory."""
+        return sum(self.memory(piece).inputs for piece in self.pieces) if self.held else 0
+
+    @property
+    def known_bytes(self) -> int:
+        """What is in memory of a tensor between two of its passes."""
+        return self.held_bytes + (self._kept_bytes if self.in_ranges else 0)
+
+    @cached_property
+    def _kept_bytes(self) -> int:
+        return self.action.kept_bytes(self.shape, len(self.experts)) if isinstance(self.action, Reducing) else 0
 
     @cached_property
     def smallest(self) -> Piece:

@@ -19,8 +19,8 @@ from pymerge.memory import Room
 from pymerge.methods.average import element_count
 from pymerge.pieces import Piece
 from pymerge.progress import ProgressSink
-from pymerge.raw_passes import RawPasses, can_take
-from pymerge.schedule import READ_THREADS, WRITE_BEHIND, Slot, slots
+from pymerge.raw_passes import RawPasses, can_take, working_bytes
+from pymerge.schedule import READ_THREADS, Slot, alternating, known_bytes, waiting
 from pymerge.steplog import StepLog
 from pymerge.steps import Step
 from pymerge.tracing import Times, Tracer
@@ -76,7 +76,7 @@ class Streams:
         allow_nonfinite: bool,
         keeps_cache: bool,
     ) -> None:
-        self._queue = list(slots(steps))
+        self._queue = alternating(steps, limit)
         self._reader = reader
         self._output = output
         self._tracer = tracer
@@ -86,13 +86,15 @@ class Streams:
         self._log = StepLog()
         self._reading = 0  # nanoseconds, added up over threads
         self._room_bytes = max((slot.memory.output for slot in self._queue), default=0)
-        others = max((_working_bytes(slot) for slot in self._queue), default=0)
-        threads = min(env.threads(), READ_THREADS)
-        self._most = max(1, min(threads + WRITE_BEHIND, limit // max(1, self._room_bytes + others)))
+        working = max((_working_bytes(slot) for slot in self._queue), default=0)
+        limit -= max((known_bytes(slot) for slot in self._queue), default=0)
+        threads = max(1, min(env.threads(), READ_THREADS, limit // max(1, self._room_bytes + working)))
+        count, nbytes = waiting(self._queue)
+        self._most = threads + max(0, min(count, (limit - threads * (self._room_bytes + working)) // max(1, nbytes)))
         self._rooms: list[Room] = []  # that nobody uses
         self._used: dict[str, str] = {}
         self._passes = RawPasses(reader, self._use)
-        self._threads = ThreadPoolExecutor(min(threads, self._most), thread_name_prefix="pymerge-combine")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="pymerge-combine")
 
     @property
     def backends(self) -> dict[str, str]:
@@ -102,9 +104,8 @@ class Streams:
     def _use(self, op: str) -> None:
         if op not in self._used:
             self._used[op] = native.NAME
-            event(
-                "backend_chosen", f"{op}: backend {native.NAME} ({_REASON})", op=op, backend=native.NAME, reason=_REASON
-            )
+            text = f"{op}: backend {native.NAME} ({_REASON})"
+            event("backend_chosen", text, op=op, backend=native.NAME, reason=_REASON)
 
     @property
     def times(self) -> Times:
@@ -114,15 +115,15 @@ class Streams:
 
     def run(self) -> None:
         """Work through the queue. The first exception of any thread ends it."""
-        line: deque[tuple[Slot, Room, Future[_Done]]] = deque()
+        line: deque[tuple[Slot, Room | None, Future[_Done]]] = deque()
         try:
             for slot in self._queue:
-                while len(line) == self._most or (line and _comes_after(slot, line[-1][0])):
+                while len(line) == self._most or any(_comes_after(slot, earlier) for earlier, _, _ in line):
                     self._finish(*line.popleft())
                 if can_take(slot.step):
                     self._passes.starts(slot)
-                room = self._rooms.pop() if self._rooms else self._new_room(slot.step)
-                for entry in slot.step.inputs:
+                room = self._take_room(slot.step) if slot.merges else None
+                for entry in slot.step.inputs if slot.reads else ():
                     self._reader.announce(entry, slot.piece.start, slot.piece.stop)
                 line.append((slot, room, self._threads.submit(self._work, slot, room)))
             while line:
@@ -130,13 +131,16 @@ class Streams:
         finally:
             self._threads.shutdown(cancel_futures=True)
 
-    def _new_room(self, step: Step) -> Room:
+    def _take_room(self, step: Step) -> Room:
+        """Memory for an output."""
+        if self._rooms:
+            return self._rooms.pop()
         try:
             return Room(self._room_bytes)
         except MemoryError as error:
             raise _out_of_memory(step, error) from error
 
-    def _finish(self, slot: Slot, room: Room, working: Future[_Done]) -> None:
+    def _finish(self, slot: Slot, room: Room | None, working: Future[_Done]) -> None:
         """Write a piece, or note what was seen of it, when its turn has come."""
         name, nbytes = slot.step.name, slot.memory.output
         self._log.begins(slot)
@@ -147,33 +151,35 @@ class Streams:
             self._reading += done.reading
             if can_take(slot.step):
                 self._passes.take(slot, done.seen)
-            if slot.merges:
+            if room is not None:
                 with self._tracer.span("write", name, nbytes):
                     self._output.write(name, room.view[:nbytes])
-        self._rooms.append(room)
+                self._rooms.append(room)
         self._progress.advance(nbytes)
         self._log.ends(slot)
 
-    def _work(self, slot: Slot, room: Room) -> _Done:
+    def _work(self, slot: Slot, room: Room | None) -> _Done:
         """Read a piece, and combine, reduce or merge it. By one of the threads."""
         step, piece = slot.step, slot.piece
         nbytes = sum(element_count(piece.shape) * ITEM_SIZES[dtype] for dtype in _dtypes(step))
         with self._tracer.span("combine", step.name, nbytes):
             try:
+                seen = None
                 if can_take(step):
-                    checks = not self._allow_nonfinite
-                    seen, reading, finite = self._passes.work(slot, room.address, check_inputs=checks)
+                    out = 0 if room is None else room.address
+                    seen, reading, finite = self._passes.work(slot, out, check_inputs=not self._allow_nonfinite)
                 else:
+                    assert room is not None  # its only pass merges
                     reading, finite = self._fill(step, piece, room, slot.memory.output)
-                    seen = None
             except MemoryError as error:
                 raise _out_of_memory(step, error) from error
             if not finite and not self._allow_nonfinite:
                 self._raise_nonfinite(step, piece)
-            if slot.merges and not self._keeps_cache:
+            if slot.reads_last and not self._keeps_cache:
                 for entry in step.inputs:
                     self._reader.release(entry, piece.start, piece.stop)
-        self._progress.advance(nbytes)
+        if slot.reads:
+            self._progress.advance(nbytes)
         return _Done(reading, seen)
 
     def _fill(self, step: Step, piece: Piece, room: Room, nbytes: int) -> tuple[int, bool]:
@@ -221,15 +227,15 @@ class _Done(NamedTuple):
     seen: Any  # by a pass that does not merge
 
 
-def _comes_after(slot: Slot, last: Slot) -> bool:
-    """Whether a piece is worked on by what another one, the last before it, tells of its tensor."""
-    return slot.step is last.step and slot.number > last.number
+def _comes_after(slot: Slot, earlier: Slot) -> bool:
+    """Whether a piece is worked on by what another one tells of its tensor."""
+    return slot.step is earlier.step and slot.number > earlier.number
 
 
 def _working_bytes(slot: Slot) -> int:
     """Memory for the inputs of one piece, and what is computed from them beside the output."""
     if can_take(slot.step):
-        return slot.memory.inputs + slot.memory.scratch
+        return working_bytes(slot)
     return min(BLOCK_ELEMENTS, element_count(slot.piece.shape)) * sum(ITEM_SIZES[dtype] for dtype in _dtypes(slot.step))
 
 

@@ -38,22 +38,26 @@ void magnitude_counts_cpu(const MagnitudeCountsParams& p, int threads) {
         PM_CHECK(p.base.dtype != DType::f64 && p.experts[t].dtype != DType::f64,
                  "magnitude_counts: an input is float64; use the reference");
     }
-    // A table for each thread: whole numbers add up to the same in any order.
+    // A table for each thread, the first one the result: whole numbers add up to the same in any order.
     const std::int64_t parts = std::clamp<std::int64_t>(p.numel / least, 1, std::max(threads, 1));
     const std::int64_t part = (p.numel + parts - 1) / parts, bins = std::int64_t{1} << p.bits;
-    std::vector<std::int64_t> tables(static_cast<std::size_t>(parts * p.count * bins));
+    std::vector<std::int64_t> tables(static_cast<std::size_t>((parts - 1) * p.count * bins));
     for_each_item(parts, threads, [&](std::int64_t item) {
-        for (std::int64_t task = 0; task < p.count; ++task) {
-            std::int64_t* table = tables.data() + (item * p.count + task) * bins;
-            const std::int64_t begin = item * part, end = std::min(p.numel, begin + part);
-            if (p.shift + p.bits == key_bits && p.prefixes[task] == 0) {
-                count_all(p, task, begin, end, table);
-            } else {
-                count_matching(p, task, begin, end, table);
+        std::int64_t* table = item == 0 ? p.counts : tables.data() + (item - 1) * p.count * bins;
+        const std::int64_t stop = std::min(p.numel, (item + 1) * part);
+        // Tasks take turns, so that the base's elements are still in the cache.
+        for (std::int64_t begin = item * part; begin < stop; begin += least) {
+            const std::int64_t end = std::min(stop, begin + least);
+            for (std::int64_t task = 0; task < p.count; ++task) {
+                if (p.shift + p.bits == key_bits && p.prefixes[task] == 0) {
+                    count_all(p, task, begin, end, table + task * bins);
+                } else {
+                    count_matching(p, task, begin, end, table + task * bins);
+                }
             }
         }
     });
-    for (std::int64_t item = 0; item < parts; ++item) {
+    for (std::int64_t item = 0; item + 1 < parts; ++item) {
         for (std::int64_t i = 0; i < p.count * bins; ++i) {
             p.counts[i] += tables[static_cast<std::size_t>(item * p.count * bins + i)];
         }

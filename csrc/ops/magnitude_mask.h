@@ -7,7 +7,7 @@ namespace pymerge {
 
 struct MaskOutput {
     std::uint8_t* bits;  // count rows of mask_bytes(numel); see common/bitmask.h
-    double* before;      // [count]: sum of |tau|
+    double* before;      // [count]: sum of |tau|; or null: nobody wants the norms
     double* after;       // [count]: the same over what is kept
 };
 

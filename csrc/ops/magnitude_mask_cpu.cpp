@@ -44,7 +44,7 @@ Norms mask_segment(const MagnitudeMaskParams& p, std::int64_t task, std::int64_t
         task_deltas(delta, p.base, p.experts[task], at, n);
         flag_block(flags, delta, at_block(p.kept, task, at), at_block(p.dropped, task, at),
                    static_cast<std::int32_t>(n));
-        norms += block_norms(delta, flags, n);
+        if (p.out.before != nullptr) norms += block_norms(delta, flags, n);
         std::fill(flags + n, flags + (n + 31) / 32 * 32, 0u);
         pack_bits(bits + at / 8, flags, n);
     }
@@ -62,7 +62,7 @@ void magnitude_mask_cpu(const MagnitudeMaskParams& p, int threads) {
         const std::int64_t task = item % p.count, place = item / p.count;
         parts[static_cast<std::size_t>(task * segments + place)] = mask_segment(p, task, place * segment);
     });
-    sum_norms(parts, p.count, segments, p.out.before, p.out.after);
+    if (p.out.before != nullptr) sum_norms(parts, p.count, segments, p.out.before, p.out.after);
 }
 
 }  // namespace pymerge

@@ -2,7 +2,7 @@
 
 #include "common/check.h"
 #include "common/mask_block.h"
-#include "common/philox.h"
+#include "common/philox_words.h"
 #include "common/rank_row.h"
 
 namespace pymerge {
@@ -12,20 +12,9 @@ constexpr std::int64_t block_size = 2048;
 constexpr std::int64_t segment = 16 * block_size;
 constexpr std::int64_t word_bits = 32;  // elements of the words that masks are written in: threads never share one
 
-// The numbers of elements 4 first .. 4 (first + n) - 1.
-PM_TARGET_CLONES void fill_words(std::uint32_t* __restrict to, std::uint64_t key, std::int64_t first, std::int64_t n) {
-    const auto k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
-    for (std::int64_t i = 0; i < n; ++i) {
-        const auto place = static_cast<std::uint64_t>(first + i);
-        const PhiloxWords words = philox(
-            {{static_cast<std::uint32_t>(place), static_cast<std::uint32_t>(place >> 32), 0, 0}}, k0, k1);
-        for (int j = 0; j < 4; ++j) to[4 * i + j] = words.x[j];
-    }
-}
-
 // The numbers of elements begin .. begin + n - 1; room for three more on both sides.
 const std::uint32_t* words_of(std::uint32_t* room, std::uint64_t key, std::int64_t begin, std::int64_t n) {
-    fill_words(room, key, begin / 4, (begin + n + 3) / 4 - begin / 4);
+    philox_words(room, key, begin / 4, (begin + n + 3) / 4 - begin / 4);
     return room + begin % 4;
 }
 
@@ -47,7 +36,7 @@ Norms mask_segment(const RandomMaskParams& p, std::int64_t task, std::int64_t be
         const std::int64_t n = std::min(block_size, end - at);
         task_deltas(delta, p.base, p.experts[task], at, n);
         flag_block(flags, words_of(room, p.keys[task], p.first + at, n), limit, n);
-        norms += block_norms(delta, flags, n);
+        if (p.out.before != nullptr) norms += block_norms(delta, flags, n);
         std::fill(flags + n, flags + (n + word_bits - 1) / word_bits * word_bits, 0u);
         pack_bits(bits + at / 8, flags, n);
     }
@@ -85,7 +74,7 @@ Norms mask_rows(const RandomMaskParams& p, std::int64_t task, std::int64_t row, 
             const auto i = static_cast<std::uint32_t>(order[rank]);
             flags[i] = words[i] < limits[static_cast<std::size_t>(rank)];
         }
-        norms += block_norms(delta, flags, columns);
+        if (p.out.before != nullptr) norms += block_norms(delta, flags, columns);
         waiting += columns;
         const std::int64_t whole = waiting / word_bits * word_bits;
         pack_bits(bits, buffers.flags.data(), whole);
@@ -114,21 +103,29 @@ void random_mask_cpu(const RandomMaskParams& p, int threads) {
     const std::int64_t numel = p.rows * p.columns;
     PM_CHECK(p.columns < std::int64_t{1} << 30, "random_mask: rows of " << p.columns << " elements; use the reference");
     PM_CHECK(p.base.dtype != DType::f64, "random_mask: the base is float64; use the reference");
+    // Rows in groups that fill words.
+    const std::int64_t together = std::max<std::int64_t>(1, word_bits * p.columns);
+    const std::int64_t rows = std::max<std::int64_t>(1, segment / together) * word_bits;
+    const std::int64_t groups = chunk_count(p.rows, rows), segments = chunk_count(numel, segment);
+    std::vector<std::vector<std::uint64_t>> limits;  // empty where there is nothing to rank
     for (std::int64_t t = 0; t < p.count; ++t) {
         const bool ranked = p.lowest[t] != p.highest[t] && p.columns > 1;
-        // Rows in groups that fill words.
-        const std::int64_t together = std::max<std::int64_t>(1, word_bits * p.columns);
-        const std::int64_t rows = std::max<std::int64_t>(1, segment / together) * word_bits;
-        const std::int64_t items = ranked ? chunk_count(p.rows, rows) : chunk_count(numel, segment);
-        const auto limits = ranked ? limits_of(p.lowest[t], p.highest[t], p.columns) : std::vector<std::uint64_t>();
-        std::vector<Norms> parts(static_cast<std::size_t>(items));
-        for_each_item(items, threads, [&](std::int64_t item) {
-            parts[static_cast<std::size_t>(item)] =
-                ranked ? mask_rows(p, t, item * rows, std::min(p.rows, (item + 1) * rows), limits)
-                       : mask_segment(p, t, item * segment);
-        });
-        sum_norms(parts, 1, items, p.out.before + t, p.out.after + t);
+        limits.push_back(ranked ? limits_of(p.lowest[t], p.highest[t], p.columns) : std::vector<std::uint64_t>());
     }
+    const std::int64_t items = std::max(groups, segments);
+    std::vector<Norms> parts(static_cast<std::size_t>(items * p.count));
+    // Tasks take turns, so that the base's elements are still in the cache.
+    for_each_item(items * p.count, threads, [&](std::int64_t item) {
+        const std::int64_t t = item % p.count, place = item / p.count;
+        const auto& of_ranks = limits[static_cast<std::size_t>(t)];
+        Norms& norms = parts[static_cast<std::size_t>(t * items + place)];
+        if (of_ranks.empty()) {
+            if (place < segments) norms = mask_segment(p, t, place * segment);
+        } else if (place < groups) {
+            norms = mask_rows(p, t, place * rows, std::min(p.rows, (place + 1) * rows), of_ranks);
+        }
+    });
+    if (p.out.before != nullptr) sum_norms(parts, p.count, items, p.out.before, p.out.after);
 }
 
 }  // namespace pymerge

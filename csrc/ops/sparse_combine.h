@@ -24,7 +24,9 @@ struct SparseCombineParams {
 // Whether a value takes part: its sign is that of the sum of all values; the sign of 0 is plus.
 template <class A>
 PM_HOST_DEVICE A sparse_agrees(A value, A vote) {
-    const bool agrees = vote >= A(0) ? value > A(0) : value < A(0);
+    // Of a NaN neither holds. Without a branch, so that loops vectorise.
+    const bool up = vote >= A(0);
+    const bool agrees = (up & (value > A(0))) | (!up & (value < A(0)));
     return agrees ? A(1) : A(0);
 }
 

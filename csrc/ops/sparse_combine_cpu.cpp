@@ -2,6 +2,7 @@
 
 #include "common/bitmask.h"
 #include "common/dispatch.h"
+#include "ops/sparse_combine_fused.h"
 
 namespace pymerge {
 namespace {
@@ -87,7 +88,13 @@ template <class A>
 void combine_all(const SparseCombineParams& p, int threads) {
     double all = 0.0;
     for (std::int64_t t = 0; t < p.count; ++t) all += p.weights[t];
+    const bool fused = sizeof(A) == sizeof(float) && can_fuse(p);
     for_each_chunk(p.numel, chunk_size, threads, [&](std::int64_t begin, std::int64_t end) {
+        if (fused) {
+            const std::int64_t whole = (end - begin) / sparse_fused_elements * sparse_fused_elements;
+            sparse_fused(p, static_cast<float>(all), begin, whole);
+            begin += whole;
+        }
         for (std::int64_t at = begin; at < end; at += block_size) {
             combine_block<A>(p, static_cast<A>(all), at, std::min(block_size, end - at));
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class MergeSparse(Reducing):
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         return experts * row_bytes(element_count(shape)) if self.rescale else 0
 
+    def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        return experts * row_bytes(element_count(shape))
+
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)
         scratch = experts * row_bytes(items) + BLOCK_SCRATCH * min(items, BLOCK)
@@ -56,11 +60,14 @@ class Sparsifying(Reduction):
         self._bits: dict[int, Any] = {}  # by the number of a range's first element
 
     @abstractmethod
-    def masks(self, part: Part) -> Kept:
+    def masks(self, part: Part, *, norms: bool) -> Kept:
         """What is kept of a range."""
 
     def look(self, part: Part) -> Any:
-        return self.masks(part)
+        return self.masks(part, norms=True)
+
+    def finite(self, seen: Any) -> bool:
+        return math.isfinite(seen.before.sum())
 
     def take(self, first: int, seen: Any) -> None:
         self._bits[first] = seen.bits
@@ -77,7 +84,7 @@ class Sparsifying(Reduction):
         held = [bits for first, bits in self._bits.items() if part.first <= first < part.first + max(1, numel)]
         return part.sparse_combine(
             action.weights,
-            bits=part.join(held) if held else self.masks(part).bits,
+            bits=part.join(held) if held else self.masks(part, norms=False).bits,
             factors=self._factors,
             elect=action.elect,
             normalize=action.normalize,
@@ -125,6 +132,10 @@ class KeepMagnitudes(MergeSparse):
             selecting = (2 if self.outliers else 1) * experts * of_task
         return selecting + super().kept_bytes(shape, experts)
 
+    def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        tables = (2 if self.outliers else 1) * experts * SCRATCH_BYTES
+        return super().plain_bytes(shape, experts) + tables
+
 
 class Selecting(Sparsifying):
     """Where the ranks begin and end."""
@@ -142,6 +153,11 @@ class Selecting(Sparsifying):
         if not self._to_select:
             return super().look(part)
         return [selection.count(part) for selection in self._selections]
+
+    def finite(self, seen: Any) -> bool:
+        if not self._to_select:
+            return super().finite(seen)
+        return any(selection.finite(counts) for selection, counts in zip(self._selections, seen, strict=True))
 
     def take(self, first: int, seen: Any) -> None:
         if not self._to_select:
@@ -165,9 +181,9 @@ class Selecting(Sparsifying):
         self._to_select = 0
         super().look_at_all(whole, parts)
 
-    def masks(self, part: Part) -> Kept:
+    def masks(self, part: Part, *, norms: bool) -> Kept:
         dropped = None if self._dropped is None else self._dropped.of_range(part)
-        return part.magnitude_mask(self._kept.of_range(part), dropped)
+        return part.magnitude_mask(self._kept.of_range(part), dropped, norms=norms)
 
 
 @dataclass(frozen=True)
@@ -184,6 +200,10 @@ class KeepAtRandom(MergeSparse):
 
     def passes(self, shape: tuple[int, ...]) -> int:
         return int(self.rescale)
+
+    def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        ranks = 0 if self.lowest == self.highest or not shape else _ROW_SCRATCH * shape[-1]
+        return super().plain_bytes(shape, experts) + ranks
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         cost = super().cost(shape, experts)
@@ -202,5 +222,5 @@ class Drawing(Sparsifying):
         super().__init__(action, shape)
         self._draws = (action.lowest, action.highest, action.keys)
 
-    def masks(self, part: Part) -> Kept:
-        return part.random_mask(*self._draws)
+    def masks(self, part: Part, *, norms: bool) -> Kept:
+        return part.random_mask(*self._draws, norms=norms)

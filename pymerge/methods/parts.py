@@ -20,7 +20,7 @@ class Kept(NamedTuple):
     """Masks of a part, and the L1 norms of its T task vectors."""
 
     bits: Any  # of the part's library: a bit an element, as in pymerge.ops.bitmask
-    before: NDArray[Any]  # [T] float64
+    before: NDArray[Any]  # [T] float64; of any content where nobody asked for norms
     after: NDArray[Any]  # [T] float64, over what is kept
 
 
@@ -59,11 +59,13 @@ class Part(ABC):
         """The index, in this part, behind the count-th element with this key."""
 
     @abstractmethod
-    def magnitude_mask(self, kept: Limits, dropped: Limits | None) -> Kept:
+    def magnitude_mask(self, kept: Limits, dropped: Limits | None, *, norms: bool) -> Kept:
         """What lies between these limits."""
 
     @abstractmethod
-    def random_mask(self, lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int]) -> Kept:
+    def random_mask(
+        self, lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int], *, norms: bool
+    ) -> Kept:
         """What is drawn with these probabilities."""
 
     @abstractmethod

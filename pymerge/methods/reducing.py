@@ -35,6 +35,10 @@ class Reduction(ABC):
         """What this pass is to know of a range."""
 
     @abstractmethod
+    def finite(self, seen: Any) -> bool:
+        """Whether what was seen of a range in the first pass shows that base and experts are finite there."""
+
+    @abstractmethod
     def take(self, first: int, seen: Any) -> None:
         """Take note of what has been seen of the range from element `first` on; in the order of the ranges."""
 
@@ -80,6 +84,10 @@ class Reducing(Action):
     @abstractmethod
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         """What a reduction of a tensor of this shape holds from one range to the next."""
+
+    @abstractmethod
+    def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """What is computed from a range of this shape in plain memory, beside the result and what is held anyway."""
 
     def run(
         self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None

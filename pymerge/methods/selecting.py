@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Bits of the float32 keys that one pass decides, from the top.
 _DIGITS = (16, 15)
+_INFINITY = 0x7F800000  # its key; those of NaN are larger
 # What is kept of each range and task behind the last pass: how many elements have each value of the last digit.
 BYTES_OF_RANGE = 4 << _DIGITS[-1]
 # Counts of one range, and of all together.
@@ -57,13 +58,22 @@ class Selection:
         bits, *lower = self._digits
         return part.magnitude_counts(self._open, [self._keys[task] for task in self._open], sum(lower), bits)
 
+    def finite(self, counts: NDArray[Any] | None) -> bool:
+        """Whether the counts of the first digit show that no task has NaN or infinity."""
+        if counts is None or len(counts) < len(self._counts):
+            return False
+        return not counts[:, _INFINITY >> _DIGITS[-1] :].any()
+
     def take(self, first: int, counts: NDArray[Any] | None) -> None:
         """Add what `count` gave for the next range."""
         if counts is None:
             return
-        self._total = counts if self._total is None else self._total + counts
         if len(self._digits) == 1:
             self._of_ranges.append((first, counts.astype("uint32")))
+        if self._total is None:
+            self._total = counts
+        else:
+            self._total += counts
 
     def settle(self) -> None:
         """All ranges have been counted."""

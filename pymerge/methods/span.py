@@ -57,6 +57,9 @@ class InSpan(Reducing):
         # Inner products, weights, and what these are computed from.
         return 3 * 8 * (columns if self.axis == "columns" else rows) * (experts + 1) ** 2
 
+    def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        return 0
+
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items, models = element_count(shape), experts + 1
         blocks = min(items, BLOCK) * 8 * 3 * models  # float64 copies, and those of the product
@@ -77,6 +80,11 @@ class InnerProducts(Reduction):
 
     def look(self, part: Part) -> NDArray[Any]:
         return part.task_dots(self._action.vectors, self._action.axis)
+
+    def finite(self, seen: NDArray[Any]) -> bool:
+        import numpy as np
+
+        return bool(np.isfinite(seen).all())
 
     def take(self, first: int, seen: NDArray[Any]) -> None:
         self._found = [*self._found, seen] if self._by_rows or not self._found else [self._found[0] + seen]

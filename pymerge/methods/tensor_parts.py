@@ -54,11 +54,13 @@ class TensorPart(Part):
     def behind(self, task: int, key: int, count: int) -> int:
         return behind(self._base, self._experts[task], key, count)
 
-    def magnitude_mask(self, kept: Limits, dropped: Limits | None) -> Kept:
+    def magnitude_mask(self, kept: Limits, dropped: Limits | None, *, norms: bool) -> Kept:
         lower, upper = self._thresholds(kept), None if dropped is None else self._thresholds(dropped)
         return _kept(self._run_op("magnitude_mask", self._base, self._experts, lower, upper))
 
-    def random_mask(self, lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int]) -> Kept:
+    def random_mask(
+        self, lowest: Sequence[float], highest: Sequence[float], keys: Sequence[int], *, norms: bool
+    ) -> Kept:
         return _kept(self._run_op("random_mask", self._base, self._experts, lowest, highest, keys, self.first))
 
     def join(self, bits: Sequence[Tensor]) -> Tensor:
