@@ -208,10 +208,10 @@ def test_what_needs_pytorch(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     strided = replace(up, experts=(replace(up.experts[0], strides=(1, 1)),))
     assert "tensors of PyTorch" in str(streams.why_not([strided], CPU, "auto", allow_nonfinite=False))
     ram = api.plan(write_config(tmp_path, "ram"), device="cpu")
-    assert "weight is not a weighted sum" in str(streams.why_not(ram.steps, CPU, "auto", allow_nonfinite=False))
+    assert "weight is merged by ops" in str(streams.why_not(ram.steps, CPU, "auto", allow_nonfinite=False))
     with caplog.at_level(logging.INFO, "pymerge"):
         engine.run(plan, tmp_path / "out", device="cpu")
-    assert "combine: backend native (files are combined in C++ as they are read)" in caplog.text
+    assert "combine: backend native (files are merged in C++ as they are read)" in caplog.text
 
 
 def test_every_method_is_in_the_table_of_its_module() -> None:
