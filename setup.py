@@ -53,13 +53,10 @@ class BuildExtensions(build_ext):
     """Compiles source files side by side, and hands pymerge._cuda to nvcc as a whole."""
 
     def build_extension(self, ext: Extension) -> None:
-        # bindings.cpp is compiled for both modules, to different objects.
-        folder, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
         if ext.name == "pymerge._cuda":
             self.build_cuda(ext)
         else:
             self.build_cpu(ext)
-        self.build_temp = folder
 
     def jobs(self) -> ThreadPoolExecutor:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -100,7 +97,7 @@ class BuildExtensions(build_ext):
         codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         common = [self.nvcc, "-std=c++20", "-O3", "--fmad=false", *host, *codes]
         folders = [f"-I{folder}" for folder in [*INCLUDES, *self.include_dirs]]
-        defines = ["-DPM_CUDA", f'-DPM_CUDA_ARCHS="{" ".join(archs)}"']
+        defines = [f'-DPM_CUDA_ARCHS="{" ".join(archs)}"']
         os.makedirs(self.build_temp, exist_ok=True)
 
         def compile_file(source: str) -> str:
@@ -120,10 +117,11 @@ class BuildExtensions(build_ext):
 
 
 def extensions() -> list[Extension]:
-    cpu = ["csrc/bindings.cpp", *sorted(glob("csrc/ops/*_cpu.cpp"))]
+    bindings = sorted(set(glob("csrc/bindings/*.cpp")) - {"csrc/bindings/cuda.cpp"})
+    cpu = [*bindings, *sorted(glob("csrc/ops/*_cpu.cpp"))]
     found = [Extension("pymerge._C", cpu, include_dirs=INCLUDES, depends=HEADERS, language="c++")]
     if find_nvcc():
-        cuda = ["csrc/bindings.cpp", *sorted(glob("csrc/ops/*_cuda.cu"))]
+        cuda = ["csrc/bindings/cuda.cpp", *sorted(glob("csrc/ops/*_cuda.cu"))]
         found.append(Extension("pymerge._cuda", cuda, include_dirs=INCLUDES, depends=HEADERS, language="c++"))
     return found
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import psutil
 import torch
-from op_cases import CASES, SHAPES, Case, Layer, op_of
+from op_cases import CASES, Case, op_of
+from op_layers import SHAPES, Layer
 from results_file import ResultsFile
 from rich.console import Console
 from rich.table import Table

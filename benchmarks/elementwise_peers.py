@@ -9,7 +9,7 @@ from op_peers import Peer
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from op_cases import Layer, Size
+    from op_layers import Layer, Size
 
 T = 5e-4  # of nearswap
 EPSILON = 1e-4  # of ram

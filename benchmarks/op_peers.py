@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from op_cases import Layer, Size
+    from op_layers import Layer, Size
 
 
 @dataclass(frozen=True)

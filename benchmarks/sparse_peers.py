@@ -12,7 +12,7 @@ from pymerge.ops.bitmask import pack, unpack
 from pymerge.vectors import row_bytes
 
 if TYPE_CHECKING:
-    from op_cases import Layer
+    from op_layers import Layer
 
 DENSITY, EPSILON = 0.5, 0.15
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_ops import AGREEMENT, as_tensors, relative
-from op_cases import CASES, Layer, Size, op_of
+from op_cases import CASES, op_of
+from op_layers import Layer, Size
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from pymerge.backends import load

@@ -1,4 +1,4 @@
-# csrc/bindings.cpp for the CPU. Addresses are data_ptr(), dtypes the codes of pymerge.backends.native.DTYPE_CODES,
+# csrc/bindings for the CPU. Addresses are data_ptr(), dtypes the codes of pymerge.backends.native.DTYPE_CODES,
 # a matrix is (address, dtype, row stride in elements), address 0 stands for None.
 from collections.abc import Sequence
 

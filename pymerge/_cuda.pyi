@@ -1,4 +1,4 @@
-# csrc/bindings.cpp for NVIDIA devices; conventions as in _C.pyi, streams as integers.
+# csrc/bindings for NVIDIA devices; conventions as in _C.pyi, streams as integers.
 from collections.abc import Sequence
 
 # Address, dtype code, strides of rows and of layers in elements.

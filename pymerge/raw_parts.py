@@ -17,7 +17,7 @@ _C: Any = importlib.import_module("pymerge._C")
 
 
 class Raw(NamedTuple):
-    """A contiguous tensor in memory, as one row: what csrc/bindings.cpp takes for a matrix."""
+    """A contiguous tensor in memory, as one row: what csrc/bindings takes for a matrix."""
 
     address: int
     dtype: int  # by pymerge.backends.combine_files.DTYPES

@@ -10,6 +10,7 @@ import bench_ops
 import bench_wemoe_decode
 import merge_targets
 import op_cases
+import op_layers
 import pytest
 import synthetic
 from checkpoints import load_output
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from pymerge.backends import BACKENDS, measured
 from pymerge.ops import OPS
 
-TINY = op_cases.Size(40, 24, 3)
+TINY = op_layers.Size(40, 24, 3)
 
 
 def test_every_op_is_timed() -> None:
@@ -26,10 +27,10 @@ def test_every_op_is_timed() -> None:
 
 
 @pytest.mark.parametrize("op", op_cases.CASES)
-@pytest.mark.parametrize("size", [TINY, op_cases.Size(16, 56, 2)], ids=["tall", "wide"])
+@pytest.mark.parametrize("size", [TINY, op_layers.Size(16, 56, 2)], ids=["tall", "wide"])
 @pytest.mark.parametrize("dtype", bench_ops.DTYPES)
-def test_published_forms_compute_what_the_ops_do(op: str, size: op_cases.Size, dtype: str) -> None:
-    case, layer = op_cases.CASES[op], op_cases.Layer(size, bench_ops.DTYPES[dtype], "cpu")
+def test_published_forms_compute_what_the_ops_do(op: str, size: op_layers.Size, dtype: str) -> None:
+    case, layer = op_cases.CASES[op], op_layers.Layer(size, bench_ops.DTYPES[dtype], "cpu")
     assert case.flops(layer) > 0
     assert case.bytes(size, 4) > 0
     assert case.peer is not None
@@ -48,7 +49,7 @@ class Limits(bench_ops.Limits):
 
 
 def rows_of(monkeypatch: pytest.MonkeyPatch, op: str, **changes: object) -> list[dict[str, Any]]:
-    monkeypatch.setitem(op_cases.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(op_layers.SHAPES, "tiny", TINY)
     settings = {"device": "cpu", "backend": list(BACKENDS), "named": False, "seconds": 0.0, "seconds_limit": 60.0}
     bench = bench_ops.Bench("tiny", "bfloat16", argparse.Namespace(**(settings | changes)), Limits())
     bench.run(op)

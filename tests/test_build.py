@@ -39,7 +39,7 @@ def test_only_the_bindings_include_pybind11_and_nothing_includes_torch() -> None
     for path in files:
         includes = re.findall(r'#include [<"]([^>"]+)[>"]', path.read_text())
         assert not [name for name in includes if re.match(r"(torch|ATen|c10)/", name)], path
-        if path.name != "bindings.cpp":
+        if path.parent.name != "bindings":
             assert not [name for name in includes if name.startswith("pybind11")], path
 
 
@@ -70,7 +70,7 @@ def test_build_info_names_language_and_threads() -> None:
 def test_unknown_dtype_code_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown dtype code 9; 0 to 3 are known"):
         _C.combine(0, 9, 0, 0, [], [], [], 1.0, 0, 1)
-    with pytest.raises(ValueError, match="2 inputs, 1 dtypes, 2 weights"):
+    with pytest.raises(ValueError, match="2 inputs, 1 dtypes"):
         _C.combine(0, 0, 0, 0, [0, 0], [0], [1.0, 1.0], 1.0, 0, 1)
 
 

@@ -98,14 +98,18 @@ def test_what_is_larger_than_may_be_held_is_read_again(
     assert (sorted(found.tensors), found.problems) == ([EMBEDDING, "model.norm.weight"], [])
 
 
-def test_not_a_number_is_named_where_it_is(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [None, 80 * MIB])
+@pytest.mark.parametrize("method", ["slerp", "ties", "dare_ties", "karcher"])
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_what_is_not_finite_is_named_where_it_is(tmp_path: Path, value: str, method: str, memory: int | None) -> None:
     """Not where the result shows it first."""
     base = {EMBEDDING: torch.ones(ROWS, COLUMNS), "model.norm.weight": torch.ones(COLUMNS)}
     write_models(tmp_path, base, config={"architectures": ["Small"]})
-    change(tmp_path / "e0", lambda tensors: tensors[EMBEDDING][3900, 7].fill_(float("nan")))
-    path = write_config(tmp_path, "slerp", experts=1, t=0.5)
+    change(tmp_path / "e0", lambda tensors: tensors[EMBEDDING][3900, 7].fill_(float(value)))
+    parameters = {"slerp": {"t": 0.5}, "karcher": {}}.get(method, {"weight": 1.0, "density": 0.5})
+    path = write_config(tmp_path, method, experts=1, **parameters)
     with pytest.raises(NonFiniteError, match=r"e0/model.safetensors: tensor 'model.embed_tokens.weight'.*\[3900, 7\]"):
-        api.merge(path, tmp_path / "out", device="cpu", memory=80 * MIB, progress=False)
+        api.merge(path, tmp_path / "out", device="cpu", memory=memory, progress=False)
 
 
 @pytest.mark.parametrize("shape", [(ROWS, COLUMNS), (3000, 1001), (40, 300, 500), (1 << 22,), (), (0, 7)], ids=str)

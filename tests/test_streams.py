@@ -109,6 +109,17 @@ def test_nothing_of_pytorch_is_imported(tmp_path: Path) -> None:
     assert load_output(tmp_path / "out")[UP].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("method", ["slerp", "ties", "dare_ties", "della", "breadcrumbs", "karcher", "model_stock"])
+def test_methods_in_passes_do_without_pytorch(tmp_path: Path, method: str) -> None:
+    write_models(tmp_path, tensors(torch.bfloat16), config={"model_type": "x"})
+    sparse = {"weight": 0.5, "density": 0.4}
+    parameters = {"slerp": {"t": 0.5}, "karcher": {}, "model_stock": {}}.get(method, sparse)
+    config = write_config(tmp_path, method, experts=1 if method == "slerp" else 2, **parameters)
+    code = f"import pymerge; pymerge.merge({str(config)!r}, {str(tmp_path / 'out')!r}, device='cpu')"
+    assert modules_after(code) & {"torch", "triton", "safetensors", "transformers"} == set()
+    assert load_output(tmp_path / "out")[UP].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("weight", [0.5, 0.0])
 def test_an_input_that_is_not_finite_is_named(tmp_path: Path, weight: float) -> None:
     write_models(tmp_path, tensors())

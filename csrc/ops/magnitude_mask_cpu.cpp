@@ -17,19 +17,24 @@ struct BlockSelection {
 };
 
 BlockSelection at_block(const Selection& s, std::int64_t task, std::int64_t begin) {
-    if (s.keys == nullptr) return {~0u, 0};
     const std::int64_t key = std::min<std::int64_t>(s.keys[task], ~0u);
     const std::int64_t end = std::clamp<std::int64_t>(s.ends[task] - begin, 0, block_size);
     return {static_cast<std::uint32_t>(key), static_cast<std::int32_t>(end)};
 }
 
-PM_TARGET_CLONES void flag_block(std::uint32_t* __restrict flags, const float* __restrict delta, BlockSelection kept,
-                                 BlockSelection dropped, std::int32_t n) {
+PM_TARGET_CLONES void flag_kept(
+    std::uint32_t* __restrict flags, const float* __restrict delta, BlockSelection kept, std::int32_t n) {
     for (std::int32_t i = 0; i < n; ++i) {
         const std::uint32_t key = magnitude_key(delta[i]);
-        const bool in = (key > kept.key) | ((key == kept.key) & (i < kept.end));
-        const bool out = (key > dropped.key) | ((key == dropped.key) & (i < dropped.end));
-        flags[i] = in & !out;
+        flags[i] = (key > kept.key) | ((key == kept.key) & (i < kept.end));
+    }
+}
+
+PM_TARGET_CLONES void clear_dropped(
+    std::uint32_t* __restrict flags, const float* __restrict delta, BlockSelection dropped, std::int32_t n) {
+    for (std::int32_t i = 0; i < n; ++i) {
+        const std::uint32_t key = magnitude_key(delta[i]);
+        flags[i] &= static_cast<std::uint32_t>((key < dropped.key) | ((key == dropped.key) & (i >= dropped.end)));
     }
 }
 
@@ -42,8 +47,10 @@ Norms mask_segment(const MagnitudeMaskParams& p, std::int64_t task, std::int64_t
     for (std::int64_t at = begin; at < end; at += block_size) {
         const std::int64_t n = std::min(block_size, end - at);
         task_deltas(delta, p.base, p.experts[task], at, n);
-        flag_block(flags, delta, at_block(p.kept, task, at), at_block(p.dropped, task, at),
-                   static_cast<std::int32_t>(n));
+        flag_kept(flags, delta, at_block(p.kept, task, at), static_cast<std::int32_t>(n));
+        if (p.dropped.keys != nullptr) {
+            clear_dropped(flags, delta, at_block(p.dropped, task, at), static_cast<std::int32_t>(n));
+        }
         if (p.out.before != nullptr) norms += block_norms(delta, flags, n);
         std::fill(flags + n, flags + (n + 31) / 32 * 32, 0u);
         pack_bits(bits + at / 8, flags, n);

@@ -118,7 +118,7 @@ def task_gram(
 
 
 def layers_argument(matrices: Tensor) -> tuple[int, int, int, int]:
-    """(address, dtype code, row stride, layer stride), as csrc/bindings.cpp takes batches of matrices."""
+    """(address, dtype code, row stride, layer stride), as csrc/bindings takes batches of matrices."""
     return matrices.data_ptr(), DTYPE_CODES[matrices.dtype], matrices.stride(1), matrices.stride(0)
 
 

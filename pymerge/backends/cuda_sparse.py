@@ -43,5 +43,5 @@ def trim_threshold(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int
 
 
 def flat_argument(tensor: Tensor) -> tuple[int, int, int]:
-    """A contiguous tensor as one row: (address, dtype code, elements), as csrc/bindings.cpp takes matrices."""
+    """A contiguous tensor as one row: (address, dtype code, elements), as csrc/bindings takes matrices."""
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.numel()

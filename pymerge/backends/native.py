@@ -268,7 +268,7 @@ def rows_contiguous(matrix: Tensor) -> Tensor:
 
 
 def matrix_argument(matrix: Tensor) -> tuple[int, int, int]:
-    """(address, dtype code, row stride), as csrc/bindings.cpp takes matrices."""
+    """(address, dtype code, row stride), as csrc/bindings takes matrices."""
     return matrix.data_ptr(), DTYPE_CODES[matrix.dtype], matrix.stride(0)
 
 

@@ -15,7 +15,7 @@ from pymerge.ops.sce import most_varied, task_weights
 
 
 class _Tasks:
-    """Contiguous inputs, and what csrc/bindings.cpp takes for them."""
+    """Contiguous inputs, and what csrc/bindings takes for them."""
 
     def __init__(self, base: Tensor, experts: Sequence[Tensor]) -> None:
         self.base = base.contiguous()

@@ -160,7 +160,7 @@ def _threads(tasks: Tasks, rows: int) -> int:
 
 
 def _dense(tasks: DenseTasks, rows: slice) -> tuple[int, int, int, int]:
-    """As csrc/bindings.cpp takes dense task vectors."""
+    """As csrc/bindings takes dense task vectors."""
     values = tasks.values
     first = rows.indices(values.shape[1])[0]
     address = values.data_ptr() + first * values.shape[2] * values.element_size()
@@ -168,7 +168,7 @@ def _dense(tasks: DenseTasks, rows: slice) -> tuple[int, int, int, int]:
 
 
 def _sparse(tasks: SparseTasks, rows: slice) -> tuple[int, int, int, bool, int, int, int]:
-    """As csrc/bindings.cpp takes sparse task vectors."""
+    """As csrc/bindings takes sparse task vectors."""
     first = rows.indices(tasks.shape[0])[0]
     return (
         tasks.values.data_ptr(),
@@ -182,7 +182,7 @@ def _sparse(tasks: SparseTasks, rows: slice) -> tuple[int, int, int, bool, int, 
 
 
 def _weight(problem: Problem) -> tuple[tuple[int, int, int, int], Any]:
-    """As csrc/bindings.cpp takes W_0 and its task vectors."""
+    """As csrc/bindings takes W_0 and its task vectors."""
     weight, tasks = problem.weight, problem.tasks
     assert isinstance(tasks, (DenseTasks, SparseTasks))
     packed = _dense(tasks, slice(None)) if isinstance(tasks, DenseTasks) else _sparse(tasks, slice(None))

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """pymerge._cuda built by the C++ compiler from the .cu files, with launches rewritten."""
     folder = tmp_path_factory.mktemp("emulated")
-    sources = [ROOT / "csrc" / "bindings.cpp"]
+    sources = [ROOT / "csrc" / "bindings" / "cuda.cpp"]
     for path in sorted((ROOT / "csrc" / "ops").glob("*_cuda.cu")):
         text, launches = re.subn(
             r"([\w<>:, ]+)<<<(.*?), 0, (.*?)>>>\((\w+)\);", r"emulate(\1, \2, \3, \4);", path.read_text()
@@ -34,7 +34,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     includes = [ROOT / "tests" / "emulation", ROOT / "csrc", pybind11.get_include()]
     includes.append(sysconfig.get_paths()["include"])
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-U_FORTIFY_SOURCE"]
-    defines = ["-DPM_CUDA", '-DPM_CUDA_ARCHS="emulated"']
+    defines = ['-DPM_CUDA_ARCHS="emulated"']
     command = [compiler, *flags, *defines, *[f"-I{path}" for path in includes]]
 
     def build(*arguments: object) -> None:
