@@ -312,7 +312,8 @@ class OutputDirectory:
             with os_errors(self._work, "removing the work folder"):
                 if state is not None:
                     clear_work(self._work, state)
-                if self._lock is not None and os.listdir(self._work) == [LOCK_NAME]:
+                # Where a signal came at the end of this, it is done once more, and the folder is gone.
+                if self._lock is not None and self._work.is_dir() and os.listdir(self._work) == [LOCK_NAME]:
                     (self._work / LOCK_NAME).unlink()
                     self._work.rmdir()
         finally:

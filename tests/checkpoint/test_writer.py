@@ -134,6 +134,25 @@ def test_an_abandoned_run_without_finished_shards_leaves_nothing(tmp_path: Path)
     assert os.listdir(tmp_path / "given") == []
 
 
+def test_a_signal_behind_the_removal_of_the_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when the lock is closed, and before that is noted."""
+
+    def interrupted(output: OutputDirectory) -> None:
+        assert output._lock is not None
+        output._lock.close()
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        OutputDirectory(tmp_path / "out", plan(SMALL, 80), identity={"config": "f"}) as output,
+    ):
+        monkeypatch.setattr(OutputDirectory, "_release", interrupted)
+        finish(output, SMALL)
+    assert not (tmp_path / "out" / ".pymerge").exists()
+    assert_holds(tmp_path / "out", SMALL)
+
+
 def test_pieces_that_do_not_fit_the_plan_are_internal_errors(tmp_path: Path) -> None:
     layouts = plan(SMALL, 80)
     closed = OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"})

@@ -76,6 +76,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
     write_models(folder, base, config=llama_config(base))
     write_model(folder / "base", base, config=llama_config(base), files=CARRIED)
     parameters: dict[str, dict[str, float]] = {"linear": {}, "wudi": {"iterations": 40}, "ace": {}}
+    parameters["ties"] = {"weight": 1.0, "density": 0.5}
     for method, values in parameters.items():
         write_config(folder, method, **values).rename(folder / f"{method}.yml")
     pymerge("merge", folder / "linear.yml", folder / "warm")  # the first command starts the server of forks
@@ -87,6 +88,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
         scene(folder, "linear", "--max-shard-size", "2KB"),
         scene(folder, "wudi", "--max-shard-size", "5KB"),
         scene(folder, "ace"),
+        scene(folder, "ties", "--max-shard-size", "3KB"),
         scene(folder, "linear", "--max-shard-size", "4KB", "--overwrite", prepare=earlier),
     ]
 
