@@ -68,7 +68,7 @@ RECIPES = (
     Recipe("swudi, t = 1300, 0.65", "swudi", SWUDI_CLIP),
     Recipe("swudi_a", "swudi_a"),
     Recipe("tsv_m, tuned", "tsv_m", tuned="scale", grid=FACTORS, start=1.0),
-    Recipe("iso_c, tuned", "iso_c", tuned="scale", grid=FACTORS, start=1.0),
+    Recipe("iso_c, tuned", "iso_c", tuned="scale", grid=(*FACTORS, 3.0, 4.0), start=1.0),
     ACE,
     Recipe("ace, paper, eps tuned", "ace", {"variant": "paper"}, "eps", RIDGES, 1e-5),
 )
