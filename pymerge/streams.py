@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Any, NamedTuple
 
 from pymerge import env
@@ -93,6 +94,7 @@ class Streams:
         self._most = threads + max(0, min(count, (limit - threads * (self._room_bytes + working)) // max(1, nbytes)))
         self._rooms: list[Room] = []  # that nobody uses
         self._used: dict[str, str] = {}
+        self._use_lock = Lock()
         self._passes = RawPasses(reader, self._use)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="pymerge-combine")
 
@@ -102,7 +104,10 @@ class Streams:
         return dict(self._used)
 
     def _use(self, op: str) -> None:
-        if op not in self._used:
+        """Note and log what computes an op. By any thread."""
+        with self._use_lock:
+            if op in self._used:
+                return
             self._used[op] = native.NAME
             text = f"{op}: backend {native.NAME} ({_REASON})"
             event("backend_chosen", text, op=op, backend=native.NAME, reason=_REASON)

@@ -143,12 +143,11 @@ def test_a_signal_behind_the_removal_of_the_work_folder(tmp_path: Path, monkeypa
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    with (
-        pytest.raises(KeyboardInterrupt),
-        OutputDirectory(tmp_path / "out", plan(SMALL, 80), identity={"config": "f"}) as output,
-    ):
-        monkeypatch.setattr(OutputDirectory, "_release", interrupted)
+    output = OutputDirectory(tmp_path / "out", plan(SMALL, 80), identity={"config": "f"}).open()
+    monkeypatch.setattr(OutputDirectory, "_release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         finish(output, SMALL)
+    output.abandon()
     assert not (tmp_path / "out" / ".pymerge").exists()
     assert_holds(tmp_path / "out", SMALL)
 
