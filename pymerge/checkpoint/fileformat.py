@@ -109,11 +109,17 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _integer(text: str) -> int | float:
+    """What safetensors takes for a whole number: its parser reads -0 as a float."""
+    return -0.0 if text == "-0" else int(text)
+
+
 def parse_json_object(data: bytes, *, unique: bool) -> dict[str, Any]:
     """Parse UTF-8 JSON whose top level is an object; `unique` refuses repeated names. Raises ValueError."""
     try:
         # ValueError also covers bad UTF-8 and integers of thousands of digits.
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates if unique else None)
+        hook = _no_duplicates if unique else None
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=hook, parse_int=_integer)
         if b"\\u" in data:  # an escape can be half of a surrogate pair, which no file can hold
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:

@@ -129,6 +129,14 @@ BAD: dict[str, tuple[bytes, str]] = {
     "offset bool": (encode({"a": field(offsets=[False, 8])}, DATA), "not a pair of offsets"),
     "offset float": (encode({"a": field(offsets=[0.0, 8])}, DATA), "not a pair of offsets"),
     "offset negative": (encode({"a": field(offsets=[-8, 0])}, DATA), "not a pair of offsets"),
+    "offset minus zero": (
+        encode('{"a":{"dtype":"F32","shape":[2],"data_offsets":[-0,8]}}', DATA),
+        r"\[-0.0, 8\]' is not a pair of offsets",
+    ),
+    "shape minus zero": (
+        encode('{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}'),
+        r"\[-0.0\]' is not a list of sizes",
+    ),
     "offset null": (encode({"a": field(offsets=None)}, DATA), "not a pair of offsets"),
     "backwards": (encode({"a": field(offsets=[8, 0])}, DATA), "do not span the 8 bytes"),
     "too few bytes": (encode({"a": field(offsets=[0, 4])}, DATA[:4]), "do not span the 8 bytes"),
