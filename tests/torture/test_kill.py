@@ -34,7 +34,7 @@ from checkpoints import (
 
 FULL = bool(os.environ.get("PYMERGE_TORTURE"))
 KILLS = 100 if FULL else 6
-DISKS = 40 if FULL else 3
+DISKS = 180 if FULL else 3
 
 
 @dataclass(frozen=True)
