@@ -56,11 +56,21 @@ class RawPasses:
 
         Returns what was seen, nanoseconds of reading, and whether all that was looked at is finite. By any thread.
         """
+        room = self._take_room(slot)
+        try:
+            seen, reading, finite = self._work(slot, room, out, check_inputs=check_inputs)
+        except BaseException:
+            self._return_room(slot, room)
+            raise
+        self._give_room(slot, room)
+        return seen, reading, finite
+
+    def _work(self, slot: Slot, room: Room, out: int, *, check_inputs: bool) -> tuple[Any, int, bool]:
         from pymerge.raw_parts import Raw, RawPart
 
         step, piece = slot.step, slot.piece
         numel = element_count(piece.shape)
-        room, at, tensors = self._take_room(slot), 0, []
+        at, tensors = 0, []
         began = time.perf_counter_ns()
         for entry in step.inputs:
             nbytes = numel * ITEM_SIZES[entry.dtype]
@@ -87,8 +97,12 @@ class RawPasses:
                 or reduction.finite(seen)
                 or all(is_finite(t.address, entry.dtype, numel) for t, entry in zip(tensors, step.inputs, strict=True))
             )
-        self._give_room(slot, room)
         return seen, reading, finite
+
+    def free(self) -> None:
+        """Give back memory for inputs that nobody uses."""
+        with self._lock:
+            self._idle.clear()
 
     def take(self, slot: Slot, seen: Any) -> None:
         """What was seen of a piece, in the order of the pieces."""
@@ -114,6 +128,14 @@ class RawPasses:
             if self._idle:  # too small: sooner or later all are as large as the largest pieces
                 self._idle.pop()
         return Room(nbytes)
+
+    def _return_room(self, slot: Slot, room: Room) -> None:
+        """As it was before the piece was worked on."""
+        with self._lock:
+            if slot.reads:
+                self._idle.append(room)
+            else:
+                self._held[id(slot.step), slot.piece.start] = room
 
     def _give_room(self, slot: Slot, room: Room) -> None:
         with self._lock:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from logging import WARNING
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -92,6 +93,7 @@ class Streams:
         threads = max(1, min(env.threads(), READ_THREADS, limit // max(1, self._room_bytes + working)))
         count, nbytes = waiting(self._queue)
         self._most = threads + max(0, min(count, (limit - threads * (self._room_bytes + working)) // max(1, nbytes)))
+        self._line: deque[tuple[Slot, Room | None, Future[_Done]]] = deque()  # being worked on, or waiting for that
         self._rooms: list[Room] = []  # that nobody uses
         self._used: dict[str, str] = {}
         self._use_lock = Lock()
@@ -119,15 +121,15 @@ class Streams:
         return Times(waited * share, waited * (1.0 - share), self._tracer.seconds("write"))
 
     def run(self) -> None:
-        """Work through the queue. The first exception of any thread ends it."""
-        line: deque[tuple[Slot, Room | None, Future[_Done]]] = deque()
+        """Work through the queue. The first exception of any thread ends it; where memory ran out, the second one."""
+        line = self._line
         try:
             for slot in self._queue:
-                while len(line) == self._most or any(_comes_after(slot, earlier) for earlier, _, _ in line):
+                while len(line) >= self._most or any(_comes_after(slot, earlier) for earlier, _, _ in line):
                     self._finish(*line.popleft())
                 if can_take(slot.step):
                     self._passes.starts(slot)
-                room = self._take_room(slot.step) if slot.merges else None
+                room = self._take_room(slot) if slot.merges else None
                 for entry in slot.step.inputs if slot.reads else ():
                     self._reader.announce(entry, slot.piece.start, slot.piece.stop)
                 line.append((slot, room, self._threads.submit(self._work, slot, room)))
@@ -136,14 +138,38 @@ class Streams:
         finally:
             self._threads.shutdown(cancel_futures=True)
 
-    def _take_room(self, step: Step) -> Room:
-        """Memory for an output."""
-        if self._rooms:
-            return self._rooms.pop()
+    def _take_room(self, slot: Slot) -> Room:
+        """Memory for an output; if there is no more, that of an earlier one."""
         try:
-            return Room(self._room_bytes)
+            return self._rooms.pop() if self._rooms else Room(self._room_bytes)
         except MemoryError as error:
-            raise _out_of_memory(step, error) from error
+            self._slow_down(slot, error)
+        while self._line:
+            self._finish(*self._line.popleft())
+        self._passes.free()
+        try:
+            return self._rooms.pop() if self._rooms else Room(self._room_bytes)
+        except MemoryError as error:
+            raise _out_of_memory(slot.step, error) from error
+
+    def _result(self, slot: Slot, room: Room | None, working: Future[_Done]) -> _Done:
+        """What a thread has to say of a piece; where memory ran out, once more with nothing else at work."""
+        try:
+            return working.result()
+        except MemoryError as error:
+            self._slow_down(slot, error)
+        wait([future for _, _, future in self._line])
+        self._passes.free()
+        try:
+            return self._work(slot, room)
+        except MemoryError as error:
+            raise _out_of_memory(slot.step, error) from error
+
+    def _slow_down(self, slot: Slot, error: MemoryError) -> None:
+        """From now on one piece after another: the limit was too high for what the machine has."""
+        text = f"{slot.step.name}: out of memory ({error}); once more, and on with one piece at a time"
+        event("out_of_memory", text, level=WARNING, tensor=slot.step.name)
+        self._most = 1
 
     def _finish(self, slot: Slot, room: Room | None, working: Future[_Done]) -> None:
         """Write a piece, or note what was seen of it, when its turn has come."""
@@ -152,7 +178,7 @@ class Streams:
         self._progress.tensor(name)
         with self._tracer.span("step", name):
             with self._tracer.span("wait for inputs", name):
-                done = working.result()
+                done = self._result(slot, room, working)
             self._reading += done.reading
             if can_take(slot.step):
                 self._passes.take(slot, done.seen)
@@ -168,16 +194,13 @@ class Streams:
         step, piece = slot.step, slot.piece
         nbytes = sum(element_count(piece.shape) * ITEM_SIZES[dtype] for dtype in _dtypes(step))
         with self._tracer.span("combine", step.name, nbytes):
-            try:
-                seen = None
-                if can_take(step):
-                    out = 0 if room is None else room.address
-                    seen, reading, finite = self._passes.work(slot, out, check_inputs=not self._allow_nonfinite)
-                else:
-                    assert room is not None  # its only pass merges
-                    reading, finite = self._fill(step, piece, room, slot.memory.output)
-            except MemoryError as error:
-                raise _out_of_memory(step, error) from error
+            seen = None
+            if can_take(step):
+                out = 0 if room is None else room.address
+                seen, reading, finite = self._passes.work(slot, out, check_inputs=not self._allow_nonfinite)
+            else:
+                assert room is not None  # its only pass merges
+                reading, finite = self._fill(step, piece, room, slot.memory.output)
             if not finite and not self._allow_nonfinite:
                 self._raise_nonfinite(step, piece)
             if slot.reads_last and not self._keeps_cache:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import torch
 from checkpoints import change, load_output, tree, write_config, write_models
 from test_imports import modules_after
 
-from pymerge import api, engine, streams
+from pymerge import api, engine, memory, streams
 from pymerge.devices import Device
 from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from pymerge.methods import METHODS
+from pymerge.raw_parts import RawPart
 
 CPU = Device("cpu")
 UP, NORM, COUNTER = "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.counter"
@@ -175,6 +178,37 @@ def test_no_memory_for_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         OutOfMemoryError, match=r"^model.counter: copy runs out of memory on cpu \(.* cannot be mapped\)"
     ):
         engine.run(plan, tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+@pytest.mark.parametrize("missing", range(1, 9))
+def test_memory_that_runs_out_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str, missing: int
+) -> None:
+    """At any of the first requests, of inputs, outputs or what lies between: the piece is done once more."""
+    write_models(tmp_path, tensors())
+    parameters = {} if method == "linear" else {"weight": 0.5, "density": 0.4}
+    plan = streams_plan(tmp_path, method, **parameters)
+    engine.run(plan, tmp_path / "whole", device="cpu")
+    requests = count(1)
+
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if next(requests) == missing:
+                raise MemoryError("none is left")
+            return function(*arguments, **options)
+
+        return wrapped
+
+    monkeypatch.setattr("pymerge.memory.map_pages", failing(memory.map_pages))
+    monkeypatch.setattr("pymerge.raw_parts.RawPart._masks", failing(RawPart._masks))
+    monkeypatch.setattr("pymerge.raw_parts.RawPart.magnitude_counts", failing(RawPart.magnitude_counts))
+    with caplog.at_level(logging.WARNING, "pymerge"):
+        engine.run(plan, tmp_path / "out", device="cpu")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    failed = next(requests) > missing
+    assert ("out of memory (none is left); once more" in caplog.text) == failed
+    assert failed or method == "linear"
 
 
 def test_every_byte_is_in_a_span(tmp_path: Path) -> None:
