@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# Elements of one call of `combine` on tensors of PyTorch: its scratch stays small however large the part is.
+SUM_ELEMENTS = 2**20
+
+
 class Kept(NamedTuple):
     """Masks of a part, and the L1 norms of its T task vectors."""
 

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Cost
-from pymerge.methods.parts import Models, Part
+from pymerge.methods.parts import SUM_ELEMENTS, Models, Part
 from pymerge.methods.reducing import Reducing, Reduction
 from pymerge.vectors import BLOCK, Axis, vector_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Elements that one call of `combine` gets, and what PyTorch's form of it needs for each: a float32 accumulator, the
-# upcast input and their difference; the block's result.
-_SUM_ELEMENTS = 2**20
+# What PyTorch's form of `combine` needs for each element: a float32 accumulator, the upcast input and their difference;
+# the block's result.
 _COMBINE_SCRATCH_ITEMS = 4
 
 
@@ -63,7 +62,7 @@ class InSpan(Reducing):
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items, models = element_count(shape), experts + 1
         blocks = min(items, BLOCK) * 8 * 3 * models  # float64 copies, and those of the product
-        sums = 4 * _COMBINE_SCRATCH_ITEMS * min(items, _SUM_ELEMENTS)
+        sums = 4 * _COMBINE_SCRATCH_ITEMS * min(items, SUM_ELEMENTS)
         turned = 4 * items * models if self.axis == "columns" else 0
         return Cost((models + 3) * models * items, blocks + sums + turned + self.kept_bytes(shape, experts))
 

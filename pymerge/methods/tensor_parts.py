@@ -10,13 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pymerge.methods.base import OpRunner
-from pymerge.methods.parts import Kept, Limits, Models, Part, from_the_nearer
+from pymerge.methods.parts import SUM_ELEMENTS, Kept, Limits, Models, Part, from_the_nearer
 from pymerge.ops.bitmask import TaskMasks
 from pymerge.ops.trim_threshold import Thresholds, behind
 from pymerge.vectors import Axis
-
-# Elements of one call of `combine`: its scratch in PyTorch's form stays small however large the tensor is.
-SUM_ELEMENTS = 2**20
 
 
 class TensorPart(Part):
