@@ -115,6 +115,8 @@ def sparse_combine(
     base: _Matrix,
     experts: Sequence[_Matrix],
     bits: int,
+    kept: _Thresholds,
+    dropped: _Thresholds,
     sizes: Sequence[float],
     weights: Sequence[float],
     numel: int,

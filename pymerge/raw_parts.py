@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pymerge.methods.average import element_count
-from pymerge.methods.parts import Kept, Limits, Models, Part, from_the_nearer
+from pymerge.methods.parts import Between, Kept, Limits, Models, Part, from_the_nearer
 from pymerge.vectors import Axis, exact, row_bytes
 
 _C: Any = importlib.import_module("pymerge._C")
@@ -77,13 +77,11 @@ class RawPart(Part):
         place: int = _C.magnitude_place(self._base, self._experts[task], key, count, self._numel)
         return place
 
-    def magnitude_mask(self, kept: Limits, dropped: Limits | None, *, norms: bool) -> Kept:
+    def magnitude_mask(self, between: Between) -> Kept:
         self._used("magnitude_mask")
-        masks, lower = self._masks(), _numbers(kept)
-        upper = None if dropped is None else _numbers(dropped)
-        limits = (lower[0].ctypes.data, lower[1].ctypes.data)
-        above = (0, 0) if upper is None else (upper[0].ctypes.data, upper[1].ctypes.data)
-        _C.magnitude_mask(_addresses(masks, norms), self._base, self._experts, limits, above, self._numel, 1)
+        masks, kept, dropped = self._masks(), _numbers(between.kept), _numbers(between.dropped)
+        limits = (_places(kept), _places(dropped))
+        _C.magnitude_mask(_addresses(masks, norms=True), self._base, self._experts, *limits, self._numel, 1)
         return masks
 
     def random_mask(
@@ -103,19 +101,26 @@ class RawPart(Part):
         self,
         weights: Sequence[float],
         *,
-        bits: NDArray[Any] | None,
+        mask: NDArray[Any] | Between | None,
         factors: Sequence[float],
         elect: bool,
         normalize: bool,
         scale: float,
     ) -> None:
         self._used("sparse_combine")
+        kept = dropped = bits = None
+        if isinstance(mask, Between):
+            kept, dropped = _numbers(mask.kept), _numbers(mask.dropped)
+        else:
+            bits = mask
         _C.sparse_combine(
             self._out.address,
             self._out.dtype,
             self._base,
             self._experts,
             0 if bits is None else bits.ctypes.data,
+            _places(kept),
+            _places(dropped),
             [weight * factor for weight, factor in zip(weights, factors, strict=True)],
             list(weights),
             self._numel,
@@ -160,8 +165,14 @@ def _addresses(masks: Kept, norms: bool) -> tuple[int, int, int]:
     return masks.bits.ctypes.data, masks.before.ctypes.data if norms else 0, masks.after.ctypes.data
 
 
-def _numbers(limits: Limits) -> tuple[NDArray[Any], NDArray[Any]]:
-    return np.array(limits.keys, np.int64), np.array(limits.ends, np.int64)
+def _numbers(limits: Limits | None) -> NDArray[Any] | None:
+    """Keys and ends, [2, T]."""
+    return None if limits is None else np.array([limits.keys, limits.ends], np.int64)
+
+
+def _places(numbers: NDArray[Any] | None) -> tuple[int, int]:
+    """Addresses of the keys and the ends."""
+    return (0, 0) if numbers is None else (numbers[0].ctypes.data, numbers[1].ctypes.data)
 
 
 def _optional(tensor: Raw | None) -> tuple[int, int]:

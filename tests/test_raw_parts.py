@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pymerge.backends import Dispatcher
 from pymerge.backends.native import DTYPE_CODES
-from pymerge.methods.parts import Limits, Models
+from pymerge.methods.parts import Between, Limits, Models
 from pymerge.methods.tensor_parts import TensorPart
 from pymerge.raw_parts import Raw, RawPart
 
@@ -57,7 +57,14 @@ def test_masks_and_selections(parts: tuple[TensorPart, RawPart, Tensor]) -> None
         assert same(plain.trim_threshold([count, numel]), limits)
         dropped = Limits([2**31 - 1, 0], [0, numel // 2])
         for above in (None, dropped):
-            assert same(plain.magnitude_mask(limits, above, norms=True), ours.magnitude_mask(limits, above, norms=True))
+            between = Between(limits, above)
+            masks = ours.magnitude_mask(between)
+            assert same(plain.magnitude_mask(between), masks)
+            for mask in (between, masks.bits.numpy()):
+                assert torch.equal(
+                    merged(out, ours.sparse_combine([0.3, 0.6], mask=between, **KEPT)),
+                    merged(out, plain.sparse_combine([0.3, 0.6], mask=mask, **KEPT)),
+                )
     for low, high in ((0.4, 0.4), (0.2, 0.6)):
         draws = ([low, 0.5], [high, 0.5], [7, 2**63 + 5])
         assert same(plain.random_mask(*draws, norms=True), ours.random_mask(*draws, norms=True))
@@ -83,13 +90,33 @@ def test_merges(parts: tuple[TensorPart, RawPart, Tensor]) -> None:
         found = []
         for part in (ours, plain):
             bits = part.random_mask([0.5] * 2, [0.5] * 2, [3, 4], norms=False).bits
-            found.append(merged(out, part.sparse_combine([0.3, 0.6], bits=bits, **options)))
+            found.append(merged(out, part.sparse_combine([0.3, 0.6], mask=bits, **options)))
         assert torch.equal(*found)
     for models in (Models(), Models(on_base=True), Models(with_base=True)):
         dots = ours.task_dots(models, "whole")
         assert np.array_equal(plain.task_dots(models, "whole"), dots)
         for weights in ([0.25, 0.75, 0.5][: dots.shape[-1]], [1.0, 0.0, 0.0][: dots.shape[-1]]):
             assert torch.equal(*(merged(out, part.combine(models, weights)) for part in (ours, plain)))
+
+
+@pytest.mark.parametrize("experts", [2, 5])
+def test_selections_of_tensors_of_several_dtypes(experts: int) -> None:
+    """As bits that are made first: with ends within words and blocks, of nothing, and of everything."""
+    generator, numel, dtypes = torch.Generator().manual_seed(2), 3000, [torch.bfloat16, torch.float32, torch.float16]
+    base = torch.randn(numel, generator=generator).bfloat16()
+    deltas = [torch.randint(-3, 4, (numel,), generator=generator) / 8 for _ in range(experts)]
+    tensors = [(base + delta).to(dtypes[t % 3]) for t, delta in enumerate(deltas)]
+    out = torch.empty(numel)
+    part = RawPart(raw(base), [raw(tensor) for tensor in tensors], raw(out), (numel,), USED.add)
+    weights, options = [0.3, 0.6, -0.2, 0.5, 0.4][:experts], {**KEPT, "factors": [1.0] * experts}
+    half = part.trim_threshold([numel // 2, 1, 1700, 0, numel][:experts])
+    few = part.trim_threshold([0, numel, 20, 7, 900][:experts])
+    for between in (Between(half, None), Between(half, few)):
+        part.sparse_combine(weights, mask=part.magnitude_mask(between).bits, **options)
+        expected = out.clone()
+        part.sparse_combine(weights, mask=between, **options)
+        assert torch.equal(out, expected)
+        assert not torch.equal(out, base.float())
 
 
 def test_what_is_told_of_the_ops() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pymerge
 from quality import routed
 from quality.merging import merged_scores, tune
-from quality.recipes import DENSITY, FLOW, FORCED, SCALES, TASK_ARITHMETIC, TIES, Recipe
+from quality.recipes import DENSITY, EXACT_TIME, FLOW, FORCED, SCALES, TASK_ARITHMETIC, TIES, Recipe
 from quality.store import Entry, Store
 from quality.suite import Part, RoutedSuite, Suite, mean, scores
 from quality.sweeps import PART
@@ -46,6 +46,7 @@ QUESTIONS: dict[str, tuple[Recipe, ...]] = {
         Recipe("wudi_flow, rest: base", "wudi_flow", {"time": 300.0, "rest": "base"}),
     ),
 }
+EXACT = "where the exact solution goes wrong"
 OWN = "what is lost, and where"
 ROUTED = "what adaptation adds to wemoe"
 
@@ -67,6 +68,8 @@ def _measurements(suite: Suite, seed: int, part: Part) -> Iterator[tuple[str, st
     for question, recipes in QUESTIONS.items():
         for recipe in recipes:
             yield question, recipe.name, {"recipe": asdict(recipe)}, partial(_merge, suite, recipe, seed, part)
+    for recipe in _exact(suite, seed):
+        yield EXACT, recipe.name, {"recipe": asdict(recipe)}, partial(_merge, suite, recipe, seed, part)
     for kind, chosen in _kinds(suite, seed).items():
         depends = {"own": chosen, "recipe": asdict(FLOW)}
         yield OWN, f"each task's own {kind}", depends, partial(_own, suite, chosen, seed, part)
@@ -91,6 +94,21 @@ def _kinds(suite: Suite, seed: int) -> dict[str, list[str]]:
         "other tensors": [step.name for step in steps if step.name not in solved],
     }
     return {kind: names for kind, names in kinds.items() if names}
+
+
+def _exact(suite: Suite, seed: int) -> Iterator[Recipe]:
+    """The exact solution everywhere, and without the layers whose equations are as many as their unknowns.
+
+    T task vectors give T d_out equations for the d_in numbers of each row. Where both are equal they can be met, by
+    rows as large as the nearly singular matrix makes them.
+    """
+    steps = pymerge.plan(FLOW.config(suite, suite.tasks, seed)).steps
+    solved = [step for step in steps if step.layer.solvable]
+    square = [step.name for step in solved if len(suite.tasks) * step.shape[0] == step.shape[1]]
+    yield Recipe("exact", "wudi_flow", {"time": EXACT_TIME})
+    if square:
+        times = [*({"filter": name, "value": 300.0} for name in square), {"value": EXACT_TIME}]
+        yield Recipe("exact, t = 300 where T d_out = d_in", "wudi_flow", {"time": times})
 
 
 def _own(suite: Suite, chosen: Sequence[str], seed: int, part: Part) -> Entry:

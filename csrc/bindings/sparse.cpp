@@ -70,14 +70,15 @@ void random_mask(const Masks& out, const Matrix& base, const std::vector<Matrix>
 }
 
 void sparse_combine(Address out, std::int32_t out_dtype, const Matrix& base, const std::vector<Matrix>& experts,
-                    Address bits, const std::vector<double>& sizes, const std::vector<double>& weights,
-                    std::int64_t numel, bool elect, bool normalize, double scale, int threads) {
+                    Address bits, const Selected& kept, const Selected& dropped, const std::vector<double>& sizes,
+                    const std::vector<double>& weights, std::int64_t numel, bool elect, bool normalize, double scale,
+                    int threads) {
     PM_CHECK(experts.size() == sizes.size() && experts.size() == weights.size(),
              "sparse_combine: " << experts.size() << " experts, " << sizes.size() << " sizes, " << weights.size()
                                 << " weights; give one of each");
     const std::vector<MatrixView> matrices = views(experts);
     sparse_combine_cpu({pointer(out), checked_dtype(out_dtype), view(base), matrices.data(),
-                        pointer<const std::uint8_t>(bits), sizes.data(), weights.data(),
+                        pointer<const std::uint8_t>(bits), view(kept), view(dropped), sizes.data(), weights.data(),
                         static_cast<std::int64_t>(experts.size()), numel, elect, normalize, scale},
                        threads);
 }

@@ -1,13 +1,9 @@
 // Many numbers of Philox at once, on CPUs.
 #pragma once
 
+#include "common/avx512.h"
 #include "common/parallel.h"
 #include "common/philox.h"
-
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define PM_AVX512 1
-#include <immintrin.h>
-#endif
 
 namespace pymerge {
 
@@ -72,8 +68,7 @@ __attribute__((target("arch=x86-64-v4"))) static inline void philox_words_avx512
 inline void philox_words(std::uint32_t* to, std::uint64_t key, std::int64_t first, std::int64_t n) {
     std::int64_t done = 0;
 #if defined(PM_AVX512)
-    static const bool has_avx512 = __builtin_cpu_supports("x86-64-v4");
-    if (has_avx512) {
+    if (has_avx512()) {
         done = n / 16 * 16;
         philox_words_avx512(to, key, first, done);
     }

@@ -10,32 +10,9 @@ namespace {
 constexpr std::int64_t block_size = 2048;
 constexpr std::int64_t segment = 16 * block_size;
 
-// A selection within one block: keys fit 32 bits, indices count from the block's start.
-struct BlockSelection {
-    std::uint32_t key;  // all ones: nothing is larger, and no magnitude is equal
-    std::int32_t end;
-};
-
-BlockSelection at_block(const Selection& s, std::int64_t task, std::int64_t begin) {
-    const std::int64_t key = std::min<std::int64_t>(s.keys[task], ~0u);
-    const std::int64_t end = std::clamp<std::int64_t>(s.ends[task] - begin, 0, block_size);
-    return {static_cast<std::uint32_t>(key), static_cast<std::int32_t>(end)};
-}
-
-PM_TARGET_CLONES void flag_kept(
-    std::uint32_t* __restrict flags, const float* __restrict delta, BlockSelection kept, std::int32_t n) {
-    for (std::int32_t i = 0; i < n; ++i) {
-        const std::uint32_t key = magnitude_key(delta[i]);
-        flags[i] = (key > kept.key) | ((key == kept.key) & (i < kept.end));
-    }
-}
-
-PM_TARGET_CLONES void clear_dropped(
-    std::uint32_t* __restrict flags, const float* __restrict delta, BlockSelection dropped, std::int32_t n) {
-    for (std::int32_t i = 0; i < n; ++i) {
-        const std::uint32_t key = magnitude_key(delta[i]);
-        flags[i] &= static_cast<std::uint32_t>((key < dropped.key) | ((key == dropped.key) & (i >= dropped.end)));
-    }
+PM_TARGET_CLONES void flag_block(
+    std::uint32_t* __restrict flags, const float* __restrict delta, KeyRange kept, std::int32_t n) {
+    for (std::int32_t i = 0; i < n; ++i) flags[i] = kept(delta[i], i);
 }
 
 Norms mask_segment(const MagnitudeMaskParams& p, std::int64_t task, std::int64_t begin) {
@@ -47,10 +24,7 @@ Norms mask_segment(const MagnitudeMaskParams& p, std::int64_t task, std::int64_t
     for (std::int64_t at = begin; at < end; at += block_size) {
         const std::int64_t n = std::min(block_size, end - at);
         task_deltas(delta, p.base, p.experts[task], at, n);
-        flag_kept(flags, delta, at_block(p.kept, task, at), static_cast<std::int32_t>(n));
-        if (p.dropped.keys != nullptr) {
-            clear_dropped(flags, delta, at_block(p.dropped, task, at), static_cast<std::int32_t>(n));
-        }
+        flag_block(flags, delta, key_range(p.kept, p.dropped, task, at), static_cast<std::int32_t>(n));
         if (p.out.before != nullptr) norms += block_norms(delta, flags, n);
         std::fill(flags + n, flags + (n + 31) / 32 * 32, 0u);
         pack_bits(bits + at / 8, flags, n);

@@ -3,7 +3,7 @@
 #include "common/check.h"
 #include "common/mask_block.h"
 #include "common/philox_words.h"
-#include "common/rank_row.h"
+#include "common/ranked_draw.h"
 
 namespace pymerge {
 namespace {
@@ -46,12 +46,12 @@ Norms mask_segment(const RandomMaskParams& p, std::int64_t task, std::int64_t be
 // A thread's buffers for rows of so many columns.
 struct RowBuffers {
     explicit RowBuffers(std::int64_t columns)
-        : ranks(columns),
+        : draw(columns),
           delta(static_cast<std::size_t>(columns)),
           room(static_cast<std::size_t>(columns) + 6),
           flags(static_cast<std::size_t>(columns) + 2 * word_bits) {}
 
-    RowRanks ranks;
+    RankedDraw draw;
     std::vector<float> delta;
     std::vector<std::uint32_t> room;
     std::vector<std::uint32_t> flags;
@@ -68,12 +68,8 @@ Norms mask_rows(const RandomMaskParams& p, std::int64_t task, std::int64_t row, 
         float* delta = buffers.delta.data();
         task_deltas(delta, p.base, p.experts[task], row * columns, columns);
         const std::uint32_t* words = words_of(buffers.room.data(), p.keys[task], p.first + row * columns, columns);
-        const std::uint64_t* order = buffers.ranks.ascending(delta, columns);
         std::uint32_t* flags = buffers.flags.data() + waiting;
-        for (std::int64_t rank = 0; rank < columns; ++rank) {
-            const auto i = static_cast<std::uint32_t>(order[rank]);
-            flags[i] = words[i] < limits[static_cast<std::size_t>(rank)];
-        }
+        buffers.draw(flags, delta, words, limits.data());
         if (p.out.before != nullptr) norms += block_norms(delta, flags, columns);
         waiting += columns;
         const std::int64_t whole = waiting / word_bits * word_bits;

@@ -2,7 +2,7 @@
 // arXiv 2306.01708, with mergekit's weights in the election.
 #pragma once
 
-#include "ops/task_vector.h"
+#include "ops/magnitude_mask.h"
 
 namespace pymerge {
 
@@ -11,7 +11,9 @@ struct SparseCombineParams {
     DType out_dtype;
     MatrixView base;  // one row of numel elements, as the experts
     const MatrixView* experts;
-    const std::uint8_t* bits;  // count rows of mask_bytes(numel), or null: all elements are kept
+    const std::uint8_t* bits;  // count rows of mask_bytes(numel); null: as the selections say
+    Selection kept;            // keys null: all elements
+    Selection dropped;         // of those kept; keys null: nothing
     const double* sizes;       // [count]: s_t, weight times what rescales the task vector
     const double* weights;     // [count]: what `normalize` adds up
     std::int64_t count;

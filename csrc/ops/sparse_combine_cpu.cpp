@@ -1,6 +1,7 @@
 #include "ops/sparse_combine.h"
 
 #include "common/bitmask.h"
+#include "common/check.h"
 #include "common/dispatch.h"
 #include "ops/sparse_combine_fused.h"
 
@@ -14,6 +15,14 @@ constexpr std::int64_t chunk_size = 16 * block_size;
 template <class A, class T>
 PM_TARGET_CLONES void read_block(A* __restrict to, const T* __restrict from, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) to[i] = load<A>(from[i]);
+}
+
+template <class T>
+PM_TARGET_CLONES void keep_range(float* __restrict kept, const float* __restrict origin, const T* __restrict values,
+                                 KeyRange range, std::int32_t n) {
+    for (std::int32_t i = 0; i < n; ++i) {
+        kept[i] = static_cast<float>(static_cast<std::int32_t>(range(load<float>(values[i]) - origin[i], i)));
+    }
 }
 
 template <class A, class T>
@@ -57,7 +66,14 @@ void combine_block(const SparseCombineParams& p, A all, std::int64_t begin, std:
     with_values(p.base, begin, [&](auto* values) { read_block(origin, values, n); });
     std::fill_n(kept, n, A(1));
     const auto mask = [&](std::int64_t t) {
-        if (p.bits != nullptr) unpack_bits<A>(kept, p.bits + t * mask_bytes(p.numel) + begin / 8, n);
+        if (p.bits != nullptr) {
+            unpack_bits<A>(kept, p.bits + t * mask_bytes(p.numel) + begin / 8, n);
+        } else if constexpr (sizeof(A) == sizeof(float)) {
+            if (p.kept.keys == nullptr) return;
+            const KeyRange range = key_range(p.kept, p.dropped, t, begin);
+            with_values(p.experts[t], begin,
+                        [&](auto* values) { keep_range(kept, origin, values, range, static_cast<std::int32_t>(n)); });
+        }
     };
     A* sums = p.elect ? vote : total;
     std::fill_n(sums, n, A(0));
@@ -106,6 +122,7 @@ void combine_all(const SparseCombineParams& p, int threads) {
 void sparse_combine_cpu(const SparseCombineParams& p, int threads) {
     bool in_double = p.base.dtype == DType::f64;
     for (std::int64_t t = 0; t < p.count; ++t) in_double |= p.experts[t].dtype == DType::f64;
+    PM_CHECK(!in_double || p.kept.keys == nullptr, "sparse_combine: an input is float64; give masks as bits");
     if (in_double) {
         combine_all<double>(p, threads);
     } else {

@@ -13,6 +13,9 @@ namespace pymerge {
 constexpr std::int64_t most_sparse_fused = 4;     // experts
 constexpr std::int64_t sparse_fused_elements = 32;  // a mask's word; whole ones are done
 
+// Where it is said what is kept.
+enum class Mask { nowhere, bits, keys };
+
 // What all elements share.
 template <class T>
 struct SparseFused {
@@ -20,32 +23,37 @@ struct SparseFused {
     const T* base;
     const T* experts[most_sparse_fused];
     const std::uint8_t* bits[most_sparse_fused];
+    KeyRange ranges[most_sparse_fused];
     float sizes[most_sparse_fused];
     float weights[most_sparse_fused];
     float all;
     float scale;
 };
 
-template <class T, int count, bool masked, bool elect, bool normalize>
+template <class T, int count, Mask mask, bool elect, bool normalize>
 PM_TARGET_CLONES static void sparse_elements(const SparseFused<T>& p, std::int64_t n) {
     T* __restrict to = p.to;
     const T* __restrict base = p.base;
     const float all = p.all, scale = p.scale;
     for (std::int64_t begin = 0; begin < n; begin += sparse_fused_elements) {
         std::uint32_t words[count];
+        KeyRange ranges[count];
         for (int t = 0; t < count; ++t) {
             words[t] = ~0u;
-            if constexpr (masked) memcpy(&words[t], p.bits[t] + begin / 8, sizeof(words[t]));
+            if constexpr (mask == Mask::bits) memcpy(&words[t], p.bits[t] + begin / 8, sizeof(words[t]));
+            if constexpr (mask == Mask::keys) ranges[t] = p.ranges[t].from(begin);
         }
 #pragma GCC ivdep
-        for (std::uint32_t i = 0; i < sparse_fused_elements; ++i) {
+        for (std::int32_t i = 0; i < sparse_fused_elements; ++i) {
             const float origin = load<float>(base[begin + i]);
             float values[count];
             float vote = 0.0f, total = 0.0f, share = all;
 #pragma GCC unroll 4
             for (int t = 0; t < count; ++t) {
-                const auto kept = static_cast<float>(static_cast<std::int32_t>((words[t] >> i) & 1u));
-                values[t] = (load<float>(p.experts[t][begin + i]) - origin) * kept * p.sizes[t];
+                const float delta = load<float>(p.experts[t][begin + i]) - origin;
+                auto kept = static_cast<std::int32_t>((words[t] >> i) & 1u);
+                if constexpr (mask == Mask::keys) kept = ranges[t](delta, i);
+                values[t] = delta * static_cast<float>(kept) * p.sizes[t];
                 vote += values[t];
             }
             if constexpr (elect) {
@@ -65,19 +73,18 @@ PM_TARGET_CLONES static void sparse_elements(const SparseFused<T>& p, std::int64
     }
 }
 
+template <class T, int count, Mask mask>
+auto sparse_function(const SparseCombineParams& p) {
+    if (p.elect && p.normalize) return &sparse_elements<T, count, mask, true, true>;
+    if (p.elect) return &sparse_elements<T, count, mask, true, false>;
+    return p.normalize ? &sparse_elements<T, count, mask, false, true> : &sparse_elements<T, count, mask, false, false>;
+}
+
 template <class T, int count>
 auto sparse_function(const SparseCombineParams& p) {
-    const bool masked = p.bits != nullptr;
-    if (p.elect && p.normalize) {
-        return masked ? &sparse_elements<T, count, true, true, true> : &sparse_elements<T, count, false, true, true>;
-    }
-    if (p.elect) {
-        return masked ? &sparse_elements<T, count, true, true, false> : &sparse_elements<T, count, false, true, false>;
-    }
-    if (p.normalize) {
-        return masked ? &sparse_elements<T, count, true, false, true> : &sparse_elements<T, count, false, false, true>;
-    }
-    return masked ? &sparse_elements<T, count, true, false, false> : &sparse_elements<T, count, false, false, false>;
+    if (p.bits != nullptr) return sparse_function<T, count, Mask::bits>(p);
+    if (p.kept.keys != nullptr) return sparse_function<T, count, Mask::keys>(p);
+    return sparse_function<T, count, Mask::nowhere>(p);
 }
 
 // Whether all tensors have one dtype, which is accumulated in float, and are few.
@@ -96,6 +103,7 @@ void sparse_fused(const SparseCombineParams& p, float all, std::int64_t begin, s
     for (std::int64_t t = 0; t < p.count; ++t) {
         f.experts[t] = static_cast<const T*>(p.experts[t].data) + begin;
         if (p.bits != nullptr) f.bits[t] = p.bits + t * mask_bytes(p.numel) + begin / 8;
+        f.ranges[t] = key_range(p.kept, p.dropped, t, begin);
         f.sizes[t] = static_cast<float>(p.sizes[t]);
         f.weights[t] = static_cast<float>(p.weights[t]);
     }

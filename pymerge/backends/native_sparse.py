@@ -130,6 +130,8 @@ def sparse_combine(
         _flat(base),
         [_flat(expert) for expert in inputs],
         0 if bits is None else bits.data_ptr(),
+        (0, 0),  # no selections: bits say what is kept, or all is
+        (0, 0),
         [float(weight * factor) for weight, factor in zip(weights, factors, strict=True)],
         [float(weight) for weight in weights],
         base.numel(),

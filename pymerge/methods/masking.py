@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Cost
-from pymerge.methods.parts import Kept, Part
+from pymerge.methods.parts import Between, Kept, Part
 from pymerge.methods.reducing import Reducing, Reduction, ranges
 from pymerge.methods.selecting import BYTES_OF_RANGE, SCRATCH_BYTES, Selection, passes_to_select
 from pymerge.vectors import BLOCK, row_bytes
@@ -60,11 +60,15 @@ class Sparsifying(Reduction):
         self._bits: dict[int, Any] = {}  # by the number of a range's first element
 
     @abstractmethod
-    def masks(self, part: Part, *, norms: bool) -> Kept:
-        """What is kept of a range."""
+    def masks(self, part: Part) -> Kept:
+        """What is kept of a range, with the norms."""
+
+    @abstractmethod
+    def mask(self, part: Part) -> Any:
+        """The same for `Part.sparse_combine`."""
 
     def look(self, part: Part) -> Any:
-        return self.masks(part, norms=True)
+        return self.masks(part)
 
     def finite(self, seen: Any) -> bool:
         return math.isfinite(seen.before.sum())
@@ -84,7 +88,7 @@ class Sparsifying(Reduction):
         held = [bits for first, bits in self._bits.items() if part.first <= first < part.first + max(1, numel)]
         return part.sparse_combine(
             action.weights,
-            bits=part.join(held) if held else self.masks(part, norms=False).bits,
+            mask=part.join(held) if held else self.mask(part),
             factors=self._factors,
             elect=action.elect,
             normalize=action.normalize,
@@ -181,9 +185,11 @@ class Selecting(Sparsifying):
         self._to_select = 0
         super().look_at_all(whole, parts)
 
-    def masks(self, part: Part, *, norms: bool) -> Kept:
-        dropped = None if self._dropped is None else self._dropped.of_range(part)
-        return part.magnitude_mask(self._kept.of_range(part), dropped, norms=norms)
+    def masks(self, part: Part) -> Kept:
+        return part.magnitude_mask(self.mask(part))
+
+    def mask(self, part: Part) -> Between:
+        return Between(self._kept.of_range(part), None if self._dropped is None else self._dropped.of_range(part))
 
 
 @dataclass(frozen=True)
@@ -222,5 +228,8 @@ class Drawing(Sparsifying):
         super().__init__(action, shape)
         self._draws = (action.lowest, action.highest, action.keys)
 
-    def masks(self, part: Part, *, norms: bool) -> Kept:
-        return part.random_mask(*self._draws, norms=norms)
+    def masks(self, part: Part) -> Kept:
+        return part.random_mask(*self._draws, norms=True)
+
+    def mask(self, part: Part) -> Any:
+        return part.random_mask(*self._draws, norms=False).bits

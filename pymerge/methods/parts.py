@@ -35,6 +35,13 @@ class Limits(NamedTuple):
     ends: Sequence[int]
 
 
+class Between(NamedTuple):
+    """A mask: what `kept` selects of each task vector without what `dropped` selects."""
+
+    kept: Limits
+    dropped: Limits | None
+
+
 class Models(NamedTuple):
     """Which vectors an op is about: the experts, with the base as one more before them, or less the base."""
 
@@ -63,8 +70,8 @@ class Part(ABC):
         """The index, in this part, behind the count-th element with this key."""
 
     @abstractmethod
-    def magnitude_mask(self, kept: Limits, dropped: Limits | None, *, norms: bool) -> Kept:
-        """What lies between these limits."""
+    def magnitude_mask(self, between: Between) -> Kept:
+        """What lies between these limits, as bits."""
 
     @abstractmethod
     def random_mask(
@@ -81,13 +88,13 @@ class Part(ABC):
         self,
         weights: Sequence[float],
         *,
-        bits: Any,
+        mask: Any,
         factors: Sequence[float],
         elect: bool,
         normalize: bool,
         scale: float,
     ) -> Any:
-        """The merged part: the sum of what the masks keep."""
+        """The merged part: the sum of what `mask`, bits or Between, keeps."""
 
     @abstractmethod
     def task_dots(self, models: Models, axis: Axis) -> NDArray[Any]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pymerge.methods.base import OpRunner
-from pymerge.methods.parts import SUM_ELEMENTS, Kept, Limits, Models, Part, from_the_nearer
+from pymerge.methods.parts import SUM_ELEMENTS, Between, Kept, Limits, Models, Part, from_the_nearer
 from pymerge.ops.bitmask import TaskMasks
 from pymerge.ops.trim_threshold import Thresholds, behind
 from pymerge.vectors import Axis
@@ -51,7 +51,8 @@ class TensorPart(Part):
     def behind(self, task: int, key: int, count: int) -> int:
         return behind(self._base, self._experts[task], key, count)
 
-    def magnitude_mask(self, kept: Limits, dropped: Limits | None, *, norms: bool) -> Kept:
+    def magnitude_mask(self, between: Between) -> Kept:
+        kept, dropped = between
         lower, upper = self._thresholds(kept), None if dropped is None else self._thresholds(dropped)
         return _kept(self._run_op("magnitude_mask", self._base, self._experts, lower, upper))
 
@@ -67,12 +68,13 @@ class TensorPart(Part):
         self,
         weights: Sequence[float],
         *,
-        bits: Tensor,
+        mask: Tensor | Between,
         factors: Sequence[float],
         elect: bool,
         normalize: bool,
         scale: float,
     ) -> Tensor:
+        bits = self.magnitude_mask(mask).bits if isinstance(mask, Between) else mask
         merged: Tensor = self._run_op(
             "sparse_combine",
             self._base,

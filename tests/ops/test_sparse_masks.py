@@ -240,6 +240,35 @@ def test_counts_of_a_digit(backend: str, shape: tuple[int, ...], shift: int, bit
         np.testing.assert_array_equal(row.numpy(), np.bincount(matching, minlength=1 << bits))
 
 
+def uneven_rows(kind: str, columns: int) -> tuple[Tensor, Tensor]:
+    """A base and an expert whose magnitudes are hard to rank."""
+    generator = torch.Generator().manual_seed(columns)
+    base = 0.02 * torch.randn((5, columns), generator=generator)
+    change = 1e-3 * torch.randn(base.shape, generator=generator)
+    if kind == "bfloat16":  # few magnitudes, each many times
+        return base.bfloat16(), (base + 0.1 * change).bfloat16()
+    if kind == "zeros":
+        change *= torch.rand(base.shape, generator=generator) < 0.1
+    elif kind == "outlier":  # all others are less than a thousandth of it
+        change[:, columns // 2] = 1e3
+    elif kind == "shift":  # all about equal
+        change = torch.full(base.shape, 1e-3)
+    elif kind == "not finite":
+        change[:, 0], change[:, -1] = math.inf, math.nan
+    return base, base + change
+
+
+@pytest.mark.parametrize("columns", [2, 31, 33, 70, 1000, 8192, 70_000])
+@pytest.mark.parametrize("kind", ["normal", "bfloat16", "zeros", "outlier", "shift", "not finite"])
+def test_draws_by_rank_are_those_of_the_reference(kind: str, columns: int) -> None:
+    base, expert = uneven_rows(kind, columns)
+    # The last ones are open for all elements, for few, and for none.
+    for lowest, highest in ((0.35, 0.65), (0.0, 1.0), (0.5, 0.5001), (0.0, 0.0), (1.0, 1.0), (0.2, 1.0)):
+        found = Dispatcher("native")("random_mask", base, [expert], [lowest], [highest], [7], 64)
+        expected = OPS["random_mask"].reference(base, [expert], [lowest], [highest], [7], 64)
+        assert torch.equal(found.bits, expected.bits)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ranked", [False, True])
 def test_masks_of_rows_are_those_of_the_whole(backend: str, ranked: bool) -> None:
