@@ -59,14 +59,18 @@ parity: $(VENV)/installed  ## merge small models by every method of mergekit, wi
 bench-small: $(VENV)/installed  ## time every op on a small shape, in under a minute
 	$(BIN)/python -m pytest benchmarks/test_small_ops.py --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds
 
-quality: $(VENV)/installed  ## train eight tasks' experts, merge them by every method, measure, draw
+quality: $(VENV)/installed  ## train two suites' experts, merge them by every method, measure, draw
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/quality/requirements.txt
 	@echo "== base and experts, kept in ~/.cache/pymerge-bench/quality"
 	$(BIN)/python benchmarks/quality/train.py
+	$(BIN)/python benchmarks/quality/language_train.py
 	@echo "== merges and their accuracies; results go to benchmarks/results, see docs/quality.md"
-	$(BIN)/python benchmarks/quality/run.py
-	$(BIN)/python benchmarks/quality/plots.py $$(ls -t benchmarks/results/*/*-quality-glyphs8.json | head -n 1)
-	$(BIN)/python benchmarks/quality/show.py $$(ls -t benchmarks/results/*/*-quality-glyphs8.json | head -n 1)
+	$(BIN)/python benchmarks/quality/run.py glyphs8
+	$(BIN)/python benchmarks/quality/run.py minilm4 --only table sweeps measures explain
+	for suite in glyphs8 minilm4; do \
+	  results=$$(ls -t benchmarks/results/*/*-quality-$$suite.json | head -n 1); \
+	  $(BIN)/python benchmarks/quality/plots.py $$results && $(BIN)/python benchmarks/quality/show.py $$results || exit 1; \
+	done
 
 quality-smoke: $(VENV)/installed  ## merge two of the example's experts and check the order of the methods
 	$(BIN)/python benchmarks/quality/smoke.py

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from quality import merging, show
+from quality.explain import exact
 from quality.glyph_suite import GlyphSuite
 from quality.measures import natural
 from quality.recipes import RECIPES, TASK_ARITHMETIC
@@ -14,6 +15,7 @@ from quality.suite import RoutedSuite
 from quality.table import summarised
 
 from pymerge import plan
+from pymerge.steps import Step
 
 
 def test_what_is_kept_is_not_measured_again(tmp_path: Path) -> None:
@@ -52,6 +54,22 @@ def test_every_recipe_is_a_merge_of_the_examples_experts(recipe: merging.Recipe)
     found = plan((recipe.at(recipe.start) if recipe.tuned else recipe).config(suite, suite.tasks, 0))
     assert len(found.steps) == 45
     assert all(len(step.experts) == 5 for step in found.steps)
+
+
+def time_of(step: Step) -> float:
+    assert step.values is not None
+    time: float = step.values.merge["time"]
+    return time
+
+
+def test_layers_with_as_many_equations_as_unknowns_are_told_apart() -> None:
+    suite = GlyphSuite.example()
+    assert [recipe.name for recipe in exact(suite, 0)] == ["exact"]
+    suite.tasks = suite.tasks[:4]  # an MLP is four times as wide as what goes into it
+    _, spared = exact(suite, 0)
+    steps = {step.name: step for step in plan(spared.config(suite, suite.tasks, 0)).steps}
+    early = {name for name, step in steps.items() if step.layer.solvable and time_of(step) == 300.0}
+    assert early == {name for name in steps if name.endswith("mlp.fc2.weight")}
 
 
 def test_a_recipe_with_something_to_tune_is_no_config() -> None:

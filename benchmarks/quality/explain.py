@@ -5,6 +5,7 @@ On validation examples, as sweeps are.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -46,6 +47,7 @@ QUESTIONS: dict[str, tuple[Recipe, ...]] = {
         Recipe("wudi_flow, rest: base", "wudi_flow", {"time": 300.0, "rest": "base"}),
     ),
 }
+MLP = re.compile(r"\.mlp\.|\.intermediate\.dense\.|\d\.output\.dense\.")  # of the suites' architectures
 EXACT = "where the exact solution goes wrong"
 OWN = "what is lost, and where"
 ROUTED = "what adaptation adds to wemoe"
@@ -68,7 +70,7 @@ def _measurements(suite: Suite, seed: int, part: Part) -> Iterator[tuple[str, st
     for question, recipes in QUESTIONS.items():
         for recipe in recipes:
             yield question, recipe.name, {"recipe": asdict(recipe)}, partial(_merge, suite, recipe, seed, part)
-    for recipe in _exact(suite, seed):
+    for recipe in exact(suite, seed):
         yield EXACT, recipe.name, {"recipe": asdict(recipe)}, partial(_merge, suite, recipe, seed, part)
     for kind, chosen in _kinds(suite, seed).items():
         depends = {"own": chosen, "recipe": asdict(FLOW)}
@@ -85,18 +87,18 @@ def _merge(suite: Suite, recipe: Recipe, seed: int, part: Part) -> Entry:
 
 
 def _kinds(suite: Suite, seed: int) -> dict[str, list[str]]:
-    """Tensors by what a merge does with them; MLPs, which wemoe routes, apart."""
+    """Tensors by what a merge does with them; MLPs apart."""
     steps = pymerge.plan(FLOW.config(suite, suite.tasks, seed)).steps
     solved = [step.name for step in steps if step.layer.solvable]
     kinds = {
-        "MLPs": [step.name for step in steps if ".mlp." in step.name],
+        "MLPs": [step.name for step in steps if MLP.search(step.name)],
         "linear weights": solved,
         "other tensors": [step.name for step in steps if step.name not in solved],
     }
     return {kind: names for kind, names in kinds.items() if names}
 
 
-def _exact(suite: Suite, seed: int) -> Iterator[Recipe]:
+def exact(suite: Suite, seed: int) -> Iterator[Recipe]:
     """The exact solution everywhere, and without the layers whose equations are as many as their unknowns.
 
     T task vectors give T d_out equations for the d_in numbers of each row. Where both are equal they can be met, by

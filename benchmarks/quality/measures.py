@@ -42,7 +42,10 @@ def _rows(suite: Suite, seed: int) -> Iterator[dict[str, Any]]:
         yield {"kind": "cosines", "group": group, "cosines": _cosines(groups[group])}
     yield from _sizes(found)
     for spectrum in found.spectra:
-        curves = [[value / values[0] for value in values] for values in spectrum.values]
+        # An expert may have left the tensor as it was.
+        curves = [[value / values[0] for value in values] for values in spectrum.values if values[0] > 0.0]
+        if not curves:
+            continue
         means = [sum(column) / len(column) for column in zip(*curves, strict=True)]
         places = sorted({round(i * (len(means) - 1) / (SPECTRUM_POINTS - 1)) for i in range(SPECTRUM_POINTS)})
         yield {

@@ -2,9 +2,9 @@
 
     python benchmarks/quality/run.py [SUITE] [--seeds 0 1 2] [--threads 2] [--only table] [--part test]
 
-SUITE is `glyphs8` (made by train.py), or `glyphs5`, the example's experts. What was measured before is kept below
-~/.cache/pymerge-bench/quality/measured and not done again, unless --fresh is given. Rows go to
-benchmarks/results/<machine>/<date>-quality-SUITE.json; plots.py draws them, show.py makes tables of them.
+SUITE is `glyphs8` (made by train.py), `minilm4` (language_train.py), or `glyphs5`, the example's experts. What was
+measured before is kept below ~/.cache/pymerge-bench/quality/measured and not done again, unless --fresh is given. Rows
+go to benchmarks/results/<machine>/<date>-quality-SUITE.json; plots.py draws them, show.py makes tables of them.
 """
 
 from __future__ import annotations
