@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pymerge
-from pymerge.analysis import Analysis, TensorMeasures, survey
+from pymerge.analysis import TensorMeasures, survey
 from pymerge.analysis.measures import cosines
 from quality.recipes import FLOW
 from quality.store import Entry, Store
@@ -33,14 +33,15 @@ def measures(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[Ent
 
 def _rows(suite: Suite, seed: int) -> Iterator[dict[str, Any]]:
     found = survey(pymerge.plan(FLOW.config(suite, suite.tasks, seed)))
-    yield {"kind": "cosines", "group": "all tensors", "cosines": _cosines(found.tensors)}
+    changed = [tensor for tensor in found.tensors if any(tensor.norms)]
+    yield {"kind": "cosines", "group": "all tensors", "cosines": _cosines(changed)}
     groups: dict[str, list[TensorMeasures]] = {}
-    for tensor in found.tensors:
+    for tensor in changed:
         numbered = re.match(r"(.*?\.\d+)\.", tensor.name)
         groups.setdefault(numbered[1] if numbered else "all others", []).append(tensor)
     for group in sorted(groups, key=natural):
         yield {"kind": "cosines", "group": group, "cosines": _cosines(groups[group])}
-    yield from _sizes(found)
+    yield from _sizes(changed)
     for spectrum in found.spectra:
         # An expert may have left the tensor as it was.
         curves = [[value / values[0] for value in values] for values in spectrum.values if values[0] > 0.0]
@@ -71,8 +72,8 @@ def _cosines(tensors: Iterable[TensorMeasures]) -> list[list[float]]:
     return [[round(value, 6) for value in row] for row in cosines(dots)]
 
 
-def _sizes(found: Analysis) -> Iterator[dict[str, Any]]:
-    for tensor in found.tensors:
+def _sizes(tensors: Iterable[TensorMeasures]) -> Iterator[dict[str, Any]]:
+    for tensor in tensors:
         rms = [math.sqrt(norm / tensor.elements) for norm in tensor.norms]
         yield {
             "kind": "tensor",
