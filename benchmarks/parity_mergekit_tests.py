@@ -4,7 +4,8 @@
 
 The tests come with mergekit's source distribution from PyPI, and are run from there, in mergekit's environment, with
 parity_mergekit_common.py for the module that merges. The examples folder is not part of the distribution: of example
-configs there are those of its README, which name models of the Hub, so they are read and checked, but not merged.
+configs there are those of its README, parts of configs that name models of the Hub: they are read and checked, not
+merged.
 Results go to benchmarks/results/<machine>/<date>-mergekit-tests.json; the exit code is 1 if a test fails for which
 `DIFFERS` has no reason, or a config is not understood.
 """
@@ -73,7 +74,8 @@ def run_tests(unpacked: Path) -> list[Row]:
     subprocess.run(command, cwd=work, env=variables, check=False)
     rows = []
     for case in ElementTree.parse(work / "found.xml").iter("testcase"):
-        name = f"{str(case.get('classname')).split('.')[1]}.py::{case.get('name')}"
+        file = next(name for name in FILES if name.removesuffix(".py") in str(case.get("classname")).split("."))
+        name = f"{file}::{case.get('name')}"
         failure = next((child for child in case if child.tag in ("failure", "error")), None)
         said = None if failure is None else str(failure.get("message"))[-400:]
         reason = next((why for pattern, why in DIFFERS.items() if re.search(pattern, name)), None)
@@ -82,15 +84,20 @@ def run_tests(unpacked: Path) -> list[Row]:
     return rows
 
 
+def whole(part: str) -> str:
+    """A part of a config with what is missing: a linear merge of the models that it names."""
+    named = sorted(set(re.findall(r"(?:source|model): \"?([\w./]+)", part)) - {"union"})
+    models = ", ".join(f'{{model: "{name}"}}' for name in dict.fromkeys(["base", *named]))
+    return f"merge_method: linear\nbase_model: base\nparameters: {{weight: 1.0}}\nmodels: [{models}]\n{part}"
+
+
 def check_examples(unpacked: Path) -> list[Row]:
-    """A row for each config of the README."""
+    """A row for each config of the README, or part of one."""
     rows = []
     for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", (unpacked / "README.md").read_text(), re.DOTALL)):
-        if "merge_method:" not in text:
-            continue
         said = None
         try:
-            load_config(text)
+            load_config(text if "merge_method:" in text else whole(text))
         except ConfigError as error:
             said = str(error)
         rows.append(
