@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 // Inner loops are compiled for several instruction sets and chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define PM_TARGET_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -26,6 +30,19 @@ void for_each_item(std::int64_t count, int threads, F&& f, std::int64_t least = 
     static_cast<void>(team);
 #endif
     for (std::int64_t item = 0; item < count; ++item) f(item);
+}
+
+// Calls f(item, thread), each item on the first thread that is free, thread < threads; f must not throw.
+template <class F>
+void for_each_item_when_free(std::int64_t count, int threads, F&& f) {
+#if defined(_OPENMP)
+    const int team = static_cast<int>(std::clamp<std::int64_t>(count, 1, std::max(threads, 1)));
+#pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
+    for (std::int64_t item = 0; item < count; ++item) f(item, omp_get_thread_num());
+#else
+    static_cast<void>(threads);
+    for (std::int64_t item = 0; item < count; ++item) f(item, 0);
+#endif
 }
 
 // Calls f(begin, end) for each chunk of [0, total).

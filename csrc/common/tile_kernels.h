@@ -17,13 +17,19 @@ PM_ARCH inline void write(float* to, Vec value) { *reinterpret_cast<Loose*>(to) 
 template <int M>
 PM_ARCH void tile(float* y, std::int64_t y_stride, const float* from, std::int64_t from_stride, const float* a,
                   std::int64_t a_stride, const float* b, std::int64_t b_stride, std::int64_t depth) {
+    // Results lie far apart, where the hardware does not foresee them.
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+        __builtin_prefetch(y + i * y_stride, 1);
+        __builtin_prefetch(y + i * y_stride + width - 1, 1);
+    }
     Vec sums[M][2];
     for (int i = 0; i < M; ++i) sums[i][0] = sums[i][1] = Vec{};
     for (std::int64_t k = 0; k < depth; ++k) {
         const Vec left = read(b + k * b_stride), right = read(b + k * b_stride + lanes);
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-            const Vec factor = Vec{} + a[k * a_stride + i];
+            const Vec factor = a[k * a_stride + i] - Vec{};  // broadcast: + 0 would be an addition, of -0
             sums[i][0] += factor * left;
             sums[i][1] += factor * right;
         }
@@ -51,7 +57,7 @@ PM_ARCH void mix_of(float* out, std::int64_t out_stride, const float* from, std:
             const Vec left = read(tau + t * n + at), right = read(tau + t * n + at + lanes);
 #pragma GCC unroll 4
             for (int s = 0; s < K; ++s) {
-                const Vec gate = Vec{} + gates[s * gate_stride + t];
+                const Vec gate = gates[s * gate_stride + t] - Vec{};
                 sums[s][0] += gate * left;
                 sums[s][1] += gate * right;
             }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/huge_pages.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define PM_TILES 1
@@ -98,7 +99,10 @@ class Floats {
         void operator()(float* data) const { ::operator delete[](data, line); }
     };
     static float* allocate(std::int64_t n) {
-        return static_cast<float*>(::operator new[](static_cast<std::size_t>(n) * sizeof(float), line));
+        const std::size_t bytes = static_cast<std::size_t>(n) * sizeof(float);
+        void* data = ::operator new[](bytes, line);
+        ask_for_huge_pages(data, static_cast<std::int64_t>(bytes));
+        return static_cast<float*>(data);
     }
     std::unique_ptr<float[], Free> data_;
 };

@@ -16,8 +16,9 @@ constexpr std::int64_t item_columns = 512;
 class Gradient {
   public:
     Gradient(const RoutedGates& p, const TileKernels& kernels, int threads)
-        : p_(p), kernels_(kernels), threads_(threads), tiles_(p.weight, block_columns, kernels, threads) {
-        for (std::int64_t s = 0; s < p.samples; ++s) longest_ = std::max(longest_, p.ends[s + 1] - p.ends[s]);
+        : p_(p), kernels_(kernels), threads_(threads), tiles_(p.weight, block_columns, kernels, threads),
+          packed_(chunk_count(p.weight.columns, block_columns) * block_columns * p.ends[p.samples]) {
+        pack();
     }
 
     void run() const {
@@ -26,7 +27,7 @@ class Gradient {
         const std::int64_t numbers = p_.samples * p_.weight.count;
         const std::int64_t slots = std::clamp<std::int64_t>(items, 1, std::max(threads_, 1));
         const std::int64_t block = block_rows * block_columns;
-        const std::int64_t room = (2 + p_.weight.count) * block + longest_ * block_columns;
+        const std::int64_t room = (2 + p_.weight.count) * block;
         const Floats rooms(slots * room);
         std::vector<double> partial(static_cast<std::size_t>(items * numbers));
         std::vector<double> dots(static_cast<std::size_t>(slots * p_.weight.count));
@@ -47,28 +48,43 @@ class Gradient {
     }
 
   private:
+    // x, block_columns columns at a time, with 0 right of the last column.
+    void pack() const {
+        const std::int64_t tokens = p_.ends[p_.samples], columns = p_.weight.columns;
+        for_each_chunk(tokens, 64, threads_, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t column = 0; column < columns; column += block_columns) {
+                const std::int64_t width = std::min(block_columns, columns - column);
+                float* to = packed_.get() + column / block_columns * tokens * block_columns;
+                for (std::int64_t k = begin; k < end; ++k) {
+                    float* row = to + k * block_columns;
+                    std::copy_n(p_.x + k * columns + column, width, row);
+                    std::fill(row + width, row + block_columns, 0.0f);
+                }
+            }
+        });
+    }
+
     // Adds this part's <dW_s, tau_t> for all samples and tasks.
     void add_block(double* out, std::int64_t row, std::int64_t column, float* room, double* dots) const {
         const std::int64_t count = p_.weight.count, most = block_rows * block_columns;
         const Window window{row, std::min(block_rows, p_.weight.rows - row), column,
                             std::min(block_columns, p_.weight.columns - column)};
         const std::int64_t n = window.height * block_columns;
-        float *delta = room + most, *x = delta + most, *taus = x + longest_ * block_columns;
+        float *delta = room + most, *taus = delta + most;
         std::fill_n(taus, count * n, 0.0f);  // right of the last column
         for (std::int64_t t = 0; t < count; ++t) tiles_.task(t, taus + t * n, block_columns, window, false, room);
         for (std::int64_t s = 0; s < p_.samples; ++s) {
             const std::int64_t tokens = p_.ends[s + 1] - p_.ends[s];
             if (tokens == 0) continue;
-            for (std::int64_t k = 0; k < tokens; ++k) {
-                std::copy_n(p_.x + (p_.ends[s] + k) * p_.weight.columns + column, window.width, x + k * block_columns);
-            }
+            const float* x =
+                packed_.get() + (column / block_columns * p_.ends[p_.samples] + p_.ends[s]) * block_columns;
             multiply(delta, p_.dy + p_.ends[s] * p_.weight.rows + row, x, tokens, window);
             kernels_.dots(dots, delta, taus, count, n);
             for (std::int64_t t = 0; t < count; ++t) out[s * count + t] += dots[t];
         }
     }
 
-    // delta = dy^T x for this part, 0 right of the last column.
+    // delta = dy^T x for this part.
     void multiply(float* delta, const float* dy, const float* x, std::int64_t tokens, const Window& window) const {
         static constexpr float zeros[block_columns] = {};
         kernels_.for_each_tile(window.height, [&](std::int64_t begin, std::int64_t end) {
@@ -78,16 +94,13 @@ class Gradient {
                     block_columns, tokens);
             }
         });
-        for (std::int64_t r = 0; r < window.height && window.width < block_columns; ++r) {
-            std::fill(delta + r * block_columns + window.width, delta + (r + 1) * block_columns, 0.0f);
-        }
     }
 
     const RoutedGates& p_;
     const TileKernels& kernels_;
     int threads_;
     TaskTiles tiles_;
-    std::int64_t longest_ = 0;
+    Floats packed_;
 };
 
 }  // namespace

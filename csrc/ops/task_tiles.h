@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -92,29 +93,29 @@ class TaskTiles {
 
     // Where the entries of row r of task t pass each multiple of the step.
     const std::int64_t* bounds_of(std::int64_t t, std::int64_t r) const {
-        return bounds_.data() + (t * weight_.rows + r) * (parts_ + 1);
+        return bounds_.get() + (t * weight_.rows + r) * (parts_ + 1);
     }
 
     void split_rows(const SparseTasks& tasks, int threads) {
-        bounds_.resize(static_cast<std::size_t>(tasks.count * weight_.rows * (parts_ + 1)));
+        bounds_ = std::make_unique_for_overwrite<std::int64_t[]>(
+            static_cast<std::size_t>(tasks.count * weight_.rows * (parts_ + 1)));
         std::vector<std::uint8_t> wrong(static_cast<std::size_t>(weight_.rows));
         for_each_item(weight_.rows, threads, [&](std::int64_t r) {
             with_sparse(tasks, [&](auto* values, auto* columns) {
                 static_cast<void>(values);
                 for (std::int64_t t = 0; t < tasks.count; ++t) {
                     const std::int64_t* starts = tasks.starts + t * tasks.start_stride + r;
-                    std::int64_t* bounds = bounds_.data() + (t * weight_.rows + r) * (parts_ + 1);
-                    const auto* begin = columns + starts[0];
-                    const auto* end = columns + starts[1];
-                    bool ascending = begin == end || (begin[0] >= 0 && end[-1] < weight_.columns);
-                    for (const auto* at = begin; at + 1 < end; ++at) ascending &= at[0] < at[1];
-                    if (!ascending) {
-                        wrong[static_cast<std::size_t>(r)] = 1;
-                        continue;
+                    std::int64_t* bounds = bounds_.get() + (t * weight_.rows + r) * (parts_ + 1);
+                    std::int64_t part = 0, before = -1;
+                    bool ascending = true;
+                    for (std::int64_t i = starts[0]; i < starts[1]; ++i) {
+                        const std::int64_t column = columns[i];
+                        ascending &= column > before && column < weight_.columns;
+                        before = column;
+                        while (part <= parts_ && part * step_ <= column) bounds[part++] = i;
                     }
-                    for (std::int64_t part = 0; part <= parts_; ++part) {
-                        bounds[part] = std::lower_bound(begin, end, part * step_) - columns;
-                    }
+                    while (part <= parts_) bounds[part++] = starts[1];
+                    if (!ascending) wrong[static_cast<std::size_t>(r)] = 1;
                 }
             });
         }, 16);
@@ -128,7 +129,7 @@ class TaskTiles {
     const RoutedWeight& weight_;
     std::int64_t step_, parts_;
     const TileKernels& kernels_;
-    std::vector<std::int64_t> bounds_;
+    std::unique_ptr<std::int64_t[]> bounds_;
 };
 
 }  // namespace
