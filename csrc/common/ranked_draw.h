@@ -9,12 +9,15 @@
 
 #include "common/dtype.h"
 #include "common/list_between.h"
+#include "common/magnitude_buckets.h"
 
 namespace pymerge {
 
 // Few elements need their rank. Numbers below the lowest limit are kept, those not below the highest are not; between
 // them an element's bucket, of about equal magnitudes, tells between which ranks it lies, and mostly that is enough.
-// Where it is not, the smaller elements are counted: of the row for a few such elements, of their buckets for many.
+// Where it is not, but the bucket holds a single magnitude, as most do for differences of 16-bit numbers, ranks are in
+// the order of the elements. For the rest the smaller elements are counted: of the row for a few such elements, of
+// their buckets for many.
 class RankedDraw {
 public:
     explicit RankedDraw(std::int64_t columns)
@@ -22,9 +25,12 @@ public:
           bits_(std::clamp(static_cast<int>(std::bit_width(static_cast<std::uint64_t>(columns))) - 6, 2, 12)),
           count_(octaves << bits_),
           buckets_(static_cast<std::size_t>(columns)),
+          before_(static_cast<std::size_t>(columns)),
           open_(static_cast<std::size_t>(columns + list_room)),
+          listed_(static_cast<std::size_t>(columns + list_room)),
           places_(static_cast<std::size_t>(parts * count_)),
           starts_(static_cast<std::size_t>(count_) + 1),
+          mixed_(static_cast<std::size_t>(count_)),
           settled_(static_cast<std::size_t>(count_)) {}
 
     // flags[i] = words[i] < limits[rank of |delta[i]|], with ranks from the smallest, equal ones by ascending index.
@@ -34,6 +40,7 @@ public:
         if (open > few) {
             fill_buckets(delta);
             open = decide(flags, words, limits, open);
+            open = settle_by_order(flags, words, limits, open);
         }
         if (open > few) {
             sort_by_bucket(delta);
@@ -49,12 +56,10 @@ public:
 private:
     static constexpr std::int64_t few = 32;
     static constexpr std::int64_t large_bucket = 512;
-    // Buckets are 2^bits_ an octave, of the highest octaves of a row; the first is of zeros, the second of all below.
+    // That have buckets of their own.
     static constexpr std::uint32_t octaves = 8;
     // Parts of a row that are counted by themselves: one counter would have to wait for its last step.
     static constexpr std::int64_t parts = 4;
-
-    static std::uint32_t magnitude(float value) { return bit_copy<std::uint32_t>(value) & 0x7fffffffu; }
 
     // Flags by the limit that holds for all; lists the elements for which others matter.
     std::int64_t find_open(
@@ -71,26 +76,20 @@ private:
 
     PM_TARGET_CLONES static std::uint32_t largest_magnitude(const float* delta, std::int64_t n) {
         std::uint32_t largest = 0;
-        for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, magnitude(delta[i]));
+        for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, magnitude_bits(delta[i]));
         return largest;
-    }
-
-    PM_TARGET_CLONES static void find_buckets(std::uint32_t* __restrict buckets, const float* __restrict delta,
-                                              int shift, std::int32_t below, std::int64_t n) {
-        for (std::int64_t i = 0; i < n; ++i) {
-            const std::uint32_t size = magnitude(delta[i]);
-            const std::int32_t bucket = std::max(static_cast<std::int32_t>(size >> shift) - below, 1);
-            buckets[i] = size == 0 ? 0u : static_cast<std::uint32_t>(bucket);
-        }
     }
 
     void fill_buckets(const float* delta) {
         const int shift = 23 - bits_;
         const auto highest = static_cast<std::int32_t>(largest_magnitude(delta, columns_) >> shift);
-        find_buckets(buckets_.data(), delta, shift, highest - static_cast<std::int32_t>(count_) + 1, columns_);
+        const BucketScale scale{shift, highest - static_cast<std::int32_t>(count_) + 1};
+        const std::int64_t listed = find_buckets(buckets_.data(), listed_.data(), delta, scale, columns_);
+        std::fill(mixed_.begin(), mixed_.end(), false);
+        for (std::int64_t each = 0; each < listed; ++each) mixed_[buckets_[listed_[each]]] = true;
         std::fill(places_.begin(), places_.end(), 0u);
-        std::uint32_t* sizes = places_.data();
-        for_each_element([&](std::int64_t, std::int64_t place) { ++sizes[place]; });
+        std::uint32_t *sizes = places_.data(), *before = before_.data();
+        for_each_element([&](std::int64_t i, std::int64_t place) { before[i] = sizes[place]++; });
         std::uint32_t* starts = starts_.data();
         add_parts(starts, sizes, count_);
         std::uint32_t start = 0;
@@ -141,9 +140,28 @@ private:
         return left;
     }
 
+    // Flags the elements whose bucket holds a single magnitude; lists the others.
+    std::int64_t settle_by_order(std::uint32_t* flags, const std::uint32_t* words, const std::uint64_t* limits,
+                                 std::int64_t open) {
+        const std::int64_t height = std::max<std::int64_t>(columns_ / parts, 1);
+        std::int64_t left = 0;
+        for (std::int64_t each = 0; each < open; ++each) {
+            const std::uint32_t i = open_[each], bucket = buckets_[i];
+            if (mixed_[bucket]) {
+                open_[left++] = i;
+                continue;
+            }
+            std::uint32_t rank = starts_[bucket] + before_[i];
+            const std::int64_t own = std::min(i / height, parts - 1);
+            for (std::int64_t part = 0; part < own; ++part) rank += places_[part * count_ + bucket];
+            flags[i] = words[i] < limits[rank];
+        }
+        return left;
+    }
+
     // Ordered by magnitude, then by index.
     static std::uint64_t item(const float* delta, std::int64_t i) {
-        return static_cast<std::uint64_t>(magnitude(delta[i])) << 32 | static_cast<std::uint64_t>(i);
+        return static_cast<std::uint64_t>(magnitude_bits(delta[i])) << 32 | static_cast<std::uint64_t>(i);
     }
 
     // Items bucket by bucket, in each in the order of their index.
@@ -190,23 +208,26 @@ private:
     PM_TARGET_CLONES static std::uint32_t count_before(
         const float* delta, std::uint32_t size, std::int64_t end, std::int64_t n) {
         std::uint32_t count = 0;
-        for (std::int64_t i = 0; i < end; ++i) count += magnitude(delta[i]) <= size;
-        for (std::int64_t i = end; i < n; ++i) count += magnitude(delta[i]) < size;
+        for (std::int64_t i = 0; i < end; ++i) count += magnitude_bits(delta[i]) <= size;
+        for (std::int64_t i = end; i < n; ++i) count += magnitude_bits(delta[i]) < size;
         return count;
     }
 
     std::uint32_t rank(const float* delta, std::uint32_t i) const {
-        return count_before(delta, magnitude(delta[i]), i, columns_);
+        return count_before(delta, magnitude_bits(delta[i]), i, columns_);
     }
 
     std::int64_t columns_;
     int bits_;
     std::int64_t count_;                  // of buckets
     std::vector<std::uint32_t> buckets_;  // of each element
+    std::vector<std::uint32_t> before_;   // how many of the same bucket are before each element in its part
     std::vector<std::uint32_t> open_;     // elements whose rank matters
+    std::vector<std::uint32_t> listed_;   // elements that need not be the only magnitude of their bucket
     std::vector<std::uint32_t> places_;   // [parts, buckets]: sizes, later where the next item goes
     std::vector<std::uint32_t> starts_;   // [buckets + 1]: how many elements are in lower buckets
     std::vector<std::uint64_t> items_;    // bucket by bucket
+    std::vector<char> mixed_;             // of each bucket: whether it may hold several magnitudes
     std::vector<char> settled_;           // of each bucket: whether its elements have their flags
 };
 
