@@ -7,6 +7,7 @@
 #include <numeric>
 #include <vector>
 
+#include "common/draw_segments.h"
 #include "common/dtype.h"
 #include "common/list_between.h"
 #include "common/magnitude_buckets.h"
@@ -14,14 +15,18 @@
 namespace pymerge {
 
 // Few elements need their rank. Numbers below the lowest limit are kept, those not below the highest are not; between
-// them an element's bucket, of about equal magnitudes, tells between which ranks it lies, and mostly that is enough.
+// them an element's bucket, of about equal magnitudes, tells between which ranks it lies, and mostly that is enough,
+// often with no more of the number than its leading bits.
 // Where it is not, but the bucket holds a single magnitude, as most do for differences of 16-bit numbers, ranks are in
 // the order of the elements. For the rest the smaller elements are counted: of the row for a few such elements, of
 // their buckets for many.
 class RankedDraw {
 public:
-    explicit RankedDraw(std::int64_t columns)
-        : columns_(columns),
+    // Limits, as many as columns, ascend; they must outlive the draw.
+    RankedDraw(const std::uint64_t* limits, std::int64_t columns)
+        : limits_(limits),
+          columns_(columns),
+          segments_(limits, columns),
           bits_(std::clamp(static_cast<int>(std::bit_width(static_cast<std::uint64_t>(columns))) - 6, 2, 12)),
           count_(octaves << bits_),
           buckets_(static_cast<std::size_t>(columns)),
@@ -34,21 +39,25 @@ public:
           settled_(static_cast<std::size_t>(count_)) {}
 
     // flags[i] = words[i] < limits[rank of |delta[i]|], with ranks from the smallest, equal ones by ascending index.
-    // Limits, as many as columns, ascend.
-    void operator()(std::uint32_t* flags, const float* delta, const std::uint32_t* words, const std::uint64_t* limits) {
-        std::int64_t open = find_open(flags, words, limits[0], limits[columns_ - 1]);
-        if (open > few) {
+    void operator()(std::uint32_t* flags, const float* delta, const std::uint32_t* words) {
+        std::int64_t open = 0;
+        if (draws_by_segment()) {
             fill_buckets(delta);
-            open = decide(flags, words, limits, open);
-            open = settle_by_order(flags, words, limits, open);
+            open = settle_by_order(flags, words, decide(flags, words, draw_by_segment(flags, words)));
+        } else {
+            open = find_open(flags, words);
+            if (open > few) {
+                fill_buckets(delta);
+                open = settle_by_order(flags, words, decide(flags, words, open));
+            }
         }
         if (open > few) {
             sort_by_bucket(delta);
-            for (std::int64_t each = 0; each < open; ++each) settle_by_bucket(flags, delta, words, limits, open_[each]);
+            for (std::int64_t each = 0; each < open; ++each) settle_by_bucket(flags, delta, words, open_[each]);
         } else {
             for (std::int64_t each = 0; each < open; ++each) {
                 const std::uint32_t i = open_[each];
-                flags[i] = words[i] < limits[rank(delta, i)];
+                flags[i] = words[i] < limits_[rank(delta, i)];
             }
         }
     }
@@ -62,16 +71,39 @@ private:
     static constexpr std::int64_t parts = 4;
 
     // Flags by the limit that holds for all; lists the elements for which others matter.
-    std::int64_t find_open(
-        std::uint32_t* flags, const std::uint32_t* words, std::uint64_t lowest, std::uint64_t highest) {
-        const std::uint64_t between = highest - lowest;
-        if (lowest >> 32 || between >> 32) {  // probability 1 for all, or from 0 to 1
+    std::int64_t find_open(std::uint32_t* flags, const std::uint32_t* words) {
+        const std::uint64_t lowest = limits_[0];
+        if (lowest >> 32 || is_any_number()) {  // probability 1 for all, or from 0 to 1
             std::fill_n(flags, columns_, lowest >> 32);
             std::iota(open_.begin(), open_.end(), 0u);
             return lowest >> 32 ? 0 : columns_;
         }
-        return list_between(flags, open_.data(), words, static_cast<std::uint32_t>(lowest),
-                            static_cast<std::uint32_t>(between), columns_);
+        return list_between(flags, open_.data(), words, segments_.lowest, segments_.between, columns_);
+    }
+
+    bool is_any_number() const { return (limits_[columns_ - 1] - limits_[0]) >> 32; }
+
+    // Whether so many elements are about to be open that it is worth to look at all buckets first.
+    bool draws_by_segment() const {
+#if defined(PM_AVX512)
+        const std::uint64_t expected = segments_.between * static_cast<std::uint64_t>(columns_) >> 32;
+        return has_avx512() && !is_any_number() && !(limits_[0] >> 32) && expected > 2 * few;
+#else
+        return false;
+#endif
+    }
+
+    // Flags by the segments; lists the elements of which these do not tell.
+    std::int64_t draw_by_segment([[maybe_unused]] std::uint32_t* flags, [[maybe_unused]] const std::uint32_t* words) {
+        std::int64_t found = 0;
+#if defined(PM_AVX512)
+        const std::int64_t done = columns_ / 16 * 16;
+        found = draw_by_segment_avx512(flags, open_.data(), words, buckets_.data(), starts_.data(), count_, segments_,
+                                       done);
+        found += list_between_anywhere(flags, open_.data() + found, words, segments_.lowest, segments_.between, done,
+                                       columns_);
+#endif
+        return found;
     }
 
     PM_TARGET_CLONES static std::uint32_t largest_magnitude(const float* delta, std::int64_t n) {
@@ -124,8 +156,8 @@ private:
 
     // Flags by the limits of the buckets; lists the elements that they leave open. Without branches, which no processor
     // could predict.
-    std::int64_t decide(std::uint32_t* __restrict flags, const std::uint32_t* __restrict words,
-                        const std::uint64_t* __restrict limits, std::int64_t open) {
+    std::int64_t decide(std::uint32_t* __restrict flags, const std::uint32_t* __restrict words, std::int64_t open) {
+        const std::uint64_t* limits = limits_;
         const std::uint32_t *starts = starts_.data(), *buckets = buckets_.data();
         std::uint32_t* list = open_.data();
         std::int64_t left = 0;
@@ -141,8 +173,7 @@ private:
     }
 
     // Flags the elements whose bucket holds a single magnitude; lists the others.
-    std::int64_t settle_by_order(std::uint32_t* flags, const std::uint32_t* words, const std::uint64_t* limits,
-                                 std::int64_t open) {
+    std::int64_t settle_by_order(std::uint32_t* flags, const std::uint32_t* words, std::int64_t open) {
         const std::int64_t height = std::max<std::int64_t>(columns_ / parts, 1);
         std::int64_t left = 0;
         for (std::int64_t each = 0; each < open; ++each) {
@@ -154,7 +185,7 @@ private:
             std::uint32_t rank = starts_[bucket] + before_[i];
             const std::int64_t own = std::min(i / height, parts - 1);
             for (std::int64_t part = 0; part < own; ++part) rank += places_[part * count_ + bucket];
-            flags[i] = words[i] < limits[rank];
+            flags[i] = words[i] < limits_[rank];
         }
         return left;
     }
@@ -188,18 +219,17 @@ private:
     }
 
     // Flags an element, and in a large bucket all others, too.
-    void settle_by_bucket(std::uint32_t* flags, const float* delta, const std::uint32_t* words,
-                          const std::uint64_t* limits, std::uint32_t i) {
+    void settle_by_bucket(std::uint32_t* flags, const float* delta, const std::uint32_t* words, std::uint32_t i) {
         const std::uint32_t bucket = buckets_[i], begin = starts_[bucket], end = starts_[bucket + 1];
         std::uint64_t* items = items_.data();
         if (end - begin <= large_bucket) {
-            flags[i] = words[i] < limits[begin + count_below(items + begin, item(delta, i), end - begin)];
+            flags[i] = words[i] < limits_[begin + count_below(items + begin, item(delta, i), end - begin)];
         } else if (!settled_[bucket]) {
             settled_[bucket] = true;
             if (!std::is_sorted(items + begin, items + end)) std::sort(items + begin, items + end);
             for (std::uint32_t rank = begin; rank < end; ++rank) {
                 const auto at = static_cast<std::uint32_t>(items[rank]);
-                flags[at] = words[at] < limits[rank];
+                flags[at] = words[at] < limits_[rank];
             }
         }
     }
@@ -217,7 +247,9 @@ private:
         return count_before(delta, magnitude_bits(delta[i]), i, columns_);
     }
 
+    const std::uint64_t* limits_;  // of each rank
     std::int64_t columns_;
+    DrawSegments segments_;
     int bits_;
     std::int64_t count_;                  // of buckets
     std::vector<std::uint32_t> buckets_;  // of each element

@@ -45,8 +45,8 @@ Norms mask_segment(const RandomMaskParams& p, std::int64_t task, std::int64_t be
 
 // A thread's buffers for rows of so many columns.
 struct RowBuffers {
-    explicit RowBuffers(std::int64_t columns)
-        : draw(columns),
+    RowBuffers(const std::uint64_t* limits, std::int64_t columns)
+        : draw(limits, columns),
           delta(static_cast<std::size_t>(columns)),
           room(static_cast<std::size_t>(columns) + 6),
           flags(static_cast<std::size_t>(columns) + 2 * word_bits) {}
@@ -61,7 +61,7 @@ Norms mask_rows(const RandomMaskParams& p, std::int64_t task, std::int64_t row, 
                 const std::vector<std::uint64_t>& limits) {
     const std::int64_t columns = p.columns, numel = p.rows * columns;
     std::uint8_t* bits = p.out.bits + task * mask_bytes(numel) + row * columns / 8;
-    RowBuffers buffers(columns);
+    RowBuffers buffers(limits.data(), columns);
     std::int64_t waiting = 0;  // flags of rows before that do not fill a word
     Norms norms;
     for (; row < end; ++row) {
@@ -69,7 +69,7 @@ Norms mask_rows(const RandomMaskParams& p, std::int64_t task, std::int64_t row, 
         task_deltas(delta, p.base, p.experts[task], row * columns, columns);
         const std::uint32_t* words = words_of(buffers.room.data(), p.keys[task], p.first + row * columns, columns);
         std::uint32_t* flags = buffers.flags.data() + waiting;
-        buffers.draw(flags, delta, words, limits.data());
+        buffers.draw(flags, delta, words);
         if (p.out.before != nullptr) norms += block_norms(delta, flags, columns);
         waiting += columns;
         const std::int64_t whole = waiting / word_bits * word_bits;
