@@ -28,6 +28,8 @@ WRITE_BEHIND = 2
 SMALL_BYTES = 16 * 2**20
 _MOST_PIECES = 16
 MOST_WAITING = 30
+# Pieces of other tensors between two passes of one, if there are so many: the first pass is all done then.
+BETWEEN_PASSES = 8
 READ_THREADS = 4
 # Bytes of the inputs up to which a tensor that is reduced before it is merged is held meanwhile, on a CPU; larger ones
 # are read again for each pass. The memory of a GPU is there to be used: there a tensor is held whole if it fits.
@@ -101,15 +103,10 @@ def alternating(steps: Sequence[Step], limit: int) -> list[Slot]:
 
     A pass starts when all is known of the one before. If other work lies between, nobody waits for the last piece.
     """
-    order = sorted(
-        (index + number, number, index)
-        for index, together in enumerate(_tensors(steps))
-        for number in range(together[0].passes if len(together) == 1 else 1)
-    )
     tensors = _tensors(steps)
     known: dict[int, int] = {}  # bytes that are held for each tensor, between its passes
     found: list[Slot] = []
-    for _, number, index in order:
+    for number, index in _passes(tensors):
         together = tensors[index]
         if len(together) > 1:  # rows of one tensor, which are written in their order
             found += (replace(slot, memory=_with_scratch(slot.memory, sum(known.values()))) for slot in slots(together))
@@ -122,6 +119,26 @@ def alternating(steps: Sequence[Step], limit: int) -> list[Slot]:
         else:
             known.pop(index, None)
     return found if all(slot.memory.peak <= limit for slot in found) else list(slots(steps))
+
+
+def _passes(tensors: Sequence[Sequence[Step]]) -> Iterator[tuple[int, int]]:
+    """All passes, as (number, tensor), in their order: the next one of the first tensor whose last one is far enough
+    behind, or else the first one of another tensor."""
+    begun: dict[int, tuple[int, int]] = {}  # tensors between passes: number of the next one, pieces when the last ended
+    pieces_so_far, unbegun = 0, iter(range(len(tensors)))
+    while True:
+        index = next((index for index, (_, end) in begun.items() if pieces_so_far - end >= BETWEEN_PASSES), None)
+        if index is None:
+            index = next(unbegun, None)
+        if index is None:
+            index = next(iter(begun), None)
+        if index is None:
+            return
+        number, _ = begun.pop(index, (0, 0))
+        yield number, index
+        pieces_so_far += sum(len(step.pieces) for step in tensors[index])
+        if len(tensors[index]) == 1 and number < tensors[index][0].passes - 1:
+            begun[index] = number + 1, pieces_so_far
 
 
 def _tensors(steps: Iterable[Step]) -> list[list[Step]]:

@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 from pymerge import api
 from pymerge.errors import PlanError
 from pymerge.planner import Plan
-from pymerge.schedule import CHUNK_ELEMENTS, READ_AHEAD, SMALL_BYTES, WRITE_BEHIND, Window, forecast, may_wait, slots
+from pymerge.schedule import (
+    BETWEEN_PASSES,
+    CHUNK_ELEMENTS,
+    READ_AHEAD,
+    SMALL_BYTES,
+    WRITE_BEHIND,
+    Slot,
+    Window,
+    alternating,
+    forecast,
+    may_wait,
+    slots,
+)
 from pymerge.steps import Memory
 
 MIB = 2**20
@@ -169,3 +181,28 @@ def test_slots_follow_the_plan(large: Path) -> None:
         elements = (slot.piece.stop - slot.piece.start) * 1024
         assert slot.memory.inputs == 2 * 4 * elements
         assert slot.memory.output == 4 * elements
+
+
+def test_passes_of_a_tensor_have_others_between_them(tmp_path: Path) -> None:
+    """As many pieces as there are, up to BETWEEN_PASSES; without other tensors, none. Nothing is left out."""
+    large = {f"model.layers.{n}.mlp.up_proj.weight": torch.zeros(2 * CHUNK_ELEMENTS // 512 + 1, 512) for n in range(6)}
+    write_models(tmp_path, {EMBEDDING: torch.zeros(6000, 1024), **large})
+    plan = planned(tmp_path, "ties", weight=1.0, density=0.5)
+    queue = alternating(plan.steps, plan.budget.tensors)
+    assert sorted(map(_place, queue)) == sorted(map(_place, slots(plan.steps)))
+    ends: dict[tuple[str, int], int] = {}
+    begins: dict[tuple[str, int], int] = {}
+    for position, slot in enumerate(queue):
+        ends[slot.step.name, slot.number] = position
+        begins.setdefault((slot.step.name, slot.number), position)
+    passes = plan.steps[0].passes
+    assert passes > 1
+    for step in plan.steps[:-3]:  # the last ones have none behind them
+        for number in range(1, passes):
+            assert begins[step.name, number] - ends[step.name, number - 1] > BETWEEN_PASSES
+    (alone,) = [step for step in plan.steps if step.name == EMBEDDING]
+    assert alternating([alone], plan.budget.tensors) == list(slots([alone]))
+
+
+def _place(slot: Slot) -> tuple[str, int, int]:
+    return slot.step.name, slot.number, slot.piece.start

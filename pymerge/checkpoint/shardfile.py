@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pymerge.checkpoint.directfile import DirectFile
 from pymerge.checkpoint.fileformat import read_header
 from pymerge.checkpoint.files import output_error
 from pymerge.checkpoint.layout import ShardLayout, TensorLayout, layout_file
@@ -37,9 +38,11 @@ class ShardFile:
         self._written = dict.fromkeys(self._hashes, 0)
         self._remaining = sum(tensor.nbytes for tensor in layout.tensors)
         self._descriptor = -1
+        self._direct: DirectFile | None = None
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             self._reserve()
+            self._direct = DirectFile(path, only_if_fast=keeps_cache)
         except OSError as error:
             self.discard()
             raise output_error(path, "creating the file", error, layout.nbytes) from error
@@ -73,16 +76,20 @@ class ShardFile:
         except OSError as error:
             self.discard()
             raise output_error(self.path, "finishing the file", error, self.layout.nbytes) from error
-        os.close(self._descriptor)
-        self._descriptor = -1
+        self._close()
         return {name: digest.hexdigest() for name, digest in self._hashes.items()}
 
     def discard(self) -> None:
         """Close and remove the file; harmless when that was done before."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            self._close()
             self.path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
+        os.close(self._descriptor)
+        self._descriptor = -1
 
     def _drop_cache(self, offset: int, nbytes: int) -> None:
         """Have pages written to the disk if they are dirty, and dropped if not, so that a sync finds little to do."""
@@ -107,16 +114,22 @@ class ShardFile:
         os.ftruncate(self._descriptor, nbytes)
 
     def _pwrite(self, data: memoryview, offset: int) -> None:
-        done = 0
         try:
-            while done < len(data):
-                count = os.pwrite(self._descriptor, data[done : done + _CHUNK_BYTES], offset + done)
-                self._start_writing_out(offset + done, count)
-                self._drop_cache(offset + done, count)
-                done += count
+            assert self._direct is not None
+            direct = self._direct.pwrite(data, offset)
+            self._pwrite_cached(data[: direct.start], offset)
+            self._pwrite_cached(data[direct.stop :], offset + direct.stop)
         except OSError as error:
             self.discard()
             raise output_error(self.path, "writing", error, self.layout.nbytes) from error
+
+    def _pwrite_cached(self, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            count = os.pwrite(self._descriptor, data[done : done + _CHUNK_BYTES], offset + done)
+            self._start_writing_out(offset + done, count)
+            self._drop_cache(offset + done, count)
+            done += count
 
 
 def is_whole(file: Path, layout: ShardLayout, digests: Mapping[str, str]) -> bool:

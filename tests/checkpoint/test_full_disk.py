@@ -52,7 +52,7 @@ def test_more_than_the_disk_holds_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_file_larger_than_the_limit_of_the_process(tmp_path: Path) -> None:
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))"
     message, left = run([sys.executable, "-c"], PREPARE + limit + REPORT, tmp_path)
-    assert "a file of 600," in message
+    assert "a file of 604," in message
     assert message.endswith("give a smaller maximum shard size or raise the limit")
     assert left == LEFT
 
@@ -81,7 +81,7 @@ def test_a_disk_that_fills_up_while_shards_are_written(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         message, left = done.stdout.splitlines()
-        assert "no space left: needs 600," in message
+        assert "no space left: needs 604," in message
         assert " bytes free; free some space and run the same command again" in message
     else:
         limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))"
