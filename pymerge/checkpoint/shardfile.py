@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +38,7 @@ class ShardFile:
         self._hashes = {tensor.name: hashlib.sha256() for tensor in layout.tensors}
         self._written = dict.fromkeys(self._hashes, 0)
         self._remaining = sum(tensor.nbytes for tensor in layout.tensors)
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="pymerge-hash")  # beside the disk, which takes as long
         self._descriptor = -1
         self._direct: DirectFile | None = None
         try:
@@ -62,8 +64,11 @@ class ShardFile:
                 f"{self.path}: internal error: {done + len(data)} bytes for tensor {tensor.name}, "
                 f"which has {tensor.nbytes}; please report this"
             )
-        self._pwrite(data, tensor.offset + done)
-        self._hashes[tensor.name].update(data)
+        hashing = self._hasher.submit(self._hashes[tensor.name].update, data)
+        try:
+            self._pwrite(data, tensor.offset + done)
+        finally:
+            hashing.result()
         self._written[tensor.name] = done + len(data)
         self._remaining -= len(data)
 
@@ -88,6 +93,7 @@ class ShardFile:
     def _close(self) -> None:
         if self._direct is not None:
             self._direct.close()
+        self._hasher.shutdown()
         os.close(self._descriptor)
         self._descriptor = -1
 
