@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 T = 5e-4  # of nearswap
 EPSILON = 1e-4  # of ram
-SHARE = 0.5  # of sce
 
 
 def _inputs(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -50,24 +49,47 @@ def _ram(layer: Layer) -> tuple[Tensor, ...]:
     return ((base + (taus * active).sum(0) / active.sum(0).clamp(min=1)).to(layer.base.dtype),)
 
 
+def _ram_counts(layer: Layer) -> tuple[Tensor, ...]:
+    active = _inputs(layer)[1].abs() > EPSILON
+    count = active.sum(0)
+    return (torch.stack([(active & (count == 1)).flatten(1).sum(1), (active & (count > 1)).flatten(1).sum(1)], dim=1),)
+
+
+def _sce_spread(layer: Layer) -> tuple[Tensor, ...]:
+    return (_inputs(layer)[1].var(0, unbiased=False),)
+
+
+def _sce_energies(layer: Layer) -> tuple[Tensor, ...]:
+    return (_inputs(layer)[1].double().square().flatten(1).sum(1),)
+
+
 def _sce(layer: Layer) -> tuple[Tensor, ...]:
     base, taus = _inputs(layer)
-    spread = taus.var(0, unbiased=False).flatten()
-    selected = torch.zeros_like(spread)
-    selected[spread.topk(int(torch.count_nonzero(spread) * SHARE)).indices] = 1.0
-    taus = taus * selected.view(base.shape)
-    energies = taus.square().flatten(1).mean(1)
-    kept = (torch.sign(taus) == torch.where(taus.sum(0) >= 0, 1.0, -1.0)) * (energies / energies.sum())[:, None, None]
+    weights = torch.tensor(layer.shares, device=base.device)[:, None, None]
+    kept = (torch.sign(taus) == torch.where(taus.sum(0) >= 0, 1.0, -1.0)) * weights
     return ((base + (taus * kept).sum(0) / kept.sum(0).clamp(min=1e-9)).to(layer.base.dtype),)
 
 
-def _arcee_fusion(layer: Layer) -> tuple[Tensor, ...]:
-    base, model = layer.base.double(), layer.experts[0].double()
-    p, q = torch.softmax(model, -1) + 1e-8, torch.softmax(base, -1) + 1e-8
-    scores = ((model - base).abs() * (p * (p / q).log()).sum(-1, keepdim=True)).float()
-    ordered = scores.flatten().sort().values
+def row_divergence(layer: Layer) -> Tensor:
+    """Of the first expert's rows."""
+    p, q = (torch.softmax(tensor.double(), -1) + 1e-8 for tensor in (layer.experts[0], layer.base))
+    return (p * (p / q).log()).sum(-1)
+
+
+def _importance(layer: Layer) -> Tensor:
+    base, model = layer.base.float(), layer.experts[0].float()
+    return ((model - base).abs() * row_divergence(layer)[:, None]).float()
+
+
+def least_important(layer: Layer) -> float:
+    """The threshold of arcee_fusion."""
+    ordered = _importance(layer).flatten().sort().values
     low, middle, high = (ordered[(len(ordered) - 1) * quarter // 4] for quarter in (1, 2, 3))
-    return (torch.where(scores >= middle + 1.5 * (high - low), model, base).to(layer.base.dtype),)
+    return float(middle + 1.5 * (high - low))
+
+
+def _arcee_fusion(layer: Layer) -> tuple[Tensor, ...]:
+    return (torch.where(_importance(layer) >= least_important(layer), layer.experts[0], layer.base),)
 
 
 def _whole(size: Size) -> int:
@@ -80,14 +102,23 @@ TASK_DOTS = Peer(
     work=lambda size: 2 * size.tasks**2 * size.numel + 100 * size.tasks * size.numel,
     memory=lambda size: 8 * (2 * size.tasks + 2) * size.numel,
 )
-COMBINE_VECTORS, NEARSWAP, RAM, SCE = (
+COMBINE_VECTORS, NEARSWAP, RAM, RAM_COUNTS, SCE_SPREAD, SCE_ENERGIES, SCE = (
     Peer(f"{name} on whole tensors", results, lambda size: 600 * size.tasks * size.numel, _whole, tolerance=4e-3)
-    for name, results in (("sum", _combine_vectors), ("nearswap", _nearswap), ("ram", _ram), ("sce", _sce))
+    for name, results in (
+        ("sum", _combine_vectors),
+        ("nearswap", _nearswap),
+        ("ram", _ram),
+        ("counts", _ram_counts),
+        ("variance", _sce_spread),
+        ("energies", _sce_energies),
+        ("sce", _sce),
+    )
 )
-ARCEE_FUSION = Peer(
-    "arcee_fusion by sorting",
-    _arcee_fusion,
-    work=lambda size: 10_000 * size.numel,
-    memory=lambda size: 80 * size.numel,
-    tolerance=4e-3,
+ROW_DIVERGENCE, IMPORTANCE, ARCEE_FUSION = (
+    Peer(f"{name} on whole tensors", results, lambda size: 4000 * size.numel, lambda size: 80 * size.numel, tolerance)
+    for name, results, tolerance in (
+        ("divergence", lambda layer: (row_divergence(layer),), 1e-6),
+        ("importance", lambda layer: (_importance(layer),), 1e-6),
+        ("arcee_fusion", _arcee_fusion, 4e-3),
+    )
 )

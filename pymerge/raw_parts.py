@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pymerge.backends.combine_files import DTYPES
 from pymerge.methods.average import element_count
 from pymerge.methods.parts import Between, Kept, Limits, Models, Part, from_the_nearer
 from pymerge.vectors import Axis, exact, row_bytes
@@ -151,6 +152,51 @@ class RawPart(Part):
     def combine_vectors(self, models: Models, weights: NDArray[Any], axis: Axis) -> None:
         raise NotImplementedError("sums with weights of each vector are pymerge.backends.native's")
 
+    def nonzero(self) -> int:
+        (zeros,) = self.magnitude_counts([0], [0], 0, 0)[0]
+        return self._numel - int(zeros)
+
+    def spread(self) -> RawPart:
+        self._used("sce_spread")
+        spread = np.empty(self._numel, np.float32)
+        _C.sce_spread(spread.ctypes.data, self._tasks, 1)
+        return _Scores(spread, self.shape, self._used, self.first, self.row)
+
+    def energies(self, bits: NDArray[Any] | None) -> NDArray[Any]:
+        self._used("sce_energies")
+        energies = np.empty(len(self._experts))
+        _C.sce_energies(energies.ctypes.data, self._tasks, 0 if bits is None else bits.ctypes.data, 1)
+        return energies
+
+    def majority_mean(self, weights: Sequence[float], bits: NDArray[Any] | None, least: float) -> None:
+        self._used("sce")
+        target, selected = (self._out.address, self._out.dtype), 0 if bits is None else bits.ctypes.data
+        _C.sce(target, self._tasks, selected, list(weights), least, 1)
+
+    def active_counts(self, epsilon: float) -> NDArray[Any]:
+        self._used("ram_counts")
+        counts = np.empty((len(self._experts), 2), np.int64)
+        _C.ram_counts(counts.ctypes.data, self._tasks, epsilon, 1)
+        return counts
+
+    def mean_of_active(self, epsilon: float, factors: Sequence[float]) -> None:
+        self._used("ram")
+        _C.ram((self._out.address, self._out.dtype), self._tasks, epsilon, list(factors), 1)
+
+    def divergence(self) -> NDArray[Any]:
+        raise NotImplementedError("divergences of rows are PyTorch's")
+
+    def importance(self, divergence: NDArray[Any], times: int) -> RawPart:
+        raise NotImplementedError("importances are PyTorch's")
+
+    def take_important(self, divergence: NDArray[Any], least: float) -> None:
+        raise NotImplementedError("importances are PyTorch's")
+
+    @property
+    def _tasks(self) -> tuple[int, int, list[int], list[int], int]:
+        """What csrc/bindings/elementwise.cpp takes."""
+        return self._base.address, self._base.dtype, *_columns(self._experts), self._numel
+
     def _vectors(self, models: Models) -> tuple[Raw | None, list[Raw]]:
         """The origin (None: zero) and the tensors whose differences from it are the vectors."""
         tensors = [self._base, *self._experts] if models.with_base else self._experts
@@ -159,6 +205,17 @@ class RawPart(Part):
     def _masks(self) -> Kept:
         tasks = len(self._experts)
         return Kept(np.zeros((tasks, row_bytes(self._numel)), np.uint8), np.empty(tasks), np.empty(tasks))
+
+
+class _Scores(RawPart):
+    """Numbers of at least 0 as a task vector, on no base."""
+
+    def __init__(
+        self, scores: NDArray[Any], shape: tuple[int, ...], used: Callable[[str], None], first: int, row: int
+    ) -> None:
+        expert = Raw(scores.ctypes.data, DTYPES["F32"], scores.size)
+        super().__init__(expert._replace(address=0), [expert], expert, shape, used, first, row)
+        self._array = scores  # lives as long as the part
 
 
 def _addresses(masks: Kept, norms: bool) -> tuple[int, int, int]:

@@ -15,7 +15,8 @@ import pymerge
 from pymerge.backends import Dispatcher
 from pymerge.errors import ArgumentError
 from pymerge.methods import METHODS
-from pymerge.ops.selection import kth_smallest
+from pymerge.methods.selecting import Selection, digits
+from pymerge.methods.tensor_parts import TensorPart
 from pymerge.testing.compare import assert_same
 
 SHAPES = [(12, 20), (30,), (1, 9), (9, 1), (3, 4, 5), (), (1,)]
@@ -148,19 +149,32 @@ def test_sce_selects_the_first_of_equal_variances() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_selection_is_exact(dtype: torch.dtype) -> None:
+def test_values_of_ranks_are_exact(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(9)
     values = torch.rand(5000, generator=generator, dtype=dtype).square_()
     values[::3] = values[0]
     values[7], values[8], values[9] = 0.0, 3e-39, 1e30
     ordered = values.sort().values
-    for rank in (0, 1, 2, 1200, 2500, 3333, 4998, 4999):
-        assert kth_smallest(values, rank) == float(ordered[rank])
+    ranks = (0, 1, 2, 1200, 2500, 3333, 4998, 4999)
+    part = TensorPart(Dispatcher(), torch.zeros_like(values), [values] * len(ranks), dtype)
+    counts = [len(values) - rank for rank in ranks]
+    selection = Selection(len(values), counts, keys_only=True, bits=part.key_bits)
+    for _ in digits(part.key_bits):
+        for start in range(0, 5000, 1700):
+            rows = part.rows(start, start + 1700)
+            selection.take(start, selection.count(rows))
+        selection.settle()
+    integer = torch.int32 if dtype == torch.float32 else torch.int64
+    assert torch.tensor(selection.keys).to(integer).view(dtype).tolist() == ordered[list(ranks)].tolist()
 
 
-def test_selection_over_many_blocks() -> None:
-    values = torch.arange(2_500_000, dtype=torch.float32).flip(0)
-    assert [kth_smallest(values, rank) for rank in (0, 1_234_567, 2_499_999)] == [0.0, 1_234_567.0, 2_499_999.0]
+@pytest.mark.parametrize("numel", [1, 2, 3, 4, 5, 6])
+def test_quartiles_of_a_few_elements(numel: int) -> None:
+    """The least of all is a quartile where there are less than five."""
+    base, (model,) = weights((numel,), 1, rms=1.0)
+    check(
+        pymerge.merge_tensors(base, [model], "arcee_fusion"), oracles.arcee_fusion(as_float64(base), as_float64(model))
+    )
 
 
 @pytest.mark.parametrize("name", ["nearswap", "ram", "ramplus_tl", "sce", "passthrough"])

@@ -63,7 +63,7 @@ ARROWS = {
     "sampling": "checkpoint planner steps",
     "report": "env units planner tracing",
     "backends": "devices errors logs ops vectors",
-    "raw_parts": "methods vectors",
+    "raw_parts": "backends methods vectors",
     "raw_passes": "backends checkpoint memory methods raw_parts schedule steps",
     "buffers": "memory methods",
     "transfer": "methods buffers checkpoint pieces schedule tracing",

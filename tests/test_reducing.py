@@ -39,7 +39,12 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("karcher", {}, 2),
     ("model_stock", {}, 2),
     ("model_stock", {"filter_wise": True}, 2),
+    ("sce", {"select_topk": 0.3}, 4),
+    ("sce", {}, 2),
+    ("ramplus_tl", {"epsilon": 1e-3}, 2),
+    ("arcee_fusion", {}, 3),
 ]
+IN_PYTORCH = ("nuslerp_flatten", "filter_wise", "arcee_fusion")  # parameters, and a method
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(models: Path, method: str, parameters: dict[str, Any]) -> Path:
-    return write_config(models, method, experts=1 if method == "slerp" else 2, **parameters)
+    return write_config(models, method, experts=1 if method in ("slerp", "arcee_fusion") else 2, **parameters)
 
 
 @pytest.mark.parametrize(("method", "parameters", "passes"), CASES, ids=str)
@@ -70,7 +75,7 @@ def test_ranges_give_the_bytes_of_the_whole(
     path = config(models, method, parameters)
     held, ranged = api.plan(path, device="cpu"), api.plan(path, device="cpu", memory=80 * MIB)
     streamed = streams.why_not(ranged.steps, Device("cpu"), "auto", allow_nonfinite=False) is None
-    assert streamed == ("nuslerp_flatten" not in parameters and "filter_wise" not in parameters)
+    assert streamed == {method, *parameters}.isdisjoint(IN_PYTORCH)
     files = [merged(plan, tmp_path / f"streamed-{index}") for index, plan in enumerate((held, ranged))]
     monkeypatch.setattr(streams, "why_not", lambda *_, **__: "a test")
     files += [merged(plan, tmp_path / f"computed-{index}") for index, plan in enumerate((held, ranged))]
@@ -100,14 +105,16 @@ def test_what_is_larger_than_may_be_held_is_read_again(
 
 
 @pytest.mark.parametrize("memory", [None, 80 * MIB])
-@pytest.mark.parametrize("method", ["slerp", "ties", "dare_ties", "karcher"])
+@pytest.mark.parametrize("method", ["slerp", "ties", "dare_ties", "karcher", "sce", "ramplus_tl", "arcee_fusion"])
 @pytest.mark.parametrize("value", ["nan", "-inf"])
 def test_what_is_not_finite_is_named_where_it_is(tmp_path: Path, value: str, method: str, memory: int | None) -> None:
     """Not where the result shows it first."""
     base = {EMBEDDING: torch.ones(ROWS, COLUMNS), "model.norm.weight": torch.ones(COLUMNS)}
     write_models(tmp_path, base, config={"architectures": ["Small"]})
     change(tmp_path / "e0", lambda tensors: tensors[EMBEDDING][3900, 7].fill_(float(value)))
-    parameters = {"slerp": {"t": 0.5}, "karcher": {}}.get(method, {"weight": 1.0, "density": 0.5})
+    parameters = {"slerp": {"t": 0.5}, "sce": {"select_topk": 0.5}}.get(method, {})
+    if method in ("ties", "dare_ties"):
+        parameters = {"weight": 1.0, "density": 0.5}
     path = write_config(tmp_path, method, experts=1, **parameters)
     with pytest.raises(NonFiniteError, match=r"e0/model.safetensors: tensor 'model.embed_tokens.weight'.*\[3900, 7\]"):
         api.merge(path, tmp_path / "out", device="cpu", memory=memory, progress=False)

@@ -43,7 +43,7 @@ void sce_spread(Address out, const Tasks& tasks, int threads) {
 
 void sce_energies(Address energies, const Tasks& tasks, Address selected, int threads) {
     with_tasks(tasks, [&](const TaskTensors& p) {
-        sce_energies_cpu(pointer<double>(energies), p, pointer<const bool>(selected), threads);
+        sce_energies_cpu(pointer<double>(energies), p, pointer<const std::uint8_t>(selected), threads);
     });
 }
 
@@ -52,7 +52,7 @@ void sce(const Target& out, const Tasks& tasks, Address selected, const std::vec
     with_tasks(tasks, [&](const TaskTensors& p) {
         PM_CHECK(static_cast<std::int64_t>(weights.size()) == p.count,
                  "sce: " << weights.size() << " weights for " << p.count << " experts; give one of each");
-        sce_cpu(output(out), p, pointer<const bool>(selected), weights.data(), least, threads);
+        sce_cpu(output(out), p, pointer<const std::uint8_t>(selected), weights.data(), least, threads);
     });
 }
 

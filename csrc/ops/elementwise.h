@@ -54,10 +54,11 @@ void ram_counts_cpu(std::int64_t* counts, const TaskTensors& p, double epsilon, 
 
 // Variance of the tau_t at each element, in `out` (float32 or float64, as computed).
 void sce_spread_cpu(void* out, const TaskTensors& p, int threads);
-// Sums of tau_t^2 over the selected elements (null: all), in an order that `numel` alone decides.
-void sce_energies_cpu(double* energies, const TaskTensors& p, const bool* selected, int threads);
+// Sums of tau_t^2 over the selected elements (a bit each, as in common/bitmask.h; null: all), in an order that `numel`
+// alone decides.
+void sce_energies_cpu(double* energies, const TaskTensors& p, const std::uint8_t* selected, int threads);
 // W_0 + sum_t w_t keep_t tau_t / max(sum_t w_t keep_t, least), W_0 where the divisor is 0.
-void sce_cpu(const Output& out, const TaskTensors& p, const bool* selected, const double* weights, double least,
+void sce_cpu(const Output& out, const TaskTensors& p, const std::uint8_t* selected, const double* weights, double least,
              int threads);
 
 }  // namespace pymerge

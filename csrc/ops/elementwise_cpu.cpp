@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "common/bitmask.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
 
@@ -27,8 +28,8 @@ PM_TARGET_CLONES void subtract(A* __restrict values, const A* __restrict origin,
 }
 
 template <class A>
-PM_TARGET_CLONES void select(A* __restrict values, const bool* __restrict selected, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) values[i] *= static_cast<A>(selected[i]);
+PM_TARGET_CLONES void multiply(A* __restrict values, const A* __restrict factors, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) values[i] *= factors[i];
 }
 
 // A block of W_0, of all task vectors, and room for three more rows.
@@ -48,12 +49,14 @@ class Block {
         });
     }
 
-    void read_taus(std::int64_t at, std::int64_t n, const bool* selected = nullptr) {
+    void read_taus(std::int64_t at, std::int64_t n, const std::uint8_t* selected = nullptr) {
         read(origin(), p_.base, p_.base_dtype, at, n);
+        A* keep = row(0);
+        if (selected != nullptr) unpack_bits<A>(keep, selected + at / 8, n);
         for (std::int64_t t = 0; t < p_.count; ++t) {
             read(tau(t), p_.experts[t], p_.dtypes[t], at, n);
             subtract<A>(tau(t), origin(), n);
-            if (selected != nullptr) select<A>(tau(t), selected + at, n);
+            if (selected != nullptr) multiply<A>(tau(t), keep, n);
         }
     }
 
@@ -247,7 +250,7 @@ void sce_spread_cpu(void* out, const TaskTensors& p, int threads) {
     });
 }
 
-void sce_energies_cpu(double* energies, const TaskTensors& p, const bool* selected, int threads) {
+void sce_energies_cpu(double* energies, const TaskTensors& p, const std::uint8_t* selected, int threads) {
     std::vector<double> partial(static_cast<std::size_t>(chunk_count(p.numel, chunk_size) * p.count));
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
@@ -262,7 +265,7 @@ void sce_energies_cpu(double* energies, const TaskTensors& p, const bool* select
     for (std::size_t i = 0; i < partial.size(); ++i) energies[i % static_cast<std::size_t>(p.count)] += partial[i];
 }
 
-void sce_cpu(const Output& out, const TaskTensors& p, const bool* selected, const double* weights, double least,
+void sce_cpu(const Output& out, const TaskTensors& p, const std::uint8_t* selected, const double* weights, double least,
              int threads) {
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;

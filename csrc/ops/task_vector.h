@@ -39,7 +39,7 @@ struct TaskStatsParams {
 
 PM_HOST_DEVICE float task_delta(float value, float base) { return value - base; }
 
-// out = W_t - W_0 of `n` elements from `begin` on, of tensors that are seen as one row.
+// out = W_t - W_0 of `n` elements from `begin` on, of tensors that are seen as one row; W_t where the base is null.
 void task_deltas(float* out, const MatrixView& base, const MatrixView& expert, std::int64_t begin, std::int64_t n);
 void task_sum_cpu(const TaskSumParams& p, int threads);
 void task_stats_cpu(const TaskStatsParams& p, int threads);

@@ -33,6 +33,11 @@ PM_TARGET_CLONES void subtract_row(
     for (std::int64_t i = 0; i < n; ++i) out[i] = task_delta(load<float>(expert[i]), load<float>(base[i]));
 }
 
+template <class E>
+PM_TARGET_CLONES void load_row(float* __restrict out, const E* __restrict expert, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = load<float>(expert[i]);
+}
+
 // out += weight (expert - base - mean)
 template <class A, class W, class E>
 PM_TARGET_CLONES void add_row(A* __restrict out, const W* __restrict base, const E* __restrict expert,
@@ -131,6 +136,10 @@ void sum_all(const TaskSumParams& p, int threads) {
 }  // namespace
 
 void task_deltas(float* out, const MatrixView& base, const MatrixView& expert, std::int64_t begin, std::int64_t n) {
+    if (base.data == nullptr) {
+        with_row(expert, 0, begin, [&](const auto* from) { load_row(out, from, n); });
+        return;
+    }
     subtract(out, base, expert, 0, begin, n);
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pymerge.backends.combine_files import missing
 from pymerge.backends.dtypes import DTYPE_CODES as DTYPE_CODES
-from pymerge.backends.native_elementwise import nearswap, ram, sce
+from pymerge.backends.native_elementwise import nearswap, ram, ram_counts, sce, sce_energies, sce_spread
 from pymerge.backends.native_routed import routed_linear
 from pymerge.backends.native_sparse import magnitude_counts, magnitude_mask, random_mask, sparse_combine, trim_threshold
 from pymerge.ops.base import compute_dtype
@@ -48,7 +48,10 @@ def implementations() -> Mapping[str, Callable[..., Any]]:
         "random_mask": random_mask,
         "sparse_combine": sparse_combine,
         "nearswap": nearswap,
+        "ram_counts": ram_counts,
         "ram": ram,
+        "sce_spread": sce_spread,
+        "sce_energies": sce_energies,
         "sce": sce,
         "task_dots": task_dots,
         "task_stats": task_stats,

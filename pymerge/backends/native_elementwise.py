@@ -10,12 +10,10 @@ from torch import Tensor
 from pymerge.backends.dtypes import DTYPE_CODES
 from pymerge.ops.base import compute_dtype
 from pymerge.ops.nearswap import LEAST_DIFFERENCE
-from pymerge.ops.ram import lone_factors
-from pymerge.ops.sce import most_varied, task_weights
 
 
 class _Tasks:
-    """Contiguous inputs, and what csrc/bindings takes for them."""
+    """Contiguous inputs, and what csrc/bindings takes for them: to be held until that returns."""
 
     def __init__(self, base: Tensor, experts: Sequence[Tensor]) -> None:
         self.base = base.contiguous()
@@ -52,45 +50,60 @@ def ram(
     base: Tensor,
     experts: Sequence[Tensor],
     epsilon: float,
-    r: float = 0.0,
-    alpha: float = 0.0,
+    factors: Sequence[float] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`ram` in one pass, with r in two; bit for bit the reference's result."""
+    """`ram` in one pass; bit for bit the reference's result."""
     from pymerge import _C
 
     out, target = _output(base, out_dtype)
-    tasks, threads = _Tasks(base, experts), torch.get_num_threads()
-    factors: list[float] = []
-    if r:
-        counts = torch.empty(len(experts), 2, dtype=torch.int64)
-        _C.ram_counts(counts.data_ptr(), tasks.argument, epsilon, threads)
-        factors = lone_factors(counts.tolist(), r, alpha)
-    _C.ram(target, tasks.argument, epsilon, factors, threads)
+    tasks = _Tasks(base, experts)
+    _C.ram(target, tasks.argument, epsilon, list(factors or ()), torch.get_num_threads())
     return out
+
+
+def ram_counts(base: Tensor, experts: Sequence[Tensor], epsilon: float) -> Tensor:
+    """`ram_counts` in one pass."""
+    from pymerge import _C
+
+    tasks, counts = _Tasks(base, experts), torch.empty(len(experts), 2, dtype=torch.int64)
+    _C.ram_counts(counts.data_ptr(), tasks.argument, epsilon, torch.get_num_threads())
+    return counts
+
+
+def sce_spread(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    """`sce_spread` in one pass; bit for bit the reference's result."""
+    from pymerge import _C
+
+    tasks = _Tasks(base, experts)
+    spread = torch.empty(base.shape, dtype=tasks.dtype)
+    _C.sce_spread(spread.data_ptr(), tasks.argument, torch.get_num_threads())
+    return spread
+
+
+def sce_energies(base: Tensor, experts: Sequence[Tensor], bits: Tensor | None = None) -> Tensor:
+    """`sce_energies` in one pass, in an order that the number of elements decides."""
+    from pymerge import _C
+
+    tasks, energies = _Tasks(base, experts), torch.empty(len(experts), dtype=torch.float64)
+    selected = 0 if bits is None else bits.data_ptr()
+    _C.sce_energies(energies.data_ptr(), tasks.argument, selected, torch.get_num_threads())
+    return energies
 
 
 def sce(
     base: Tensor,
     experts: Sequence[Tensor],
-    select_topk: float = 1.0,
-    least_energy: float = 0.0,
-    least_weight: float = 0.0,
+    weights: Sequence[float],
+    bits: Tensor | None = None,
+    least: float = 0.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`sce` in a pass for the energies and one for the result; one more, and the selection, where not all is merged."""
+    """`sce` in one pass; bit for bit the reference's result."""
     from pymerge import _C
 
     out, target = _output(base, out_dtype)
-    tasks, threads = _Tasks(base, experts), torch.get_num_threads()
-    selected = None
-    if select_topk < 1.0:
-        spread = torch.empty(base.numel(), dtype=tasks.dtype)
-        _C.sce_spread(spread.data_ptr(), tasks.argument, threads)
-        selected = most_varied(spread, select_topk)
-    mask = 0 if selected is None else selected.data_ptr()
-    energies = torch.empty(len(experts), dtype=torch.float64)
-    _C.sce_energies(energies.data_ptr(), tasks.argument, mask, threads)
-    weights = task_weights((energies / max(1, base.numel())).tolist(), least_energy)
-    _C.sce(target, tasks.argument, mask, weights, least_weight, threads)
+    tasks = _Tasks(base, experts)
+    selected = 0 if bits is None else bits.data_ptr()
+    _C.sce(target, tasks.argument, selected, list(weights), least, torch.get_num_threads())
     return out

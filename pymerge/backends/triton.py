@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.batches import packed, rows_contiguous, weights_by_layer
-from pymerge.backends.triton_elementwise import combine_vectors, nearswap, ram, task_dots
+from pymerge.backends.triton_elementwise import combine_vectors, nearswap, ram, ram_counts, task_dots
 from pymerge.backends.triton_routed import on, routed_linear
 from pymerge.backends.triton_sparse import magnitude_mask, random_mask, sparse_combine
 from pymerge.ops import spd_solve as spd
@@ -48,6 +48,7 @@ def implementations() -> Mapping[str, Callable[..., Any]]:
         "task_dots": task_dots,
         "combine_vectors": combine_vectors,
         "nearswap": nearswap,
+        "ram_counts": ram_counts,
         "ram": ram,
         "task_gram": task_gram,
         "wudi_adam": wudi_adam,

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pymerge.backends.triton_routed import on
 from pymerge.ops.nearswap import LEAST_DIFFERENCE
-from pymerge.ops.ram import lone_factors
 from pymerge.vectors import Axis, vector_shape
 
 
@@ -67,18 +66,23 @@ def ram(
     base: Tensor,
     experts: Sequence[Tensor],
     epsilon: float,
-    r: float = 0.0,
-    alpha: float = 0.0,
+    factors: Sequence[float] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`ram` in one pass, with r in two, with the arithmetic of the C++ backend."""
+    """`ram` in one pass, with the arithmetic of the C++ backend."""
     from pymerge.kernels import ram as kernel
 
     out = torch.empty(base.shape, dtype=out_dtype or base.dtype, device=base.device)
     base, inputs = base.contiguous(), [expert.contiguous() for expert in experts]
     with on(base.device):
-        factors = [1.0] * len(inputs)
-        if r:
-            factors = lone_factors(kernel.counts(base, inputs, epsilon).tolist(), r, alpha)
-        kernel.launch(out, base, inputs, epsilon, factors)
+        kernel.launch(out, base, inputs, epsilon, [1.0] * len(inputs) if factors is None else list(factors))
     return out
+
+
+def ram_counts(base: Tensor, experts: Sequence[Tensor], epsilon: float) -> Tensor:
+    """`ram_counts` in one pass."""
+    from pymerge.kernels import ram as kernel
+
+    with on(base.device):
+        counts: Tensor = kernel.counts(base.contiguous(), [expert.contiguous() for expert in experts], epsilon)
+    return counts

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pymerge.methods.average import element_count
 from pymerge.methods.base import COMPAT, Action, Cost, Method, OpRunner, Parameter, Values
-from pymerge.ops import arcee_fusion, ram, sce, selection
+from pymerge.methods.scored import MeanOfActivePlus, SelectCalculateErase, TakeImportant
+from pymerge.ops.task_blocks import BLOCK
 
 _MERGEKITS_LEAST = 1e-6  # sum of energies, sum of weights
 
@@ -50,7 +51,7 @@ class MeanOfActive(Action):
     def run(
         self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        merged: Tensor = run_op("ram", base, experts, self.epsilon, 0.0, 0.0, out_dtype)
+        merged: Tensor = run_op("ram", base, experts, self.epsilon, None, out_dtype)
         return merged
 
     @property
@@ -60,69 +61,7 @@ class MeanOfActive(Action):
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)
         # Task vectors, twice while they are stacked; masks; start, sum and what is added.
-        return Cost(4 * experts * items, min(items, ram.BLOCK) * (10 * experts + 24))
-
-
-@dataclass(frozen=True)
-class MeanOfActivePlus(MeanOfActive):
-    """The same, with larger shares of what one task vector alone touches."""
-
-    r: float = 0.1
-    alpha: float = 0.2
-    chunkable: ClassVar[bool] = False
-    whole: ClassVar[bool] = True
-
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        merged: Tensor = run_op("ram", base, experts, self.epsilon, self.r, self.alpha, out_dtype)
-        return merged
-
-
-@dataclass(frozen=True)
-class SelectCalculateErase(Action):
-    """W_0 + sum_t w_t keep_t tau_t / sum_t w_t keep_t."""
-
-    select_topk: float
-    least: float
-    label: ClassVar[str] = "select, calculate, erase"
-    whole: ClassVar[bool] = True
-
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        merged: Tensor = run_op("sce", base, experts, self.select_topk, self.least, self.least, out_dtype)
-        return merged
-
-    @property
-    def shows_nonfinite(self) -> bool:
-        return True
-
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
-        # Variances, mask, those equal to the least; and what finds that.
-        selecting = (4 + 1 + 1) * items + 16 * min(items, selection.BLOCK) if self.select_topk < 1.0 else 0
-        return Cost(10 * experts * items, selecting + min(items, sce.BLOCK) * (16 * experts + 32))
-
-
-@dataclass(frozen=True)
-class TakeImportant(Action):
-    """W_1 where its importance reaches a threshold, else W_0."""
-
-    label: ClassVar[str] = "take important"
-    whole: ClassVar[bool] = True
-
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        merged: Tensor = run_op("arcee_fusion", base, experts[0], out_dtype)
-        return merged
-
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
-        row = max(arcee_fusion.BLOCK, shape[-1] if shape else 1)
-        # Scores; float64 rows; what finds the quantiles.
-        return Cost(40 * items, 4 * items + min(items, row) * 8 * 6 + 16 * min(items, selection.BLOCK))
+        return Cost(4 * experts * items, min(items, BLOCK) * (10 * experts + 24))
 
 
 class NearSwap(Method):

@@ -50,7 +50,12 @@ class Models(NamedTuple):
 
 
 class Part(ABC):
-    """Rows of one tensor, from element `first` on; `row` is how many of them come before."""
+    """Rows of one tensor, from element `first` on; `row` is how many of them come before.
+
+    Magnitudes are ordered by integers, their keys, of `key_bits` bits.
+    """
+
+    key_bits = 31
 
     def __init__(self, first: int, row: int, shape: tuple[int, ...]) -> None:
         self.first = first
@@ -111,6 +116,42 @@ class Part(ABC):
     @abstractmethod
     def combine_vectors(self, models: Models, weights: NDArray[Any], axis: Axis) -> Any:
         """The merged part: a weighted sum with weights [G, T] of each vector."""
+
+    @abstractmethod
+    def nonzero(self) -> int:
+        """How many elements of the first task vector are not 0."""
+
+    @abstractmethod
+    def spread(self) -> Part:
+        """The variances of the task vectors at each element, as the only task vector of a part."""
+
+    @abstractmethod
+    def energies(self, bits: Any) -> NDArray[Any]:
+        """Sums of squares [T] float64, over the elements whose bits are set (None: all)."""
+
+    @abstractmethod
+    def majority_mean(self, weights: Sequence[float], bits: Any, least: float) -> Any:
+        """The merged part, by the op sce: bits as for `energies`."""
+
+    @abstractmethod
+    def active_counts(self, epsilon: float) -> NDArray[Any]:
+        """Elements where each task vector alone is active, and where another is too, [T, 2] int64."""
+
+    @abstractmethod
+    def mean_of_active(self, epsilon: float, factors: Sequence[float]) -> Any:
+        """The merged part, by the op ram."""
+
+    @abstractmethod
+    def divergence(self) -> NDArray[Any]:
+        """Of the first expert's rows from the base's, [rows] float64."""
+
+    @abstractmethod
+    def importance(self, divergence: NDArray[Any], times: int) -> Part:
+        """The importance of the first expert's elements, as so many equal task vectors of a part."""
+
+    @abstractmethod
+    def take_important(self, divergence: NDArray[Any], least: float) -> Any:
+        """The merged part, by the op arcee_fusion."""
 
 
 def from_the_nearer(models: Models, weights: Sequence[float]) -> int | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pymerge.methods.base import OpRunner
 from pymerge.methods.parts import SUM_ELEMENTS, Between, Kept, Limits, Models, Part, from_the_nearer
+from pymerge.ops.base import compute_dtype
 from pymerge.ops.bitmask import TaskMasks
 from pymerge.ops.trim_threshold import Thresholds, behind
 from pymerge.vectors import Axis
@@ -33,6 +34,7 @@ class TensorPart(Part):
         self._base = base
         self._experts = experts
         self._dtype = out_dtype
+        self.key_bits = 63 if compute_dtype(base, *experts) == torch.float64 else 31
 
     def rows(self, start: int, stop: int) -> TensorPart:
         """Some rows of this part."""
@@ -111,6 +113,43 @@ class TensorPart(Part):
         numbers = torch.from_numpy(weights).to(self._base.device)
         merged: Tensor = self._run_op("combine_vectors", *self._vectors(models), numbers, axis, self._dtype)
         return merged
+
+    def nonzero(self) -> int:
+        return int(torch.count_nonzero(self._experts[0] != self._base))
+
+    def spread(self) -> TensorPart:
+        return self._scores(self._run_op("sce_spread", self._base, self._experts), 1)
+
+    def energies(self, bits: Tensor | None) -> NDArray[Any]:
+        return _array(self._run_op("sce_energies", self._base, self._experts, bits))
+
+    def majority_mean(self, weights: Sequence[float], bits: Tensor | None, least: float) -> Tensor:
+        merged: Tensor = self._run_op("sce", self._base, self._experts, weights, bits, least, self._dtype)
+        return merged
+
+    def active_counts(self, epsilon: float) -> NDArray[Any]:
+        return _array(self._run_op("ram_counts", self._base, self._experts, epsilon))
+
+    def mean_of_active(self, epsilon: float, factors: Sequence[float]) -> Tensor:
+        merged: Tensor = self._run_op("ram", self._base, self._experts, epsilon, factors, self._dtype)
+        return merged
+
+    def divergence(self) -> NDArray[Any]:
+        return _array(self._run_op("row_divergence", self._base, self._experts[0]))
+
+    def importance(self, divergence: NDArray[Any], times: int) -> TensorPart:
+        numbers = torch.from_numpy(divergence).to(self._base.device)
+        return self._scores(self._run_op("importance", self._base, self._experts[0], numbers), times)
+
+    def take_important(self, divergence: NDArray[Any], least: float) -> Tensor:
+        numbers = torch.from_numpy(divergence).to(self._base.device)
+        merged: Tensor = self._run_op("arcee_fusion", self._base, self._experts[0], numbers, least, self._dtype)
+        return merged
+
+    def _scores(self, scores: Tensor, times: int) -> TensorPart:
+        """Numbers of at least 0, as the difference of equal experts from a base of zeros."""
+        experts = [scores] * times
+        return TensorPart(self._run_op, torch.zeros_like(scores), experts, scores.dtype, self.first, self.row)
 
     def _vectors(self, models: Models) -> tuple[Tensor | None, Sequence[Tensor]]:
         """The origin (None: zero) and the tensors whose differences from it are the vectors."""
