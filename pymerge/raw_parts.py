@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pymerge.backends.combine_files import DTYPES
 from pymerge.methods.average import element_count
 from pymerge.methods.parts import Between, Kept, Limits, Models, Part, from_the_nearer
-from pymerge.vectors import Axis, exact, row_bytes
+from pymerge.vectors import Axis, exact, row_bytes, vector_shape
 
 _C: Any = importlib.import_module("pymerge._C")
 
@@ -160,7 +160,7 @@ class RawPart(Part):
         self._used("sce_spread")
         spread = np.empty(self._numel, np.float32)
         _C.sce_spread(spread.ctypes.data, self._tasks, 1)
-        return _Scores(spread, self.shape, self._used, self.first, self.row)
+        return _Scores(spread, 1, self)
 
     def energies(self, bits: NDArray[Any] | None) -> NDArray[Any]:
         self._used("sce_energies")
@@ -184,13 +184,26 @@ class RawPart(Part):
         _C.ram((self._out.address, self._out.dtype), self._tasks, epsilon, list(factors), 1)
 
     def divergence(self) -> NDArray[Any]:
-        raise NotImplementedError("divergences of rows are PyTorch's")
+        self._used("row_divergence")
+        divergence = np.empty(self._rows[0])
+        _C.row_divergence(divergence.ctypes.data, self._tasks, *self._rows, 1)
+        return divergence
 
     def importance(self, divergence: NDArray[Any], times: int) -> RawPart:
-        raise NotImplementedError("importances are PyTorch's")
+        self._used("importance")
+        scores = np.empty(self._numel, np.float32)
+        _C.importance(scores.ctypes.data, self._tasks, divergence.ctypes.data, *self._rows, 1)
+        return _Scores(scores, times, self)
 
     def take_important(self, divergence: NDArray[Any], least: float) -> None:
-        raise NotImplementedError("importances are PyTorch's")
+        self._used("arcee_fusion")
+        target = self._out.address, self._out.dtype
+        _C.arcee_fusion(target, self._tasks, divergence.ctypes.data, least, *self._rows, 1)
+
+    @property
+    def _rows(self) -> tuple[int, int]:
+        """Rows along the last axis, and their length."""
+        return vector_shape(self.shape, "rows")
 
     @property
     def _tasks(self) -> tuple[int, int, list[int], list[int], int]:
@@ -208,13 +221,12 @@ class RawPart(Part):
 
 
 class _Scores(RawPart):
-    """Numbers of at least 0 as a task vector, on no base."""
+    """Numbers of at least 0, one for each element of a part, as equal task vectors on no base."""
 
-    def __init__(
-        self, scores: NDArray[Any], shape: tuple[int, ...], used: Callable[[str], None], first: int, row: int
-    ) -> None:
+    def __init__(self, scores: NDArray[Any], times: int, part: RawPart) -> None:
         expert = Raw(scores.ctypes.data, DTYPES["F32"], scores.size)
-        super().__init__(expert._replace(address=0), [expert], expert, shape, used, first, row)
+        nothing = expert._replace(address=0)
+        super().__init__(nothing, [expert] * times, nothing, part.shape, part._used, part.first, part.row)
         self._array = scores  # lives as long as the part
 
 

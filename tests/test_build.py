@@ -26,9 +26,10 @@ ARCHS = ("80", "90")
 def test_extension_has_no_torch_inside() -> None:
     """One build serves every torch version: it uses no symbol and no library of torch."""
     path = str(_C.__file__)
-    symbols = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout
+    lines = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    symbols = [line.split()[-1] for line in lines]  # not their addresses, which may be any digits
     assert "PyInit__C" in symbols
-    assert not re.findall(r"\S*(?:c10|torch|aten)\S*", symbols, re.IGNORECASE)
+    assert not [symbol for symbol in symbols if re.search("c10|torch|aten", symbol, re.IGNORECASE)]
     needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
     assert not [line for line in needed.splitlines() if "NEEDED" in line and ("torch" in line or "c10" in line)]
 

@@ -1,6 +1,7 @@
-// Ops that go element by element: nearswap, ram, sce.
+// Ops that go element by element: nearswap, ram, sce, arcee_fusion.
 #include "bindings/arguments.h"
 #include "ops/elementwise.h"
+#include "ops/row_divergence.h"
 
 namespace pymerge {
 namespace {
@@ -56,6 +57,26 @@ void sce(const Target& out, const Tasks& tasks, Address selected, const std::vec
     });
 }
 
+void row_divergence(Address divergence, const Tasks& tasks, std::int64_t rows, std::int64_t columns, int threads) {
+    with_tasks(tasks, [&](const TaskTensors& p) {
+        row_divergence_cpu(pointer<double>(divergence), {p, rows, columns}, threads);
+    });
+}
+
+void importance(Address out, const Tasks& tasks, Address divergence, std::int64_t rows, std::int64_t columns,
+                int threads) {
+    with_tasks(tasks, [&](const TaskTensors& p) {
+        importance_cpu(pointer(out), {p, rows, columns}, pointer<const double>(divergence), threads);
+    });
+}
+
+void arcee_fusion(const Target& out, const Tasks& tasks, Address divergence, double least, std::int64_t rows,
+                  std::int64_t columns, int threads) {
+    with_tasks(tasks, [&](const TaskTensors& p) {
+        arcee_fusion_cpu(output(out), {p, rows, columns}, pointer<const double>(divergence), least, threads);
+    });
+}
+
 }  // namespace
 
 void define_elementwise(py::module_& module) {
@@ -65,6 +86,9 @@ void define_elementwise(py::module_& module) {
     module.def("sce_spread", &sce_spread, Unlocked());
     module.def("sce_energies", &sce_energies, Unlocked());
     module.def("sce", &sce, Unlocked());
+    module.def("row_divergence", &row_divergence, Unlocked());
+    module.def("importance", &importance, Unlocked());
+    module.def("arcee_fusion", &arcee_fusion, Unlocked());
 }
 
 }  // namespace pymerge

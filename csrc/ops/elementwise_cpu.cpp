@@ -1,97 +1,9 @@
 #include "ops/elementwise.h"
 
-#include <vector>
-
-#include "common/bitmask.h"
-#include "common/dispatch.h"
-#include "common/parallel.h"
+#include "ops/task_block.h"
 
 namespace pymerge {
 namespace {
-
-constexpr std::int64_t block_size = 512;  // elements of all tensors that are in the cache together
-constexpr std::int64_t chunk_size = 32 * block_size;
-
-template <class A, class T>
-PM_TARGET_CLONES void read_values(A* __restrict to, const T* __restrict from, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) to[i] = load<A>(from[i]);
-}
-
-template <class A, class T>
-PM_TARGET_CLONES void write_values(T* __restrict to, const A* __restrict from, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) to[i] = Round<T>::from(from[i]);
-}
-
-template <class A>
-PM_TARGET_CLONES void subtract(A* __restrict values, const A* __restrict origin, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) values[i] -= origin[i];
-}
-
-template <class A>
-PM_TARGET_CLONES void multiply(A* __restrict values, const A* __restrict factors, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) values[i] *= factors[i];
-}
-
-// A block of W_0, of all task vectors, and room for three more rows.
-template <class A>
-class Block {
-  public:
-    explicit Block(const TaskTensors& p) : p_(p), values_(static_cast<std::size_t>((p.count + 4) * block_size)) {}
-
-    A* tau(std::int64_t t) { return values_.data() + t * block_size; }
-    A* origin() { return tau(p_.count); }
-    A* row(std::int64_t k) { return tau(p_.count + 1 + k); }
-
-    void read(A* to, const void* from, DType dtype, std::int64_t at, std::int64_t n) {
-        dispatch(dtype, [&](auto tag) {
-            using T = typename decltype(tag)::type;
-            read_values<A, T>(to, static_cast<const T*>(from) + at, n);
-        });
-    }
-
-    void read_taus(std::int64_t at, std::int64_t n, const std::uint8_t* selected = nullptr) {
-        read(origin(), p_.base, p_.base_dtype, at, n);
-        A* keep = row(0);
-        if (selected != nullptr) unpack_bits<A>(keep, selected + at / 8, n);
-        for (std::int64_t t = 0; t < p_.count; ++t) {
-            read(tau(t), p_.experts[t], p_.dtypes[t], at, n);
-            subtract<A>(tau(t), origin(), n);
-            if (selected != nullptr) multiply<A>(tau(t), keep, n);
-        }
-    }
-
-    void write(const Output& out, const A* from, std::int64_t at, std::int64_t n) {
-        dispatch(out.dtype, [&](auto tag) {
-            using T = typename decltype(tag)::type;
-            write_values<A, T>(static_cast<T*>(out.data) + at, from, n);
-        });
-    }
-
-  private:
-    const TaskTensors& p_;
-    std::vector<A> values_;
-};
-
-// Calls f(block, chunk, at, n) for all blocks, those of a chunk in order.
-template <class A, class F>
-void for_each_block(const TaskTensors& p, int threads, F&& f) {
-    for_each_chunk(p.numel, chunk_size, threads, [&](std::int64_t begin, std::int64_t end) {
-        Block<A> block(p);
-        for (std::int64_t at = begin; at < end; at += block_size) {
-            f(block, begin / chunk_size, at, std::min(block_size, end - at));
-        }
-    });
-}
-
-template <class F>
-void in_compute_type(const TaskTensors& p, F&& f) {
-    PM_CHECK(p.numel >= 0 && p.count > 0, "task tensors: " << p.count << " of " << p.numel << " elements");
-    if (p.in_double()) {
-        f(Tag<double>{});
-    } else {
-        f(Tag<float>{});
-    }
-}
 
 template <class A>
 PM_TARGET_CLONES void nearswap_block(A* __restrict near, const A* __restrict far, A t, A least, std::int64_t n) {
@@ -166,8 +78,8 @@ template <class A>
 PM_TARGET_CLONES void add_kept(A* __restrict total, A* __restrict divisor, const A* __restrict tau,
                                const A* __restrict sum, A weight, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) {
-        const bool same_sign = sum[i] >= A(0) ? tau[i] > A(0) : tau[i] < A(0);
-        const A kept = static_cast<A>(same_sign) * weight;
+        const A above = tau[i] > A(0) ? A(1) : A(0), below = tau[i] < A(0) ? A(1) : A(0);
+        const A kept = (sum[i] >= A(0) ? above : below) * weight;
         total[i] += tau[i] * kept;  // NaN stays, whatever its weight
         divisor[i] += kept;
     }
@@ -183,7 +95,7 @@ PM_TARGET_CLONES void add_quotient(A* __restrict origin, const A* __restrict tot
 }
 
 template <class A>
-void sum_active(Block<A>& block, const TaskTensors& p, double epsilon, const double* factors, std::int64_t n) {
+void sum_active(TaskBlock<A>& block, const TaskTensors& p, double epsilon, const double* factors, std::int64_t n) {
     for (std::int64_t k = 0; k < 3; ++k) std::fill_n(block.row(k), n, A(0));
     for (std::int64_t t = 0; t < p.count; ++t) {
         const A factor = factors == nullptr ? A(1) : static_cast<A>(factors[t]);
@@ -196,7 +108,7 @@ void sum_active(Block<A>& block, const TaskTensors& p, double epsilon, const dou
 void nearswap_cpu(const Output& out, const TaskTensors& p, double t, double least, int threads) {
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
-        for_each_block<A>(p, threads, [&](Block<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
+        for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
             block.read(block.origin(), p.base, p.base_dtype, at, n);
             block.read(block.tau(0), p.experts[0], p.dtypes[0], at, n);
             nearswap_block<A>(block.origin(), block.tau(0), static_cast<A>(t), static_cast<A>(least), n);
@@ -208,7 +120,7 @@ void nearswap_cpu(const Output& out, const TaskTensors& p, double t, double leas
 void ram_cpu(const Output& out, const TaskTensors& p, double epsilon, const double* factors, int threads) {
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
-        for_each_block<A>(p, threads, [&](Block<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
+        for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
             block.read_taus(at, n);
             sum_active<A>(block, p, epsilon, factors, n);
             add_mean<A>(block.origin(), block.row(0), block.row(1), block.row(2), n);
@@ -218,10 +130,10 @@ void ram_cpu(const Output& out, const TaskTensors& p, double epsilon, const doub
 }
 
 void ram_counts_cpu(std::int64_t* counts, const TaskTensors& p, double epsilon, int threads) {
-    std::vector<std::int64_t> partial(static_cast<std::size_t>(chunk_count(p.numel, chunk_size) * p.count * 2));
+    std::vector<std::int64_t> partial(static_cast<std::size_t>(chunk_count(p.numel, task_chunk) * p.count * 2));
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
-        for_each_block<A>(p, threads, [&](Block<A>& block, std::int64_t chunk, std::int64_t at, std::int64_t n) {
+        for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t chunk, std::int64_t at, std::int64_t n) {
             block.read_taus(at, n);
             sum_active<A>(block, p, epsilon, nullptr, n);
             for (std::int64_t t = 0; t < p.count; ++t) {
@@ -237,7 +149,7 @@ void ram_counts_cpu(std::int64_t* counts, const TaskTensors& p, double epsilon, 
 void sce_spread_cpu(void* out, const TaskTensors& p, int threads) {
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
-        for_each_block<A>(p, threads, [&](Block<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
+        for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
             block.read_taus(at, n);
             A *mean = block.row(0), *total = static_cast<A*>(out) + at;
             std::fill_n(mean, n, A(0));
@@ -251,10 +163,10 @@ void sce_spread_cpu(void* out, const TaskTensors& p, int threads) {
 }
 
 void sce_energies_cpu(double* energies, const TaskTensors& p, const std::uint8_t* selected, int threads) {
-    std::vector<double> partial(static_cast<std::size_t>(chunk_count(p.numel, chunk_size) * p.count));
+    std::vector<double> partial(static_cast<std::size_t>(chunk_count(p.numel, task_chunk) * p.count));
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
-        for_each_block<A>(p, threads, [&](Block<A>& block, std::int64_t chunk, std::int64_t at, std::int64_t n) {
+        for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t chunk, std::int64_t at, std::int64_t n) {
             block.read_taus(at, n, selected);
             for (std::int64_t t = 0; t < p.count; ++t) {
                 partial[static_cast<std::size_t>(chunk * p.count + t)] += sum_of_squares<A>(block.tau(t), n);
@@ -269,7 +181,7 @@ void sce_cpu(const Output& out, const TaskTensors& p, const std::uint8_t* select
              int threads) {
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
-        for_each_block<A>(p, threads, [&](Block<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
+        for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
             block.read_taus(at, n, selected);
             A *sum = block.row(0), *total = block.row(1), *divisor = block.row(2);
             for (std::int64_t k = 0; k < 3; ++k) std::fill_n(block.row(k), n, A(0));

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from pymerge.backends.combine_files import missing
 from pymerge.backends.dtypes import DTYPE_CODES as DTYPE_CODES
-from pymerge.backends.native_elementwise import nearswap, ram, ram_counts, sce, sce_energies, sce_spread
+from pymerge.backends.native_elementwise import (
+    arcee_fusion,
+    importance,
+    nearswap,
+    ram,
+    ram_counts,
+    row_divergence,
+    sce,
+    sce_energies,
+    sce_spread,
+)
 from pymerge.backends.native_routed import routed_linear
 from pymerge.backends.native_sparse import magnitude_counts, magnitude_mask, random_mask, sparse_combine, trim_threshold
 from pymerge.ops.base import compute_dtype
@@ -53,6 +63,9 @@ def implementations() -> Mapping[str, Callable[..., Any]]:
         "sce_spread": sce_spread,
         "sce_energies": sce_energies,
         "sce": sce,
+        "row_divergence": row_divergence,
+        "importance": importance,
+        "arcee_fusion": arcee_fusion,
         "task_dots": task_dots,
         "task_stats": task_stats,
         "task_sum": task_sum,

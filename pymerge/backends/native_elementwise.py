@@ -1,4 +1,4 @@
-"""C++ forms of the ops that go element by element through task vectors: nearswap, ram, sce."""
+"""C++ forms of the ops that go element by element through task vectors: nearswap, ram, sce, arcee_fusion."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from pymerge.backends.dtypes import DTYPE_CODES
 from pymerge.ops.base import compute_dtype
 from pymerge.ops.nearswap import LEAST_DIFFERENCE
+from pymerge.vectors import vector_shape
 
 
 class _Tasks:
@@ -106,4 +107,39 @@ def sce(
     tasks = _Tasks(base, experts)
     selected = 0 if bits is None else bits.data_ptr()
     _C.sce(target, tasks.argument, selected, list(weights), least, torch.get_num_threads())
+    return out
+
+
+def row_divergence(base: Tensor, expert: Tensor) -> Tensor:
+    """`row_divergence` in one pass; exponentials and logarithms differ from PyTorch's in the last place."""
+    from pymerge import _C
+
+    rows, columns = vector_shape(base.shape, "rows")
+    tasks = _Tasks(base, [expert])
+    divergence = torch.empty(rows if columns else 0, dtype=torch.float64)
+    _C.row_divergence(divergence.data_ptr(), tasks.argument, len(divergence), columns, torch.get_num_threads())
+    return divergence
+
+
+def importance(base: Tensor, expert: Tensor, divergence: Tensor) -> Tensor:
+    """`importance` in one pass; bit for bit the reference's result."""
+    from pymerge import _C
+
+    tasks, divergence = _Tasks(base, [expert]), divergence.contiguous()
+    scores = torch.empty(base.shape, dtype=tasks.dtype)
+    shape = len(divergence), vector_shape(base.shape, "rows")[1]
+    _C.importance(scores.data_ptr(), tasks.argument, divergence.data_ptr(), *shape, torch.get_num_threads())
+    return scores
+
+
+def arcee_fusion(
+    base: Tensor, expert: Tensor, divergence: Tensor, least: float, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`arcee_fusion` in one pass; bit for bit the reference's result."""
+    from pymerge import _C
+
+    out, target = _output(base, out_dtype)
+    tasks, divergence = _Tasks(base, [expert]), divergence.contiguous()
+    shape = len(divergence), vector_shape(base.shape, "rows")[1]
+    _C.arcee_fusion(target, tasks.argument, divergence.data_ptr(), least, *shape, torch.get_num_threads())
     return out

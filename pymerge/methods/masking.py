@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Cost
 from pymerge.methods.parts import Between, Kept, Part
-from pymerge.methods.reducing import Reducing, Reduction, ranges
+from pymerge.methods.reducing import Reducing, Reduction, of_part, ranges
 from pymerge.methods.selecting import BYTES_OF_RANGE, SCRATCH_BYTES, Selection, passes_to_select
 from pymerge.vectors import BLOCK, row_bytes
 
@@ -84,8 +84,7 @@ class Sparsifying(Reduction):
 
     def merge(self, part: Part) -> Any:
         action = self._action
-        numel = element_count(part.shape)
-        held = [bits for first, bits in self._bits.items() if part.first <= first < part.first + max(1, numel)]
+        held = of_part(part, self._bits)
         return part.sparse_combine(
             action.weights,
             mask=part.join(held) if held else self.mask(part),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Action, OpRunner
@@ -15,6 +15,8 @@ from pymerge.methods.parts import Part
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+Known = TypeVar("Known")
 
 # Elements of a row range: reading one is one long request, as for elementwise actions.
 RANGE_ELEMENTS = 3 * 2**19
@@ -104,6 +106,12 @@ class Reducing(Action):
     @property
     def shows_nonfinite(self) -> bool:
         return True
+
+
+def of_part(part: Part, by_first: Mapping[int, Known]) -> list[Known]:
+    """What is known, by their first elements, of the ranges that a part consists of, in their order."""
+    end = part.first + max(1, element_count(part.shape))
+    return [known for first, known in by_first.items() if part.first <= first < end]
 
 
 def ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:

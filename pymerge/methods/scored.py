@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pymerge.methods.average import element_count
 from pymerge.methods.base import Cost
 from pymerge.methods.parts import Between, Part
-from pymerge.methods.reducing import Reducing, Reduction, ranges
+from pymerge.methods.reducing import Reducing, Reduction, of_part, ranges
 from pymerge.methods.selecting import BYTES_OF_RANGE, SCRATCH_BYTES, Selection, digits
 from pymerge.vectors import row_bytes
 
@@ -49,7 +49,9 @@ class SelectCalculateErase(Reducing):
         return (len(digits()) if self.selects else 0) + 1
 
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        return len(ranges(shape)) * BYTES_OF_RANGE + SCRATCH_BYTES if self.selects else 0
+        if not self.selects:
+            return 0
+        return len(ranges(shape)) * BYTES_OF_RANGE + SCRATCH_BYTES + row_bytes(element_count(shape))
 
     def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         items = element_count(shape)
@@ -74,23 +76,26 @@ class Differing(Reduction):
         self._nonzero: int | None = 0 if action.selects else None  # None: no longer of interest
         self._energies = [0.0] * experts
         self._weights: list[float] = []
+        self._bits: dict[int, Any] = {}  # of what is merged, by the number of a range's first element; None for all
 
     def look(self, part: Part) -> Any:
         if not self._to_select:
-            return part.energies(self._bits(part))
+            bits = self._mask(part)
+            return part.energies(bits), bits
         assert self._selection is not None
         scores = part.spread()
         return self._selection.count(scores), 0 if self._nonzero is None else scores.nonzero()
 
     def finite(self, seen: Any) -> bool:
         if not self._to_select:
-            return math.isfinite(seen.sum())
+            return math.isfinite(seen[0].sum())
         assert self._selection is not None
         return self._selection.finite(seen[0])
 
     def take(self, first: int, seen: Any) -> None:
         if not self._to_select:
-            self._energies = [total + energy for total, energy in zip(self._energies, seen.tolist(), strict=True)]
+            energies, self._bits[first] = seen
+            self._energies = [total + energy for total, energy in zip(self._energies, energies.tolist(), strict=True)]
             return
         assert self._selection is not None
         counts, nonzero = seen
@@ -119,14 +124,15 @@ class Differing(Reduction):
         super().look_at_all(whole, parts)
 
     def merge(self, part: Part) -> Any:
-        return part.majority_mean(self._weights, self._bits(part), self._action.least)
+        bits = of_part(part, self._bits)
+        return part.majority_mean(self._weights, None if bits[0] is None else part.join(bits), self._action.least)
 
     def _choose(self, nonzero: int) -> None:
         assert self._selection is not None
         self._selection.choose(int(nonzero * self._action.select_topk))
         self._nonzero = None
 
-    def _bits(self, part: Part) -> Any:
+    def _mask(self, part: Part) -> Any:
         """Which elements are merged; None for all."""
         if self._selection is None:
             return None
@@ -149,10 +155,6 @@ class TakeImportant(Reducing):
     label: ClassVar[str] = "take important"
 
     @property
-    def plain(self) -> bool:
-        return False
-
-    @property
     def shows_nonfinite(self) -> bool:
         return False
 
@@ -163,10 +165,12 @@ class TakeImportant(Reducing):
         return len(digits())
 
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        return 8 * element_count(shape[:-1]) + 3 * SCRATCH_BYTES
+        return 8 * element_count(shape[:-1]) + len(_QUARTERS) * SCRATCH_BYTES
 
     def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        return 0
+        # Scores, two rows in float64, divergences, counts.
+        rows = 2 * 8 * (shape[-1] if shape else 1) + 8 * element_count(shape[:-1])
+        return 4 * element_count(shape) + rows + len(_QUARTERS) * SCRATCH_BYTES
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)
@@ -182,8 +186,7 @@ class Important(Reduction):
         numel = element_count(shape)
         # The value of rank r from below is the least of the numel - r largest.
         self._counts = [numel - (numel - 1) * quarter // 4 for quarter in _QUARTERS] if numel else []
-        self._divergences: list[NDArray[Any]] = []
-        self._by_row: dict[int, NDArray[Any]] = {}  # by the number of a range's first row
+        self._by_row: dict[int, NDArray[Any]] = {}  # divergences, by the number of a range's first element
         self._selection = Selection(numel, self._counts, keys_only=True)
         self._key_bits = 31
         self.passes = len(digits())
@@ -212,9 +215,8 @@ class Important(Reduction):
     def merge(self, part: Part) -> Any:
         import numpy as np
 
-        numel = element_count(part.shape)
-        found = [rows for first, rows in self._by_row.items() if part.first <= first < part.first + max(1, numel)]
-        return part.take_important(found[0] if len(found) == 1 else np.concatenate(found), self._threshold())
+        rows = of_part(part, self._by_row)
+        return part.take_important(rows[0] if len(rows) == 1 else np.concatenate(rows), self._threshold())
 
     def _threshold(self) -> float:
         """Q_1/2 + 1.5 (Q_3/4 - Q_1/4), in the dtype of the importances."""

@@ -1,4 +1,4 @@
-"""nearswap and the steps of ram and sce in C++ against the references, with the same bits for any number of threads."""
+"""nearswap and the steps of ram, sce and arcee_fusion in C++ against the references, on any number of threads."""
 
 from __future__ import annotations
 
@@ -25,22 +25,27 @@ CALLS: list[tuple[str, int, dict[str, Any]]] = [
     ("sce_energies", 3, {"bits": 0.3}),
     ("sce", 3, {"weights": [0.2, 0.3, 0.5]}),
     ("sce", 3, {"weights": [0.2, 0.3, 0.5], "bits": 0.3, "least": 0.3}),
+    ("row_divergence", 1, {}),
+    ("importance", 1, {"divergence": True}),
+    ("arcee_fusion", 1, {"divergence": True, "least": 1e-7}),
 ]
+ONE_EXPERT = ("nearswap", "row_divergence", "importance", "arcee_fusion")
 # They give numbers for the tensor, or in the dtype that they compute in.
-NO_OUTPUT = ("ram_counts", "sce_spread", "sce_energies")
+NO_OUTPUT = ("ram_counts", "sce_spread", "sce_energies", "row_divergence", "importance")
 RUNS = [run for run in implementations("sce") if run in implementations("ram")]
 
 
 def assert_agree(op: str, label: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Bit for bit; energies are sums in another order."""
-    if op == "sce_energies":
-        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0.0, equal_nan=True)
+    """Bit for bit; energies and divergences are sums in another order, the latter of terms that nearly cancel."""
+    if op in ("sce_energies", "row_divergence"):
+        atol = 1e-14 if op == "row_divergence" else 0.0
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=atol, equal_nan=True)
     else:
         assert_same(label, found, expected)
 
 
 def call(op: str, function: Any, base: torch.Tensor, experts: list[torch.Tensor], settings: dict[str, Any]) -> Any:
-    """`bits` in the settings is a share of the elements."""
+    """`bits` in the settings is a share of the elements, `divergence` that of these tensors."""
     settings = {name: value for name, value in settings.items() if name != "out_dtype" or op not in NO_OUTPUT}
     if "bits" in settings:
         numbers = torch.rand(base.numel(), generator=torch.Generator().manual_seed(0))
@@ -48,7 +53,9 @@ def call(op: str, function: Any, base: torch.Tensor, experts: list[torch.Tensor]
         packed = pack(numbers < settings["bits"])
         bits[0, : len(packed)] = packed
         settings["bits"] = bits.to(base.device)
-    return function(base, experts[0] if op == "nearswap" else experts, **settings)
+    if "divergence" in settings:
+        settings["divergence"] = OPS["row_divergence"].reference(base, experts[0])
+    return function(base, experts[0] if op in ONE_EXPERT else experts, **settings)
 
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)
@@ -97,5 +104,5 @@ def test_not_a_number_is_where_the_reference_has_it(
     case.experts[0][3, 60], case.base[15, 2] = value, value
     found = call(op, load("native").implementations()[op], case.base, case.experts, settings)
     assert_agree(op, op, found, call(op, OPS[op].reference, case.base, case.experts, settings))
-    if op != "ram_counts":
+    if op not in ("ram_counts", "row_divergence"):  # a probability of 0 is finite
         assert not bool(found.isfinite().all())
