@@ -4,11 +4,10 @@
                                      [--no-mergekit] [--data FOLDER]
 
 The checkpoints (see synthetic.py; 1.1 GB and 9.9 GB) are made once and kept. The floor reads the same input bytes into
-one buffer, writes and syncs as many output bytes into a file of reserved size, as pymerge does, and computes nothing.
-Commands run in processes of their own; what
-they took is wall time, CPU time of user and system, and the largest resident set. Forms take turns, medians are
-compared; all files are in the page cache as far as it holds them. Results go to
-benchmarks/results/<machine>/<date>-merge.json.
+one buffer, writes and syncs as many output bytes into a file of reserved size, past the page cache as pymerge does, and
+computes nothing. Commands run in processes of their own; what they took is wall time, CPU time of user and system, and
+the largest resident set. Forms take turns, medians are compared; all files are in the page cache as far as it holds
+them. Results go to benchmarks/results/<machine>/<date>-merge.json.
 """
 
 from __future__ import annotations
@@ -33,6 +32,8 @@ from results_file import ResultsFile
 from rich.console import Console
 from rich.table import Table
 
+from pymerge.checkpoint.directfile import DirectFile
+from pymerge.memory import Room
 from pymerge.methods import METHODS
 from pymerge.units import format_bytes
 
@@ -44,6 +45,8 @@ CONFIGS: dict[str, tuple[str, bool]] = {
     "ties": ("parameters: {lambda: 1.0, density: 0.5}\n", True),
     "dare_ties": ("parameters: {lambda: 1.0, density: 0.5}\n", True),
     "della": ("parameters: {lambda: 1.0, density: 0.5, epsilon: 0.15}\n", True),
+    "sce": ("parameters: {select_topk: 0.3}\n", True),
+    "arcee_fusion": ("", True),
     "ace": ("", False),
     "wudi_flow": ("", False),
 }
@@ -72,7 +75,7 @@ def inputs(method: str, models: Path) -> list[Path]:
     return [file for name in used for file in sorted((models / name).glob("*.safetensors"))]
 
 
-def read(files: list[Path], block: bytearray) -> None:
+def read(files: list[Path], block: memoryview) -> None:
     """Read files from start to end into one buffer."""
     for file in files:
         with open(file, "rb", buffering=0) as source:
@@ -83,14 +86,19 @@ def read(files: list[Path], block: bytearray) -> None:
 def floor(files: list[Path], nbytes: int, out: Path) -> Cost:
     """Read the files, then write and sync `nbytes` into one file of that size; the peak is one block."""
     started, processor = time.perf_counter(), time.process_time()
-    block = bytearray(BLOCK)
+    block = Room(BLOCK).view
     read(files, block)
     out.mkdir()
     with open(out / "model.safetensors", "wb", buffering=0) as target:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(target.fileno(), 0, nbytes)
+        direct = DirectFile(out / "model.safetensors", only_if_fast=True)
         for start in range(0, nbytes, BLOCK):
-            target.write(memoryview(block)[: min(BLOCK, nbytes - start)])
+            data = block[: min(BLOCK, nbytes - start)]
+            done = direct.pwrite(data, start)
+            os.pwrite(target.fileno(), data[: done.start], start)
+            os.pwrite(target.fileno(), data[done.stop :], start + done.stop)
+        direct.close()
         os.fsync(target.fileno())
     return Cost(time.perf_counter() - started, time.process_time() - processor, BLOCK)
 
@@ -127,7 +135,7 @@ class Merges:
             command: list[str | Path] = [self.mergekit / "mergekit-yaml", file, out, "--no-copy-tokenizer", "--quiet"]
             forms["mergekit"] = partial(processes.run, command, {"HF_HUB_OFFLINE": "1"})
         costs: dict[str, list[Cost]] = {name: [] for name in forms}
-        read(inputs(method, self.models), bytearray(BLOCK))  # into the page cache, before anyone's turn
+        read(inputs(method, self.models), memoryview(bytearray(BLOCK)))  # into the page cache, before anyone's turn
         for turn in range(max(self.options.repeat, self.options.repeat_mergekit if "mergekit" in forms else 0)):
             for name, form in forms.items():
                 if turn >= (self.options.repeat_mergekit if name == "mergekit" else self.options.repeat):

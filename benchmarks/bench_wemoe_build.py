@@ -100,7 +100,7 @@ def compare(model: str, storage: str, options: argparse.Namespace) -> list[Row]:
     inputs = [path for name in synthetic.MODELS for path in sorted((folder / name).glob("*.safetensors"))]
     command: list[str | Path] = [Path(sys.executable).parent / "pymerge", "wemoe", "build", file, out, "--quiet"]
     command += ["--memory", options.memory] if options.memory else []
-    read(inputs, bytearray(BLOCK))  # into the page cache, before anyone's turn
+    read(inputs, memoryview(bytearray(BLOCK)))  # into the page cache, before anyone's turn
     costs: dict[str, list[Cost]] = {"pymerge": [], "floor": []}
     written = sizes = 0
     for _ in range(options.repeat):

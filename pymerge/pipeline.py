@@ -23,10 +23,11 @@ from pymerge.memory import Heap
 from pymerge.ops.base import at_most_threads
 from pymerge.passes import Passes
 from pymerge.progress import ProgressSink
-from pymerge.schedule import READ_THREADS, Batch, Slot, Window, may_wait
+from pymerge.schedule import READ_THREADS, Batch, Slot
 from pymerge.steplog import StepLog
 from pymerge.tracing import Times, Tracer
 from pymerge.transfer import transfer_to
+from pymerge.window import Window, may_wait
 
 Loads = list[Future[list[Tensor]]]  # of each slot of a batch, all inputs
 
@@ -88,8 +89,7 @@ class Pipeline:
                 for slot in batch.slots:
                     self._log.ends(slot)
                 self._window.pop()
-                if not _is_range(batch.slots[0]):
-                    self._heap.freed(batch.memory.peak)
+                self._heap.freed(batch.memory.peak)
             while self._writes:
                 self._wait_for_writer()
         finally:

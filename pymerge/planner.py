@@ -29,11 +29,12 @@ from pymerge.memory import Budget
 from pymerge.methods import get_method
 from pymerge.methods.average import Copy, element_count
 from pymerge.methods.base import Action, Method, Values
-from pymerge.schedule import CHUNK_ELEMENTS, WRITE_BEHIND, Forecast, batches, fit, forecast, slots, waiting
+from pymerge.schedule import CHUNK_ELEMENTS, WRITE_BEHIND, batches, fit, slots
 from pymerge.slices import arrange
 from pymerge.steps import Step
 from pymerge.tokenizers import TokenPlan
 from pymerge.vocabulary import rows_of
+from pymerge.window import Forecast, forecast, waiting
 
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_SHARD_BYTES = 5_000_000_000

@@ -22,10 +22,11 @@ from pymerge.methods.average import element_count
 from pymerge.pieces import Piece
 from pymerge.progress import ProgressSink
 from pymerge.raw_passes import RawPasses, can_take, working_bytes
-from pymerge.schedule import READ_THREADS, Slot, alternating, known_bytes, waiting
+from pymerge.schedule import READ_THREADS, Slot, alternating
 from pymerge.steplog import StepLog
 from pymerge.steps import Step
 from pymerge.tracing import Times, Tracer
+from pymerge.window import known_bytes, waiting
 
 # Elements of each tensor that are read at once: so many that a system call costs little beside them, and so few that
 # those of a base and several experts are still in a core's second-level cache when they are combined.

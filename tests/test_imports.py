@@ -54,9 +54,10 @@ ARROWS = {
     "steplog": "logs schedule",
     "passes": "methods checkpoint pieces schedule",
     "schedule": "errors units methods checkpoint memory pieces steps",
+    "window": "methods pieces schedule steps",
     "planner": (
         "errors env methods layers checkpoint config inputs memory pieces schedule slices steps tokenizers vocabulary "
-        "alignment"
+        "alignment window"
     ),
     "progress": "",
     "tracing": "errors",
@@ -69,11 +70,11 @@ ARROWS = {
     "transfer": "methods buffers checkpoint pieces schedule tracing",
     "pipeline": (
         "errors ops backends checkpoint finite logs memory passes pieces progress schedule steplog steps tracing "
-        "transfer"
+        "transfer window"
     ),
     "streams": (
         "devices errors env backends checkpoint finite logs memory methods pieces progress raw_passes schedule steplog "
-        "steps tracing"
+        "steps tracing window"
     ),
     "engine": (
         "devices errors backends checkpoint logs memory pipeline planner progress report schedule steps streams tracing"
@@ -88,7 +89,7 @@ ARROWS = {
     "views": "env units names methods layers backends planner steps",
     "wemoe": (
         "devices errors env units logs yaml_lines layers ops methods checkpoint finite config config_checks memory "
-        "schedule planner progress report tracing sampling backends engine console views"
+        "schedule planner progress report tracing sampling backends engine console views window"
     ),
     "testing": "errors env ops methods backends api",
     "__init__": "errors env planner report api in_memory stages wemoe",

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import change, llama, llama_config, pymerge, write_config, write_models
-from safetensors.torch import load_file, save_file
 
 from pymerge import api
 from pymerge.checkpoint import verify
+from pymerge.checkpoint.fileformat import read_header
 from pymerge.errors import OutputError
 from pymerge.recheck import recheck, sample
 
@@ -44,11 +44,10 @@ def test_every_tensor_has_the_same_bytes_again(models: Path, method: str, settin
 def forge(out: Path, name: str) -> None:
     """Change one value of a tensor, and its checksum in the manifest, so that the output agrees with itself."""
     file = out / "model.safetensors"
-    tensors = load_file(file)
-    tensors[name].view(-1)[3] += 1
-    header = file.read_bytes()[: 8 + int.from_bytes(file.read_bytes()[:8], "little")]
-    save_file(tensors, file, {"format": "pt"})
-    assert file.read_bytes().startswith(header)
+    entry = read_header(file).entries[name]
+    content = bytearray(file.read_bytes())
+    content[entry.offset + 3] ^= 1
+    file.write_bytes(content)
     manifest = json.loads((out / "pymerge_manifest.json").read_text())
     problem = next(problem for problem in verify(out).problems if "sha256 is" in problem)
     manifest["shards"][file.name]["tensors"][name]["sha256"] = problem.split("sha256 is ")[1].split(",")[0]

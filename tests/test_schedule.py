@@ -15,20 +15,9 @@ from hypothesis import strategies as st
 from pymerge import api
 from pymerge.errors import PlanError
 from pymerge.planner import Plan
-from pymerge.schedule import (
-    BETWEEN_PASSES,
-    CHUNK_ELEMENTS,
-    READ_AHEAD,
-    SMALL_BYTES,
-    WRITE_BEHIND,
-    Slot,
-    Window,
-    alternating,
-    forecast,
-    may_wait,
-    slots,
-)
+from pymerge.schedule import BETWEEN_PASSES, CHUNK_ELEMENTS, READ_AHEAD, WRITE_BEHIND, Slot, alternating, slots
 from pymerge.steps import Memory
+from pymerge.window import SMALL_BYTES, Window, forecast, may_wait
 
 MIB = 2**20
 EMBEDDING = "model.embed_tokens.weight"

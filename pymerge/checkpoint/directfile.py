@@ -14,7 +14,7 @@ from pathlib import Path
 BLOCK = max(4096, mmap.PAGESIZE)
 # A range of less is copied to the cache sooner than its write would be answered.
 LEAST_BYTES = 1 << 20
-_STAGE_BYTES = 4 << 20  # what is copied at once where memory is not aligned
+_STAGE_BYTES = 1 << 20  # what is copied at once where memory is not aligned
 # A disk below this, in bytes a second, is what a merge waits for: copying costs it no time, and who loads the result
 # next finds it in memory.
 _SLOW = 500e6

@@ -16,10 +16,11 @@ from pymerge.finite import is_finite
 from pymerge.memory import Heap
 from pymerge.ops.base import compute_dtype, task_vector
 from pymerge.progress import ProgressSink
-from pymerge.schedule import READ_THREADS, SMALL_BYTES
+from pymerge.schedule import READ_THREADS
 from pymerge.tracing import Tracer
 from pymerge.wemoe.files import compress, encode
 from pymerge.wemoe.task_vector_files import CHUNK_ELEMENTS, Parameter, TaskVectorFile
+from pymerge.window import SMALL_BYTES
 
 Loads = list[Future[Tensor]]
 # The axis along which the tasks of a stored tensor are joined: `left` holds columns of factors.
