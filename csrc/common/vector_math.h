@@ -7,7 +7,7 @@
 
 namespace pymerge {
 
-// e^x for x of -708 to 0, to a few units in the last place: 2^n e^r with |r| <= ln(2) / 2, the Taylor series for e^r.
+// e^x for x of -708 to 0: 2^n e^r with |r| <= ln(2) / 2, the Taylor series for e^r.
 static inline double exp_of(double x) {
     constexpr double shift = 0x1.8p52;  // adding it leaves the nearest integer in the lowest bits
     const double moved = x * 0x1.71547652b82fep0 + shift;
@@ -30,7 +30,7 @@ static inline double exp_of(double x) {
     return sum * bit_copy<double>((bit_copy<std::uint64_t>(moved) + 1023) << 52);
 }
 
-// ln y of a normal y > 0, to a unit in the last place: k ln 2 + ln m with m of sqrt(1/2) to sqrt(2), and for ln m the
+// ln y of a normal y > 0: k ln 2 + ln m with m of sqrt(1/2) to sqrt(2), and for ln m the
 // series of atanh in s = (m - 1) / (m + 1). Near 1 as exact relative to the result. Coefficients: FreeBSD's e_log.c.
 static inline double log_of(double y) {
     constexpr std::uint64_t root = 0x3fe6a09e667f3bcd, one = 0x3ff0000000000000;

@@ -12,7 +12,7 @@ from torch import Tensor
 from pymerge.methods.average import element_count
 from pymerge.methods.base import COMPAT, Action, Cost, Method, OpRunner, Parameter, Values
 from pymerge.methods.scored import MeanOfActivePlus, SelectCalculateErase, TakeImportant
-from pymerge.ops.task_blocks import BLOCK
+from pymerge.vectors import BLOCK
 
 _MERGEKITS_LEAST = 1e-6  # sum of energies, sum of weights
 

@@ -13,13 +13,12 @@ from pymerge.methods.base import Cost
 from pymerge.methods.parts import Between, Part
 from pymerge.methods.reducing import Reducing, Reduction, of_part, ranges
 from pymerge.methods.selecting import BYTES_OF_RANGE, SCRATCH_BYTES, Selection, digits
-from pymerge.vectors import row_bytes
+from pymerge.vectors import BLOCK, row_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # What the references need for each element that they work on at once: task vectors, also stacked, masks and sums.
-_BLOCK_ELEMENTS = 2**18
 _BYTES_OF_TASK, _BYTES_OF_SUMS = 24, 48
 # Rows in float64, and what softmax and logarithm make of them.
 _BYTES_OF_DIVERGENCE = 48
@@ -27,7 +26,7 @@ _QUARTERS = (1, 2, 3)
 
 
 def _block_bytes(shape: tuple[int, ...], experts: int) -> int:
-    return min(element_count(shape), _BLOCK_ELEMENTS) * (_BYTES_OF_TASK * experts + _BYTES_OF_SUMS)
+    return min(element_count(shape), BLOCK) * (_BYTES_OF_TASK * experts + _BYTES_OF_SUMS)
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class TakeImportant(Reducing):
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
         items = element_count(shape)
-        row = max(_BLOCK_ELEMENTS, shape[-1] if shape else 1)
+        row = max(BLOCK, shape[-1] if shape else 1)
         # Scores and the zeros that they are compared with, float64 at most; float64 rows.
         return Cost(40 * items, 2 * 8 * items + min(items, row) * _BYTES_OF_DIVERGENCE + _block_bytes(shape, 1))
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.ops.base import Op, check_task_tensors, one_thread
+from pymerge.vectors import BLOCK
 
-BLOCK = 2**18  # elements of rows that are worked on at once in float64
 _SMALL = 1e-8  # added to probabilities
 
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from pymerge.ops.bitmask import unpack
-
-# Elements that are upcast at once; a multiple of 8.
-BLOCK = 2**18
+from pymerge.vectors import BLOCK
 
 
 def task_blocks(
