@@ -27,9 +27,9 @@ from rich.table import Table
 from pymerge.backends import Dispatcher
 from pymerge.methods.ace import SolveAce, Variant
 from pymerge.methods.base import Action
-from pymerge.methods.flow import SolveFilter, SolveFlow
 from pymerge.methods.solver import Precision
 from pymerge.methods.wudi import SolveWudi
+from pymerge.methods.wudi_flow import SolveFilter, SolveFlow
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import as_float64, make_weights, relative_error

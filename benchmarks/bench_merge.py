@@ -32,10 +32,10 @@ from results_file import ResultsFile
 from rich.console import Console
 from rich.table import Table
 
-from pymerge.checkpoint.directfile import DirectFile
-from pymerge.memory import Room
+from pymerge.common.units import format_bytes
 from pymerge.methods import METHODS
-from pymerge.units import format_bytes
+from pymerge.output.direct import DirectFile
+from pymerge.planner.budget import Room
 
 # Of a merge's config, beside models and dtype; and whether mergekit has the method, too.
 CONFIGS: dict[str, tuple[str, bool]] = {

@@ -27,9 +27,9 @@ from rich.table import Table
 from torch import Tensor
 
 from pymerge.backends import BACKENDS, choose
+from pymerge.common.units import format_bytes
 from pymerge.errors import BackendError
 from pymerge.testing.bench import clocks, copy_rate, gemm_rate, summary, time_in_turns
-from pymerge.units import format_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AGREEMENT = 1e-4  # largest relative difference (Frobenius) of a backend from the reference

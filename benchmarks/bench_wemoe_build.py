@@ -31,7 +31,7 @@ from results_file import ResultsFile
 from rich.console import Console
 from rich.table import Table
 
-from pymerge.units import format_bytes
+from pymerge.common.units import format_bytes
 from pymerge.wemoe import read_spec
 
 STORAGES = {

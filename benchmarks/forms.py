@@ -12,9 +12,9 @@ from torch import Tensor
 from pymerge.backends import Dispatcher
 from pymerge.methods.ace import SolveAce
 from pymerge.methods.base import Action
-from pymerge.methods.flow import SolveFilter, SolveFlow
 from pymerge.methods.solver import Precision
 from pymerge.methods.wudi import SolveWudi
+from pymerge.methods.wudi_flow import SolveFilter, SolveFlow
 
 METHODS = ("wudi", "wudi_flow", "swudi", "ace", "ace_refined")
 LR, TIME = 1e-5, 300.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pymerge.units import format_bytes
+from pymerge.common.units import format_bytes
 
 Row = dict[str, Any]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pymerge.backends import Dispatcher
 from pymerge.ops import gradient_flow
-from pymerge.ops.bitmask import TaskMasks
-from pymerge.ops.task_storage import DenseTasks
+from pymerge.ops._bitmask import TaskMasks
+from pymerge.ops.routed.task_storage import DenseTasks
 from pymerge.ops.trim_threshold import Thresholds
 
 TIME = 300.0  # of gradient flow

@@ -27,7 +27,7 @@ from typing import Any
 import environments
 from results_file import ResultsFile
 
-from pymerge.config import load_config
+from pymerge.config.merge_config import load_config
 from pymerge.errors import ConfigError
 
 HERE = Path(__file__).parent

@@ -8,8 +8,8 @@ import torch
 from op_peers import Peer
 from torch import Tensor
 
-from pymerge.ops.bitmask import pack, unpack
-from pymerge.vectors import row_bytes
+from pymerge.common.shapes import row_bytes
+from pymerge.ops._bitmask import pack, unpack
 
 if TYPE_CHECKING:
     from op_layers import Layer

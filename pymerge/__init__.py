@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge import wemoe
-    from pymerge.api import merge, plan
+    from pymerge.api import merge, multi, plan
+    from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
+    from pymerge.engine.report import MergeReport
     from pymerge.errors import PymergeError
-    from pymerge.in_memory import merge_state_dicts, merge_tensors
-    from pymerge.planner import Plan
-    from pymerge.report import MergeReport
-    from pymerge.stages import multi
+    from pymerge.planner.build import Plan
 
     __version__: str
 
@@ -28,13 +27,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "MergeReport": "pymerge.report",
-    "Plan": "pymerge.planner",
+    "MergeReport": "pymerge.engine.report",
+    "Plan": "pymerge.planner.build",
     "PymergeError": "pymerge.errors",
     "merge": "pymerge.api",
-    "merge_state_dicts": "pymerge.in_memory",
-    "merge_tensors": "pymerge.in_memory",
-    "multi": "pymerge.stages",
+    "merge_state_dicts": "pymerge.engine.in_memory",
+    "merge_tensors": "pymerge.engine.in_memory",
+    "multi": "pymerge.api",
     "plan": "pymerge.api",
 }
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pymerge.cli import main
+from pymerge.cli.main import main
 
 main()

@@ -1,4 +1,4 @@
-"""The Python interface to merges of files: `merge`, `plan`."""
+"""The Python interface to merges of files: `merge`, `plan`, `multi`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymerge import engine, env
-from pymerge.config import MergeConfig, load_config
-from pymerge.devices import resolve_device
-from pymerge.memory import budget
-from pymerge.planner import DEFAULT_SHARD_BYTES, Plan, build_plan
-from pymerge.progress import NoProgress, ProgressBar
-from pymerge.report import MergeReport
-from pymerge.sampling import delta_warnings
-from pymerge.units import parse_bytes
+from pymerge import env
+from pymerge.checkpoint.checkpoint import Checkpoint
+from pymerge.common.devices import resolve_device
+from pymerge.common.progress import NoProgress, ProgressBar
+from pymerge.common.units import parse_bytes
+from pymerge.config.merge_config import MergeConfig, load_config
+from pymerge.config.multi import Stage, read_stages
+from pymerge.engine.report import MergeReport
+from pymerge.engine.run import run
+from pymerge.errors import PlanError
+from pymerge.planner.advice import delta_warnings
+from pymerge.planner.budget import budget
+from pymerge.planner.build import DEFAULT_SHARD_BYTES, Plan, build_plan
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +88,7 @@ def merge(
         PymergeError: one of its subclasses, see pymerge.errors. The output is then absent, or marked unfinished.
     """
     planned = plan(config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype)
-    return engine.run(
+    return run(
         planned,
         Path(out),
         device=device,
@@ -93,3 +97,80 @@ def merge(
         progress=ProgressBar("merging") if progress else NoProgress(),
         profile=None if profile is None else Path(profile),
     )
+
+
+def plan_stages(
+    stages: list[Stage],
+    *,
+    device: str | torch.device = "auto",
+    memory: int | str | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_BYTES,
+) -> list[Plan]:
+    """Plan all stages before any has run: later ones from what earlier ones will write.
+
+    Raises:
+        PlanError, CheckpointError: of the first stage that cannot be done; the message begins with its name.
+    """
+    target = resolve_device(device)
+    limit = budget(target, None if memory is None else parse_bytes(memory))
+    planned: dict[str, Checkpoint] = {}
+    plans = []
+    for stage in stages:
+        try:
+            plan = build_plan(stage.config, limit, max_shard_bytes=parse_bytes(max_shard_size), planned=planned)
+        except PlanError as error:
+            raise PlanError(f"stage {stage.name or 'without name'}: {problem}" for problem in error.problems) from error
+        planned[str(stage.out)] = plan.checkpoint(stage.out)
+        plans.append(plan)
+    return plans
+
+
+def multi(
+    config: str | Path,
+    out: str | Path | None = None,
+    *,
+    intermediate_dir: str | Path | None = None,
+    device: str | torch.device = "auto",
+    backend: str | None = None,
+    memory: int | str | None = None,
+    progress: bool = True,
+    max_shard_size: int | str = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+) -> list[MergeReport]:
+    """Run several merges that build on each other, as mergekit-multi does.
+
+    All are planned before the first runs. A stage that is finished is verified, one that was interrupted goes on.
+
+    Args:
+        config: path of a file of YAML documents, or their text: merge configs, all but one with a `name`, by which
+            others can use their outputs as models.
+        out: folder of the document without name; None if all have one.
+        intermediate_dir: every named document is merged into its folder in there; default: `out` with ".stages" behind.
+        device, backend, memory, progress, max_shard_size, overwrite: of every merge, as in `pymerge.merge`.
+
+    Returns:
+        The reports, in the order in which the stages ran.
+
+    Raises:
+        PymergeError: one of its subclasses; what is finished by then is kept.
+    """
+    stages = read_stages(
+        config, None if out is None else Path(out), None if intermediate_dir is None else Path(intermediate_dir)
+    )
+    plan_stages(stages, device=device, memory=memory, max_shard_size=max_shard_size)
+    reports = []
+    for stage in stages:
+        stage.out.parent.mkdir(parents=True, exist_ok=True)
+        reports.append(
+            merge(
+                stage.config,
+                stage.out,
+                device=device,
+                backend=backend,
+                memory=memory,
+                progress=progress,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+            )
+        )
+    return reports

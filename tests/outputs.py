@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from pymerge.checkpoint.dtypes import code_of
-from pymerge.checkpoint.layout import ShardLayout, layout_shards
-from pymerge.checkpoint.manifest import build_manifest
-from pymerge.checkpoint.writer import OutputDirectory
+from pymerge.common.torch_dtypes import code_of
+from pymerge.output.directory import OutputDirectory
+from pymerge.output.layout import ShardLayout, layout_shards
+from pymerge.output.manifest import build_manifest
 
 Tensors = dict[str, torch.Tensor]
 

@@ -22,7 +22,8 @@ from checkpoints import (
 )
 from safetensors.torch import load_file, save_file
 
-from pymerge import api, engine
+from pymerge import api
+from pymerge.engine.run import run
 from pymerge.errors import CheckpointError
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -307,7 +308,7 @@ def test_an_input_that_changes_after_the_plan(models: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     os.utime(file, ns=(1, 1))
     with pytest.raises(CheckpointError, match="changed since the plan was made") as caught:
-        engine.run(plan, models / "out", device="cpu")
+        run(plan, models / "out", device="cpu")
     assert str(file) in str(caught.value)
     assert not (models / "out").exists()
 
@@ -316,7 +317,7 @@ def test_a_model_that_vanishes_after_the_plan(models: Path) -> None:
     plan = api.plan(models / "merge.yml")
     (models / "e1/model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="was it moved since the plan was made") as caught:
-        engine.run(plan, models / "out", device="cpu")
+        run(plan, models / "out", device="cpu")
     assert str(models / "e1/model.safetensors") in str(caught.value)
     assert not (models / "out").exists()
 

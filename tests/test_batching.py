@@ -27,15 +27,17 @@ from checkpoints import (
 )
 from torch import Tensor
 
-from pymerge import api, engine, pieces, schedule
+from pymerge import api
+from pymerge.architecture.roles import Kind, Layer
 from pymerge.backends import Dispatcher, native
-from pymerge.layers import Kind, Layer
+from pymerge.engine.run import run
 from pymerge.methods import get_method
 from pymerge.methods.ace import SolveAce
 from pymerge.methods.base import Action, Values
-from pymerge.methods.flow import SolveFlow
 from pymerge.methods.wudi import SolveWudi
-from pymerge.schedule import batches
+from pymerge.methods.wudi_flow import SolveFlow
+from pymerge.planner import jobs, pieces
+from pymerge.planner.jobs import batches
 from pymerge.testing.compare import assert_same
 
 MIB = 2**20
@@ -159,7 +161,7 @@ def resident(field: str) -> int:
 
 def force(elements: int = 3 * 16 * 24) -> None:
     """Batches on a CPU too, of three of the larger matrices; of every solver."""
-    schedule.BATCH_ELEMENTS["cpu"] = elements
+    jobs.BATCH_ELEMENTS["cpu"] = elements
     for solver in (SolveWudi, SolveFlow, SolveAce):
         solver.batched = True
 
@@ -167,7 +169,7 @@ def force(elements: int = 3 * 16 * 24) -> None:
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """`force`, undone after the test."""
-    monkeypatch.setitem(schedule.BATCH_ELEMENTS, "cpu", 0)
+    monkeypatch.setitem(jobs.BATCH_ELEMENTS, "cpu", 0)
     for solver in (SolveWudi, SolveFlow, SolveAce):
         monkeypatch.setattr(solver, "batched", solver.batched)
     return force
@@ -178,12 +180,12 @@ def test_a_merge_in_batches_gives_the_same_files(models: Path, method: str, forc
     config = write_config(models, method, **METHODS[method])
     plan = api.plan(config, device="cpu", max_shard_size="8KB")
     assert len(plan.layouts) > 2
-    engine.run(plan, models / "alone", device="cpu")
+    run(plan, models / "alone", device="cpu")
     assert {len(batch.slots) for batch in batches(plan.steps, plan.budget)} == {1}
     forced()
     most = max(len(batch.slots) for batch in batches(plan.steps, plan.budget))
     assert most == 1 if method == "linear" else most >= 3
-    report = engine.run(plan, models / "together", device="cpu")
+    report = run(plan, models / "together", device="cpu")
     assert tree(models / "together") == tree(models / "alone")
     assert report.bytes_written == sum(step.nbytes for step in plan.steps)
 
@@ -227,7 +229,7 @@ def test_how_many_are_together_follows_the_elements_and_the_memory(
     one = plan.steps[0].memory(plan.steps[0].pieces[0])
 
     def sizes(elements: int, limit: int) -> list[int]:
-        monkeypatch.setitem(schedule.BATCH_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(jobs.BATCH_ELEMENTS, "cpu", elements)
         return [len(batch.slots) for batch in batches(plan.steps, replace(plan.budget, tensors=limit))]
 
     assert sizes(4 * 4096, 10**9) == [4, 4, 1]
@@ -237,7 +239,7 @@ def test_how_many_are_together_follows_the_elements_and_the_memory(
     assert sizes(100 * 4096, 3 * room) == [3, 3, 3]
     assert sizes(100 * 4096, 2 * room - 1) == sizes(100 * 4096, one.peak) == [1] * 9
     for limit in (one.peak, 2 * room, 3 * room + 1, 10 * room):
-        monkeypatch.setitem(schedule.BATCH_ELEMENTS, "cpu", 100 * 4096)
+        monkeypatch.setitem(jobs.BATCH_ELEMENTS, "cpu", 100 * 4096)
         found = replace(plan, budget=replace(plan.budget, tensors=limit))
         assert found.peak_memory <= limit
 
@@ -280,7 +282,7 @@ def test_without_memory_for_a_batch_its_layers_are_merged_alone(
 ) -> None:
     base = {f"model.layers.{number}.mlp.up_proj.weight": torch.eye(16) for number in range(8)}
     plan = api.plan(write_config(write_models(tmp_path, base), "wudi", iterations=5), device="cpu")
-    engine.run(plan, tmp_path / "alone", device="cpu")
+    run(plan, tmp_path / "alone", device="cpu")
     forced()
     together: list[int] = []
     solve, stats = SolveWudi.displacements, native.task_stats
@@ -296,10 +298,10 @@ def test_without_memory_for_a_batch_its_layers_are_merged_alone(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return stats(*args, **kwargs)
 
-    monkeypatch.setitem(schedule.BATCH_ELEMENTS, "cpu", 3 * 256)
+    monkeypatch.setitem(jobs.BATCH_ELEMENTS, "cpu", 3 * 256)
     monkeypatch.setattr(SolveWudi, "displacements", noting)
     monkeypatch.setattr(native, "task_stats", failing)
-    engine.run(plan, tmp_path / "together", device="cpu")
+    run(plan, tmp_path / "together", device="cpu")
     assert together == [3, 1, 1, 1, 1, 1]
     assert tree(tmp_path / "together") == tree(tmp_path / "alone")
     [record] = caplog.records

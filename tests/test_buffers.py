@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.buffers import Buffers
+from pymerge.engine.buffers import Buffers
 
 PAGE = mmap.PAGESIZE
 

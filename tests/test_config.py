@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pymerge.config import MergeConfig, canonical, hub_reference, load_config, model_path, participants, resolve
+from pymerge.architecture.roles import Kind, Rule
+from pymerge.config.merge_config import (
+    MergeConfig,
+    canonical,
+    hub_reference,
+    load_config,
+    model_path,
+    participants,
+    resolve,
+)
 from pymerge.errors import CheckpointError, ConfigError
-from pymerge.layers import Kind, Rule
 from pymerge.methods import get_method
 
 WUDI = "merge_method: wudi\nbase_model: base\nmodels:\n  - model: a\n  - model: b\n"

@@ -15,7 +15,7 @@ import pymerge
 from pymerge.backends import Dispatcher
 from pymerge.errors import ArgumentError
 from pymerge.methods import METHODS
-from pymerge.methods.selecting import Selection, digits
+from pymerge.methods.selection import Selection, digits
 from pymerge.methods.tensor_parts import TensorPart
 from pymerge.testing.compare import assert_same
 

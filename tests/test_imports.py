@@ -15,86 +15,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pymerge"
 
-# What each part may import of pymerge, beside itself: from the top of the file or inside a function alike.
-# A package (ops, methods, ...) is one part; everything else is a module.
+# What each part may import of pymerge, beside itself: from the top of the file or inside a function alike. A part is a
+# package, or a module at the top.
+_COMMON = "errors env common"
+_READ = f"{_COMMON} checkpoint"
+_COMPUTED = f"{_COMMON} ops"
+_SAID = f"{_READ} ops methods architecture tokenizers"
+_PLANNED = f"{_SAID} output config"
+_CARRIED_OUT = f"{_PLANNED} planner backends"
 ARROWS = {
     "errors": "",
-    "logs": "errors",
     "env": "",
-    "units": "errors",
-    "devices": "errors",
-    "vectors": "",
-    "ops": "errors vectors",
-    "methods": "errors ops vectors",
-    "layers": "errors",
-    "checkpoint": "errors logs",
-    "finite": "errors checkpoint",
-    "yaml_lines": "errors",
-    "settings": "errors methods yaml_lines",
-    "tokenizers": "errors checkpoint yaml_lines",
-    "config_checks": "errors methods settings tokenizers yaml_lines",
-    "config_slices": "config_checks yaml_lines",
-    "config_entries": "layers settings",
-    "config": "errors methods layers settings config_checks config_entries config_slices tokenizers yaml_lines",
-    "pieces": "layers methods ops",
-    "prefixes": "",
-    "vocabulary": "layers checkpoint",
-    "tied": "layers checkpoint vocabulary",
-    "inputs": "errors methods layers checkpoint config prefixes tied vocabulary",
-    "alignment": "errors methods layers checkpoint config inputs tokenizers vocabulary",
-    "towers": "layers",
-    "layer_counts": "",
-    "sources": "layers checkpoint towers",
-    "slices": (
-        "errors methods layers checkpoint settings yaml_lines config_checks config_entries config inputs layer_counts "
-        "sources tied towers"
-    ),
-    "memory": "devices units",
-    "steps": "methods layers checkpoint pieces",
-    "steplog": "logs schedule",
-    "passes": "methods checkpoint pieces schedule",
-    "schedule": "errors units methods checkpoint memory pieces steps",
-    "window": "methods pieces schedule steps",
-    "planner": (
-        "errors env methods layers checkpoint config inputs memory pieces schedule slices steps tokenizers vocabulary "
-        "alignment window"
-    ),
-    "progress": "",
-    "tracing": "errors",
-    "sampling": "checkpoint planner steps",
-    "report": "env units planner tracing",
-    "backends": "devices errors logs ops vectors",
-    "raw_parts": "backends methods vectors",
-    "raw_passes": "backends checkpoint memory methods raw_parts schedule steps",
-    "buffers": "memory methods",
-    "transfer": "methods buffers checkpoint pieces schedule tracing",
-    "pipeline": (
-        "errors ops backends checkpoint finite logs memory passes pieces progress schedule steplog steps tracing "
-        "transfer window"
-    ),
-    "streams": (
-        "devices errors env backends checkpoint finite logs memory methods pieces progress raw_passes schedule steplog "
-        "steps tracing window"
-    ),
-    "engine": (
-        "devices errors backends checkpoint logs memory pipeline planner progress report schedule steps streams tracing"
-    ),
-    "recheck": "devices errors backends checkpoint config engine memory passes planner progress schedule steps",
-    "api": "devices env units config memory planner progress report sampling engine",
-    "in_memory": "devices errors methods layers checkpoint finite pieces backends planner",
-    "stages": "devices errors env checkpoint config config_checks memory planner report units yaml_lines api",
-    "tensor_table": "planner steps",
-    "names": "",
-    "analysis": "errors env units names methods checkpoint config planner progress steps",
-    "views": "env units names methods layers backends planner steps",
-    "wemoe": (
-        "devices errors env units logs yaml_lines layers ops methods checkpoint finite config config_checks memory "
-        "schedule planner progress report tracing sampling backends engine console views window"
-    ),
-    "testing": "errors env ops methods backends api",
-    "__init__": "errors env planner report api in_memory stages wemoe",
-    "console": "errors",
-    "cli": "errors console analysis checkpoint logs progress recheck api stages tensor_table views wemoe",
+    "common": "errors env",
+    "ops": _COMMON,
+    "checkpoint": _COMMON,
+    "backends": _COMPUTED,
+    "methods": _COMPUTED,
+    "architecture": _READ,
+    "tokenizers": _READ,
+    "output": _READ,
+    "config": _SAID,
+    "planner": _PLANNED,
+    "engine": _CARRIED_OUT,
+    "analysis": f"{_PLANNED} planner",
+    "api": f"{_CARRIED_OUT} engine",
+    "wemoe": f"{_CARRIED_OUT} engine",
+    "testing": f"{_CARRIED_OUT} engine api",
+    "__init__": f"{_CARRIED_OUT} engine api wemoe",
+    "cli": f"{_CARRIED_OUT} engine analysis api wemoe",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.
@@ -226,10 +174,10 @@ def modules_after(code: str) -> set[str]:
     "code",
     [
         "import pymerge; assert pymerge.__version__",
-        "import sys, pymerge.cli\nsys.argv = ['pymerge', '--help']\n"
-        "try:\n    pymerge.cli.main()\nexcept SystemExit as end:\n    assert end.code == 0",
-        "import sys, pymerge.cli\nsys.argv = ['pymerge', 'merge', '--help']\n"
-        "try:\n    pymerge.cli.main()\nexcept SystemExit as end:\n    assert end.code == 0",
+        "import sys, pymerge.cli.main\nsys.argv = ['pymerge', '--help']\n"
+        "try:\n    pymerge.cli.main.main()\nexcept SystemExit as end:\n    assert end.code == 0",
+        "import sys, pymerge.cli.main\nsys.argv = ['pymerge', 'merge', '--help']\n"
+        "try:\n    pymerge.cli.main.main()\nexcept SystemExit as end:\n    assert end.code == 0",
     ],
 )
 def test_import_and_help_do_not_wait_for_pytorch(code: str) -> None:

@@ -32,7 +32,7 @@ from transformers import (
 import pymerge
 from pymerge import api
 from pymerge.errors import NonFiniteError, PlanError
-from pymerge.planner import Plan
+from pymerge.planner.build import Plan
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pymerge.architecture.roles import Kind, Layer, Rule, classify, positions, unused_rules
 from pymerge.errors import PlanError
-from pymerge.layers import Kind, Layer, Rule, classify, positions, unused_rules
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from checkpoints import change, llama, llama_config, pymerge, write_config, write_models
 
+from pymerge.common.events import event, logger, recording
 from pymerge.errors import OutputError
-from pymerge.logs import event, logger, recording
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 import torch
 from checkpoints import in_process, load_output, write_config, write_models
 
-from pymerge import api, memory
+from pymerge import api
+from pymerge.planner import budget
 
 MIB = 2**20
 # 4 MiB in float32: base, two experts and the output of a layer are 16 MiB together.
@@ -152,7 +153,7 @@ THREADS = 64 * MIB
 def merge_under_a_limit(folder: Path, limit: int) -> int:
     """Merge while the system refuses this process more memory; returns the bytes of its inputs."""
     warm_up(folder)
-    memory.Heap(limit).trim()
+    budget.Heap(limit).trim()
     allowed = resident("VmData") + limit + THREADS
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     try:
@@ -221,7 +222,7 @@ V1_STAT = "cache 7\nactive_file 1\ninactive_file 1\ntotal_active_file 100\ntotal
 )
 def test_limits_of_cgroups(tmp_path: Path, group: str, files: dict[str, str], room: int) -> None:
     proc = fill(tmp_path / "proc", {"self/cgroup": group + "\n"})
-    assert memory.available_bytes(proc, fill(tmp_path / "groups", files)) == room
+    assert budget.available_bytes(proc, fill(tmp_path / "groups", files)) == room
 
 
 @pytest.mark.parametrize(
@@ -236,16 +237,16 @@ def test_limits_of_cgroups(tmp_path: Path, group: str, files: dict[str, str], ro
 )
 def test_without_a_limit_the_machine_decides(tmp_path: Path, group: str, files: dict[str, str]) -> None:
     proc = fill(tmp_path / "proc", {"self/cgroup": group})
-    found = memory.available_bytes(proc, fill(tmp_path / "groups", files))
+    found = budget.available_bytes(proc, fill(tmp_path / "groups", files))
     assert found > 64 * MIB
-    assert found == pytest.approx(memory.available_bytes(), rel=0.2)
+    assert found == pytest.approx(budget.available_bytes(), rel=0.2)
 
 
 def test_the_budget_of_a_cpu() -> None:
     cpu = torch.device("cpu")
-    given = memory.budget(cpu, 3 * GIB)
+    given = budget.budget(cpu, 3 * GIB)
     assert (given.host, given.tensors, given.origin) == (3 * GIB, 3 * GIB, "--memory")
-    default = memory.budget(cpu)
+    default = budget.budget(cpu)
     assert default.tensors == int(0.75 * default.available)
     assert default.origin.startswith("75% of ")
     assert default.keeps_cache(3 * default.available // 4)

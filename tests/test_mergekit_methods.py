@@ -13,8 +13,8 @@ from checkpoints import Tensors, fine_tuned, llama, llama_config, load_output, w
 from safetensors.torch import load_file
 
 import pymerge
+from pymerge.engine.recheck import recheck
 from pymerge.errors import ArgumentError, ConfigError, NonFiniteError, PlanError
-from pymerge.recheck import recheck
 from pymerge.testing.compare import assert_same
 
 # Number of models beside the base, whether the base is named, parameters of the merge, those of each model.

@@ -12,10 +12,10 @@ import yaml
 from checkpoints import Tensors, fine_tuned, load_output, write_model
 
 from pymerge import api
+from pymerge.architecture.layer_counts import NoLayerCountError, resized
+from pymerge.architecture.roles import classify
+from pymerge.architecture.stacks import is_first, stacks, towers
 from pymerge.errors import PlanError
-from pymerge.layer_counts import NoLayerCountError, resized
-from pymerge.layers import classify
-from pymerge.towers import is_first, stacks, towers
 
 VLM = {
     "architectures": ["Gemma3ForConditionalGeneration"],

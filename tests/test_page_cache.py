@@ -12,8 +12,9 @@ import pytest
 import torch
 from checkpoints import write_config, write_models
 
-from pymerge import api, engine
-from pymerge.checkpoint import directfile
+from pymerge import api
+from pymerge.engine.run import run
+from pymerge.output import direct
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -62,13 +63,13 @@ def test_pages_are_dropped_if_the_files_take_more_than_three_quarters_of_the_mem
     models: Path, share: float, disk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the output stay if they would fit and the disk is slow, which the first piece has told."""
-    monkeypatch.setattr(directfile, "_PROBE_BYTES", 0)
-    monkeypatch.setattr(directfile, "_SLOW", math.inf if disk == "slow" else 0.0)
+    monkeypatch.setattr(direct, "_PROBE_BYTES", 0)
+    monkeypatch.setattr(direct, "_SLOW", math.inf if disk == "slow" else 0.0)
     plan = api.plan(models / "merge.yml", max_shard_size=24 * 2**20)
     available = int((plan.bytes_read + plan.bytes_written) / share)
     plan = replace(plan, budget=replace(plan.budget, available=available))
     assert plan.keeps_cache == (share <= 0.75)
-    engine.run(plan, models / "out", device="cpu")
+    run(plan, models / "out", device="cpu")
     inputs = [cached(file) for file in models.glob("e*/*.safetensors")]
     outputs = [cached(file) for file in (models / "out").glob("*.safetensors")]
     assert (len(inputs), len(outputs)) == (4, 2)

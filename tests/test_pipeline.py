@@ -14,15 +14,17 @@ import torch
 from checkpoints import load_output, pymerge, tree, write_config, write_models
 from torch import Tensor
 
-from pymerge import api, engine, transfer
+from pymerge import api
 from pymerge.backends import native
-from pymerge.buffers import Buffers
-from pymerge.checkpoint import Reader
+from pymerge.checkpoint.reader import Reader
+from pymerge.engine import transfer
+from pymerge.engine.buffers import Buffers
+from pymerge.engine.in_memory import merge_tensors
+from pymerge.engine.run import run
+from pymerge.engine.trace import Tracer
+from pymerge.engine.transfer import transfer_to
 from pymerge.errors import BackendError, CheckpointError, OutOfMemoryError
-from pymerge.in_memory import merge_tensors
-from pymerge.schedule import slots
-from pymerge.tracing import Tracer
-from pymerge.transfer import transfer_to
+from pymerge.planner.jobs import slots
 
 DEVICE = torch.device(os.environ.get("PYMERGE_TEST_DEVICE", "cpu"))
 NAMES = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(6)]
@@ -50,7 +52,7 @@ def test_a_step_without_memory_is_done_in_halves(
     models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = api.plan(write_config(models, "ram"), device="cpu")
-    engine.run(plan, models / "whole", device="cpu")
+    run(plan, models / "whole", device="cpu")
     rows: list[int] = []
 
     def fails(expert: Tensor) -> bool:
@@ -59,7 +61,7 @@ def test_a_step_without_memory_is_done_in_halves(
 
     monkeypatch.setattr(native, "ram", out_of_memory(native.ram, fails))
     with caplog.at_level(logging.WARNING, "pymerge"):
-        report = engine.run(plan, models / "halves", device="cpu")
+        report = run(plan, models / "halves", device="cpu")
     assert rows == [640, 320, 320] * len(NAMES)
     assert tree(models / "halves") == tree(models / "whole")
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == NAMES
@@ -71,7 +73,7 @@ def test_a_whole_matrix_is_tried_once_more_with_nothing_else_in_memory(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = api.plan(write_config(models, "wudi_flow"), device="cpu")
-    engine.run(plan, models / "whole", device="cpu")
+    run(plan, models / "whole", device="cpu")
     calls: list[int] = []
 
     def fails(expert: Tensor) -> bool:
@@ -79,7 +81,7 @@ def test_a_whole_matrix_is_tried_once_more_with_nothing_else_in_memory(
         return len(calls) == 2
 
     monkeypatch.setattr(native, "task_stats", out_of_memory(native.task_stats, fails))
-    engine.run(plan, models / "again", device="cpu")
+    run(plan, models / "again", device="cpu")
     assert len(calls) == len(NAMES) + 1
     assert tree(models / "again") == tree(models / "whole")
 
@@ -101,10 +103,10 @@ def test_a_second_failure_names_the_tensor_and_the_run_can_go_on(
         with pytest.raises(
             OutOfMemoryError, match=rf"^{NAMES[3]}: .* runs out of memory on cpu, .*; end other"
         ) as told:
-            engine.run(plan, models / "out", device="cpu")
+            run(plan, models / "out", device="cpu")
     assert "the same command goes on where this one stopped" in str(told.value)
     assert len(seen) == 5
-    assert engine.run(plan, models / "out", device="cpu").resumed_shards == 3
+    assert run(plan, models / "out", device="cpu").resumed_shards == 3
 
 
 def test_any_other_failure_of_an_op_names_tensor_and_action(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +126,10 @@ def test_an_input_that_vanishes_while_the_merge_runs(models: Path, method: str) 
     plan = api.plan(write_config(models, method), device="cpu")
     (models / "e1/model.safetensors").rename(models / "e1/elsewhere")
     with pytest.raises(CheckpointError, match=r"e1/model\.safetensors: cannot be opened .* moved since the plan"):
-        engine.run(plan, models / "out", device="cpu")
+        run(plan, models / "out", device="cpu")
     assert not (models / "out").exists()
     (models / "e1/elsewhere").rename(models / "e1/model.safetensors")
-    engine.run(plan, models / "out", device="cpu")
+    run(plan, models / "out", device="cpu")
     assert len(load_output(models / "out")) == len(NAMES)
 
 
@@ -138,7 +140,7 @@ def test_one_message_for_an_error_of_a_reader(models: Path, method: str) -> None
     plan = api.plan(config)
     (models / "e1/model.safetensors").write_bytes(whole[:-4])
     with pytest.raises(CheckpointError, match="changed since the plan was made"):
-        engine.run(plan, models / "out", device="cpu")
+        run(plan, models / "out", device="cpu")
     done = pymerge("merge", config, models / "out")
     assert (done.code, len(done.errors)) == (4, 1)
     assert "Traceback" not in done.err

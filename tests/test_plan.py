@@ -20,15 +20,16 @@ from checkpoints import (
     write_models,
 )
 
-from pymerge import api, engine
-from pymerge.checkpoint.identity import differences
+from pymerge import api
+from pymerge.architecture.roles import Kind
+from pymerge.engine.run import run
 from pymerge.errors import ArgumentError, PlanError
-from pymerge.layers import Kind
 from pymerge.methods.ace import SolveAce
-from pymerge.methods.average import AddTaskVectors, Copy, WeightedSum
+from pymerge.methods.linear import AddTaskVectors, Copy, WeightedSum
 from pymerge.methods.wudi import SolveWudi
-from pymerge.planner import Plan
-from pymerge.steps import Step
+from pymerge.output.identity import differences
+from pymerge.planner.build import Plan
+from pymerge.planner.steps import Step
 
 UP = "model.layers.0.mlp.up_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -70,7 +71,7 @@ def test_totals(models: Path) -> None:
 @pytest.mark.parametrize("size", ["5GB", "4KB", "1KB"])
 def test_files_sizes_and_offsets_are_those_of_the_output(models: Path, size: str) -> None:
     plan = planned(models, "linear", limits={"max_shard_size": size, "dtype": "bfloat16"})
-    engine.run(plan, models / "out", device="cpu")
+    run(plan, models / "out", device="cpu")
     files = sorted((models / "out").glob("*.safetensors"))
     assert [layout.file for layout in plan.layouts] == [file.name for file in files]
     assert [layout.nbytes for layout in plan.layouts] == [file.stat().st_size for file in files]
@@ -135,7 +136,7 @@ def test_a_tied_head_is_written_once_and_the_plan_says_so(tmp_path: Path) -> Non
     assert HEAD not in steps(plan)
     assert plan.parameters == PARAMETERS - 32 * 16
     assert any(HEAD in warning and "tied" in warning for warning in plan.warnings)
-    engine.run(plan, tmp_path / "out", device="cpu")
+    run(plan, tmp_path / "out", device="cpu")
     assert HEAD not in load_output(tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
     # Not tied by config.json: both are written, though their values are equal.
@@ -163,7 +164,7 @@ def test_integer_buffers_are_copied_from_the_base(tmp_path: Path) -> None:
         step = steps(plan)[name]
         assert (step.layer.kind, step.action, step.dtype, step.flops) == (Kind.BUFFER, Copy(), dtype, 0)
         assert step.inputs == (step.base,)
-    engine.run(plan, tmp_path / "out", device="cpu")
+    run(plan, tmp_path / "out", device="cpu")
     found = load_output(tmp_path / "out")
     assert torch.equal(found["model.position_ids"], base["model.position_ids"])
     assert torch.equal(found["model.mask"], base["model.mask"])
@@ -175,7 +176,7 @@ def test_a_scalar_and_an_empty_tensor(tmp_path: Path) -> None:
     write_models(tmp_path, base, config=llama_config(base))
     plan = planned(tmp_path, "task_arithmetic")
     assert (steps(plan)["logit_scale"].nbytes, steps(plan)["unused.weight"].nbytes) == (4, 0)
-    engine.run(plan, tmp_path / "out", device="cpu")
+    run(plan, tmp_path / "out", device="cpu")
     found = load_output(tmp_path / "out")
     experts = [fine_tuned(base, number)["logit_scale"] for number in range(2)]
     torch.testing.assert_close(found["logit_scale"], (experts[0] + experts[1]) / 2)

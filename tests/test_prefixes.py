@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pymerge.prefixes import AmbiguousPrefix, Prefix, find_prefix, nearest_prefix, renamed
+from pymerge.architecture.prefixes import AmbiguousPrefix, Prefix, find_prefix, nearest_prefix, renamed
 
 BASE = {"embed.weight": (9, 4), "layers.0.weight": (4, 4), "layers.1.weight": (4, 5), "norm.weight": (4,)}
 

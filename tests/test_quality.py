@@ -15,7 +15,7 @@ from quality.suite import RoutedSuite
 from quality.table import summarised
 
 from pymerge import plan
-from pymerge.steps import Step
+from pymerge.planner.steps import Step
 
 
 def test_what_is_kept_is_not_measured_again(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import torch
 from checkpoints import change, llama, llama_config, pymerge, write_config, write_models
 
 from pymerge import api
-from pymerge.checkpoint import verify
-from pymerge.checkpoint.fileformat import read_header
+from pymerge.checkpoint.safetensors_file import read_header
+from pymerge.engine.recheck import recheck, sample
 from pymerge.errors import OutputError
-from pymerge.recheck import recheck, sample
+from pymerge.output.manifest import verify
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -11,15 +11,18 @@ from checkpoints import change, write_config, write_models
 from safetensors.torch import load_file
 
 import pymerge
-from pymerge import api, engine, schedule, streams
+from pymerge import api
 from pymerge.backends import Dispatcher
-from pymerge.devices import Device
+from pymerge.common.devices import Device
+from pymerge.engine import streams
+from pymerge.engine.recheck import recheck
+from pymerge.engine.run import run
 from pymerge.errors import NonFiniteError
 from pymerge.methods.parts import Between
-from pymerge.methods.reducing import RANGE_ELEMENTS, ranges
-from pymerge.methods.selecting import Selection, passes_to_select
+from pymerge.methods.reduce import RANGE_ELEMENTS, ranges
+from pymerge.methods.selection import Selection, passes_to_select
 from pymerge.methods.tensor_parts import TensorPart
-from pymerge.recheck import recheck
+from pymerge.planner import jobs
 
 MIB = 2**20
 ROWS, COLUMNS = 4000, 1000  # three ranges, the last one shorter
@@ -87,7 +90,7 @@ def test_ranges_give_the_bytes_of_the_whole(
 
 
 def merged(plan: Any, folder: Path) -> bytes:
-    engine.run(plan, folder, device="cpu")
+    run(plan, folder, device="cpu")
     return (folder / "model.safetensors").read_bytes()
 
 
@@ -96,7 +99,7 @@ def test_what_is_larger_than_may_be_held_is_read_again(
 ) -> None:
     path = config(models, "ties", {"weight": 1.0, "density": 0.5})
     for held in (6 * ROWS * COLUMNS, 6 * ROWS * COLUMNS - 1):
-        monkeypatch.setattr(schedule, "HELD_BYTES", held)
+        monkeypatch.setattr(jobs, "HELD_BYTES", held)
         assert api.plan(path, device="cpu").steps[0].held == (held == 6 * ROWS * COLUMNS)
     report = api.merge(path, tmp_path / "out", device="cpu", progress=False)
     assert report.bytes_read == 3 * 6 * ROWS * COLUMNS + 6 * COLUMNS

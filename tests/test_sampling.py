@@ -8,8 +8,8 @@ import pytest
 from checkpoints import fine_tuned, llama, write_config, write_model
 
 import pymerge
-from pymerge.checkpoint import Reader
-from pymerge.sampling import delta_rms
+from pymerge.checkpoint.reader import Reader
+from pymerge.planner.advice import delta_rms
 
 SOLVED = 2 * 7  # q, k, v, o, gate, up, down of two blocks
 

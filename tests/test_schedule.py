@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from pymerge import api
 from pymerge.errors import PlanError
-from pymerge.planner import Plan
-from pymerge.schedule import BETWEEN_PASSES, CHUNK_ELEMENTS, READ_AHEAD, WRITE_BEHIND, Slot, alternating, slots
-from pymerge.steps import Memory
-from pymerge.window import SMALL_BYTES, Window, forecast, may_wait
+from pymerge.planner.build import Plan
+from pymerge.planner.jobs import BETWEEN_PASSES, CHUNK_ELEMENTS, READ_AHEAD, WRITE_BEHIND, Slot, alternating, slots
+from pymerge.planner.steps import Memory
+from pymerge.planner.window import SMALL_BYTES, Window, forecast, may_wait
 
 MIB = 2**20
 EMBEDDING = "model.embed_tokens.weight"

@@ -14,7 +14,7 @@ import pymerge
 from pymerge.backends import Dispatcher
 from pymerge.errors import ArgumentError
 from pymerge.methods import METHODS
-from pymerge.ops.singular import leading_triplets, numerical_triplets, orthogonalised
+from pymerge.ops._singular import leading_triplets, numerical_triplets, orthogonalised
 
 # (d_out, d_in, T): small, tall, wide, one row, one column, one task.
 SHAPES = [(7, 9, 3), (96, 64, 8), (40, 96, 4), (1, 16, 3), (16, 1, 1), (12, 10, 1)]

@@ -16,14 +16,14 @@ from torch import Tensor
 
 import pymerge
 from pymerge.backends import Dispatcher
-from pymerge.config import load_config
+from pymerge.common.shapes import key_of
+from pymerge.config.merge_config import load_config
 from pymerge.errors import ArgumentError, ConfigError, NonFiniteError, PlanError
 from pymerge.methods import METHODS
 from pymerge.methods.base import Values
-from pymerge.methods.sparse import METHODS as SPARSE_METHODS
-from pymerge.methods.sparse import KeepMagnitudes
-from pymerge.ops.philox import uniform_words
-from pymerge.vectors import key_of
+from pymerge.methods.ties import METHODS as SPARSE_METHODS
+from pymerge.methods.ties import KeepMagnitudes
+from pymerge.ops._philox import uniform_words
 
 # name -> sparsifier, elects signs, normalize and rescale by default: mergekit's table.
 FAMILY = {

@@ -10,8 +10,9 @@ import torch
 from checkpoints import fine_tuned, llama, llama_config, load_output, pymerge, tree, write_models
 
 import pymerge as package
+from pymerge.api import plan_stages
+from pymerge.config.multi import read_stages
 from pymerge.errors import ArgumentError, ConfigError, PlanError
-from pymerge.stages import plan_stages, read_stages
 
 CONFIG = """\
 merge_method: task_arithmetic

@@ -16,11 +16,14 @@ import torch
 from checkpoints import change, load_output, tree, write_config, write_models
 from test_imports import modules_after
 
-from pymerge import api, engine, memory, streams
-from pymerge.devices import Device
+from pymerge import api
+from pymerge.common.devices import Device
+from pymerge.engine import streams
+from pymerge.engine.raw_parts import RawPart
+from pymerge.engine.run import run
 from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from pymerge.methods import METHODS
-from pymerge.raw_parts import RawPart
+from pymerge.planner import budget
 
 CPU = Device("cpu")
 UP, NORM, COUNTER = "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.counter"
@@ -50,8 +53,8 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def same_as_reference(plan: Any, folder: Path) -> None:
     """Carry out a plan with streams and with PyTorch, and compare all bytes of the weights."""
-    streamed = engine.run(plan, folder / "streamed", device="cpu", overwrite=True)
-    plain = engine.run(plan, folder / "plain", device="cpu", backend="reference", overwrite=True)
+    streamed = run(plan, folder / "streamed", device="cpu", overwrite=True)
+    plain = run(plan, folder / "plain", device="cpu", backend="reference", overwrite=True)
     assert (streamed.bytes_read, streamed.bytes_written) == (plain.bytes_read, plain.bytes_written)
     assert weights(folder / "streamed") == weights(folder / "plain")
     assert load_output(folder / "streamed").keys() == load_output(folder / "base").keys()
@@ -79,10 +82,10 @@ def test_threads_blocks_and_memory_change_no_byte(
 ) -> None:
     write_models(tmp_path, {name: tensor[:50] if tensor.ndim == 2 else tensor for name, tensor in tensors().items()})
     config = write_config(tmp_path, "task_arithmetic")
-    engine.run(api.plan(config, device="cpu"), tmp_path / "first", device="cpu")
+    run(api.plan(config, device="cpu"), tmp_path / "first", device="cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.setattr(streams, "BLOCK_ELEMENTS", block)
-    engine.run(api.plan(config, device="cpu", memory=limit), tmp_path / "second", device="cpu")
+    run(api.plan(config, device="cpu", memory=limit), tmp_path / "second", device="cpu")
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
 
 
@@ -132,7 +135,7 @@ def test_an_input_that_is_not_finite_is_named(tmp_path: Path, weight: float) -> 
     with pytest.raises(
         NonFiniteError, match=rf"e1/model.safetensors: tensor '{UP}' has 1 values .* \[{row}, {column}\]"
     ):
-        engine.run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
 
 
@@ -140,7 +143,7 @@ def test_a_result_that_overflows_is_named(tmp_path: Path) -> None:
     write_models(tmp_path, {NORM: torch.full((8,), 40000.0)})
     plan = streams_plan(tmp_path, "linear", weight=2.0, normalize=False, more="out_dtype: float16")
     with pytest.raises(NonFiniteError, match=rf"^{NORM}: the merged tensor has values that torch.float16 cannot hold"):
-        engine.run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out", device="cpu")
 
 
 def test_values_that_are_not_finite_are_merged_where_that_is_allowed(tmp_path: Path) -> None:
@@ -159,11 +162,11 @@ def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
     with open(file, "r+b") as stream:
         stream.truncate(size - 4)
     with pytest.raises(CheckpointError, match=r"e1/model.safetensors: changed since the plan was made"):
-        engine.run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out", device="cpu")
     stamps = plan.inputs.experts[1].stamps
     stamps[file] = (size - 4, file.stat().st_mtime_ns)
     with pytest.raises(CheckpointError, match=rf"e1/model.safetensors: ends at byte {size - 4}, inside tensor"):
-        engine.run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
 
 
@@ -173,11 +176,11 @@ def test_no_memory_for_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     write_models(tmp_path, tensors())
     plan = streams_plan(tmp_path, "linear")
-    monkeypatch.setattr("pymerge.memory.map_pages", none_left)
+    monkeypatch.setattr("pymerge.planner.budget.map_pages", none_left)
     with pytest.raises(
         OutOfMemoryError, match=r"^model.counter: copy runs out of memory on cpu \(.* cannot be mapped\)"
     ):
-        engine.run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out", device="cpu")
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
@@ -189,7 +192,7 @@ def test_memory_that_runs_out_once(
     write_models(tmp_path, tensors())
     parameters = {} if method == "linear" else {"weight": 0.5, "density": 0.4}
     plan = streams_plan(tmp_path, method, **parameters)
-    engine.run(plan, tmp_path / "whole", device="cpu")
+    run(plan, tmp_path / "whole", device="cpu")
     requests = count(1)
 
     def failing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,11 +203,11 @@ def test_memory_that_runs_out_once(
 
         return wrapped
 
-    monkeypatch.setattr("pymerge.memory.map_pages", failing(memory.map_pages))
-    monkeypatch.setattr("pymerge.raw_parts.RawPart._masks", failing(RawPart._masks))
-    monkeypatch.setattr("pymerge.raw_parts.RawPart.magnitude_counts", failing(RawPart.magnitude_counts))
+    monkeypatch.setattr("pymerge.planner.budget.map_pages", failing(budget.map_pages))
+    monkeypatch.setattr("pymerge.engine.raw_parts.RawPart._masks", failing(RawPart._masks))
+    monkeypatch.setattr("pymerge.engine.raw_parts.RawPart.magnitude_counts", failing(RawPart.magnitude_counts))
     with caplog.at_level(logging.WARNING, "pymerge"):
-        engine.run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out", device="cpu")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     failed = next(requests) > missing
     assert ("out of memory (none is left); once more" in caplog.text) == failed
@@ -214,7 +217,7 @@ def test_memory_that_runs_out_once(
 def test_every_byte_is_in_a_span(tmp_path: Path) -> None:
     write_models(tmp_path, tensors())
     plan = streams_plan(tmp_path, "task_arithmetic")
-    report = engine.run(plan, tmp_path / "out", device="cpu", profile=tmp_path / "trace.json")
+    report = run(plan, tmp_path / "out", device="cpu", profile=tmp_path / "trace.json")
     moved: dict[str, int] = defaultdict(int)
     for span in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]:
         if span["ph"] == "X":
@@ -255,7 +258,7 @@ def test_what_needs_pytorch(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     ram = api.plan(write_config(tmp_path, "ram"), device="cpu")
     assert "weight is merged by ops" in str(streams.why_not(ram.steps, CPU, "auto", allow_nonfinite=False))
     with caplog.at_level(logging.INFO, "pymerge"):
-        engine.run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out", device="cpu")
     assert "combine: backend native (files are merged in C++ as they are read)" in caplog.text
 
 

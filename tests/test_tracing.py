@@ -12,8 +12,8 @@ import torch
 from checkpoints import pymerge, refused, tree, write_config, write_models
 
 from pymerge import api
-from pymerge.report import MergeReport
-from pymerge.tracing import Tracer
+from pymerge.engine.report import MergeReport
+from pymerge.engine.trace import Tracer
 
 LAYERS = 24
 Events = list[dict[str, Any]]

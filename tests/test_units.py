@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pymerge.common.units import format_bytes, format_flops, parse_bytes
 from pymerge.errors import ArgumentError
-from pymerge.units import format_bytes, format_flops, parse_bytes
 
 
 @pytest.mark.parametrize(

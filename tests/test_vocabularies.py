@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 from vocabularies import EMBEDDING, HEAD, bpe, unigram, word_piece, write
 
 from pymerge import api
-from pymerge.checkpoint import verify
-from pymerge.recheck import recheck
+from pymerge.engine.recheck import recheck
+from pymerge.output.manifest import verify
 
 Make = Callable[..., Tokenizer]
 KINDS = pytest.mark.parametrize("make", [bpe, word_piece, unigram])

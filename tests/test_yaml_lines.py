@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pymerge.config import load_config, resolve
+from pymerge.config.merge_config import load_config, resolve
 from pymerge.errors import ConfigError
 from pymerge.methods import get_method
 

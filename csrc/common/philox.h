@@ -1,5 +1,5 @@
 // Philox 4x32-10: four 32-bit numbers from a counter and a key, the same on every device. Source: Salmon, Moraes, Dror,
-// Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. pymerge/ops/philox.py gives the same numbers.
+// Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. pymerge/ops/_philox.py gives the same numbers.
 #pragma once
 
 #include <cstdint>

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymerge.common.names import block, role
 from pymerge.methods.ace import heterogeneity
-from pymerge.names import block, role
 
 Matrix = tuple[tuple[float, ...], ...]
 

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from pymerge.analysis.measures import Analysis, Spectrum, Sums, TensorMeasures
-from pymerge.checkpoint import Reader, TensorEntry, upcast
-from pymerge.config import participants
+from pymerge.checkpoint.checkpoint import TensorEntry
+from pymerge.checkpoint.reader import Reader
+from pymerge.common.names import role
+from pymerge.common.progress import NoProgress, ProgressSink
+from pymerge.common.torch_dtypes import upcast
+from pymerge.config.merge_config import participants
 from pymerge.errors import ArgumentError, NonFiniteError, PlanError
-from pymerge.names import role
-from pymerge.planner import Plan
-from pymerge.progress import NoProgress, ProgressSink
-from pymerge.steps import Step
+from pymerge.planner.build import Plan
+from pymerge.planner.steps import Step
 
 # Elements of a range: in float32, with the differences of all tasks, some MiB a task.
 _RANGE_ELEMENTS = 2**20

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.dtypes import DTYPE_CODES
+from pymerge.common.shapes import exact
 from pymerge.ops.trim_threshold import Thresholds
-from pymerge.vectors import exact
 
 
 def trim_threshold(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int]) -> Thresholds:

@@ -23,12 +23,12 @@ from pymerge.backends.native_elementwise import (
 )
 from pymerge.backends.native_routed import routed_linear
 from pymerge.backends.native_sparse import magnitude_counts, magnitude_mask, random_mask, sparse_combine, trim_threshold
-from pymerge.ops.base import compute_dtype
+from pymerge.common.shapes import Axis, vector_shape
+from pymerge.ops._op import compute_dtype
 from pymerge.ops.gradient_flow import evaluate
 from pymerge.ops.normal_equations import NormalEquations, outputs_first
 from pymerge.ops.task_stats import TaskStats
 from pymerge.ops.wudi_adam import bias_corrections
-from pymerge.vectors import Axis, vector_shape
 
 NAME = "native"
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.dtypes import DTYPE_CODES
-from pymerge.ops.base import compute_dtype
+from pymerge.common.shapes import vector_shape
+from pymerge.ops._op import compute_dtype
 from pymerge.ops.nearswap import LEAST_DIFFERENCE
-from pymerge.vectors import vector_shape
 
 
 class _Tasks:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.dtypes import DTYPE_CODES
-from pymerge.ops.routed_kernels import Kernels, Problem, TorchPasses, mixes_of
+from pymerge.ops.routed.kernels import Kernels, Problem, TorchPasses, mixes_of
+from pymerge.ops.routed.task_storage import DenseTasks, SparseTasks, Tasks
 from pymerge.ops.routed_linear import run
-from pymerge.ops.task_storage import DenseTasks, SparseTasks, Tasks
 
 # Multiply-adds that are worth a thread of their own: a panel's pass is short, and waiting for a second thread on a busy
 # machine costs more than it saves. An entry found by its index counts as several.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.dtypes import DTYPE_CODES
-from pymerge.ops.bitmask import TaskMasks
+from pymerge.common.shapes import exact, row_bytes
+from pymerge.ops._bitmask import TaskMasks
 from pymerge.ops.trim_threshold import Thresholds
-from pymerge.vectors import exact, row_bytes
 
 
 def trim_threshold(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int]) -> Thresholds:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.triton_routed import on
+from pymerge.common.shapes import Axis, vector_shape
 from pymerge.ops.nearswap import LEAST_DIFFERENCE
-from pymerge.vectors import Axis, vector_shape
 
 
 def task_dots(base: Tensor | None, tensors: Sequence[Tensor], axis: Axis = "whole") -> Tensor:

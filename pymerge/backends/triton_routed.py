@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymerge.ops.routed_kernels import Kernels, Problem, TorchPasses, token_gates
+from pymerge.ops.routed.kernels import Kernels, Problem, TorchPasses, token_gates
+from pymerge.ops.routed.task_storage import DenseTasks
 from pymerge.ops.routed_linear import run
-from pymerge.ops.task_storage import DenseTasks
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.triton_routed import on
+from pymerge.common.shapes import row_bytes
 from pymerge.ops import random_mask as random
-from pymerge.ops.bitmask import TaskMasks
+from pymerge.ops._bitmask import TaskMasks
 from pymerge.ops.trim_threshold import Thresholds
-from pymerge.vectors import row_bytes
 
 
 def magnitude_mask(

@@ -6,12 +6,12 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pymerge.checkpoint.fileformat import TensorEntry
+from pymerge.checkpoint.safetensors_file import TensorEntry
 
 if TYPE_CHECKING:
     import torch
 
-    from pymerge.checkpoint.rowmap import RowMap
+    from pymerge.checkpoint.row_map import RowMap
 
 # One run of rows: its first row in the output, its first row in the stored table, their number.
 Run = tuple[int, int, int]

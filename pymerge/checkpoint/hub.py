@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pymerge.checkpoint.carried import SKIPPED_FOLDERS, WEIGHT_SUFFIXES
-from pymerge.checkpoint.weightfiles import FORMATS, WeightFormat, find_weights, read_weight_map
+from pymerge.checkpoint.model_files import SKIPPED_FOLDERS, WEIGHT_SUFFIXES
+from pymerge.checkpoint.weight_files import FORMATS, WeightFormat, find_weights, read_weight_map
 from pymerge.errors import CheckpointError
 
 _NOT_WEIGHTS = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES] + [f"{folder}/*" for folder in SKIPPED_FOLDERS]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.codes import is_float8
-from pymerge.checkpoint.fileformat import TensorEntry, shorten
+from pymerge.checkpoint.safetensors_file import TensorEntry, shorten
+from pymerge.common.dtypes import is_float8
 from pymerge.errors import CheckpointError
 
 _ORIGINAL = "merge the original weights instead, or dequantise first"

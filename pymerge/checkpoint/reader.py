@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pymerge.checkpoint.codes import ITEM_SIZES
-from pymerge.checkpoint.fileformat import TensorEntry, shorten
 from pymerge.checkpoint.gathered_entry import GatheredEntry, Run
+from pymerge.checkpoint.safetensors_file import TensorEntry, shorten
+from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Reader:
         """
         import torch
 
-        from pymerge.checkpoint.dtypes import TORCH_DTYPES
+        from pymerge.common.torch_dtypes import TORCH_DTYPES
 
         shape, _, _ = _span(entry, start_row, stop_row)
         out = torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
@@ -84,7 +84,7 @@ class Reader:
 
     def read_into(self, entry: TensorEntry, out: torch.Tensor, start_row: int = 0, stop_row: int | None = None) -> None:
         """As `read`, into a contiguous CPU tensor (pinned or not) of the slice's shape and dtype."""
-        from pymerge.checkpoint.dtypes import TORCH_DTYPES, bytes_of
+        from pymerge.common.torch_dtypes import TORCH_DTYPES, bytes_of
 
         shape, offset, _ = _span(entry, start_row, stop_row)
         right = out.dtype == TORCH_DTYPES[entry.dtype] and tuple(out.shape) == shape
@@ -94,7 +94,7 @@ class Reader:
                 f"{out.device}; pass a contiguous CPU tensor of that dtype and shape"
             )
         if isinstance(entry, GatheredEntry):
-            from pymerge.checkpoint.gather import fill_gathered
+            from pymerge.checkpoint.gathered import fill_gathered
 
             fill_gathered(self.read_runs_into, entry, out, start_row, start_row + shape[0])
             return
@@ -112,7 +112,7 @@ class Reader:
         if entry.contiguous:
             self.read_bytes_into(entry, memoryview(out), start_row, stop_row)
         else:
-            from pymerge.checkpoint.dtypes import bytes_of
+            from pymerge.common.torch_dtypes import bytes_of
 
             out[:] = bytes_of(self.read(entry, start_row, stop_row))
         return out
@@ -145,7 +145,7 @@ class Reader:
             for at, row, count in runs:
                 self.read_into(entry, out[at : at + count], row, row + count)
             return
-        from pymerge.checkpoint.dtypes import bytes_of
+        from pymerge.common.torch_dtypes import bytes_of
 
         row_bytes = entry.nbytes // max(1, entry.shape[0])
         view = bytes_of(out)
@@ -297,7 +297,7 @@ def _fill_strided(
     """Read a view in parts whose elements lie close together: halve it along its widest axis until they do."""
     import torch
 
-    from pymerge.checkpoint.dtypes import bytes_of
+    from pymerge.common.torch_dtypes import bytes_of
 
     shape = tuple(out.shape)
     extent, size = _extent(shape, strides), out.element_size()

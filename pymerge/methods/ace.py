@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.methods.average import mean_of_tasks
 from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
+from pymerge.methods.linear import mean_of_tasks
 from pymerge.methods.solver import (
     PRECISION,
     SHARED_PARAMETERS,

@@ -238,7 +238,7 @@ class Method(ABC):
 
         Args:
             name: the tensor's name (for exclusion patterns, and random numbers of its own).
-            solvable: True for linear weights, the only tensors that solvers touch (pymerge.layers decides).
+            solvable: True for linear weights, the only tensors that solvers touch (pymerge.architecture.roles decides).
             values: parameter values of this tensor.
             experts: number of experts T.
         """

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pymerge.methods.average import element_count
+from pymerge.common.shapes import BLOCK
 from pymerge.methods.base import COMPAT, Action, Cost, Method, OpRunner, Parameter, Values
+from pymerge.methods.linear import element_count
 from pymerge.methods.scored import MeanOfActivePlus, SelectCalculateErase, TakeImportant
-from pymerge.vectors import BLOCK
 
 _MERGEKITS_LEAST = 1e-6  # sum of energies, sum of weights
 

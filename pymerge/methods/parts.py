@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pymerge.vectors import Axis
+from pymerge.common.shapes import Axis
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ SUM_ELEMENTS = 2**20
 class Kept(NamedTuple):
     """Masks of a part, and the L1 norms of its T task vectors."""
 
-    bits: Any  # of the part's library: a bit an element, as in pymerge.ops.bitmask
+    bits: Any  # of the part's library: a bit an element, as in pymerge.ops._bitmask
     before: NDArray[Any]  # [T] float64; of any content where nobody asked for norms
     after: NDArray[Any]  # [T] float64, over what is kept
 

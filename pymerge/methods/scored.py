@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pymerge.methods.average import element_count
+from pymerge.common.shapes import BLOCK, row_bytes
 from pymerge.methods.base import Cost
+from pymerge.methods.linear import element_count
 from pymerge.methods.parts import Between, Part
-from pymerge.methods.reducing import Reducing, Reduction, of_part, ranges
-from pymerge.methods.selecting import BYTES_OF_RANGE, SCRATCH_BYTES, Selection, digits
-from pymerge.vectors import BLOCK, row_bytes
+from pymerge.methods.reduce import Reducing, Reduction, of_part, ranges
+from pymerge.methods.selection import BYTES_OF_RANGE, SCRATCH_BYTES, Selection, digits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pymerge.methods.average import Copy, mean_of_tasks
 from pymerge.methods.base import Action, Method, OpRunner, Parameter, Values
-from pymerge.ops.base import compute_dtype
+from pymerge.methods.linear import Copy, mean_of_tasks
+from pymerge.ops._op import compute_dtype
 
 Precision = Literal["auto", "float32", "float64"]
 

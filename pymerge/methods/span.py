@@ -7,11 +7,11 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pymerge.methods.average import element_count
+from pymerge.common.shapes import BLOCK, Axis, vector_shape
 from pymerge.methods.base import Cost
+from pymerge.methods.linear import element_count
 from pymerge.methods.parts import SUM_ELEMENTS, Models, Part
-from pymerge.methods.reducing import Reducing, Reduction
-from pymerge.vectors import BLOCK, Axis, vector_shape
+from pymerge.methods.reduce import Reducing, Reduction
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pymerge.common.shapes import Axis
 from pymerge.methods.base import OpRunner
 from pymerge.methods.parts import SUM_ELEMENTS, Between, Kept, Limits, Models, Part, from_the_nearer
-from pymerge.ops.base import compute_dtype
-from pymerge.ops.bitmask import TaskMasks
+from pymerge.ops._bitmask import TaskMasks
+from pymerge.ops._op import compute_dtype
 from pymerge.ops.trim_threshold import Thresholds, behind
-from pymerge.vectors import Axis
 
 
 class TensorPart(Part):

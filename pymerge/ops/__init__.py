@@ -33,7 +33,7 @@ from pymerge.ops import (
     trim_threshold,
     wudi_adam,
 )
-from pymerge.ops.base import Op
+from pymerge.ops._op import Op
 
 _MODULES = (
     combine,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops import importance
-from pymerge.ops.base import Op, compute_dtype
+from pymerge.ops._op import Op, compute_dtype
 from pymerge.ops.row_divergence import row_blocks
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pymerge.common.shapes import Axis, vector_shape
 from pymerge.errors import ArgumentError
 from pymerge.ops import task_dots
-from pymerge.ops.base import Op, compute_dtype
+from pymerge.ops._op import Op, compute_dtype
 from pymerge.ops.task_dots import blocks
-from pymerge.vectors import Axis, vector_shape
 
 
 def check(

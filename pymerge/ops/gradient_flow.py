@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_matrix
+from pymerge.ops._op import Op, check_matrix
 
 # What the Chebyshev series of Phi may leave out, as a share of its largest value.
 _TOLERANCE = {torch.float32: 2e-8, torch.float64: 4e-15}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops.singular import numerical_triplets, orthogonalised
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._singular import numerical_triplets, orthogonalised
 
 
 def check(base: Tensor, experts: Sequence[Tensor], common: float = 1.0) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops.bitmask import blocks, magnitude_keys
+from pymerge.ops._bitmask import blocks, magnitude_keys
+from pymerge.ops._op import Op, check_length, check_task_tensors, compute_dtype, task_vector
 
 _MOST_BITS = 16
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pymerge.common.shapes import row_bytes
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops.bitmask import TaskMasks, blocks, magnitude_keys, pack
+from pymerge.ops._bitmask import TaskMasks, blocks, magnitude_keys, pack
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops.trim_threshold import Thresholds
-from pymerge.vectors import row_bytes
 
 
 def check(base: Tensor, experts: Sequence[Tensor], kept: Thresholds, dropped: Thresholds | None = None) -> None:

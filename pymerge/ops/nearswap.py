@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_task_tensors, compute_dtype
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype
 
 # Differences count as this at least.
 LEAST_DIFFERENCE = 1e-6

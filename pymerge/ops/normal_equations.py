@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pymerge.ops import task_gram
-from pymerge.ops.base import Op, check_length, check_matrix, compute_dtype, task_vector
+from pymerge.ops._op import Op, check_length, check_matrix, compute_dtype, task_vector
 
 
 class NormalEquations(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype
-from pymerge.ops.task_blocks import task_blocks
+from pymerge.ops._blocks import task_blocks
+from pymerge.ops._op import Op, check_length, check_task_tensors, compute_dtype
 
 
 def check(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.ops.base import Op, check_task_tensors, compute_dtype
-from pymerge.ops.task_blocks import task_blocks
+from pymerge.ops._blocks import task_blocks
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype
 
 
 def check(base: Tensor, experts: Sequence[Tensor], epsilon: float) -> None:

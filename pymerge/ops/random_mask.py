@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pymerge.common.shapes import BLOCK, row_bytes
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops.bitmask import TaskMasks, blocks, magnitude_keys, pack
-from pymerge.ops.philox import uniform_words
-from pymerge.vectors import BLOCK, row_bytes
+from pymerge.ops._bitmask import TaskMasks, blocks, magnitude_keys, pack
+from pymerge.ops._op import Op, check_length, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._philox import uniform_words
 
 # Probabilities are compared with 32-bit numbers as multiples of 2^-32.
 ONE = 2.0**32
@@ -60,7 +60,7 @@ def reference(
         first: the number of the first element, where the tensors are rows of larger ones.
 
     L1 norms are summed in float64. Source: DARE, arXiv 2311.03099 (one probability); DELLA-Merging, arXiv 2406.11617
-    (ranks); the generator: see pymerge.ops.philox.
+    (ranks); the generator: see pymerge.ops._philox.
     """
     numel, flat, device = base.numel(), base.reshape(-1), base.device
     columns = base.shape[-1] if base.ndim else 1

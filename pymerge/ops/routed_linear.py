@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op
-from pymerge.ops.routed_kernels import Kernels, Problem, RoutedFunction, Run, TorchPasses
-from pymerge.ops.task_storage import LowRankTasks, SparseTasks, Tasks
+from pymerge.ops._op import Op
+from pymerge.ops.routed.kernels import Kernels, Problem, RoutedFunction, Run, TorchPasses
+from pymerge.ops.routed.task_storage import LowRankTasks, SparseTasks, Tasks
 
 Form = Literal["auto", "mixed", "factored"]
 

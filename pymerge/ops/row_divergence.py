@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pymerge.ops.base import Op, check_task_tensors, one_thread
-from pymerge.vectors import BLOCK
+from pymerge.common.shapes import BLOCK
+from pymerge.ops._op import Op, check_task_tensors, one_thread
 
 _SMALL = 1e-8  # added to probabilities
 

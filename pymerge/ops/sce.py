@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype
-from pymerge.ops.bitmask import check_bits
-from pymerge.ops.task_blocks import sum_in_order, task_blocks
+from pymerge.ops._bitmask import check_bits
+from pymerge.ops._blocks import sum_in_order, task_blocks
+from pymerge.ops._op import Op, check_length, check_task_tensors, compute_dtype
 
 
 def check(
@@ -44,7 +44,7 @@ def reference(
         base: W_0, any shape, floating point.
         experts: T tensors W_t like it.
         weights: T numbers w_t.
-        bits: [1, 8 ceil(numel / 64)] uint8, see `pymerge.ops.bitmask`: elements where this is not set keep W_0;
+        bits: [1, 8 ceil(numel / 64)] uint8, see `pymerge.ops._bitmask`: elements where this is not set keep W_0;
             default: all are merged.
         least: lower limit of the divisor. Where no task is kept the base stays.
         out_dtype: dtype of the result; default: the base's.

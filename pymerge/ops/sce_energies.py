@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.ops.base import Op, check_task_tensors, compute_dtype, one_thread
-from pymerge.ops.bitmask import check_bits
-from pymerge.ops.task_blocks import task_blocks
+from pymerge.ops._bitmask import check_bits
+from pymerge.ops._blocks import task_blocks
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype, one_thread
 
 
 def check(base: Tensor, experts: Sequence[Tensor], bits: Tensor | None = None) -> None:
@@ -25,7 +25,7 @@ def reference(base: Tensor, experts: Sequence[Tensor], bits: Tensor | None = Non
     Args:
         base: W_0, any shape, floating point.
         experts: T tensors W_t like it.
-        bits: [1, 8 ceil(numel / 64)] uint8, see `pymerge.ops.bitmask`: which elements count; default: all.
+        bits: [1, 8 ceil(numel / 64)] uint8, see `pymerge.ops._bitmask`: which elements count; default: all.
 
     Deltas in float32 (float64 if an input is), squares and sums in float64. Source: the calculate step of SCE,
     FuseChat-3.0, arXiv 2408.07990.

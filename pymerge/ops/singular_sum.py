@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.ops.base import Op, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops.singular import numerical_triplets, orthogonalised
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._singular import numerical_triplets, orthogonalised
 
 
 def check(base: Tensor, experts: Sequence[Tensor]) -> None:

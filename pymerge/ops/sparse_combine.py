@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype
-from pymerge.ops.bitmask import blocks, check_bits, unpack
+from pymerge.ops._bitmask import blocks, check_bits, unpack
+from pymerge.ops._op import Op, check_length, check_task_tensors, compute_dtype
 
 
 def check(

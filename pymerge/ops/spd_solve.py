@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op
-from pymerge.ops.cholesky import Cholesky, LibraryCholesky, factorise, not_positive_definite
+from pymerge.ops._cholesky import Cholesky, LibraryCholesky, factorise, not_positive_definite
+from pymerge.ops._op import Op
 
 # Steps of the power iterations behind the condition number.
 ITERATIONS = 8

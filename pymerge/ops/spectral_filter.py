@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops import gradient_flow
-from pymerge.ops.base import Op, check_matrix, one_thread
+from pymerge.ops._op import Op, check_matrix, one_thread
 
 # Eigenvalues below it count as this much, as in the released code.
 _FLOOR = 1e-8

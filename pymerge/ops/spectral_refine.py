@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_matrix
-from pymerge.ops.singular import leading_triplets
+from pymerge.ops._op import Op, check_matrix
+from pymerge.ops._singular import leading_triplets
 
 
 def check(X: Tensor, D: Tensor, k: int) -> None:

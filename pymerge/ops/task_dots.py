@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pymerge.common.shapes import AXES, Axis, vector_shape
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_task_tensors, compute_dtype, one_thread
-from pymerge.vectors import AXES, Axis, vector_shape
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype, one_thread
 
 # Elements that are upcast to float64 at once: scratch stays small, and sums do not depend on the machine.
 BLOCK = 2**18

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pymerge.ops.base import Op, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
 
 
 class TaskStats(NamedTuple):

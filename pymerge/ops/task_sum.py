@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pymerge.ops import task_gram
-from pymerge.ops.base import Op, compute_dtype, task_vector
+from pymerge.ops._op import Op, compute_dtype, task_vector
 
 
 def check(

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pymerge.common.shapes import exact
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op, check_length, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops.bitmask import blocks, magnitude_keys
+from pymerge.ops._bitmask import blocks, magnitude_keys
+from pymerge.ops._op import Op, check_length, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops.magnitude_counts import reference as magnitude_counts
-from pymerge.vectors import exact
 
 _DIGIT = 11  # bits
 

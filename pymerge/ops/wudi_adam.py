@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import Op
+from pymerge.ops._op import Op
 
 
 def check(

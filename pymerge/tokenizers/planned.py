@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.tokenizers.files import Files
 
 if TYPE_CHECKING:
-    from pymerge.checkpoint import RowMap
+    from pymerge.checkpoint.row_map import RowMap
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def plan_files(
 
 def describe_rows(rows_map: RowMap, own: int) -> str:
     """How many rows of a table come from where, for people; `own` is the number of the model's own table."""
-    from pymerge.checkpoint.rowmap import AVERAGE, MEAN, ZERO
+    from pymerge.checkpoint.row_map import AVERAGE, MEAN, ZERO
 
     if rows_map.is_identity(own):
         return "all rows where they are"

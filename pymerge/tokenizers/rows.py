@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pymerge.checkpoint.rowmap import AVERAGE, MEAN, ZERO, RowMap
+from pymerge.checkpoint.row_map import AVERAGE, MEAN, ZERO, RowMap
 from pymerge.tokenizers.files import Vocabulary
 from pymerge.tokenizers.settings import TokenRule
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pymerge.wemoe.adapt import adapt
 from pymerge.wemoe.build import BuildPlan, BuildReport, build, plan_build
-from pymerge.wemoe.format import ModuleSpec, RouterSpec, Spec, StorageSpec, read_spec, write_spec
-from pymerge.wemoe.loading import load, save
+from pymerge.wemoe.load import load, save
 from pymerge.wemoe.model import RoutedModel
+from pymerge.wemoe.spec import ModuleSpec, RouterSpec, Spec, StorageSpec, read_spec, write_spec
 from pymerge.wemoe.upscale import upscale
 
 __all__ = [

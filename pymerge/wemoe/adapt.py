@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from pymerge.errors import ArgumentError, NonFiniteError
+from pymerge.wemoe.adapt_state import load_state, save_state
 from pymerge.wemoe.model import RoutedModel
-from pymerge.wemoe.state import load_state, save_state
 
 Loss = Literal["entropy", "supervised", "distillation"]
 Logits = Callable[[str, Any], Tensor]  # (task, output of the model) -> logits

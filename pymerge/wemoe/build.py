@@ -13,27 +13,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from pymerge import engine, env
-from pymerge.checkpoint import Checkpoint, OutputDirectory, Reader, ShardLayout, TensorEntry, code_of, layout_file
-from pymerge.devices import resolve_device
+from pymerge import env
+from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.reader import Reader
+from pymerge.common.devices import resolve_device
+from pymerge.common.progress import NoProgress, ProgressBar, ProgressSink
+from pymerge.common.torch_dtypes import code_of
+from pymerge.common.units import format_bytes, parse_bytes
+from pymerge.engine.report import MergeReport
+from pymerge.engine.run import run
+from pymerge.engine.trace import Tracer
 from pymerge.errors import ConfigError, PlanError
-from pymerge.memory import Budget, budget
-from pymerge.methods.average import Copy
-from pymerge.planner import DEFAULT_SHARD_BYTES, Plan, build_plan
-from pymerge.progress import NoProgress, ProgressBar, ProgressSink
-from pymerge.report import MergeReport
-from pymerge.sampling import delta_warnings
-from pymerge.schedule import fit
-from pymerge.tracing import Tracer
-from pymerge.units import format_bytes, parse_bytes
-from pymerge.wemoe.files import INDEX_NAME, index_bytes
-from pymerge.wemoe.format import SPEC_NAME, Spec, read_spec, spec_bytes
+from pymerge.methods.linear import Copy
+from pymerge.output.directory import OutputDirectory
+from pymerge.output.layout import ShardLayout, layout_file
+from pymerge.planner.advice import delta_warnings
+from pymerge.planner.budget import Budget, budget
+from pymerge.planner.build import DEFAULT_SHARD_BYTES, Plan, build_plan
+from pymerge.planner.jobs import fit
+from pymerge.wemoe.config import expert_names, load_build_config
+from pymerge.wemoe.find_mlps import empty_model, find_mlps
 from pymerge.wemoe.router import make_router, router_count
-from pymerge.wemoe.routerfile import ROUTER_NAME, one_routers_tensors
-from pymerge.wemoe.section import expert_names, load_build_config
-from pymerge.wemoe.structure import empty_model, find_mlps
-from pymerge.wemoe.task_vector_files import Parameter, TaskVectorFile, task_vector_files, weight_map
-from pymerge.wemoe.task_vector_run import TaskVectorRun
+from pymerge.wemoe.router_file import ROUTER_NAME, one_routers_tensors
+from pymerge.wemoe.spec import SPEC_NAME, Spec, read_spec, spec_bytes
+from pymerge.wemoe.task_vector_jobs import TaskVectorRun
+from pymerge.wemoe.task_vector_layout import Parameter, TaskVectorFile, task_vector_files, weight_map
+from pymerge.wemoe.task_vectors import INDEX_NAME, index_bytes
 
 # Files of task vectors are held in memory where their sizes are not known before.
 MOST_TASK_VECTOR_BYTES = 1_000_000_000
@@ -44,7 +49,7 @@ _NO_LIMIT = 2**62
 class BuildPlan:
     """All that a build will do: `static`, the plan of the plain checkpoint, and what lies beside it.
 
-    It is the supplement (pymerge.engine.Supplement) of the static merge.
+    It is the supplement (pymerge.engine.run.Supplement) of the static merge.
     """
 
     static: Plan
@@ -254,7 +259,7 @@ def build(
     """
     planned = plan_build(config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype, model=model)
     out = Path(out)
-    report = engine.run(
+    report = run(
         planned.static,
         out,
         supplement=planned,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pymerge.checkpoint import read_header
+from pymerge.checkpoint.checkpoint import read_header
 from pymerge.errors import CheckpointError
 
 _IMAGES = ("images", "pixel_values")

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pymerge.checkpoint import open_checkpoint, read_header
+from pymerge.architecture.roles import is_head_name
+from pymerge.checkpoint.checkpoint import open_checkpoint, read_header
 from pymerge.errors import CheckpointError
-from pymerge.layers import is_head_name
-from pymerge.wemoe.loading import model_names
+from pymerge.wemoe.load import model_names
 
 # Where transformers' models without a head put their features, the first that is there.
 _FEATURES = ("image_embeds", "text_embeds", "pooler_output")

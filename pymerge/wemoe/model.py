@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.task_storage import Tasks
-from pymerge.wemoe.format import Spec
+from pymerge.ops.routed.task_storage import Tasks
 from pymerge.wemoe.modules import Call, RoutedLinear, Shared, Unit, call_hooks, is_linear
-from pymerge.wemoe.routerfile import read_routers, write_routers
+from pymerge.wemoe.router_file import read_routers, write_routers
+from pymerge.wemoe.spec import Spec
 
 
 class RoutedModel(nn.Module):

@@ -16,8 +16,8 @@ from pymerge.backends import Dispatcher, load
 from pymerge.backends.native_routed import NativePasses
 from pymerge.env import default_backend
 from pymerge.errors import ArgumentError
-from pymerge.ops.routed_kernels import TorchPasses
-from pymerge.ops.task_storage import DenseTasks, LowRankTasks, SparseTasks, Tasks
+from pymerge.ops.routed.kernels import TorchPasses
+from pymerge.ops.routed.task_storage import DenseTasks, LowRankTasks, SparseTasks, Tasks
 from pymerge.wemoe.router import Router, layer_code
 
 

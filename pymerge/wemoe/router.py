@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pymerge.wemoe.format import Spec
+from pymerge.wemoe.spec import Spec
 
 CODE_SIZE = 8
 _STD = 0.01

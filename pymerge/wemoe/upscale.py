@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.base import compute_dtype, task_vector
-from pymerge.ops.task_storage import Tasks
-from pymerge.wemoe.files import compress
-from pymerge.wemoe.format import ModuleSpec, RouterSpec, Spec, StorageSpec
+from pymerge.ops._op import compute_dtype, task_vector
+from pymerge.ops.routed.task_storage import Tasks
 from pymerge.wemoe.model import RoutedModel
 from pymerge.wemoe.modules import dispatcher, is_linear, is_transposed
 from pymerge.wemoe.router import make_routers
+from pymerge.wemoe.spec import ModuleSpec, RouterSpec, Spec, StorageSpec
+from pymerge.wemoe.task_vectors import compress
 
 # Last part of the name of what the field calls the MLP of a block.
 _MLP = re.compile(r"(^|_)(mlp|ffn|ff|feed_?forward|dense_?relu_?dense)$", re.IGNORECASE)

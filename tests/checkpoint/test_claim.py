@@ -14,9 +14,9 @@ import torch
 from outputs import SMALL, Tensors, finish, plan, tree, write_shard
 from safetensors.torch import load_file
 
-from pymerge.checkpoint.layout import layout_shards
-from pymerge.checkpoint.writer import OutputDirectory
 from pymerge.errors import OutputError
+from pymerge.output.directory import OutputDirectory
+from pymerge.output.layout import layout_shards
 
 
 def assert_holds(folder: Path, tensors: Tensors) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pymerge.checkpoint import directfile
-from pymerge.checkpoint.directfile import BLOCK, LEAST_BYTES, DirectFile
-from pymerge.checkpoint.layout import layout_shards
-from pymerge.checkpoint.shardfile import ShardFile
-from pymerge.memory import Room
+from pymerge.output import direct
+from pymerge.output.direct import BLOCK, LEAST_BYTES, DirectFile
+from pymerge.output.layout import layout_shards
+from pymerge.output.shard import ShardFile
+from pymerge.planner.budget import Room
 
 NBYTES = 3 * LEAST_BYTES
 
@@ -141,9 +141,9 @@ def test_a_slow_disk_is_left_to_the_cache(
     file: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, only_if_fast: bool, expected: int
 ) -> None:
     """A mebibyte and more in a second is slow, in a thousandth of one it is not."""
-    monkeypatch.setattr(directfile, "_PROBE_BYTES", LEAST_BYTES)
+    monkeypatch.setattr(direct, "_PROBE_BYTES", LEAST_BYTES)
     ticks = iter(np.arange(100) * seconds)
-    monkeypatch.setattr(directfile.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(direct.time, "perf_counter", lambda: next(ticks))
     writer = DirectFile(file, only_if_fast=only_if_fast)
     done = [len(writer.pwrite(random_bytes(LEAST_BYTES), LEAST_BYTES * number)) for number in range(3)]
     assert done == [LEAST_BYTES] * expected + [0] * (3 - expected)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pymerge.checkpoint.codes import ITEM_SIZES, is_float, is_float8
-from pymerge.checkpoint.dtypes import TORCH_DTYPES, bytes_of, code_of, upcast
-from pymerge.checkpoint.fileformat import read_header
+from pymerge.checkpoint.safetensors_file import read_header
+from pymerge.common.dtypes import ITEM_SIZES, is_float, is_float8
+from pymerge.common.torch_dtypes import TORCH_DTYPES, bytes_of, code_of, upcast
 from pymerge.errors import ArgumentError
 
 

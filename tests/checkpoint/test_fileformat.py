@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from pymerge.checkpoint.fileformat import read_header
+from pymerge.checkpoint.safetensors_file import read_header
 from pymerge.errors import CheckpointError
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pymerge.checkpoint.layout import layout_shards
-from pymerge.checkpoint.writer import OutputDirectory
 from pymerge.errors import OutputError
+from pymerge.output.directory import OutputDirectory
+from pymerge.output.layout import layout_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE = f"""

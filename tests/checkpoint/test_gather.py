@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pymerge.checkpoint import Reader, RowMap, TensorEntry, gathered, open_checkpoint
-from pymerge.checkpoint.rowmap import AVERAGE, MEAN, ZERO
+from pymerge.checkpoint.checkpoint import TensorEntry, open_checkpoint
+from pymerge.checkpoint.gathered import gathered
+from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.row_map import AVERAGE, MEAN, ZERO, RowMap
 from pymerge.errors import CheckpointError
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pymerge.checkpoint.headers import open_checkpoint
+from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from pymerge.checkpoint.codes import ITEM_SIZES
-from pymerge.checkpoint.fileformat import read_header
-from pymerge.checkpoint.layout import index_json, index_name, layout_shards
+from pymerge.checkpoint.safetensors_file import read_header
+from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.errors import ArgumentError
+from pymerge.output.layout import index_json, index_name, layout_shards
 
 
 def test_exact_bytes_of_a_header() -> None:

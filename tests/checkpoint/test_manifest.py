@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from pymerge.checkpoint import manifest as manifest_module
-from pymerge.checkpoint.dtypes import TORCH_DTYPES, code_of
-from pymerge.checkpoint.files import atomic_write, fsync_directory
-from pymerge.checkpoint.headers import open_checkpoint
-from pymerge.checkpoint.layout import layout_shards
-from pymerge.checkpoint.manifest import VerifyReport, build_manifest, read_manifest, verify
-from pymerge.checkpoint.writer import OutputDirectory
+from pymerge.checkpoint.checkpoint import open_checkpoint
+from pymerge.common.torch_dtypes import TORCH_DTYPES, code_of
 from pymerge.errors import OutputError
+from pymerge.output import manifest as manifest_module
+from pymerge.output.directory import OutputDirectory
+from pymerge.output.files import atomic_write, fsync_directory
+from pymerge.output.layout import layout_shards
+from pymerge.output.manifest import VerifyReport, build_manifest, read_manifest, verify
 
 FILES: dict[str, bytes | Path] = {
     "config.json": b"{}\n",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pymerge.checkpoint.headers import open_checkpoint
+from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.errors import CheckpointError
 
 BYTES, INTS, HALF = torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.int32), torch.zeros(4).half()

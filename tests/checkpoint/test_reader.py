@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pymerge.checkpoint import reader as reader_module
-from pymerge.checkpoint.dtypes import TORCH_DTYPES
-from pymerge.checkpoint.headers import Checkpoint, TensorEntry, open_checkpoint
+from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.torch_dtypes import TORCH_DTYPES
 from pymerge.errors import ArgumentError, CheckpointError
 
 

@@ -14,9 +14,9 @@ import torch
 from outputs import SMALL, Tensors, finish, plan, tree, write_shard
 from safetensors.torch import load_file
 
-from pymerge.checkpoint.manifest import read_manifest
-from pymerge.checkpoint.writer import OutputDirectory
 from pymerge.errors import OutputError
+from pymerge.output.directory import OutputDirectory
+from pymerge.output.manifest import read_manifest
 
 
 def assert_holds(folder: Path, tensors: Tensors) -> None:

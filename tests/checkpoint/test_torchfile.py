@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from pymerge.checkpoint import reader as reader_module
-from pymerge.checkpoint.dtypes import TORCH_DTYPES
-from pymerge.checkpoint.fileformat import read_header
-from pymerge.checkpoint.headers import open_checkpoint
+from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.checkpoint.reader import Reader
-from pymerge.checkpoint.torchfile import read_torch_header
+from pymerge.checkpoint.safetensors_file import read_header
+from pymerge.checkpoint.torch_file import read_torch_header
+from pymerge.common.torch_dtypes import TORCH_DTYPES
 from pymerge.errors import CheckpointError
 
 

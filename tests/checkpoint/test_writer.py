@@ -12,12 +12,12 @@ import torch
 from outputs import SMALL, Tensors, finish, plan, tree, write_shard
 from safetensors.torch import load_file
 
-from pymerge.checkpoint.dtypes import TORCH_DTYPES, bytes_of
-from pymerge.checkpoint.headers import open_checkpoint
-from pymerge.checkpoint.manifest import build_manifest, read_manifest
+from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.checkpoint.reader import Reader
-from pymerge.checkpoint.writer import OutputDirectory
+from pymerge.common.torch_dtypes import TORCH_DTYPES, bytes_of
 from pymerge.errors import CheckpointError, OutputError
+from pymerge.output.directory import OutputDirectory
+from pymerge.output.manifest import build_manifest, read_manifest
 
 
 def make_tensors() -> Tensors:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pymerge.backends import load
+from pymerge.common.shapes import row_bytes
 from pymerge.ops import OPS
-from pymerge.ops.bitmask import pack
+from pymerge.ops._bitmask import pack
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case
 from pymerge.testing.compare import assert_same
-from pymerge.vectors import row_bytes
 
 CALLS: list[tuple[str, int, dict[str, Any]]] = [
     ("nearswap", 1, {"t": 3e-4}),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pymerge.backends import load
 from pymerge.ops import OPS
-from pymerge.ops.bitmask import TaskMasks
+from pymerge.ops._bitmask import TaskMasks
 from pymerge.testing.cases import FLOATS, LAYOUTS, TaskCase, implementations, task_case
 from pymerge.testing.compare import assert_same
 

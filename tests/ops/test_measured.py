@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pymerge.backends import Choice, dispatch, measured
+from pymerge.backends import Choice, measured, runner
 from pymerge.backends.measured import Row
 from pymerge.errors import BackendError
 from pymerge.ops import OPS
@@ -43,7 +43,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def on_device(op: str, shape: tuple[int, ...], dtypes: frozenset[torch.dtype] = FLOAT) -> Choice:
-    return dispatch._measured(op, DEVICE, GPU, dtypes, shape)
+    return runner._measured(op, DEVICE, GPU, dtypes, shape)
 
 
 def test_the_table_has_only_rows_of_results_files() -> None:
@@ -105,6 +105,6 @@ def test_a_measured_backend_that_cannot_run_here_is_said(table: Path) -> None:
     file = table.with_name("results.json")
     file.write_text(json.dumps(results(case("spd_solve", (64, 64), "float32", reference=2.0, cuda=1.0))))
     measured.record(file)
-    choice = dispatch._measured("spd_solve", torch.device("cpu"), GPU, FLOAT, (64, 64))
+    choice = runner._measured("spd_solve", torch.device("cpu"), GPU, FLOAT, (64, 64))
     assert choice.backend == "reference"
     assert choice.reason.startswith("cuda was measured as the fastest, and cannot be used: ")

@@ -13,11 +13,11 @@ from oracles import sparse_delta
 from torch import Tensor
 
 from pymerge.backends import load
+from pymerge.common.shapes import row_bytes
 from pymerge.ops import OPS
-from pymerge.ops.bitmask import pack
+from pymerge.ops._bitmask import pack
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case
 from pymerge.testing.compare import assert_same
-from pymerge.vectors import row_bytes
 
 REFERENCE = OPS["sparse_combine"].reference
 RUNS = implementations("sparse_combine")

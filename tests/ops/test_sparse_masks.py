@@ -12,14 +12,14 @@ from oracles import della_probabilities, kept_magnitudes
 from torch import Tensor
 
 from pymerge.backends import Dispatcher, load
+from pymerge.common.shapes import NOTHING, key_of, row_bytes
 from pymerge.errors import ArgumentError
 from pymerge.ops import OPS
-from pymerge.ops.bitmask import TaskMasks, unpack
-from pymerge.ops.philox import philox, uniform_words
+from pymerge.ops._bitmask import TaskMasks, unpack
+from pymerge.ops._philox import philox, uniform_words
 from pymerge.ops.trim_threshold import Thresholds
 from pymerge.testing.cases import FLOATS, LAYOUTS, implementations, task_case
 from pymerge.testing.compare import assert_same
-from pymerge.vectors import NOTHING, key_of, row_bytes
 
 BACKENDS = ["reference", *[name for name, device in implementations("trim_threshold") if device == "cpu"]]
 # Empty, one element, one row, one column, words that are not full, rows of an odd length, several segments of a thread.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops import spd_solve
-from pymerge.ops.cholesky import Cholesky, LibraryCholesky
+from pymerge.ops._cholesky import Cholesky, LibraryCholesky
 from pymerge.testing.compare import assert_accurate, assert_same
 
 

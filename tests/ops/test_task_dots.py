@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pymerge.backends import Dispatcher
+from pymerge.common.shapes import AXES
 from pymerge.errors import ArgumentError
 from pymerge.ops import task_dots
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, task_case
 from pymerge.testing.compare import assert_same
-from pymerge.vectors import AXES
 
 BACKENDS = ("reference", "native")
 # Beside matrices: a number, a bias, a stack, a row that is longer than one chunk of the C++ form.

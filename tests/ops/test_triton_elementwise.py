@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pymerge.backends import load
+from pymerge.common.shapes import AXES, Axis, vector_shape
 from pymerge.ops import OPS
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same
-from pymerge.vectors import AXES, Axis, vector_shape
 
 DEVICES = [device for backend, device in implementations("task_dots") if backend == "triton"]
 # Beside matrices: a number, a bias, a stack, nothing.

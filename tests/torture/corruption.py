@@ -22,11 +22,15 @@ from typing import Any
 
 import torch
 
-from pymerge.checkpoint import OutputDirectory, Reader, layout_shards, open_checkpoint, read_manifest, verify
-from pymerge.config import load_config
+from pymerge.checkpoint.checkpoint import open_checkpoint
+from pymerge.checkpoint.reader import Reader
+from pymerge.config.merge_config import load_config
 from pymerge.errors import PymergeError
-from pymerge.memory import budget
-from pymerge.planner import build_plan
+from pymerge.output.directory import OutputDirectory
+from pymerge.output.layout import layout_shards
+from pymerge.output.manifest import read_manifest, verify
+from pymerge.planner.budget import budget
+from pymerge.planner.build import build_plan
 
 MEMORY_BYTES = 512 << 20  # above what the process has at its start
 SECONDS = 5  # of the processor for one case

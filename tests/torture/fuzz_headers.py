@@ -20,9 +20,9 @@ import atheris
 from safetensors import SafetensorError, deserialize
 
 with atheris.instrument_imports(include=["pymerge.checkpoint"]):
-    from pymerge.checkpoint.fileformat import Header, read_header
-    from pymerge.checkpoint.headers import open_checkpoint
-from pymerge.checkpoint.codes import ITEM_SIZES
+    from pymerge.checkpoint.checkpoint import open_checkpoint
+    from pymerge.checkpoint.safetensors_file import Header, read_header
+from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.errors import CheckpointError
 
 SHARDS = ("a.safetensors", "b.safetensors")

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torture import corruption
 
 from pymerge import api
-from pymerge.checkpoint import OutputDirectory, open_checkpoint
+from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.errors import CheckpointError
+from pymerge.output.directory import OutputDirectory
 
 CASES = {"header": 700, "index": 400, "config.json": 350, "recipe": 350, "manifest": 300, "state": 200}
 FACTOR = 10 if os.environ.get("PYMERGE_TORTURE") else 1

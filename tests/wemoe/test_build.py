@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import pymerge
 from pymerge import wemoe
-from pymerge.checkpoint import open_checkpoint, verify
+from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError, OutputError, PlanError
+from pymerge.output.manifest import verify
 from pymerge.testing.compare import assert_same
 
 NAMES = ("vit", "clip", "bert", "t5", "llama", "qwen2", "mistral", "gpt2")

@@ -17,9 +17,9 @@ from checkpoints import fine_tuned, in_process, llama, llama_config, pymerge, tr
 from torch import nn
 
 from pymerge import wemoe
-from pymerge.checkpoint import verify
+from pymerge.engine.recheck import recheck
 from pymerge.errors import OutputError, PlanError
-from pymerge.recheck import recheck
+from pymerge.output.manifest import verify
 
 MIB = 2**20
 SHARD = 500

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pymerge import wemoe
 from pymerge.errors import ArgumentError, CheckpointError
 from pymerge.testing.compare import assert_same
-from pymerge.wemoe.files import TaskVectorFiles, TaskVectorWriter, compress, decode, encode
+from pymerge.wemoe.task_vectors import TaskVectorFiles, TaskVectorWriter, compress, decode, encode
 
 SHARD = "wemoe-task-vectors-00001.safetensors"
 

@@ -14,9 +14,9 @@ from pymerge.backends import load
 from pymerge.backends.native_routed import NativeKernels, NativePasses
 from pymerge.errors import ArgumentError
 from pymerge.ops import OPS
-from pymerge.ops.routed_kernels import Kernels, TorchPasses
+from pymerge.ops.routed.kernels import Kernels, TorchPasses
+from pymerge.ops.routed.task_storage import DenseTasks, LowRankTasks, SparseTasks, Tasks, low_rank_tasks, pruned_tasks
 from pymerge.ops.routed_linear import choose_form, run
-from pymerge.ops.task_storage import DenseTasks, LowRankTasks, SparseTasks, Tasks, low_rank_tasks, pruned_tasks
 from pymerge.testing.cases import implementations
 from pymerge.testing.compare import assert_accurate, assert_same
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.task_storage import (
+from pymerge.ops.routed.task_storage import (
     DenseTasks,
     low_rank_tasks,
     magnitude_quantile,

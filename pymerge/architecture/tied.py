@@ -1,0 +1,77 @@
+"""Output heads that are their model's token embedding: tied by config.json, or the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.token_tables import has_tokens
+from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.reader import Reader
+from pymerge.common.dtypes import ITEM_SIZES
+
+_COMPARED_BYTES = 16 << 20
+
+
+def ties(config: Mapping[str, Any]) -> bool | None:
+    """What config.json says about tied heads; None if it says nothing."""
+    nested = config.get("text_config")
+    parts = (config, nested if isinstance(nested, Mapping) else {})
+    flags = [part["tie_word_embeddings"] for part in parts if isinstance(part.get("tie_word_embeddings"), bool)]
+    return any(flags) if flags else None
+
+
+def embedding_of(name: str, tensors: Mapping[str, TensorEntry], layers: Mapping[str, Layer]) -> str | None:
+    """Another tensor that is an embedding of tokens of the same shape, the outermost of them; None if there is none.
+
+    A classifier of two labels has the shape of BERT's embedding of segments, and nothing to do with it.
+    """
+    shape = tensors[name].shape
+    if len(shape) != 2:
+        return None
+    same = [other for other in tensors if other != name and tensors[other].shape == shape]
+    return min(
+        (other for other in same if other in layers and layers[other].kind is Kind.EMBEDDING and has_tokens(other)),
+        key=lambda other: other.count("."),
+        default=None,
+    )
+
+
+def tied_tensors(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Tensors that are stored although transformers makes them from another one: name -> that one.
+
+    Heads that config.json ties to an embedding of their shape; and heads and embeddings that a file of torch.save
+    has as the very same bytes, unless config.json is missing or says that nothing is tied.
+    """
+    said = ties(checkpoint.config)
+    found = {}
+    for name, layer in layers.items():
+        if layer.kind not in (Kind.HEAD, Kind.EMBEDDING):
+            continue
+        embedding = embedding_of(name, checkpoint.tensors, layers)
+        if embedding is None:
+            continue
+        inner = layer.kind is Kind.HEAD or name.count(".") > embedding.count(".")
+        shared = checkpoint.tensors[name].same_bytes(checkpoint.tensors[embedding])
+        by_config = said is True and layer.kind is Kind.HEAD
+        if by_config or (inner and shared and checkpoint.config and said is not False):
+            found[name] = embedding
+    return found
+
+
+def same_values(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint are equal byte for byte; reads them, unless they are the same bytes."""
+    one, two = checkpoint.tensors[name], checkpoint.tensors[other]
+    if one.same_bytes(two):
+        return True
+    if (one.dtype, one.shape) != (two.dtype, two.shape) or not one.shape or not one.nbytes:
+        return False
+    row = one.nbytes // one.shape[0]
+    step = max(1, _COMPARED_BYTES // max(row, ITEM_SIZES[one.dtype]))
+    with Reader(checkpoint.stamps) as reader:
+        for start in range(0, one.shape[0], step):
+            stop = min(start + step, one.shape[0])
+            if reader.read_bytes(one, start, stop) != reader.read_bytes(two, start, stop):
+                return False
+    return True

@@ -1,0 +1,177 @@
+"""A file of torch.save, as a header: a zip archive of one pickle and of uncompressed records, which reads go to."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pymerge.checkpoint.safetensors_file import (
+    AGAIN,
+    MAX_ELEMENTS,
+    MAX_HEADER_BYTES,
+    Header,
+    TensorEntry,
+    check_no_pointer,
+    first_few,
+    opened,
+    read_exactly,
+    shorten,
+)
+from pymerge.checkpoint.torch_pickle import RefusedPickle, View, read_pickle
+from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.common.torch_dtypes import code_of
+from pymerge.errors import ArgumentError, CheckpointError
+
+CONVERT = "convert it to safetensors where it was made (load the model there, then save_pretrained or save_file)"
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LOCAL_HEADER_BYTES = 30
+# Where training scripts put the weights inside of a checkpoint that holds more.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+# The order of safetensors' own writer: the same weights give the same output from either format.
+_ORDER = (
+    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+    "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64",
+)  # fmt: skip
+
+
+def read_torch_header(path: Path | str) -> Header:
+    """Read what a file of torch.save (PyTorch 1.6 or newer) holds; no tensor is read, no pickled code is run.
+
+    The file holds a dictionary of tensors, bare or inside one of "state_dict", "model_state_dict", "model", "module".
+    What else is in it is left out, and said in `notes`. Raises CheckpointError for any other file.
+    """
+    path = Path(path)
+    with opened(path, "PyTorch") as (descriptor, status):
+        _check_magic(path, read_exactly(descriptor, 32, 0))
+        try:
+            with open(descriptor, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
+                records, pickle = _records(path, archive)
+                found = read_pickle(archive.read(pickle))
+        except RefusedPickle as error:
+            raise CheckpointError(
+                f"{path}: holds {shorten(str(error))}, which is no plain tensor, and pymerge runs no code of a file; "
+                f"{CONVERT}"
+            ) from error
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+            raise CheckpointError(f"{path}: is damaged or not a file of torch.save ({error}); {AGAIN}") from error
+        views, notes = _tensors(path, found)
+        places = {key: _place(path, descriptor, info) for key, info in records.items()}
+    entries = [_entry(path, name, view, places) for name, view in views.items()]
+    entries.sort(key=lambda entry: (-_ORDER.index(entry.dtype), entry.name))
+    by_name = {entry.name: entry for entry in entries}
+    return Header(by_name, {}, pickle.file_size, status.st_size, status.st_mtime_ns, notes)
+
+
+def _check_magic(path: Path, start: bytes) -> None:
+    check_no_pointer(path, start)
+    if start.startswith(_LEGACY):
+        raise CheckpointError(
+            f"{path}: is in the format of PyTorch before 1.6, which cannot be read in parts; save it again: "
+            f"torch.save(torch.load(FILE, weights_only=True), FILE)"
+        )
+    if not start.startswith(b"PK\x03\x04"):
+        raise CheckpointError(f"{path}: is not a file of torch.save (it starts with {start[:8]!r}); {AGAIN}")
+
+
+def _records(path: Path, archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.ZipInfo], zipfile.ZipInfo]:
+    """The storages by their key, and the pickle."""
+    infos = {info.filename: info for info in archive.infolist()}
+    if len(infos) != len(archive.infolist()):
+        raise ValueError("a record is there twice")
+    pickles = [name for name in infos if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise ValueError("it has no data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in infos:
+        raise CheckpointError(f"{path}: is a TorchScript archive, a program and not a dictionary of tensors; {CONVERT}")
+    order = infos.get(f"{root}byteorder")
+    if order is not None and (order.file_size != len(b"little") or archive.read(order) != b"little"):
+        raise CheckpointError(f"{path}: was written on a big-endian machine; {CONVERT}")
+    pickle = infos[pickles[0]]
+    if pickle.file_size > MAX_HEADER_BYTES:
+        raise ValueError(f"its pickle has {pickle.file_size} bytes, more than {MAX_HEADER_BYTES}")
+    inside = f"{root}data/"
+    return {name[len(inside) :]: info for name, info in infos.items() if name.startswith(inside)}, pickle
+
+
+def _place(path: Path, descriptor: int, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """Offset and size of a record's data: it starts behind a local header, whose length is only said in it."""
+    header = read_exactly(descriptor, _LOCAL_HEADER_BYTES, info.header_offset)
+    start = info.header_offset + len(header) + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    whole = header.startswith(b"PK\x03\x04") and start + info.file_size <= os.fstat(descriptor).st_size
+    if not whole or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        reason = "compressed or encrypted" if whole else "not where the archive says"
+        raise CheckpointError(f"{path}: record {shorten(info.filename)} is {reason}; save it again with torch.save")
+    return start, info.file_size
+
+
+def _tensors(path: Path, found: Any) -> tuple[dict[str, View], tuple[str, ...]]:
+    """The tensors by name, and what was left out."""
+    notes = []
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds no dictionary of tensors; save the model's state_dict()")
+    inside = [key for key in _WRAPPERS if isinstance(found.get(key), dict) and _views(found[key])]
+    if len(inside) > 1:
+        raise CheckpointError(
+            f"{path}: has tensors in {first_few(inside)}; pymerge does not choose: save the wanted one in its own file"
+        )
+    if inside:
+        others = [str(key) for key in found if key != inside[0]]
+        rest = f"; left out: {first_few(others, 5)}" if others else ""
+        notes.append(f"{path}: the weights are those under {inside[0]!r}{rest}")
+        found = found[inside[0]]
+    views = _views(found)
+    others = [str(key) for key in found if key not in views]
+    if not views:
+        raise CheckpointError(f"{path}: has no tensors at its top level, only {first_few(others)}; save a state_dict()")
+    if others:
+        notes.append(f"{path}: left out what is no tensor: {first_few(others, 5)}")
+    return views, tuple(notes)
+
+
+def _views(found: Mapping[Any, Any]) -> dict[str, View]:
+    return {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, View)}
+
+
+def _entry(path: Path, name: str, view: View, places: Mapping[str, tuple[int, int]]) -> TensorEntry:
+    where = f"{path}: tensor {shorten(name)}"
+    try:
+        name.encode()
+        dtype = code_of(view.dtype)
+    except (UnicodeEncodeError, ArgumentError) as error:
+        raise CheckpointError(f"{where}: {error}; {CONVERT}") from error
+    size = ITEM_SIZES[dtype]
+    shape, strides = _counts(where, view.shape), _counts(where, view.strides)
+    (offset,) = _counts(where, (view.offset,))
+    if len(shape) != len(strides) or view.storage.key not in places:
+        raise CheckpointError(f"{where}: has no storage, or strides that do not belong to its shape; {AGAIN}")
+    extent = 0 if 0 in shape else 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
+    start, record_bytes = places[view.storage.key]
+    stored = view.storage.numel * (1 if view.storage.dtype is None else size)
+    if max(math.prod(max(count, 1) for count in shape), extent) * size >= MAX_ELEMENTS:
+        raise CheckpointError(f"{where}: shape {list(shape)} is larger than 2^63 bytes; {AGAIN}")
+    if (offset + extent) * size > min(stored, record_bytes):
+        raise CheckpointError(
+            f"{where}: reaches to byte {(offset + extent) * size} of a storage of {min(stored, record_bytes)}; {AGAIN}"
+        )
+    apart = None if _is_row_major(shape, strides) else strides
+    return TensorEntry(name, dtype, shape, path, start + offset * size, math.prod(shape) * size, apart)
+
+
+def _counts(where: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, (tuple, list)) or not all(type(v) is int and 0 <= v < MAX_ELEMENTS for v in values):
+        raise CheckpointError(f"{where}: has no sizes where its shape and strides should be; {AGAIN}")
+    return tuple(values)
+
+
+def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for count, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if count != 1 and stride != expected:
+            return 0 in shape
+        expected *= count
+    return True

@@ -1,0 +1,1 @@
+"""The `pymerge` command: options, tables, messages."""

@@ -1,0 +1,355 @@
+"""The command line: merge, multi, plan, report, verify, methods, env, wemoe, demo, bench."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+from pymerge.cli.console import (
+    OUT,
+    Backend,
+    Config,
+    Dtype,
+    LogJson,
+    Memory,
+    OutputDtype,
+    Quiet,
+    ShardSize,
+    Verbose,
+    print_lines,
+    print_warnings,
+    reported,
+)
+from pymerge.common.events import event, recording
+from pymerge.errors import ArgumentError, OutputError
+
+app = typer.Typer(
+    help="Merge fine-tuned models of one base into one model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_DEEP = "16"  # tensors that `verify --deep` computes
+
+
+@app.command()
+def merge(
+    config: Config,
+    out: Annotated[Path, typer.Argument(help="Directory of the merged model.", show_default=False)],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    backend: Annotated[Backend | None, typer.Option(help="Which kernels compute.", show_default="auto")] = None,
+    memory: Memory = None,
+    max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another merge in OUT.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a trace of the merge for ui.perfetto.dev.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log_json: LogJson = None,
+) -> None:
+    """Merge the models of CONFIG into the directory OUT.
+
+    The same command continues an interrupted merge, and verifies a finished one.
+    """
+    with reported(), recording(log_json, verbose=verbose):
+        from pymerge import api
+
+        if dry_run:
+            _show_plan(config, memory, max_shard_size, dtype, device)
+            return
+        report = api.merge(
+            config,
+            out,
+            device=device,
+            backend=backend.value if backend else None,
+            memory=memory,
+            progress=not quiet,
+            max_shard_size=max_shard_size,
+            dtype=dtype.value if dtype else None,
+            overwrite=overwrite,
+            profile=profile,
+        )
+        if not quiet:
+            print_warnings(report.warnings)
+            print_lines([*report.lines(), *(report.slowest_lines() if verbose else ())])
+
+
+@app.command()
+def multi(
+    config: Annotated[Path, typer.Argument(help="YAML file of several configs, separated by ---.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Argument(help="Directory of the config without a name.", show_default=False)
+    ] = None,
+    intermediate_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--intermediate-dir", "-I", help="Directory of the outputs with a name.", show_default="OUT.stages"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    backend: Annotated[Backend | None, typer.Option(help="Which kernels compute.", show_default="auto")] = None,
+    memory: Memory = None,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plans and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other merges in the outputs.")] = False,
+    quiet: Quiet = False,
+    log_json: LogJson = None,
+) -> None:
+    """Run the merges of CONFIG, each with a `name` by which later ones use its output; the one without goes to OUT.
+
+    The same command continues what was interrupted, and verifies what is finished.
+    """
+    with reported(), recording(log_json):
+        from pymerge import api
+        from pymerge.cli.info_tables import plan_view
+        from pymerge.config.multi import read_stages
+
+        if dry_run:
+            found = read_stages(config, out, intermediate_dir)
+            plans = api.plan_stages(found, device=device, memory=memory, max_shard_size=max_shard_size)
+            for stage, planned in zip(found, plans, strict=True):
+                OUT.print(f"{stage.name or 'without name'}: into {stage.out}", style="bold", markup=False)
+                OUT.print(plan_view(planned))
+            return
+        reports = api.multi(
+            config,
+            out,
+            intermediate_dir=intermediate_dir,
+            device=device,
+            backend=backend.value if backend else None,
+            memory=memory,
+            progress=not quiet,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+        if not quiet:
+            for report in reports:
+                print_warnings(report.warnings)
+                print_lines(report.lines())
+
+
+@app.command()
+def plan(
+    config: Config,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="A row for every tensor: what it is made from, with which parameters.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same and the totals as JSON.")] = False,
+    memory: Memory = None,
+    max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = None,
+    log_json: LogJson = None,
+) -> None:
+    """Check a config, and show what a merge would read, compute and write, from the files' headers alone."""
+    with reported(), recording(log_json):
+        _show_plan(config, memory, max_shard_size, dtype, form="json" if as_json else "tensors" if tensors else "")
+
+
+def _show_plan(
+    config: Path,
+    memory: str | None,
+    max_shard_size: str,
+    dtype: OutputDtype | None,
+    device: str = "auto",
+    form: str = "",
+) -> None:
+    from pymerge import api
+    from pymerge.cli import tensor_table
+    from pymerge.cli.info_tables import plan_view
+
+    planned = api.plan(
+        config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype.value if dtype else None
+    )
+    event("plan", f"{planned.method.name}: {len(planned.steps)} tensors", **planned.summary())
+    if form == "json":
+        sys.stdout.write(tensor_table.plan_json(planned) + "\n")
+    elif form == "tensors":
+        OUT.print(tensor_table.tensor_view(planned))
+    else:
+        OUT.print(plan_view(planned))
+        OUT.print(tensor_table.group_view(planned), soft_wrap=True)
+
+
+@app.command()
+def report(
+    config: Config,
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for index.html and report.json.", show_default=False)
+    ],
+    spectra: Annotated[
+        str, typer.Option(metavar="N|all", help="Compute the singular values of N linear weights; 0 for none.")
+    ] = "12",
+    memory: Memory = None,
+    quiet: Quiet = False,
+    log_json: LogJson = None,
+) -> None:
+    """Measure the experts of CONFIG before they are merged: who conflicts with whom, and where. Merges nothing."""
+    with reported(), recording(log_json):
+        from pymerge import api
+        from pymerge.analysis import survey, write_report
+        from pymerge.common.progress import NoProgress, ProgressBar
+
+        planned = api.plan(config, device="cpu", memory=memory)
+        found = survey(planned, _count("--spectra", spectra, 0), NoProgress() if quiet else ProgressBar("measuring"))
+        page = write_report(planned, found, out)
+        event("report", f"wrote {page}", page=page)
+        if not quiet:
+            print_lines([f"wrote {page}"])
+
+
+class _Verify(TyperCommand):
+    """The command with a value of --deep added where none is given, which Typer's options cannot express."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        filled: list[str] = []
+        for argument, following in zip_longest(args, args[1:], fillvalue=""):
+            filled.append(argument)
+            if argument == "--deep" and not re.fullmatch("[0-9]+|all", following):
+                filled.append(_DEEP)
+        return super().parse_args(ctx, filled)
+
+
+@app.command(cls=_Verify)
+def verify(
+    out: Annotated[Path, typer.Argument(help="Directory that `pymerge merge` wrote.", show_default=False)],
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")] = False,
+    deep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[N|all]",
+            help=f"Compute N tensors ({_DEEP} without a number, or all) again from recipe and inputs, compare bytes.",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    log_json: LogJson = None,
+) -> None:
+    """Read a merged model again and compare every byte with its manifest."""
+    with reported(), recording(log_json):
+        from pymerge.common.progress import NoProgress, ProgressBar
+        from pymerge.output.manifest import read_manifest
+        from pymerge.output.manifest import verify as verify_output
+
+        count = None if deep is None else _count("--deep", deep, 1)
+        manifest = read_manifest(out)
+        progress = NoProgress() if quiet or manifest is None else ProgressBar("verifying")
+        shards = manifest["shards"].values() if manifest else ()
+        progress.start(sum(tensor["nbytes"] for shard in shards for tensor in shard["tensors"].values()))
+
+        def advance(count: int, name: str) -> None:
+            progress.tensor(name)
+            progress.advance(count)
+
+        try:
+            report = verify_output(out, progress=advance, allow_nonfinite=allow_nonfinite)
+        finally:
+            progress.close()
+        lines = [f"{out}: {report.tensors} tensors, {report.parameters:,} parameters, all as written"]
+        if deep is not None and not report.problems:
+            lines.append(_verify_deep(out, count, report.problems, quiet))
+        if report.problems:
+            raise OutputError(f"{out} is not as it was written:\n" + "\n".join(f"- {p}" for p in report.problems))
+        event("verified", lines[-1], output=out, tensors=report.tensors, parameters=report.parameters)
+        if not quiet:
+            print_lines(lines)
+
+
+def _count(option: str, text: str, least: int) -> int | None:
+    """A number of tensors, at least `least`; None for all."""
+    if text == "all":
+        return None
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise ArgumentError(f"{option} is {text!r}; give a number of tensors, or all")
+    return int(text)
+
+
+def _verify_deep(out: Path, count: int | None, problems: list[str], quiet: bool) -> str:
+    """Compute tensors again; adds to `problems` and returns the summary."""
+    from pymerge.common.progress import NoProgress, ProgressBar
+    from pymerge.engine.recheck import recheck
+
+    found = recheck(out, count, progress=NoProgress() if quiet else ProgressBar("computing again"))
+    changed = [f"changed since the merge: {change}" for change in found.changes]
+    if found.problems:
+        problems += found.problems + changed
+    elif not quiet:
+        print_warnings(tuple(changed))
+    text = f"{out}: {len(found.tensors)} tensors computed again, the same bytes"
+    event("recomputed", text, tensors=found.tensors, changes=found.changes, problems=found.problems)
+    return text
+
+
+@app.command()
+def methods() -> None:
+    """List the merge methods with their parameters."""
+    _print_view("methods_view")
+
+
+@app.command("env")
+def environment() -> None:
+    """Show versions, devices, and which backends work (or why not)."""
+    _print_view("env_view")
+
+
+def _print_view(name: str) -> None:
+    with reported():
+        from pymerge.cli import info_tables
+
+        view: Callable[[], Any] = getattr(info_tables, name)
+        OUT.print(view())
+
+
+# These take their own options, --help among them.
+_SCRIPT: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command(context_settings=_SCRIPT)
+def wemoe(context: typer.Context) -> None:
+    """Merged models whose MLPs mix base and experts for each input: build, info, adapt."""
+    with reported():
+        from pymerge.cli.wemoe import wemoe_app
+
+        wemoe_app(args=context.args, prog_name="pymerge wemoe")
+
+
+@app.command(context_settings=_SCRIPT)
+def demo(context: typer.Context) -> None:
+    """Merge the example experts by every method and compare them on their tasks (in a checkout only)."""
+    _run_script("examples/glyphs/demo.py", context.args)
+
+
+@app.command(context_settings=_SCRIPT)
+def bench(context: typer.Context) -> None:
+    """Time every op on every backend that runs here, beside PyTorch (in a checkout only)."""
+    _run_script("benchmarks/bench_ops.py", context.args)
+
+
+def _run_script(name: str, arguments: list[str]) -> NoReturn:
+    with reported():
+        script = Path(__file__).resolve().parents[2] / name
+        if not script.is_file():
+            raise OutputError(f"{name} is not installed ({script} is missing); clone the repository for it")
+        raise SystemExit(subprocess.run([sys.executable, str(script), *arguments], check=False).returncode)
+
+
+def main() -> None:
+    """Entry point of the `pymerge` command."""
+    # To import PyTorch makes many objects, all of which stay: by default the garbage collector goes through them again
+    # and again, and once more at the end.
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
+    app()

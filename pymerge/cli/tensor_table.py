@@ -1,0 +1,110 @@
+"""What each tensor of a plan gets: its action, the tensors that it is made from, and the parameters after filters."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pymerge.planner.build import Plan
+from pymerge.planner.steps import Step
+
+_LINES = 40  # groups that are shown
+_NAMES = 3  # names of each of them
+
+
+def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
+    """One JSON-able mapping for each step: name, shape, dtype, kind, method, action, inputs, parameters, file.
+
+    `inputs` are {model, tensor} in the order in which the action takes them, the base first for a method that has one;
+    `parameters` are those of the method for this tensor, where there is one for each expert as a list, without what has
+    no effect. A table of tokens can have two steps: rows that all models have, and others.
+    """
+    models = {file: checkpoint.path for checkpoint in plan.inputs.all for file in checkpoint.files}
+    for step in plan.steps:
+        yield {
+            "name": step.name,
+            "shape": list(step.shape),
+            "dtype": step.dtype,
+            "kind": step.layer.describe(),
+            "method": plan.method.name,
+            "action": step.action.label,
+            "inputs": [
+                {"model": str(models.get(entry.file, entry.file)), "tensor": entry.name} for entry in step.inputs
+            ],
+            "parameters": _parameters(plan, step),
+            "file": step.file,
+        }
+
+
+def plan_json(plan: Plan) -> str:
+    """The plan as JSON: `summary`, `warnings` and `tensors` (see `tensor_rows`)."""
+    whole = {"summary": plan.summary(), "warnings": list(plan.warnings), "tensors": list(tensor_rows(plan))}
+    return json.dumps(whole, indent=2, ensure_ascii=False)
+
+
+def tensor_view(plan: Plan) -> RenderableType:
+    """A row for each tensor, for people."""
+    table = Table(title=f"{plan.method.name}: {plan.method.summary}", title_justify="left", pad_edge=False)
+    for heading in ("tensor", "action", "from", "parameters"):
+        table.add_column(heading, overflow="fold")
+    for row in tensor_rows(plan):
+        table.add_row(Text(row["name"]), row["action"], Text(_inputs(row)), Text(_text(row["parameters"])))
+    return table
+
+
+def group_view(plan: Plan) -> RenderableType:
+    """A line for the tensors that are made alike: from the same models, by the same parameters."""
+    groups: dict[str, list[str]] = {}
+    for row in tensor_rows(plan):
+        models = " + ".join(_short(each["model"]) for each in row["inputs"])
+        text = f"{row['action']} of {models}" + (f", {_text(row['parameters'])}" if row["parameters"] else "")
+        groups.setdefault(text, []).append(row["name"])
+    lines = [f"{text}: {_count(names)}" for text, names in groups.items()]
+    more = len(lines) - _LINES
+    lines = [*lines[:_LINES], *([f"and {more} more such groups: --tensors or --json shows all"] if more > 0 else [])]
+    return Group(Text("What each tensor gets:"), *map(Text, lines))
+
+
+def _parameters(plan: Plan, step: Step) -> dict[str, Any]:
+    if step.values is None:
+        return {}
+    given = {**step.values.merge, **{name: list(values) for name, values in step.values.model.items()}}
+    return {p.name: given[p.name] for p in plan.method.parameters if p.name in given and not p.no_effect}
+
+
+def _text(parameters: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in parameters.items())
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_number, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _inputs(row: dict[str, Any]) -> str:
+    """The models, with the tensor where it has another name there."""
+    shown = (
+        _short(each["model"]) + (f" {each['tensor']}" if each["tensor"] != row["name"] else "")
+        for each in row["inputs"]
+    )
+    return " + ".join(shown)
+
+
+def _short(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
+def _count(names: list[str]) -> str:
+    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    more = f" and {len(patterns) - _NAMES} more kinds" if len(patterns) > _NAMES else ""
+    counted = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    if len(names) == 1:
+        return names[0]
+    return f"{counted}, {', '.join(patterns[:_NAMES])}{more}"

@@ -1,0 +1,1 @@
+"""Words that all packages share: dtypes, shapes, names, units, devices, events, progress."""

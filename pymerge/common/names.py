@@ -1,0 +1,33 @@
+"""Names: of tensors, what their dots say; the nearest known one; paths as text."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def role(name: str) -> str:
+    """The name with * for numbers: "model.layers.*.mlp.up_proj.weight"."""
+    return _NUMBER.sub("*", name)
+
+
+def block(name: str) -> int | None:
+    """The first number in the name, which is the block's; None outside the blocks."""
+    found = _NUMBER.search(name)
+    return int(found[0]) if found else None
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, None if none is alike."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def printable(path: Path) -> str:
+    """A path as text that every file can hold: bytes that are no UTF-8 become escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

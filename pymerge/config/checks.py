@@ -1,0 +1,260 @@
+"""Checks of a config beyond types: the method's parameters, model references, keys that mergekit knows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pymerge.common.names import nearest
+from pymerge.config.document import Document, Location, show
+from pymerge.config.settings import parse_settings, unreachable
+from pymerge.config.tokenizer import take_tokenizer
+from pymerge.errors import ConfigError
+from pymerge.methods import METHODS, get_method
+from pymerge.methods.base import Method, Parameter
+
+# Keys of mergekit's formats that are known and not supported: what to do instead.
+_UNSUPPORTED = {
+    "name": "it names a stage of `pymerge multi`: run that, or delete the key",
+    "experts": "mergekit-moe configs build another architecture; list whole models under 'models'",
+    "gate_mode": "mergekit-moe configs build another architecture; list whole models under 'models'",
+}
+# What is merged: exactly one of these, in a module one of the first two.
+FORMS = ("models", "slices", "modules")
+# A model of the Hugging Face Hub, at a branch, a tag or a commit. Paths of more parts, or with dots first, are none.
+HUB_REFERENCE = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_UNSUPPORTED_OF_MODEL = {
+    "layer_range": "delete it, or list the model as a source under 'slices'",
+    "lora": "merge the adapter into its model first and name the result",
+    "revision": "give a folder, or a name of the Hugging Face Hub as in org/name@revision",
+    "override_architecture": "delete it: tensors are matched by name and shape",
+}
+
+
+def places(name: str, directory: Path | None) -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_absolute():
+        return [path]
+    here = Path.cwd()
+    folders = [here] if directory is None or directory == here else [directory, here]
+    return [folder / path for folder in folders]
+
+
+def same_model(name: str, other: str | None) -> bool:
+    return other is not None and os.path.normpath(name) == os.path.normpath(other)
+
+
+class Checker:
+    """Checks one document; problems and warnings land in the document."""
+
+    def __init__(self, document: Document) -> None:
+        self._document = document
+        self._raw: dict[str, Any] = dict(document.data)
+        self.method = self._find_method()
+        self.given: set[str] = set()  # names of the top-level parameters
+
+    def check(self) -> dict[str, Any]:
+        """The raw config with settings parsed and references made plain, for the typed models.
+
+        `slices` and `modules` are as they were: see pymerge.config.slices.
+        """
+        raw = self._raw
+        self._refuse_unsupported(raw, _UNSUPPORTED, ())
+        if raw.pop("wemoe", None) is not None:
+            problem = "'wemoe' is a section for pymerge wemoe build; run that command, or delete the section"
+            self._document.add(("wemoe",), problem)
+        self._take_random_seed()
+        self.given = self.settings(raw, (), shared=True)
+        raw["base_model"] = self.reference(raw.get("base_model"), ("base_model",))
+        self.one_form(raw, FORMS, ())
+        if isinstance(raw.get("models"), list):
+            raw["models"] = self.models(raw["models"], ("models",), raw["base_model"], self.given)
+        take_tokenizer(raw, self._document, self.reference, self._model_names(raw))
+        return raw
+
+    def one_form(self, raw: dict[str, Any], forms: Sequence[str], location: Location) -> None:
+        """Exactly one of models, slices, modules; what is too much is taken out."""
+        given = [form for form in forms if raw.get(form) is not None]
+        inside = f" in {show(location)}" if location else ""
+        if not given:
+            *first, last = (f"'{form}: ...'" for form in forms)
+            problem = f"{forms[0]!r} is missing{inside}; add {', '.join(first)} or {last}"
+            self._document.add(location, problem)
+        for form in given[1:]:
+            problem = f"{form!r} stands beside {given[0]!r}{inside}; keep one of them"
+            self._document.add((*location, form), problem)
+            del raw[form]
+
+    def models(self, entries: list[Any], location: Location, base: Any, given: set[str]) -> list[Any]:
+        """A list of models (of a merge, a module, or as sources of a slice) with the settings of each.
+
+        Args:
+            given: names of the parameters that stand above it.
+        """
+        sources = location[-1] == "sources"
+        read = [self._model(entry, (*location, i), sources) for i, entry in enumerate(entries)]
+        if not read:
+            self._document.add(location, f"{show(location)} is empty; list the models to merge")
+        self._check_models(base, given, read, location)
+        return [entry for entry, _ in read]
+
+    def _find_method(self) -> Method | None:
+        name = self._raw.get("merge_method")
+        if isinstance(name, str):
+            try:
+                return get_method(name).given(self._raw.get("base_model") is not None)
+            except ConfigError as error:
+                self._document.add(("merge_method",), str(error))
+        return None
+
+    def _refuse_unsupported(self, raw: dict[str, Any], table: Mapping[str, str], location: Location) -> None:
+        for key in [key for key in raw if key in table]:
+            if raw.pop(key) is not None:
+                inside = f" in {show(location)}" if location else ""
+                self._document.add((*location, key), f"{key!r}{inside} is not supported yet; {table[key]}")
+
+    def _model_names(self, raw: Mapping[str, Any]) -> list[str]:
+        """The base and all models, as far as they are named rightly."""
+        entries = raw["models"] if isinstance(raw.get("models"), list) else []
+        names = [raw["base_model"], *(entry.get("model") for entry in entries if isinstance(entry, dict))]
+        return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+    def _take_random_seed(self) -> None:
+        """mergekit's top-level key is a parameter of the methods that draw random numbers."""
+        seed, parameters = self._raw.pop("random_seed", None), self._raw.get("parameters", {})
+        if seed is None or self.method is None:
+            return
+        if not any(parameter.name == "random_seed" for parameter in self.method.parameters):
+            self._document.warn(
+                ("random_seed",), f"random_seed: {self.method.name!r} draws no random numbers; it has no effect"
+            )
+        elif isinstance(parameters, dict) and "random_seed" in parameters:
+            self._document.add(("random_seed",), "random_seed stands under 'parameters', too; delete one of the two")
+        elif isinstance(parameters, dict):
+            self._raw["parameters"] = {**parameters, "random_seed": seed}
+
+    def settings(self, raw: dict[str, Any], location: Location, *, shared: bool) -> set[str]:
+        """Replace raw["parameters"] by parsed settings; returns the names given, right or wrong.
+
+        Args:
+            shared: parameters of all models may stand here; False for those of one model.
+        """
+        inside = (*location, "parameters")
+        if "parameters" not in raw:
+            return set()
+        given = raw["parameters"]
+        raw["parameters"] = {}
+        if not isinstance(given, dict):
+            remedy = "indent its entries under it, or delete it" if given is None else "write names and values"
+            problem = f"{show(inside)} is {'empty' if given is None else repr(given)}; {remedy}"
+            self._document.add(inside, problem)
+            return set()
+        if self.method is None:
+            return set(given)
+        known = {parameter.name: parameter for parameter in self.method.parameters}
+        allowed = {}
+        for name in given:
+            if name not in known:
+                self._document.add((*inside, name), self._unknown_parameter(name, known))
+            elif not shared and known[name].scope == "merge":
+                problem = f"parameter {name!r} in {show(inside)} is one of the whole merge"
+                self._document.add((*inside, name), f"{problem}; move it to the top-level 'parameters'")
+            else:
+                allowed[name] = known[name]
+                if known[name].no_effect:
+                    self._document.warn((*inside, name), f"parameter {name!r} has no effect in {self.method.name!r}")
+        settings = parse_settings(given, allowed, inside, self._document)
+        for name, setting in settings.items():
+            if number := unreachable(setting):
+                problem = f"{name!r} has entries that are never used: an earlier one is for all tensors"
+                self._document.warn((*inside, name, number), problem)
+        raw["parameters"] = settings
+        return set(given)
+
+    def _unknown_parameter(self, name: str, known: Mapping[str, Parameter]) -> str:
+        own = self.method.name if self.method else ""
+        owners = [m for m in METHODS if any(p.name == name for p in METHODS[m].parameters)]
+        near = nearest(name, known)
+        if owners:
+            hint = f"it belongs to {', '.join(owners)}: delete it, or change merge_method"
+        elif near:
+            hint = f"did you mean {near!r}?"
+        else:
+            hint = "its parameters: " + ", ".join(known)
+        return f"unknown parameter {name!r} of {own!r}; {hint}"
+
+    def _model(self, entry: Any, location: Location, source: bool) -> tuple[Any, set[str]]:
+        if not isinstance(entry, dict):
+            return entry, set()
+        entry = dict(entry)
+        refused = {key: remedy for key, remedy in _UNSUPPORTED_OF_MODEL.items() if key != "layer_range" or not source}
+        self._refuse_unsupported(entry, refused, location)
+        if "model" in entry:
+            entry["model"] = self.reference(entry["model"], (*location, "model"))
+        return entry, self.settings(entry, location, shared=False)
+
+    def reference(self, value: Any, location: Location) -> Any:
+        """A model's path; mergekit's mapping {model: {path: ...}} is taken too."""
+        if isinstance(value, dict):
+            value = dict(value)
+            joined = f"{value.get('path', value.get('model'))}@{value.get('revision')}"
+            if set(value) in ({"path", "revision"}, {"model", "revision"}) and HUB_REFERENCE.fullmatch(joined):
+                return joined
+            self._refuse_unsupported(value, _UNSUPPORTED_OF_MODEL, location)
+            key = "model" if "model" in value else "path"
+            for unknown in [other for other in value if other != key]:
+                problem = f"unknown key {unknown!r} in {show(location)}; write the model's path alone"
+                self._document.add((*location, unknown), problem)
+            return self.reference(value.get(key), (*location, key))
+        if isinstance(value, str) and not (
+            HUB_REFERENCE.fullmatch(value)
+            or any(os.path.exists(path) for path in places(value, self._document.directory))
+        ):
+            for sign, key in (("+", "lora"), ("@", "revision")):
+                if sign in value:
+                    problem = f"{show(location)} is {value!r}: '{sign}{key}' is not supported yet"
+                    self._document.add(location, f"{problem}; {_UNSUPPORTED_OF_MODEL[key]}")
+        return value
+
+    def _check_models(
+        self, base: Any, given: set[str], read: Sequence[tuple[Any, set[str]]], location: Location
+    ) -> None:
+        """Base present, models beside it, none twice, and every required parameter given."""
+        method, document = self.method, self._document
+        if method is None:
+            return
+        around = location[:-1]
+        if method.needs_base and base is None:
+            problem = f"'base_model' is missing, and {method.name!r} works on differences from it"
+            document.add(around, f"{problem}; add 'base_model: ...'")
+        first: dict[str, int] = {}
+        merged: list[str] = []
+        for i, (entry, own) in enumerate(read):
+            name = entry.get("model") if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                continue
+            if name in first:
+                text = f"{show((*location, i))} is {show((*location, first[name]))} again: {name!r} counts twice"
+                self._document.warn((*location, i), text)
+            first.setdefault(name, i)
+            if method.needs_base and isinstance(base, str) and same_model(name, base):
+                continue
+            merged.append(name)
+            for parameter in method.parameters:
+                if parameter.required and parameter.scope == "model" and parameter.name not in own | given:
+                    problem = f"model {name!r} has no {parameter.name!r}, which {method.name!r} requires"
+                    remedy = "add it under this model's 'parameters', or for all models under the top-level ones"
+                    document.add((*location, i), f"{problem}; {remedy}")
+        for parameter in method.parameters:
+            if parameter.required and parameter.scope == "merge" and parameter.name not in given:
+                document.add(around, f"{method.name!r} requires {parameter.name!r}; add it under 'parameters'")
+        if read and all(isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry, _ in read):
+            if not merged and location[-1] == "sources":
+                return  # a slice of the base alone is a copy of its layers
+            if not merged:
+                document.add(location, f"{show(location)} lists only the base; add the models to merge")
+            elif wrong := method.wrong_count(merged):
+                document.add(location, wrong)

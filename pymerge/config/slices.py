@@ -1,0 +1,86 @@
+"""Checks of `slices` and `modules`, mergekit's ways to put a model together from layers and towers of others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pymerge.config.checks import Checker, same_model
+from pymerge.config.document import Document, Location, show
+
+
+def check_parts(raw: dict[str, Any], checker: Checker, document: Document) -> dict[str, Any]:
+    """The raw config with the settings of slices and modules parsed; `models` then names all their models once."""
+    base = raw.get("base_model")
+    parts = _Parts(checker, document)
+    if isinstance(raw.get("slices"), list):
+        raw["slices"] = parts.slices(raw["slices"], ("slices",), base, checker.given)
+    elif isinstance(raw.get("modules"), dict):
+        if not raw["modules"]:
+            document.add(("modules",), "modules is empty; list the modules to merge")
+        raw["modules"] = {
+            name: parts.module(entry, ("modules", name), base, checker.given) for name, entry in raw["modules"].items()
+        }
+    if "slices" in raw or "modules" in raw:
+        raw["models"] = [{"model": name} for name in dict.fromkeys(parts.names)]
+    return raw
+
+
+class _Parts:
+    """Reads slices and modules; `names` are those of the models seen so far."""
+
+    def __init__(self, checker: Checker, document: Document) -> None:
+        self._checker = checker
+        self._document = document
+        self.names: list[str] = []
+
+    def module(self, entry: Any, location: Location, base: Any, given: set[str]) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        entry = dict(entry)
+        given = given | self._checker.settings(entry, location, shared=True)
+        self._checker.one_form(entry, ("models", "slices"), location)
+        if isinstance(entry.get("models"), list):
+            entry["models"] = self._models(entry["models"], (*location, "models"), base, given)
+        if isinstance(entry.get("slices"), list):
+            entry["slices"] = self.slices(entry["slices"], (*location, "slices"), base, given)
+        return entry
+
+    def slices(self, entries: list[Any], location: Location, base: Any, given: set[str]) -> list[Any]:
+        if not entries:
+            self._document.add(location, f"{show(location)} is empty; list the slices of the output")
+        return [self._slice(entry, (*location, i), base, given) for i, entry in enumerate(entries)]
+
+    def _slice(self, entry: Any, location: Location, base: Any, given: set[str]) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        entry = dict(entry)
+        if entry.pop("residual_weight", None) is not None:
+            text = f"'residual_weight' in {show(location)} has no effect, nor has it in mergekit"
+            self._document.warn((*location, "residual_weight"), text)
+        given = given | self._checker.settings(entry, location, shared=True)
+        if "base_model" in entry:
+            entry["base_model"] = self._checker.reference(entry["base_model"], (*location, "base_model"))
+            base = entry["base_model"] or base
+        if isinstance(entry.get("sources"), list):
+            inside = (*location, "sources")
+            entry["sources"] = self._models(entry["sources"], inside, base, given)
+            self._find_base(entry["sources"], inside, base)
+        return entry
+
+    def _models(self, entries: list[Any], location: Location, base: Any, given: set[str]) -> list[Any]:
+        models = self._checker.models(entries, location, base, given)
+        names = (entry.get("model") for entry in models if isinstance(entry, dict))
+        self.names += [name for name in names if isinstance(name, str)]
+        return models
+
+    def _find_base(self, sources: list[Any], location: Location, base: Any) -> None:
+        """Which of the base's layers task vectors start from, only a source of its own can say."""
+        method = self._checker.method
+        if method is None or not method.needs_base or not isinstance(base, str):
+            return
+        names = [str(source.get("model")) for source in sources if isinstance(source, dict)]
+        count = sum(same_model(name, base) for name in names)
+        if names and count != 1:
+            found = "is none of" if count == 0 else "stands more than once in"
+            problem = f"the base {base!r} {found} {show(location)}; list it once, with the layer_range of its layers"
+            self._document.add(location, problem)

@@ -1,0 +1,1 @@
+"""Carries out plans; the only owner of threads and streams."""

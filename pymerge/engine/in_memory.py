@@ -1,0 +1,197 @@
+"""The Python interface to merges in memory: `merge_tensors`, `merge_state_dicts`. Imports PyTorch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymerge.architecture.roles import Kind, Layer, classify
+from pymerge.backends import Dispatcher
+from pymerge.checkpoint.finite import is_finite
+from pymerge.common.devices import resolve_device
+from pymerge.common.torch_dtypes import TORCH_DTYPES, code_of
+from pymerge.errors import ArgumentError, NonFiniteError
+from pymerge.methods import get_method
+from pymerge.methods.base import Method, Values
+from pymerge.planner import pieces
+from pymerge.planner.build import DTYPE_CODES
+
+
+def merge_tensors(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    method: str = "wudi",
+    *,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    in_axis: int = 1,
+    **parameters: Any,
+) -> Tensor:
+    """Merge one weight.
+
+    Args:
+        base: W_0: d_out x d_in for a linear weight, E x d_out x d_in for a stack of them; any other shape is treated
+            as a tensor that is no linear weight (a bias, a norm). None for methods that do without.
+        experts: T tensors W_t of the base's shape.
+        method: a name of `pymerge methods`.
+        device: where to compute; default: where the base is. The result returns to the base's device.
+        backend: as in `merge`.
+        dtype: of the result; default: the base's.
+        in_axis: axis of the inputs in each matrix: 1 for nn.Linear, 0 for GPT-2's Conv1D.
+        parameters: the method's; for one with a value for each model, a number or a sequence of T numbers.
+            "lambda" may be spelt lambda_.
+
+    Returns:
+        W_0 + scale * X (or the average, for methods that average), of the base's shape.
+
+    Raises:
+        ArgumentError: shapes, dtypes, devices or parameters that do not fit.
+        NonFiniteError: an input holds NaN or infinity.
+    """
+    if in_axis not in (0, 1):
+        raise ArgumentError(f"in_axis is {in_axis!r}; give 1 (d_out x d_in) or 0 (d_in x d_out)")
+    if not experts:
+        raise ArgumentError("no experts were given; pass at least one")
+    like = experts[0] if base is None else base
+    solvable = like.ndim in (2, 3)
+    layer = Layer(Kind.LINEAR if solvable else Kind.OTHER, in_axis=in_axis, stacked=like.ndim == 3)
+    merger = _Merger(method, parameters, len(experts), device or like.device, backend, with_base=base is not None)
+    return merger.merge("the tensor", layer, like, experts, _dtype(dtype))
+
+
+def merge_state_dicts(
+    base: Mapping[str, Tensor],
+    experts: Sequence[Mapping[str, Tensor]],
+    method: str = "wudi",
+    *,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    **parameters: Any,
+) -> dict[str, Tensor]:
+    """Merge whole models in memory, tensor by tensor.
+
+    Args:
+        base: name -> tensor. Names and shapes decide what each tensor is (see pymerge.architecture.roles).
+        experts: T mappings with the same names and shapes.
+        method, device, backend, parameters: as in `merge_tensors`.
+
+    Returns:
+        The base's names with merged tensors, in the base's dtypes and on its devices. Integer buffers are the base's.
+
+    Raises:
+        ArgumentError: names, shapes, dtypes or parameters that do not fit.
+        NonFiniteError: an input holds NaN or infinity; the message names the tensor.
+    """
+    for index, expert in enumerate(experts):
+        missing = [name for name in base if name not in expert]
+        extra = [name for name in expert if name not in base]
+        if missing or extra:
+            raise ArgumentError(
+                f"expert {index} has other tensors than the base: missing {missing[:3]}, extra {extra[:3]}; "
+                "pass state dicts of the same architecture"
+            )
+    described = {name: (code_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in base.items()}
+    layers = classify(described, {})
+    where = device or next((tensor.device for tensor in base.values()), torch.device("cpu"))
+    merger = _Merger(method, parameters, len(experts), where, backend)
+    return {
+        name: merger.merge(name, layers[name], tensor, [expert[name] for expert in experts], None)
+        for name, tensor in base.items()
+    }
+
+
+class _Merger:
+    """One method with its parameters on one device, for tensors that are in memory."""
+
+    def __init__(
+        self,
+        method: str,
+        parameters: Mapping[str, Any],
+        experts: int,
+        device: str | torch.device,
+        backend: str,
+        *,
+        with_base: bool = True,
+    ) -> None:
+        if experts == 0:
+            raise ArgumentError("no experts were given; pass at least one")
+        self._method = get_method(method).given(with_base)
+        if self._method.needs_base and not with_base:
+            raise ArgumentError(f"method {method!r} works on differences to a base, and base is None; pass the base")
+        if wrong := self._method.wrong_count([f"expert {index}" for index in range(experts)]):
+            raise ArgumentError(wrong)
+        self._values = _values(self._method, parameters, experts)
+        self._run_op = Dispatcher(backend, resolve_device(device))
+
+    def merge(
+        self, name: str, layer: Layer, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
+    ) -> Tensor:
+        if layer.kind is Kind.BUFFER:
+            return base.clone()
+        for index, tensor in enumerate([base, *experts]):
+            if not is_finite(tensor):
+                owner = "the base" if index == 0 else f"expert {index - 1}"
+                raise NonFiniteError(f"{name}: {owner} holds NaN or infinity; repair it or leave it out")
+            if tensor.shape != base.shape:
+                raise ArgumentError(
+                    f"{name}: expert {index - 1} has shape {tuple(tensor.shape)}, the base {tuple(base.shape)}; "
+                    "all must be fine-tuned from this base"
+                )
+        action = self._method.action(name, layer.solvable, self._values, len(experts))
+        device = self._run_op.device
+        moved = [tensor.detach().to(device) for tensor in experts]
+        origin, dtype = base.detach().to(device), dtype or base.dtype
+        whole = pieces.split(layer, action, tuple(base.shape), max_elements=max(1, base.numel()))
+        try:
+            parts = [
+                pieces.run(
+                    action,
+                    layer,
+                    self._run_op,
+                    origin[piece.start : piece.stop] if base.ndim else origin,
+                    [expert[piece.start : piece.stop] if base.ndim else expert for expert in moved],
+                    dtype,
+                )
+                for piece in whole
+            ]
+        except ArgumentError as error:
+            raise ArgumentError(f"{name}: {error}") from error
+        merged = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return merged.to(base.device)
+
+
+def _values(method: Method, parameters: Mapping[str, Any], experts: int) -> Values:
+    """Check parameters given in Python; those not given have their defaults."""
+    defaults = method.defaults(experts)
+    merge, model = dict(defaults.merge), dict(defaults.model)
+    for given, value in parameters.items():
+        name = given.rstrip("_")
+        try:
+            parameter = method.parameter(name)
+        except KeyError:
+            known = [p.name for p in method.parameters]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "it has: " + ", ".join(known)
+            raise ArgumentError(f"method {method.name!r} has no parameter {given!r}; {hint}") from None
+        if parameter.scope == "merge":
+            merge[name] = parameter.parse(value)
+            continue
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * experts
+        if len(values) != experts:
+            raise ArgumentError(f"parameter {name!r} has {len(values)} values for {experts} experts; give one for each")
+        model[name] = tuple(parameter.parse(each) for each in values)
+    return Values(merge, model)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    if name not in DTYPE_CODES:
+        raise ArgumentError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPE_CODES)}")
+    return TORCH_DTYPES[DTYPE_CODES[name]]

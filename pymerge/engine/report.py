@@ -1,0 +1,114 @@
+"""What a merge did: counts, times and memory, and the model card that tells the output's readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pymerge import env
+from pymerge.common.units import format_bytes
+from pymerge.engine.trace import StepTime
+from pymerge.planner.build import Plan
+
+RECIPE_NAME = "pymerge_config.yml"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Result of `pymerge.merge`. Times in seconds of wall clock, sizes in bytes."""
+
+    output: Path
+    tensors: int
+    parameters: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    reading: float  # waiting for inputs
+    computing: float
+    writing: float  # waiting for the writer
+    budget: int  # for tensors, on the device
+    peak_memory: int  # resident set of the whole process at its largest
+    peak_device_memory: int  # allocated on the CUDA device at most; 0 on a CPU
+    backends: Mapping[str, str] = field(default_factory=dict)  # op -> backend
+    warnings: tuple[str, ...] = ()
+    resumed_shards: int = 0  # shards kept from an earlier, interrupted run
+    overlap: float = 0.0  # of the time in which files were read or written, the share with a computation under way
+    slowest: tuple[StepTime, ...] = ()  # the tensors that took longest
+    already_done: bool = False  # the output was there, whole, and has been verified instead
+
+    @property
+    def rate(self) -> float:
+        """Bytes read and written in a second."""
+        return (self.bytes_read + self.bytes_written) / self.seconds if self.seconds > 0 else 0.0
+
+    def lines(self) -> list[str]:
+        """The summary, for people."""
+        if self.already_done:
+            return [
+                f"{self.output} holds this very merge already; verified {self.tensors} tensors "
+                f"({format_bytes(self.bytes_read)}) in {self.seconds:.1f} s"
+            ]
+        total = max(self.seconds, 1e-9)
+        shares = (
+            f"reading {self.reading / total:.0%}, computing {self.computing / total:.0%}, "
+            f"writing {self.writing / total:.0%}"
+        )
+        memory = f"peak memory {format_bytes(self.peak_memory)}"
+        if self.peak_device_memory:
+            memory += f", on the device {format_bytes(self.peak_device_memory)}"
+        lines = [
+            f"merged {self.tensors} tensors ({self.parameters:,} parameters) into {self.output}",
+            f"{self.seconds:.1f} s: {shares}; {self.overlap:.0%} of the file access ran beside computing",
+            f"read {format_bytes(self.bytes_read)}, wrote {format_bytes(self.bytes_written)}, "
+            f"{self.rate / 1e9:.2f} GB/s; {memory}",
+        ]
+        if self.backends:
+            lines.append("ops: " + ", ".join(f"{op} {name}" for op, name in sorted(self.backends.items())))
+        if self.resumed_shards:
+            lines.append(f"kept {self.resumed_shards} finished shards of an interrupted run")
+        return lines
+
+    def slowest_lines(self) -> list[str]:
+        """A table of the slowest tensors, for people."""
+        if not self.slowest:
+            return []
+        rows = [f"{step.reading:9.3f} {step.computing:9.3f} {step.writing:9.3f}  {step.name}" for step in self.slowest]
+        return ["slowest tensors, seconds:", "     read   compute     write  tensor", *rows]
+
+
+def model_card(plan: Plan, note: str = "") -> bytes:
+    """README.md of the output: how it was made, with the recipe, in the form that model hubs read; `note` is added."""
+    config = plan.config
+    models = [str(entry.model) for entry in config.models]
+    front: dict[str, Any] = {
+        "base_model": list(dict.fromkeys([*([config.base_model] if config.base_model else []), *models])),
+        "library_name": "transformers",
+        "tags": ["merge", "pymerge", config.merge_method],
+    }
+    base = f"Base model: `{config.base_model}`\n\n" if config.base_model else ""
+    listed = "\n".join(f"- `{model}`" for model in models)
+    origins = [f"`{checkpoint.origin}`" for checkpoint in plan.inputs.all if checkpoint.origin]
+    if origins:
+        listed += f"\n\nFrom the Hugging Face Hub: {', '.join(origins)}."
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# Merged model
+
+Made with pymerge {env.version()} by `{plan.method.name}`: {plan.method.summary} ({plan.method.source}).
+
+{base}Models merged:
+
+{listed}
+
+{plan.parameters:,} parameters. {note}The recipe (also in `{RECIPE_NAME}`):
+
+```yaml
+{config.source_text.strip()}
+```
+""".encode("utf-8", "backslashreplace")

@@ -1,0 +1,325 @@
+"""Carries out a plan: opens inputs and output, runs the pipeline, publishes, reports."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from logging import WARNING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pymerge.checkpoint.reader import Reader
+from pymerge.common.devices import Device, resolve_device
+from pymerge.common.events import event
+from pymerge.common.names import printable
+from pymerge.common.progress import NoProgress, ProgressSink
+from pymerge.engine import streams
+from pymerge.engine.report import RECIPE_NAME, MergeReport, model_card
+from pymerge.engine.streams import Streams
+from pymerge.engine.trace import Times, Tracer
+from pymerge.errors import OutputError
+from pymerge.output.directory import OutputDirectory
+from pymerge.output.layout import ShardLayout
+from pymerge.output.manifest import build_manifest, read_manifest, verify
+from pymerge.planner import budget as memory
+from pymerge.planner.build import Plan
+from pymerge.planner.jobs import batches, fit
+from pymerge.planner.steps import Step
+
+if TYPE_CHECKING:
+    import torch
+
+    from pymerge.backends import Dispatcher
+
+
+class Supplement(Protocol):
+    """What an output holds beside the merged model: files of tensors that are made from the same inputs.
+
+    `layouts` and `late` are its files as `OutputDirectory` takes them, `changeable` those that may get other values
+    later, `identity` what decides their bytes, `last` the file that makes the output whole, `note` what its model card
+    says about it.
+    """
+
+    @property
+    def layouts(self) -> Sequence[ShardLayout]: ...
+    @property
+    def late(self) -> Mapping[str, int]: ...
+    @property
+    def changeable(self) -> Sequence[str]: ...
+    @property
+    def identity(self) -> Mapping[str, str]: ...
+    @property
+    def last(self) -> str: ...
+    @property
+    def note(self) -> str: ...
+
+    def cost(self, finished: frozenset[str]) -> tuple[int, int]:
+        """Bytes that are still to be read and written when these files are finished."""
+
+    def make(
+        self, output: OutputDirectory, reader: Reader, tracer: Tracer, progress: ProgressSink, keeps_cache: bool
+    ) -> None:
+        """Write all unfinished files."""
+
+    def files(self, beside: Sequence[ShardLayout]) -> dict[str, bytes]:
+        """Small files, from the layouts of all that have been written; `last` among them."""
+
+
+class Executor(Protocol):
+    """Carries out the steps of a plan: `Pipeline`, or `Streams` for weighted sums."""
+
+    def run(self) -> None:
+        """Work through all pieces. The first exception of any thread ends it."""
+
+    @property
+    def times(self) -> Times:
+        """What the leading thread has done so far."""
+
+    @property
+    def backends(self) -> Mapping[str, str]:
+        """Which backend computed each op."""
+
+
+def processor(plan: Plan, device: Device, backend: str) -> str:
+    """What computes, as far as the bytes of the output may depend on it.
+
+    That is the name of the GPU, or the instructions that PyTorch uses on this CPU. Files that are combined as they are
+    read give the same bytes with all instructions of an architecture.
+    """
+    if streamed(plan, device, backend):
+        return platform.machine()
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(str(device))
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def streamed(plan: Plan, device: Device, backend: str) -> bool:
+    """Whether files are combined as they are read (streams), or tensors computed (pipeline)."""
+    return streams.why_not(plan.steps, device, backend, allow_nonfinite=plan.config.allow_nonfinite) is None
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    supplement: Supplement | None = None,
+    device: str | torch.device = "auto",
+    backend: str = "auto",
+    overwrite: bool = False,
+    progress: ProgressSink | None = None,
+    profile: Path | None = None,
+) -> MergeReport:
+    """Carry out a plan.
+
+    Args:
+        plan: from `build_plan`.
+        out: output directory; new, empty, or holding this very merge (unfinished: it goes on; finished: it is
+            verified).
+        supplement: what is made beside the merged model, under the same lock.
+        device, backend: where and with what to compute.
+        overwrite: replace another merge that is there.
+        progress: told about bytes and tensors; default: nobody.
+        profile: file for a trace of all reads, computations and writes (see pymerge.engine.trace).
+
+    Raises:
+        OutputError, CheckpointError, BackendError: as their names say.
+        NonFiniteError: an input holds NaN or infinity (and the config does not allow it), or a result overflows.
+        OutOfMemoryError: the device has less memory than the plan was told.
+    """
+    started = time.perf_counter()
+    progress = progress or NoProgress()
+    target = resolve_device(device)
+    run_op = _dispatcher(plan, target, backend)
+    _log_plan(plan, backend, target)
+    _refuse_inputs(plan, out)
+    identity = plan.identity(backend, str(target), processor(plan, target, backend))
+    keeps_cache = plan.keeps_cache
+    if supplement is not None:
+        identity |= supplement.identity
+        keeps_cache = plan.budget.keeps_cache(plan.bytes_input + plan.bytes_written + sum(supplement.cost(frozenset())))
+    manifest = read_manifest(out)
+    if manifest is not None and manifest["identity"] == identity and not overwrite:
+        shards = manifest["shards"].values()
+        nbytes = sum(tensor["nbytes"] for shard in shards for tensor in shard["tensors"].values())
+        return _verified(plan, out, nbytes, started, progress)
+    _peak_device_memory(target, reset=True)
+    with (
+        Tracer(profile, nvtx=target.type == "cuda") as tracer,
+        OutputDirectory(
+            out,
+            plan.layouts,
+            identity=identity,
+            beside=supplement.layouts if supplement else (),
+            late=supplement.late if supplement else None,
+            overwrite=overwrite,
+            keeps_cache=keeps_cache,
+        ) as output,
+        Reader(plan.inputs.stamps) as reader,
+    ):
+        kept = output.finished
+        resumed = len(kept)
+        if resumed:
+            event("resumed", f"kept {resumed} finished shards of an interrupted run", shards=sorted(kept))
+        unfinished = [step for step in plan.steps if step.file not in kept]
+        budget, steps = _budgeted(plan, unfinished, target)
+        read = sum(step.bytes_read for step in steps)
+        written = sum(step.nbytes for step in steps)
+        if supplement is not None:
+            read += supplement.cost(kept)[0]
+        progress.start(read + written + (supplement.cost(kept)[1] if supplement else 0))
+        executor: Executor
+        options = {"allow_nonfinite": plan.config.allow_nonfinite, "keeps_cache": keeps_cache}
+        if run_op is None:
+            limit = min(budget.tensors, plan.peak_memory)
+            executor = Streams(steps, limit, reader, output, tracer, progress, **options)
+        else:
+            from pymerge.engine.pipeline import Pipeline
+
+            queue = batches(steps, budget)
+            executor = Pipeline(queue, budget.tensors, run_op, reader, output, tracer, progress, **options)
+        try:
+            executor.run()
+            if supplement is not None:
+                supplement.make(output, reader, tracer, progress, keeps_cache)
+        finally:
+            progress.close()
+        beside = [layout for layout in output.beside if layout.file not in kept]
+        written += sum(tensor.nbytes for layout in beside for tensor in layout.tensors)
+        _publish(plan, output, supplement, backend, target)
+    report = MergeReport(
+        output=out,
+        tensors=plan.tensors,
+        parameters=plan.parameters,
+        bytes_read=read,
+        bytes_written=written,
+        seconds=time.perf_counter() - started,
+        reading=executor.times.reading,
+        computing=executor.times.computing,
+        writing=executor.times.writing,
+        overlap=tracer.overlap,
+        slowest=tracer.slowest(),
+        budget=budget.tensors,
+        peak_memory=memory.peak_resident_bytes(),
+        peak_device_memory=_peak_device_memory(target),
+        backends=executor.backends,
+        warnings=plan.warnings,
+        resumed_shards=resumed,
+    )
+    event("finished", report.lines()[0], **asdict(report))
+    return report
+
+
+def _dispatcher(plan: Plan, device: Device, backend: str) -> Dispatcher | None:
+    """What calls ops, where tensors are computed; None where files are combined as they are read."""
+    if streamed(plan, device, backend):
+        return None
+    from pymerge.backends import Dispatcher
+
+    return Dispatcher(backend, device)
+
+
+def _peak_device_memory(device: Device, *, reset: bool = False) -> int:
+    """Bytes allocated on a CUDA device at most, since the last `reset`; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    if reset:
+        torch.cuda.reset_peak_memory_stats(str(device))
+    return torch.cuda.max_memory_allocated(str(device))
+
+
+def _log_plan(plan: Plan, backend: str, device: Device) -> None:
+    text = f"{plan.method.name}: {len(plan.steps)} tensors, {plan.bytes_read} bytes to read"
+    event("plan", text, **plan.summary(), backend=backend, device=str(device))
+    for warning in plan.warnings:
+        event("warning", warning, level=WARNING)
+
+
+def _budgeted(plan: Plan, steps: Sequence[Step], target: Device) -> tuple[memory.Budget, Sequence[Step]]:
+    """The plan's budget and steps; made again if the plan was made for another kind of device."""
+    if plan.budget.device == target.type:
+        return plan.budget, steps
+    budget = memory.budget(target)
+    return budget, fit(steps, budget)
+
+
+def _refuse_inputs(plan: Plan, out: Path) -> None:
+    """An output that is an input would, with overwrite, be removed before it is read."""
+    for checkpoint in plan.inputs.all:
+        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        parents = {parent for file in checkpoint.files for parent in file.resolve().parents}
+        if out.resolve() in {folder.resolve(), *parents}:
+            raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
+
+
+def _publish(plan: Plan, output: OutputDirectory, supplement: Supplement | None, backend: str, device: Device) -> None:
+    """Put everything beside the weights in place, and make the output visible."""
+    donor = plan.inputs.donor
+    files: dict[str, bytes | Path] = {path.as_posix(): donor.path / path for path in donor.other_files}
+    files = {name: source for name, source in files.items() if name not in plan.tokens.dropped} | dict(
+        plan.tokens.files
+    )
+    if plan.config_json is not None:
+        files["config.json"] = plan.config_json
+    files["README.md"] = model_card(plan, supplement.note if supplement else "")
+    files[RECIPE_NAME] = plan.config.source_text.encode()
+    if supplement is not None:
+        files |= supplement.files(output.beside)
+    manifest = build_manifest(
+        plan.layouts,
+        output.checksums,
+        files,
+        identity=output.identity,
+        recipe={
+            "config": RECIPE_NAME,
+            "directory": printable(plan.config.directory or Path.cwd()),
+            "dtype": plan.dtype,
+            "backend": backend,
+            "device": str(device),
+        },
+        base_parameters=plan.base_parameters,
+        beside=output.beside,
+        changeable=supplement.changeable if supplement else (),
+    )
+    output.publish(files, manifest, last=supplement.last if supplement else None)
+
+
+def _verified(plan: Plan, out: Path, nbytes: int, started: float, progress: ProgressSink) -> MergeReport:
+    """The report of an output of this size that was there already, after reading it again."""
+    progress.start(nbytes)
+
+    def advance(count: int, name: str) -> None:
+        progress.tensor(name)
+        progress.advance(count)
+
+    try:
+        found = verify(out, progress=advance, allow_nonfinite=plan.config.allow_nonfinite)
+    finally:
+        progress.close()
+    if found.problems:
+        raise OutputError(
+            f"{out} holds this merge, but damaged: " + "; ".join(found.problems) + "; give --overwrite to redo it"
+        )
+    report = MergeReport(
+        output=out,
+        tensors=found.tensors,
+        parameters=found.parameters,
+        bytes_read=found.nbytes,
+        bytes_written=0,
+        seconds=(seconds := time.perf_counter() - started),
+        reading=seconds,
+        computing=0.0,
+        writing=0.0,
+        budget=plan.budget.tensors,
+        peak_memory=memory.peak_resident_bytes(),
+        peak_device_memory=0,
+        warnings=plan.warnings,
+        already_done=True,
+    )
+    event("already_done", report.lines()[0], **asdict(report))
+    return report

@@ -1,0 +1,144 @@
+"""Between files and the device that computes: on a CPU nothing to do, on CUDA copies through reused pinned buffers.
+
+On CUDA each of `load`, `finish` and `store` waits for the copies or kernels that its thread has started, before it
+returns. So what one thread hands to another is complete, and no tensor is freed while it is still in use. Reading,
+computing and writing overlap because they run on different threads, with a stream each: copies in, computation
+(PyTorch's current stream), copies out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pymerge.checkpoint.checkpoint import TensorEntry
+from pymerge.checkpoint.reader import Reader
+from pymerge.common.torch_dtypes import TORCH_DTYPES
+from pymerge.engine.buffers import Buffers
+from pymerge.engine.trace import Tracer
+from pymerge.methods.linear import element_count
+from pymerge.planner.jobs import Slot, staging_bytes
+from pymerge.planner.pieces import Piece
+
+# Bytes of memory on the CPU that may wait for a tensor of its size, while others are mapped.
+_MOST_IDLE = 32 * 2**20
+_CUDA: Any = torch.cuda  # PyTorch gives streams and events no types
+
+
+class Transfer(Protocol):
+    """How pieces of tensors get to the device and results get back."""
+
+    def prepare(self, entry: TensorEntry, piece: Piece) -> Tensor | None:
+        """Memory for a piece of a stored tensor that will be loaded; by the computing thread."""
+
+    def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+        """The piece on the device; `room` is what `prepare` returned for it. By a reader thread."""
+
+    def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Memory that a result may be written to; by the computing thread."""
+
+    def finish(self) -> None:
+        """Wait until all that has been computed is there; by the computing thread."""
+
+    def reuse(self, tensors: Iterable[Tensor]) -> None:
+        """Nobody uses these tensors any more; by the computing thread."""
+
+    def store(self, name: str, merged: Tensor) -> Tensor:
+        """The tensor on the CPU, valid until the next call; by the writer thread."""
+
+    def free(self) -> None:
+        """Give back what is kept for later use: something else needs the memory; by the computing thread."""
+
+
+class NoTransfer:
+    """The CPU: files are read to where they are computed on, in memory that is used again."""
+
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
+
+    def prepare(self, entry: TensorEntry, piece: Piece) -> Tensor:
+        return self._buffers.take(piece.shape, TORCH_DTYPES[entry.dtype])
+
+    def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+        assert room is not None
+        reader.read_into(entry, room, piece.start, piece.stop)
+        return room
+
+    def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._buffers.take(shape, dtype)
+
+    def finish(self) -> None: ...
+
+    def reuse(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self._buffers.give(tensor)
+
+    def store(self, name: str, merged: Tensor) -> Tensor:
+        return merged
+
+    def free(self) -> None:
+        self._buffers.settle(0)
+
+
+class CudaTransfer:
+    """Copies by way of one pinned buffer a thread, as large as the largest input or output."""
+
+    def __init__(self, device: torch.device, buffer_bytes: int, tracer: Tracer) -> None:
+        self._device = device
+        self._bytes = buffer_bytes
+        self._tracer = tracer
+        self._in = _CUDA.Stream(device)
+        self._out = _CUDA.Stream(device)
+        self._buffers = threading.local()
+
+    def prepare(self, entry: TensorEntry, piece: Piece) -> None: ...
+
+    def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+        staged = self._pinned(piece.shape, TORCH_DTYPES[entry.dtype])
+        reader.read_into(entry, staged, piece.start, piece.stop)
+        with self._tracer.span("copy", entry.name), _CUDA.stream(self._in):
+            loaded = torch.empty(piece.shape, dtype=staged.dtype, device=self._device)
+            loaded.copy_(staged, non_blocking=True)
+            self._wait(self._in)
+        return loaded
+
+    def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> None: ...
+
+    def finish(self) -> None:
+        self._wait(torch.cuda.current_stream(self._device))
+
+    def reuse(self, tensors: Iterable[Tensor]) -> None: ...
+
+    def store(self, name: str, merged: Tensor) -> Tensor:
+        staged = self._pinned(tuple(merged.shape), merged.dtype)
+        with self._tracer.span("copy", name), _CUDA.stream(self._out):
+            staged.copy_(merged, non_blocking=True)
+            self._wait(self._out)
+        return staged
+
+    def free(self) -> None:
+        torch.cuda.empty_cache()
+
+    def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """This thread's buffer as a tensor of this shape."""
+        if not hasattr(self._buffers, "bytes"):
+            self._buffers.bytes = torch.empty(self._bytes, dtype=torch.uint8, pin_memory=True)
+        flat: Tensor = self._buffers.bytes[: element_count(shape) * dtype.itemsize]
+        return flat.view(dtype).view(shape)
+
+    def _wait(self, stream: torch.cuda.Stream) -> None:
+        """Wait for what has been put on a stream so far; other threads may put more on it meanwhile."""
+        event = _CUDA.Event()
+        event.record(stream)
+        event.synchronize()
+
+
+def transfer_to(device: torch.device, queue: Sequence[Slot], tracer: Tracer, limit: int) -> Transfer:
+    """The transfer for a device and the pieces that will be moved, with tensors of `limit` bytes in memory."""
+    if device.type == "cuda":
+        return CudaTransfer(device, staging_bytes(queue), tracer)
+    return NoTransfer(Buffers(min(limit // 16, _MOST_IDLE)))

@@ -1,0 +1,296 @@
+"""T task vectors of one linear weight (d_out x d_in) in memory: dense, sparse, or as low-rank factors.
+
+Each form offers the passes that `routed_linear` is made of, in plain PyTorch; rows are output rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pymerge.errors import ArgumentError
+from pymerge.ops._op import one_thread
+
+# Columns up to here are stored as uint16.
+NARROW_COLUMNS = 2**16
+
+
+@dataclass(frozen=True)
+class DenseTasks:
+    """Task vectors as they are: `values` is T x d_out x d_in, any floating dtype."""
+
+    values: Tensor
+
+    @property
+    def count(self) -> int:
+        """T."""
+        return self.values.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.values.shape[1], self.values.shape[2]
+
+    @property
+    def entries(self) -> int:
+        """Multiply-adds for one token and all tasks, when nothing is merged."""
+        return self.values.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored values."""
+        return self.values.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by field."""
+        return {"values": self.values}
+
+    def mix(self, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
+        """Write (W_0 + sum_t g_t tau_t)[rows] to `out`; gates (T) are in the dtype that is computed in."""
+        total = weight[rows].to(gates.dtype, copy=True)
+        for task in range(self.count):
+            total.addcmul_(self.values[task, rows].to(gates.dtype), gates[task])
+        out.copy_(total)
+
+    def dots(self, delta: Tensor, rows: slice) -> Tensor:
+        """<delta, tau_t[rows]> for each task, in delta's dtype."""
+        return torch.stack([(self.values[task, rows].to(delta.dtype) * delta).sum() for task in range(self.count)])
+
+    def add_products(self, y: Tensor, x: Tensor, gates: Tensor) -> None:
+        """y (N x d_out) += sum_t g_nt x tau_t^T for x (N x d_in) and gates (N x T)."""
+        for task in range(self.count):
+            y += (x * gates[:, task, None].to(x.dtype)) @ self.values[task].to(x.dtype).mT
+
+    def dense(self, task: int) -> Tensor:
+        """tau_t as a matrix."""
+        return self.values[task]
+
+    def transposed(self) -> DenseTasks:
+        """The task vectors of the transposed weight."""
+        return DenseTasks(self.values.mT.contiguous())
+
+
+@dataclass(frozen=True)
+class SparseTasks:
+    """Nonzero entries of T task vectors, task after task and row after row.
+
+    `values` and `columns` (uint16, or int32 if d_in exceeds 65,536) have one element an entry; entries of row r of
+    task t are starts[t d_out + r] to starts[t d_out + r + 1]; `starts` is int64.
+    """
+
+    values: Tensor
+    columns: Tensor
+    starts: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def count(self) -> int:
+        """T."""
+        return (self.starts.numel() - 1) // max(self.shape[0], 1)
+
+    @property
+    def entries(self) -> int:
+        """Multiply-adds for one token and all tasks, when nothing is merged."""
+        return self.values.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored values."""
+        return self.values.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by field."""
+        return {"values": self.values, "columns": self.columns, "starts": self.starts}
+
+    def _entries(self, task: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """(row within the slice, column, value) of one task's entries."""
+        first, last, _ = rows.indices(self.shape[0])
+        starts = self.starts[task * self.shape[0] + first : task * self.shape[0] + last + 1]
+        begin, end = int(starts[0]), int(starts[-1])
+        row = torch.repeat_interleave(torch.arange(last - first, device=starts.device), starts.diff())
+        return row, self.columns[begin:end].to(torch.int64), self.values[begin:end]
+
+    def mix(self, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
+        """Write (W_0 + sum_t g_t tau_t)[rows] to `out`; gates (T) are in the dtype that is computed in."""
+        total = weight[rows].to(gates.dtype, copy=True)
+        for task in range(self.count):
+            row, column, value = self._entries(task, rows)
+            total[row, column] += gates[task] * value.to(gates.dtype)
+        out.copy_(total)
+
+    def dots(self, delta: Tensor, rows: slice) -> Tensor:
+        """<delta, tau_t[rows]> for each task, in delta's dtype."""
+        found = []
+        for task in range(self.count):
+            row, column, value = self._entries(task, rows)
+            found.append((delta[row, column] * value.to(delta.dtype)).sum())
+        return torch.stack(found)
+
+    def add_products(self, y: Tensor, x: Tensor, gates: Tensor) -> None:
+        """y (N x d_out) += sum_t g_nt x tau_t^T for x (N x d_in) and gates (N x T)."""
+        for task in range(self.count):
+            row, column, value = self._entries(task, slice(None))
+            product = x[:, column] * value.to(x.dtype) * gates[:, task, None].to(x.dtype)
+            y.index_add_(1, row, product)
+
+    def dense(self, task: int) -> Tensor:
+        """tau_t as a matrix."""
+        row, column, value = self._entries(task, slice(None))
+        matrix = torch.zeros(self.shape, dtype=value.dtype, device=value.device)
+        matrix[row, column] = value
+        return matrix
+
+    def transposed(self) -> SparseTasks:
+        """The task vectors of the transposed weight."""
+        parts = []
+        for task in range(self.count):
+            row, column, value = self._entries(task, slice(None))
+            order = torch.argsort(column, stable=True)
+            parts.append((value[order], row[order], torch.bincount(column, minlength=self.shape[1])))
+        return _sparse(parts, (self.shape[1], self.shape[0]))
+
+
+@dataclass(frozen=True)
+class LowRankTasks:
+    """tau_t = sum of left[:, j] right[j] over the j that task t owns.
+
+    left is d_out x R, right R x d_in, owners (int64) R.
+    """
+
+    left: Tensor
+    right: Tensor
+    owners: Tensor
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def entries(self) -> int:
+        """Multiply-adds for one token and all tasks, when nothing is merged."""
+        return self.left.numel() + self.right.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored values."""
+        return self.left.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by field."""
+        return {"left": self.left, "right": self.right, "owners": self.owners}
+
+    def mix(self, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
+        """Write (W_0 + sum_t g_t tau_t)[rows] to `out`; gates (T) are in the dtype that is computed in."""
+        left = self.left[rows].to(gates.dtype) * gates[self.owners]
+        out.copy_(torch.addmm(weight[rows].to(gates.dtype), left, self.right.to(gates.dtype)))
+
+    def dots(self, delta: Tensor, rows: slice) -> Tensor:
+        """<delta, tau_t[rows]> for each task, in delta's dtype."""
+        single = ((self.left[rows].to(delta.dtype).mT @ delta) * self.right.to(delta.dtype)).sum(1)
+        return single.new_zeros(self.count).index_add_(0, self.owners, single)
+
+    def add_products(self, y: Tensor, x: Tensor, gates: Tensor) -> None:
+        """y (N x d_out) += sum_t g_nt x tau_t^T for x (N x d_in) and gates (N x T)."""
+        thin = (x @ self.right.to(x.dtype).mT) * gates[:, self.owners].to(x.dtype)
+        y.addmm_(thin, self.left.to(x.dtype).mT)
+
+    def dense(self, task: int) -> Tensor:
+        """tau_t as a matrix."""
+        mine = self.owners == task
+        return self.left[:, mine] @ self.right[mine]
+
+    def transposed(self) -> LowRankTasks:
+        """The task vectors of the transposed weight."""
+        return LowRankTasks(self.right.mT.contiguous(), self.left.mT.contiguous(), self.owners, self.count)
+
+
+Tasks = DenseTasks | SparseTasks | LowRankTasks
+
+
+def magnitude_quantile(magnitudes: Tensor, ratio: float) -> Tensor:
+    """The linear-interpolated quantile of float32 or float64 values, by selection: any number of them, no sort.
+
+    torch.quantile computes the same and refuses more than 2^24 elements.
+    """
+    flat = magnitudes.flatten()
+    place = ratio * (flat.numel() - 1)
+    below = math.floor(place)
+    above = min(below + 1, flat.numel() - 1)
+    if flat.device.type == "cpu":
+        # NumPy's selection stays linear for sorted values, PyTorch's does not.
+        parted = torch.from_numpy(np.partition(flat.numpy(), (below, above)))
+        low, high = parted[below], parted[above]
+    else:
+        low, high = flat.kthvalue(below + 1).values, flat.kthvalue(above + 1).values
+    return torch.lerp(low, high, place - below)
+
+
+def prune(tau: Tensor, ratio: float) -> Tensor:
+    """Boolean mask of the entries kept: |tau| > quantile(|tau|, ratio), strictly.
+
+    Ratio 0 drops the smallest magnitude only, ratio 1 everything. Source: E-WEMoE, arXiv 2410.21804, section 3.3.
+    """
+    if not 0.0 <= ratio <= 1.0:
+        raise ArgumentError(f"prune: ratio is {ratio}; give a number from 0 to 1")
+    magnitudes = tau.abs()
+    if tau.numel() == 0:
+        return magnitudes > 0
+    return magnitudes > magnitude_quantile(magnitudes, ratio)
+
+
+def pruned_tasks(taus: Sequence[Tensor], ratio: float, dtype: torch.dtype) -> SparseTasks:
+    """The task vectors (each d_out x d_in) pruned one by one; values rounded to `dtype` afterwards."""
+    return sparse_tasks(taus, [prune(tau, ratio) for tau in taus], dtype)
+
+
+def sparse_tasks(taus: Sequence[Tensor], kept: Sequence[Tensor], dtype: torch.dtype) -> SparseTasks:
+    """The entries of each task vector (d_out x d_in) that its mask keeps, in `dtype`."""
+    parts = [(tau[mask].to(dtype), mask.nonzero()[:, 1], mask.sum(1)) for tau, mask in zip(taus, kept, strict=True)]
+    return _sparse(parts, (taus[0].shape[0], taus[0].shape[1]))
+
+
+def _sparse(parts: Sequence[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int]) -> SparseTasks:
+    """From (values, columns, entries in each row) of each task."""
+    index = torch.uint16 if shape[1] <= NARROW_COLUMNS else torch.int32
+    counts = torch.cat([part[2] for part in parts])
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int64)
+    values = torch.cat([part[0] for part in parts])
+    return SparseTasks(values, torch.cat([part[1] for part in parts]).to(index), starts, shape)
+
+
+def low_rank_tasks(
+    taus: Sequence[Tensor], dtype: torch.dtype, *, rank: int | None = None, energy: float | None = None
+) -> LowRankTasks:
+    """Truncated SVD of each task vector (d_out x d_in): to `rank`, or to the fewest that hold `energy` of ||tau||^2.
+
+    Factors share the singular values' square roots; they are computed in float64, on one thread (the same bits for any
+    number of them), and rounded to `dtype`.
+    """
+    if (rank is None) == (energy is None):
+        raise ArgumentError("low rank: give either rank or energy, not both and not neither")
+    if rank is not None and rank < 1:
+        raise ArgumentError(f"low rank: rank is {rank}; give 1 or more")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ArgumentError(f"low rank: energy is {energy}; give a share above 0 and up to 1")
+    lefts, rights, owners = [], [], []
+    for task, tau in enumerate(taus):
+        with one_thread():
+            u, s, vt = torch.linalg.svd(tau.to(torch.float64), full_matrices=False)
+        if energy is not None:
+            shares = s.square().cumsum(0)
+            wanted = energy * shares[-1] if len(shares) else shares.sum()
+            kept = int((shares < wanted).sum()) + 1 if float(wanted) > 0 else 0
+        else:
+            kept = int(rank or 0)
+        root = s[:kept].sqrt()
+        lefts.append((u[:, :kept] * root).to(dtype))
+        rights.append((root[:, None] * vt[:kept]).to(dtype))
+        owners.append(torch.full((len(root),), task, dtype=torch.int64, device=tau.device))
+    return LowRankTasks(torch.cat(lefts, 1), torch.cat(rights), torch.cat(owners), len(taus))

@@ -1,0 +1,1 @@
+"""Checkpoints on disk, written: layouts, resumable writes, publishing, manifests and their verification."""

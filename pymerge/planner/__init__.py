@@ -1,0 +1,1 @@
+"""Everything known from headers: steps, offsets, costs, memory, problems. Pure."""
