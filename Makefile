@@ -9,6 +9,10 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu setup.py py
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
+# What computes on the device, or decides what does.
+GPU_TESTS := tests/ops tests/methods tests/wemoe tests/engine/test_pipeline.py
+GPU_TESTS += $(addprefix tests/backends/test_,runner.py measured.py batches.py)
+
 # pip builds the extensions in an environment of their own, as `pip install .` does for users.
 $(VENV)/installed: $(SOURCES)
 	@echo "== setting up $(VENV): packages at the versions of constraints.txt, then the extensions"
@@ -25,9 +29,9 @@ test: $(VENV)/installed  ## set up, run all tests
 	$(BIN)/python -m pytest
 
 torture: $(VENV)/installed  ## kill, fill disks and damage files by the hundred, then fuzz the parsers for 10 minutes
-	PYMERGE_TORTURE=1 $(BIN)/python -m pytest -s tests/torture
+	PYMERGE_TORTURE=1 $(BIN)/python -m pytest -s tests/guarantees/test_kill.py tests/guarantees/test_corruption.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
-	$(BIN)/python tests/torture/fuzz_headers.py -max_total_time=600
+	$(BIN)/python tests/guarantees/fuzz_headers.py -max_total_time=600
 
 lint: $(VENV)/installed  ## style and types
 	@echo "== ruff and mypy"
@@ -42,7 +46,7 @@ format: $(VENV)/installed  ## let ruff format and fix
 gpu: $(VENV)/installed  ## on a machine with a CUDA GPU: the tests on the device, then its benchmarks
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
 	  || { echo "no CUDA device here: PyTorch sees none; run this on a machine with a GPU"; exit 1; }
-	PYMERGE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ops tests/test_methods.py tests/test_pipeline.py
+	PYMERGE_TEST_DEVICE=cuda $(BIN)/python -m pytest $(GPU_TESTS)
 	$(BIN)/python benchmarks/bench_ops.py --device cuda
 	@echo "== what was the fastest, for auto to choose from: pymerge/backends/measured.json"
 	$(BIN)/python benchmarks/record_fastest.py $$(ls -t benchmarks/results/*/*-ops.json | head -n 1)
@@ -74,7 +78,7 @@ quality: $(VENV)/installed  ## train two suites' experts, merge them by every me
 
 quality-smoke: $(VENV)/installed  ## merge two of the example's experts and check the order of the methods
 	$(BIN)/python benchmarks/quality/smoke.py
-	$(BIN)/python -m pytest -q tests/test_quality_smoke.py
+	$(BIN)/python -m pytest -q tests/repository/test_quality_smoke.py
 
 clean:  ## remove what was built and installed here
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis

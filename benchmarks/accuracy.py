@@ -1,4 +1,4 @@
-"""Relative errors of pymerge's solvers against independent float64 forms of the methods (tests/oracles.py).
+"""Relative errors of pymerge's solvers against independent float64 forms of the methods (tests/helpers/oracles.py).
 
     python benchmarks/accuracy.py [--quick] [--method NAME]
 
@@ -30,10 +30,11 @@ from pymerge.methods.base import Action
 from pymerge.methods.solver import Precision
 from pymerge.methods.wudi import SolveWudi
 from pymerge.methods.wudi_flow import SolveFilter, SolveFlow
+from pymerge.testing.cases import make_weights
+from pymerge.testing.compare import as_float64, relative_error
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from cases import as_float64, make_weights, relative_error
-from oracles import ace_delta, filter_delta, wudi_delta
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.helpers.oracles import ace_delta, filter_delta, wudi_delta
 
 Matrix = NDArray[np.float64]
 # d_out, d_in, tasks, rank of the deltas (None: full)

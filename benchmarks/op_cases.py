@@ -1,7 +1,7 @@
 """What bench_ops.py times: for each op its arguments, the work it cannot avoid, and its published form.
 
-To add an op, add a `Case` to CASES; tests/test_benchmarks.py says which are missing. A further case of an op has a name
-of its own behind a dash: its times are reported, and `auto` chooses by the first case.
+To add an op, add a `Case` to CASES; tests/repository/test_benchmarks.py says which are missing. A further case of an op
+has a name of its own behind a dash: its times are reported, and `auto` chooses by the first case.
 """
 
 from __future__ import annotations

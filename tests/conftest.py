@@ -1,9 +1,11 @@
-"""What all tests share: Triton's interpreter where there is no GPU, and memory that starts as NaN."""
+"""Settings of all tests: Triton's interpreter where there is no GPU, and memory that starts as NaN."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -13,3 +15,12 @@ if not torch.cuda.is_available():
 # torch.empty returns NaN in deterministic mode: what a kernel forgets to write cannot look right by luck.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads would wait for each other longer than small sizes take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

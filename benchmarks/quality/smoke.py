@@ -2,8 +2,8 @@
 
     python benchmarks/quality/smoke.py [--write | --pairs]
 
-tests/test_quality_smoke.py runs it too and compares with expected_smoke.json, which --write writes. --pairs shows every
-pair of the five experts.
+tests/repository/test_quality_smoke.py runs it too and compares with expected_smoke.json, which --write writes.
+--pairs shows every pair of the five experts.
 """
 
 from __future__ import annotations

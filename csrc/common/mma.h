@@ -1,5 +1,5 @@
 // Instructions of sm_80 and newer that C++ has no words for: tensor cores, asynchronous copies, packed rounding.
-// tests/emulation/common/mma.h has the same functions for a CPU.
+// tests/backends/emulation/common/mma.h has the same functions for a CPU.
 #pragma once
 
 #include <cstdint>

@@ -69,6 +69,35 @@ def task_case(
     return TaskCase(base, experts)
 
 
+def make_weights(
+    d_out: int,
+    d_in: int,
+    tasks: int,
+    *,
+    rank: int | None = None,
+    rms: float = 5e-4,
+    spread: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, list[Tensor]]:
+    """W_0 (d_out x d_in, std 0.02) and experts whose deltas have a decaying spectrum of the given rank, for solvers.
+
+    The rms of the deltas grows by `spread` a task. Seeded by the shape and `seed`; computed in float64 and rounded to
+    `dtype`.
+    """
+    generator = torch.Generator().manual_seed(hash((d_out, d_in, tasks, rank or 0, seed)) % 2**31)
+    base = 0.02 * torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
+    experts = []
+    for task in range(tasks):
+        k = rank or min(d_out, d_in)
+        left = torch.randn(d_out, k, generator=generator, dtype=torch.float64)
+        right = torch.randn(k, d_in, generator=generator, dtype=torch.float64)
+        delta = (left / torch.arange(1, k + 1)) @ right
+        scale = rms * (1.0 + spread * task) / float(delta.square().mean().sqrt())
+        experts.append((base + scale * delta).to(dtype))
+    return base.to(dtype), experts
+
+
 def lay_out(matrix: Tensor, layout: str) -> Tensor:
     """A matrix of the same values with other strides; what lies between its elements is NaN."""
     rows, columns = matrix.shape

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # A result may err by this factor more than the reference does in the same precision.
@@ -80,6 +82,18 @@ def assert_same(label: str, actual: Tensor, expected: Tensor) -> None:
     differs &= ~(torch.isnan(actual) & torch.isnan(expected))
     if bool(differs.any()):
         raise AssertionError(f"{label}: {_first_difference(actual, expected, differs)}")
+
+
+def as_float64(tensor: Tensor) -> NDArray[np.float64]:
+    """The tensor's exact values in float64."""
+    return tensor.to(torch.float64).numpy()
+
+
+def relative_error(
+    found: NDArray[np.float64], expected: NDArray[np.float64], scale: NDArray[np.float64] | None = None
+) -> float:
+    """Frobenius norm of the difference over that of `scale` (default: of what was expected)."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected if scale is None else scale))
 
 
 def _first_difference(actual: Tensor, expected: Tensor, differs: Tensor) -> str:

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import Done, fine_tuned, llama, llama_config, load_output, pymerge, tree, write_model, write_models
+
+from tests.helpers.checkpoints import (
+    Done,
+    fine_tuned,
+    llama,
+    llama_config,
+    load_output,
+    pymerge,
+    tree,
+    write_model,
+    write_models,
+)
 
 COMMIT, NEWER = "a" * 40, "b" * 40
 CONFIG = """\

@@ -31,7 +31,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         sources[-1].write_text(text)
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler is not None
-    includes = [ROOT / "tests" / "emulation", ROOT / "csrc", pybind11.get_include()]
+    includes = [ROOT / "tests" / "backends" / "emulation", ROOT / "csrc", pybind11.get_include()]
     includes.append(sysconfig.get_paths()["include"])
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-U_FORTIFY_SOURCE"]
     defines = ['-DPM_CUDA_ARCHS="emulated"']

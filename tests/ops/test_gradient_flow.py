@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make_weights
 from torch import Tensor
 
 from pymerge.backends import Dispatcher
 from pymerge.errors import ArgumentError
 from pymerge.ops import gradient_flow, normal_equations
+from pymerge.testing.cases import make_weights
 
 # The native backend halves products from 2048 columns on; `test_native_halves` lowers that.
 SHAPES = [

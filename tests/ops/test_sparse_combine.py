@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import sparse_delta
 from torch import Tensor
 
 from pymerge.backends import load
@@ -18,6 +17,7 @@ from pymerge.ops import OPS
 from pymerge.ops._bitmask import pack
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case
 from pymerge.testing.compare import assert_same
+from tests.helpers.oracles import sparse_delta
 
 REFERENCE = OPS["sparse_combine"].reference
 RUNS = implementations("sparse_combine")

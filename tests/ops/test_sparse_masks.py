@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import della_probabilities, kept_magnitudes
 from torch import Tensor
 
 from pymerge.backends import Dispatcher, load
@@ -20,6 +19,7 @@ from pymerge.ops._philox import philox, uniform_words
 from pymerge.ops.trim_threshold import Thresholds
 from pymerge.testing.cases import FLOATS, LAYOUTS, implementations, task_case
 from pymerge.testing.compare import assert_same
+from tests.helpers.oracles import della_probabilities, kept_magnitudes
 
 BACKENDS = ["reference", *[name for name, device in implementations("trim_threshold") if device == "cpu"]]
 # Empty, one element, one row, one column, words that are not full, rows of an odd length, several segments of a thread.

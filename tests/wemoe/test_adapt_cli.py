@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import pymerge, start
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from pymerge.errors import CheckpointError
 from pymerge.testing.compare import assert_same
 from pymerge.wemoe.datasets import read_dataset
 from pymerge.wemoe.heads import read_feature_head
+from tests.helpers.checkpoints import pymerge, start
 
 ROUTER = "wemoe-router.safetensors"
 

@@ -13,13 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import fine_tuned, in_process, llama, llama_config, pymerge, tree, write_model, write_models
 from torch import nn
 
 from pymerge import wemoe
 from pymerge.engine.recheck import recheck
 from pymerge.errors import OutputError, PlanError
 from pymerge.output.manifest import verify
+from tests.helpers.checkpoints import (
+    fine_tuned,
+    in_process,
+    llama,
+    llama_config,
+    pymerge,
+    tree,
+    write_model,
+    write_models,
+)
 
 MIB = 2**20
 SHARD = 500

@@ -1,0 +1,165 @@
+"""What is built without a GPU: no torch inside, CUDA and Triton code for every architecture."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton import knobs
+
+from pymerge import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+ARCHS = ("80", "90")
+
+
+def test_extension_has_no_torch_inside() -> None:
+    """One build serves every torch version: it uses no symbol and no library of torch."""
+    path = str(_C.__file__)
+    lines = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    symbols = [line.split()[-1] for line in lines]  # not their addresses, which may be any digits
+    assert "PyInit__C" in symbols
+    assert not [symbol for symbol in symbols if re.search("c10|torch|aten", symbol, re.IGNORECASE)]
+    needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in needed.splitlines() if "NEEDED" in line and ("torch" in line or "c10" in line)]
+
+
+def test_only_the_bindings_include_pybind11_and_nothing_includes_torch() -> None:
+    files = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
+    assert len(files) > 10
+    for path in files:
+        includes = re.findall(r'#include [<"]([^>"]+)[>"]', path.read_text())
+        assert not [name for name in includes if re.match(r"(torch|ATen|c10)/", name)], path
+        if path.parent.name != "bindings":
+            assert not [name for name in includes if name.startswith("pybind11")], path
+
+
+def test_kernels_import_triton_and_torch_only() -> None:
+    allowed = {"__future__", "collections", "typing", "torch", "triton"}
+    files = sorted((ROOT / "kernels").glob("*.py"))
+    assert len(files) >= 4
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert str(node.module).split(".")[0] in allowed, path
+
+
+def test_top_level_kernels_stays_free() -> None:
+    """`import kernels` belongs to Hugging Face's package; ours is pymerge.kernels."""
+    code = "import importlib.util as u, pymerge.kernels; s = u.find_spec('kernels'); print(s and s.origin)"
+    command = [sys.executable, "-I", "-c", code]  # isolated: the current folder is not on the path
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert str(ROOT) not in done.stdout
+
+
+def test_build_info_names_language_and_threads() -> None:
+    assert re.match(r"C\+\+20, compiler .*, (no )?OpenMP", _C.build_info())
+
+
+def test_unknown_dtype_code_is_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown dtype code 9; 0 to 3 are known"):
+        _C.combine(0, 9, 0, 0, [], [], [], 1.0, 0, 1)
+    with pytest.raises(ValueError, match="2 inputs, 1 dtypes"):
+        _C.combine(0, 0, 0, 0, [0, 0], [0], [1.0, 1.0], 1.0, 0, 1)
+
+
+# The products of a source's kernels on tensor cores, in the machine's own words.
+PRODUCTS = {
+    "wudi_adam_cuda.cu": {"HMMA.1688.F32.TF32"},
+    "task_gram_cuda.cu": {"HMMA.1688.F32.TF32", "HMMA.16816.F32.BF16", "HMMA.16816.F32"},
+}
+SPILLS = 64  # bytes of a thread's local memory: totals that are added to once in many strips
+# Loads that they live on: of 16 bytes straight to shared memory, or of four elements to registers.
+LOADS = {"wudi_adam_cuda.cu": {"LDGSTS.E.BYPASS.128"}, "task_gram_cuda.cu": {"LDG.E.128", "LDG.E.64"}}
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on this machine")
+@pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("ops/*_cuda.cu")))
+def test_cuda_source_compiles(source: str, tmp_path: Path) -> None:
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    target = tmp_path / "object.o"
+    command = [str(NVCC), "-std=c++20", "-O3", "--fmad=false", *codes, f"-I{CSRC}", "-Werror=all-warnings"]
+    done = subprocess.run(
+        [*command, "-c", str(CSRC / "ops" / source), "-o", str(target)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert target.stat().st_size > 10_000
+    for arch in ARCHS if source in PRODUCTS else ():
+        listing = dump("-sass", "-arch", f"sm_{arch}", target)
+        assert set(re.findall(r"[HID]MMA\.[A-Z0-9.]+", listing)) == PRODUCTS[source]
+        assert set(re.findall(r"LDG[A-Z]*\.E\.[A-Z0-9.]+", listing)) >= LOADS[source]
+    if source in PRODUCTS:
+        assert max(map(int, re.findall(r"STACK:(\d+)", dump("-res-usage", target)))) <= SPILLS
+
+
+def dump(*arguments: object) -> str:
+    """What cuobjdump, which Triton brings along, prints."""
+    command = [knobs.nvidia.cuobjdump.path, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on this machine, so pymerge._cuda is not built")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with a GPU the launch works")
+def test_cuda_module_imports_without_a_gpu_and_says_so() -> None:
+    from pymerge import _cuda
+
+    assert all(arch in _cuda.build_info() for arch in ARCHS)
+    with pytest.raises(RuntimeError, match=r"CUDA error \d+ \(cudaError\w+\)"):
+        _cuda.combine(0, 0, 0, 0, [1], [0], [1.0], 1.0, 5, 0)
+    with pytest.raises(ValueError, match="200 inputs; one launch takes 128"):
+        _cuda.combine(0, 0, 0, 0, [1] * 200, [0] * 200, [1.0] * 200, 1.0, 5, 0)
+
+
+# Bytes of a thread's local memory, by kernel: an epilogue's that works on five tiles at once, and a few.
+STACK = {"wudi_adam 128": 768}
+STACK_ELSE = 128
+WAIT_ON_MEMORY = {"combine", "magnitude_mask", "random_mask", "sparse_combine", "task_dots", "combine_vectors"}
+WAIT_ON_MEMORY |= {"nearswap", "ram", "ram_counts"}
+SHARED_MEMORY = {"80": 163 * 1024, "90": 227 * 1024}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_triton_kernels_compile_ahead_of_time(arch: str, tmp_path: Path) -> None:
+    """In every dtype: no driver needed, but a process without the interpreter.
+
+    What the compiler made of them is read, since none of it changes a result: tensor cores of the type that was asked
+    for and not multiply-adds, loads of 16 bytes that overlap with computing, tiles that stay in registers.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "backends" / "compile_kernels.py"), arch]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    built = {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert {name.split()[0] for name in built} == WAIT_ON_MEMORY | {"task_gram", "wudi_adam", "spd_solve"}
+    assert {"task_gram bf16 64", "task_gram fp16 64", "task_gram fp32 128", "wudi_adam 128"} <= built.keys()
+    for name, row in built.items():
+        assert row["target"].rstrip("a") == f"sm_{arch}", row
+        assert row["shared"] <= SHARED_MEMORY[arch], row
+        assert row["stack"] <= STACK.get(name, STACK_ELSE), row
+        if name.split()[0] in WAIT_ON_MEMORY:
+            # Contraction would change results, and votes of exactly 0.
+            assert name.split()[0] not in ("sparse_combine", "nearswap", "ram") or row["fused"] == 0, row
+            continue
+        if name.startswith("spd_solve"):  # in float64, on tensor cores; they have no wgmma of it
+            assert row["tensor"], row
+            assert all(re.search(r"^mma\.sync\..*\.f64\.f64\.f64\.f64$", i) for i in row["tensor"]), row
+            continue
+        narrow = re.fullmatch(r"task_gram (bf16|fp16) \d+", name)
+        operands = {"bf16": "bf16", "fp16": "f16"}[narrow[1]] if narrow else "tf32"
+        family = "wgmma.mma_async" if arch == "90" else "mma"
+        assert row["tensor"], row
+        assert all(i.startswith(f"{family}.sync") and f".{operands}.{operands}" in i for i in row["tensor"]), row
+        assert row["copies"] == row["all_copies"] > 0, row

@@ -1,0 +1,73 @@
+"""The plan's warning about deltas that a fixed step size does not suit, from a few rows of each tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import pymerge
+from pymerge.checkpoint.reader import Reader
+from pymerge.planner.advice import delta_rms
+from tests.helpers.checkpoints import fine_tuned, llama, write_config, write_model
+
+SOLVED = 2 * 7  # q, k, v, o, gate, up, down of two blocks
+
+
+def models(folder: Path, scale: float) -> Path:
+    base = llama()
+    write_model(folder / "base", base)
+    for index in range(2):
+        write_model(folder / f"e{index}", fine_tuned(base, index, scale))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scale", "parameters", "direction"),
+    [
+        (5e-4, {}, None),
+        (1.5e-3, {}, None),
+        (2e-2, {}, "little"),
+        (2e-5, {}, "far"),
+        (2e-2, {"lr": "auto"}, None),
+        (2e-2, {"lr": 4e-4}, None),
+    ],
+)
+def test_wudi_with_a_fixed_lr(
+    tmp_path: Path, scale: float, parameters: dict[str, object], direction: str | None
+) -> None:
+    config = write_config(models(tmp_path, scale), "wudi", **parameters)
+    warnings = pymerge.plan(config).warnings
+    if direction is None:
+        assert warnings == ()
+        return
+    (warning,) = warnings
+    assert warning.startswith(f"{SOLVED} of {SOLVED} tensors that are solved ('model.layers.0.mlp.")
+    assert f"X moves too {direction}; set lr: auto" in warning
+
+
+@pytest.mark.parametrize("method", ["wudi_flow", "ace", "linear"])
+def test_other_methods_read_nothing(tmp_path: Path, method: str) -> None:
+    config = write_config(models(tmp_path, 2e-2), method)
+    plan = pymerge.plan(config)
+    assert plan.warnings == ()
+    assert not any(step.action.minds_delta_size for step in plan.steps)
+
+
+def test_the_root_mean_square_is_that_of_the_deltas(tmp_path: Path) -> None:
+    plan = pymerge.plan(write_config(models(tmp_path, 3e-3), "wudi"))
+    with Reader(plan.inputs.stamps) as reader:
+        for step in plan.steps:
+            if step.action.minds_delta_size:
+                assert delta_rms(step, reader) == pytest.approx(3e-3, rel=0.35)
+
+
+def test_experts_that_did_not_touch_a_tensor_do_not_count(tmp_path: Path) -> None:
+    base = llama()
+    write_model(tmp_path / "base", base)
+    write_model(tmp_path / "e0", base)
+    write_model(tmp_path / "e1", fine_tuned(base, 1, 3e-3))
+    plan = pymerge.plan(write_config(tmp_path, "wudi"))
+    with Reader(plan.inputs.stamps) as reader:
+        step = next(step for step in plan.steps if step.action.minds_delta_size)
+        assert delta_rms(step, reader) == pytest.approx(3e-3, rel=0.5)
