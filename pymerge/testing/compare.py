@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Array = NDArray[np.float64]
+
 # A result may err by this factor more than the reference does in the same precision.
 FACTOR = 2.0
 
@@ -84,14 +86,12 @@ def assert_same(label: str, actual: Tensor, expected: Tensor) -> None:
         raise AssertionError(f"{label}: {_first_difference(actual, expected, differs)}")
 
 
-def as_float64(tensor: Tensor) -> NDArray[np.float64]:
+def as_float64(tensor: Tensor) -> Array:
     """The tensor's exact values in float64."""
     return tensor.to(torch.float64).numpy()
 
 
-def relative_error(
-    found: NDArray[np.float64], expected: NDArray[np.float64], scale: NDArray[np.float64] | None = None
-) -> float:
+def relative_error(found: Array, expected: Array, scale: Array | None = None) -> float:
     """Frobenius norm of the difference over that of `scale` (default: of what was expected)."""
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected if scale is None else scale))
 

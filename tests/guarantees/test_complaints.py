@@ -36,14 +36,18 @@ COVERED = {
     "memory grows with the size of shards (20)": (
         "guarantees/test_memory.py::test_one_large_shard_needs_as_much_as_many_small_ones"
     ),
-    "stacked deltas of an embedding do not fit (420)": "engine/test_reducing.py::test_ranges_give_the_bytes_of_the_whole",
+    "stacked deltas of an embedding do not fit (420)": (
+        "engine/test_reducing.py::test_ranges_give_the_bytes_of_the_whole"
+    ),
     "vocabularies of different sizes under union (47, 139, 342)": "tokenizers/test_vocabularies.py::test_union",
     "the same, without a tokenizer (47)": "planner/test_inputs.py::test_vocabularies_of_different_sizes",
     "merged tokenizers that cannot be loaded (469)": (
         "tokenizers/test_files.py::test_files_that_would_contradict_are_left_out"
     ),
     "a mis-indented weight is dropped (248)": "config/test_merge_config.py::test_misindented_weight_is_pointed_at",
-    "misspelt keys are ignored": "config/test_merge_config.py::test_unknown_keys_are_reported_together_with_lines_and_nearest_names",
+    "misspelt keys are ignored": (
+        "config/test_merge_config.py::test_unknown_keys_are_reported_together_with_lines_and_nearest_names"
+    ),
     "quantised inputs of every kind (457, 75, 494)": "checkpoint/test_quantised.py::test_by_tensors",
     "an adapter in place of a model (442, 470)": "checkpoint/test_quantised.py::test_an_adapter_is_no_model",
     "names with a prefix more, of a text model in another (434, 576)": (

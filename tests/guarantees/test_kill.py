@@ -21,6 +21,7 @@ import pytest
 
 from tests.helpers.checkpoints import (
     CARRIED,
+    checksums,
     llama,
     llama_config,
     pymerge,

@@ -1,4 +1,4 @@
-"""WUDI, ACE and the averages against independent float64 forms (tests/helpers/oracles.py), through the Python interface."""
+"""WUDI, ACE and the averages against independent float64 forms (helpers/oracles.py), through the Python interface."""
 
 from __future__ import annotations
 
