@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pymerge.common.torch_dtypes import bytes_of
+from pymerge.common.dtypes import bytes_of
 from pymerge.output.layout import index_json, index_name, layout_shards
 
 RECIPE = 1  # another number makes old folders be made again

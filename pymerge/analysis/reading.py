@@ -15,9 +15,9 @@ from torch import Tensor
 from pymerge.analysis.measures import Analysis, Spectrum, Sums, TensorMeasures
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.dtypes import upcast
 from pymerge.common.names import role
 from pymerge.common.progress import NoProgress, ProgressSink
-from pymerge.common.torch_dtypes import upcast
 from pymerge.config.merge_config import participants
 from pymerge.errors import ArgumentError, NonFiniteError, PlanError
 from pymerge.planner.build import Plan

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pymerge.checkpoint.checkpoint import TensorEntry
-from pymerge.common.torch_dtypes import TORCH_DTYPES
+from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import NonFiniteError
 
 
@@ -22,7 +22,7 @@ def is_finite(tensor: Tensor) -> bool:
 def overflow(name: str, code: str) -> NonFiniteError:
     """The error of a result that is not finite though its inputs are, given its name and dtype code."""
     return NonFiniteError(
-        f"{name}: the merged tensor has values that {TORCH_DTYPES[code]} cannot hold; "
+        f"{name}: the merged tensor has values that {torch_dtype(code)} cannot hold; "
         "choose out_dtype bfloat16 or float32, or smaller weights"
     )
 

@@ -11,8 +11,7 @@ import torch
 from pymerge.checkpoint.gathered_entry import GatheredEntry, Run
 from pymerge.checkpoint.row_map import AVERAGE, MEAN, ZERO, RowMap
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.dtypes import ITEM_SIZES, is_float8
-from pymerge.common.torch_dtypes import TORCH_DTYPES, upcast
+from pymerge.common.dtypes import ITEM_SIZES, is_float8, torch_dtype, upcast
 
 _SCRATCH_BYTES = 1 << 20  # of rows that are converted or averaged
 
@@ -59,7 +58,7 @@ def fill_gathered(read: ReadRuns, entry: GatheredEntry, out: torch.Tensor, start
 
 
 def _copy_rows(read: ReadRuns, source: TensorEntry, out: torch.Tensor, runs: Sequence[Run]) -> None:
-    dtype = TORCH_DTYPES[source.dtype]
+    dtype = torch_dtype(source.dtype)
     if dtype == out.dtype:
         read(source, out, runs)
         return
@@ -96,7 +95,7 @@ def _mean(read: ReadRuns, entry: GatheredEntry) -> torch.Tensor:
             zeroed = replace(entry, rows_map=RowMap(source, rows_map.row, rows_map.averages))
             for start in range(0, last, step):
                 stop = min(start + step, last)
-                chunk = torch.empty((stop - start, *entry.shape[1:]), dtype=TORCH_DTYPES[entry.dtype])
+                chunk = torch.empty((stop - start, *entry.shape[1:]), dtype=torch_dtype(entry.dtype))
                 fill_gathered(read, zeroed, chunk, start, stop)
                 # numpy adds row after row on one thread: the same sum for any number of threads.
                 total += upcast(chunk).double().view(stop - start, -1).numpy().sum(axis=0)

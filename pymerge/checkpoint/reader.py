@@ -75,19 +75,19 @@ class Reader:
         """
         import torch
 
-        from pymerge.common.torch_dtypes import TORCH_DTYPES
+        from pymerge.common.dtypes import torch_dtype
 
         shape, _, _ = _span(entry, start_row, stop_row)
-        out = torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
+        out = torch.empty(shape, dtype=torch_dtype(entry.dtype))
         self.read_into(entry, out, start_row, stop_row)
         return out
 
     def read_into(self, entry: TensorEntry, out: torch.Tensor, start_row: int = 0, stop_row: int | None = None) -> None:
         """As `read`, into a contiguous CPU tensor (pinned or not) of the slice's shape and dtype."""
-        from pymerge.common.torch_dtypes import TORCH_DTYPES, bytes_of
+        from pymerge.common.dtypes import bytes_of, torch_dtype
 
         shape, offset, _ = _span(entry, start_row, stop_row)
-        right = out.dtype == TORCH_DTYPES[entry.dtype] and tuple(out.shape) == shape
+        right = out.dtype == torch_dtype(entry.dtype) and tuple(out.shape) == shape
         if not right or out.device.type != "cpu" or not out.is_contiguous():
             raise ArgumentError(
                 f"{entry.name}: cannot read {entry.dtype} {shape} into {out.dtype} {tuple(out.shape)} on "
@@ -112,7 +112,7 @@ class Reader:
         if entry.contiguous:
             self.read_bytes_into(entry, memoryview(out), start_row, stop_row)
         else:
-            from pymerge.common.torch_dtypes import bytes_of
+            from pymerge.common.dtypes import bytes_of
 
             out[:] = bytes_of(self.read(entry, start_row, stop_row))
         return out
@@ -145,7 +145,7 @@ class Reader:
             for at, row, count in runs:
                 self.read_into(entry, out[at : at + count], row, row + count)
             return
-        from pymerge.common.torch_dtypes import bytes_of
+        from pymerge.common.dtypes import bytes_of
 
         row_bytes = entry.nbytes // max(1, entry.shape[0])
         view = bytes_of(out)
@@ -297,7 +297,7 @@ def _fill_strided(
     """Read a view in parts whose elements lie close together: halve it along its widest axis until they do."""
     import torch
 
-    from pymerge.common.torch_dtypes import bytes_of
+    from pymerge.common.dtypes import bytes_of
 
     shape = tuple(out.shape)
     extent, size = _extent(shape, strides), out.element_size()

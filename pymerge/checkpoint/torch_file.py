@@ -22,8 +22,7 @@ from pymerge.checkpoint.safetensors_file import (
     shorten,
 )
 from pymerge.checkpoint.torch_pickle import RefusedPickle, View, read_pickle
-from pymerge.common.dtypes import ITEM_SIZES
-from pymerge.common.torch_dtypes import code_of
+from pymerge.common.dtypes import ITEM_SIZES, code_of
 from pymerge.errors import ArgumentError, CheckpointError
 
 CONVERT = "convert it to safetensors where it was made (load the model there, then save_pretrained or save_file)"

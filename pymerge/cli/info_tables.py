@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -14,7 +15,6 @@ from pymerge.common.names import role
 from pymerge.common.units import format_bytes, format_flops
 from pymerge.methods import METHODS
 from pymerge.methods.base import Parameter
-from pymerge.methods.linear import element_count
 from pymerge.planner.build import Plan
 from pymerge.planner.steps import Step
 
@@ -42,7 +42,7 @@ def plan_view(plan: Plan) -> RenderableType:
         )
         reasons.setdefault(role(first.layer.describe()), []).append(name)
     files = _count(len(plan.layouts), "file")
-    largest = max(element_count(piece.shape) for step in plan.steps for piece in step.pieces)
+    largest = max(math.prod(piece.shape) for step in plan.steps for piece in step.pieces)
     lines = [
         f"base    {plan.inputs.donor.path}",
         *(f"expert  {expert.path}" for expert in plan.inputs.experts),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from pymerge.methods.linear import element_count
-from pymerge.planner.budget import map_pages
+from pymerge.common.arrays import map_pages
 
 
 class Buffers:
@@ -27,7 +28,7 @@ class Buffers:
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor of any content. Raises MemoryError."""
-        nbytes = element_count(shape) * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < self._LEAST:
             return torch.empty(shape, dtype=dtype)
         same_size = None

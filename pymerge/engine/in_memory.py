@@ -13,12 +13,11 @@ from pymerge.architecture.roles import Kind, Layer, classify
 from pymerge.backends import Dispatcher
 from pymerge.checkpoint.finite import is_finite
 from pymerge.common.devices import resolve_device
-from pymerge.common.torch_dtypes import TORCH_DTYPES, code_of
+from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
 from pymerge.errors import ArgumentError, NonFiniteError
 from pymerge.methods import get_method
 from pymerge.methods.base import Method, Values
 from pymerge.planner import pieces
-from pymerge.planner.build import DTYPE_CODES
 
 
 def merge_tensors(
@@ -192,6 +191,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     name = dtype.removeprefix("torch.")
-    if name not in DTYPE_CODES:
-        raise ArgumentError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPE_CODES)}")
-    return TORCH_DTYPES[DTYPE_CODES[name]]
+    if name not in MERGED:
+        raise ArgumentError(f"unknown dtype {dtype!r}; choose one of {', '.join(MERGED)}")
+    return torch_dtype(CODES[name])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from pymerge.common.torch_dtypes import TORCH_DTYPES
+from pymerge.common.dtypes import torch_dtype
 from pymerge.methods.base import OpRunner
-from pymerge.methods.linear import element_count
 from pymerge.methods.reduce import Reducing, Reduction
 from pymerge.methods.tensor_parts import TensorPart
 from pymerge.planner import pieces
@@ -24,14 +24,14 @@ class Passes:
 
     def run(self, slot: Slot, base: Tensor, experts: Sequence[Tensor]) -> Tensor | None:
         """The merged piece, in the output's dtype; None in the passes before the one that merges."""
-        step, piece, dtype = slot.step, slot.piece, TORCH_DTYPES[slot.step.dtype]
+        step, piece, dtype = slot.step, slot.piece, torch_dtype(slot.step.dtype)
         if not step.in_ranges:
             return pieces.run(step.action, step.layer, self._run_op, base, experts, dtype)
         assert isinstance(step.action, Reducing)
         if slot.starts_step:
             self._reductions[id(step)] = step.action.reduction(step.shape, len(experts))
         reduction = self._reductions[id(step)]
-        first = piece.start * element_count(step.shape[1:])
+        first = piece.start * math.prod(step.shape[1:])
         part = TensorPart(self._run_op, base, experts, dtype, first, piece.start)
         if slot.merges:
             merged: Tensor = reduction.merge(part)

@@ -17,9 +17,9 @@ from pymerge.backends import Dispatcher
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.finite import check_finite, is_finite, overflow
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.dtypes import torch_dtype, upcast
 from pymerge.common.events import event
 from pymerge.common.progress import ProgressSink
-from pymerge.common.torch_dtypes import TORCH_DTYPES, upcast
 from pymerge.engine.passes import Passes
 from pymerge.engine.steplog import StepLog
 from pymerge.engine.trace import Times, Tracer
@@ -262,7 +262,7 @@ class Pipeline:
         """Memory for the result of a row range; what else is computed takes its own, and needs that of others."""
         first = batch.slots[0]
         if first.step.action.chunkable:
-            return self._transfer.result(first.piece.shape, TORCH_DTYPES[first.step.dtype])
+            return self._transfer.result(first.piece.shape, torch_dtype(first.step.dtype))
         if not _is_range(first):
             self._transfer.free()
         return None
@@ -280,7 +280,7 @@ class Pipeline:
                         _check_inputs(slot, tensors)
             bases = [tensors[0] for tensors in inputs]
             experts = [tensors[1:] if step.reads_base else tensors for tensors in inputs]
-            dtype = TORCH_DTYPES[step.dtype]
+            dtype = torch_dtype(step.dtype)
             try:
                 if step.in_ranges:
                     result = self._passes.run(batch.slots[0], bases[0], experts[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 
 from pymerge.backends.combine_files import DTYPES
 from pymerge.common.shapes import Axis, exact, row_bytes, vector_shape
-from pymerge.methods.linear import element_count
 from pymerge.methods.parts import Between, Kept, Limits, Models, Part, from_the_nearer
 
 _C: Any = importlib.import_module("pymerge._C")
@@ -46,7 +46,7 @@ class RawPart(Part):
         self._experts = list(experts)
         self._out = out
         self._used = used
-        self._numel = element_count(shape)
+        self._numel = math.prod(shape)
 
     def trim_threshold(self, counts: Sequence[int]) -> Limits:
         self._used("trim_threshold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -9,10 +10,9 @@ from typing import Any
 
 from pymerge.backends.combine_files import DTYPES, is_finite
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.arrays import Array
 from pymerge.common.dtypes import ITEM_SIZES
-from pymerge.methods.linear import element_count
 from pymerge.methods.reduce import Reducing, Reduction
-from pymerge.planner.budget import Room
 from pymerge.planner.jobs import Slot
 from pymerge.planner.steps import Step
 
@@ -41,8 +41,8 @@ class RawPasses:
         self._reader = reader
         self._used = used
         self._reductions: dict[int, Reduction] = {}  # of steps that have begun
-        self._idle: list[Room] = []  # memory for inputs that nobody uses
-        self._held: dict[tuple[int, int], Room] = {}  # by step and first row
+        self._idle: list[Array] = []  # memory for inputs that nobody uses
+        self._held: dict[tuple[int, int], Array] = {}  # by step and first row
         self._lock = threading.Lock()
 
     def starts(self, slot: Slot) -> None:
@@ -66,22 +66,22 @@ class RawPasses:
         self._give_room(slot, room)
         return seen, reading, finite
 
-    def _work(self, slot: Slot, room: Room, out: int, *, check_inputs: bool) -> tuple[Any, int, bool]:
+    def _work(self, slot: Slot, room: Array, out: int, *, check_inputs: bool) -> tuple[Any, int, bool]:
         from pymerge.engine.raw_parts import Raw, RawPart
 
         step, piece = slot.step, slot.piece
-        numel = element_count(piece.shape)
+        numel = math.prod(piece.shape)
         at, tensors = 0, []
         began = time.perf_counter_ns()
         for entry in step.inputs:
             nbytes = numel * ITEM_SIZES[entry.dtype]
             if slot.reads:
-                self._reader.read_bytes_into(entry, room.view[at : at + nbytes], piece.start, piece.stop)
+                self._reader.read_bytes_into(entry, room.bytes[at : at + nbytes], piece.start, piece.stop)
             tensors.append(Raw(room.address + at, DTYPES[entry.dtype], numel))
             at += -(-nbytes // _LINE) * _LINE
         reading = time.perf_counter_ns() - began
         base, *experts = tensors
-        first = piece.start * element_count(step.shape[1:])
+        first = piece.start * math.prod(step.shape[1:])
         part = RawPart(base, experts, Raw(out, DTYPES[step.dtype], numel), piece.shape, self._used, first, piece.start)
         reduction = self._reductions[id(step)]
         seen = None
@@ -113,24 +113,24 @@ class RawPasses:
         if slot.merges:
             return
         reduction = self._reductions[id(step)]
-        reduction.take(slot.piece.start * element_count(step.shape[1:]), seen)
+        reduction.take(slot.piece.start * math.prod(step.shape[1:]), seen)
         if slot.piece is step.pieces[-1]:
             reduction.settle()
 
-    def _take_room(self, slot: Slot) -> Room:
+    def _take_room(self, slot: Slot) -> Array:
         """Memory for the inputs of a piece; with them in it, if they are held."""
         nbytes = _input_bytes(slot)
         with self._lock:
             if not slot.reads:
                 return self._held.pop((id(slot.step), slot.piece.start))
             for index, room in enumerate(self._idle):
-                if room.view.nbytes >= nbytes:
+                if room.nbytes >= nbytes:
                     return self._idle.pop(index)
             if self._idle:  # too small: sooner or later all are as large as the largest pieces
                 self._idle.pop()
-        return Room(nbytes)
+        return Array.mapped(nbytes)
 
-    def _return_room(self, slot: Slot, room: Room) -> None:
+    def _return_room(self, slot: Slot, room: Array) -> None:
         """As it was before the piece was worked on."""
         with self._lock:
             if slot.reads:
@@ -138,7 +138,7 @@ class RawPasses:
             else:
                 self._held[id(slot.step), slot.piece.start] = room
 
-    def _give_room(self, slot: Slot, room: Room) -> None:
+    def _give_room(self, slot: Slot, room: Array) -> None:
         with self._lock:
             if slot.step.held and not slot.merges:
                 self._held[id(slot.step), slot.piece.start] = room
@@ -147,5 +147,5 @@ class RawPasses:
 
 
 def _input_bytes(slot: Slot) -> int:
-    numel = element_count(slot.piece.shape)
+    numel = math.prod(slot.piece.shape)
     return sum(numel * ITEM_SIZES[entry.dtype] + _LINE for entry in slot.step.inputs)

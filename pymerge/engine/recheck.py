@@ -12,8 +12,8 @@ from typing import Any
 from pymerge.backends import Dispatcher
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.devices import resolve_device
+from pymerge.common.dtypes import bytes_of, upcast
 from pymerge.common.progress import NoProgress, ProgressSink
-from pymerge.common.torch_dtypes import bytes_of, upcast
 from pymerge.config.merge_config import load_config
 from pymerge.engine.passes import Passes
 from pymerge.engine.run import processor

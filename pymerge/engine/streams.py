@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pymerge import env
 from pymerge.backends import combine_files as native
 from pymerge.backends.combine_files import FileTensor
 from pymerge.checkpoint.reader import Reader, failed_read
+from pymerge.common.arrays import Array
 from pymerge.common.devices import Device
 from pymerge.common.dtypes import ITEM_SIZES, is_float8
 from pymerge.common.events import event
@@ -22,9 +24,7 @@ from pymerge.engine.raw_passes import RawPasses, can_take, working_bytes
 from pymerge.engine.steplog import StepLog
 from pymerge.engine.trace import Times, Tracer
 from pymerge.errors import OutOfMemoryError
-from pymerge.methods.linear import element_count
 from pymerge.output.directory import OutputDirectory
-from pymerge.planner.budget import Room
 from pymerge.planner.jobs import READ_THREADS, Slot, alternating
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Step
@@ -96,8 +96,8 @@ class Streams:
         threads = max(1, min(env.threads(), READ_THREADS, limit // max(1, self._room_bytes + working)))
         count, nbytes = waiting(self._queue)
         self._most = threads + max(0, min(count, (limit - threads * (self._room_bytes + working)) // max(1, nbytes)))
-        self._line: deque[tuple[Slot, Room | None, Future[_Done]]] = deque()  # being worked on, or waiting for that
-        self._rooms: list[Room] = []  # that nobody uses
+        self._line: deque[tuple[Slot, Array | None, Future[_Done]]] = deque()  # being worked on, or waiting for that
+        self._rooms: list[Array] = []  # that nobody uses
         self._used: dict[str, str] = {}
         self._use_lock = Lock()
         self._passes = RawPasses(reader, self._use)
@@ -141,21 +141,21 @@ class Streams:
         finally:
             self._threads.shutdown(cancel_futures=True)
 
-    def _take_room(self, slot: Slot) -> Room:
+    def _take_room(self, slot: Slot) -> Array:
         """Memory for an output; if there is no more, that of an earlier one."""
         try:
-            return self._rooms.pop() if self._rooms else Room(self._room_bytes)
+            return self._rooms.pop() if self._rooms else Array.mapped(self._room_bytes)
         except MemoryError as error:
             self._slow_down(slot, error)
         while self._line:
             self._finish(*self._line.popleft())
         self._passes.free()
         try:
-            return self._rooms.pop() if self._rooms else Room(self._room_bytes)
+            return self._rooms.pop() if self._rooms else Array.mapped(self._room_bytes)
         except MemoryError as error:
             raise _out_of_memory(slot.step, error) from error
 
-    def _result(self, slot: Slot, room: Room | None, working: Future[_Done]) -> _Done:
+    def _result(self, slot: Slot, room: Array | None, working: Future[_Done]) -> _Done:
         """What a thread has to say of a piece; where memory ran out, once more with nothing else at work."""
         try:
             return working.result()
@@ -174,7 +174,7 @@ class Streams:
         event("out_of_memory", text, level=WARNING, tensor=slot.step.name)
         self._most = 1
 
-    def _finish(self, slot: Slot, room: Room | None, working: Future[_Done]) -> None:
+    def _finish(self, slot: Slot, room: Array | None, working: Future[_Done]) -> None:
         """Write a piece, or note what was seen of it, when its turn has come."""
         name, nbytes = slot.step.name, slot.memory.output
         self._log.begins(slot)
@@ -187,15 +187,15 @@ class Streams:
                 self._passes.take(slot, done.seen)
             if room is not None:
                 with self._tracer.span("write", name, nbytes):
-                    self._output.write(name, room.view[:nbytes])
+                    self._output.write(name, room.bytes[:nbytes])
                 self._rooms.append(room)
         self._progress.advance(nbytes)
         self._log.ends(slot)
 
-    def _work(self, slot: Slot, room: Room | None) -> _Done:
+    def _work(self, slot: Slot, room: Array | None) -> _Done:
         """Read a piece, and combine, reduce or merge it. By one of the threads."""
         step, piece = slot.step, slot.piece
-        nbytes = sum(element_count(piece.shape) * ITEM_SIZES[dtype] for dtype in _dtypes(step))
+        nbytes = sum(math.prod(piece.shape) * ITEM_SIZES[dtype] for dtype in _dtypes(step))
         with self._tracer.span("combine", step.name, nbytes):
             seen = None
             if can_take(step):
@@ -213,13 +213,13 @@ class Streams:
             self._progress.advance(nbytes)
         return _Done(reading, seen)
 
-    def _fill(self, step: Step, piece: Piece, room: Room, nbytes: int) -> tuple[int, bool]:
+    def _fill(self, step: Step, piece: Piece, room: Array, nbytes: int) -> tuple[int, bool]:
         """Put the merged piece into `room`; returns nanoseconds of reading, and whether all is finite."""
-        combination, inputs, numel = step.action.combination, step.inputs, element_count(piece.shape)
+        combination, inputs, numel = step.action.combination, step.inputs, math.prod(piece.shape)
         assert combination is not None
         if not combination.weights and inputs[0].dtype == step.dtype:
             began = time.perf_counter_ns()
-            self._reader.read_bytes_into(inputs[0], room.view[:nbytes], piece.start, piece.stop)
+            self._reader.read_bytes_into(inputs[0], room.bytes[:nbytes], piece.start, piece.stop)
             reading = time.perf_counter_ns() - began
             return reading, step.dtype not in native.DTYPES or native.is_finite(room.address, step.dtype, numel)
         with self._reader.places(inputs, piece.start, piece.stop) as places:
@@ -267,7 +267,7 @@ def _working_bytes(slot: Slot) -> int:
     """Memory for the inputs of one piece, and what is computed from them beside the output."""
     if can_take(slot.step):
         return working_bytes(slot)
-    return min(BLOCK_ELEMENTS, element_count(slot.piece.shape)) * sum(ITEM_SIZES[dtype] for dtype in _dtypes(slot.step))
+    return min(BLOCK_ELEMENTS, math.prod(slot.piece.shape)) * sum(ITEM_SIZES[dtype] for dtype in _dtypes(slot.step))
 
 
 def _out_of_memory(step: Step, error: MemoryError) -> OutOfMemoryError:

@@ -8,6 +8,7 @@ computing and writing overlap because they run on different threads, with a stre
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -17,10 +18,9 @@ from torch import Tensor
 
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.reader import Reader
-from pymerge.common.torch_dtypes import TORCH_DTYPES
+from pymerge.common.dtypes import torch_dtype
 from pymerge.engine.buffers import Buffers
 from pymerge.engine.trace import Tracer
-from pymerge.methods.linear import element_count
 from pymerge.planner.jobs import Slot, staging_bytes
 from pymerge.planner.pieces import Piece
 
@@ -61,7 +61,7 @@ class NoTransfer:
         self._buffers = buffers
 
     def prepare(self, entry: TensorEntry, piece: Piece) -> Tensor:
-        return self._buffers.take(piece.shape, TORCH_DTYPES[entry.dtype])
+        return self._buffers.take(piece.shape, torch_dtype(entry.dtype))
 
     def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         assert room is not None
@@ -98,7 +98,7 @@ class CudaTransfer:
     def prepare(self, entry: TensorEntry, piece: Piece) -> None: ...
 
     def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
-        staged = self._pinned(piece.shape, TORCH_DTYPES[entry.dtype])
+        staged = self._pinned(piece.shape, torch_dtype(entry.dtype))
         reader.read_into(entry, staged, piece.start, piece.stop)
         with self._tracer.span("copy", entry.name), _CUDA.stream(self._in):
             loaded = torch.empty(piece.shape, dtype=staged.dtype, device=self._device)
@@ -127,7 +127,7 @@ class CudaTransfer:
         """This thread's buffer as a tensor of this shape."""
         if not hasattr(self._buffers, "bytes"):
             self._buffers.bytes = torch.empty(self._bytes, dtype=torch.uint8, pin_memory=True)
-        flat: Tensor = self._buffers.bytes[: element_count(shape) * dtype.itemsize]
+        flat: Tensor = self._buffers.bytes[: math.prod(shape) * dtype.itemsize]
         return flat.view(dtype).view(shape)
 
     def _wait(self, stream: torch.cuda.Stream) -> None:

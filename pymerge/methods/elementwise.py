@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from pymerge.common.shapes import BLOCK
 from pymerge.methods.base import COMPAT, Action, Cost, Method, OpRunner, Parameter, Values
-from pymerge.methods.linear import element_count
 from pymerge.methods.scored import MeanOfActivePlus, SelectCalculateErase, TakeImportant
 
 _MERGEKITS_LEAST = 1e-6  # sum of energies, sum of weights
@@ -36,7 +36,7 @@ class MoveTowards(Action):
         return True
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
+        items = math.prod(shape)
         return Cost(8 * items, 4 * 5 * items)  # both upcast, share, its rest, result
 
 
@@ -59,7 +59,7 @@ class MeanOfActive(Action):
         return True
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
+        items = math.prod(shape)
         # Task vectors, twice while they are stacked; masks; start, sum and what is added.
         return Cost(4 * experts * items, min(items, BLOCK) * (10 * experts + 24))
 

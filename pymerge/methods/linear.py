@@ -73,7 +73,7 @@ class WeightedSum(Action):
         return Combination(self.weights, self.divisor)
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
+        items = math.prod(shape)
         return Cost(2 * experts * items, 4 * _COMBINE_SCRATCH_ITEMS * items)
 
 
@@ -135,21 +135,13 @@ class AddTaskVectors(Action):
         return Combination(self.weights, self.divisor, on_base=True)
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
+        items = math.prod(shape)
         return Cost(3 * experts * items, 4 * _COMBINE_SCRATCH_ITEMS * items)
 
 
 def mean_of_tasks(experts: int) -> AddTaskVectors:
     """W_0 + (1/T) sum_t tau_t, the average of the fine-tuned weights."""
     return AddTaskVectors((1.0,) * experts, float(experts))
-
-
-def element_count(shape: tuple[int, ...]) -> int:
-    """Number of elements of a tensor of this shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def normalised(weights: Sequence[float]) -> tuple[float, ...]:

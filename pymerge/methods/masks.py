@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from pymerge.common.shapes import BLOCK, row_bytes
 from pymerge.methods.base import Cost
-from pymerge.methods.linear import element_count
 from pymerge.methods.parts import Between, Kept, Part
 from pymerge.methods.reduce import Reducing, Reduction, of_part, ranges
 from pymerge.methods.selection import BYTES_OF_RANGE, SCRATCH_BYTES, Selection, passes_to_select
@@ -36,13 +35,13 @@ class MergeSparse(Reducing):
     scale: float
 
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        return experts * row_bytes(element_count(shape)) if self.rescale else 0
+        return experts * row_bytes(math.prod(shape)) if self.rescale else 0
 
     def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        return experts * row_bytes(element_count(shape))
+        return experts * row_bytes(math.prod(shape))
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
+        items = math.prod(shape)
         scratch = experts * row_bytes(items) + BLOCK_SCRATCH * min(items, BLOCK)
         return Cost((12 if self.elect else 9) * experts * items, scratch)
 
@@ -125,7 +124,7 @@ class KeepMagnitudes(MergeSparse):
         return self._passes_to_select(shape) + self.rescale
 
     def _passes_to_select(self, shape: tuple[int, ...]) -> int:
-        numel = element_count(shape)
+        numel = math.prod(shape)
         return passes_to_select(numel, [rank for ranks in self.ranks(numel) for rank in ranks])
 
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
@@ -145,7 +144,7 @@ class Selecting(Sparsifying):
 
     def __init__(self, action: KeepMagnitudes, shape: tuple[int, ...]) -> None:
         super().__init__(action, shape)
-        numel = element_count(shape)
+        numel = math.prod(shape)
         begins, ends = zip(*action.ranks(numel), strict=True)
         self._kept = Selection(numel, ends)
         self._dropped = Selection(numel, begins) if any(begins) else None
@@ -215,7 +214,7 @@ class KeepAtRandom(MergeSparse):
         if self.lowest == self.highest:
             return cost
         columns = shape[-1] if shape else 1
-        rows = element_count(shape) // max(1, columns)
+        rows = math.prod(shape) // max(1, columns)
         at_once = min(-(-rows // _ROWS_OF_A_THREAD), _THREADS)
         return Cost(cost.flops, cost.workspace + _ROW_SCRATCH * columns * at_once)
 

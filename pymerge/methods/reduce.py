@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pymerge.methods.base import Action, OpRunner
-from pymerge.methods.linear import element_count
 from pymerge.methods.parts import Part
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ class Reducing(Action):
 
 def of_part(part: Part, by_first: Mapping[int, Known]) -> list[Known]:
     """What is known, by their first elements, of the ranges that a part consists of, in their order."""
-    end = part.first + max(1, element_count(part.shape))
+    end = part.first + max(1, math.prod(part.shape))
     return [known for first, known in by_first.items() if part.first <= first < end]
 
 
@@ -118,7 +117,7 @@ def ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """First and last (exclusive) rows of the ranges of a tensor of this shape; a vector is one range."""
     if len(shape) < 2 or 0 in shape:
         return [(0, shape[0] if shape else 1)]
-    row = element_count(shape[1:])
+    row = math.prod(shape[1:])
     unit = _ALIGNMENT // math.gcd(row, _ALIGNMENT)
     height = max(1, RANGE_ELEMENTS // (row * unit)) * unit
     return [(start, min(start + height, shape[0])) for start in range(0, shape[0], height)]

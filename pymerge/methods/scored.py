@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pymerge.common.shapes import BLOCK, row_bytes
 from pymerge.methods.base import Cost
-from pymerge.methods.linear import element_count
 from pymerge.methods.parts import Between, Part
 from pymerge.methods.reduce import Reducing, Reduction, of_part, ranges
 from pymerge.methods.selection import BYTES_OF_RANGE, SCRATCH_BYTES, Selection, digits
@@ -26,7 +25,7 @@ _QUARTERS = (1, 2, 3)
 
 
 def _block_bytes(shape: tuple[int, ...], experts: int) -> int:
-    return min(element_count(shape), BLOCK) * (_BYTES_OF_TASK * experts + _BYTES_OF_SUMS)
+    return min(math.prod(shape), BLOCK) * (_BYTES_OF_TASK * experts + _BYTES_OF_SUMS)
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,14 @@ class SelectCalculateErase(Reducing):
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         if not self.selects:
             return 0
-        return len(ranges(shape)) * BYTES_OF_RANGE + SCRATCH_BYTES + row_bytes(element_count(shape))
+        return len(ranges(shape)) * BYTES_OF_RANGE + SCRATCH_BYTES + row_bytes(math.prod(shape))
 
     def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        items = element_count(shape)
+        items = math.prod(shape)
         return 4 * items + row_bytes(items) + SCRATCH_BYTES if self.selects else 0
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
+        items = math.prod(shape)
         # Variances, the zeros that they are compared with, masks; float64 at most.
         selecting = 2 * 8 * items + row_bytes(items) if self.selects else 0
         return Cost(10 * experts * items, selecting + _block_bytes(shape, experts))
@@ -69,7 +68,7 @@ class Differing(Reduction):
     def __init__(self, action: SelectCalculateErase, shape: tuple[int, ...], experts: int) -> None:
         self.passes = action.passes(shape)
         self._action = action
-        self._numel = element_count(shape)
+        self._numel = math.prod(shape)
         self._selection = Selection(self._numel, [None]) if action.selects else None
         self._to_select = self.passes - 1
         self._nonzero: int | None = 0 if action.selects else None  # None: no longer of interest
@@ -164,15 +163,15 @@ class TakeImportant(Reducing):
         return len(digits())
 
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        return 8 * element_count(shape[:-1]) + len(_QUARTERS) * SCRATCH_BYTES
+        return 8 * math.prod(shape[:-1]) + len(_QUARTERS) * SCRATCH_BYTES
 
     def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         # Scores, two rows in float64, divergences, counts.
-        rows = 2 * 8 * (shape[-1] if shape else 1) + 8 * element_count(shape[:-1])
-        return 4 * element_count(shape) + rows + len(_QUARTERS) * SCRATCH_BYTES
+        rows = 2 * 8 * (shape[-1] if shape else 1) + 8 * math.prod(shape[:-1])
+        return 4 * math.prod(shape) + rows + len(_QUARTERS) * SCRATCH_BYTES
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
+        items = math.prod(shape)
         row = max(BLOCK, shape[-1] if shape else 1)
         # Scores and the zeros that they are compared with, float64 at most; float64 rows.
         return Cost(40 * items, 2 * 8 * items + min(items, row) * _BYTES_OF_DIVERGENCE + _block_bytes(shape, 1))
@@ -182,7 +181,7 @@ class Important(Reduction):
     """The divergences of the rows, and the quartiles of the importances that follow from them."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        numel = element_count(shape)
+        numel = math.prod(shape)
         # The value of rank r from below is the least of the numel - r largest.
         self._counts = [numel - (numel - 1) * quarter // 4 for quarter in _QUARTERS] if numel else []
         self._by_row: dict[int, NDArray[Any]] = {}  # divergences, by the number of a range's first element
@@ -208,7 +207,7 @@ class Important(Reduction):
     def look_at_all(self, whole: Part, parts: Sequence[Part]) -> None:
         self._key_bits = whole.key_bits
         self.passes = len(digits(whole.key_bits))
-        self._selection = Selection(element_count(whole.shape), self._counts, keys_only=True, bits=whole.key_bits)
+        self._selection = Selection(math.prod(whole.shape), self._counts, keys_only=True, bits=whole.key_bits)
         super().look_at_all(whole, parts)
 
     def merge(self, part: Part) -> Any:
@@ -251,7 +250,7 @@ class MeanOfActivePlus(Reducing):
         return 0
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        return Cost(8 * experts * element_count(shape), _block_bytes(shape, experts))
+        return Cost(8 * experts * math.prod(shape), _block_bytes(shape, experts))
 
 
 class Alone(Reduction):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pymerge.common.shapes import exact
-from pymerge.methods.linear import element_count
 from pymerge.methods.parts import Limits, Part
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Selection:
 
     def of_range(self, part: Part) -> Limits:
         """The thresholds of a range; indices count from its first element."""
-        numel = element_count(part.shape)
+        numel = math.prod(part.shape)
         ends = [min(max(end - part.first, 0), numel) for end in self._ends]
         for task, shares in self._ties.items():
             taken, ties = shares[part.first]

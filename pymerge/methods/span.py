@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pymerge.common.shapes import BLOCK, Axis, vector_shape
 from pymerge.methods.base import Cost
-from pymerge.methods.linear import element_count
 from pymerge.methods.parts import SUM_ELEMENTS, Models, Part
 from pymerge.methods.reduce import Reducing, Reduction
 
@@ -60,7 +59,7 @@ class InSpan(Reducing):
         return 0
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items, models = element_count(shape), experts + 1
+        items, models = math.prod(shape), experts + 1
         blocks = min(items, BLOCK) * 8 * 3 * models  # float64 copies, and those of the product
         sums = 4 * _COMBINE_SCRATCH_ITEMS * min(items, SUM_ELEMENTS)
         turned = 4 * items * models if self.axis == "columns" else 0
@@ -73,7 +72,7 @@ class InnerProducts(Reduction):
     def __init__(self, action: InSpan, shape: tuple[int, ...]) -> None:
         self._action = action
         self._by_rows = action.axis == "rows" and len(shape) > 1  # each range has vectors of its own
-        self._inner = element_count(shape[1:-1])  # vectors of a row, by rows
+        self._inner = math.prod(shape[1:-1])  # vectors of a row, by rows
         self._found: list[NDArray[Any]] = []
         self._weights: NDArray[Any] | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pymerge.common.shapes import BLOCK, key_of
 from pymerge.errors import ArgumentError
 from pymerge.methods.base import Action, Cost, Method, OpRunner, Parameter, Values
-from pymerge.methods.linear import AddTaskVectors, element_count, normalised
+from pymerge.methods.linear import AddTaskVectors, normalised
 from pymerge.methods.masks import BLOCK_SCRATCH, KeepAtRandom, KeepMagnitudes
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class ElectSigns(Action):
         return True
 
     def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = element_count(shape)
+        items = math.prod(shape)
         return Cost(6 * experts * items, BLOCK_SCRATCH * min(items, BLOCK))
 
 

@@ -167,7 +167,7 @@ class OutputDirectory:
             raise _internal(f"{self.path}: tensor {tensor_name} is not in the plan")
         layout, tensor = self._places[tensor_name]
         if not isinstance(data, memoryview):
-            from pymerge.common.torch_dtypes import bytes_of, code_of
+            from pymerge.common.dtypes import bytes_of, code_of
 
             if data.device.type != "cpu" or code_of(data.dtype) != tensor.dtype:
                 raise _internal(

@@ -225,7 +225,7 @@ def _verify_shard(
 
 def _read_tensor(reader: Reader, entry: TensorEntry, progress: Callable[[int, str], None] | None) -> tuple[str, int]:
     """sha256 of a tensor and how many of its values are not finite."""
-    from pymerge.common.torch_dtypes import bytes_of
+    from pymerge.common.dtypes import bytes_of
 
     flat = replace(entry, shape=(entry.numel,))
     step = _CHUNK_BYTES // ITEM_SIZES[entry.dtype]

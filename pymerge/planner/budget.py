@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import resource
 import sys
 from dataclasses import dataclass
@@ -103,29 +102,6 @@ def peak_resident_bytes() -> int:
     """Largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
-
-
-def map_pages(nbytes: int) -> mmap.mmap:
-    """Bytes that go back to the system as soon as they are freed, in large pages where there are any.
-
-    Raises MemoryError.
-    """
-    try:
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"{nbytes} bytes cannot be mapped ({error.strerror})") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
-
-
-class Room:
-    """Memory of `nbytes` bytes and more, in whole pages. Raises MemoryError."""
-
-    def __init__(self, nbytes: int) -> None:
-        pages = map_pages(max(1, nbytes))
-        self.view = memoryview(pages)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
 
 
 class Heap:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +15,13 @@ from pymerge import env
 from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
-from pymerge.common.dtypes import ITEM_SIZES, is_float8
+from pymerge.common.dtypes import CODES, ITEM_SIZES, MERGED, is_float8
 from pymerge.common.names import printable
 from pymerge.config.merge_config import MergeConfig, canonical, participants, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
 from pymerge.methods.base import Action, Method, Values
-from pymerge.methods.linear import Copy, element_count
+from pymerge.methods.linear import Copy
 from pymerge.output.layout import ShardLayout, layout_shards
 from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange
@@ -32,7 +33,6 @@ from pymerge.planner.tokens import align
 from pymerge.planner.window import Forecast, forecast, waiting
 from pymerge.tokenizers.planned import TokenPlan
 
-DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
@@ -77,7 +77,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Number of elements of the output."""
-        return sum(element_count(step.shape) for step in self.steps)
+        return sum(math.prod(step.shape) for step in self.steps)
 
     @cached_property
     def forecast(self) -> Forecast:
@@ -188,8 +188,8 @@ def build_plan(
     donor, stored = inputs.donor, donor.tensors  # gathered tables may have a wider dtype
 
     wanted = dtype or config.out_dtype or config.dtype
-    if wanted is not None and wanted not in DTYPE_CODES:
-        raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(DTYPE_CODES)}")
+    if wanted is not None and wanted not in MERGED:
+        raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(MERGED)}")
     small = [name for name in names if is_float8(stored[name].dtype)]
     if small and wanted is None:
         warnings.append(f"{listed(small)}: 8-bit floats in {donor.path}, written as bfloat16")
@@ -209,7 +209,7 @@ def build_plan(
                 continue
             for rows in rows_of(entry, experts):
                 action_here = action if rows.experts else Copy()
-                nbytes = element_count(rows.base.shape) * ITEM_SIZES[tensor.dtype]
+                nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
                         name=tensor.name,
@@ -273,7 +273,7 @@ def _action(
 def _output_dtype(entry: TensorEntry, layer: Layer, wanted: str | None) -> str:
     if layer.kind is Kind.BUFFER:
         return entry.dtype
-    return DTYPE_CODES[wanted] if wanted else "BF16" if is_float8(entry.dtype) else entry.dtype
+    return CODES[wanted] if wanted else "BF16" if is_float8(entry.dtype) else entry.dtype
 
 
 def _config_json(donor: Checkpoint, wanted: str | None, keys: Mapping[str, Any]) -> bytes | None:

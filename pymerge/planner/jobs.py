@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,6 @@ from itertools import groupby
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.units import format_bytes
 from pymerge.errors import PlanError
-from pymerge.methods.linear import element_count
 from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
 from pymerge.planner.pieces import Piece
@@ -180,7 +180,7 @@ def _most_layers(slot: Slot, budget: Budget) -> int:
     if not slot.step.action.batched:
         return 1
     memory = slot.memory
-    layers = BATCH_ELEMENTS[budget.device] // max(1, element_count(slot.piece.shape))
+    layers = BATCH_ELEMENTS[budget.device] // max(1, math.prod(slot.piece.shape))
     return min(layers, budget.tensors // max(1, _room(memory)))
 
 
@@ -224,7 +224,7 @@ def staging_bytes(queue: Iterable[Slot]) -> int:
     """Size of a pinned buffer that holds any input or output; PyTorch rounds it up to a power of two."""
     largest = 1
     for slot in queue:
-        elements = element_count(slot.piece.shape)
+        elements = math.prod(slot.piece.shape)
         items = [ITEM_SIZES[entry.dtype] for entry in slot.step.inputs]
         largest = max(largest, slot.memory.output, *(elements * item for item in items))
     return 1 << (largest - 1).bit_length()
@@ -245,7 +245,7 @@ def _fitted(step: Step, budget: Budget) -> Step:
     if not step.action.chunkable or not step.shape or step.shape[0] == 0:
         return step
     room = _room(step.memory(step.smallest))
-    elements = element_count(step.smallest.shape)
+    elements = math.prod(step.smallest.shape)
     most = min(CHUNK_ELEMENTS, max(1, budget.tensors // max(1, room)) * elements)
     return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))
 

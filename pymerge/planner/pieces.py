@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING
 from pymerge.architecture.roles import Layer
 from pymerge.methods import reduce
 from pymerge.methods.base import Action, Cost, OpRunner
-from pymerge.methods.linear import element_count
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def split(layer: Layer, action: Action, shape: tuple[int, ...], max_elements: in
         return [smallest(layer, action, shape)]
     rows = shape[0]
     least = smallest(layer, action, shape).stop
-    step = max(least, min(rows, max_elements // max(1, element_count(shape[1:])))) if action.chunkable else least
+    step = max(least, min(rows, max_elements // max(1, math.prod(shape[1:])))) if action.chunkable else least
     return [
         Piece(start, min(start + step, rows), (min(step, rows - start), *shape[1:])) for start in range(0, rows, step)
     ]

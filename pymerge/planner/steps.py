@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +10,6 @@ from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
 from pymerge.methods.base import Action, Values
-from pymerge.methods.linear import element_count
 from pymerge.methods.reduce import Reducing
 from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
@@ -80,7 +80,7 @@ class Step:
 
     def memory(self, piece: Piece) -> Memory:
         """What a piece (of this step's pieces, or a smaller one) holds in memory."""
-        elements = element_count(piece.shape)
+        elements = math.prod(piece.shape)
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs)
         output = elements * ITEM_SIZES[self.dtype]
         scratch = pieces.cost(self.layer, self.action, piece, len(self.experts)).workspace

@@ -17,8 +17,8 @@ from pymerge import env
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.devices import resolve_device
+from pymerge.common.dtypes import code_of
 from pymerge.common.progress import NoProgress, ProgressBar, ProgressSink
-from pymerge.common.torch_dtypes import code_of
 from pymerge.common.units import format_bytes, parse_bytes
 from pymerge.engine.report import MergeReport
 from pymerge.engine.run import run

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pymerge.common.dtypes import CODES, torch_dtype
 from pymerge.errors import CheckpointError
 from pymerge.output.files import atomic_write
 
 SPEC_NAME = "wemoe.json"
 FORMAT_VERSION = 1
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Size = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
@@ -71,7 +71,7 @@ class StorageSpec(_Strict):
     @property
     def torch_dtype(self) -> torch.dtype:
         """Of the stored values."""
-        return DTYPES[self.dtype]
+        return torch_dtype(CODES[self.dtype])
 
 
 class ModuleSpec(_Strict):

@@ -13,8 +13,8 @@ from torch import Tensor
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.finite import is_finite
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.dtypes import code_of, upcast
 from pymerge.common.progress import ProgressSink
-from pymerge.common.torch_dtypes import code_of, upcast
 from pymerge.engine.trace import Tracer
 from pymerge.errors import NonFiniteError
 from pymerge.ops._op import compute_dtype, task_vector

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pymerge.checkpoint.checkpoint import TensorEntry
-from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
-from pymerge.common.torch_dtypes import code_of
+from pymerge.common.dtypes import ITEM_SIZES, code_of, memory_item_size
 from pymerge.ops.routed.task_storage import NARROW_COLUMNS
 from pymerge.output.layout import ShardLayout, layout_file
 from pymerge.wemoe.spec import StorageSpec

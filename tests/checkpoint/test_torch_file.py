@@ -21,7 +21,7 @@ from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import read_header
 from pymerge.checkpoint.torch_file import read_torch_header
-from pymerge.common.torch_dtypes import TORCH_DTYPES
+from pymerge.common.dtypes import DTYPES, torch_dtype
 from pymerge.errors import CheckpointError
 
 
@@ -35,7 +35,7 @@ def views() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(40, 30, generator=generator)
     large = torch.randn(100, 90, generator=generator)
-    plain = {f"plain.{code}": base[:3, :4].abs().to(dtype).clone() for code, dtype in TORCH_DTYPES.items()}
+    plain = {f"plain.{code}": base[:3, :4].abs().to(torch_dtype(code)).clone() for code in DTYPES}
     return plain | {
         "parameter": torch.nn.Parameter(base),
         "transposed": base.t(),
@@ -95,7 +95,7 @@ def test_headers_are_read_without_the_data(tmp_path: Path) -> None:
 
 
 def test_the_order_is_that_of_a_safetensors_file(tmp_path: Path) -> None:
-    tensors = {f"{i}.{code}": torch.ones(2).to(dtype) for i, (code, dtype) in enumerate(reversed(TORCH_DTYPES.items()))}
+    tensors = {f"{i}.{code}": torch.ones(2).to(torch_dtype(code)) for i, code in enumerate(reversed(DTYPES))}
     tensors |= {"z": torch.ones(1), "a": torch.ones(3)}
     torch.save(tensors, tmp_path / "x.bin")
     save_file(tensors, tmp_path / "x.safetensors")

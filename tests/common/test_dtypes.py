@@ -9,14 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pymerge.checkpoint.safetensors_file import read_header
-from pymerge.common.dtypes import ITEM_SIZES, is_float, is_float8
-from pymerge.common.torch_dtypes import TORCH_DTYPES, bytes_of, code_of, upcast
+from pymerge.common.dtypes import DTYPES, ITEM_SIZES, bytes_of, code_of, is_float, is_float8, torch_dtype, upcast
 from pymerge.errors import ArgumentError
 
 
-@pytest.mark.parametrize("code", sorted(TORCH_DTYPES))
+@pytest.mark.parametrize("code", sorted(DTYPES))
 def test_codes_are_those_of_the_safetensors_library(code: str, tmp_path: Path) -> None:
-    dtype = TORCH_DTYPES[code]
+    dtype = torch_dtype(code)
     save_file({"x": torch.zeros(3, dtype=dtype)}, tmp_path / "x.safetensors")
     entry = read_header(tmp_path / "x.safetensors").entries["x"]
     assert entry.dtype == code
@@ -27,27 +26,27 @@ def test_codes_are_those_of_the_safetensors_library(code: str, tmp_path: Path) -
 
 
 def test_the_codes_that_models_use_are_all_there() -> None:
-    assert {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"} <= set(TORCH_DTYPES)
+    assert {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"} <= set(DTYPES)
 
 
 def test_both_tables_have_the_same_codes() -> None:
-    assert {code: dtype.itemsize for code, dtype in TORCH_DTYPES.items()} == ITEM_SIZES
+    assert {code: torch_dtype(code).itemsize for code in DTYPES} == ITEM_SIZES
     assert {code for code in ITEM_SIZES if is_float(code)} == {
-        code for code, dtype in TORCH_DTYPES.items() if dtype.is_floating_point
+        code for code, dtype in ((code, torch_dtype(code)) for code in DTYPES) if dtype.is_floating_point
     }
 
 
 def test_floats() -> None:
-    floats = {code for code in TORCH_DTYPES if is_float(code)}
+    floats = {code for code in DTYPES if is_float(code)}
     small = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
     assert floats == {"F64", "F32", "F16", "BF16"} | small
-    assert {code for code in TORCH_DTYPES if is_float8(code)} == small
+    assert {code for code in DTYPES if is_float8(code)} == small
     assert not is_float("F4")
 
 
-@pytest.mark.parametrize("code", sorted(filter(is_float8, TORCH_DTYPES)))
+@pytest.mark.parametrize("code", sorted(filter(is_float8, DTYPES)))
 def test_every_8_bit_float_is_upcast_exactly(code: str) -> None:
-    stored = torch.arange(256, dtype=torch.uint8).view(TORCH_DTYPES[code])
+    stored = torch.arange(256, dtype=torch.uint8).view(torch_dtype(code))
     assert upcast(stored).dtype == torch.bfloat16
     assert torch.equal(upcast(stored).double().nan_to_num(), stored.double().nan_to_num())
     assert upcast(stored).isnan().tolist() == stored.double().isnan().tolist()

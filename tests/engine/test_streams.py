@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from pymerge import api
+from pymerge.common import arrays
 from pymerge.common.devices import Device
 from pymerge.engine import streams
 from pymerge.engine.raw_parts import RawPart
 from pymerge.engine.run import run
 from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from pymerge.methods import METHODS
-from pymerge.planner import budget
 from tests.helpers.checkpoints import change, load_output, tree, write_config, write_models
 from tests.helpers.imports import modules_after
 
@@ -176,7 +176,7 @@ def test_no_memory_for_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     write_models(tmp_path, tensors())
     plan = streams_plan(tmp_path, "linear")
-    monkeypatch.setattr("pymerge.planner.budget.map_pages", none_left)
+    monkeypatch.setattr("pymerge.common.arrays.map_pages", none_left)
     with pytest.raises(
         OutOfMemoryError, match=r"^model.counter: copy runs out of memory on cpu \(.* cannot be mapped\)"
     ):
@@ -203,7 +203,7 @@ def test_memory_that_runs_out_once(
 
         return wrapped
 
-    monkeypatch.setattr("pymerge.planner.budget.map_pages", failing(budget.map_pages))
+    monkeypatch.setattr("pymerge.common.arrays.map_pages", failing(arrays.map_pages))
     monkeypatch.setattr("pymerge.engine.raw_parts.RawPart._masks", failing(RawPart._masks))
     monkeypatch.setattr("pymerge.engine.raw_parts.RawPart.magnitude_counts", failing(RawPart.magnitude_counts))
     with caplog.at_level(logging.WARNING, "pymerge"):

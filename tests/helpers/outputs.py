@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pymerge.common.torch_dtypes import code_of
+from pymerge.common.dtypes import code_of
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout, layout_shards
 from pymerge.output.manifest import build_manifest

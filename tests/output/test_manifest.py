@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pymerge.checkpoint.checkpoint import open_checkpoint
-from pymerge.common.torch_dtypes import TORCH_DTYPES, code_of
+from pymerge.common.dtypes import DTYPES, code_of, is_float, torch_dtype
 from pymerge.errors import OutputError
 from pymerge.output import manifest as manifest_module
 from pymerge.output.directory import OutputDirectory
@@ -28,7 +28,7 @@ FILES: dict[str, bytes | Path] = {
 
 
 def good_tensors() -> dict[str, torch.Tensor]:
-    tensors = {f"{code}.x": (torch.arange(24) % 2).reshape(6, 4).to(dtype) for code, dtype in TORCH_DTYPES.items()}
+    tensors = {f"{code}.x": (torch.arange(24) % 2).reshape(6, 4).to(torch_dtype(code)) for code in DTYPES}
     return {**tensors, "scalar": torch.tensor(2.5), "empty": torch.empty(0, 5, dtype=torch.bfloat16)}
 
 
@@ -197,7 +197,7 @@ def test_changes_are_reported_together(change: Callable[[Path], object], reasons
     assert all("; " in problem for problem in problems), "a problem ends with the remedy"
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in TORCH_DTYPES.values() if dtype.is_floating_point])
+@pytest.mark.parametrize("dtype", [torch_dtype(code) for code in DTYPES if is_float(code)])
 def test_values_that_are_not_finite(dtype: torch.dtype, tmp_path: Path) -> None:
     values = torch.ones(7)
     values[2] = torch.nan
