@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pymerge.backends.combine_files import DTYPES
+from pymerge.backends.native.combine_files import DTYPES
 from pymerge.common.shapes import Axis, exact, row_bytes, vector_shape
 from pymerge.methods.parts import Between, Kept, Limits, Models, Part, from_the_nearer
 
@@ -21,7 +21,7 @@ class Raw(NamedTuple):
     """A contiguous tensor in memory, as one row: what csrc/bindings takes for a matrix."""
 
     address: int
-    dtype: int  # by pymerge.backends.combine_files.DTYPES
+    dtype: int  # by pymerge.backends.native.combine_files.DTYPES
     numel: int
 
 

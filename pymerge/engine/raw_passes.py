@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pymerge.backends.combine_files import DTYPES, is_finite
+from pymerge.backends.native.combine_files import DTYPES, is_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.arrays import Array
 from pymerge.common.dtypes import ITEM_SIZES

@@ -12,8 +12,8 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from pymerge import env
-from pymerge.backends import combine_files as native
-from pymerge.backends.combine_files import FileTensor
+from pymerge.backends.native import combine_files as native
+from pymerge.backends.native.combine_files import FileTensor
 from pymerge.checkpoint.reader import Reader, failed_read
 from pymerge.common.arrays import Array
 from pymerge.common.devices import Device

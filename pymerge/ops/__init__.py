@@ -1,69 +1,33 @@
-"""The numerical operations, each with checks and a plain-PyTorch reference. `OPS` maps names to them."""
+"""The numerical operations, one module each, with a check and a plain-PyTorch reference. The folder is their list."""
 
 from __future__ import annotations
 
-from pymerge.ops import (
-    arcee_fusion,
-    combine,
-    combine_vectors,
-    gradient_flow,
-    importance,
-    isotropic,
-    magnitude_counts,
-    magnitude_mask,
-    nearswap,
-    normal_equations,
-    ram,
-    ram_counts,
-    random_mask,
-    routed_linear,
-    row_divergence,
-    sce,
-    sce_energies,
-    sce_spread,
-    singular_sum,
-    sparse_combine,
-    spd_solve,
-    spectral_filter,
-    spectral_refine,
-    task_dots,
-    task_gram,
-    task_stats,
-    task_sum,
-    trim_threshold,
-    wudi_adam,
-)
-from pymerge.ops._op import Op
+import pkgutil
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
 
-_MODULES = (
-    combine,
-    trim_threshold,
-    magnitude_counts,
-    magnitude_mask,
-    random_mask,
-    sparse_combine,
-    task_stats,
-    task_sum,
-    task_gram,
-    normal_equations,
-    wudi_adam,
-    gradient_flow,
-    spectral_filter,
-    spd_solve,
-    spectral_refine,
-    singular_sum,
-    isotropic,
-    routed_linear,
-    task_dots,
-    combine_vectors,
-    nearswap,
-    ram_counts,
-    ram,
-    sce_spread,
-    sce_energies,
-    sce,
-    row_divergence,
-    importance,
-    arcee_fusion,
-)
-OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}
+
+class _Ops(Mapping[str, Any]):
+    """The ops by name: `sparse_combine` is the class SparseCombine of the module of that name."""
+
+    def __init__(self) -> None:
+        modules = pkgutil.iter_modules(__path__)
+        self._names = sorted(module.name for module in modules if not module.ispkg and not module.name.startswith("_"))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        module = import_module(f"pymerge.ops.{name}")
+        if hasattr(module, "OP"):
+            return module.OP
+        return getattr(module, "".join(part.capitalize() for part in name.split("_")))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+OPS: Mapping[str, Any] = _Ops()

@@ -1,63 +1,132 @@
-"""What an op is: a name, a check of its arguments, and a plain-PyTorch reference that is both oracle and fallback."""
+"""Ops are their arguments: frozen dataclasses with a check and a plain-PyTorch reference, the oracle and the fallback."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-import torch
-from torch import Tensor
-
+from pymerge.common.arrays import Array, ArrayLike, compute_code, dtype_of
+from pymerge.common.dtypes import code_of, is_float, torch_dtype
 from pymerge.errors import ArgumentError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-@dataclass(frozen=True)
-class Op:
-    """One numerical operation.
+Result = TypeVar("Result")
 
-    `check` raises ArgumentError for arguments that do not fit together; backends may rely on it having run.
-    `reference` computes the op with PyTorch alone, on any device. Backends fill in faster functions of the same
-    signature (see pymerge.backends). Where an op takes batches of layers of one shape, `each_layer(f, ...)` takes the
-    op's arguments, and calls f, which knows matrices only, for each layer.
+
+class Op(ABC, Generic[Result]):
+    """One numerical operation, as its arguments; subclasses are `@dataclass(frozen=True, eq=False)`.
+
+    Its name is that of its module; a backend computes it by a function `compute(op, threads)` in a module of that name
+    (see pymerge.backends). Tensors may be PyTorch's, on any device, or arrays where there is native code.
     """
 
-    name: str
-    check: Callable[..., None]
-    reference: Callable[..., Any]
-    summary: str
-    each_layer: Callable[..., Any] | None = None
+    name: ClassVar[str]
+    summary: ClassVar[str]
 
-    @cached_property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the arguments, in order."""
-        return tuple(inspect.signature(self.reference).parameters)
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__module__.rpartition(".")[2]
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ArgumentError for arguments that do not fit together; backends may rely on it having run."""
+
+    @abstractmethod
+    def reference(self) -> Result:
+        """Compute with PyTorch alone, on the device of the tensors."""
+
+    @property
+    def like(self) -> ArrayLike:
+        """The tensor whose shape and device are those of the work: W_0, or the first of all."""
+        base = getattr(self, "base", None)
+        return base if base is not None else next(tensors(vars(self).values()))
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """Codes of all floating-point inputs and of the result, where a dtype is asked for: they decide who computes.
+
+        Weights are numbers, even where a batch's are a float64 tensor.
+        """
+        values = [value for field, value in vars(self).items() if field != "weights"]
+        codes = {dtype_of(tensor) for tensor in tensors(values)}
+        codes |= {code_of(value) for field, value in vars(self).items() if field.endswith("dtype") and value is not None}
+        return frozenset(code for code in codes if is_float(code))
+
+    def layers(self) -> list[Op[Result]] | None:
+        """This op on each layer of a batch; None where it is not on a batch."""
+        return None
+
+    def stack(self, results: Sequence[Result]) -> Result:
+        """The result on a batch, from those of its layers."""
+        raise NotImplementedError(f"{self.name} takes no batches")
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
+def tensors(values: Any) -> Iterator[ArrayLike]:
+    """All tensors and arrays among some arguments, also those in lists."""
+    for value in values:
+        if isinstance(value, Array) or hasattr(value, "data_ptr"):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors(value)
+
+
+def shape_of(values: ArrayLike) -> tuple[int, ...]:
+    """The sizes of a tensor's axes, as a tuple."""
+    return tuple(values.shape)
+
+
+def numel_of(values: ArrayLike) -> int:
+    """The number of elements of a tensor or array."""
+    return math.prod(values.shape)
+
+
+def device_of(values: ArrayLike) -> str:
+    """Where a tensor is; arrays are on the CPU."""
+    return "cpu" if isinstance(values, Array) else str(values.device)
+
+
+def compute_dtype(*inputs: ArrayLike | None) -> torch.dtype:
     """float64 if any input is float64, else float32: what ops accumulate in."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch_dtype(compute_code(*inputs))
 
 
-def check_task_tensors(op: str, base: Tensor, experts: Sequence[Tensor], *, ndim: int | None = None) -> None:
+def result_dtype(out_dtype: str | None, like: Tensor) -> torch.dtype:
+    """The dtype of a reference's result: the one asked for, by its code, or that of `like`."""
+    return like.dtype if out_dtype is None else torch_dtype(code_of(out_dtype))
+
+
+def into(out: ArrayLike | None, result: Tensor) -> Tensor:
+    """A reference's result, in the memory that was given for it, if any was."""
+    if out is None:
+        return result
+    target = out.tensor() if isinstance(out, Array) else out
+    return target.copy_(result.view(target.shape))
+
+
+def check_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike], *, ndim: int | None = None) -> None:
     """Raise ArgumentError unless all experts are floating tensors of the base's shape, on the base's device."""
-    if ndim is not None and base.ndim != ndim:
-        raise ArgumentError(f"{op}: the base has shape {tuple(base.shape)}, expected {ndim} dimensions; reshape it")
+    shape = tuple(base.shape)
+    if ndim is not None and len(shape) != ndim:
+        raise ArgumentError(f"{op}: the base has shape {shape}, expected {ndim} dimensions; reshape it")
     if not experts:
         raise ArgumentError(f"{op}: no experts were given; pass at least one")
+    device = device_of(base)
     for index, expert in enumerate(experts):
-        if expert.shape != base.shape:
+        if tuple(expert.shape) != shape:
             raise ArgumentError(
-                f"{op}: expert {index} has shape {tuple(expert.shape)}, the base {tuple(base.shape)}; "
+                f"{op}: expert {index} has shape {tuple(expert.shape)}, the base {shape}; "
                 "all must be fine-tuned from this base"
             )
-        if expert.device != base.device:
-            raise ArgumentError(f"{op}: expert {index} is on {expert.device}, the base on {base.device}; move one")
-    for label, tensor in [("base", base), *((f"expert {i}", e) for i, e in enumerate(experts))]:
-        if not tensor.dtype.is_floating_point:
+        if device_of(expert) != device:
+            raise ArgumentError(f"{op}: expert {index} is on {device_of(expert)}, the base on {device}; move one")
+    for index, tensor in enumerate((base, *experts)):
+        if not is_float(dtype_of(tensor)):
+            label = f"expert {index - 1}" if index else "base"
             raise ArgumentError(f"{op}: {label} has dtype {tensor.dtype}; only floating point can be merged")
 
 
@@ -67,10 +136,48 @@ def check_length(op: str, label: str, values: Sequence[float], expected: int) ->
         raise ArgumentError(f"{op}: {len(values)} {label} for {expected} experts; give one for each expert")
 
 
-def check_matrix(op: str, label: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+def check_matrix(op: str, label: str, tensor: ArrayLike, shape: tuple[int, int]) -> None:
     """Raise ArgumentError unless `tensor` is a matrix of this shape."""
     if tuple(tensor.shape) != shape:
         raise ArgumentError(f"{op}: {label} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def check_out_dtype(op: str, out_dtype: str | None) -> None:
+    """Raise ArgumentError unless the dtype that is asked for, if any, is floating point."""
+    if out_dtype is not None and not is_float(code_of(out_dtype)):
+        raise ArgumentError(f"{op}: out_dtype {out_dtype} is not floating point; choose one that is")
+
+
+def check_out(op: str, out: ArrayLike | None, like: ArrayLike, dtype: str | None, inputs: Sequence[ArrayLike]) -> None:
+    """Raise ArgumentError unless `out`, if given, can take a result like `like` in `dtype`, in memory of its own."""
+    if out is None:
+        return
+    code = code_of(dtype or like.dtype)
+    shape, device = tuple(like.shape), device_of(like)
+    if (dtype_of(out), tuple(out.shape), device_of(out)) != (code, shape, device) or not is_contiguous(out):
+        raise ArgumentError(
+            f"{op}: out is {out.dtype} {tuple(out.shape)} on {device_of(out)}; give a contiguous tensor of "
+            f"{torch_name(code)} {shape} on {device}"
+        )
+    memory = _memory(out)
+    if memory and memory in {_memory(tensor) for tensor in inputs}:
+        raise ArgumentError(f"{op}: out is in the memory of an input; give memory of its own")
+
+
+def is_contiguous(values: ArrayLike) -> bool:
+    """Whether the elements follow each other; those of arrays do."""
+    return isinstance(values, Array) or values.is_contiguous()
+
+
+def torch_name(code: str) -> str:
+    """A dtype as PyTorch prints it, for messages."""
+    from pymerge.common.dtypes import DTYPES
+
+    return f"torch.{DTYPES[code].torch}"
+
+
+def _memory(values: ArrayLike) -> int:
+    return values.address if isinstance(values, Array) else values.untyped_storage().data_ptr()
 
 
 def task_vector(base: Tensor, expert: Tensor, mean: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -82,6 +189,8 @@ def task_vector(base: Tensor, expert: Tensor, mean: Tensor | None, dtype: torch.
 @contextmanager
 def at_most_threads(most: int) -> Iterator[None]:
     """Compute on no more than `most` threads; those of this thread's later regions, not of other threads'."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(min(most, threads))
     try:

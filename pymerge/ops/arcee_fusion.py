@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops import importance
-from pymerge.ops._op import Op, compute_dtype
+from pymerge.ops._op import compute_dtype
+from pymerge.ops._functions import FunctionOp
 from pymerge.ops.row_divergence import row_blocks
 
 
@@ -45,4 +46,4 @@ def reference(
     return merged
 
 
-OP = Op("arcee_fusion", check, reference, "elements of a model whose importance reaches a threshold")
+OP = FunctionOp("arcee_fusion", check, reference, "elements of a model whose importance reaches a threshold")

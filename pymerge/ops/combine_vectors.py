@@ -10,7 +10,8 @@ from torch import Tensor
 from pymerge.common.shapes import Axis, vector_shape
 from pymerge.errors import ArgumentError
 from pymerge.ops import task_dots
-from pymerge.ops._op import Op, compute_dtype
+from pymerge.ops._op import compute_dtype
+from pymerge.ops._functions import FunctionOp
 from pymerge.ops.task_dots import blocks
 
 
@@ -63,4 +64,4 @@ def reference(
     return merged.reshape(like.shape)
 
 
-OP = Op("combine_vectors", check, reference, "weighted sums with weights for each row or column")
+OP = FunctionOp("combine_vectors", check, reference, "weighted sums with weights for each row or column")

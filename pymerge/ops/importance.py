@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import Op, check_task_tensors, compute_dtype
+from pymerge.ops._op import check_task_tensors, compute_dtype
+from pymerge.ops._functions import FunctionOp
 from pymerge.ops.row_divergence import row_blocks
 
 
@@ -44,4 +45,4 @@ def reference(base: Tensor, expert: Tensor, divergence: Tensor) -> Tensor:
     return scores
 
 
-OP = Op("importance", check, reference, "difference of each element times the divergence of its row")
+OP = FunctionOp("importance", check, reference, "difference of each element times the divergence of its row")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._functions import FunctionOp
 from pymerge.ops._singular import numerical_triplets, orthogonalised
 
 
@@ -49,4 +50,4 @@ def reference(base: Tensor, experts: Sequence[Tensor], common: float = 1.0) -> T
     return (s.sum() / max(1, size) * U @ V.mT).to(dtype)
 
 
-OP = Op("isotropic", check, reference, "sum of task vectors with equal singular values (Iso-C, Iso-CTS)")
+OP = FunctionOp("isotropic", check, reference, "sum of task vectors with equal singular values (Iso-C, Iso-CTS)")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._bitmask import blocks, magnitude_keys
-from pymerge.ops._op import Op, check_length, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._op import check_length, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._functions import FunctionOp
 
 _MOST_BITS = 16
 
@@ -46,4 +47,4 @@ def reference(base: Tensor, experts: Sequence[Tensor], prefixes: Sequence[int], 
     return counts
 
 
-OP = Op("magnitude_counts", check, reference, "how many |tau_t| have each value of a digit of their bits")
+OP = FunctionOp("magnitude_counts", check, reference, "how many |tau_t| have each value of a digit of their bits")

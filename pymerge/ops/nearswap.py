@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import Op, check_task_tensors, compute_dtype
+from pymerge.ops._op import check_task_tensors, compute_dtype
+from pymerge.ops._functions import FunctionOp
 
 # Differences count as this at least.
 LEAST_DIFFERENCE = 1e-6
@@ -39,4 +40,4 @@ def reference(base: Tensor, expert: Tensor, t: float, out_dtype: torch.dtype | N
     return (share * far).add_((1.0 - share).mul_(near)).to(out_dtype or base.dtype)
 
 
-OP = Op("nearswap", check, reference, "each element moved towards another model's by a limited distance")
+OP = FunctionOp("nearswap", check, reference, "each element moved towards another model's by a limited distance")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pymerge.ops import task_gram
-from pymerge.ops._op import Op, check_length, check_matrix, compute_dtype, task_vector
+from pymerge.ops._op import check_length, check_matrix, compute_dtype, task_vector
+from pymerge.ops._functions import FunctionOp
 
 
 class NormalEquations(NamedTuple):
@@ -87,4 +88,4 @@ def reference(
     return NormalEquations(A, B)
 
 
-OP = Op("normal_equations", check, reference, "A and B of the interference loss, one task at a time")
+OP = FunctionOp("normal_equations", check, reference, "A and B of the interference loss, one task at a time")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._blocks import task_blocks
-from pymerge.ops._op import Op, check_length, check_task_tensors, compute_dtype
+from pymerge.ops._op import check_length, check_task_tensors, compute_dtype
+from pymerge.ops._functions import FunctionOp
 
 
 def check(
@@ -60,4 +61,4 @@ def reference(
     return merged.view(base.shape)
 
 
-OP = Op("ram", check, reference, "mean of the task vectors that touch an element")
+OP = FunctionOp("ram", check, reference, "mean of the task vectors that touch an element")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.ops._blocks import task_blocks
-from pymerge.ops._op import Op, check_task_tensors, compute_dtype
+from pymerge.ops._op import check_task_tensors, compute_dtype
+from pymerge.ops._functions import FunctionOp
 
 
 def check(base: Tensor, experts: Sequence[Tensor], epsilon: float) -> None:
@@ -35,4 +36,4 @@ def reference(base: Tensor, experts: Sequence[Tensor], epsilon: float) -> Tensor
     return counts
 
 
-OP = Op("ram_counts", check, reference, "elements that each task vector alone touches, and those it shares")
+OP = FunctionOp("ram_counts", check, reference, "elements that each task vector alone touches, and those it shares")

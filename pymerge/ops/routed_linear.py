@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import Op
+from pymerge.ops._functions import FunctionOp
 from pymerge.ops.routed.kernels import Kernels, Problem, RoutedFunction, Run, TorchPasses
 from pymerge.ops.routed.task_storage import LowRankTasks, SparseTasks, Tasks
 
@@ -159,4 +159,4 @@ def _runs(x: Tensor, gates: Tensor, index: Sequence[int] | None) -> tuple[Run, .
 
 
 _KERNELS = Kernels(TorchPasses())
-OP = Op("routed_linear", check, reference, "linear layers whose weight is mixed from task vectors for each sample")
+OP = FunctionOp("routed_linear", check, reference, "linear layers whose weight is mixed from task vectors for each sample")

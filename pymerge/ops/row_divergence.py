@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.common.shapes import BLOCK
-from pymerge.ops._op import Op, check_task_tensors, one_thread
+from pymerge.ops._op import check_task_tensors, one_thread
+from pymerge.ops._functions import FunctionOp
 
 _SMALL = 1e-8  # added to probabilities
 
@@ -45,4 +46,4 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, start + height) for start in range(0, rows, height))
 
 
-OP = Op("row_divergence", check, reference, "Kullback-Leibler divergence of the softmax of each row")
+OP = FunctionOp("row_divergence", check, reference, "Kullback-Leibler divergence of the softmax of each row")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pymerge.ops._bitmask import check_bits
 from pymerge.ops._blocks import task_blocks
-from pymerge.ops._op import Op, check_task_tensors, compute_dtype, one_thread
+from pymerge.ops._op import check_task_tensors, compute_dtype, one_thread
+from pymerge.ops._functions import FunctionOp
 
 
 def check(base: Tensor, experts: Sequence[Tensor], bits: Tensor | None = None) -> None:
@@ -37,4 +38,4 @@ def reference(base: Tensor, experts: Sequence[Tensor], bits: Tensor | None = Non
     return energies
 
 
-OP = Op("sce_energies", check, reference, "sum of squares of each task vector, over selected elements")
+OP = FunctionOp("sce_energies", check, reference, "sum of squares of each task vector, over selected elements")

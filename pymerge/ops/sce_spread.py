@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.ops._blocks import sum_in_order, task_blocks
-from pymerge.ops._op import Op, check_task_tensors, compute_dtype
+from pymerge.ops._op import check_task_tensors, compute_dtype
+from pymerge.ops._functions import FunctionOp
 
 
 def check(base: Tensor, experts: Sequence[Tensor]) -> None:
@@ -34,4 +35,4 @@ def reference(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
     return spread.view(base.shape)
 
 
-OP = Op("sce_spread", check, reference, "variance of the task vectors at each element")
+OP = FunctionOp("sce_spread", check, reference, "variance of the task vectors at each element")

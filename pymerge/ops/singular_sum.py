@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._functions import FunctionOp
 from pymerge.ops._singular import numerical_triplets, orthogonalised
 
 
@@ -36,4 +37,4 @@ def reference(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
     return ((orthogonalised(U) * s) @ orthogonalised(V).mT).to(dtype)
 
 
-OP = Op("singular_sum", check, reference, "sum of task vectors on singular vectors made orthogonal (TSV-M)")
+OP = FunctionOp("singular_sum", check, reference, "sum of task vectors on singular vectors made orthogonal (TSV-M)")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._cholesky import Cholesky, LibraryCholesky, factorise, not_positive_definite
-from pymerge.ops._op import Op
+from pymerge.ops._functions import FunctionOp
 
 # Steps of the power iterations behind the condition number.
 ITERATIONS = 8
@@ -108,4 +108,4 @@ def _solve(S: Tensor, R: Tensor, prior: Tensor | None, layer: int | None = None)
     return X, condition_estimate(S, factor), factor.minor
 
 
-OP = Op("spd_solve", check, reference, "X S = R by Cholesky, with ACE's rank-one prior by Sherman-Morrison")
+OP = FunctionOp("spd_solve", check, reference, "X S = R by Cholesky, with ACE's rank-one prior by Sherman-Morrison")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops import gradient_flow
-from pymerge.ops._op import Op, check_matrix, one_thread
+from pymerge.ops._op import check_matrix, one_thread
+from pymerge.ops._functions import FunctionOp
 
 # Eigenvalues below it count as this much, as in the released code.
 _FLOOR = 1e-8
@@ -67,4 +68,4 @@ def reference(A: Tensor, B: Tensor, time: float, rank: Rank) -> Tensor:
     return displacement
 
 
-OP = Op("spectral_filter", check, reference, "spectral filters on the normal equations, by eigenvectors")
+OP = FunctionOp("spectral_filter", check, reference, "spectral filters on the normal equations, by eigenvectors")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import Op, check_matrix
+from pymerge.ops._op import check_matrix
+from pymerge.ops._functions import FunctionOp
 from pymerge.ops._singular import leading_triplets
 
 
@@ -34,4 +35,4 @@ def reference(X: Tensor, D: Tensor, k: int) -> Tensor:
     return X + (s.mean() * (U @ V.mT)).to(X.dtype)
 
 
-OP = Op("spectral_refine", check, reference, "ACE's isotropic term along the top-k singular directions")
+OP = FunctionOp("spectral_refine", check, reference, "ACE's isotropic term along the top-k singular directions")

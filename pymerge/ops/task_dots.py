@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pymerge.common.shapes import AXES, Axis, vector_shape
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import Op, check_task_tensors, compute_dtype, one_thread
+from pymerge.ops._op import check_task_tensors, compute_dtype, one_thread
+from pymerge.ops._functions import FunctionOp
 
 # Elements that are upcast to float64 at once: scratch stays small, and sums do not depend on the machine.
 BLOCK = 2**18
@@ -62,4 +63,4 @@ def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + height), slice(column, column + width)
 
 
-OP = Op("task_dots", check, reference, "inner products of weights or task vectors, one pass over the inputs")
+OP = FunctionOp("task_dots", check, reference, "inner products of weights or task vectors, one pass over the inputs")

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._functions import FunctionOp
 
 
 class TaskStats(NamedTuple):
@@ -49,4 +50,4 @@ def reference(base: Tensor, experts: Sequence[Tensor]) -> TaskStats:
     return TaskStats(norms, traces, means)
 
 
-OP = Op("task_stats", check, reference, "squared norms, centred traces and column means of the task vectors")
+OP = FunctionOp("task_stats", check, reference, "squared norms, centred traces and column means of the task vectors")

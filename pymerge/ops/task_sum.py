@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.ops import task_gram
-from pymerge.ops._op import Op, compute_dtype, task_vector
+from pymerge.ops._op import compute_dtype, task_vector
+from pymerge.ops._functions import FunctionOp
 
 
 def check(
@@ -48,4 +49,4 @@ def reference(
     return total
 
 
-OP = Op("task_sum", check, reference, "sum_t w_t tau_t, straight from the weights")
+OP = FunctionOp("task_sum", check, reference, "sum_t w_t tau_t, straight from the weights")

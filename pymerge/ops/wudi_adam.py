@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import Op
+from pymerge.ops._functions import FunctionOp
 
 
 def check(
@@ -125,4 +125,4 @@ def together(
     return D
 
 
-OP = Op("wudi_adam", check, reference, "N Adam steps on the gradient 2 (X A - B)", each_layer)
+OP = FunctionOp("wudi_adam", check, reference, "N Adam steps on the gradient 2 (X A - B)", each_layer)

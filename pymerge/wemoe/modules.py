@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymerge.backends import Dispatcher, load
-from pymerge.backends.native_routed import NativePasses
+from pymerge.backends.native._routed import NativePasses
 from pymerge.env import default_backend
 from pymerge.errors import ArgumentError
 from pymerge.ops.routed.kernels import TorchPasses

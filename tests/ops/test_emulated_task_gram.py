@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends.batches import weights_by_layer
+from pymerge.backends._matrices import weights_by_layer
 from pymerge.backends.cuda import layers_argument
 from pymerge.ops import OPS
 from pymerge.testing.cases import LAYOUTS, TaskCase, lay_out, task_case

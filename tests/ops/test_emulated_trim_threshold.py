@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends.cuda_sparse import flat_argument
+from pymerge.backends.cuda._sparse import flat_argument
 from pymerge.backends.dtypes import DTYPE_CODES
 from pymerge.ops import OPS
 from pymerge.ops.trim_threshold import Thresholds

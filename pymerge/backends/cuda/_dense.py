@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymerge.backends.batches import rows_contiguous, weights_by_layer
-from pymerge.backends.cuda_sparse import trim_threshold
+from pymerge.backends._matrices import rows_contiguous, weights_by_layer
+from pymerge.backends.cuda._sparse import trim_threshold
 from pymerge.backends.dtypes import DTYPE_CODES
 from pymerge.ops import spd_solve as spd
 from pymerge.ops.wudi_adam import rates

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymerge.backends.batches import packed, rows_contiguous, weights_by_layer
-from pymerge.backends.triton_elementwise import combine_vectors, nearswap, ram, ram_counts, task_dots
-from pymerge.backends.triton_routed import on, routed_linear
-from pymerge.backends.triton_sparse import magnitude_mask, random_mask, sparse_combine
+from pymerge.backends._matrices import packed, rows_contiguous, weights_by_layer
+from pymerge.backends.triton._elementwise import combine_vectors, nearswap, ram, ram_counts, task_dots
+from pymerge.backends.triton._routed import on, routed_linear
+from pymerge.backends.triton._sparse import magnitude_mask, random_mask, sparse_combine
 from pymerge.ops import spd_solve as spd
 from pymerge.ops.wudi_adam import bias_corrections, rates
 

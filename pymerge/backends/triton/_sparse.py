@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.backends.triton_routed import on
+from pymerge.backends.triton._routed import on
 from pymerge.common.shapes import row_bytes
 from pymerge.ops import random_mask as random
 from pymerge.ops._bitmask import TaskMasks

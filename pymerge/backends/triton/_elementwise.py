@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.backends.triton_routed import on
+from pymerge.backends.triton._routed import on
 from pymerge.common.shapes import Axis, vector_shape
 from pymerge.ops.nearswap import LEAST_DIFFERENCE
 
