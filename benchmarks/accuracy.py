@@ -24,7 +24,7 @@ from results_file import ResultsFile
 from rich.console import Console
 from rich.table import Table
 
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.methods.ace import SolveAce, Variant
 from pymerge.methods.base import Action
 from pymerge.methods.solver import Precision
@@ -98,7 +98,7 @@ def measure(shape: tuple[int, int, int, int | None], dtype: torch.dtype, only: s
     d_out, d_in, tasks, rank = shape
     base, experts = make_weights(d_out, d_in, tasks, rank=rank, dtype=dtype)
     exact_base, exact_experts = as_float64(base), [as_float64(expert) for expert in experts]
-    run_op = Dispatcher("auto", "cpu")
+    run_op = Runner("auto", "cpu")
     for subject in subjects(exact_base, exact_experts, only):
         for precision, action in subject.actions.items():
             # Into float64, so that the rounding of W_0 + X does not hide the error of X.

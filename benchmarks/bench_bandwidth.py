@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.testing.bench import summary, time_in_turns
 
 TARGET = 0.6
@@ -57,7 +57,7 @@ def compare(method: str, dtype: str, options: argparse.Namespace) -> Row:
     models = [torch.randn(shape, generator=generator).to(kind) for _ in range(options.models)]
     base = torch.randn(shape, generator=generator).to(kind) if method == "task_arithmetic" else None
     weights, out = [1.0 / options.models] * options.models, torch.empty(shape, dtype=kind)
-    call = partial(Dispatcher("native"), "combine", base, models, weights, kind, out)
+    call = partial(Runner("native"), "combine", base, models, weights, kind, out)
     call()
     error = float((out[:64].double() - expected(base, models, weights, 64)).abs().max())
     if not error <= torch.finfo(kind).eps * 8:

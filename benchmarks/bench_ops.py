@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pymerge.backends import BACKENDS, choose
+from pymerge.backends.runner import BACKENDS, choose
 from pymerge.common.units import format_bytes
 from pymerge.errors import BackendError
 from pymerge.testing.bench import clocks, copy_rate, gemm_rate, summary, time_in_turns

@@ -29,7 +29,7 @@ from results_file import ResultsFile
 from rich.console import Console
 from torch import Tensor
 
-from pymerge.backends import Dispatcher, choose
+from pymerge.backends.runner import Runner, choose
 from pymerge.methods.solver import Precision
 from pymerge.testing.bench import gemm_rate, summary
 
@@ -180,10 +180,10 @@ class Layer:
 
     def steps_over_gemm(self) -> None:
         """Seconds of some steps of the native op over those of the same number of products D A alone."""
-        stats = Dispatcher("auto", "cpu")("task_stats", self.base, self.experts)
+        stats = Runner("auto", "cpu")("task_stats", self.base, self.experts)
         weights = [1.0 / norm for norm in stats.norms.tolist()]
         origin = torch.stack([expert - self.base for expert in self.experts]).sum(dim=0)
-        A, B = Dispatcher("auto", "cpu")("normal_equations", self.base, self.experts, weights, origin=origin)
+        A, B = Runner("auto", "cpu")("normal_equations", self.base, self.experts, weights, origin=origin)
         choice = choose("wudi_adam", torch.device("cpu"), frozenset({torch.float32}), "native")
         D = choice.function(A, B, 1, LR)
         product = torch.mm(D, A)

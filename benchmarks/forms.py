@@ -9,7 +9,7 @@ import published
 import torch
 from torch import Tensor
 
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.methods.ace import SolveAce
 from pymerge.methods.base import Action
 from pymerge.methods.solver import Precision
@@ -33,5 +33,5 @@ def ours(
         "ace": SolveAce(eps, math.inf, 0.3, "released", 1.0, precision),
         "ace_refined": SolveAce(eps, -1.0, 0.3, "released", 1.0, precision),
     }
-    action, run_op = actions[method], Dispatcher("auto", "cpu")
+    action, run_op = actions[method], Runner("auto", "cpu")
     return lambda base, experts: action.run(run_op, base, experts, out)

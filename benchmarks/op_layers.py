@@ -10,7 +10,7 @@ import sparse_peers
 import torch
 from torch import Tensor
 
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.ops import gradient_flow
 from pymerge.ops._bitmask import TaskMasks
 from pymerge.ops.routed.task_storage import DenseTasks
@@ -110,7 +110,7 @@ class Layer:
     @cached_property
     def equations(self) -> tuple[Tensor, Tensor]:
         """(A, B) relative to the start, float32."""
-        run_op = Dispatcher("auto", self.device)
+        run_op = Runner("auto", self.device)
         A, B = run_op("normal_equations", self.base, self.experts, self.shares, origin=self.start)
         return A, B
 
@@ -137,13 +137,13 @@ class Layer:
     @cached_property
     def thresholds(self) -> Thresholds:
         """Where they end."""
-        found: Thresholds = Dispatcher("auto", self.device)("trim_threshold", self.base, self.experts, self.counts)
+        found: Thresholds = Runner("auto", self.device)("trim_threshold", self.base, self.experts, self.counts)
         return found
 
     @cached_property
     def masks(self) -> TaskMasks:
         """Which they are."""
-        run_op = Dispatcher("auto", self.device)
+        run_op = Runner("auto", self.device)
         masks: TaskMasks = run_op("magnitude_mask", self.base, self.experts, self.thresholds)
         return masks
 

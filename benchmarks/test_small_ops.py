@@ -9,7 +9,7 @@ from op_cases import CASES, op_of
 from op_layers import Layer, Size
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from pymerge.backends import load
+from pymerge.backends.runner import load
 from pymerge.ops import OPS
 
 LAYER = Layer(Size(192, 128, 4), torch.float32, "cpu")

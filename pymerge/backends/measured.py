@@ -17,8 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
+from pymerge.common.dtypes import DTYPES
 from pymerge.errors import BackendError
 
 _TABLE = Path(__file__).with_name("measured.json")
@@ -39,7 +38,7 @@ class Row(NamedTuple):
     source: str  # date and commit of the benchmark
 
 
-def nearest(device: str, op: str, dtypes: frozenset[torch.dtype], shape: tuple[int, ...]) -> Row | None:
+def nearest(device: str, op: str, dtypes: frozenset[str], shape: tuple[int, ...]) -> Row | None:
     """The row of this device, op and dtypes whose shape is the nearest, within a factor of 2; None if there is none."""
     names = _names(dtypes)
     found = [
@@ -104,8 +103,8 @@ def record(results: Path) -> int:
     return len(new)
 
 
-def _names(dtypes: frozenset[torch.dtype]) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def _names(dtypes: frozenset[str]) -> str:
+    return ", ".join(sorted(DTYPES[code].torch for code in dtypes))
 
 
 def _problem(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -115,7 +115,8 @@ def env_view() -> RenderableType:
     """Versions, devices, backends and environment variables."""
     import torch
 
-    from pymerge.backends import describe, measured
+    from pymerge.backends import measured
+    from pymerge.backends.runner import describe
 
     versions = Table("package", "version", title="versions", title_justify="left", pad_edge=False)
     for name, version in env.package_versions().items():

@@ -92,6 +92,11 @@ def dtype_of(values: ArrayLike) -> str:
     return code_of(values.dtype)
 
 
+def as_tensor(values: ArrayLike) -> torch.Tensor:
+    """A tensor as it is, an array as one in the same memory. Imports PyTorch for arrays."""
+    return values.tensor() if isinstance(values, Array) else values
+
+
 def compute_code(*inputs: ArrayLike | None) -> str:
     """F64 if any input is float64, else F32: what ops accumulate in."""
     return "F64" if any(each is not None and dtype_of(each) == "F64" for each in inputs) else "F32"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pymerge.architecture.roles import Kind, Layer, classify
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import is_finite
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
@@ -125,7 +125,7 @@ class _Merger:
         if wrong := self._method.wrong_count([f"expert {index}" for index in range(experts)]):
             raise ArgumentError(wrong)
         self._values = _values(self._method, parameters, experts)
-        self._run_op = Dispatcher(backend, resolve_device(device))
+        self._run_op = Runner(backend, resolve_device(device))
 
     def merge(
         self, name: str, layer: Layer, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None

@@ -13,7 +13,7 @@ from logging import WARNING
 import torch
 from torch import Tensor
 
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.finite import check_finite, is_finite, overflow
 from pymerge.checkpoint.reader import Reader
@@ -47,7 +47,7 @@ class Pipeline:
         self,
         queue: Sequence[Batch],
         limit: int,
-        run_op: Dispatcher,
+        run_op: Runner,
         reader: Reader,
         output: OutputDirectory,
         tracer: Tracer,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pymerge.backends.native.combine_files import DTYPES
+from pymerge.common.dtypes import NATIVE as DTYPES
 from pymerge.common.shapes import Axis, exact, row_bytes, vector_shape
 from pymerge.methods.parts import Between, Kept, Limits, Models, Part, from_the_nearer
 

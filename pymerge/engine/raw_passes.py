@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pymerge.backends.native.combine_files import DTYPES, is_finite
+from pymerge.backends.native.combine_files import is_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.arrays import Array
 from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.common.dtypes import NATIVE as DTYPES
 from pymerge.methods.reduce import Reducing, Reduction
 from pymerge.planner.jobs import Slot
 from pymerge.planner.steps import Step

@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import bytes_of, upcast
@@ -115,9 +115,9 @@ def _plan(out: Path, recipe: dict[str, Any], budget: memory.Budget) -> Plan:
         ) from error
 
 
-def _dispatcher(out: Path, recipe: dict[str, Any]) -> Dispatcher:
+def _dispatcher(out: Path, recipe: dict[str, Any]) -> Runner:
     try:
-        return Dispatcher(recipe["backend"], resolve_device(recipe["device"]))
+        return Runner(recipe["backend"], resolve_device(recipe["device"]))
     except BackendError as error:
         raise OutputError(
             f"{out}: was merged on {recipe['device']} with backend {recipe['backend']}, which cannot be used here "
@@ -141,7 +141,7 @@ def _compare_plan(out: Path, plan: Plan, base: int, written: dict[str, Any], rep
             )
 
 
-def _digest(steps: Sequence[Step], reader: Reader, run_op: Dispatcher) -> str:
+def _digest(steps: Sequence[Step], reader: Reader, run_op: Runner) -> str:
     """sha256 of one output tensor, computed piece after piece without anything that the engine does meanwhile."""
     digest = hashlib.sha256()
     passes = Passes(run_op)

@@ -31,7 +31,7 @@ from pymerge.planner.steps import Step
 if TYPE_CHECKING:
     import torch
 
-    from pymerge.backends import Dispatcher
+    from pymerge.backends.runner import Runner
 
 
 class Supplement(Protocol):
@@ -213,13 +213,13 @@ def run(
     return report
 
 
-def _dispatcher(plan: Plan, device: Device, backend: str) -> Dispatcher | None:
+def _dispatcher(plan: Plan, device: Device, backend: str) -> Runner | None:
     """What calls ops, where tensors are computed; None where files are combined as they are read."""
     if streamed(plan, device, backend):
         return None
-    from pymerge.backends import Dispatcher
+    from pymerge.backends.runner import Runner
 
-    return Dispatcher(backend, device)
+    return Runner(backend, device)
 
 
 def _peak_device_memory(device: Device, *, reset: bool = False) -> int:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from pymerge import env
 from pymerge.backends.native import combine_files as native
+from pymerge.backends.native import missing
 from pymerge.backends.native.combine_files import FileTensor
 from pymerge.checkpoint.reader import Reader, failed_read
 from pymerge.common.arrays import Array
 from pymerge.common.devices import Device
-from pymerge.common.dtypes import ITEM_SIZES, is_float8
+from pymerge.common.dtypes import ITEM_SIZES, NATIVE, is_float8
 from pymerge.common.events import event
 from pymerge.common.progress import ProgressSink
 from pymerge.engine.raw_passes import RawPasses, can_take, working_bytes
@@ -41,7 +42,7 @@ def why_not(steps: Sequence[Step], device: Device, backend: str, *, allow_nonfin
     if device.type != "cpu" or backend not in ("auto", "native"):
         return f"backend {backend} on {device}"
     needs = next((step.name for step in steps if not (_is_sum(step, allow_nonfinite) or can_take(step))), None)
-    return native.missing() if needs is None else f"{needs} is merged by ops that take tensors of PyTorch"
+    return missing() if needs is None else f"{needs} is merged by ops that take tensors of PyTorch"
 
 
 def _is_sum(step: Step, allow_nonfinite: bool) -> bool:
@@ -49,13 +50,13 @@ def _is_sum(step: Step, allow_nonfinite: bool) -> bool:
     if combination is None or not all(entry.contiguous for entry in inputs):
         return False
     if combination.weights:
-        return combination.on_base == step.reads_base and {step.dtype, *_dtypes(step)} <= native.DTYPES.keys()
+        return combination.on_base == step.reads_base and {step.dtype, *_dtypes(step)} <= NATIVE.keys()
     if len(inputs) != 1:
         return False
     if inputs[0].dtype == step.dtype:
         return not is_float8(step.dtype)
     # Which bits NaN has in another dtype differs between PyTorch and C++.
-    return {step.dtype, *_dtypes(step)} <= native.DTYPES.keys() and not allow_nonfinite
+    return {step.dtype, *_dtypes(step)} <= NATIVE.keys() and not allow_nonfinite
 
 
 def _dtypes(step: Step) -> list[str]:
@@ -113,9 +114,9 @@ class Streams:
         with self._use_lock:
             if op in self._used:
                 return
-            self._used[op] = native.NAME
-            text = f"{op}: backend {native.NAME} ({_REASON})"
-            event("backend_chosen", text, op=op, backend=native.NAME, reason=_REASON)
+            self._used[op] = "native"
+            text = f"{op}: backend native ({_REASON})"
+            event("backend_chosen", text, op=op, backend="native", reason=_REASON)
 
     @property
     def times(self) -> Times:
@@ -221,7 +222,7 @@ class Streams:
             began = time.perf_counter_ns()
             self._reader.read_bytes_into(inputs[0], room.bytes[:nbytes], piece.start, piece.stop)
             reading = time.perf_counter_ns() - began
-            return reading, step.dtype not in native.DTYPES or native.is_finite(room.address, step.dtype, numel)
+            return reading, step.dtype not in NATIVE or native.is_finite(room.address, step.dtype, numel)
         with self._reader.places(inputs, piece.start, piece.stop) as places:
             files = [FileTensor(*place, entry.dtype) for place, entry in zip(places, inputs, strict=True)]
             has_base = combination.on_base or not combination.weights

@@ -19,6 +19,10 @@ class FunctionOp:
     summary: str
     each_layer: Callable[..., Any] | None = None
 
+    @property
+    def takes_batches(self) -> bool:
+        return self.each_layer is not None
+
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names of the arguments, in order."""

@@ -1,4 +1,4 @@
-"""Ops are their arguments: frozen dataclasses with a check and a plain-PyTorch reference, the oracle and the fallback."""
+"""Ops: frozen dataclasses of their arguments, with a check and a plain-PyTorch reference, oracle and fallback."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from pymerge.common.arrays import Array, ArrayLike, compute_code, dtype_of
-from pymerge.common.dtypes import code_of, is_float, torch_dtype
+from pymerge.common.arrays import Array, ArrayLike, as_tensor, compute_code, dtype_of
+from pymerge.common.dtypes import DTYPES, code_of, is_float, torch_dtype
 from pymerge.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -54,8 +54,12 @@ class Op(ABC, Generic[Result]):
         """
         values = [value for field, value in vars(self).items() if field != "weights"]
         codes = {dtype_of(tensor) for tensor in tensors(values)}
-        codes |= {code_of(value) for field, value in vars(self).items() if field.endswith("dtype") and value is not None}
+        codes |= {
+            code_of(value) for field, value in vars(self).items() if field.endswith("dtype") and value is not None
+        }
         return frozenset(code for code in codes if is_float(code))
+
+    takes_batches: ClassVar[bool] = False  # whether its tensors may be a batch of layers of one shape
 
     def layers(self) -> list[Op[Result]] | None:
         """This op on each layer of a batch; None where it is not on a batch."""
@@ -104,7 +108,7 @@ def into(out: ArrayLike | None, result: Tensor) -> Tensor:
     """A reference's result, in the memory that was given for it, if any was."""
     if out is None:
         return result
-    target = out.tensor() if isinstance(out, Array) else out
+    target = as_tensor(out)
     return target.copy_(result.view(target.shape))
 
 
@@ -171,8 +175,6 @@ def is_contiguous(values: ArrayLike) -> bool:
 
 def torch_name(code: str) -> str:
     """A dtype as PyTorch prints it, for messages."""
-    from pymerge.common.dtypes import DTYPES
-
     return f"torch.{DTYPES[code].torch}"
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops import importance
-from pymerge.ops._op import compute_dtype
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import compute_dtype
 from pymerge.ops.row_divergence import row_blocks
 
 

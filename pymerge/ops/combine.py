@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pymerge.common.arrays import ArrayLike
+from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.errors import ArgumentError
 from pymerge.ops._bitmask import blocks
 from pymerge.ops._op import (
@@ -61,12 +61,12 @@ class Combine(Op[ArrayLike]):
         """Sum block by block; no scratch is larger than a block."""
         import torch
 
-        like = self.tensors[0] if self.base is None else self.base
+        like = as_tensor(self.like)
         dtype = compute_dtype(like, *self.tensors)
         merged = torch.empty(like.shape, dtype=result_dtype(self.out_dtype, like), device=like.device)
         flat = merged.view(-1)
-        base = None if self.base is None else self.base.reshape(-1)
-        tensors = [tensor.reshape(-1) for tensor in self.tensors]
+        base = None if self.base is None else like.reshape(-1)
+        tensors = [as_tensor(tensor).reshape(-1) for tensor in self.tensors]
         for start, stop in blocks(flat.numel(), SUM_ELEMENTS):
             origin = None if base is None else base[start:stop].to(dtype)
             total = torch.zeros(stop - start, dtype=dtype, device=like.device)

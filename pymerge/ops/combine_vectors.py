@@ -10,8 +10,8 @@ from torch import Tensor
 from pymerge.common.shapes import Axis, vector_shape
 from pymerge.errors import ArgumentError
 from pymerge.ops import task_dots
-from pymerge.ops._op import compute_dtype
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import compute_dtype
 from pymerge.ops.task_dots import blocks
 
 

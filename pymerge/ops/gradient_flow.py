@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import check_matrix
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_matrix
 
 # What the Chebyshev series of Phi may leave out, as a share of its largest value.
 _TOLERANCE = {torch.float32: 2e-8, torch.float64: 4e-15}
@@ -193,4 +193,6 @@ def _in_blocks(coefficients: tuple[float, ...]) -> list[list[float]]:
     return [rest[_BLOCK * j : _BLOCK * (j + 1)] for j in range(count)]
 
 
-OP = FunctionOp("gradient_flow", check, reference, "closed form of gradient flow on the interference loss, products only")
+OP = FunctionOp(
+    "gradient_flow", check, reference, "closed form of gradient flow on the interference loss, products only"
+)

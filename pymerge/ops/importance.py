@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import check_task_tensors, compute_dtype
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_task_tensors, compute_dtype
 from pymerge.ops.row_divergence import row_blocks
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._singular import numerical_triplets, orthogonalised
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._bitmask import blocks, magnitude_keys
-from pymerge.ops._op import check_length, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_length, check_task_tensors, compute_dtype, task_vector
 
 _MOST_BITS = 16
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from pymerge.common.shapes import row_bytes
 from pymerge.errors import ArgumentError
 from pymerge.ops._bitmask import TaskMasks, blocks, magnitude_keys, pack
-from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
 from pymerge.ops.trim_threshold import Thresholds
 
 
@@ -64,4 +64,6 @@ def _selected(delta: Tensor, thresholds: Thresholds, task: int, begin: int) -> T
     return (keys > key) | ((keys == key) & (places < thresholds.ends[task]))
 
 
-OP = FunctionOp("magnitude_mask", check, reference, "masks of a range of magnitudes of each task vector, with its L1 norms")
+OP = FunctionOp(
+    "magnitude_mask", check, reference, "masks of a range of magnitudes of each task vector, with its L1 norms"
+)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._blocks import task_blocks
-from pymerge.ops._op import check_length, check_task_tensors, compute_dtype
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_length, check_task_tensors, compute_dtype
 
 
 def check(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.ops._blocks import task_blocks
-from pymerge.ops._op import check_task_tensors, compute_dtype
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_task_tensors, compute_dtype
 
 
 def check(base: Tensor, experts: Sequence[Tensor], epsilon: float) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from pymerge.common.shapes import BLOCK, row_bytes
 from pymerge.errors import ArgumentError
 from pymerge.ops._bitmask import TaskMasks, blocks, magnitude_keys, pack
-from pymerge.ops._op import check_length, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_length, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._philox import uniform_words
 
 # Probabilities are compared with 32-bit numbers as multiples of 2^-32.

@@ -159,4 +159,6 @@ def _runs(x: Tensor, gates: Tensor, index: Sequence[int] | None) -> tuple[Run, .
 
 
 _KERNELS = Kernels(TorchPasses())
-OP = FunctionOp("routed_linear", check, reference, "linear layers whose weight is mixed from task vectors for each sample")
+OP = FunctionOp(
+    "routed_linear", check, reference, "linear layers whose weight is mixed from task vectors for each sample"
+)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.common.shapes import BLOCK
-from pymerge.ops._op import check_task_tensors, one_thread
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_task_tensors, one_thread
 
 _SMALL = 1e-8  # added to probabilities
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from pymerge.errors import ArgumentError
 from pymerge.ops._bitmask import check_bits
 from pymerge.ops._blocks import sum_in_order, task_blocks
-from pymerge.ops._op import check_length, check_task_tensors, compute_dtype
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_length, check_task_tensors, compute_dtype
 
 
 def check(
@@ -67,4 +67,6 @@ def reference(
     return merged.view(base.shape)
 
 
-OP = FunctionOp("sce", check, reference, "weighted mean of the task vectors of the majority's sign, over selected elements")
+OP = FunctionOp(
+    "sce", check, reference, "weighted mean of the task vectors of the majority's sign, over selected elements"
+)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pymerge.ops._bitmask import check_bits
 from pymerge.ops._blocks import task_blocks
-from pymerge.ops._op import check_task_tensors, compute_dtype, one_thread
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_task_tensors, compute_dtype, one_thread
 
 
 def check(base: Tensor, experts: Sequence[Tensor], bits: Tensor | None = None) -> None:

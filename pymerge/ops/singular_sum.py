@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._singular import numerical_triplets, orthogonalised
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._bitmask import blocks, check_bits, unpack
-from pymerge.ops._op import check_length, check_task_tensors, compute_dtype
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_length, check_task_tensors, compute_dtype
 
 
 def check(
@@ -95,4 +95,6 @@ def reference(
     return out
 
 
-OP = FunctionOp("sparse_combine", check, reference, "masked task vectors, signs elected or not, added to the base in one pass")
+OP = FunctionOp(
+    "sparse_combine", check, reference, "masked task vectors, signs elected or not, added to the base in one pass"
+)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pymerge.errors import ArgumentError
 from pymerge.ops import gradient_flow
-from pymerge.ops._op import check_matrix, one_thread
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_matrix, one_thread
 
 # Eigenvalues below it count as this much, as in the released code.
 _FLOOR = 1e-8

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pymerge.common.shapes import AXES, Axis, vector_shape
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import check_task_tensors, compute_dtype, one_thread
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_task_tensors, compute_dtype, one_thread
 
 # Elements that are upcast to float64 at once: scratch stays small, and sums do not depend on the machine.
 BLOCK = 2**18

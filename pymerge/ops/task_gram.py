@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import check_length, check_matrix, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_length, check_matrix, check_task_tensors, compute_dtype, task_vector
 
 
 def check(
@@ -115,4 +115,6 @@ def reference(
     return gram
 
 
-OP = FunctionOp("task_gram", check_layers, reference, "S = sum_t w_t tau_t^T tau_t, straight from the weights", each_layer)
+OP = FunctionOp(
+    "task_gram", check_layers, reference, "S = sum_t w_t tau_t^T tau_t, straight from the weights", each_layer
+)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
 
 
 class TaskStats(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.ops import task_gram
-from pymerge.ops._op import compute_dtype, task_vector
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import compute_dtype, task_vector
 
 
 def check(

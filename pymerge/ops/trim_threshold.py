@@ -11,8 +11,8 @@ from torch import Tensor
 from pymerge.common.shapes import exact
 from pymerge.errors import ArgumentError
 from pymerge.ops._bitmask import blocks, magnitude_keys
-from pymerge.ops._op import check_length, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import check_length, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops.magnitude_counts import reference as magnitude_counts
 
 _DIGIT = 11  # bits
@@ -91,4 +91,6 @@ def behind(base: Tensor, expert: Tensor, key: int, left: int) -> int:
     raise AssertionError("the counts are of other elements")
 
 
-OP = FunctionOp("trim_threshold", check, reference, "k-th largest |tau_t| by radix selection, ties in order of the index")
+OP = FunctionOp(
+    "trim_threshold", check, reference, "k-th largest |tau_t| by radix selection, ties in order of the index"
+)

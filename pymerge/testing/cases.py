@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pymerge.backends import BACKENDS, load
+from pymerge.backends.runner import BACKENDS, implemented, load
+from pymerge.common.devices import Device
 
 # (d_out, d_in) and the paths they reach.
 SHAPES = (
@@ -121,7 +122,5 @@ def implementations(op: str) -> list[tuple[str, str]]:
         (name, device)
         for name in BACKENDS
         for device in devices
-        if name != "reference"
-        and load(name).unavailable(torch.device(device)) is None
-        and op in load(name).implementations()
+        if name != "reference" and load(name).unavailable(Device(device)) is None and op in implemented(name)
     ]

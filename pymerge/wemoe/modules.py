@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pymerge.backends import Dispatcher, load
 from pymerge.backends.native._routed import NativePasses
+from pymerge.backends.runner import Runner, load
 from pymerge.env import default_backend
 from pymerge.errors import ArgumentError
 from pymerge.ops.routed.kernels import TorchPasses
@@ -218,9 +218,9 @@ def is_transposed(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 @lru_cache(maxsize=16)
-def dispatcher(backend: str, device: torch.device) -> Dispatcher:
+def dispatcher(backend: str, device: torch.device) -> Runner:
     """The dispatcher of a backend and device, made once."""
-    return Dispatcher(backend, device)
+    return Runner(backend, device)
 
 
 @lru_cache(maxsize=16)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
 from pymerge.ops import OPS, wudi_adam
 from pymerge.testing.cases import implementations, task_case
@@ -35,7 +35,7 @@ def stacked(shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[Te
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("one_weight_a_task", [False, True])
 def test_task_gram(backend: str, device: str, dtype: torch.dtype, centred: bool, one_weight_a_task: bool) -> None:
-    run = Dispatcher(backend, device)
+    run = Runner(backend, device)
     base, experts = stacked((20, 70), dtype, device)
     experts[1][1, 3, 5] = float("nan")  # of the layer and task whose weight is 0
     weights: Any = [0.7, 0.0] if one_weight_a_task else WEIGHTS
@@ -54,7 +54,7 @@ def test_task_gram(backend: str, device: str, dtype: torch.dtype, centred: bool,
 @pytest.mark.parametrize(("backend", "device"), runs("wudi_adam"))
 @pytest.mark.parametrize("lr", [1e-3, (1e-3, 0.0, 2e-2)])
 def test_wudi_adam(backend: str, device: str, lr: float | tuple[float, ...]) -> None:
-    run = Dispatcher(backend, device)
+    run = Runner(backend, device)
     generator = torch.Generator().manual_seed(1)
     G = torch.randn(LAYERS, 30, 66, generator=generator)
     A, B = (G.mT @ G / 66).to(device), torch.randn(LAYERS, 9, 66, generator=generator).to(device)
@@ -83,7 +83,7 @@ def test_steps_of_all_layers_together(columns: int) -> None:
 @pytest.mark.parametrize(("backend", "device"), runs("spd_solve"))
 @pytest.mark.parametrize("columns", [5, 200])
 def test_spd_solve(backend: str, device: str, columns: int) -> None:
-    run = Dispatcher(backend, device)
+    run = Runner(backend, device)
     generator = torch.Generator().manual_seed(2)
     G = torch.randn(LAYERS, columns, columns, generator=generator).to(device)
     S = G.mT @ G / columns + torch.eye(columns, device=device)
@@ -137,6 +137,6 @@ EYES = torch.eye(4).repeat(2, 1, 1)
         (lambda run: run("normal_equations", BATCH, [BATCH], [1.0]), r"shape \(2, 3, 4\), expected 2 dimensions"),
     ],
 )
-def test_what_does_not_fit_together_is_an_error(call: Callable[[Dispatcher], Any], message: str) -> None:
+def test_what_does_not_fit_together_is_an_error(call: Callable[[Runner], Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        call(Dispatcher("reference"))
+        call(Runner("reference"))

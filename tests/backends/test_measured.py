@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from pymerge.backends import Choice, measured, runner
+from pymerge.backends import measured, runner
 from pymerge.backends.measured import Row
+from pymerge.backends.runner import Choice
 from pymerge.errors import BackendError
 from pymerge.ops import OPS
 

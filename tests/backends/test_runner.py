@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from pymerge.backends import BACKENDS, Dispatcher, choose, describe, load
+from pymerge.backends.runner import BACKENDS, Runner, choose, describe, load
 from pymerge.errors import ArgumentError, BackendError
 from pymerge.ops import OPS
 from pymerge.testing.cases import task_case
@@ -30,25 +30,25 @@ def test_auto_on_a_cpu_is_native_where_it_has_the_op() -> None:
 
 def test_unknown_backend_op_and_device() -> None:
     with pytest.raises(BackendError, match="unknown backend 'tritn'; choose auto, reference, native, triton, cuda"):
-        Dispatcher("tritn")
+        Runner("tritn")
     with pytest.raises(BackendError, match="unknown op 'slerp'; the ops are combine"):
-        Dispatcher()("slerp")
+        Runner()("slerp")
     with pytest.raises(BackendError, match="device 'meta' is not supported; choose cpu or cuda"):
-        Dispatcher(device="meta")
+        Runner(device="meta")
 
 
 def test_named_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"backend 'cuda' cannot be used: .*(use --device cuda|pip install)"):
-        Dispatcher("cuda", "cpu")
+        Runner("cuda", "cpu")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendError, match=r"backend 'triton' cannot be used: .*(use --device cuda|pip install)"):
-        Dispatcher("triton", "cpu")
+        Runner("triton", "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU offers the device")
 def test_missing_gpu_is_an_error() -> None:
     with pytest.raises(BackendError, match="'cuda:0' was asked for and PyTorch sees 0; use --device cpu"):
-        Dispatcher("auto", "cuda:0")
+        Runner("auto", "cuda:0")
 
 
 def test_named_backend_without_the_op_or_dtype_says_so() -> None:
@@ -64,7 +64,7 @@ def test_named_backend_without_the_op_or_dtype_says_so() -> None:
 
 
 def test_dispatcher_checks_chooses_and_computes() -> None:
-    run = Dispatcher("native")
+    run = Runner("native")
     case = task_case((5, 7), [torch.bfloat16] * 3)
     merged = run("combine", case.base, case.experts, [0.5, 0.5])
     assert_same("combine", merged, OPS["combine"].reference(case.base, case.experts, [0.5, 0.5]))
@@ -77,7 +77,7 @@ def test_dispatcher_checks_chooses_and_computes() -> None:
 
 def test_each_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="pymerge")
-    run = Dispatcher()
+    run = Runner()
     case = task_case((5, 7), [torch.float32] * 2)
     for _ in range(3):
         run("task_stats", case.base, case.experts)

@@ -16,7 +16,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pymerge.backends import BACKENDS, describe
+from pymerge.backends.runner import BACKENDS, describe
 from pymerge.methods import METHODS
 from tests.helpers.checkpoints import (
     CARRIED,

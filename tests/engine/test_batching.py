@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pymerge import api
 from pymerge.architecture.roles import Kind, Layer
-from pymerge.backends import Dispatcher, native
+from pymerge.backends import native
+from pymerge.backends.runner import Runner
 from pymerge.engine.run import run
 from pymerge.methods import get_method
 from pymerge.methods.ace import SolveAce
@@ -44,7 +45,7 @@ MIB = 2**20
 METHODS: dict[str, dict[str, Any]] = {"wudi": {"iterations": 9, "lr": "auto"}, "wudi_flow": {}, "ace": {}, "linear": {}}
 
 
-class Counting(Dispatcher):
+class Counting(Runner):
     """A dispatcher that notes the shapes of right-hand sides which `wudi_adam` was called with."""
 
     def __init__(self, backend: str) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import Dispatcher
 from pymerge.backends.native import DTYPE_CODES
+from pymerge.backends.runner import Runner
 from pymerge.engine.raw_parts import Raw, RawPart
 from pymerge.methods.parts import Between, Limits, Models
 from pymerge.methods.tensor_parts import TensorPart
@@ -34,7 +34,7 @@ def parts(request: pytest.FixtureRequest) -> tuple[TensorPart, RawPart, Tensor]:
     out = torch.empty_like(base)
     plain = RawPart(raw(base), [raw(expert) for expert in experts], raw(out), tuple(shape), USED.add, first=128)
     # What is in memory at those addresses lives as long as this.
-    return TensorPart(Dispatcher("native"), base, experts, dtype, first=128), plain, out
+    return TensorPart(Runner("native"), base, experts, dtype, first=128), plain, out
 
 
 USED: set[str] = set()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import pymerge
 from pymerge import api
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.common.devices import Device
 from pymerge.engine import streams
 from pymerge.engine.recheck import recheck
@@ -140,7 +140,7 @@ def test_ranges_cover_a_tensor_from_multiples_of_64_on(shape: tuple[int, ...]) -
 @pytest.mark.parametrize("count", [0, 1, 700, 1500, 2999, 3000])
 def test_selection_by_ranges_takes_the_elements_of_the_whole(backend: str, count: int) -> None:
     """Magnitudes of five values: the last one that is taken is in many elements, of several ranges."""
-    run_op = Dispatcher(backend)
+    run_op = Runner(backend)
     generator = torch.Generator().manual_seed(count)
     base = torch.zeros(3000)
     experts = [torch.randint(-4, 5, (3000,), generator=generator) / 8 for _ in range(2)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pymerge
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
 from pymerge.methods import METHODS
 from pymerge.methods.selection import Selection, digits
@@ -155,7 +155,7 @@ def test_values_of_ranks_are_exact(dtype: torch.dtype) -> None:
     values[7], values[8], values[9] = 0.0, 3e-39, 1e30
     ordered = values.sort().values
     ranks = (0, 1, 2, 1200, 2500, 3333, 4998, 4999)
-    part = TensorPart(Dispatcher(), torch.zeros_like(values), [values] * len(ranks), dtype)
+    part = TensorPart(Runner(), torch.zeros_like(values), [values] * len(ranks), dtype)
     counts = [len(values) - rank for rank in ranks]
     selection = Selection(len(values), counts, keys_only=True, bits=part.key_bits)
     for _ in digits(part.key_bits):
@@ -188,7 +188,7 @@ def test_not_a_number_is_in_the_result(name: str, value: float, where: int) -> N
     action = method.action("x", True, method.defaults(len(experts)), len(experts))
     assert action.shows_nonfinite
     if name != "passthrough" or where == 1:  # which does not read the base
-        assert not bool(action.run(Dispatcher(), base, experts).isfinite().all())
+        assert not bool(action.run(Runner(), base, experts).isfinite().all())
     assert not METHODS["arcee_fusion"].action("x", True, METHODS["arcee_fusion"].defaults(1), 1).shows_nonfinite
 
 

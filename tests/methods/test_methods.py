@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError, ConfigError, NonFiniteError
 from pymerge.methods.ace import SolveAce
 from pymerge.testing.cases import make_weights
@@ -123,7 +123,7 @@ def test_ace_ill_conditioned_systems_are_solved_in_float64(rms, eps):
 def test_ace_forms_its_system_once(eps, dtype):
     """The precision is decided before the products that cost the most."""
     base, experts = make_weights(24, 160, 3, rms=3e-3)
-    run_op, formed = Dispatcher("auto", "cpu"), []
+    run_op, formed = Runner("auto", "cpu"), []
 
     def record(op, *arguments, **keywords):
         formed.extend([keywords["dtype"]] if op == "normal_equations" else [])

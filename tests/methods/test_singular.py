@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pymerge
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
 from pymerge.methods import METHODS
 from pymerge.ops._singular import leading_triplets, numerical_triplets, orthogonalised
@@ -92,7 +92,7 @@ def test_untouched_and_broken_tensors(method):
     assert torch.equal(same, base)
     experts[1][0, 0] = math.inf
     action = METHODS[method].action("x", True, METHODS[method].defaults(2), 2)
-    assert action.run(Dispatcher(), base, experts).isnan().all()
+    assert action.run(Runner(), base, experts).isnan().all()
 
 
 def test_common_space_fraction_is_a_share():

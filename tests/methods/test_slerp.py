@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pymerge
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
 from pymerge.methods import METHODS
 from pymerge.testing.compare import as_float64, assert_same
@@ -198,7 +198,7 @@ def test_not_a_number_is_in_every_result() -> None:
         experts = models[1:] if name == "slerp" else models
         action = method.action("x", True, method.defaults(len(experts)), len(experts))
         assert action.shows_nonfinite
-        merged = action.run(Dispatcher(), base, experts)
+        merged = action.run(Runner(), base, experts)
         assert bool(merged.isnan().any()), name
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pymerge
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.common.shapes import key_of
 from pymerge.config.merge_config import load_config
 from pymerge.errors import ArgumentError, ConfigError, NonFiniteError, PlanError
@@ -169,7 +169,7 @@ def test_nan_is_found_and_stays_where_it_is_allowed(method: str) -> None:
     action = METHODS[method].action("w", True, _values(method), 2)
     assert action.shows_nonfinite
     for backend in ("reference", "native"):
-        assert torch.isnan(action.run(Dispatcher(backend), base, experts)[2, 3])
+        assert torch.isnan(action.run(Runner(backend), base, experts)[2, 3])
 
 
 def _values(method: str) -> Values:

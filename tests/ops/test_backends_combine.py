@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import load
+from pymerge.backends.runner import load
 from pymerge.errors import ArgumentError
 from pymerge.ops import OPS
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pymerge.backends import load
+from pymerge.backends.runner import load
 from pymerge.common.shapes import row_bytes
 from pymerge.ops import OPS
 from pymerge.ops._bitmask import pack

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import load
+from pymerge.backends.runner import load
 from pymerge.ops import OPS
 from pymerge.ops._bitmask import TaskMasks
 from pymerge.testing.cases import FLOATS, LAYOUTS, TaskCase, implementations, task_case

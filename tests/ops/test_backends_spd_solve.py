@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import choose, load
+from pymerge.backends.runner import choose, load
 from pymerge.errors import ArgumentError
 from pymerge.ops import spd_solve
 from pymerge.testing.cases import implementations

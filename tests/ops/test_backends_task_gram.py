@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import load, native
+from pymerge.backends import native
+from pymerge.backends.runner import load
 from pymerge.ops import OPS
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, TaskCase, implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from pymerge.backends import load
+from pymerge.backends.runner import load
 from pymerge.ops import OPS
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same

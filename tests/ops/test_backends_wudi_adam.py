@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pymerge import _C
-from pymerge.backends import load, native
+from pymerge.backends import native
+from pymerge.backends.runner import load
 from pymerge.ops import OPS
 from pymerge.testing.cases import implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same

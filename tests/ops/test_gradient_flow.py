@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
 from pymerge.ops import gradient_flow, normal_equations
 from pymerge.testing.cases import make_weights
@@ -61,7 +61,7 @@ def test_native_halves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("pymerge.backends.native._HALF_FROM", 100)
     monkeypatch.setattr("pymerge.backends.native._PANEL", 48)
     A, B = (part.to(dtype) for part in equations(192, 250, 4, None))
-    native = Dispatcher("native")("gradient_flow", A, B, 300.0)
+    native = Runner("native")("gradient_flow", A, B, 300.0)
     assert error(native, by_eigenvectors(A.double(), B.double(), 300.0)) < (3e-5 if dtype == torch.float32 else 1e-11)
     assert error(native, gradient_flow.reference(A, B, 300.0).double()) < (3e-5 if dtype == torch.float32 else 1e-12)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pymerge import _C
-from pymerge.backends import load
 from pymerge.backends.native._routed import NativeKernels, NativePasses
+from pymerge.backends.runner import load
 from pymerge.errors import ArgumentError
 from pymerge.ops import OPS
 from pymerge.ops.routed.kernels import Kernels, TorchPasses

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import load
+from pymerge.backends.runner import load
 from pymerge.common.shapes import row_bytes
 from pymerge.ops import OPS
 from pymerge.ops._bitmask import pack

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import Dispatcher, load
+from pymerge.backends.runner import Runner, load
 from pymerge.common.shapes import NOTHING, key_of, row_bytes
 from pymerge.errors import ArgumentError
 from pymerge.ops import OPS
@@ -60,7 +60,7 @@ def counts(numel: int) -> list[int]:
 @pytest.mark.parametrize("ties", [False, True])
 def test_exactly_the_largest_are_kept(backend: str, shape: tuple[int, ...], ties: bool) -> None:
     base, experts = weights(shape, torch.bfloat16, torch.bfloat16, torch.float32, ties=ties)
-    run_op, numel = Dispatcher(backend), math.prod(shape)
+    run_op, numel = Runner(backend), math.prod(shape)
     for many, few in itertools.product(counts(numel), repeat=2):
         if few > many:
             continue
@@ -77,7 +77,7 @@ def test_thresholds_are_the_same_in_cpp(dtypes: tuple[torch.dtype, ...], ties: b
     base, experts = weights((600, 1000), *dtypes, dtypes[1], ties=ties)
     for count in (1, 1000, 300_000, 599_999):
         expected = OPS["trim_threshold"].reference(base, experts, [count, 600_000])
-        found = Dispatcher("native")("trim_threshold", base, experts, [count, 600_000])
+        found = Runner("native")("trim_threshold", base, experts, [count, 600_000])
         assert_same("keys", found.keys, expected.keys)
         assert_same("ends", found.ends, expected.ends)
         assert expected.ends[1] == 600_000
@@ -87,7 +87,7 @@ def test_a_threshold_says_how_many_ties_are_kept() -> None:
     base, expert = torch.zeros(6), torch.tensor([2.0, -1.0, 1.0, 0.5, 1.0, -3.0])
     one = int(torch.tensor(1.0).view(torch.int32))
     for backend in BACKENDS:
-        found = [Dispatcher(backend)("trim_threshold", base, [expert], [count]) for count in (0, 3, 4, 5, 6)]
+        found = [Runner(backend)("trim_threshold", base, [expert], [count]) for count in (0, 3, 4, 5, 6)]
         assert [int(each.keys[0]) for each in found] == [NOTHING, one, one, one, 0]
         assert [int(each.ends[0]) for each in found] == [0, 2, 3, 6, 6]  # 6: all of them
 
@@ -96,15 +96,15 @@ def test_a_threshold_says_how_many_ties_are_kept() -> None:
 def test_float64_is_selected_in_float64(backend: str) -> None:
     base = torch.zeros(100, dtype=torch.float64)
     expert = 1.0 + 1e-12 * torch.randperm(100, generator=torch.Generator().manual_seed(0)).double()
-    kept = Dispatcher(backend)("trim_threshold", base, [expert], [10])
-    masks = Dispatcher(backend)("magnitude_mask", base, [expert], kept)
+    kept = Runner(backend)("trim_threshold", base, [expert], [10])
+    masks = Runner(backend)("magnitude_mask", base, [expert], kept)
     np.testing.assert_array_equal(flags(masks, (100,))[0], kept_magnitudes(expert.numpy(), 0, 10))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_is_the_largest_and_stays_in_the_norms(backend: str) -> None:
     base, expert = torch.zeros(5), torch.tensor([1.0, math.nan, -math.inf, 2.0, 0.0])
-    run_op = Dispatcher(backend)
+    run_op = Runner(backend)
     for count, expected in ((1, [1]), (2, [1, 2]), (3, [1, 2, 3])):
         masks = run_op("magnitude_mask", base, [expert], run_op("trim_threshold", base, [expert], [count]))
         assert np.flatnonzero(flags(masks, (5,))[0]).tolist() == expected
@@ -139,7 +139,7 @@ def test_random_masks_follow_probability_and_generator(backend: str, shape: tupl
     base, experts = weights(shape, torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16, ties=ties)
     lowest, highest = [0.25, 0.1, 0.0], [0.25, 0.4, 1.0]
     numel = math.prod(shape)
-    masks = Dispatcher(backend)("random_mask", base, experts, lowest, highest, KEYS)
+    masks = Runner(backend)("random_mask", base, experts, lowest, highest, KEYS)
     assert masks.bits.shape == (3, row_bytes(numel))
     for t, mask in enumerate(flags(masks, shape)):
         words = uniform_words(KEYS[t], 0, numel, base.device).view(shape).numpy()
@@ -164,7 +164,7 @@ def test_random_masks_are_the_same_in_cpp(dtypes: tuple[torch.dtype, ...]) -> No
     experts[2].copy_(base)
     for lowest, highest in (([0.3] * 3, [0.6] * 3), ([0.5, 1.0, 0.0], [0.5, 1.0, 0.0])):
         expected = OPS["random_mask"].reference(base, experts, lowest, highest, KEYS)
-        found = Dispatcher("native")("random_mask", base, experts, lowest, highest, KEYS)
+        found = Runner("native")("random_mask", base, experts, lowest, highest, KEYS)
         assert_same("bits", found.bits, expected.bits)
         torch.testing.assert_close(found.before, expected.before, rtol=1e-12, atol=0)
         torch.testing.assert_close(found.after, expected.after, rtol=1e-12, atol=0)
@@ -174,7 +174,7 @@ def test_random_masks_keep_as_many_as_they_should() -> None:
     """Six standard deviations of a binomial distribution, for all elements and for the smallest and largest quarter."""
     base, experts = weights((1000, 1000), torch.float32, torch.float32)
     for low, high in ((0.1, 0.1), (0.9, 0.9), (0.35, 0.65)):
-        masks = Dispatcher("native")("random_mask", base, experts, [low], [high], [key_of(0, "w", 0)])
+        masks = Runner("native")("random_mask", base, experts, [low], [high], [key_of(0, "w", 0)])
         mask, tau = flags(masks, (1000, 1000))[0], np.abs(delta(base, experts[0]))
         order = np.argsort(tau, axis=1)
         for part, share in ((slice(None), 0.5), (slice(0, 250), 0.125), (slice(750, 1000), 0.875)):
@@ -208,7 +208,7 @@ def test_keys_differ_by_seed_name_and_model() -> None:
 
 
 def test_what_does_not_fit_is_an_error() -> None:
-    run_op, base = Dispatcher("auto"), torch.zeros(4)
+    run_op, base = Runner("auto"), torch.zeros(4)
     with pytest.raises(ArgumentError, match="count 5 of 4 elements; give 0 to 4"):
         run_op("trim_threshold", base, [base], [5])
     with pytest.raises(ArgumentError, match="2 counts for 1 experts"):
@@ -234,7 +234,7 @@ def test_counts_of_a_digit(backend: str, shape: tuple[int, ...], shift: int, bit
     keys = [np.abs(delta(base, expert)).view(np.int32).reshape(-1) for expert in experts]
     # The prefix of some element; none is left above the first digit.
     prefixes = [int(each[len(each) // 2] >> (shift + bits)) if len(each) else 0 for each in keys]
-    found = Dispatcher(backend)("magnitude_counts", base, experts, prefixes, shift, bits)
+    found = Runner(backend)("magnitude_counts", base, experts, prefixes, shift, bits)
     for row, each, prefix in zip(found, keys, prefixes, strict=True):
         matching = each[each >> (shift + bits) == prefix] >> shift & ((1 << bits) - 1)
         np.testing.assert_array_equal(row.numpy(), np.bincount(matching, minlength=1 << bits))
@@ -264,7 +264,7 @@ def test_draws_by_rank_are_those_of_the_reference(kind: str, columns: int) -> No
     base, expert = uneven_rows(kind, columns)
     # The last ones are open for all elements, for few, and for none.
     for lowest, highest in ((0.35, 0.65), (0.0, 1.0), (0.5, 0.5001), (0.0, 0.0), (1.0, 1.0), (0.2, 1.0)):
-        found = Dispatcher("native")("random_mask", base, [expert], [lowest], [highest], [7], 64)
+        found = Runner("native")("random_mask", base, [expert], [lowest], [highest], [7], 64)
         expected = OPS["random_mask"].reference(base, [expert], [lowest], [highest], [7], 64)
         assert torch.equal(found.bits, expected.bits)
 
@@ -273,7 +273,7 @@ def test_draws_by_rank_are_those_of_the_reference(kind: str, columns: int) -> No
 @pytest.mark.parametrize("ranked", [False, True])
 def test_masks_of_rows_are_those_of_the_whole(backend: str, ranked: bool) -> None:
     base, experts = weights((640, 33), torch.bfloat16, torch.bfloat16, torch.float32)
-    run_op, probabilities = Dispatcher(backend), ([0.3, 0.2], [0.7, 0.6]) if ranked else ([0.4] * 2, [0.4] * 2)
+    run_op, probabilities = Runner(backend), ([0.3, 0.2], [0.7, 0.6]) if ranked else ([0.4] * 2, [0.4] * 2)
     whole = run_op("random_mask", base, experts, *probabilities, KEYS[:2])
     for start in (0, 192, 448):
         part = slice(start, start + 192)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import Dispatcher
+from pymerge.backends.runner import Runner
 from pymerge.common.shapes import AXES
 from pymerge.errors import ArgumentError
 from pymerge.ops import task_dots
@@ -39,7 +39,7 @@ def expected_dots(base: Tensor | None, tensors: list[Tensor], axis: str) -> np.n
 
 
 def check_dots(backend: str, base: Tensor | None, tensors: list[Tensor], axis: str) -> None:
-    dots = Dispatcher(backend)("task_dots", base, tensors, axis)
+    dots = Runner(backend)("task_dots", base, tensors, axis)
     expected = expected_dots(base, tensors, axis)
     assert dots.dtype == torch.float64
     assert dots.shape == expected.shape
@@ -78,7 +78,7 @@ def test_same_bits_for_any_number_of_threads(backend: str) -> None:
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         try:
-            found.append([Dispatcher(backend)("task_dots", None, tensors, axis) for axis in AXES])
+            found.append([Runner(backend)("task_dots", None, tensors, axis) for axis in AXES])
         finally:
             torch.set_num_threads(threads)
     for other in found[1:]:
@@ -88,7 +88,7 @@ def test_same_bits_for_any_number_of_threads(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float64_is_not_rounded_and_large_values_do_not_overflow(backend: str) -> None:
-    run = Dispatcher(backend)
+    run = Runner(backend)
     one = torch.tensor([1.0 + 2.0**-40, 0.0], dtype=torch.float64)
     assert run("task_dots", None, [one])[0, 0, 0].item() == (1.0 + 2.0**-40) ** 2
     large = torch.full((40,), 3e38)
@@ -99,7 +99,7 @@ def test_float64_is_not_rounded_and_large_values_do_not_overflow(backend: str) -
 def test_not_a_number_stays_in_its_row(backend: str) -> None:
     first, second = torch.ones(3, 4), torch.ones(3, 4)
     first[1, 2] = float("nan")
-    dots = Dispatcher(backend)("task_dots", None, [first, second], "rows")
+    dots = Runner(backend)("task_dots", None, [first, second], "rows")
     assert dots.isnan().tolist() == [[[False] * 2] * 2, [[True, True], [True, False]], [[False] * 2] * 2]
 
 
@@ -112,7 +112,7 @@ def test_combine_vectors(shape: tuple[int, ...], axis: str, with_base: bool) -> 
     count = len(vectors(base, axis))
     weights = torch.randn(count, 2, generator=generator, dtype=torch.float64)
     origin = base if with_base else None
-    merged = Dispatcher()("combine_vectors", origin, tensors, weights, axis, torch.float64)
+    merged = Runner()("combine_vectors", origin, tensors, weights, axis, torch.float64)
     start = vectors(base, axis) if with_base else np.zeros_like(vectors(base, axis))
     expected = start + sum(
         weights[:, t, None].numpy() * (vectors(tensor, axis) - start) for t, tensor in enumerate(tensors)
@@ -122,7 +122,7 @@ def test_combine_vectors(shape: tuple[int, ...], axis: str, with_base: bool) -> 
 
 
 def test_errors_name_what_is_wrong() -> None:
-    run, one = Dispatcher(), torch.ones(2, 3)
+    run, one = Runner(), torch.ones(2, 3)
     with pytest.raises(ArgumentError, match="axis 'row' is unknown; choose one of whole, rows, columns"):
         run("task_dots", None, [one], "row")
     with pytest.raises(ArgumentError, match="no tensors were given"):

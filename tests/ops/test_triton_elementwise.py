@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends import load
+from pymerge.backends.runner import load
 from pymerge.common.shapes import AXES, Axis, vector_shape
 from pymerge.ops import OPS
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case

@@ -15,7 +15,8 @@ import pytest
 import synthetic
 from transformers import AutoModelForCausalLM
 
-from pymerge.backends import BACKENDS, measured
+from pymerge.backends import measured
+from pymerge.backends.runner import BACKENDS
 from pymerge.ops import OPS
 from tests.helpers.checkpoints import load_output
 

@@ -8,11 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymerge.backends.native.combine_files import missing
 from pymerge.backends.dtypes import DTYPE_CODES as DTYPE_CODES
-from pymerge.backends.native._elementwise import arcee_fusion, importance, nearswap, ram, ram_counts, row_divergence, sce, sce_energies, sce_spread
+from pymerge.backends.native import missing
+from pymerge.backends.native._elementwise import (
+    arcee_fusion,
+    importance,
+    nearswap,
+    ram,
+    ram_counts,
+    row_divergence,
+    sce,
+    sce_energies,
+    sce_spread,
+)
 from pymerge.backends.native._routed import routed_linear
-from pymerge.backends.native._sparse import magnitude_counts, magnitude_mask, random_mask, sparse_combine, trim_threshold
+from pymerge.backends.native._sparse import (
+    magnitude_counts,
+    magnitude_mask,
+    random_mask,
+    sparse_combine,
+    trim_threshold,
+)
 from pymerge.common.shapes import Axis, vector_shape
 from pymerge.ops._op import compute_dtype
 from pymerge.ops.gradient_flow import evaluate

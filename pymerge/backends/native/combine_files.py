@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-NAME = "native"
-
-# By the codes of the safetensors format; the numbers are those of csrc/common/dtype.h.
-DTYPES = {"F32": 0, "F64": 1, "F16": 2, "BF16": 3}
+from pymerge.common.dtypes import NATIVE
 
 
 class FileTensor(NamedTuple):
@@ -28,15 +24,6 @@ class Outcome(NamedTuple):
     errno: int  # of that read; 0: the file ended
     offset: int  # where in the file
     reading: int  # nanoseconds spent in reads
-
-
-def missing() -> str | None:
-    """Why the C++ extension cannot be used; None if it can."""
-    try:
-        importlib.import_module("pymerge._C")
-    except ImportError as error:
-        return f"pymerge._C does not load ({error}); install again where a C++20 compiler is: pip install ."
-    return None
 
 
 def combine_files(
@@ -60,13 +47,13 @@ def combine_files(
     """
     from pymerge import _C
 
-    files = [(tensor.descriptor, tensor.offset, DTYPES[tensor.dtype]) for tensor in tensors]
-    origin = None if base is None else (base.descriptor, base.offset, DTYPES[base.dtype])
-    return Outcome(*_C.combine_files(out, DTYPES[dtype], origin, files, weights, divisor, numel, block, check_inputs))
+    files = [(tensor.descriptor, tensor.offset, NATIVE[tensor.dtype]) for tensor in tensors]
+    origin = None if base is None else (base.descriptor, base.offset, NATIVE[base.dtype])
+    return Outcome(*_C.combine_files(out, NATIVE[dtype], origin, files, weights, divisor, numel, block, check_inputs))
 
 
 def is_finite(address: int, dtype: str, numel: int) -> bool:
     """Whether none of the elements in memory is NaN or infinite."""
     from pymerge import _C
 
-    return _C.is_finite(address, DTYPES[dtype], numel)
+    return _C.is_finite(address, NATIVE[dtype], numel)

@@ -1,0 +1,69 @@
+"""Tensors and arrays as csrc/bindings takes them: (address, dtype, elements or row stride)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pymerge.common.arrays import Array, ArrayLike, dtype_of
+from pymerge.common.dtypes import ITEM_SIZES, NATIVE, code_of, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Matrix = tuple[int, int, int]
+
+
+def contiguous(values: ArrayLike) -> ArrayLike:
+    """The tensor itself if its elements follow each other, else a copy. To be held until the C++ returns."""
+    return values if isinstance(values, Array) else values.contiguous()
+
+
+def flat(values: ArrayLike) -> Matrix:
+    """A contiguous tensor as one row: (address, dtype, elements)."""
+    if isinstance(values, Array):
+        return values.address, NATIVE[values.dtype], math.prod(values.shape)
+    return values.data_ptr(), NATIVE[dtype_of(values)], values.numel()
+
+
+def optional(values: ArrayLike | None) -> Matrix | None:
+    """`flat` of a tensor, if there is one."""
+    return None if values is None else flat(values)
+
+
+def address(values: ArrayLike) -> int:
+    """The address of the first element."""
+    return values.address if isinstance(values, Array) else values.data_ptr()
+
+
+def output(out: ArrayLike | None, like: ArrayLike, out_dtype: str | None) -> ArrayLike:
+    """Memory for a result: `out`, or new memory of the shape of `like`, of its kind, in `out_dtype` or its dtype."""
+    if out is not None:
+        return out
+    code = code_of(out_dtype or like.dtype)
+    if isinstance(like, Array):
+        return Array.mapped(math.prod(like.shape) * ITEM_SIZES[code]).at(0, code, like.shape)
+    import torch
+
+    return torch.empty(like.shape, dtype=torch_dtype(code))
+
+
+def rows_contiguous(matrix: Tensor) -> Tensor:
+    """The matrix itself if its rows are contiguous and do not overlap, else a copy."""
+    import torch
+
+    if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]:
+        return matrix
+    # Not contiguous(): it keeps meaningless strides of dimensions of size 0 or 1.
+    return torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device).copy_(matrix)
+
+
+def matrix(values: Tensor) -> Matrix:
+    """A matrix whose rows are contiguous: (address, dtype, row stride)."""
+    return values.data_ptr(), NATIVE[dtype_of(values)], values.stride(0)
+
+
+def numbers(values: Sequence[float]) -> list[float]:
+    """Weights and the like as C++'s doubles."""
+    return [float(value) for value in values]
