@@ -127,3 +127,11 @@ def map_pages(nbytes: int) -> mmap.mmap:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
+
+
+def rows_of(values: ArrayLike, start: int, stop: int) -> ArrayLike:
+    """Rows `start` to `stop` along the first axis, in the same memory."""
+    if not isinstance(values, Array):
+        return values[start:stop]
+    row = math.prod(values.shape[1:]) * ITEM_SIZES[values.dtype]
+    return values.at(start * row, values.dtype, (stop - start, *values.shape[1:]))

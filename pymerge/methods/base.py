@@ -1,23 +1,16 @@
-"""What a method is: parameters, and an action for each kind of tensor. Actions are written in terms of ops."""
+"""Methods: a name, parameters, and an action for each kind of tensor."""
 
 from __future__ import annotations
 
 import math
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pymerge.errors import ArgumentError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-# Calls an op by name on the chosen backend: run_op("combine", base, experts, weights). See pymerge.backends.
-OpRunner = Callable[..., Any]
-
+from pymerge.methods.actions import Action
 
 ParameterKind = Literal["number", "integer", "flag", "choice", "number_or_auto", "texts"]
 
@@ -105,92 +98,6 @@ class Values:
 
     merge: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an action needs on one matrix, whole tensor or element range: floating-point operations and scratch."""
-
-    flops: int
-    workspace: int  # bytes beside inputs and output
-
-
-@dataclass(frozen=True)
-class Combination:
-    """An action in other words: (sum_t w_t W_t) / divisor, or W_0 + (sum_t w_t tau_t) / divisor `on_base`.
-
-    Without weights it is the only tensor that is read, bit for bit where the dtype stays.
-    """
-
-    weights: tuple[float, ...] = ()
-    divisor: float = 1.0
-    on_base: bool = False
-
-
-class Action(ABC):
-    """What is done to one tensor, given base and experts as d_out x d_in matrices (or any shape: `takes_matrices`)."""
-
-    label: ClassVar[str]
-    chunkable: ClassVar[bool] = False  # rows are independent of each other: may run on row ranges, on any shape
-    whole: ClassVar[bool] = False  # looks at all elements of a tensor together, as it is stored, on any shape
-    batched: ClassVar[bool] = False  # `run_batch` does more than to call `run` for one layer after another
-
-    @property
-    def takes_matrices(self) -> bool:
-        """Whether it is given matrices, d_out x d_in and one of a stack after the other; else tensors as stored."""
-        return not (self.chunkable or self.whole)
-
-    @abstractmethod
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Return the merged tensor in `out_dtype` (default: the base's dtype)."""
-
-    def run_into(self, out: Tensor, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        """`run`, for chunkable actions, with memory for the result: `out` has its shape and dtype.
-
-        The result may be `out` or not; nothing else is in that memory.
-        """
-        return self.run(run_op, base, experts, out.dtype)
-
-    def run_batch(
-        self,
-        run_op: OpRunner,
-        bases: Sequence[Tensor],
-        experts: Sequence[Sequence[Tensor]],
-        out_dtype: torch.dtype | None = None,
-    ) -> list[Tensor]:
-        """Return what `run` gives for each of L layers, bit for bit.
-
-        Args:
-            bases: L tensors W_0 of one shape, dtype and device.
-            experts: for each of them its T tensors W_t, task t of the same dtype in all layers.
-            out_dtype: of the results; default: the bases' dtype.
-        """
-        return [self.run(run_op, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
-
-    @property
-    def combination(self) -> Combination | None:
-        """What the action computes, if that is a weighted sum: then files can be combined as they are read."""
-        return None
-
-    @property
-    def shows_nonfinite(self) -> bool:
-        """Whether NaN or infinity in an input is NaN or infinity in the result: then the result alone is looked at."""
-        return False
-
-    @abstractmethod
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        """Flops and scratch bytes on one tensor of this shape."""
-
-    @property
-    def minds_delta_size(self) -> bool:
-        """Whether `remark` has something to say for some sizes: then a few rows are read when the plan is made."""
-        return False
-
-    def remark(self, delta_rms: float) -> str | None:
-        """What a user should know before merging deltas of this root mean square, with the remedy."""
-        return None
 
 
 class Method(ABC):

@@ -8,24 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pymerge.common.shapes import BLOCK, row_bytes
-from pymerge.methods.base import Cost
-from pymerge.methods.parts import Between, Kept, Part
-from pymerge.methods.reduce import Reducing, Reduction, of_part, ranges
-from pymerge.methods.selection import BYTES_OF_RANGE, SCRATCH_BYTES, Selection, passes_to_select
+from pymerge.common.arrays import ArrayLike, join
+from pymerge.common.shapes import row_bytes
+from pymerge.methods.actions import Reduce, Run
+from pymerge.methods.reduce import Reduction, ranges
+from pymerge.methods.rows import Rows
+from pymerge.methods.selection import BYTES_OF_PIECE, SCRATCH_BYTES, Magnitudes, Selection, passes_to_select
+from pymerge.ops._bitmask import TaskMasks
+from pymerge.ops.magnitude_mask import MagnitudeMask
+from pymerge.ops.random_mask import RandomMask
+from pymerge.ops.sparse_combine import SparseCombine
 
 # mergekit leaves a task vector as it is where one of its L1 norms is smaller.
 _SMALL_NORM = 1e-7
-# Bytes that the forms of the ops need: an element of a block in PyTorch's, an element of a row that is ranked in C++.
-BLOCK_SCRATCH = 64
-_ROW_SCRATCH = 40
-# Rows that are ranked at the same time, each thread one of 32 that follow each other.
-_ROWS_OF_A_THREAD = 32
-_THREADS = 64
 
 
 @dataclass(frozen=True)
-class MergeSparse(Reducing):
+class MergeSparse(Reduce):
     """Masks the task vectors, rescales what is kept to the L1 norm of the whole, and adds the sum to the base."""
 
     weights: tuple[float, ...]
@@ -37,13 +36,12 @@ class MergeSparse(Reducing):
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         return experts * row_bytes(math.prod(shape)) if self.rescale else 0
 
-    def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        return experts * row_bytes(math.prod(shape))
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
+        return (12 if self.elect else 9) * experts * math.prod(shape)
 
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = math.prod(shape)
-        scratch = experts * row_bytes(items) + BLOCK_SCRATCH * min(items, BLOCK)
-        return Cost((12 if self.elect else 9) * experts * items, scratch)
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        masks = experts * row_bytes(math.prod(shape))
+        return masks + SparseCombine.scratch(shape, experts, native)
 
 
 class Sparsifying(Reduction):
@@ -56,41 +54,46 @@ class Sparsifying(Reduction):
         self._before = [0.0] * len(action.weights)  # L1 norms
         self._after = [0.0] * len(action.weights)
         self._factors = [1.0] * len(action.weights)
-        self._bits: dict[int, Any] = {}  # by the number of a range's first element
+        self._bits: dict[int, ArrayLike] = {}  # by the number of a piece's first element
 
     @abstractmethod
-    def masks(self, part: Part) -> Kept:
-        """What is kept of a range, with the norms."""
+    def masks(self, run: Run, rows: Rows) -> TaskMasks:
+        """Masks of a piece, with the norms."""
 
     @abstractmethod
-    def mask(self, part: Part) -> Any:
-        """The same for `Part.sparse_combine`."""
+    def mask(self, run: Run, rows: Rows) -> dict[str, Any]:
+        """Masks of a piece as arguments of the op sparse_combine: bits, or thresholds."""
 
-    def look(self, part: Part) -> Any:
-        return self.masks(part)
+    def map(self, run: Run, rows: Rows) -> Any:
+        return self.masks(run, rows)
 
-    def finite(self, seen: Any) -> bool:
-        return math.isfinite(seen.before.sum())
+    def finite(self, mapped: Any) -> bool:
+        return math.isfinite(mapped.before.sum())
 
-    def take(self, first: int, seen: Any) -> None:
-        self._bits[first] = seen.bits
-        self._before = [a + b for a, b in zip(self._before, seen.before.tolist(), strict=True)]
-        self._after = [a + b for a, b in zip(self._after, seen.after.tolist(), strict=True)]
+    def add(self, first: int, mapped: Any) -> None:
+        self._bits[first] = mapped.bits
+        self._before = [a + b for a, b in zip(self._before, mapped.before.tolist(), strict=True)]
+        self._after = [a + b for a, b in zip(self._after, mapped.after.tolist(), strict=True)]
 
-    def settle(self) -> None:
+    def end_pass(self) -> None:
         norms = zip(self._before, self._after, strict=True)
         self._factors = [1.0 if min(pair) < _SMALL_NORM else pair[0] / pair[1] for pair in norms]
 
-    def merge(self, part: Part) -> Any:
-        action = self._action
-        held = of_part(part, self._bits)
-        return part.sparse_combine(
-            action.weights,
-            mask=part.join(held) if held else self.mask(part),
-            factors=self._factors,
-            elect=action.elect,
-            normalize=action.normalize,
-            scale=action.scale,
+    def merge(self, run: Run, rows: Rows) -> ArrayLike:
+        action, held = self._action, rows.held(self._bits)
+        return run(
+            SparseCombine(
+                rows.base,
+                rows.experts,
+                action.weights,
+                rows.out_dtype,
+                **({"bits": join(held, axis=1)} if held else self.mask(run, rows)),
+                factors=self._factors,
+                elect=action.elect,
+                normalize=action.normalize,
+                scale=action.scale,
+                out=rows.out,
+            )
         )
 
 
@@ -117,7 +120,7 @@ class KeepMagnitudes(MergeSparse):
         begin = min(int(first * numel), numel - kept)
         return (0, 0) if self.zeroes_small and begin == 0 else (begin, begin + kept)
 
-    def reduction(self, shape: tuple[int, ...], experts: int) -> Reduction:
+    def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
         return Selecting(self, shape)
 
     def passes(self, shape: tuple[int, ...]) -> int:
@@ -127,16 +130,19 @@ class KeepMagnitudes(MergeSparse):
         numel = math.prod(shape)
         return passes_to_select(numel, [rank for ranks in self.ranks(numel) for rank in ranks])
 
+    @property
+    def _selections(self) -> int:
+        return 2 if self.outliers else 1
+
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         selecting = 0
         if self._passes_to_select(shape):
-            of_task = len(ranges(shape)) * BYTES_OF_RANGE + SCRATCH_BYTES
-            selecting = (2 if self.outliers else 1) * experts * of_task
+            selecting = self._selections * experts * (len(ranges(shape)) * BYTES_OF_PIECE + SCRATCH_BYTES)
         return selecting + super().kept_bytes(shape, experts)
 
-    def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        tables = (2 if self.outliers else 1) * experts * SCRATCH_BYTES
-        return super().plain_bytes(shape, experts) + tables
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        tables = self._selections * experts * SCRATCH_BYTES if native else 0
+        return super().scratch(shape, experts, native) + tables
 
 
 class Selecting(Sparsifying):
@@ -151,43 +157,45 @@ class Selecting(Sparsifying):
         self._selections = [each for each in (self._kept, self._dropped) if each is not None]
         self._to_select = self.passes - action.rescale
 
-    def look(self, part: Part) -> Any:
+    def map(self, run: Run, rows: Rows) -> Any:
         if not self._to_select:
-            return super().look(part)
-        return [selection.count(part) for selection in self._selections]
+            return super().map(run, rows)
+        return [selection.count(run, Magnitudes.of(rows)) for selection in self._selections]
 
-    def finite(self, seen: Any) -> bool:
+    def finite(self, mapped: Any) -> bool:
         if not self._to_select:
-            return super().finite(seen)
-        return any(selection.finite(counts) for selection, counts in zip(self._selections, seen, strict=True))
+            return super().finite(mapped)
+        return any(selection.finite(counts) for selection, counts in zip(self._selections, mapped, strict=True))
 
-    def take(self, first: int, seen: Any) -> None:
+    def add(self, first: int, mapped: Any) -> None:
         if not self._to_select:
-            super().take(first, seen)
+            super().add(first, mapped)
             return
-        for selection, counts in zip(self._selections, seen, strict=True):
-            selection.take(first, counts)
+        for selection, counts in zip(self._selections, mapped, strict=True):
+            selection.add(first, counts)
 
-    def settle(self) -> None:
+    def end_pass(self) -> None:
         if not self._to_select:
-            super().settle()
+            super().end_pass()
             return
         for selection in self._selections:
-            selection.settle()
+            selection.end_pass()
         self._to_select -= 1
 
-    def look_at_all(self, whole: Part, parts: Sequence[Part]) -> None:
+    def add_whole(self, run: Run, whole: Rows, pieces: Sequence[Rows]) -> None:
         for selection in self._selections:
-            selection.find(whole)
+            selection.find(run, Magnitudes.of(whole))
         self.passes -= self._to_select
         self._to_select = 0
-        super().look_at_all(whole, parts)
+        super().add_whole(run, whole, pieces)
 
-    def masks(self, part: Part) -> Kept:
-        return part.magnitude_mask(self.mask(part))
+    def masks(self, run: Run, rows: Rows) -> TaskMasks:
+        return run(MagnitudeMask(rows.base, rows.experts, **self.mask(run, rows)))
 
-    def mask(self, part: Part) -> Between:
-        return Between(self._kept.of_range(part), None if self._dropped is None else self._dropped.of_range(part))
+    def mask(self, run: Run, rows: Rows) -> dict[str, Any]:
+        piece = Magnitudes.of(rows)
+        dropped = None if self._dropped is None else self._dropped.of_piece(run, piece)
+        return {"kept": self._kept.of_piece(run, piece), "dropped": dropped}
 
 
 @dataclass(frozen=True)
@@ -199,24 +207,15 @@ class KeepAtRandom(MergeSparse):
     keys: tuple[int, ...]
     label: ClassVar[str] = "keep at random"
 
-    def reduction(self, shape: tuple[int, ...], experts: int) -> Reduction:
+    def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
         return Drawing(self, shape)
 
     def passes(self, shape: tuple[int, ...]) -> int:
         return int(self.rescale)
 
-    def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        ranks = 0 if self.lowest == self.highest or not shape else _ROW_SCRATCH * shape[-1]
-        return super().plain_bytes(shape, experts) + ranks
-
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        cost = super().cost(shape, experts)
-        if self.lowest == self.highest:
-            return cost
-        columns = shape[-1] if shape else 1
-        rows = math.prod(shape) // max(1, columns)
-        at_once = min(-(-rows // _ROWS_OF_A_THREAD), _THREADS)
-        return Cost(cost.flops, cost.workspace + _ROW_SCRATCH * columns * at_once)
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        ranks = 0 if self.lowest == self.highest else RandomMask.scratch(shape, experts, native)
+        return super().scratch(shape, experts, native) + ranks
 
 
 class Drawing(Sparsifying):
@@ -226,8 +225,9 @@ class Drawing(Sparsifying):
         super().__init__(action, shape)
         self._draws = (action.lowest, action.highest, action.keys)
 
-    def masks(self, part: Part) -> Kept:
-        return part.random_mask(*self._draws, norms=True)
+    def masks(self, run: Run, rows: Rows) -> TaskMasks:
+        return run(RandomMask(rows.base, rows.experts, *self._draws, rows.first))
 
-    def mask(self, part: Part) -> Any:
-        return part.random_mask(*self._draws, norms=False).bits
+    def mask(self, run: Run, rows: Rows) -> dict[str, Any]:
+        masks = run(RandomMask(rows.base, rows.experts, *self._draws, rows.first, norms=False))
+        return {"bits": masks.bits}

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pymerge.methods.base import COMPAT, Action, Method, Parameter, Values
-from pymerge.methods.parts import Models
+from pymerge.methods.actions import Action
+from pymerge.methods.base import COMPAT, Method, Parameter, Values
+from pymerge.methods.rows import Vectors
 from pymerge.methods.span import InSpan, norms
 
 _SINGULAR = 1e-6  # of 1 + (T - 1) c: the base is kept
@@ -22,7 +23,7 @@ class ModelStockSum(InSpan):
 
     least_product: float = 0.0
     label: ClassVar[str] = "model stock"
-    models: ClassVar[Models] = Models(on_base=True)
+    which: ClassVar[Vectors] = Vectors(on_base=True)
 
     def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         models = dots.shape[-1]

@@ -1,13 +1,17 @@
-"""Where the k largest elements of each task vector end, found at once or in passes over row ranges."""
+"""Selection: where the k largest elements of each task vector end, found at once or in passes over pieces."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pymerge.common.arrays import ArrayLike
 from pymerge.common.shapes import exact
-from pymerge.methods.parts import Limits, Part
+from pymerge.methods.actions import Run
+from pymerge.methods.rows import Rows
+from pymerge.ops.magnitude_counts import MagnitudeCounts, last_kept
+from pymerge.ops.magnitude_place import MagnitudePlace
+from pymerge.ops.trim_threshold import Thresholds, TrimThreshold
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,9 +20,9 @@ if TYPE_CHECKING:
 _DIGIT = 16
 _LAST = 15  # of float32 keys
 _INFINITY = 0x7F800000  # its key; those of NaN are larger
-# What is kept of each range and task behind the last pass: how many elements have each value of the last digit.
-BYTES_OF_RANGE = 4 << _LAST
-# Counts of one range, and of all together.
+# Bytes kept of each piece and task behind the last pass: how many elements have each value of the last digit.
+BYTES_OF_PIECE = 4 << _LAST
+# Bytes of the counts of one piece, and of all together.
 SCRATCH_BYTES = 3 * 8 << _DIGIT
 
 
@@ -28,22 +32,45 @@ def digits(key_bits: int = 31) -> list[int]:
 
 
 def passes_to_select(numel: int, counts: Sequence[int]) -> int:
-    """How many passes over all ranges a `Selection` needs."""
+    """How many passes over all pieces a `Selection` needs."""
     return 0 if all(exact(numel, count) is not None for count in counts) else len(digits())
 
 
-class Selection:
-    """`trim_threshold` of a tensor that may be seen range by range: the same elements, of equal ones the first.
+class Magnitudes:
+    """The task vectors of some rows, or numbers of at least 0 that stand for them, to be selected by magnitude."""
 
-    Either `find` gets the whole tensor, or each pass counts all ranges, takes the counts in their order and is settled,
-    as often as `passes_to_select` says. Then `of_range` gives the thresholds of any range.
+    def __init__(self, base: ArrayLike | None, vectors: Sequence[ArrayLike], rows: Rows) -> None:
+        self.base = base
+        self.vectors = vectors
+        self.first = rows.first
+        self.numel = rows.numel
+
+    @classmethod
+    def of(cls, rows: Rows) -> Magnitudes:
+        """Those of |W_t - W_0|."""
+        return cls(rows.base, rows.experts, rows)
+
+    @classmethod
+    def scores(cls, scores: ArrayLike, rows: Rows, times: int = 1) -> Magnitudes:
+        """One number for each element of `rows`, as so many equal vectors."""
+        return cls(None, [scores] * times, rows)
+
+
+class Selection:
+    """The op trim_threshold on a tensor that may be seen piece by piece: the same elements, of equal ones the first.
+
+    Either `find` gets the whole tensor, or in each pass all pieces are counted, the counts added in their order and the
+    pass ended, as often as `passes_to_select` says. Then `of_piece` gives the thresholds of any piece.
+
+    Args:
+        numel: elements of the tensor.
+        counts: how many are selected of each task; None: `choose` tells it before the first pass ends, or anything is
+            found.
+        keys_only: nothing is selected, the key of the last element is wanted, even if that is the least of all.
+        bits: of the keys.
     """
 
     def __init__(self, numel: int, counts: Sequence[int | None], *, keys_only: bool = False, bits: int = 31) -> None:
-        """None as a count: `choose` tells it before the first pass is settled, or anything is found.
-
-        `keys_only`: nothing is selected, the key of the last element is wanted, even if that is the least of all.
-        """
         known = [None if count is None or keys_only else exact(numel, count) for count in counts]
         self._numel = numel
         self._keys_only = keys_only
@@ -55,7 +82,7 @@ class Selection:
         self._left = {task: counts[task] or 0 for task in self._open}
         self._digits = digits(bits)
         self._total: NDArray[Any] | None = None
-        self._of_ranges: list[tuple[int, NDArray[Any]]] = []  # number of the first element, counts of the last digit
+        self._of_pieces: list[tuple[int, NDArray[Any]]] = []  # number of the first element, counts of the last digit
         self._ties: dict[int, dict[int, tuple[int, int]]] = {}  # by task and first element: how many are taken, of all
 
     def choose(self, count: int) -> None:
@@ -66,18 +93,19 @@ class Selection:
             self._keys, self._ends = [known[0]], [known[1]]
             self._open, self._total = [], None
 
-    def find(self, whole: Part) -> None:
+    def find(self, run: Run, whole: Magnitudes) -> None:
         """Look at the whole tensor."""
         if self._open:
-            keys, ends = whole.trim_threshold([count or 0 for count in self._counts])
-            self._keys, self._ends = list(keys), list(ends)
+            found = run(TrimThreshold(whole.base, whole.vectors, [count or 0 for count in self._counts]))
+            self._keys, self._ends = found.keys.tolist(), found.ends.tolist()
 
-    def count(self, part: Part) -> NDArray[Any] | None:
-        """The magnitudes of a range."""
+    def count(self, run: Run, piece: Magnitudes) -> NDArray[Any] | None:
+        """How many elements of a piece have each value of this pass's digit; None where nothing is open."""
         if not self._open:
             return None
         bits, *lower = self._digits
-        return part.magnitude_counts(self._open, [self._keys[task] for task in self._open], sum(lower), bits)
+        vectors = [piece.vectors[task] for task in self._open]
+        return run(MagnitudeCounts(piece.base, vectors, [self._keys[task] for task in self._open], sum(lower), bits))
 
     def finite(self, counts: NDArray[Any] | None) -> bool:
         """Whether the counts of the first digit show that no task has NaN or infinity."""
@@ -85,35 +113,35 @@ class Selection:
             return False
         return not counts[:, _INFINITY >> _LAST :].any()
 
-    def take(self, first: int, counts: NDArray[Any] | None) -> None:
-        """Add what `count` gave for the next range."""
+    def add(self, first: int, counts: NDArray[Any] | None) -> None:
+        """Add what `count` gave for the next piece."""
         if counts is None:
             return
         if len(self._digits) == 1 and not self._keys_only:
-            self._of_ranges.append((first, counts.astype("uint32")))
+            self._of_pieces.append((first, counts.astype("uint32")))
         if self._total is None:
             self._total = counts
         else:
             self._total += counts
 
-    def settle(self) -> None:
-        """All ranges have been counted."""
+    def end_pass(self) -> None:
+        """Decide the digit that all pieces have been counted by."""
         if self._total is None:
             return
         bits = self._digits.pop(0)
         for index, task in enumerate(self._open):
-            digit, self._left[task], ties = _last_kept(self._total[index], self._left[task])
+            digit, self._left[task], ties = last_kept(self._total[index], self._left[task])
             self._keys[task] = (self._keys[task] << bits) | digit
             if not self._digits and self._left[task] < ties and not self._keys_only:
                 self._share(task, index, digit)
         self._total = None
         if not self._digits:
-            self._of_ranges = []
+            self._of_pieces = []
 
     def _share(self, task: int, index: int, digit: int) -> None:
         """Take of equal elements the first."""
         left, shares = self._left[task], {}
-        for first, counts in self._of_ranges:
+        for first, counts in self._of_pieces:
             ties = int(counts[index, digit])
             shares[first] = min(left, ties), ties
             left -= shares[first][0]
@@ -121,23 +149,17 @@ class Selection:
 
     @property
     def keys(self) -> Sequence[int]:
-        """Of the last elements that are selected, when all passes are settled."""
+        """Those of the last elements that are selected, when all passes have ended."""
         return self._keys
 
-    def of_range(self, part: Part) -> Limits:
-        """The thresholds of a range; indices count from its first element."""
-        numel = math.prod(part.shape)
-        ends = [min(max(end - part.first, 0), numel) for end in self._ends]
+    def of_piece(self, run: Run, piece: Magnitudes) -> Thresholds:
+        """The thresholds of a piece; indices count from its first element."""
+        import numpy as np
+
+        ends = [min(max(end - piece.first, 0), piece.numel) for end in self._ends]
         for task, shares in self._ties.items():
-            taken, ties = shares[part.first]
+            taken, ties = shares[piece.first]
             if taken < ties:
-                ends[task] = part.behind(task, self._keys[task], taken) if taken else 0
-        return Limits(self._keys, ends)
-
-
-def _last_kept(counts: NDArray[Any], left: int) -> tuple[int, int, int]:
-    """Value of a digit, from the top, in which the `left`-th element is; the elements taken of it, and all of it."""
-    from_top = counts[::-1].cumsum()
-    place = int(from_top.searchsorted(left))
-    ties = int(counts[len(counts) - 1 - place])
-    return len(counts) - 1 - place, left - (int(from_top[place]) - ties), ties
+                place = MagnitudePlace(piece.base, piece.vectors[task], self._keys[task], taken)
+                ends[task] = run(place) if taken else 0
+        return Thresholds(np.array(self._keys, np.int64), np.array(ends, np.int64))

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from pymerge.common.shapes import Axis
 from pymerge.errors import ArgumentError
-from pymerge.methods.base import Action, BaseOptional, Method, Parameter, Values
-from pymerge.methods.linear import WEIGHT, Scaled, normalised
-from pymerge.methods.parts import Models
+from pymerge.methods.actions import Action, scaled
+from pymerge.methods.base import BaseOptional, Method, Parameter, Values
+from pymerge.methods.linear import WEIGHT, normalised
+from pymerge.methods.rows import Vectors
 from pymerge.methods.span import InSpan, norms
 
 _SLERP_LINEAR = 0.9995  # |cos| above which slerp interpolates linearly
@@ -29,7 +30,7 @@ class SlerpSum(InSpan):
 
     t: float = 0.5
     label: ClassVar[str] = "slerp"
-    models: ClassVar[Models] = Models(with_base=True)
+    which: ClassVar[Vectors] = Vectors(with_base=True)
 
     def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         lengths = norms(dots)
@@ -47,8 +48,8 @@ class NuSlerpSum(InSpan):
     label: ClassVar[str] = "nuslerp"
 
     @property
-    def vectors(self) -> Models:
-        return Models(on_base=self.on_deltas)
+    def vectors(self) -> Vectors:
+        return Vectors(on_base=self.on_deltas)
 
     def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         lengths = norms(dots).clip(min=_NUSLERP_NORM)
@@ -73,8 +74,8 @@ class MultiSlerpSum(InSpan):
     label: ClassVar[str] = "multislerp"
 
     @property
-    def vectors(self) -> Models:
-        return Models(on_base=self.on_deltas)
+    def vectors(self) -> Vectors:
+        return Vectors(on_base=self.on_deltas)
 
     def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         shares = np.array(self.shares)
@@ -104,8 +105,8 @@ class KarcherSum(InSpan):
     label: ClassVar[str] = "karcher"
 
     @property
-    def vectors(self) -> Models:
-        return Models(with_base=self.with_base)
+    def vectors(self) -> Vectors:
+        return Vectors(with_base=self.with_base)
 
     def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         lengths = norms(dots)[0]
@@ -219,7 +220,7 @@ class MultiSlerp(BaseOptional):
 
     def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
         if experts == 1:
-            return Scaled()
+            return scaled()
         weights = values.model["weight"]
         shares = normalised(weights) if values.merge["normalize_weights"] else weights
         return MultiSlerpSum(shares=shares, eps=values.merge["eps"], on_deltas=self.needs_base)
@@ -243,7 +244,7 @@ class Karcher(BaseOptional):
 
     def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
         if experts == 1 and not self.needs_base:
-            return Scaled()
+            return scaled()
         return KarcherSum(max_iter=values.merge["max_iter"], tol=values.merge["tol"], with_base=self.needs_base)
 
 

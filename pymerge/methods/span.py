@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pymerge.common.shapes import BLOCK, Axis, vector_shape
-from pymerge.methods.base import Cost
-from pymerge.methods.parts import SUM_ELEMENTS, Models, Part
-from pymerge.methods.reduce import Reducing, Reduction
+from pymerge.common.arrays import ArrayLike
+from pymerge.common.shapes import Axis, vector_shape
+from pymerge.methods.actions import Reduce, Run
+from pymerge.methods.reduce import Reduction
+from pymerge.methods.rows import Rows, Vectors
+from pymerge.ops.combine import Combine
+from pymerge.ops.combine_vectors import CombineVectors
+from pymerge.ops.task_dots import TaskDots
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# What PyTorch's form of `combine` needs for each element: a float32 accumulator, the upcast input and their difference;
-# the block's result.
-_COMBINE_SCRATCH_ITEMS = 4
-
 
 @dataclass(frozen=True)
-class InSpan(Reducing):
+class InSpan(Reduce):
     """sum_t c_gt v_t for each vector g, where c is a function of the inner products <v_s, v_t> alone.
 
     One pass over the inputs for the inner products, one for the sum. What iterates does so on T numbers.
@@ -29,22 +30,22 @@ class InSpan(Reducing):
 
     axis: Axis = "whole"
 
-    models: ClassVar[Models] = Models()
+    which: ClassVar[Vectors] = Vectors()
 
     @property
-    def vectors(self) -> Models:
-        """What the v_t are."""
-        return self.models
+    def vectors(self) -> Vectors:
+        """Which tensors the v_t are."""
+        return self.which
 
     @abstractmethod
     def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         """c, [G, T] float64, from the inner products, [G, T, T] float64."""
 
     @property
-    def plain(self) -> bool:
+    def native(self) -> bool:
         return self.axis == "whole"
 
-    def reduction(self, shape: tuple[int, ...], experts: int) -> Reduction:
+    def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
         return InnerProducts(self, shape)
 
     def passes(self, shape: tuple[int, ...]) -> int:
@@ -55,39 +56,40 @@ class InSpan(Reducing):
         # Inner products, weights, and what these are computed from.
         return 3 * 8 * (columns if self.axis == "columns" else rows) * (experts + 1) ** 2
 
-    def plain_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        return 0
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
+        models = experts + 1
+        return (models + 3) * models * math.prod(shape)
 
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items, models = math.prod(shape), experts + 1
-        blocks = min(items, BLOCK) * 8 * 3 * models  # float64 copies, and those of the product
-        sums = 4 * _COMBINE_SCRATCH_ITEMS * min(items, SUM_ELEMENTS)
-        turned = 4 * items * models if self.axis == "columns" else 0
-        return Cost((models + 3) * models * items, blocks + sums + turned + self.kept_bytes(shape, experts))
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        if native:
+            return 0
+        turned = 4 * math.prod(shape) * (experts + 1) if self.axis == "columns" else 0
+        ops = TaskDots.scratch(shape, experts, native) + Combine.scratch(shape, experts, native)
+        return ops + turned + self.kept_bytes(shape, experts)
 
 
 class InnerProducts(Reduction):
-    """The inner products of all ranges, and then the weights."""
+    """The inner products of all pieces, and then the weights."""
 
     def __init__(self, action: InSpan, shape: tuple[int, ...]) -> None:
         self._action = action
-        self._by_rows = action.axis == "rows" and len(shape) > 1  # each range has vectors of its own
+        self._by_rows = action.axis == "rows" and len(shape) > 1  # each piece has vectors of its own
         self._inner = math.prod(shape[1:-1])  # vectors of a row, by rows
         self._found: list[NDArray[Any]] = []
         self._weights: NDArray[Any] | None = None
 
-    def look(self, part: Part) -> NDArray[Any]:
-        return part.task_dots(self._action.vectors, self._action.axis)
+    def map(self, run: Run, rows: Rows) -> NDArray[Any]:
+        return run(TaskDots(*rows.vectors(self._action.vectors), self._action.axis))
 
-    def finite(self, seen: NDArray[Any]) -> bool:
+    def finite(self, mapped: NDArray[Any]) -> bool:
         import numpy as np
 
-        return bool(np.isfinite(seen).all())
+        return bool(np.isfinite(mapped).all())
 
-    def take(self, first: int, seen: NDArray[Any]) -> None:
-        self._found = [*self._found, seen] if self._by_rows or not self._found else [self._found[0] + seen]
+    def add(self, first: int, mapped: NDArray[Any]) -> None:
+        self._found = [*self._found, mapped] if self._by_rows or not self._found else [self._found[0] + mapped]
 
-    def settle(self) -> None:
+    def end_pass(self) -> None:
         import numpy as np
 
         dots = np.concatenate(self._found)
@@ -96,14 +98,29 @@ class InnerProducts(Reduction):
             weights = self._action.weights(dots)
         self._weights = np.where(np.isfinite(dots).all(-1), weights, math.nan)
 
-    def merge(self, part: Part) -> Any:
-        weights = self._weights
+    def merge(self, run: Run, rows: Rows) -> ArrayLike:
+        weights, action = self._weights, self._action
         assert weights is not None
-        if len(weights) == 1:
-            return part.combine(self._action.vectors, weights[0].tolist())
-        if self._by_rows:
-            weights = weights[part.row * self._inner : (part.row + part.shape[0]) * self._inner]
-        return part.combine_vectors(self._action.vectors, weights, self._action.axis)
+        origin, tensors = rows.vectors(action.vectors)
+        if len(weights) > 1:
+            if self._by_rows:
+                weights = weights[rows.row * self._inner : (rows.row + rows.shape[0]) * self._inner]
+            return run(CombineVectors(origin, tensors, weights, action.axis, rows.out_dtype, rows.out))
+        shares = weights[0].tolist()
+        nearer = None if action.vectors.on_base else _nearer(shares)
+        if nearer is not None:
+            origin, tensors, shares = tensors[nearer], [tensors[1 - nearer]], [shares[1 - nearer]]
+        return run(Combine(origin, tensors, shares, rows.out_dtype, rows.out))
+
+
+def _nearer(weights: Sequence[float]) -> int | None:
+    """The number of the model that a sum of two starts at if their weights add up to 1.
+
+    Equal models, and weights of 0 and 1, then give the very values of a model.
+    """
+    if len(weights) != 2 or sum(weights) != 1.0:
+        return None
+    return 0 if weights[0] >= weights[1] else 1
 
 
 def norms(dots: NDArray[Any]) -> NDArray[Any]:

@@ -3,55 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pymerge.common.shapes import BLOCK, key_of
+from pymerge.common.shapes import key_of
 from pymerge.errors import ArgumentError
-from pymerge.methods.base import Action, Cost, Method, OpRunner, Parameter, Values
-from pymerge.methods.linear import AddTaskVectors, normalised
-from pymerge.methods.masks import BLOCK_SCRATCH, KeepAtRandom, KeepMagnitudes
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from pymerge.methods.actions import Action, Elementwise, add_task_vectors
+from pymerge.methods.base import Method, Parameter, Values
+from pymerge.methods.linear import normalised
+from pymerge.methods.masks import KeepAtRandom, KeepMagnitudes
+from pymerge.methods.rows import Rows
+from pymerge.ops.sparse_combine import SparseCombine
 
 Sparsifier = Literal["magnitude", "magnitude_outliers", "random", "della_magprune"]
 
 
 @dataclass(frozen=True)
-class ElectSigns(Action):
+class ElectSigns(Elementwise):
     """W_0 + scale * the sum, for each element, of the w_t tau_t that have the sign of sum_t w_t tau_t."""
 
     weights: tuple[float, ...]
     normalize: bool
     scale: float
     label: ClassVar[str] = "elect signs"
-    chunkable: ClassVar[bool] = True
 
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        merged: Tensor = run_op(
-            "sparse_combine",
-            base,
-            experts,
+    def op(self, rows: Rows) -> SparseCombine:
+        return SparseCombine(
+            rows.base,
+            rows.experts,
             self.weights,
-            out_dtype,
+            rows.out_dtype,
             elect=True,
             normalize=self.normalize,
             scale=self.scale,
+            out=rows.out,
         )
-        return merged
 
     @property
     def shows_nonfinite(self) -> bool:
         return True
 
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
-        items = math.prod(shape)
-        return Cost(6 * experts * items, BLOCK_SCRATCH * min(items, BLOCK))
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
+        return 6 * experts * math.prod(shape)
+
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        return SparseCombine.scratch(shape, experts, native)
 
 
 class SparseMethod(Method):
@@ -90,7 +86,7 @@ class SparseMethod(Method):
         if all(density == 1.0 for density in densities):
             if self._elect:
                 return ElectSigns(weights, normalize, scale)
-            return AddTaskVectors(tuple(scale * weight for weight in weights))
+            return add_task_vectors([scale * weight for weight in weights])
         shared = (weights, self._elect, normalize, values.merge["rescale"], scale)
         if self._sparsifier == "magnitude":
             return KeepMagnitudes(*shared, (0.0,) * experts, densities, False, False)

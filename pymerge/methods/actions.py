@@ -1,0 +1,173 @@
+"""Actions: what is done to one tensor, of four kinds. Combine is data; the others say which ops to run."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+from pymerge.common.arrays import ArrayLike
+from pymerge.ops import combine as sums
+from pymerge.ops._op import Op
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pymerge.methods.reduce import Reduction
+    from pymerge.methods.rows import Rows
+
+Result = TypeVar("Result")
+# Of what a reduction adds up: one tensor, or all tensors of the model that have the same action.
+Scope = Literal["tensor", "model"]
+
+
+class Run(Protocol):
+    """Runs an op on the chosen backend (pymerge.backends.runner)."""
+
+    def __call__(self, op: Op[Result], /) -> Result: ...
+
+
+class Action(ABC):
+    """What is done to one tensor. Frozen dataclasses: equal actions do the same."""
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        raise NotImplementedError
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        """Whether NaN or infinity in an input is NaN or infinity in the result: then the result alone is looked at."""
+        return False
+
+    @abstractmethod
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
+        """Floating-point operations on a tensor of this shape, a multiply-add counted as two."""
+
+    @abstractmethod
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        """Bytes beside inputs and output that a piece of this shape needs: in native code on arrays, or on tensors."""
+
+    @property
+    def minds_delta_size(self) -> bool:
+        """Whether `remark` has something to say for some sizes: then a few rows are read when the plan is made."""
+        return False
+
+    def remark(self, delta_rms: float) -> str | None:
+        """What a user should know before merging deltas of this root mean square, with the remedy."""
+        return None
+
+
+@dataclass(frozen=True)
+class Combine(Action):
+    """(sum_t w_t W_t) / divisor, or W_0 + (sum_t w_t tau_t) / divisor `on_base`; on any rows of a tensor.
+
+    Without weights it copies the only tensor that is read, bit for bit where the dtype stays.
+    """
+
+    weights: tuple[float, ...] = ()
+    divisor: float = 1.0
+    on_base: bool = False
+    label: str = "weighted sum"
+
+    def op(self, rows: Rows) -> sums.Combine:
+        """The op; only of actions with weights."""
+        base = rows.base if self.on_base else None
+        return sums.Combine(base, rows.experts, self.weights, rows.out_dtype, rows.out, self.divisor)
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return all(self.weights)
+
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
+        return (3 if self.on_base else 2) * len(self.weights) * math.prod(shape)
+
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        return sums.Combine.scratch(shape, experts, native) if self.weights else 0
+
+
+class Elementwise(Action):
+    """One op, whose result at an element depends on the inputs there alone; on any rows of a tensor."""
+
+    @abstractmethod
+    def op(self, rows: Rows) -> Op[ArrayLike]:
+        """The op that merges these rows."""
+
+
+class Reduce(Action):
+    """Passes over all pieces that add up what decides the merge, and one that merges, piece by piece.
+
+    The pieces depend on the shape alone (pymerge.methods.reduce.ranges): sums over them are rounded the same whether
+    the tensor is in memory or is read again for each pass.
+    """
+
+    scope: Scope = "tensor"
+
+    @abstractmethod
+    def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
+        """The state of a merge of one tensor of this shape, before its first pass."""
+
+    @abstractmethod
+    def passes(self, shape: tuple[int, ...]) -> int:
+        """How many passes come before the one that merges."""
+
+    @abstractmethod
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """Bytes of the state of one tensor between two of its pieces."""
+
+    @property
+    def native(self) -> bool:
+        """Whether native code has all of its ops for arrays."""
+        return True
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return True
+
+
+class Solve(Action):
+    """Work on whole matrices, d_out x d_in, one of a stack after the other; on tensors of PyTorch."""
+
+    @abstractmethod
+    def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
+        """The merged matrix, in the dtype of this code."""
+
+
+class SolveTogether(Solve):
+    """Work on matrices that is cheaper for several of one shape at once."""
+
+    @abstractmethod
+    def run_batch(
+        self, run: Run, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str
+    ) -> list[Tensor]:
+        """The merged matrices of L layers, each what `run` gives, bit for bit.
+
+        Args:
+            bases: L matrices W_0 of one shape, dtype and device.
+            experts: for each of them its T matrices W_t, task t of the same dtype in all layers.
+        """
+
+    def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
+        return self.run_batch(run, [base], [experts], out_dtype)[0]
+
+
+def copy() -> Combine:
+    """The base's tensor as it is."""
+    return Combine(on_base=True, label="copy")
+
+
+def scaled(factor: float = 1.0) -> Combine:
+    """The only model, times a number; with 1, bit for bit."""
+    return Combine(() if factor == 1.0 else (factor,), label="scale")
+
+
+def add_task_vectors(weights: Sequence[float], divisor: float = 1.0) -> Combine:
+    """W_0 + (sum_t w_t tau_t) / divisor."""
+    return Combine(tuple(weights), divisor, on_base=True, label="add task vectors")
+
+
+def mean_of_tasks(experts: int) -> Combine:
+    """W_0 + (1/T) sum_t tau_t, the average of the fine-tuned weights."""
+    return add_task_vectors((1.0,) * experts, float(experts))
