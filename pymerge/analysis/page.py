@@ -18,7 +18,7 @@ from pymerge.common.names import role
 from pymerge.common.units import format_bytes, format_flops
 from pymerge.errors import OutputError
 from pymerge.output.files import atomic_write
-from pymerge.planner.build import Plan
+from pymerge.planner.plan import Plan
 
 PAGE_NAME, DATA_NAME = "index.html", "report.json"
 _WORST = 20  # tensors listed

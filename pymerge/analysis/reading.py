@@ -20,7 +20,7 @@ from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.common.torch_dtypes import upcast
 from pymerge.config.merge_config import participants
 from pymerge.errors import ArgumentError, NonFiniteError, PlanError
-from pymerge.planner.build import Plan
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 # Elements of a range: in float32, with the differences of all tasks, some MiB a task.

@@ -15,7 +15,7 @@ from pymerge.common.units import format_bytes, format_flops
 from pymerge.methods import METHODS
 from pymerge.methods.base import Parameter
 from pymerge.methods.linear import element_count
-from pymerge.planner.build import Plan
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 

@@ -22,8 +22,9 @@ from pymerge.output.files import MANIFEST_NAME
 from pymerge.output.identity import differences
 from pymerge.output.manifest import read_manifest
 from pymerge.planner import budget as memory
-from pymerge.planner.build import Plan, build_plan
+from pymerge.planner.build import build_plan
 from pymerge.planner.jobs import slots
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 # What `pymerge verify` need not know: the output's division into files is checked against its manifest.

@@ -12,7 +12,7 @@ import yaml
 from pymerge import env
 from pymerge.common.units import format_bytes
 from pymerge.engine.trace import StepTime
-from pymerge.planner.build import Plan
+from pymerge.planner.plan import Plan
 
 RECIPE_NAME = "pymerge_config.yml"
 

@@ -24,8 +24,9 @@ from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout
 from pymerge.output.manifest import build_manifest, read_manifest, verify
 from pymerge.planner import budget as memory
-from pymerge.planner.build import Plan
-from pymerge.planner.jobs import batches, fit
+from pymerge.planner.fit import fit
+from pymerge.planner.jobs import batches
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 if TYPE_CHECKING:

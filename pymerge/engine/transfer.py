@@ -21,7 +21,8 @@ from pymerge.common.torch_dtypes import TORCH_DTYPES
 from pymerge.engine.buffers import Buffers
 from pymerge.engine.trace import Tracer
 from pymerge.methods.linear import element_count
-from pymerge.planner.jobs import Slot, staging_bytes
+from pymerge.planner.fit import staging_bytes
+from pymerge.planner.jobs import Slot
 from pymerge.planner.pieces import Piece
 
 # Bytes of memory on the CPU that may wait for a tensor of its size, while others are mapped.

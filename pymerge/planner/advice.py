@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from pymerge.checkpoint.reader import Reader
-from pymerge.planner.build import Plan
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 # Rows read of each tensor: their root mean square is within some percent of the tensor's.

@@ -29,8 +29,9 @@ from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout, layout_file
 from pymerge.planner.advice import delta_warnings
 from pymerge.planner.budget import Budget, budget
-from pymerge.planner.build import DEFAULT_SHARD_BYTES, Plan, build_plan
-from pymerge.planner.jobs import fit
+from pymerge.planner.build import DEFAULT_SHARD_BYTES, build_plan
+from pymerge.planner.fit import fit
+from pymerge.planner.plan import Plan
 from pymerge.wemoe.config import expert_names, load_build_config
 from pymerge.wemoe.find_mlps import empty_model, find_mlps
 from pymerge.wemoe.router import make_router, router_count
