@@ -10,7 +10,7 @@ from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, is_float8
-from pymerge.config.merge_config import MergeConfig, participants, resolve
+from pymerge.config.merge_config import MergeConfig, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
 from pymerge.methods.base import Action, Method, Values
@@ -20,7 +20,8 @@ from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange
 from pymerge.planner.budget import Budget
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
-from pymerge.planner.inputs import Part, listed, match_tensors, open_inputs
+from pymerge.planner.inputs import open_inputs
+from pymerge.planner.match import Section, listed, match_tensors
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 from pymerge.planner.tokens import align
@@ -62,7 +63,7 @@ def build_plan(
         f"{config.name}: layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
         for pattern in unused_rules(layers, config.rules)
     ]
-    matched = assembly.match(layers, problems) if assembly else match_tensors(inputs, layers, config, problems)
+    matched = assembly.match(layers, problems) if assembly else match_tensors(inputs, layers, config, method, problems)
     if problems:
         raise PlanError(problems)
     names, warnings = matched.names, matched.warnings
@@ -86,7 +87,7 @@ def build_plan(
         for tensor in shard.tensors:
             layer, entry = layers[tensor.name], donor.tensors[tensor.name]
             try:
-                action, experts, values = _action(aligned.parts[tensor.name], method, tensor.name, layer)
+                action, experts, values = _action(aligned.sections[tensor.name], method, tensor.name, layer)
             except (ArgumentError, ConfigError) as error:
                 wrong.setdefault(str(error), []).append(tensor.name)
                 continue
@@ -128,18 +129,17 @@ def build_plan(
 
 
 def _action(
-    part: Part, method: Method, name: str, layer: Layer
+    section: Section, method: Method, name: str, layer: Layer
 ) -> tuple[Action, tuple[TensorEntry, ...], Values | None]:
     """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
-    if layer.kind is Kind.BUFFER or not part.experts:
+    if layer.kind is Kind.BUFFER or not section.experts:
         return Copy(), (), None
-    chosen = participants(part.config, method)
-    names = part.input_names(name, layer)
-    values = resolve(part.config, method, name, part.positions[name], chosen, names)
-    action = method.action(name, layer.solvable, values, len(part.experts))
+    names = section.input_names(name, layer)
+    values = resolve(section.config, method, name, section.positions[name], section.participants, names)
+    action = method.action(name, layer.solvable, values, len(section.experts))
     if isinstance(action, Copy):
         return action, (), values
-    return action, tuple(expert.tensors[name] for expert in part.experts), values
+    return action, tuple(expert.tensors[name] for expert in section.experts), values
 
 
 def _output_dtype(entry: TensorEntry, layer: Layer, wanted: str | None) -> str:

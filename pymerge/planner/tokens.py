@@ -15,7 +15,8 @@ from pymerge.checkpoint.model_files import carried_files
 from pymerge.config.merge_config import MergeConfig, hub_reference, model_path, participants
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.methods.base import Method
-from pymerge.planner.inputs import Inputs, Matched, Part
+from pymerge.planner.inputs import Inputs
+from pymerge.planner.match import Matched, Section
 from pymerge.tokenizers.files import Files, Vocabulary, read_files, read_json, read_vocabularies, read_vocabulary
 from pymerge.tokenizers.output import tokenizer_files, union, with_tokens, without_rows_beyond
 from pymerge.tokenizers.planned import TokenPlan, describe_rows, plan_files
@@ -32,10 +33,10 @@ _ID_SUFFIX = "_token_id"
 
 @dataclass(frozen=True)
 class Aligned:
-    """Inputs whose token tables all have the output's vocabulary, and the parts of the output that read them."""
+    """Inputs whose token tables all have the output's vocabulary, and the sections of the output that read them."""
 
     inputs: Inputs
-    parts: Mapping[str, Part]
+    sections: Mapping[str, Section]
     tokens: TokenPlan
 
 
@@ -71,7 +72,7 @@ def align(matched: Matched, layers: Mapping[str, Layer], config: MergeConfig, me
     settings = config.tokenizer
     inputs, names, warnings = matched.inputs, matched.names, matched.warnings
     if settings is None and config.chat_template is None:
-        return Aligned(inputs, matched.parts, TokenPlan())
+        return Aligned(inputs, matched.sections, TokenPlan())
     assembled = bool(config.slices or config.modules)
     models = _assembled_models(inputs, config) if assembled else _named_models(inputs, config, method)
     template = _template(config, models, warnings)
@@ -79,7 +80,7 @@ def align(matched: Matched, layers: Mapping[str, Layer], config: MergeConfig, me
     if settings is not None and assembled:
         _check_same(models, settings, config)
     if settings is None or assembled:
-        return Aligned(inputs, matched.parts, plan_files(tokenizer_files(None, carried, template), carried))
+        return Aligned(inputs, matched.sections, plan_files(tokenizer_files(None, carried, template), carried))
     token_models, tables = _token_models(models, layers, names, settings, warnings)
     source = _source(config, settings, token_models)
     output = source.vocabulary
@@ -105,8 +106,8 @@ def align(matched: Matched, layers: Mapping[str, Layer], config: MergeConfig, me
         lines.append(f"  {model.folder}: {size}; {describe_rows(found, number)}")
     tokens = plan_files(written, carried, keys, lines, maps)
     inputs = _gathered(inputs, models, tables, maps)
-    parts = {name: replace(part, experts=inputs.experts) for name, part in matched.parts.items()}
-    return Aligned(inputs, parts, tokens)
+    sections = {name: replace(section, experts=inputs.experts) for name, section in matched.sections.items()}
+    return Aligned(inputs, sections, tokens)
 
 
 def _named_models(inputs: Inputs, config: MergeConfig, method: Method) -> list[_Named]:
