@@ -16,6 +16,7 @@ from pymerge.common.events import event
 from pymerge.common.names import printable
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.engine import streams
+from pymerge.engine.memory import peak_resident_bytes
 from pymerge.engine.report import RECIPE_NAME, MergeReport, model_card
 from pymerge.engine.streams import Streams
 from pymerge.engine.trace import Times, Tracer
@@ -23,7 +24,7 @@ from pymerge.errors import OutputError
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout
 from pymerge.output.manifest import build_manifest, read_manifest, verify
-from pymerge.planner import budget as memory
+from pymerge.planner.budget import Budget, budget
 from pymerge.planner.fit import fit
 from pymerge.planner.jobs import batches
 from pymerge.planner.plan import Plan
@@ -166,7 +167,7 @@ def run(
         if resumed:
             event("resumed", f"kept {resumed} finished shards of an interrupted run", shards=sorted(kept))
         unfinished = [step for step in plan.steps if step.file not in kept]
-        budget, steps = _budgeted(plan, unfinished, target)
+        allowed, steps = _budgeted(plan, unfinished, target)
         read = sum(step.bytes_read for step in steps)
         written = sum(step.nbytes for step in steps)
         if supplement is not None:
@@ -175,13 +176,13 @@ def run(
         executor: Executor
         options = {"allow_nonfinite": plan.config.allow_nonfinite, "keeps_cache": keeps_cache}
         if run_op is None:
-            limit = min(budget.tensors, plan.peak_memory)
+            limit = min(allowed.tensors, plan.peak_memory)
             executor = Streams(steps, limit, reader, output, tracer, progress, **options)
         else:
             from pymerge.engine.pipeline import Pipeline
 
-            queue = batches(steps, budget)
-            executor = Pipeline(queue, budget.tensors, run_op, reader, output, tracer, progress, **options)
+            queue = batches(steps, allowed)
+            executor = Pipeline(queue, allowed.tensors, run_op, reader, output, tracer, progress, **options)
         try:
             executor.run()
             if supplement is not None:
@@ -203,8 +204,8 @@ def run(
         writing=executor.times.writing,
         overlap=tracer.overlap,
         slowest=tracer.slowest(),
-        budget=budget.tensors,
-        peak_memory=memory.peak_resident_bytes(),
+        budget=allowed.tensors,
+        peak_memory=peak_resident_bytes(),
         peak_device_memory=_peak_device_memory(target),
         backends=executor.backends,
         warnings=plan.warnings,
@@ -241,12 +242,12 @@ def _log_plan(plan: Plan, backend: str, device: Device) -> None:
         event("warning", warning, level=WARNING)
 
 
-def _budgeted(plan: Plan, steps: Sequence[Step], target: Device) -> tuple[memory.Budget, Sequence[Step]]:
+def _budgeted(plan: Plan, steps: Sequence[Step], target: Device) -> tuple[Budget, Sequence[Step]]:
     """The plan's budget and steps; made again if the plan was made for another kind of device."""
     if plan.budget.device == target.type:
         return plan.budget, steps
-    budget = memory.budget(target)
-    return budget, fit(steps, budget)
+    allowed = budget(target)
+    return allowed, fit(steps, allowed)
 
 
 def _refuse_inputs(plan: Plan, out: Path) -> None:
@@ -317,7 +318,7 @@ def _verified(plan: Plan, out: Path, nbytes: int, started: float, progress: Prog
         computing=0.0,
         writing=0.0,
         budget=plan.budget.tensors,
-        peak_memory=memory.peak_resident_bytes(),
+        peak_memory=peak_resident_bytes(),
         peak_device_memory=0,
         warnings=plan.warnings,
         already_done=True,

@@ -45,7 +45,7 @@ class _Draft:
 
 @dataclass(frozen=True)
 class Assembly:
-    """An output's sections as drafts. `inputs.donor` has its names, with shapes and dtypes of the donor's own layers."""
+    """Drafts of all sections. `inputs.donor` has its names, with shapes and dtypes of the donor's own layers."""
 
     config: MergeConfig
     method: Method

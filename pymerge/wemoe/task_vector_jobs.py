@@ -15,12 +15,12 @@ from pymerge.checkpoint.finite import is_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.progress import ProgressSink
 from pymerge.common.torch_dtypes import code_of, upcast
+from pymerge.engine.memory import Heap
 from pymerge.engine.trace import Tracer
 from pymerge.errors import NonFiniteError
 from pymerge.ops._op import compute_dtype, task_vector
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import layout_file
-from pymerge.planner.budget import Heap
 from pymerge.planner.jobs import READ_THREADS
 from pymerge.planner.window import SMALL_BYTES
 from pymerge.wemoe.task_vector_layout import CHUNK_ELEMENTS, Parameter, TaskVectorFile
