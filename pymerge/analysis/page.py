@@ -14,10 +14,10 @@ from pymerge import env
 from pymerge.analysis.charts import heat_map, line_chart
 from pymerge.analysis.findings import findings, percent
 from pymerge.analysis.measures import Analysis, Spectrum, TensorMeasures, cosines
+from pymerge.common.files import atomic_write
 from pymerge.common.names import role
 from pymerge.common.units import format_bytes, format_flops
 from pymerge.errors import OutputError
-from pymerge.output.files import atomic_write
 from pymerge.planner.plan import Plan
 
 PAGE_NAME, DATA_NAME = "index.html", "report.json"

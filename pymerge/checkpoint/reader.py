@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.gathered_entry import GatheredEntry, Run
-from pymerge.checkpoint.safetensors_file import TensorEntry, shorten
+from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.common.names import shorten
 from pymerge.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:

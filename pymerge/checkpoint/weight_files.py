@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.model_files import WEIGHT_SUFFIXES, is_weight_file
-from pymerge.checkpoint.safetensors_file import (
-    Header,
-    first_few,
-    parse_json_object,
-    read_header,
-    read_text_file,
-    shorten,
-)
+from pymerge.checkpoint.safetensors_file import Header, read_header
+from pymerge.common.files import parse_json_object, read_text_file
+from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
 
 CONVERT = "convert it with transformers (from_pretrained, then save_pretrained, which writes safetensors)"

@@ -23,7 +23,8 @@ from pymerge.engine.trace import Times, Tracer
 from pymerge.errors import OutputError
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout
-from pymerge.output.manifest import build_manifest, read_manifest, verify
+from pymerge.output.manifest import build_manifest, read_manifest
+from pymerge.output.verify import verify
 from pymerge.planner.budget import Budget, budget
 from pymerge.planner.fit import fit
 from pymerge.planner.jobs import batches
@@ -145,9 +146,7 @@ def run(
         keeps_cache = plan.budget.keeps_cache(plan.bytes_input + plan.bytes_written + sum(supplement.cost(frozenset())))
     manifest = read_manifest(out)
     if manifest is not None and manifest["identity"] == identity and not overwrite:
-        shards = manifest["shards"].values()
-        nbytes = sum(tensor["nbytes"] for shard in shards for tensor in shard["tensors"].values())
-        return _verified(plan, out, nbytes, started, progress)
+        return _verified(plan, out, started, progress)
     _peak_device_memory(target, reset=True)
     with (
         Tracer(profile, nvtx=target.type == "cuda") as tracer,
@@ -291,18 +290,9 @@ def _publish(plan: Plan, output: OutputDirectory, supplement: Supplement | None,
     output.publish(files, manifest, last=supplement.last if supplement else None)
 
 
-def _verified(plan: Plan, out: Path, nbytes: int, started: float, progress: ProgressSink) -> MergeReport:
-    """The report of an output of this size that was there already, after reading it again."""
-    progress.start(nbytes)
-
-    def advance(count: int, name: str) -> None:
-        progress.tensor(name)
-        progress.advance(count)
-
-    try:
-        found = verify(out, progress=advance, allow_nonfinite=plan.config.allow_nonfinite)
-    finally:
-        progress.close()
+def _verified(plan: Plan, out: Path, started: float, progress: ProgressSink) -> MergeReport:
+    """The report of an output that was there already, after reading it again."""
+    found = verify(out, progress=progress, allow_nonfinite=plan.config.allow_nonfinite)
     if found.problems:
         raise OutputError(
             f"{out} holds this merge, but damaged: " + "; ".join(found.problems) + "; give --overwrite to redo it"

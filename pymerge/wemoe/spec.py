@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pymerge.common.files import atomic_write
 from pymerge.errors import CheckpointError
-from pymerge.output.files import atomic_write
 
 SPEC_NAME = "wemoe.json"
 FORMAT_VERSION = 1

@@ -17,7 +17,7 @@ import pymerge
 from pymerge import wemoe
 from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError, OutputError, PlanError
-from pymerge.output.manifest import verify
+from pymerge.output.verify import verify
 from pymerge.testing.compare import assert_same
 
 NAMES = ("vit", "clip", "bert", "t5", "llama", "qwen2", "mistral", "gpt2")
