@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pymerge.config.checks import Checker, same_model
+from pymerge.config.checks import Checker
 from pymerge.config.document import Document, Location, show
+from pymerge.config.references import same_model
 
 
 def check_parts(raw: dict[str, Any], checker: Checker, document: Document) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from pymerge.architecture.stacks import is_first, shared_tensors, stacks, towers
 from pymerge.architecture.tied import embedding_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import is_float
-from pymerge.config.checks import same_model
 from pymerge.config.document import Location
 from pymerge.config.entries import ModelEntry, SliceEntry, SourceEntry
 from pymerge.config.merge_config import MergeConfig, participants
+from pymerge.config.references import same_model
 from pymerge.config.settings import Setting
 from pymerge.errors import PlanError
 from pymerge.methods.base import Method

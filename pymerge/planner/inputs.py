@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pymerge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from pymerge.checkpoint.hub import fetch
-from pymerge.config.merge_config import MergeConfig, hub_reference, model_path, participants
+from pymerge.config.merge_config import MergeConfig, participants
+from pymerge.config.references import hub_reference, model_path
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.methods.base import Method
 
@@ -75,7 +76,7 @@ def open_models(
     problems: list[str] = []
     names = list(dict.fromkeys(names))
     opened = {name: checkpoint for name, checkpoint in (planned or {}).items() if name in names}
-    remote = [name for name in names if name not in opened and hub_reference(config, name)]
+    remote = [name for name in names if name not in opened and hub_reference(name, config.directory)]
     local = [name for name in names if name not in opened and name not in remote]
     for group in (local, remote):  # nothing is downloaded for a merge in which a model on this machine is wrong
         for name in group:
@@ -89,8 +90,8 @@ def open_models(
 
 
 def _open(config: MergeConfig, name: str) -> Checkpoint:
-    reference = hub_reference(config, name)
+    reference = hub_reference(name, config.directory)
     if reference is None:
-        return open_checkpoint(model_path(config, name))
+        return open_checkpoint(model_path(name, config.directory, config.name))
     folder = fetch(*reference)
     return replace(open_checkpoint(folder), origin=f"{reference[0]}@{folder.name}")

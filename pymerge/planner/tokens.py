@@ -12,7 +12,8 @@ from pymerge.architecture.roles import Layer
 from pymerge.architecture.token_tables import token_tables
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.model_files import carried_files
-from pymerge.config.merge_config import MergeConfig, hub_reference, model_path, participants
+from pymerge.config.merge_config import MergeConfig, participants
+from pymerge.config.references import hub_reference, model_path
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.methods.base import Method
 from pymerge.planner.inputs import Inputs
@@ -224,8 +225,8 @@ def _source(config: MergeConfig, settings: TokenizerSettings, models: Sequence[T
     place = config.place(*((settings.key,) if settings.key == "tokenizer_source" else ("tokenizer", "source")))
     try:
         named = next((model for model in models if model.name == settings.source), None)
-        if named is None and hub_reference(config, settings.source) is None:
-            folder = model_path(config, settings.source)
+        if named is None and hub_reference(settings.source, config.directory) is None:
+            folder = model_path(settings.source, config.directory, config.name)
             named = next((model for model in models if model.folder == folder), None)
             if named is None:
                 files = read_files(folder, carried_files(folder) if folder.is_dir() else ())

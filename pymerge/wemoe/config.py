@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pymerge.common.names import nearest
-from pymerge.config.checks import same_model
 from pymerge.config.document import Document, show
 from pymerge.config.merge_config import MergeConfig, check_config, participants, read_config
+from pymerge.config.references import same_model
 from pymerge.errors import ConfigError
 from pymerge.methods import get_method
 from pymerge.wemoe.spec import RouterSpec, StorageSpec
