@@ -115,7 +115,7 @@ def multi(
     """
     with reported(), recording(log_json):
         from pymerge import api
-        from pymerge.cli.info_tables import plan_view
+        from pymerge.cli.plan_table import plan_view
         from pymerge.config.multi import read_stages
 
         if dry_run:
@@ -169,7 +169,7 @@ def _show_plan(
 ) -> None:
     from pymerge import api
     from pymerge.cli import tensor_table
-    from pymerge.cli.info_tables import plan_view
+    from pymerge.cli.plan_table import plan_view
 
     planned = api.plan(
         config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype.value if dtype else None

@@ -22,8 +22,7 @@ from pymerge.common.progress import ProgressSink
 from pymerge.common.torch_dtypes import TORCH_DTYPES, upcast
 from pymerge.engine.memory import Heap
 from pymerge.engine.passes import Passes
-from pymerge.engine.steplog import StepLog
-from pymerge.engine.trace import Times, Tracer
+from pymerge.engine.trace import StepLog, Times, Tracer
 from pymerge.engine.transfer import transfer_to
 from pymerge.errors import ArgumentError, BackendError, OutOfMemoryError
 from pymerge.ops._op import at_most_threads

@@ -17,7 +17,8 @@ from pymerge.common.names import printable
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.engine import streams
 from pymerge.engine.memory import peak_resident_bytes
-from pymerge.engine.report import RECIPE_NAME, MergeReport, model_card
+from pymerge.engine.model_card import RECIPE_NAME, model_card
+from pymerge.engine.report import MergeReport
 from pymerge.engine.streams import Streams
 from pymerge.engine.trace import Times, Tracer
 from pymerge.errors import OutputError
