@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pymerge.checkpoint.gathered_entry import GatheredEntry, Run
+from pymerge.checkpoint.gathered import GatheredEntry, Run, fill_gathered
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.names import shorten
@@ -95,8 +95,6 @@ class Reader:
                 f"{out.device}; pass a contiguous CPU tensor of that dtype and shape"
             )
         if isinstance(entry, GatheredEntry):
-            from pymerge.checkpoint.gathered import fill_gathered
-
             fill_gathered(self.read_runs_into, entry, out, start_row, start_row + shape[0])
             return
         if entry.strides is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from pymerge.architecture.roles import Kind, Layer, classify
 from pymerge.backends import Dispatcher
 from pymerge.checkpoint.finite import is_finite
 from pymerge.common.devices import resolve_device
+from pymerge.common.names import nearest
 from pymerge.common.torch_dtypes import TORCH_DTYPES, code_of
 from pymerge.errors import ArgumentError, NonFiniteError
 from pymerge.methods import get_method
@@ -175,8 +175,8 @@ def _values(method: Method, parameters: Mapping[str, Any], experts: int) -> Valu
             parameter = method.parameter(name)
         except KeyError:
             known = [p.name for p in method.parameters]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "it has: " + ", ".join(known)
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}?" if near else "it has: " + ", ".join(known)
             raise ArgumentError(f"method {method.name!r} has no parameter {given!r}; {hint}") from None
         if parameter.scope == "merge":
             merge[name] = parameter.parse(value)

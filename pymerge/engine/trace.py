@@ -1,4 +1,4 @@
-"""Times of a merge: spans of work on each thread, their overlap, the slowest steps; a trace for Perfetto, and events."""
+"""Times of a merge: spans of work on each thread, their overlap, slowest steps; a trace for Perfetto, and events."""
 
 from __future__ import annotations
 

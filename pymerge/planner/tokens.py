@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.architecture.roles import Layer
 from pymerge.architecture.token_tables import token_tables
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.gathered import gathered
 from pymerge.checkpoint.model_files import carried_files
 from pymerge.config.merge_config import MergeConfig, participants
 from pymerge.config.references import hub_reference, model_path
@@ -262,8 +263,6 @@ def _maps(
 
 def _gathered(inputs: Inputs, models: Sequence[_Named], tables: Sequence[str], maps: Sequence[RowMap]) -> Inputs:
     """The inputs with the token tables as their maps say; a model whose rows stay where they are keeps its own."""
-    from pymerge.checkpoint.gathered import gathered
-
     sources = {name: tuple(model.checkpoint.tensors[name] for model in models) for name in tables}
     aligned: dict[Path, Checkpoint] = {}
     for number, (model, found) in enumerate(zip(models, maps, strict=True)):

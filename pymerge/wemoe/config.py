@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pymerge.common.names import nearest
 from pymerge.config.document import Document, show
+from pymerge.config.entries import Regex
 from pymerge.config.merge_config import MergeConfig, check_config, participants, read_config
 from pymerge.config.references import same_model
 from pymerge.errors import ConfigError
@@ -22,14 +22,6 @@ KEY = "wemoe"
 _MEASURED = ("dense_bytes", "stored_bytes")
 
 
-def _regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"a regular expression ({error})") from error
-    return pattern
-
-
 class Section(BaseModel):
     """The section `wemoe` of a config, with its defaults; docs/wemoe.md describes every key."""
 
@@ -37,7 +29,7 @@ class Section(BaseModel):
 
     router: RouterSpec = RouterSpec()
     storage: StorageSpec = StorageSpec()
-    modules: Annotated[str, AfterValidator(_regex)] | None = None
+    modules: Regex | None = None
     architecture: Annotated[str, Field(min_length=1)] | None = None
     init_lambda: float = 0.3
     reduce: Literal["sample", "batch"] = "sample"
