@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pymerge.architecture.roles import Kind, Layer, classify
 from pymerge.backends import Dispatcher
-from pymerge.checkpoint.finite import is_finite
+from pymerge.checkpoint.finite import check_values
 from pymerge.common.devices import resolve_device
 from pymerge.common.names import nearest
 from pymerge.common.torch_dtypes import TORCH_DTYPES, code_of
-from pymerge.errors import ArgumentError, NonFiniteError
+from pymerge.errors import ArgumentError
 from pymerge.methods import get_method
 from pymerge.methods.base import Method, Values
 from pymerge.planner import pieces
@@ -134,9 +134,8 @@ class _Merger:
         if layer.kind is Kind.BUFFER:
             return base.clone()
         for index, tensor in enumerate([base, *experts]):
-            if not is_finite(tensor):
-                owner = "the base" if index == 0 else f"expert {index - 1}"
-                raise NonFiniteError(f"{name}: {owner} holds NaN or infinity; repair it or leave it out")
+            owner = "the base" if index == 0 else f"expert {index - 1}"
+            check_values(f"{name}: {owner}", tensor, "repair it or leave it out")
             if tensor.shape != base.shape:
                 raise ArgumentError(
                     f"{name}: expert {index - 1} has shape {tuple(tensor.shape)}, the base {tuple(base.shape)}; "

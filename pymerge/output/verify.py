@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pymerge.checkpoint.finite import count_nonfinite, nonfinite
 from pymerge.checkpoint.model_files import is_weight_file, model_files
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry, read_header
@@ -20,7 +21,7 @@ from pymerge.output.files import MANIFEST_NAME, WORK_FOLDER
 from pymerge.output.manifest import manifest_names, read_manifest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 _CHUNK_BYTES = 16 << 20
 
@@ -111,7 +112,7 @@ def _verify_shard(
                         wanted = tensors[entry.name][key]
                         report.problems.append(f"{where}: {key} is {value}, not {wanted}; merge again")
                 if bad and not allow_nonfinite:
-                    report.problems.append(f"{where}: {bad} values are NaN or infinite; check the inputs")
+                    report.problems.append(nonfinite(f"{file}: tensor {entry.name!r}", bad, "check the inputs"))
 
 
 def _read_tensor(reader: Reader, entry: TensorEntry, progress: ProgressSink) -> tuple[str, int]:
@@ -126,21 +127,10 @@ def _read_tensor(reader: Reader, entry: TensorEntry, progress: ProgressSink) -> 
         chunk = reader.read(flat, start, min(start + step, entry.numel))
         digest.update(bytes_of(chunk))
         if is_float(entry.dtype):
-            bad += _count_nonfinite(chunk)
+            bad += count_nonfinite(chunk)
         progress.tensor(entry.name)
         progress.advance(chunk.nbytes)
     return digest.hexdigest(), bad
-
-
-def _count_nonfinite(chunk: torch.Tensor) -> int:
-    import torch
-
-    # torch cannot compare 8-bit floats; float32 holds each of their values exactly.
-    values = chunk.float() if chunk.element_size() == 1 else chunk
-    # Both ends are NaN when any value is. This takes one pass; counting, seldom needed, takes several.
-    if bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
-        return 0
-    return int((~torch.isfinite(values)).sum())
 
 
 def _verify_files(path: Path, manifest: dict[str, Any], report: VerifyReport) -> None:

@@ -213,7 +213,7 @@ def test_values_that_are_not_finite(dtype: torch.dtype, tmp_path: Path) -> None:
         expected = 2
     write_output(tmp_path, {"w": values.to(dtype), "fine": torch.ones(2)}, 10**6)
     (problem,) = verify(tmp_path).problems
-    assert f"tensor w: {expected} values are NaN or infinite" in problem
+    assert f"tensor 'w' has {expected} values that are NaN or infinite" in problem
     assert verify(tmp_path, allow_nonfinite=True).problems == []
 
 
