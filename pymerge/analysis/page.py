@@ -103,7 +103,7 @@ def _by_block(
 
 
 def _role(role: str) -> str:
-    """What comes after the last number, "mlp.up_proj"; where that is nothing, all of it: "stem.*"."""
+    """Part of a role after the last number, "mlp.up_proj"; where that is nothing, all of it: "stem.*"."""
     inside = role.rpartition(".*.")[2].removesuffix(".weight")
     return role.removesuffix(".weight") if inside == "weight" else inside
 

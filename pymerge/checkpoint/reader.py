@@ -84,7 +84,7 @@ class Reader:
         return out
 
     def read_into(self, entry: TensorEntry, out: torch.Tensor, start_row: int = 0, stop_row: int | None = None) -> None:
-        """As `read`, into a contiguous CPU tensor (pinned or not) of the slice's shape and dtype."""
+        """Read as `read` does, into a contiguous CPU tensor (pinned or not) of the slice's shape and dtype."""
         from pymerge.common.torch_dtypes import TORCH_DTYPES, bytes_of
 
         shape, offset, _ = _span(entry, start_row, stop_row)
@@ -105,7 +105,7 @@ class Reader:
             self._check_stamp(entry.file, descriptor)
 
     def read_bytes(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> bytearray:
-        """As `read`, as row-major bytes."""
+        """Read as `read` does, but give row-major bytes."""
         shape, _, _ = _span(entry, start_row, stop_row)
         out = bytearray(math.prod(shape) * ITEM_SIZES[entry.dtype])
         if entry.contiguous:
@@ -119,7 +119,7 @@ class Reader:
     def read_bytes_into(
         self, entry: TensorEntry, out: memoryview, start_row: int = 0, stop_row: int | None = None
     ) -> None:
-        """As `read_into`, of a contiguous entry into bytes (format "B") of the slice's size."""
+        """Read as `read_into` does, a contiguous entry into bytes (format "B") of the slice's size."""
         with self.places([entry], start_row, stop_row) as [(descriptor, offset)]:
             _fill(entry, descriptor, out, offset, out.nbytes)
 

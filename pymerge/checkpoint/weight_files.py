@@ -1,4 +1,4 @@
-"""Which files of a model directory are its weights: safetensors first, then those of torch.save."""
+"""Weight files of a model directory: safetensors first, then those of torch.save."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|ra
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a kind of weight files is called and read: `stem` is that of the usual single file and of the index."""
+    """Names of a kind of weight files, and how it is read: `stem` is that of the usual single file and of the index."""
 
     stem: str
     suffixes: tuple[str, ...]  # the first is that of single file and shards

@@ -52,7 +52,7 @@ class MergeConfig(Strict):
 
     @property
     def name(self) -> str:
-        """What messages call the config: its file, or "config"."""
+        """Name of the config in messages: its file, or "config"."""
         return self._document.name
 
     @property
@@ -62,7 +62,7 @@ class MergeConfig(Strict):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the config says without effect, one line each."""
+        """Remarks on entries without effect, one line each."""
         return tuple(self._document.report(self._document.warnings))
 
     def place(self, *location: str | int) -> str:

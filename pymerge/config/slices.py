@@ -75,7 +75,7 @@ class _Parts:
         return models
 
     def _find_base(self, sources: list[Any], location: Location, base: Any) -> None:
-        """Which of the base's layers task vectors start from, only a source of its own can say."""
+        """Check that the base is a source: only so is it known from which of its layers task vectors start."""
         method = self._checker.method
         if method is None or not method.needs_base or not isinstance(base, str):
             return

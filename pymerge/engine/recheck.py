@@ -33,7 +33,7 @@ _NOT_COMPARED = "output files"
 
 @dataclass
 class RecheckReport:
-    """What was computed again: names of tensors, what is wrong, and what has changed since the merge."""
+    """Names of tensors that were computed again, what is wrong with them, and what has changed since the merge."""
 
     tensors: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)

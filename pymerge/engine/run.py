@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Supplement(Protocol):
-    """What an output holds beside the merged model: files of tensors that are made from the same inputs.
+    """Files of an output beside the merged model: of tensors that are made from the same inputs.
 
     `layouts` and `late` are its files as `OutputDirectory` takes them, `changeable` those that may get other values
     later, `identity` what decides their bytes, `last` the file that makes the output whole, `note` what its model card
@@ -79,15 +79,15 @@ class Executor(Protocol):
 
     @property
     def times(self) -> Times:
-        """What the leading thread has done so far."""
+        """Seconds of the leading thread so far."""
 
     @property
     def backends(self) -> Mapping[str, str]:
-        """Which backend computed each op."""
+        """Backend that computed each op."""
 
 
 def processor(plan: Plan, device: Device, backend: str) -> str:
-    """What computes, as far as the bytes of the output may depend on it.
+    """Name of the processor, as far as the bytes of the output may depend on it.
 
     That is the name of the GPU, or the instructions that PyTorch uses on this CPU. Files that are combined as they are
     read give the same bytes with all instructions of an architecture.
@@ -216,7 +216,7 @@ def run(
 
 
 def _dispatcher(plan: Plan, device: Device, backend: str) -> Dispatcher | None:
-    """What calls ops, where tensors are computed; None where files are combined as they are read."""
+    """Dispatcher of ops, where tensors are computed; None where files are combined as they are read."""
     if streamed(plan, device, backend):
         return None
     from pymerge.backends import Dispatcher

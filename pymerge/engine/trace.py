@@ -152,7 +152,7 @@ class Tracer:
 
     @property
     def overlap(self) -> float:
-        """Of the time in which anything was being read or written, the share in which something was computed too."""
+        """Share, of the time in which anything was read or written, in which something was computed too."""
         return self._hidden_ns / self._io_ns if self._io_ns else 0.0
 
     def slowest(self, count: int = 10) -> tuple[StepTime, ...]:

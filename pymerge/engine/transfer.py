@@ -31,7 +31,7 @@ _CUDA: Any = torch.cuda  # PyTorch gives streams and events no types
 
 
 class Transfer(Protocol):
-    """How pieces of tensors get to the device and results get back."""
+    """Way of pieces of tensors to the device, and of results back."""
 
     def prepare(self, entry: TensorEntry, piece: Piece) -> Tensor | None:
         """Memory for a piece of a stored tensor that will be loaded; by the computing thread."""

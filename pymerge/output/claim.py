@@ -151,7 +151,7 @@ def _listed_names(path: Path, state: State | None) -> set[str]:
 
 
 def earlier_bytes(path: Path) -> int:
-    """How much `remove_earlier` would free."""
+    """Bytes that `remove_earlier` would free."""
     work = path / WORK_FOLDER
     state = load_state(work)
     files = [path / name for name in _listed_names(path, state)]

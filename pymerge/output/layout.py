@@ -23,7 +23,7 @@ Described = tuple[str, str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Where one output tensor goes: `nbytes` bytes from byte `offset` of its file on."""
+    """Place of one output tensor: `nbytes` bytes from byte `offset` of its file on."""
 
     name: str
     dtype: str

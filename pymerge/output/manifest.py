@@ -91,7 +91,7 @@ def read_manifest(path: Path | str) -> dict[str, Any] | None:
 
 
 def load_manifest(path: Path) -> dict[str, Any] | None:
-    """As `read_manifest`, but of an unfinished output too."""
+    """Read a manifest as `read_manifest` does, but of an unfinished output too."""
     file = path / MANIFEST_NAME
     try:
         with os_errors(file, "reading"):

@@ -1,4 +1,4 @@
-"""What headers cannot tell: the size of the deltas, from a few rows of each tensor that a method asks about."""
+"""Advice that headers cannot give: on the size of deltas, from a few rows of each tensor that a method asks about."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _UNLIMITED = 2**60  # cgroup v1 writes a number near 2^63 for "no limit"
 
 @dataclass(frozen=True)
 class Budget:
-    """What a merge may use, in bytes.
+    """Bytes that a merge may use.
 
     `tensors` bounds the tensors where they are computed on: `host` on a CPU, the device's share on CUDA.
     """

@@ -165,7 +165,7 @@ def batches(steps: Sequence[Step], budget: Budget) -> list[Batch]:
 
 
 def _most_layers(slot: Slot, budget: Budget) -> int:
-    """How many pieces like this one are a batch; less than 2 where it is computed alone. As with row ranges, the next
+    """Number of pieces like this one in a batch; less than 2 where it is computed alone. As with row ranges, the next
     two are to be read and the last two to be written meanwhile."""
     if not slot.step.action.batched:
         return 1

@@ -241,7 +241,7 @@ def _check_dtype(checkpoint: Checkpoint, name: str, problems: list[str]) -> None
 
 
 def listed(names: Iterable[str]) -> str:
-    """As in "2 tensors: a, b", with at most a few names."""
+    """Number and first names of tensors, as in "2 tensors: a, b"."""
     names = list(names)
     count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
     rest = len(names) - _NAMES_SHOWN

@@ -70,7 +70,7 @@ class Plan:
 
     @cached_property
     def forecast(self) -> Forecast:
-        """How far the pipeline reads ahead, and what it then holds."""
+        """Forecast of how far the pipeline reads ahead, and of what it then holds."""
         return forecast(batches(self.steps, self.budget), self.budget.tensors)
 
     @cached_property

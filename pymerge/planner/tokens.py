@@ -54,7 +54,7 @@ class _Named:
 
 @dataclass(frozen=True)
 class _Source:
-    """What the output's tokenizer is made from; `rows` is the length of its model's tables, 0 without a model."""
+    """Source of the output's tokenizer; `rows` is the length of its model's tables, 0 without a model."""
 
     vocabulary: Vocabulary
     rows: int
