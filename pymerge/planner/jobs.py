@@ -1,4 +1,4 @@
-"""The pieces of a plan: small enough for a limit, and in the order in which they are worked on."""
+"""Order of the work: the pieces of a plan, pass by pass, one by one or in batches."""
 
 from __future__ import annotations
 
@@ -8,26 +8,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
-from pymerge.common.dtypes import ITEM_SIZES
-from pymerge.common.units import format_bytes
-from pymerge.errors import PlanError
-from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Memory, Step
 
-# Elements of a row range of an elementwise step: a read is one long request, and what it brings is still in the cache
-# when it is used.
-CHUNK_ELEMENTS = 3 * 2**19
 # Pieces that may be in memory before (read ahead) and after (to be written) the one that is computed.
 READ_AHEAD = 2
 WRITE_BEHIND = 2
 # Pieces of other tensors between two passes of one, if there are so many: the first pass is all done then.
 BETWEEN_PASSES = 8
 READ_THREADS = 4
-# Bytes of the inputs up to which a tensor that is reduced before it is merged is held meanwhile, on a CPU; larger ones
-# are read again for each pass. The memory of a GPU is there to be used: there a tensor is held whole if it fits.
-HELD_BYTES = 2**28
 # Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; the
 # cores of a CPU it does. Untimed: a guess at what a GPU takes.
 BATCH_ELEMENTS = {"cpu": 0, "cuda": 16 * 2**20}
@@ -76,13 +66,13 @@ class Batch:
 
     @cached_property
     def memory(self) -> Memory:
-        """That of all pieces together."""
+        """Bytes that all pieces need together."""
         memories = [slot.memory for slot in self.slots]
         return Memory(*(sum(getattr(memory, part) for memory in memories) for part in ("inputs", "scratch", "output")))
 
     @property
     def name(self) -> str:
-        """For people: that of the first tensor, and how many pieces are with it."""
+        """Name of the first tensor, and how many pieces are with it, for people."""
         more = len(self.slots) - 1
         return self.slots[0].step.name + (f" and {more} more of its shape" if more else "")
 
@@ -93,7 +83,7 @@ def slots(steps: Iterable[Step]) -> Iterator[Slot]:
 
 
 def alternating(steps: Sequence[Step], limit: int) -> list[Slot]:
-    """The same, but passes of a tensor alternate with those of its neighbours, as far as all of it fits `limit` bytes.
+    """All pieces, passes of a tensor alternating with those of its neighbours, as far as all of it fits `limit` bytes.
 
     A pass starts when all is known of the one before. If other work lies between, nobody waits for the last piece.
     """
@@ -175,81 +165,22 @@ def batches(steps: Sequence[Step], budget: Budget) -> list[Batch]:
 
 
 def _most_layers(slot: Slot, budget: Budget) -> int:
-    """How many pieces like this one are a batch; less than 2 where it is computed alone. As with row ranges, the next
+    """Number of pieces like this one in a batch; less than 2 where it is computed alone. As with row ranges, the next
     two are to be read and the last two to be written meanwhile."""
     if not slot.step.action.batched:
         return 1
     memory = slot.memory
     layers = BATCH_ELEMENTS[budget.device] // max(1, math.prod(slot.piece.shape))
-    return min(layers, budget.tensors // max(1, _room(memory)))
+    return min(layers, budget.tensors // max(1, room(memory)))
 
 
 def _kind(slot: Slot) -> Hashable:
-    """The same for pieces that may be one batch."""
+    """Key that is equal for pieces that may be one batch."""
     step = slot.step
     dtypes = (step.dtype, *(entry.dtype for entry in step.inputs))
     return (step.file, step.action, step.layer.in_axis, step.layer.stacked, slot.piece.shape, dtypes, step.reads_base)
 
 
-def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
-    """The steps in pieces that fit the budget. Raises PlanError, which names the smallest that would do."""
-    largest = max(steps, key=lambda step: step.memory(step.smallest).peak, default=None)
-    needed = largest.memory(largest.smallest).peak if largest else 0
-    if largest and needed > budget.tensors:
-        remedy = (
-            "choose a larger device, give --device cpu"
-            if budget.device == "cuda"
-            else f"give --memory {format_bytes(needed, round_up=True)} or more"
-        )
-        raise PlanError(
-            [
-                f"memory: {largest.action.label} on {largest.name!r} {list(largest.shape)} holds "
-                f"{format_bytes(needed, round_up=True)} of tensors at once, the limit is "
-                f"{format_bytes(budget.tensors)} ({budget.origin}); {remedy}, or exclude that tensor"
-            ]
-        )
-    fitting = tuple(_fitted(step, budget) for step in steps)
-    staging = (READ_THREADS + 1) * staging_bytes(list(slots(fitting))) if budget.device == "cuda" else 0
-    if staging > budget.host:
-        raise PlanError(
-            [
-                f"memory: copying to the device takes {format_bytes(staging)} of pinned memory, the limit is "
-                f"{format_bytes(budget.host)}; give --memory {format_bytes(staging, round_up=True)} or more"
-            ]
-        )
-    return fitting
-
-
-def staging_bytes(queue: Iterable[Slot]) -> int:
-    """Size of a pinned buffer that holds any input or output; PyTorch rounds it up to a power of two."""
-    largest = 1
-    for slot in queue:
-        elements = math.prod(slot.piece.shape)
-        items = [ITEM_SIZES[entry.dtype] for entry in slot.step.inputs]
-        largest = max(largest, slot.memory.output, *(elements * item for item in items))
-    return 1 << (largest - 1).bit_length()
-
-
-def _fitted(step: Step, budget: Budget) -> Step:
-    """The step in row ranges of at most CHUNK_ELEMENTS, smaller where they would not leave room to read ahead and
-    write behind within the limit; in its own ranges where it is reduced before it is merged, held or not; actions on
-    whole matrices keep their pieces."""
-    if len(step.ranges) > 1:
-        whole = Piece(0, step.shape[0], step.shape)
-        memory = step.memory(whole)
-        fits = _room(memory) <= budget.tensors
-        if budget.device == "cuda":
-            return replace(step, pieces=(whole,) if fits else step.ranges)
-        ranged = replace(step, pieces=step.ranges)
-        return replace(ranged, held=ranged.passes > 1 and fits and memory.inputs <= HELD_BYTES)
-    if not step.action.chunkable or not step.shape or step.shape[0] == 0:
-        return step
-    room = _room(step.memory(step.smallest))
-    elements = math.prod(step.smallest.shape)
-    most = min(CHUNK_ELEMENTS, max(1, budget.tensors // max(1, room)) * elements)
-    return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))
-
-
-def _room(memory: Memory) -> int:
-    """What a piece takes with the next ones being read and the last ones being written."""
+def room(memory: Memory) -> int:
+    """Bytes that a piece takes with the next ones being read and the last ones being written."""
     return memory.peak + READ_AHEAD * memory.inputs + WRITE_BEHIND * memory.output
