@@ -73,6 +73,11 @@ class Array:
         """Elements of another dtype and shape in the same memory, from byte `offset` on."""
         return Array(self.address + offset, dtype, shape, self.owner)
 
+    def whole(self) -> Array:
+        """All of the pages that `mapped` gave, as bytes."""
+        assert isinstance(self.owner, mmap.mmap)
+        return Array(self.address, "U8", (len(self.owner),), self.owner)
+
     def numpy(self) -> NDArray[Any]:
         """The elements as a numpy array, shared; only of dtypes that numpy has."""
         import numpy as np

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,12 +10,16 @@ from torch import Tensor
 
 from pymerge.architecture.roles import Kind, Layer, classify
 from pymerge.backends.runner import Runner
-from pymerge.checkpoint.finite import is_finite
+from pymerge.checkpoint.finite import check_values
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
-from pymerge.errors import ArgumentError, NonFiniteError
+from pymerge.common.names import nearest
+from pymerge.engine.torch_worker import merge_rows, moved, solve
+from pymerge.errors import ArgumentError
 from pymerge.methods import get_method
+from pymerge.methods.actions import Solve
 from pymerge.methods.base import Method, Values
+from pymerge.methods.rows import Rows
 from pymerge.planner import pieces
 
 
@@ -125,7 +128,7 @@ class _Merger:
         if wrong := self._method.wrong_count([f"expert {index}" for index in range(experts)]):
             raise ArgumentError(wrong)
         self._values = _values(self._method, parameters, experts)
-        self._run_op = Runner(backend, resolve_device(device))
+        self._run = Runner(backend, resolve_device(device))
 
     def merge(
         self, name: str, layer: Layer, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
@@ -133,34 +136,29 @@ class _Merger:
         if layer.kind is Kind.BUFFER:
             return base.clone()
         for index, tensor in enumerate([base, *experts]):
-            if not is_finite(tensor):
-                owner = "the base" if index == 0 else f"expert {index - 1}"
-                raise NonFiniteError(f"{name}: {owner} holds NaN or infinity; repair it or leave it out")
+            owner = "the base" if index == 0 else f"expert {index - 1}"
+            check_values(f"{name}: {owner}", tensor, "repair it or leave it out")
             if tensor.shape != base.shape:
                 raise ArgumentError(
                     f"{name}: expert {index - 1} has shape {tuple(tensor.shape)}, the base {tuple(base.shape)}; "
                     "all must be fine-tuned from this base"
                 )
         action = self._method.action(name, layer.solvable, self._values, len(experts))
-        device = self._run_op.device
-        moved = [tensor.detach().to(device) for tensor in experts]
-        origin, dtype = base.detach().to(device), dtype or base.dtype
-        whole = pieces.split(layer, action, tuple(base.shape), max_elements=max(1, base.numel()))
+        device = torch.device(str(self._run.device))
+        tasks, (origin,) = moved(experts, device), moved([base], device)
+        code = code_of(dtype or base.dtype)
         try:
-            parts = [
-                pieces.run(
-                    action,
-                    layer,
-                    self._run_op,
-                    origin[piece.start : piece.stop] if base.ndim else origin,
-                    [expert[piece.start : piece.stop] if base.ndim else expert for expert in moved],
-                    dtype,
-                )
-                for piece in whole
-            ]
+            if not isinstance(action, Solve):
+                merged = merge_rows(action, self._run, Rows(origin, tasks, code))
+            else:
+                whole = pieces.split(layer, action, tuple(base.shape), max_elements=max(1, base.numel()))
+                parts = [
+                    solve(action, layer, self._run, [origin[rows]], [[task[rows] for task in tasks]], code)[0]
+                    for rows in (slice(piece.start, piece.stop) for piece in whole)
+                ]
+                merged = parts[0] if len(parts) == 1 else torch.cat(parts)
         except ArgumentError as error:
             raise ArgumentError(f"{name}: {error}") from error
-        merged = parts[0] if len(parts) == 1 else torch.cat(parts)
         return merged.to(base.device)
 
 
@@ -174,8 +172,8 @@ def _values(method: Method, parameters: Mapping[str, Any], experts: int) -> Valu
             parameter = method.parameter(name)
         except KeyError:
             known = [p.name for p in method.parameters]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "it has: " + ", ".join(known)
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}?" if near else "it has: " + ", ".join(known)
             raise ArgumentError(f"method {method.name!r} has no parameter {given!r}; {hint}") from None
         if parameter.scope == "merge":
             merge[name] = parameter.parse(value)
