@@ -104,6 +104,15 @@ def result_dtype(out_dtype: str | None, like: Tensor) -> torch.dtype:
     return like.dtype if out_dtype is None else torch_dtype(code_of(out_dtype))
 
 
+def output(out: ArrayLike | None, like: Tensor, out_dtype: str | None) -> Tensor:
+    """Memory for a reference's result: `out`, or a new tensor of the shape of `like`, in `out_dtype` or its dtype."""
+    import torch
+
+    if out is not None:
+        return as_tensor(out)
+    return torch.empty(like.shape, dtype=result_dtype(out_dtype, like), device=like.device)
+
+
 def into(out: ArrayLike | None, result: Tensor) -> Tensor:
     """A reference's result, in the memory that was given for it, if any was."""
     if out is None:
