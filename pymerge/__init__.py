@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
     from pymerge.engine.report import MergeReport
     from pymerge.errors import PymergeError
-    from pymerge.planner.build import Plan
+    from pymerge.planner.plan import Plan
 
     __version__: str
 
@@ -28,7 +28,7 @@ __all__ = [
 
 _HOMES = {
     "MergeReport": "pymerge.engine.report",
-    "Plan": "pymerge.planner.build",
+    "Plan": "pymerge.planner.plan",
     "PymergeError": "pymerge.errors",
     "merge": "pymerge.api",
     "merge_state_dicts": "pymerge.engine.in_memory",

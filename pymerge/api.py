@@ -19,7 +19,8 @@ from pymerge.engine.run import run
 from pymerge.errors import PlanError
 from pymerge.planner.advice import delta_warnings
 from pymerge.planner.budget import budget
-from pymerge.planner.build import DEFAULT_SHARD_BYTES, Plan, build_plan
+from pymerge.planner.build import DEFAULT_SHARD_BYTES, build_plan
+from pymerge.planner.plan import Plan
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from pymerge.architecture.roles import Kind, Layer, classify
 from pymerge.backends.runner import Runner
-from pymerge.checkpoint.finite import is_finite
+from pymerge.checkpoint.finite import check_values
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
-from pymerge.errors import ArgumentError, NonFiniteError
+from pymerge.common.names import nearest
+from pymerge.errors import ArgumentError
 from pymerge.methods import get_method
 from pymerge.methods.base import Method, Values
 from pymerge.planner import pieces
@@ -133,9 +133,8 @@ class _Merger:
         if layer.kind is Kind.BUFFER:
             return base.clone()
         for index, tensor in enumerate([base, *experts]):
-            if not is_finite(tensor):
-                owner = "the base" if index == 0 else f"expert {index - 1}"
-                raise NonFiniteError(f"{name}: {owner} holds NaN or infinity; repair it or leave it out")
+            owner = "the base" if index == 0 else f"expert {index - 1}"
+            check_values(f"{name}: {owner}", tensor, "repair it or leave it out")
             if tensor.shape != base.shape:
                 raise ArgumentError(
                     f"{name}: expert {index - 1} has shape {tuple(tensor.shape)}, the base {tuple(base.shape)}; "
@@ -174,8 +173,8 @@ def _values(method: Method, parameters: Mapping[str, Any], experts: int) -> Valu
             parameter = method.parameter(name)
         except KeyError:
             known = [p.name for p in method.parameters]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "it has: " + ", ".join(known)
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}?" if near else "it has: " + ", ".join(known)
             raise ArgumentError(f"method {method.name!r} has no parameter {given!r}; {hint}") from None
         if parameter.scope == "merge":
             merge[name] = parameter.parse(value)

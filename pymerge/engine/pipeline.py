@@ -20,15 +20,14 @@ from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import torch_dtype, upcast
 from pymerge.common.events import event
 from pymerge.common.progress import ProgressSink
+from pymerge.engine.memory import Heap
 from pymerge.engine.passes import Passes
-from pymerge.engine.steplog import StepLog
-from pymerge.engine.trace import Times, Tracer
+from pymerge.engine.trace import StepLog, Times, Tracer
 from pymerge.engine.transfer import transfer_to
 from pymerge.errors import ArgumentError, BackendError, OutOfMemoryError
 from pymerge.ops._op import at_most_threads
 from pymerge.output.directory import OutputDirectory
 from pymerge.planner import pieces
-from pymerge.planner.budget import Heap
 from pymerge.planner.jobs import READ_THREADS, Batch, Slot
 from pymerge.planner.window import Window, may_wait
 

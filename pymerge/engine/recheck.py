@@ -21,9 +21,10 @@ from pymerge.errors import BackendError, CheckpointError, ConfigError, OutputErr
 from pymerge.output.files import MANIFEST_NAME
 from pymerge.output.identity import differences
 from pymerge.output.manifest import read_manifest
-from pymerge.planner import budget as memory
-from pymerge.planner.build import Plan, build_plan
+from pymerge.planner.budget import Budget, budget
+from pymerge.planner.build import build_plan
 from pymerge.planner.jobs import slots
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 # What `pymerge verify` need not know: the output's division into files is checked against its manifest.
@@ -32,7 +33,7 @@ _NOT_COMPARED = "output files"
 
 @dataclass
 class RecheckReport:
-    """What was computed again: names of tensors, what is wrong, and what has changed since the merge."""
+    """Names of tensors that were computed again, what is wrong with them, and what has changed since the merge."""
 
     tensors: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -61,7 +62,7 @@ def recheck(out: Path | str, count: int | None = None, *, progress: ProgressSink
         )
     recipe = manifest["recipe"]
     run_op = _dispatcher(out, recipe)
-    plan = _plan(out, recipe, memory.budget(run_op.device))
+    plan = _plan(out, recipe, budget(run_op.device))
     computing = processor(plan, resolve_device(recipe["device"]), recipe["backend"])
     now = plan.identity(recipe["backend"], recipe["device"], computing)
     recorded = manifest["identity"]
@@ -103,7 +104,7 @@ def sample(steps: Iterable[Step], count: int | None) -> list[list[Step]]:
     return [tensor for tensor in chain.from_iterable(rounds) if tensor is not None][:count]
 
 
-def _plan(out: Path, recipe: dict[str, Any], budget: memory.Budget) -> Plan:
+def _plan(out: Path, recipe: dict[str, Any], budget: Budget) -> Plan:
     try:
         config = load_config(out / recipe["config"], directory=Path(recipe["directory"]))
         return build_plan(config, budget, dtype=recipe["dtype"])

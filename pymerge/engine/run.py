@@ -16,16 +16,20 @@ from pymerge.common.events import event
 from pymerge.common.names import printable
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.engine import streams
-from pymerge.engine.report import RECIPE_NAME, MergeReport, model_card
+from pymerge.engine.memory import peak_resident_bytes
+from pymerge.engine.model_card import RECIPE_NAME, model_card
+from pymerge.engine.report import MergeReport
 from pymerge.engine.streams import Streams
 from pymerge.engine.trace import Times, Tracer
 from pymerge.errors import OutputError
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout
-from pymerge.output.manifest import build_manifest, read_manifest, verify
-from pymerge.planner import budget as memory
-from pymerge.planner.build import Plan
-from pymerge.planner.jobs import batches, fit
+from pymerge.output.manifest import build_manifest, read_manifest
+from pymerge.output.verify import verify
+from pymerge.planner.budget import Budget, budget
+from pymerge.planner.fit import fit
+from pymerge.planner.jobs import batches
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Supplement(Protocol):
-    """What an output holds beside the merged model: files of tensors that are made from the same inputs.
+    """Files of an output beside the merged model: of tensors that are made from the same inputs.
 
     `layouts` and `late` are its files as `OutputDirectory` takes them, `changeable` those that may get other values
     later, `identity` what decides their bytes, `last` the file that makes the output whole, `note` what its model card
@@ -75,15 +79,15 @@ class Executor(Protocol):
 
     @property
     def times(self) -> Times:
-        """What the leading thread has done so far."""
+        """Seconds of the leading thread so far."""
 
     @property
     def backends(self) -> Mapping[str, str]:
-        """Which backend computed each op."""
+        """Backend that computed each op."""
 
 
 def processor(plan: Plan, device: Device, backend: str) -> str:
-    """What computes, as far as the bytes of the output may depend on it.
+    """Name of the processor, as far as the bytes of the output may depend on it.
 
     That is the name of the GPU, or the instructions that PyTorch uses on this CPU. Files that are combined as they are
     read give the same bytes with all instructions of an architecture.
@@ -143,9 +147,7 @@ def run(
         keeps_cache = plan.budget.keeps_cache(plan.bytes_input + plan.bytes_written + sum(supplement.cost(frozenset())))
     manifest = read_manifest(out)
     if manifest is not None and manifest["identity"] == identity and not overwrite:
-        shards = manifest["shards"].values()
-        nbytes = sum(tensor["nbytes"] for shard in shards for tensor in shard["tensors"].values())
-        return _verified(plan, out, nbytes, started, progress)
+        return _verified(plan, out, started, progress)
     _peak_device_memory(target, reset=True)
     with (
         Tracer(profile, nvtx=target.type == "cuda") as tracer,
@@ -165,7 +167,7 @@ def run(
         if resumed:
             event("resumed", f"kept {resumed} finished shards of an interrupted run", shards=sorted(kept))
         unfinished = [step for step in plan.steps if step.file not in kept]
-        budget, steps = _budgeted(plan, unfinished, target)
+        allowed, steps = _budgeted(plan, unfinished, target)
         read = sum(step.bytes_read for step in steps)
         written = sum(step.nbytes for step in steps)
         if supplement is not None:
@@ -174,13 +176,13 @@ def run(
         executor: Executor
         options = {"allow_nonfinite": plan.config.allow_nonfinite, "keeps_cache": keeps_cache}
         if run_op is None:
-            limit = min(budget.tensors, plan.peak_memory)
+            limit = min(allowed.tensors, plan.peak_memory)
             executor = Streams(steps, limit, reader, output, tracer, progress, **options)
         else:
             from pymerge.engine.pipeline import Pipeline
 
-            queue = batches(steps, budget)
-            executor = Pipeline(queue, budget.tensors, run_op, reader, output, tracer, progress, **options)
+            queue = batches(steps, allowed)
+            executor = Pipeline(queue, allowed.tensors, run_op, reader, output, tracer, progress, **options)
         try:
             executor.run()
             if supplement is not None:
@@ -202,8 +204,8 @@ def run(
         writing=executor.times.writing,
         overlap=tracer.overlap,
         slowest=tracer.slowest(),
-        budget=budget.tensors,
-        peak_memory=memory.peak_resident_bytes(),
+        budget=allowed.tensors,
+        peak_memory=peak_resident_bytes(),
         peak_device_memory=_peak_device_memory(target),
         backends=executor.backends,
         warnings=plan.warnings,
@@ -214,7 +216,7 @@ def run(
 
 
 def _dispatcher(plan: Plan, device: Device, backend: str) -> Runner | None:
-    """What calls ops, where tensors are computed; None where files are combined as they are read."""
+    """Runner of ops, where tensors are computed; None where files are combined as they are read."""
     if streamed(plan, device, backend):
         return None
     from pymerge.backends.runner import Runner
@@ -240,12 +242,12 @@ def _log_plan(plan: Plan, backend: str, device: Device) -> None:
         event("warning", warning, level=WARNING)
 
 
-def _budgeted(plan: Plan, steps: Sequence[Step], target: Device) -> tuple[memory.Budget, Sequence[Step]]:
+def _budgeted(plan: Plan, steps: Sequence[Step], target: Device) -> tuple[Budget, Sequence[Step]]:
     """The plan's budget and steps; made again if the plan was made for another kind of device."""
     if plan.budget.device == target.type:
         return plan.budget, steps
-    budget = memory.budget(target)
-    return budget, fit(steps, budget)
+    allowed = budget(target)
+    return allowed, fit(steps, allowed)
 
 
 def _refuse_inputs(plan: Plan, out: Path) -> None:
@@ -289,18 +291,9 @@ def _publish(plan: Plan, output: OutputDirectory, supplement: Supplement | None,
     output.publish(files, manifest, last=supplement.last if supplement else None)
 
 
-def _verified(plan: Plan, out: Path, nbytes: int, started: float, progress: ProgressSink) -> MergeReport:
-    """The report of an output of this size that was there already, after reading it again."""
-    progress.start(nbytes)
-
-    def advance(count: int, name: str) -> None:
-        progress.tensor(name)
-        progress.advance(count)
-
-    try:
-        found = verify(out, progress=advance, allow_nonfinite=plan.config.allow_nonfinite)
-    finally:
-        progress.close()
+def _verified(plan: Plan, out: Path, started: float, progress: ProgressSink) -> MergeReport:
+    """The report of an output that was there already, after reading it again."""
+    found = verify(out, progress=progress, allow_nonfinite=plan.config.allow_nonfinite)
     if found.problems:
         raise OutputError(
             f"{out} holds this merge, but damaged: " + "; ".join(found.problems) + "; give --overwrite to redo it"
@@ -316,7 +309,7 @@ def _verified(plan: Plan, out: Path, nbytes: int, started: float, progress: Prog
         computing=0.0,
         writing=0.0,
         budget=plan.budget.tensors,
-        peak_memory=memory.peak_resident_bytes(),
+        peak_memory=peak_resident_bytes(),
         peak_device_memory=0,
         warnings=plan.warnings,
         already_done=True,

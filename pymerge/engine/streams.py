@@ -22,8 +22,7 @@ from pymerge.common.dtypes import ITEM_SIZES, NATIVE, is_float8
 from pymerge.common.events import event
 from pymerge.common.progress import ProgressSink
 from pymerge.engine.raw_passes import RawPasses, can_take, working_bytes
-from pymerge.engine.steplog import StepLog
-from pymerge.engine.trace import Times, Tracer
+from pymerge.engine.trace import StepLog, Times, Tracer
 from pymerge.errors import OutOfMemoryError
 from pymerge.output.directory import OutputDirectory
 from pymerge.planner.jobs import READ_THREADS, Slot, alternating

@@ -35,7 +35,7 @@ class MagnitudeCounts(Op["NDArray[Any]"]):
     bits: int  # of the digit; with 0 there is one value
 
     def check(self) -> None:
-        """Raise ArgumentError unless tensors agree, there is a prefix for each expert, and the digit is one of a key."""
+        """Raise ArgumentError unless tensors agree, each has a prefix, and the digit is one of a key."""
         check_vectors("magnitude_counts", self.base, self.experts)
         check_length("magnitude_counts", "prefixes", self.prefixes, len(self.experts))
         if not (0 <= self.bits <= _MOST_BITS and 0 <= self.shift <= 63 - self.bits):

@@ -58,7 +58,7 @@ class SparseCombine(Op[ArrayLike]):
     out: ArrayLike | None = None  # contiguous memory of that dtype and of the base's shape, for the result
 
     def check(self) -> None:
-        """Raise ArgumentError unless tensors, weights, factors and masks agree, and the result's dtype and memory fit."""
+        """Raise ArgumentError unless tensors, weights, factors, masks and what is said of the result agree."""
         op = "sparse_combine"
         check_task_tensors(op, self.base, self.experts)
         check_length(op, "weights", self.weights, len(self.experts))

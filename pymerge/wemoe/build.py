@@ -29,8 +29,9 @@ from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout, layout_file
 from pymerge.planner.advice import delta_warnings
 from pymerge.planner.budget import Budget, budget
-from pymerge.planner.build import DEFAULT_SHARD_BYTES, Plan, build_plan
-from pymerge.planner.jobs import fit
+from pymerge.planner.build import DEFAULT_SHARD_BYTES, build_plan
+from pymerge.planner.fit import fit
+from pymerge.planner.plan import Plan
 from pymerge.wemoe.config import expert_names, load_build_config
 from pymerge.wemoe.find_mlps import empty_model, find_mlps
 from pymerge.wemoe.router import make_router, router_count
@@ -60,7 +61,7 @@ class BuildPlan:
 
     @cached_property
     def router_layout(self) -> ShardLayout:
-        """Of the routers' file."""
+        """Layout of the routers' file."""
         described = []
         for index in range(router_count(self.spec)):
             with torch.device("meta"):
@@ -95,7 +96,7 @@ class BuildPlan:
 
     @property
     def note(self) -> str:
-        """What the model card says."""
+        """Text for the model card."""
         kind = self.spec.storage.kind.replace("_", "-")
         return (
             f"{len(self.spec.modules)} of its MLPs mix {self.spec.tasks} experts for every input (WEMoE, arXiv "
@@ -146,7 +147,7 @@ class BuildPlan:
         }
 
     def lines(self) -> list[str]:
-        """What is built beside the plain checkpoint, for people."""
+        """Lines about all that is built beside the plain checkpoint, for people."""
         spec, storage = self.spec, self.spec.storage
         exactly = "" if self.task_vectors[0].exact else "at most "
         if storage.energy is not None:

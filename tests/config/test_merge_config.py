@@ -9,15 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pymerge.architecture.roles import Kind, Rule
-from pymerge.config.merge_config import (
-    MergeConfig,
-    canonical,
-    hub_reference,
-    load_config,
-    model_path,
-    participants,
-    resolve,
-)
+from pymerge.config.merge_config import MergeConfig, canonical, load_config, participants, resolve
+from pymerge.config.references import hub_reference, model_path
 from pymerge.errors import CheckpointError, ConfigError
 from pymerge.methods import get_method
 
@@ -349,12 +342,12 @@ def test_model_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     config = load_config(path)
     assert config.base_model == "base"
     assert [entry.model for entry in config.models] == ["c++", "b"]
-    assert model_path(config, "base") == tmp_path / "base"
-    assert model_path(config, "b") == work / "b"
-    assert model_path(config, "~/h") == home / "h"
-    assert model_path(config, str(work / "base")) == work / "base"
+    assert model_path("base", config.directory, config.name) == tmp_path / "base"
+    assert model_path("b", config.directory, config.name) == work / "b"
+    assert model_path("~/h", config.directory, config.name) == home / "h"
+    assert model_path(str(work / "base"), config.directory, config.name) == work / "base"
     with pytest.raises(CheckpointError, match=r"model 'org/x' not found: no .*org/x and no .*work/org/x; correct"):
-        model_path(config, "org/x")
+        model_path("org/x", config.directory, config.name)
 
 
 def test_names_of_the_hub(tmp_path: Path) -> None:
@@ -366,12 +359,12 @@ def test_names_of_the_hub(tmp_path: Path) -> None:
         "  - model: {model: {path: org/b, revision: v1.0}}\n  - model: local/model\n"
     )
     config = load_config(path)
-    assert hub_reference(config, "org/name-1.5") == ("org/name-1.5", None)
-    found = [hub_reference(config, entry.model) for entry in config.models]
+    assert hub_reference("org/name-1.5", config.directory) == ("org/name-1.5", None)
+    found = [hub_reference(entry.model, config.directory) for entry in config.models]
     assert found == [("org/a", "refs/pr/3"), ("org/b", "v1.0"), None]
-    assert hub_reference(config, "local/misspelt") is None
+    assert hub_reference("local/misspelt", config.directory) is None
     for name in ("one", "a/b/c", "./a/b", "../b", "/a/b", "~/b", "a/b@"):
-        assert hub_reference(config, name) is None
+        assert hub_reference(name, config.directory) is None
 
 
 def test_canonical_depends_on_meaning_alone() -> None:

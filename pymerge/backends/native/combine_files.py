@@ -49,11 +49,12 @@ def combine_files(
 
     files = [(tensor.descriptor, tensor.offset, NATIVE[tensor.dtype]) for tensor in tensors]
     origin = None if base is None else (base.descriptor, base.offset, NATIVE[base.dtype])
-    return Outcome(*_C.combine_files(out, NATIVE[dtype], origin, files, weights, divisor, numel, block, check_inputs))
+    target = (out, NATIVE[dtype], numel)
+    return Outcome(*_C.combine_files(target, origin, files, weights, divisor, block, check_inputs))
 
 
 def is_finite(address: int, dtype: str, numel: int) -> bool:
     """Whether none of the elements in memory is NaN or infinite."""
     from pymerge import _C
 
-    return _C.is_finite(address, NATIVE[dtype], numel)
+    return _C.is_finite((address, NATIVE[dtype], numel))

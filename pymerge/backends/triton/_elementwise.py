@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.triton._routed import on
-from pymerge.common.shapes import Axis, vector_shape
 from pymerge.ops.nearswap import LEAST_DIFFERENCE
 
 
