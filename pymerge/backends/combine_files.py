@@ -62,11 +62,12 @@ def combine_files(
 
     files = [(tensor.descriptor, tensor.offset, DTYPES[tensor.dtype]) for tensor in tensors]
     origin = None if base is None else (base.descriptor, base.offset, DTYPES[base.dtype])
-    return Outcome(*_C.combine_files(out, DTYPES[dtype], origin, files, weights, divisor, numel, block, check_inputs))
+    target = (out, DTYPES[dtype], numel)
+    return Outcome(*_C.combine_files(target, origin, files, weights, divisor, block, check_inputs))
 
 
 def is_finite(address: int, dtype: str, numel: int) -> bool:
     """Whether none of the elements in memory is NaN or infinite."""
     from pymerge import _C
 
-    return _C.is_finite(address, DTYPES[dtype], numel)
+    return _C.is_finite((address, DTYPES[dtype], numel))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pymerge.backends.batches import rows_contiguous, weights_by_layer
 from pymerge.backends.cuda_sparse import trim_threshold
-from pymerge.backends.dtypes import DTYPE_CODES
+from pymerge.backends.dtypes import DTYPE_CODES, one_row
 from pymerge.ops import spd_solve as spd
 from pymerge.ops.wudi_adam import rates
 
@@ -69,15 +69,11 @@ def combine(
     inputs = [tensor.contiguous() for tensor in tensors]
     with torch.cuda.device(out.device):
         _cuda.combine(
-            out.data_ptr(),
-            DTYPE_CODES[out.dtype],
-            0 if base is None else base.data_ptr(),
-            DTYPE_CODES[torch.float32 if base is None else base.dtype],
-            [tensor.data_ptr() for tensor in inputs],
-            [DTYPE_CODES[tensor.dtype] for tensor in inputs],
+            one_row(out),
+            None if base is None else one_row(base),
+            [one_row(tensor) for tensor in inputs],
             [float(weight) for weight in weights],
             divisor,
-            out.numel(),
             torch.cuda.current_stream(out.device).cuda_stream,
         )
     return out
@@ -167,9 +163,8 @@ def spd_solve(S: Tensor, R: Tensor, prior: Tensor | None = None) -> spd.Solution
     """`spd_solve` with a block for each small system; those that shared memory can't hold go to PyTorch's library."""
     from pymerge import _cuda
 
-    code = DTYPE_CODES[S.dtype]
     rows, columns = R.shape[-2:]
-    if not 0 < columns <= _cuda.spd_solve_columns(code):
+    if not 0 < columns <= _cuda.spd_solve_columns(DTYPE_CODES[S.dtype]):
         return spd.reference(S, R, prior)
     layers = S.shape[:-2]
     S, R = S.contiguous(), R.contiguous()
@@ -180,14 +175,13 @@ def spd_solve(S: Tensor, R: Tensor, prior: Tensor | None = None) -> spd.Solution
     minors = torch.empty(layers, dtype=torch.int32, device=S.device)
     with torch.cuda.device(S.device):
         _cuda.spd_solve(
-            X.data_ptr(),
+            one_row(X),
             conditions.data_ptr(),
             minors.data_ptr(),
-            S.data_ptr(),
-            R.data_ptr(),
-            0 if prior is None else prior.data_ptr(),
-            start.data_ptr(),
-            code,
+            one_row(S),
+            one_row(R),
+            None if prior is None else one_row(prior),
+            one_row(start),
             minors.numel(),
             rows,
             columns,

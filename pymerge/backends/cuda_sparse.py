@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.backends.dtypes import DTYPE_CODES
+from pymerge.backends.dtypes import one_row
 from pymerge.common.shapes import exact
 from pymerge.ops.trim_threshold import Thresholds
 
@@ -32,16 +32,10 @@ def trim_threshold(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int
                 rows[0].data_ptr(),
                 rows[1].data_ptr(),
                 scratch.data_ptr(),
-                flat_argument(base),
-                [flat_argument(expert) for expert in inputs],
+                one_row(base),
+                [one_row(expert) for expert in inputs],
                 [counts[t] for t in searched],
-                numel,
                 torch.cuda.current_stream(device).cuda_stream,
             )
         found[:, searched] = rows
     return Thresholds(*found)
-
-
-def flat_argument(tensor: Tensor) -> tuple[int, int, int]:
-    """A contiguous tensor as one row: (address, dtype code, elements), as csrc/bindings takes matrices."""
-    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.numel()

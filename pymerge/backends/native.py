@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pymerge.backends.combine_files import missing
 from pymerge.backends.dtypes import DTYPE_CODES as DTYPE_CODES
+from pymerge.backends.dtypes import one_row
 from pymerge.backends.native_elementwise import (
     arcee_fusion,
     importance,
@@ -103,15 +104,11 @@ def combine(
     base = None if base is None else base.contiguous()
     inputs = [tensor.contiguous() for tensor in tensors]
     _C.combine(
-        out.data_ptr(),
-        DTYPE_CODES[out.dtype],
-        0 if base is None else base.data_ptr(),
-        DTYPE_CODES[torch.float32 if base is None else base.dtype],
-        [tensor.data_ptr() for tensor in inputs],
-        [DTYPE_CODES[tensor.dtype] for tensor in inputs],
+        one_row(out),
+        None if base is None else one_row(base),
+        [one_row(tensor) for tensor in inputs],
         [float(weight) for weight in weights],
         divisor,
-        out.numel(),
         torch.get_num_threads(),
     )
     return out
@@ -131,10 +128,8 @@ def task_dots(base: Tensor | None, tensors: Sequence[Tensor], axis: Axis = "whol
     base = None if base is None else base.contiguous()
     _C.task_dots(
         dots.data_ptr(),
-        0 if base is None else base.data_ptr(),
-        DTYPE_CODES[torch.float32 if base is None else base.dtype],
-        [tensor.data_ptr() for tensor in inputs],
-        [DTYPE_CODES[tensor.dtype] for tensor in inputs],
+        None if base is None else one_row(base),
+        [one_row(tensor) for tensor in inputs],
         vectors,
         length,
         torch.get_num_threads(),
@@ -252,21 +247,9 @@ def wudi_adam(
     product = torch.empty_like(B)
     for step in range(1, iterations + 1):
         torch.mm(D, A, out=product)
-        _C.adam_step(
-            D.data_ptr(),
-            m.data_ptr(),
-            v.data_ptr(),
-            product.data_ptr(),
-            B.data_ptr(),
-            DTYPE_CODES[B.dtype],
-            B.numel(),
-            betas[0],
-            betas[1],
-            *bias_corrections(step, betas),
-            lr,
-            eps,
-            torch.get_num_threads(),
-        )
+        state = one_row(D), one_row(m), one_row(v)
+        numbers = (*betas, *bias_corrections(step, betas), lr, eps)
+        _C.wudi_adam_step(*state, one_row(product), one_row(B), *numbers, torch.get_num_threads())
     return D
 
 
@@ -299,8 +282,7 @@ def _write_task_sum(
     inputs = [rows_contiguous(expert) for expert in experts]
     means = None if means is None else means.to(out.dtype).contiguous()
     _C.task_sum(
-        out.data_ptr(),
-        DTYPE_CODES[out.dtype],
+        (out.data_ptr(), DTYPE_CODES[out.dtype], columns),
         matrix_argument(base),
         [matrix_argument(expert) for expert in inputs],
         [float(weight) for weight in weights],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.backends.dtypes import DTYPE_CODES
+from pymerge.backends.dtypes import one_row
 from pymerge.common.shapes import vector_shape
 from pymerge.ops._op import compute_dtype
 from pymerge.ops.nearswap import LEAST_DIFFERENCE
@@ -17,33 +17,21 @@ class _Tasks:
     """Contiguous inputs, and what csrc/bindings takes for them: to be held until that returns."""
 
     def __init__(self, base: Tensor, experts: Sequence[Tensor]) -> None:
-        self.base = base.contiguous()
-        self.experts = [expert.contiguous() for expert in experts]
+        self._held = [base.contiguous(), *(expert.contiguous() for expert in experts)]
         self.dtype = compute_dtype(base, *experts)
-
-    @property
-    def argument(self) -> tuple[int, int, list[int], list[int], int]:
-        return (
-            self.base.data_ptr(),
-            DTYPE_CODES[self.base.dtype],
-            [expert.data_ptr() for expert in self.experts],
-            [DTYPE_CODES[expert.dtype] for expert in self.experts],
-            self.base.numel(),
-        )
+        self.base, *self.experts = map(one_row, self._held)
 
 
-def _output(like: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, tuple[int, int]]:
-    out = torch.empty(like.shape, dtype=dtype or like.dtype)
-    return out, (out.data_ptr(), DTYPE_CODES[out.dtype])
+def _output(like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return torch.empty(like.shape, dtype=dtype or like.dtype)
 
 
 def nearswap(base: Tensor, expert: Tensor, t: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """`nearswap` in one pass; bit for bit the reference's result."""
     from pymerge import _C
 
-    out, target = _output(base, out_dtype)
-    tasks = _Tasks(base, [expert])
-    _C.nearswap(target, tasks.argument, t, LEAST_DIFFERENCE, torch.get_num_threads())
+    near, far, out = base.contiguous(), expert.contiguous(), _output(base, out_dtype)
+    _C.nearswap(one_row(out), one_row(near), one_row(far), t, LEAST_DIFFERENCE, torch.get_num_threads())
     return out
 
 
@@ -57,9 +45,9 @@ def ram(
     """`ram` in one pass; bit for bit the reference's result."""
     from pymerge import _C
 
-    out, target = _output(base, out_dtype)
+    out = _output(base, out_dtype)
     tasks = _Tasks(base, experts)
-    _C.ram(target, tasks.argument, epsilon, list(factors or ()), torch.get_num_threads())
+    _C.ram(one_row(out), tasks.base, tasks.experts, epsilon, factors or None, torch.get_num_threads())
     return out
 
 
@@ -68,7 +56,7 @@ def ram_counts(base: Tensor, experts: Sequence[Tensor], epsilon: float) -> Tenso
     from pymerge import _C
 
     tasks, counts = _Tasks(base, experts), torch.empty(len(experts), 2, dtype=torch.int64)
-    _C.ram_counts(counts.data_ptr(), tasks.argument, epsilon, torch.get_num_threads())
+    _C.ram_counts(counts.data_ptr(), tasks.base, tasks.experts, epsilon, torch.get_num_threads())
     return counts
 
 
@@ -78,7 +66,7 @@ def sce_spread(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
 
     tasks = _Tasks(base, experts)
     spread = torch.empty(base.shape, dtype=tasks.dtype)
-    _C.sce_spread(spread.data_ptr(), tasks.argument, torch.get_num_threads())
+    _C.sce_spread(one_row(spread), tasks.base, tasks.experts, torch.get_num_threads())
     return spread
 
 
@@ -88,7 +76,7 @@ def sce_energies(base: Tensor, experts: Sequence[Tensor], bits: Tensor | None = 
 
     tasks, energies = _Tasks(base, experts), torch.empty(len(experts), dtype=torch.float64)
     selected = 0 if bits is None else bits.data_ptr()
-    _C.sce_energies(energies.data_ptr(), tasks.argument, selected, torch.get_num_threads())
+    _C.sce_energies(energies.data_ptr(), tasks.base, tasks.experts, selected, torch.get_num_threads())
     return energies
 
 
@@ -103,10 +91,10 @@ def sce(
     """`sce` in one pass; bit for bit the reference's result."""
     from pymerge import _C
 
-    out, target = _output(base, out_dtype)
+    out = _output(base, out_dtype)
     tasks = _Tasks(base, experts)
     selected = 0 if bits is None else bits.data_ptr()
-    _C.sce(target, tasks.argument, selected, list(weights), least, torch.get_num_threads())
+    _C.sce(one_row(out), tasks.base, tasks.experts, selected, list(weights), least, torch.get_num_threads())
     return out
 
 
@@ -115,9 +103,10 @@ def row_divergence(base: Tensor, expert: Tensor) -> Tensor:
     from pymerge import _C
 
     rows, columns = vector_shape(base.shape, "rows")
-    tasks = _Tasks(base, [expert])
+    near, far = base.contiguous(), expert.contiguous()
     divergence = torch.empty(rows if columns else 0, dtype=torch.float64)
-    _C.row_divergence(divergence.data_ptr(), tasks.argument, len(divergence), columns, torch.get_num_threads())
+    sizes = len(divergence), columns, torch.get_num_threads()
+    _C.row_divergence(divergence.data_ptr(), one_row(near), one_row(far), *sizes)
     return divergence
 
 
@@ -125,10 +114,10 @@ def importance(base: Tensor, expert: Tensor, divergence: Tensor) -> Tensor:
     """`importance` in one pass; bit for bit the reference's result."""
     from pymerge import _C
 
-    tasks, divergence = _Tasks(base, [expert]), divergence.contiguous()
-    scores = torch.empty(base.shape, dtype=tasks.dtype)
-    shape = len(divergence), vector_shape(base.shape, "rows")[1]
-    _C.importance(scores.data_ptr(), tasks.argument, divergence.data_ptr(), *shape, torch.get_num_threads())
+    near, far, divergence = base.contiguous(), expert.contiguous(), divergence.contiguous()
+    scores = torch.empty(base.shape, dtype=compute_dtype(base, expert))
+    sizes = len(divergence), vector_shape(base.shape, "rows")[1], torch.get_num_threads()
+    _C.importance(one_row(scores), one_row(near), one_row(far), divergence.data_ptr(), *sizes)
     return scores
 
 
@@ -138,8 +127,8 @@ def arcee_fusion(
     """`arcee_fusion` in one pass; bit for bit the reference's result."""
     from pymerge import _C
 
-    out, target = _output(base, out_dtype)
-    tasks, divergence = _Tasks(base, [expert]), divergence.contiguous()
-    shape = len(divergence), vector_shape(base.shape, "rows")[1]
-    _C.arcee_fusion(target, tasks.argument, divergence.data_ptr(), least, *shape, torch.get_num_threads())
+    near, far, divergence = base.contiguous(), expert.contiguous(), divergence.contiguous()
+    out = _output(base, out_dtype)
+    sizes = len(divergence), vector_shape(base.shape, "rows")[1], torch.get_num_threads()
+    _C.arcee_fusion(one_row(out), one_row(near), one_row(far), divergence.data_ptr(), least, *sizes)
     return out

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymerge.backends.dtypes import DTYPE_CODES
+from pymerge.backends.dtypes import DTYPE_CODES, one_row
 from pymerge.ops.routed.kernels import Kernels, Problem, TorchPasses, mixes_of
 from pymerge.ops.routed.task_storage import DenseTasks, SparseTasks, Tasks
 from pymerge.ops.routed_linear import run
@@ -31,7 +31,7 @@ class NativePasses(TorchPasses):
             super().mix(tasks, out, weight, gates, rows)
             return
         gates = gates.contiguous()
-        head = (out.data_ptr(), DTYPE_CODES[out.dtype], origin.data_ptr(), DTYPE_CODES[origin.dtype], gates.data_ptr())
+        head = (one_row(out), one_row(origin), gates.data_ptr())
         sizes = (len(gates), *origin.shape, _threads(tasks, len(origin) * len(gates)))
         if isinstance(tasks, DenseTasks):
             _C.mix_dense(*head, _dense(tasks, rows), *sizes)
@@ -48,11 +48,11 @@ class NativePasses(TorchPasses):
         out = torch.empty(tasks.count, dtype=torch.float64)
         if isinstance(tasks, DenseTasks):
             dense = _dense(tasks, rows)
-            _C.dots_dense(out.data_ptr(), delta.data_ptr(), delta.numel(), dense, _threads(tasks, len(delta)))
+            _C.dots_dense(out.data_ptr(), one_row(delta), dense, _threads(tasks, len(delta)))
         else:
             sparse = _sparse(tasks, rows)
             rows_here, columns = delta.shape
-            _C.dots_sparse(out.data_ptr(), delta.data_ptr(), rows_here, columns, sparse, _threads(tasks, rows_here))
+            _C.dots_sparse(out.data_ptr(), one_row(delta), sparse, rows_here, columns, _threads(tasks, rows_here))
         return out
 
     def add_products(self, tasks: Tasks, y: Tensor, x: Tensor, gates: Tensor) -> None:
@@ -65,13 +65,12 @@ class NativePasses(TorchPasses):
         total = y.to(torch.float32)
         tokens, token_gates = x.to(torch.float32).contiguous(), gates.contiguous()
         _C.add_sparse_products(
-            total.data_ptr(),
-            total.stride(0),
+            (total.data_ptr(), DTYPE_CODES[total.dtype], total.stride(0)),
             tokens.data_ptr(),
             token_gates.data_ptr(),
+            _sparse(tasks, slice(None)),
             len(tokens),
             *tasks.shape,
-            _sparse(tasks, slice(None)),
             torch.get_num_threads(),
         )
         if total is not y:
@@ -181,12 +180,13 @@ def _sparse(tasks: SparseTasks, rows: slice) -> tuple[int, int, int, bool, int, 
     )
 
 
-def _weight(problem: Problem) -> tuple[tuple[int, int, int, int], Any]:
-    """As csrc/bindings takes W_0 and its task vectors."""
+def _weight(problem: Problem) -> tuple[tuple[int, int, int], Any, int, int]:
+    """As csrc/bindings takes W_0, its task vectors, its rows and its columns."""
     weight, tasks = problem.weight, problem.tasks
     assert isinstance(tasks, (DenseTasks, SparseTasks))
     packed = _dense(tasks, slice(None)) if isinstance(tasks, DenseTasks) else _sparse(tasks, slice(None))
-    return (weight.data_ptr(), DTYPE_CODES[weight.dtype], *weight.shape), packed
+    rows, columns = weight.shape
+    return one_row(weight), packed, rows, columns
 
 
 routed_linear = partial(run, NativeKernels())

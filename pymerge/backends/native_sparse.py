@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pymerge.backends.dtypes import DTYPE_CODES
+from pymerge.backends.dtypes import one_row
 from pymerge.common.shapes import exact, row_bytes
 from pymerge.ops._bitmask import TaskMasks
 from pymerge.ops.trim_threshold import Thresholds
@@ -26,10 +26,9 @@ def trim_threshold(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int
     _C.trim_threshold(
         keys.data_ptr(),
         ends.data_ptr(),
-        _flat(base),
-        [_flat(expert) for expert in inputs],
+        one_row(base),
+        [one_row(expert) for expert in inputs],
         [count for count, found in zip(counts, known, strict=True) if found is None],
-        numel,
         torch.get_num_threads(),
     )
     selected = iter(zip(keys.tolist(), ends.tolist(), strict=True))
@@ -45,12 +44,11 @@ def magnitude_counts(base: Tensor, experts: Sequence[Tensor], prefixes: Sequence
     base, inputs = base.contiguous(), [expert.contiguous() for expert in experts]
     _C.magnitude_counts(
         counts.data_ptr(),
-        _flat(base),
-        [_flat(expert) for expert in inputs],
+        one_row(base),
+        [one_row(expert) for expert in inputs],
         list(prefixes),
         shift,
         bits,
-        base.numel(),
         torch.get_num_threads(),
     )
     return counts
@@ -66,11 +64,10 @@ def magnitude_mask(
     base, inputs = base.contiguous(), [expert.contiguous() for expert in experts]
     _C.magnitude_mask(
         (masks.bits.data_ptr(), masks.before.data_ptr(), masks.after.data_ptr()),
-        _flat(base),
-        [_flat(expert) for expert in inputs],
+        one_row(base),
+        [one_row(expert) for expert in inputs],
         (kept.keys.data_ptr(), kept.ends.data_ptr()),
-        (0, 0) if dropped is None else (dropped.keys.data_ptr(), dropped.ends.data_ptr()),
-        base.numel(),
+        None if dropped is None else (dropped.keys.data_ptr(), dropped.ends.data_ptr()),
         torch.get_num_threads(),
     )
     return masks
@@ -92,8 +89,8 @@ def random_mask(
     columns = base.shape[-1] if base.ndim else 1
     _C.random_mask(
         (masks.bits.data_ptr(), masks.before.data_ptr(), masks.after.data_ptr()),
-        _flat(base),
-        [_flat(expert) for expert in inputs],
+        one_row(base),
+        [one_row(expert) for expert in inputs],
         [float(value) for value in lowest],
         [float(value) for value in highest],
         list(keys),
@@ -125,16 +122,14 @@ def sparse_combine(
     bits = None if bits is None else bits.contiguous()
     factors = [1.0] * len(inputs) if factors is None else factors
     _C.sparse_combine(
-        out.data_ptr(),
-        DTYPE_CODES[out.dtype],
-        _flat(base),
-        [_flat(expert) for expert in inputs],
+        one_row(out),
+        one_row(base),
+        [one_row(expert) for expert in inputs],
         0 if bits is None else bits.data_ptr(),
-        (0, 0),  # no selections: bits say what is kept, or all is
-        (0, 0),
+        None,  # no selections: bits say what is kept, or all is
+        None,
         [float(weight * factor) for weight, factor in zip(weights, factors, strict=True)],
         [float(weight) for weight in weights],
-        base.numel(),
         elect,
         normalize,
         float(scale),
@@ -148,8 +143,3 @@ def _masks(tasks: int, numel: int) -> TaskMasks:
     bits = torch.zeros(tasks, row_bytes(numel), dtype=torch.uint8)
     before = torch.empty(tasks, dtype=torch.float64)
     return TaskMasks(bits, before, torch.empty_like(before))
-
-
-def _flat(tensor: Tensor) -> tuple[int, int, int]:
-    """A contiguous tensor as one row: (address, dtype code, elements)."""
-    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.numel()

@@ -33,7 +33,7 @@ class RawPart(Part):
 
     def __init__(
         self,
-        base: Raw,
+        base: Raw | None,
         experts: Sequence[Raw],
         out: Raw,
         shape: tuple[int, ...],
@@ -59,7 +59,6 @@ class RawPart(Part):
             self._base,
             [self._experts[task] for task in wanted],
             [counts[task] for task in wanted],
-            self._numel,
             1,
         )
         for task, key, end in zip(wanted, keys.tolist(), ends.tolist(), strict=True):
@@ -71,18 +70,18 @@ class RawPart(Part):
         self._used("magnitude_counts")
         counts = np.zeros((len(tasks), 1 << bits), np.int64)
         experts = [self._experts[task] for task in tasks]
-        _C.magnitude_counts(counts.ctypes.data, self._base, experts, list(prefixes), shift, bits, self._numel, 1)
+        _C.magnitude_counts(counts.ctypes.data, self._base, experts, list(prefixes), shift, bits, 1)
         return counts
 
     def behind(self, task: int, key: int, count: int) -> int:
-        place: int = _C.magnitude_place(self._base, self._experts[task], key, count, self._numel)
+        place: int = _C.magnitude_place(self._base, self._experts[task], key, count)
         return place
 
     def magnitude_mask(self, between: Between) -> Kept:
         self._used("magnitude_mask")
         masks, kept, dropped = self._masks(), _numbers(between.kept), _numbers(between.dropped)
         limits = (_places(kept), _places(dropped))
-        _C.magnitude_mask(_addresses(masks, norms=True), self._base, self._experts, *limits, self._numel, 1)
+        _C.magnitude_mask(_addresses(masks, norms=True), self._base, self._experts, *limits, 1)
         return masks
 
     def random_mask(
@@ -115,8 +114,7 @@ class RawPart(Part):
         else:
             bits = mask
         _C.sparse_combine(
-            self._out.address,
-            self._out.dtype,
+            self._out,
             self._base,
             self._experts,
             0 if bits is None else bits.ctypes.data,
@@ -124,7 +122,6 @@ class RawPart(Part):
             _places(dropped),
             [weight * factor for weight, factor in zip(weights, factors, strict=True)],
             list(weights),
-            self._numel,
             elect,
             normalize,
             scale,
@@ -137,7 +134,7 @@ class RawPart(Part):
             raise NotImplementedError("inner products of rows and columns are pymerge.backends.native's")
         origin, tensors = self._vectors(models)
         dots = np.empty((1, len(tensors), len(tensors)))
-        _C.task_dots(dots.ctypes.data, *_optional(origin), *_columns(tensors), 1, self._numel, 1)
+        _C.task_dots(dots.ctypes.data, origin, tensors, 1, self._numel, 1)
         return dots
 
     def combine(self, models: Models, weights: Sequence[float]) -> None:
@@ -146,8 +143,7 @@ class RawPart(Part):
         near = from_the_nearer(models, weights)
         if near is not None:
             origin, tensors, weights = tensors[near], [tensors[1 - near]], [weights[1 - near]]
-        target = (self._out.address, self._out.dtype)
-        _C.combine(*target, *_optional(origin), *_columns(tensors), list(weights), 1.0, self._numel, 1)
+        _C.combine(self._out, origin, tensors, list(weights), 1.0, 1)
 
     def combine_vectors(self, models: Models, weights: NDArray[Any], axis: Axis) -> None:
         raise NotImplementedError("sums with weights of each vector are pymerge.backends.native's")
@@ -159,59 +155,54 @@ class RawPart(Part):
     def spread(self) -> RawPart:
         self._used("sce_spread")
         spread = np.empty(self._numel, np.float32)
-        _C.sce_spread(spread.ctypes.data, self._tasks, 1)
+        _C.sce_spread(_scores(spread), self._base, self._experts, 1)
         return _Scores(spread, 1, self)
 
     def energies(self, bits: NDArray[Any] | None) -> NDArray[Any]:
         self._used("sce_energies")
         energies = np.empty(len(self._experts))
-        _C.sce_energies(energies.ctypes.data, self._tasks, 0 if bits is None else bits.ctypes.data, 1)
+        _C.sce_energies(energies.ctypes.data, self._base, self._experts, 0 if bits is None else bits.ctypes.data, 1)
         return energies
 
     def majority_mean(self, weights: Sequence[float], bits: NDArray[Any] | None, least: float) -> None:
         self._used("sce")
-        target, selected = (self._out.address, self._out.dtype), 0 if bits is None else bits.ctypes.data
-        _C.sce(target, self._tasks, selected, list(weights), least, 1)
+        selected = 0 if bits is None else bits.ctypes.data
+        _C.sce(self._out, self._base, self._experts, selected, list(weights), least, 1)
 
     def active_counts(self, epsilon: float) -> NDArray[Any]:
         self._used("ram_counts")
         counts = np.empty((len(self._experts), 2), np.int64)
-        _C.ram_counts(counts.ctypes.data, self._tasks, epsilon, 1)
+        _C.ram_counts(counts.ctypes.data, self._base, self._experts, epsilon, 1)
         return counts
 
     def mean_of_active(self, epsilon: float, factors: Sequence[float]) -> None:
         self._used("ram")
-        _C.ram((self._out.address, self._out.dtype), self._tasks, epsilon, list(factors), 1)
+        _C.ram(self._out, self._base, self._experts, epsilon, list(factors) or None, 1)
 
     def divergence(self) -> NDArray[Any]:
         self._used("row_divergence")
         divergence = np.empty(self._rows[0])
-        _C.row_divergence(divergence.ctypes.data, self._tasks, *self._rows, 1)
+        _C.row_divergence(divergence.ctypes.data, self._base, *self._experts, *self._rows, 1)
         return divergence
 
     def importance(self, divergence: NDArray[Any], times: int) -> RawPart:
         self._used("importance")
         scores = np.empty(self._numel, np.float32)
-        _C.importance(scores.ctypes.data, self._tasks, divergence.ctypes.data, *self._rows, 1)
+        _C.importance(_scores(scores), self._base, *self._experts, divergence.ctypes.data, *self._rows, 1)
         return _Scores(scores, times, self)
 
     def take_important(self, divergence: NDArray[Any], least: float) -> None:
         self._used("arcee_fusion")
-        target = self._out.address, self._out.dtype
-        _C.arcee_fusion(target, self._tasks, divergence.ctypes.data, least, *self._rows, 1)
+        _C.arcee_fusion(self._out, self._base, *self._experts, divergence.ctypes.data, least, *self._rows, 1)
 
     @property
     def _rows(self) -> tuple[int, int]:
         """Rows along the last axis, and their length."""
         return vector_shape(self.shape, "rows")
 
-    @property
-    def _tasks(self) -> tuple[int, int, list[int], list[int], int]:
-        """What csrc/bindings/elementwise.cpp takes."""
-        return self._base.address, self._base.dtype, *_columns(self._experts), self._numel
-
     def _vectors(self, models: Models) -> tuple[Raw | None, list[Raw]]:
         """The origin (None: zero) and the tensors whose differences from it are the vectors."""
+        assert self._base is not None
         tensors = [self._base, *self._experts] if models.with_base else self._experts
         return self._base if models.on_base else None, tensors
 
@@ -224,9 +215,9 @@ class _Scores(RawPart):
     """Numbers of at least 0, one for each element of a part, as equal task vectors on no base."""
 
     def __init__(self, scores: NDArray[Any], times: int, part: RawPart) -> None:
-        expert = Raw(scores.ctypes.data, DTYPES["F32"], scores.size)
+        expert = _scores(scores)
         nothing = expert._replace(address=0)
-        super().__init__(nothing, [expert] * times, nothing, part.shape, part._used, part.first, part.row)
+        super().__init__(None, [expert] * times, nothing, part.shape, part._used, part.first, part.row)
         self._array = scores  # lives as long as the part
 
 
@@ -239,16 +230,10 @@ def _numbers(limits: Limits | None) -> NDArray[Any] | None:
     return None if limits is None else np.array([limits.keys, limits.ends], np.int64)
 
 
-def _places(numbers: NDArray[Any] | None) -> tuple[int, int]:
+def _places(numbers: NDArray[Any] | None) -> tuple[int, int] | None:
     """Addresses of the keys and the ends."""
-    return (0, 0) if numbers is None else (numbers[0].ctypes.data, numbers[1].ctypes.data)
+    return None if numbers is None else (numbers[0].ctypes.data, numbers[1].ctypes.data)
 
 
-def _optional(tensor: Raw | None) -> tuple[int, int]:
-    """Address and dtype; 0 for None."""
-    return (0, 0) if tensor is None else (tensor.address, tensor.dtype)
-
-
-def _columns(tensors: Sequence[Raw]) -> tuple[list[int], list[int]]:
-    """Addresses and dtypes."""
-    return [tensor.address for tensor in tensors], [tensor.dtype for tensor in tensors]
+def _scores(scores: NDArray[Any]) -> Raw:
+    return Raw(scores.ctypes.data, DTYPES["F32"], scores.size)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pymerge import _C
 from pymerge.backends import load, native
+from pymerge.backends.dtypes import one_row
 from pymerge.ops import OPS
 from pymerge.testing.cases import implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same
@@ -148,9 +149,8 @@ def test_one_step(dtype: torch.dtype, size: int) -> None:
     square = beta2 * wide[2] + (1 - beta2) * gradient**2
     correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
     moved = wide[0] - lr * (moment / correction1) / (square.sqrt() / correction2 + eps)
-    addresses = [t.data_ptr() for t in (D, m, v, product, B)]
-    code = native.DTYPE_CODES[dtype]
-    _C.adam_step(*addresses, code, size, beta1, beta2, correction1, correction2, lr, eps, 2)
+    arguments = [one_row(t) for t in (D, m, v, product, B)]
+    _C.wudi_adam_step(*arguments, beta1, beta2, correction1, correction2, lr, eps, 2)
     tolerance = 8 * torch.finfo(dtype).eps
     for label, actual, expected in (("D", D, moved), ("m", m, moment), ("v", v, square)):
         scale = wide[3].abs() + wide[4].abs() + expected.abs() + 1.0

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends.cuda_sparse import flat_argument
-from pymerge.backends.dtypes import DTYPE_CODES
+from pymerge.backends.dtypes import DTYPE_CODES, one_row
 from pymerge.ops import OPS
 from pymerge.ops.trim_threshold import Thresholds
 from pymerge.testing.cases import FLOATS, task_case
@@ -23,9 +22,9 @@ def select(module: ModuleType, base: Tensor, experts: list[Tensor], counts: list
     numel = base.numel()
     scratch = torch.zeros(module.trim_threshold_scratch(len(experts), numel), dtype=torch.uint8)
     keys, ends = torch.full((2, len(experts)), -1)
-    inputs = [flat_argument(expert) for expert in experts]
+    inputs = [one_row(expert) for expert in experts]
     addresses = [tensor.data_ptr() for tensor in (keys, ends, scratch)]
-    module.trim_threshold(*addresses, flat_argument(base), inputs, counts, numel, 0)
+    module.trim_threshold(*addresses, one_row(base), inputs, counts, 0)
     return Thresholds(keys, ends)
 
 
@@ -110,4 +109,4 @@ def test_what_is_refused(emulated: ModuleType) -> None:
     with pytest.raises(ValueError, match="129 task vectors; one launch takes 128"):
         select(emulated, one, [one] * 129, [1] * 129)
     with pytest.raises(ValueError, match=r"counters hold less than 2\^32"):
-        emulated.trim_threshold(0, 0, 0, (0, DTYPE_CODES[torch.float32], 0), [], [], 2**32, 0)
+        emulated.trim_threshold(0, 0, 0, (0, DTYPE_CODES[torch.float32], 2**32), [], [], 0)
