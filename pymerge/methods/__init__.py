@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 
+from pymerge.common.names import nearest
 from pymerge.errors import ConfigError
 from pymerge.methods.base import Method
 
@@ -33,11 +33,11 @@ _HOMES = {
     "multislerp": "slerp",
     "karcher": "slerp",
     "model_stock": "model_stock",
-    "sce": "elementwise",
-    "nearswap": "elementwise",
-    "ram": "elementwise",
-    "ramplus_tl": "elementwise",
-    "arcee_fusion": "elementwise",
+    "sce": "sce",
+    "nearswap": "nearswap",
+    "ram": "ram",
+    "ramplus_tl": "ram",
+    "arcee_fusion": "arcee_fusion",
     "passthrough": "linear",
 }
 
@@ -66,6 +66,6 @@ def get_method(name: str) -> Method:
     """The method called `name`; ConfigError with the nearest known name if there is none."""
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "known methods: " + ", ".join(METHODS)
+    near = nearest(name, METHODS)
+    hint = f"did you mean {near!r}?" if near else "known methods: " + ", ".join(METHODS)
     raise ConfigError(f"unknown merge method {name!r}; {hint}")

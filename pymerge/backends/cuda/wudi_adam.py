@@ -24,11 +24,26 @@ def compute(op: WudiAdam, threads: int) -> Tensor:
 
     batch = op.batched()
     A, B = batch.A.contiguous(), batch.B.contiguous()
+    layers, rows, columns = B.shape
     D, m, v = (torch.zeros_like(B) for _ in range(3))
     other = torch.empty_like(B)
     rates = torch.tensor(batch.rates, dtype=torch.float64).to(B.device)
-    addresses = [tensor.data_ptr() for tensor in (D, other, m, v, A, B, rates)]
     with torch.cuda.device(B.device):
-        _cuda.wudi_adam(*addresses, *B.shape, op.iterations, *op.betas, op.eps, stream_of(B))
+        _cuda.wudi_adam(
+            D.data_ptr(),
+            other.data_ptr(),
+            m.data_ptr(),
+            v.data_ptr(),
+            A.data_ptr(),
+            B.data_ptr(),
+            rates.data_ptr(),
+            layers,
+            rows,
+            columns,
+            op.iterations,
+            *op.betas,
+            op.eps,
+            stream_of(B),
+        )
     merged = other if op.iterations % 2 else D
     return merged if op.B.ndim == 3 else merged[0]
