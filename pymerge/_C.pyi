@@ -1,58 +1,48 @@
-# csrc/bindings for the CPU. Addresses are data_ptr(), dtypes the codes of pymerge.backends.native.DTYPE_CODES,
-# a matrix is (address, dtype, row stride in elements), address 0 stands for None.
+# csrc/bindings for the CPU. Every function writes to memory of the caller's, which has to live until it returns.
+#
+# A tensor is (address, dtype code, row stride in elements); one that is seen as one row, contiguous, has its number of
+# elements there. Codes are those of csrc/common/dtype.h. Memory whose dtype a function fixes is an address, 0 for none.
 from collections.abc import Sequence
 
-_Matrix = tuple[int, int, int]
-# base, its dtype, experts, their dtypes, elements of each.
-_Tasks = tuple[int, int, Sequence[int], Sequence[int], int]
-# address, dtype
-_Target = tuple[int, int]
-# T dense task vectors: (address, dtype, elements between two of them, T).
-_Dense = tuple[int, int, int, int]
-# T sparse matrices by rows: (values, dtype, columns, columns are int32, starts, starts between two tasks, T).
-_Sparse = tuple[int, int, int, bool, int, int, int]
-# W_0, contiguous: (address, dtype, rows, columns).
-_Weight = tuple[int, int, int, int]
-
-# descriptor, byte of its first element, dtype.
-_File = tuple[int, int, int]
-
-# Bits, L1 norms before and after; keys and ends of thresholds, 0 and 0 for none. Weights are one row of all elements.
-_Masks = tuple[int, int, int]
-_Thresholds = tuple[int, int]
+Matrix = tuple[int, int, int]
+# Part of an open file: descriptor, byte of the first element, dtype code.
+File = tuple[int, int, int]
+# Addresses: bits, one row of each task; float64 L1 norms before and after, or 0 and 0.
+Masks = tuple[int, int, int]
+# Addresses of int64, one of each task: keys, and the ends of those that equal them.
+Thresholds = tuple[int, int]
+# T dense task vectors: (address, dtype code, elements between two of them, T).
+Dense = tuple[int, int, int, int]
+# T sparse matrices by rows: (values, dtype code, columns, columns are int32, starts, starts between two tasks, T).
+Sparse = tuple[int, int, int, bool, int, int, int]
 
 def build_info() -> str: ...
+
+# csrc/bindings/dense.cpp
 def combine(
-    out: int,
-    out_dtype: int,
-    base: int,
-    base_dtype: int,
-    inputs: Sequence[int],
-    dtypes: Sequence[int],
+    out: Matrix,
+    base: Matrix | None,
+    tensors: Sequence[Matrix],
     weights: Sequence[float],
     divisor: float,
-    numel: int,
     threads: int,
     /,
 ) -> None: ...
 def combine_files(
-    out: int,
-    out_dtype: int,
-    base: _File | None,
-    inputs: Sequence[_File],
+    out: Matrix,
+    base: File | None,
+    tensors: Sequence[File],
     weights: Sequence[float],
     divisor: float,
-    numel: int,
     block: int,
     check_inputs: bool,
     /,
 ) -> tuple[bool, int, int, int, int]: ...
-def is_finite(values: int, dtype: int, numel: int, /) -> bool: ...
-def task_sum(
-    out: int,
-    dtype: int,
-    base: _Matrix,
-    experts: Sequence[_Matrix],
+def is_finite(tensor: Matrix, /) -> bool: ...
+def task_sum(  # out contiguous; means T x columns in its dtype
+    out: Matrix,
+    base: Matrix,
+    experts: Sequence[Matrix],
     weights: Sequence[float],
     means: int,
     rows: int,
@@ -60,46 +50,64 @@ def task_sum(
     threads: int,
     /,
 ) -> None: ...
-def task_stats(
+def task_stats(  # norms and traces float64, means float32
     norms: int,
     traces: int,
     means: int,
-    base: _Matrix,
-    experts: Sequence[_Matrix],
+    base: Matrix,
+    experts: Sequence[Matrix],
     rows: int,
     columns: int,
     threads: int,
     /,
 ) -> None: ...
-def trim_threshold(
-    keys: int, ends: int, base: _Matrix, experts: Sequence[_Matrix], counts: Sequence[int], numel: int, threads: int, /
+def task_dots(  # out float64, vectors x T x T
+    out: int, base: Matrix | None, tensors: Sequence[Matrix], vectors: int, length: int, threads: int, /
 ) -> None: ...
-def magnitude_counts(
-    counts: int,
-    base: _Matrix,
-    experts: Sequence[_Matrix],
-    prefixes: Sequence[int],
-    shift: int,
-    bits: int,
-    numel: int,
+def wudi_adam_step(
+    D: Matrix,
+    m: Matrix,
+    v: Matrix,
+    product: Matrix,
+    B: Matrix,
+    beta1: float,
+    beta2: float,
+    correction1: float,
+    correction2: float,
+    lr: float,
+    eps: float,
     threads: int,
     /,
 ) -> None: ...
-def magnitude_place(base: _Matrix, expert: _Matrix, key: int, left: int, numel: int, /) -> int: ...
+
+# csrc/bindings/sparse.cpp: without a base the experts themselves are the task vectors.
+def trim_threshold(  # keys and ends int64
+    keys: int, ends: int, base: Matrix | None, experts: Sequence[Matrix], counts: Sequence[int], threads: int, /
+) -> None: ...
+def magnitude_counts(  # counts int64, T x 2^bits, zeros at first
+    counts: int,
+    base: Matrix | None,
+    experts: Sequence[Matrix],
+    prefixes: Sequence[int],
+    shift: int,
+    bits: int,
+    threads: int,
+    /,
+) -> None: ...
+def magnitude_place(base: Matrix | None, expert: Matrix, key: int, left: int, /) -> int: ...
 def magnitude_mask(
-    out: _Masks,
-    base: _Matrix,
-    experts: Sequence[_Matrix],
-    kept: _Thresholds,
-    dropped: _Thresholds,
-    numel: int,
+    out: Masks,
+    base: Matrix | None,
+    experts: Sequence[Matrix],
+    kept: Thresholds | None,
+    dropped: Thresholds | None,
     threads: int,
     /,
 ) -> None: ...
 def random_mask(
-    out: _Masks,
-    base: _Matrix,
-    experts: Sequence[_Matrix],
+    out: Masks,
+    base: Matrix | None,
+    experts: Sequence[Matrix],
     lowest: Sequence[float],
     highest: Sequence[float],
     keys: Sequence[int],
@@ -110,112 +118,87 @@ def random_mask(
     /,
 ) -> None: ...
 def sparse_combine(
-    out: int,
-    out_dtype: int,
-    base: _Matrix,
-    experts: Sequence[_Matrix],
+    out: Matrix,
+    base: Matrix,
+    experts: Sequence[Matrix],
     bits: int,
-    kept: _Thresholds,
-    dropped: _Thresholds,
+    kept: Thresholds | None,
+    dropped: Thresholds | None,
     sizes: Sequence[float],
     weights: Sequence[float],
-    numel: int,
     elect: bool,
     normalize: bool,
     scale: float,
     threads: int,
     /,
 ) -> None: ...
-def task_dots(
-    out: int,
-    base: int,
-    base_dtype: int,
-    inputs: Sequence[int],
-    dtypes: Sequence[int],
-    vectors: int,
-    length: int,
+
+# csrc/bindings/elementwise.cpp: bits are one row of all elements, divergences float64; scores (sce_spread, importance)
+# are float64 if a tensor is, else float32.
+def nearswap(out: Matrix, base: Matrix, expert: Matrix, t: float, least: float, threads: int, /) -> None: ...
+def ram(
+    out: Matrix,
+    base: Matrix,
+    experts: Sequence[Matrix],
+    epsilon: float,
+    factors: Sequence[float] | None,
     threads: int,
     /,
 ) -> None: ...
-def nearswap(out: _Target, tasks: _Tasks, t: float, least: float, threads: int, /) -> None: ...
-def ram(out: _Target, tasks: _Tasks, epsilon: float, factors: Sequence[float], threads: int, /) -> None: ...
-def ram_counts(counts: int, tasks: _Tasks, epsilon: float, threads: int, /) -> None: ...
-def sce_spread(out: int, tasks: _Tasks, threads: int, /) -> None: ...
-def sce_energies(energies: int, tasks: _Tasks, selected: int, threads: int, /) -> None: ...
+def ram_counts(  # counts int64, T x 2
+    counts: int, base: Matrix, experts: Sequence[Matrix], epsilon: float, threads: int, /
+) -> None: ...
+def sce_spread(out: Matrix, base: Matrix, experts: Sequence[Matrix], threads: int, /) -> None: ...
+def sce_energies(energies: int, base: Matrix, experts: Sequence[Matrix], bits: int, threads: int, /) -> None: ...
 def sce(
-    out: _Target, tasks: _Tasks, selected: int, weights: Sequence[float], least: float, threads: int, /
-) -> None: ...
-def row_divergence(divergence: int, tasks: _Tasks, rows: int, columns: int, threads: int, /) -> None: ...
-def importance(out: int, tasks: _Tasks, divergence: int, rows: int, columns: int, threads: int, /) -> None: ...
-def arcee_fusion(
-    out: _Target, tasks: _Tasks, divergence: int, least: float, rows: int, columns: int, threads: int, /
-) -> None: ...
-def adam_step(
-    D: int,
-    m: int,
-    v: int,
-    product: int,
-    B: int,
-    dtype: int,
-    numel: int,
-    beta1: float,
-    beta2: float,
-    correction1: float,
-    correction2: float,
-    lr: float,
-    eps: float,
+    out: Matrix,
+    base: Matrix,
+    experts: Sequence[Matrix],
+    bits: int,
+    weights: Sequence[float],
+    least: float,
     threads: int,
     /,
 ) -> None: ...
-def mix_dense(
-    out: int,
-    out_dtype: int,
-    base: int,
-    base_dtype: int,
-    gates: int,
-    tasks: _Dense,
-    samples: int,
+def row_divergence(divergence: int, base: Matrix, expert: Matrix, rows: int, columns: int, threads: int, /) -> None: ...
+def importance(
+    out: Matrix, base: Matrix, expert: Matrix, divergence: int, rows: int, columns: int, threads: int, /
+) -> None: ...
+def arcee_fusion(
+    out: Matrix,
+    base: Matrix,
+    expert: Matrix,
+    divergence: int,
+    least: float,
     rows: int,
     columns: int,
     threads: int,
     /,
+) -> None: ...
+
+# csrc/bindings/routed.cpp: x, dy, gates and biases float32, dots float64; weights and outputs of mixes as one row.
+def mix_dense(
+    out: Matrix, base: Matrix, gates: int, tasks: Dense, samples: int, rows: int, columns: int, threads: int, /
 ) -> None: ...
 def mix_sparse(
-    out: int,
-    out_dtype: int,
-    base: int,
-    base_dtype: int,
-    gates: int,
-    tasks: _Sparse,
-    samples: int,
-    rows: int,
-    columns: int,
-    threads: int,
-    /,
+    out: Matrix, base: Matrix, gates: int, tasks: Sparse, samples: int, rows: int, columns: int, threads: int, /
 ) -> None: ...
-def dots_dense(out: int, delta: int, numel: int, tasks: _Dense, threads: int, /) -> None: ...
-def dots_sparse(out: int, delta: int, rows: int, columns: int, tasks: _Sparse, threads: int, /) -> None: ...
+def dots_dense(out: int, delta: Matrix, tasks: Dense, threads: int, /) -> None: ...
+def dots_sparse(out: int, delta: Matrix, tasks: Sparse, rows: int, columns: int, threads: int, /) -> None: ...
 def add_sparse_products(
-    y: int,
-    y_stride: int,
-    x: int,
-    gates: int,
-    tokens: int,
-    rows: int,
-    columns: int,
-    tasks: _Sparse,
-    threads: int,
-    /,
+    y: Matrix, x: int, gates: int, tasks: Sparse, tokens: int, rows: int, columns: int, threads: int, /
 ) -> None: ...
 def routed_product(
     y: int,
     x: int,
-    ends: list[int],
+    ends: Sequence[int],
     gates: int,
     bias: int,
     transposed: bool,
-    weight: _Weight,
-    tasks: _Dense | _Sparse,
+    weight: Matrix,
+    tasks: Dense | Sparse,
+    rows: int,
+    columns: int,
     lanes: int,
     threads: int,
     /,
@@ -224,9 +207,11 @@ def routed_gates(
     out: int,
     dy: int,
     x: int,
-    ends: list[int],
-    weight: _Weight,
-    tasks: _Dense | _Sparse,
+    ends: Sequence[int],
+    weight: Matrix,
+    tasks: Dense | Sparse,
+    rows: int,
+    columns: int,
     lanes: int,
     threads: int,
     /,

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge import wemoe
-    from pymerge.api import merge, multi, plan
+    from pymerge.api import merge, multi, plan, run
     from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
     from pymerge.engine.report import MergeReport
     from pymerge.errors import PymergeError
-    from pymerge.planner.build import Plan
+    from pymerge.planner.plan import Plan
 
     __version__: str
 
@@ -23,18 +23,20 @@ __all__ = [
     "merge_tensors",
     "multi",
     "plan",
+    "run",
     "wemoe",
 ]
 
 _HOMES = {
     "MergeReport": "pymerge.engine.report",
-    "Plan": "pymerge.planner.build",
+    "Plan": "pymerge.planner.plan",
     "PymergeError": "pymerge.errors",
     "merge": "pymerge.api",
     "merge_state_dicts": "pymerge.engine.in_memory",
     "merge_tensors": "pymerge.engine.in_memory",
     "multi": "pymerge.api",
     "plan": "pymerge.api",
+    "run": "pymerge.api",
 }
 
 

@@ -1,27 +1,25 @@
-# csrc/bindings for NVIDIA devices; conventions as in _C.pyi, streams as integers.
+# csrc/bindings for NVIDIA devices; conventions as in _C.pyi, the last argument of a function is its stream.
 from collections.abc import Sequence
 
-# Address, dtype code, strides of rows and of layers in elements.
-_Layers = tuple[int, int, int, int]
+from pymerge._C import Matrix
+
+# The matrices of a batch: address, dtype code, strides of rows and of layers in elements.
+Layers = tuple[int, int, int, int]
 
 def build_info() -> str: ...
 def combine(
-    out: int,
-    out_dtype: int,
-    base: int,
-    base_dtype: int,
-    inputs: Sequence[int],
-    dtypes: Sequence[int],
+    out: Matrix,
+    base: Matrix | None,
+    tensors: Sequence[Matrix],
     weights: Sequence[float],
     divisor: float,
-    numel: int,
     stream: int,
     /,
 ) -> None: ...
-def task_gram(
+def task_gram(  # out, weights (layers x T) and means (layers x T x columns) float32
     out: int,
-    base: _Layers,
-    experts: Sequence[_Layers],
+    base: Layers,
+    experts: Sequence[Layers],
     weights: int,
     means: int,
     layers: int,
@@ -30,7 +28,7 @@ def task_gram(
     stream: int,
     /,
 ) -> None: ...
-def wudi_adam(
+def wudi_adam(  # float32, but lr (layers) float64
     D: int,
     other: int,
     m: int,
@@ -48,15 +46,14 @@ def wudi_adam(
     stream: int,
     /,
 ) -> None: ...
-def spd_solve(
-    X: int,
+def spd_solve(  # all as one row, in one dtype, as the conditions are; minors int32
+    X: Matrix,
     conditions: int,
     minors: int,
-    S: int,
-    R: int,
-    prior: int,
-    start: int,
-    dtype: int,
+    S: Matrix,
+    R: Matrix,
+    prior: Matrix | None,
+    start: Matrix,
     layers: int,
     rows: int,
     columns: int,
@@ -64,14 +61,13 @@ def spd_solve(
     stream: int,
     /,
 ) -> None: ...
-def trim_threshold(
+def trim_threshold(  # keys and ends int64; scratch of trim_threshold_scratch() bytes, zeros
     keys: int,
     ends: int,
     scratch: int,
-    base: tuple[int, int, int],
-    experts: Sequence[tuple[int, int, int]],
+    base: Matrix,
+    experts: Sequence[Matrix],
     counts: Sequence[int],
-    numel: int,
     stream: int,
     /,
 ) -> None: ...

@@ -1,23 +1,25 @@
-// What all bindings share: arguments as Python passes them. Pointers, streams and dtypes come as integers; Python has
-// checked devices, shapes, contiguity and overlap, and owns every buffer. Only this folder includes pybind11.
+// What all bindings share: arguments as Python passes them. Python has checked devices, shapes, contiguity and overlap,
+// and owns every buffer. Only this folder includes pybind11.
+//
+// A tensor is a tuple (address, dtype code, row stride or, of one row, elements), and None where it may be absent.
+// Memory whose dtype a function fixes is an address alone, 0 where it may be absent. Streams are addresses.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "common/dispatch.h"
-#include "ops/combine.h"
-#include "ops/task_vector.h"
+#include "common/matrix_view.h"
 
 namespace pymerge {
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
-using Matrix = std::tuple<Address, std::int32_t, std::int64_t>;  // address, dtype code, row stride
 // No op touches a Python object.
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
@@ -26,44 +28,50 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-inline MatrixView view(const Matrix& m) {
-    return {pointer<const void>(std::get<0>(m)), checked_dtype(std::get<1>(m)), std::get<2>(m)};
+inline MatrixView matrix_view(Address address, std::int32_t dtype, std::int64_t row_stride) {
+    return {pointer<const void>(address), checked_dtype(dtype), row_stride};
 }
 
-inline std::vector<MatrixView> views(const std::vector<Matrix>& matrices) {
-    std::vector<MatrixView> result;
-    for (const Matrix& m : matrices) result.push_back(view(m));
-    return result;
+inline Output output(Address address, std::int32_t dtype, std::int64_t row_stride) {
+    return {pointer(address), checked_dtype(dtype), row_stride};
 }
 
-// Tensors as two lists, of their addresses and of their dtypes.
-struct Tensors {
-    Tensors(const std::vector<Address>& addresses, const std::vector<std::int32_t>& codes) {
-        PM_CHECK(addresses.size() == codes.size(),
-                 addresses.size() << " inputs, " << codes.size() << " dtypes; give one of each");
-        for (std::size_t t = 0; t < addresses.size(); ++t) {
-            pointers.push_back(pointer<const void>(addresses[t]));
-            dtypes.push_back(checked_dtype(codes[t]));
-        }
+// What an op takes for a base that is absent.
+inline MatrixView or_none(const std::optional<MatrixView>& base) { return base.value_or(MatrixView{}); }
+
+// Throws if one of the tensors, each seen as one row, has not `numel` elements.
+inline void check_elements(const char* op, std::int64_t numel, const std::optional<MatrixView>& base,
+                           const std::vector<MatrixView>& tensors) {
+    PM_CHECK(!base || base->row_stride == numel,
+             op << ": the base has " << base->row_stride << " elements, not " << numel);
+    for (std::size_t t = 0; t < tensors.size(); ++t) {
+        PM_CHECK(tensors[t].row_stride == numel,
+                 op << ": tensor " << t << " has " << tensors[t].row_stride << " elements, not " << numel);
     }
-
-    std::int64_t count() const { return static_cast<std::int64_t>(pointers.size()); }
-
-    std::vector<const void*> pointers;
-    std::vector<DType> dtypes;
-};
-
-// Calls f(CombineParams); what the struct points to lives until f returns.
-template <class F>
-void with_combine(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype,
-                  const std::vector<Address>& inputs, const std::vector<std::int32_t>& dtypes,
-                  const std::vector<double>& weights, double divisor, std::int64_t numel, F&& f) {
-    PM_CHECK(inputs.size() == weights.size(),
-             "combine: " << inputs.size() << " inputs, " << weights.size() << " weights; give one of each");
-    const Tensors tensors(inputs, dtypes);
-    f(CombineParams{pointer(out), checked_dtype(out_dtype), pointer<const void>(base), checked_dtype(base_dtype),
-                    tensors.pointers.data(), tensors.dtypes.data(), weights.data(), divisor, tensors.count(), numel});
 }
+
+// The number of elements that the base and the experts have, if they all have as many.
+inline std::int64_t common_elements(const char* op, const std::optional<MatrixView>& base,
+                                    const std::vector<MatrixView>& experts) {
+    const std::int64_t numel = base ? base->row_stride : experts.empty() ? 0 : experts[0].row_stride;
+    check_elements(op, numel, base, experts);
+    return numel;
+}
+
+// Throws if there is not one of `given` for each of `tensors`.
+template <class T>
+void check_one_each(const char* op, const std::vector<MatrixView>& tensors, const char* what,
+                    const std::vector<T>& given) {
+    PM_CHECK(tensors.size() == given.size(),
+             op << ": " << tensors.size() << " tensors, " << given.size() << " " << what << "; give one of each");
+}
+
+inline void check_dtype(const char* op, const char* what, DType dtype, DType wanted) {
+    PM_CHECK(dtype == wanted, op << ": the dtype code of " << what << " is " << static_cast<int>(dtype) << ", not "
+                                 << static_cast<int>(wanted));
+}
+
+inline std::int64_t count(const std::vector<MatrixView>& tensors) { return static_cast<std::int64_t>(tensors.size()); }
 
 // C++ standard, compiler, and what else was decided when this was built.
 inline std::string build_info(const std::string& more) {
@@ -81,3 +89,29 @@ void define_elementwise(py::module_& module);
 void define_routed(py::module_& module);
 
 }  // namespace pymerge
+
+namespace pybind11::detail {
+
+// Turns a Python tuple of what `make` takes into what it returns.
+template <auto make>
+struct from_tuple;
+
+template <class T, class... Parts, T (*make)(Parts...)>
+struct from_tuple<make> {
+    using Tuple = std::tuple<Parts...>;
+    PYBIND11_TYPE_CASTER(T, make_caster<Tuple>::name);
+
+    bool load(handle source, bool convert) {
+        make_caster<Tuple> parts;
+        if (!parts.load(source, convert)) return false;
+        value = std::apply(make, cast_op<Tuple>(std::move(parts)));
+        return true;
+    }
+};
+
+template <>
+struct type_caster<pymerge::MatrixView> : from_tuple<&pymerge::matrix_view> {};
+template <>
+struct type_caster<pymerge::Output> : from_tuple<&pymerge::output> {};
+
+}  // namespace pybind11::detail

@@ -1,63 +1,70 @@
 // pymerge._cuda: the functions for NVIDIA devices.
 #include "bindings/arguments.h"
+#include "bindings/combining.h"
 #include "ops/spd_solve.h"
 #include "ops/task_gram.h"
 #include "ops/trim_threshold.h"
 #include "ops/wudi_adam.h"
 
 namespace pymerge {
+
+static LayersView layers_view(Address address, std::int32_t dtype, std::int64_t row_stride, std::int64_t layer_stride) {
+    return {matrix_view(address, dtype, row_stride), layer_stride};
+}
+
+}  // namespace pymerge
+
+// The matrices of a batch: a matrix, and how many elements lie between two of them.
+template <>
+struct pybind11::detail::type_caster<pymerge::LayersView> : from_tuple<&pymerge::layers_view> {};
+
+namespace pymerge {
 namespace {
 
-using pymerge::view;  // which the overloads below would hide
-
-void combine(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype,
-             const std::vector<Address>& inputs, const std::vector<std::int32_t>& dtypes,
-             const std::vector<double>& weights, double divisor, std::int64_t numel, std::intptr_t stream) {
-    with_combine(out, out_dtype, base, base_dtype, inputs, dtypes, weights, divisor, numel,
-                 [&](const CombineParams& p) { combine_cuda(p, reinterpret_cast<void*>(stream)); });
+void combine(const Output& out, const std::optional<MatrixView>& base, const std::vector<MatrixView>& tensors,
+             const std::vector<double>& weights, double divisor, Address stream) {
+    combine_cuda(combine_params(out, base, tensors, weights, divisor), pointer(stream));
 }
 
-using Layers = std::tuple<Address, std::int32_t, std::int64_t, std::int64_t>;  // a matrix, and the layers' stride
-
-LayersView view(const Layers& l) {
-    return {view(Matrix{std::get<0>(l), std::get<1>(l), std::get<2>(l)}), std::get<3>(l)};
-}
-
-void task_gram(Address out, const Layers& base, const std::vector<Layers>& experts, Address weights, Address means,
-               std::int64_t layers, std::int64_t rows, std::int64_t columns, std::intptr_t stream) {
-    std::vector<LayersView> matrices;
-    for (const Layers& expert : experts) matrices.push_back(view(expert));
-    task_gram_cuda({pointer<float>(out), view(base), matrices.data(), pointer<const float>(weights),
+void task_gram(Address out, const LayersView& base, const std::vector<LayersView>& experts, Address weights,
+               Address means, std::int64_t layers, std::int64_t rows, std::int64_t columns, Address stream) {
+    task_gram_cuda({pointer<float>(out), base, experts.data(), pointer<const float>(weights),
                     pointer<const float>(means), static_cast<std::int64_t>(experts.size()), layers, rows, columns},
-                   reinterpret_cast<void*>(stream));
+                   pointer(stream));
 }
 
 void wudi_adam(Address D, Address other, Address m, Address v, Address A, Address B, Address lr, std::int64_t layers,
                std::int64_t rows, std::int64_t columns, std::int64_t iterations, double beta1, double beta2, double eps,
-               std::intptr_t stream) {
+               Address stream) {
     wudi_adam_cuda({pointer<float>(D), pointer<float>(other), pointer<float>(m), pointer<float>(v),
                     pointer<const float>(A), pointer<const float>(B), pointer<const double>(lr), layers, rows, columns,
                     iterations, beta1, beta2, eps},
-                   reinterpret_cast<void*>(stream));
+                   pointer(stream));
 }
 
-void spd_solve(Address X, Address conditions, Address minors, Address S, Address R, Address prior, Address start,
-               std::int32_t dtype, std::int64_t layers, std::int64_t rows, std::int64_t columns, int iterations,
-               std::intptr_t stream) {
-    spd_solve_cuda({pointer(X), pointer(conditions), pointer<std::int32_t>(minors), pointer<const void>(S),
-                    pointer<const void>(R), pointer<const void>(prior), pointer<const void>(start),
-                    checked_dtype(dtype), layers, rows, columns, iterations},
-                   reinterpret_cast<void*>(stream));
+void spd_solve(const Output& X, Address conditions, Address minors, const MatrixView& S, const MatrixView& R,
+               const std::optional<MatrixView>& prior, const MatrixView& start, std::int64_t layers, std::int64_t rows,
+               std::int64_t columns, int iterations, Address stream) {
+    const auto check = [&](const char* what, DType dtype, std::int64_t numel, std::int64_t wanted) {
+        check_dtype("spd_solve", what, dtype, X.dtype);
+        PM_CHECK(numel == wanted, "spd_solve: " << what << " has " << numel << " elements, not " << wanted);
+    };
+    check("X", X.dtype, X.row_stride, layers * rows * columns);
+    check("S", S.dtype, S.row_stride, layers * columns * columns);
+    check("R", R.dtype, R.row_stride, layers * rows * columns);
+    if (prior) check("the prior", prior->dtype, prior->row_stride, layers * columns);
+    check("the start", start.dtype, start.row_stride, columns);
+    spd_solve_cuda({X.data, pointer(conditions), pointer<std::int32_t>(minors), S.data, R.data, or_none(prior).data,
+                    start.data, X.dtype, layers, rows, columns, iterations},
+                   pointer(stream));
 }
 
-void trim_threshold(Address keys, Address ends, Address scratch, const Matrix& base, const std::vector<Matrix>& experts,
-                    const std::vector<std::int64_t>& counts, std::int64_t numel, std::intptr_t stream) {
-    PM_CHECK(experts.size() == counts.size(),
-             "trim_threshold: " << experts.size() << " experts, " << counts.size() << " counts; give one of each");
-    const std::vector<MatrixView> matrices = views(experts);
-    trim_threshold_cuda({pointer<std::int64_t>(keys), pointer<std::int64_t>(ends), view(base), matrices.data(),
-                         counts.data(), static_cast<std::int64_t>(experts.size()), numel},
-                        pointer(scratch), reinterpret_cast<void*>(stream));
+void trim_threshold(Address keys, Address ends, Address scratch, const MatrixView& base,
+                    const std::vector<MatrixView>& experts, const std::vector<std::int64_t>& counts, Address stream) {
+    check_one_each("trim_threshold", experts, "counts", counts);
+    trim_threshold_cuda({pointer<std::int64_t>(keys), pointer<std::int64_t>(ends), base, experts.data(), counts.data(),
+                         count(experts), common_elements("trim_threshold", base, experts)},
+                        pointer(scratch), pointer(stream));
 }
 
 void define(py::module_& module) {

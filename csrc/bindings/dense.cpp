@@ -1,77 +1,81 @@
 // Ops that sum weights and task vectors, and their statistics.
-#include <optional>
-
 #include "bindings/arguments.h"
+#include "bindings/combining.h"
 #include "ops/adam_step.h"
 #include "ops/combine_files.h"
 #include "ops/task_dots.h"
+#include "ops/task_vector.h"
+
+namespace pymerge {
+
+static FileTensor file_tensor(int descriptor, std::int64_t offset, std::int32_t dtype) {
+    return {descriptor, offset, checked_dtype(dtype)};
+}
+
+}  // namespace pymerge
+
+template <>
+struct pybind11::detail::type_caster<pymerge::FileTensor> : from_tuple<&pymerge::file_tensor> {};
 
 namespace pymerge {
 namespace {
 
-using pymerge::view;  // which the overloads below would hide
-
-void combine(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype,
-             const std::vector<Address>& inputs, const std::vector<std::int32_t>& dtypes,
-             const std::vector<double>& weights, double divisor, std::int64_t numel, int threads) {
-    with_combine(out, out_dtype, base, base_dtype, inputs, dtypes, weights, divisor, numel,
-                 [&](const CombineParams& p) { combine_cpu(p, threads); });
+void combine(const Output& out, const std::optional<MatrixView>& base, const std::vector<MatrixView>& tensors,
+             const std::vector<double>& weights, double divisor, int threads) {
+    combine_cpu(combine_params(out, base, tensors, weights, divisor), threads);
 }
-
-using File = std::tuple<int, std::int64_t, std::int32_t>;  // descriptor, byte of its first element, dtype code
-
-FileTensor view(const File& f) { return {std::get<0>(f), std::get<1>(f), checked_dtype(std::get<2>(f))}; }
 
 // (finite, which file failed, errno, byte, nanoseconds in reads), as in CombineFilesResult.
 std::tuple<bool, std::int64_t, int, std::int64_t, std::int64_t> combine_files(
-    Address out, std::int32_t out_dtype, const std::optional<File>& base, const std::vector<File>& inputs,
-    const std::vector<double>& weights, double divisor, std::int64_t numel, std::int64_t block, bool check_inputs) {
-    PM_CHECK(inputs.size() == weights.size(),
-             "combine_files: " << inputs.size() << " inputs, " << weights.size() << " weights; give one of each");
-    const FileTensor origin = base ? view(*base) : FileTensor{};
-    std::vector<FileTensor> files;
-    for (const File& input : inputs) files.push_back(view(input));
-    const CombineFilesResult result = combine_files_cpu(
-        {pointer(out), checked_dtype(out_dtype), base ? &origin : nullptr, files.data(), weights.data(), divisor,
-         static_cast<std::int64_t>(files.size()), numel, block, check_inputs});
+    const Output& out, const std::optional<FileTensor>& base, const std::vector<FileTensor>& tensors,
+    const std::vector<double>& weights, double divisor, std::int64_t block, bool check_inputs) {
+    PM_CHECK(tensors.size() == weights.size(),
+             "combine_files: " << tensors.size() << " tensors, " << weights.size() << " weights; give one of each");
+    const CombineFilesResult result =
+        combine_files_cpu({out, base ? &*base : nullptr, tensors.data(), weights.data(), divisor,
+                           static_cast<std::int64_t>(tensors.size()), out.row_stride, block, check_inputs});
     return {result.finite, result.failed, result.error, result.at, result.reading_ns};
 }
 
-bool is_finite(Address values, std::int32_t dtype, std::int64_t numel) {
-    return is_finite_cpu(pointer<const void>(values), checked_dtype(dtype), numel);
-}
+bool is_finite(const MatrixView& tensor) { return is_finite_cpu(tensor.data, tensor.dtype, tensor.row_stride); }
 
-void task_sum(Address out, std::int32_t dtype, const Matrix& base, const std::vector<Matrix>& experts,
+void task_sum(const Output& out, const MatrixView& base, const std::vector<MatrixView>& experts,
               const std::vector<double>& weights, Address means, std::int64_t rows, std::int64_t columns, int threads) {
-    PM_CHECK(experts.size() == weights.size(),
-             "task_sum: " << experts.size() << " experts, " << weights.size() << " weights; give one of each");
-    const std::vector<MatrixView> matrices = views(experts);
-    task_sum_cpu({pointer(out), checked_dtype(dtype), view(base), matrices.data(), weights.data(),
-                  pointer<const void>(means), static_cast<std::int64_t>(experts.size()), rows, columns},
+    check_one_each("task_sum", experts, "weights", weights);
+    PM_CHECK(out.row_stride == columns, "task_sum: the output has row stride " << out.row_stride << " for " << columns
+                                                                               << " columns, contiguous");
+    task_sum_cpu({out, base, experts.data(), weights.data(), pointer<const void>(means), count(experts), rows, columns},
                  threads);
 }
 
-void task_stats(Address norms, Address traces, Address means, const Matrix& base, const std::vector<Matrix>& experts,
-                std::int64_t rows, std::int64_t columns, int threads) {
-    const std::vector<MatrixView> matrices = views(experts);
-    task_stats_cpu({pointer<double>(norms), pointer<double>(traces), pointer<float>(means), view(base), matrices.data(),
-                    static_cast<std::int64_t>(experts.size()), rows, columns},
+void task_stats(Address norms, Address traces, Address means, const MatrixView& base,
+                const std::vector<MatrixView>& experts, std::int64_t rows, std::int64_t columns, int threads) {
+    task_stats_cpu({pointer<double>(norms), pointer<double>(traces), pointer<float>(means), base, experts.data(),
+                    count(experts), rows, columns},
                    threads);
 }
 
-void adam_step(Address D, Address m, Address v, Address product, Address B, std::int32_t dtype, std::int64_t numel,
-               double beta1, double beta2, double correction1, double correction2, double lr, double eps, int threads) {
-    adam_step_cpu({pointer(D), pointer(m), pointer(v), pointer<const void>(product), pointer<const void>(B),
-                   checked_dtype(dtype), numel, beta1, beta2, correction1, correction2, lr, eps},
+void wudi_adam_step(const Output& D, const Output& m, const Output& v, const MatrixView& product, const MatrixView& B,
+                    double beta1, double beta2, double correction1, double correction2, double lr, double eps,
+                    int threads) {
+    const auto check = [&](const char* what, DType dtype, std::int64_t numel) {
+        check_dtype("wudi_adam_step", what, dtype, D.dtype);
+        PM_CHECK(numel == D.row_stride,
+                 "wudi_adam_step: " << what << " has " << numel << " elements, D " << D.row_stride);
+    };
+    check("m", m.dtype, m.row_stride);
+    check("v", v.dtype, v.row_stride);
+    check("the product", product.dtype, product.row_stride);
+    check("B", B.dtype, B.row_stride);
+    adam_step_cpu({D.data, m.data, v.data, product.data, B.data, D.dtype, D.row_stride, beta1, beta2, correction1,
+                   correction2, lr, eps},
                   threads);
 }
 
-void task_dots(Address out, Address base, std::int32_t base_dtype, const std::vector<Address>& inputs,
-               const std::vector<std::int32_t>& dtypes, std::int64_t vectors, std::int64_t length, int threads) {
-    const Tensors tensors(inputs, dtypes);
-    task_dots_cpu({pointer<double>(out), pointer<const void>(base), checked_dtype(base_dtype), tensors.pointers.data(),
-                   tensors.dtypes.data(), tensors.count(), vectors, length},
-                  threads);
+void task_dots(Address out, const std::optional<MatrixView>& base, const std::vector<MatrixView>& tensors,
+               std::int64_t vectors, std::int64_t length, int threads) {
+    check_elements("task_dots", vectors * length, base, tensors);
+    task_dots_cpu({pointer<double>(out), or_none(base), tensors.data(), count(tensors), vectors, length}, threads);
 }
 
 }  // namespace
@@ -82,7 +86,7 @@ void define_dense(py::module_& module) {
     module.def("is_finite", &is_finite, Unlocked());
     module.def("task_sum", &task_sum, Unlocked());
     module.def("task_stats", &task_stats, Unlocked());
-    module.def("adam_step", &adam_step, Unlocked());
+    module.def("wudi_adam_step", &wudi_adam_step, Unlocked());
     module.def("task_dots", &task_dots, Unlocked());
 }
 

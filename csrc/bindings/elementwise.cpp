@@ -6,75 +6,84 @@
 namespace pymerge {
 namespace {
 
-// base, its dtype, experts, their dtypes, elements
-using Tasks = std::tuple<Address, std::int32_t, std::vector<Address>, std::vector<std::int32_t>, std::int64_t>;
-using Target = std::tuple<Address, std::int32_t>;
+using Experts = std::vector<MatrixView>;
 
-// Calls f(TaskTensors); what the struct points to lives until f returns.
-template <class F>
-void with_tasks(const Tasks& tasks, F&& f) {
-    const auto& [base, base_dtype, experts, dtypes, numel] = tasks;
-    const Tensors tensors(experts, dtypes);
-    f(TaskTensors{pointer<const void>(base), checked_dtype(base_dtype), tensors.pointers.data(),
-                  tensors.dtypes.data(), tensors.count(), numel});
+// Points to the arguments.
+TaskTensors task_tensors(const char* op, const MatrixView& base, const Experts& experts) {
+    return {base, experts.data(), count(experts), common_elements(op, base, experts)};
 }
 
-Output output(const Target& target) { return {pointer(std::get<0>(target)), checked_dtype(std::get<1>(target))}; }
-
-void nearswap(const Target& out, const Tasks& tasks, double t, double least, int threads) {
-    with_tasks(tasks, [&](const TaskTensors& p) { nearswap_cpu(output(out), p, t, least, threads); });
+// Throws if the output has not the elements of the inputs.
+void check_output(const char* op, const Output& out, const TaskTensors& p) {
+    PM_CHECK(out.row_stride == p.numel, op << ": " << out.row_stride << " elements of output, " << p.numel << " of input");
 }
 
-void ram(const Target& out, const Tasks& tasks, double epsilon, const std::vector<double>& factors, int threads) {
-    with_tasks(tasks, [&](const TaskTensors& p) {
-        PM_CHECK(factors.empty() || static_cast<std::int64_t>(factors.size()) == p.count,
-                 "ram: " << factors.size() << " factors for " << p.count << " experts; give one of each, or none");
-        ram_cpu(output(out), p, epsilon, factors.empty() ? nullptr : factors.data(), threads);
-    });
+// The same, and if its dtype is not the one that is computed in.
+void check_scores(const char* op, const Output& out, const TaskTensors& p) {
+    check_output(op, out, p);
+    check_dtype(op, "the output", out.dtype, p.in_double() ? DType::f64 : DType::f32);
 }
 
-void ram_counts(Address counts, const Tasks& tasks, double epsilon, int threads) {
-    with_tasks(tasks,
-               [&](const TaskTensors& p) { ram_counts_cpu(pointer<std::int64_t>(counts), p, epsilon, threads); });
+void nearswap(const Output& out, const MatrixView& base, const MatrixView& expert, double t, double least,
+              int threads) {
+    const Experts experts{expert};
+    const TaskTensors p = task_tensors("nearswap", base, experts);
+    check_output("nearswap", out, p);
+    nearswap_cpu(out, p, t, least, threads);
 }
 
-void sce_spread(Address out, const Tasks& tasks, int threads) {
-    with_tasks(tasks, [&](const TaskTensors& p) { sce_spread_cpu(pointer(out), p, threads); });
+void ram(const Output& out, const MatrixView& base, const Experts& experts, double epsilon,
+         const std::optional<std::vector<double>>& factors, int threads) {
+    const TaskTensors p = task_tensors("ram", base, experts);
+    check_output("ram", out, p);
+    if (factors) check_one_each("ram", experts, "factors", *factors);
+    ram_cpu(out, p, epsilon, factors ? factors->data() : nullptr, threads);
 }
 
-void sce_energies(Address energies, const Tasks& tasks, Address selected, int threads) {
-    with_tasks(tasks, [&](const TaskTensors& p) {
-        sce_energies_cpu(pointer<double>(energies), p, pointer<const std::uint8_t>(selected), threads);
-    });
+void ram_counts(Address counts, const MatrixView& base, const Experts& experts, double epsilon, int threads) {
+    ram_counts_cpu(pointer<std::int64_t>(counts), task_tensors("ram_counts", base, experts), epsilon, threads);
 }
 
-void sce(const Target& out, const Tasks& tasks, Address selected, const std::vector<double>& weights, double least,
-         int threads) {
-    with_tasks(tasks, [&](const TaskTensors& p) {
-        PM_CHECK(static_cast<std::int64_t>(weights.size()) == p.count,
-                 "sce: " << weights.size() << " weights for " << p.count << " experts; give one of each");
-        sce_cpu(output(out), p, pointer<const std::uint8_t>(selected), weights.data(), least, threads);
-    });
+void sce_spread(const Output& out, const MatrixView& base, const Experts& experts, int threads) {
+    const TaskTensors p = task_tensors("sce_spread", base, experts);
+    check_scores("sce_spread", out, p);
+    sce_spread_cpu(out, p, threads);
 }
 
-void row_divergence(Address divergence, const Tasks& tasks, std::int64_t rows, std::int64_t columns, int threads) {
-    with_tasks(tasks, [&](const TaskTensors& p) {
-        row_divergence_cpu(pointer<double>(divergence), {p, rows, columns}, threads);
-    });
+void sce_energies(Address energies, const MatrixView& base, const Experts& experts, Address bits, int threads) {
+    sce_energies_cpu(pointer<double>(energies), task_tensors("sce_energies", base, experts),
+                     pointer<const std::uint8_t>(bits), threads);
 }
 
-void importance(Address out, const Tasks& tasks, Address divergence, std::int64_t rows, std::int64_t columns,
-                int threads) {
-    with_tasks(tasks, [&](const TaskTensors& p) {
-        importance_cpu(pointer(out), {p, rows, columns}, pointer<const double>(divergence), threads);
-    });
+void sce(const Output& out, const MatrixView& base, const Experts& experts, Address bits,
+         const std::vector<double>& weights, double least, int threads) {
+    const TaskTensors p = task_tensors("sce", base, experts);
+    check_output("sce", out, p);
+    check_one_each("sce", experts, "weights", weights);
+    sce_cpu(out, p, pointer<const std::uint8_t>(bits), weights.data(), least, threads);
 }
 
-void arcee_fusion(const Target& out, const Tasks& tasks, Address divergence, double least, std::int64_t rows,
-                  std::int64_t columns, int threads) {
-    with_tasks(tasks, [&](const TaskTensors& p) {
-        arcee_fusion_cpu(output(out), {p, rows, columns}, pointer<const double>(divergence), least, threads);
-    });
+void row_divergence(Address divergence, const MatrixView& base, const MatrixView& expert, std::int64_t rows,
+                    std::int64_t columns, int threads) {
+    const Experts experts{expert};
+    row_divergence_cpu(pointer<double>(divergence), {task_tensors("row_divergence", base, experts), rows, columns},
+                       threads);
+}
+
+void importance(const Output& out, const MatrixView& base, const MatrixView& expert, Address divergence,
+                std::int64_t rows, std::int64_t columns, int threads) {
+    const Experts experts{expert};
+    const TaskTensors p = task_tensors("importance", base, experts);
+    check_scores("importance", out, p);
+    importance_cpu(out, {p, rows, columns}, pointer<const double>(divergence), threads);
+}
+
+void arcee_fusion(const Output& out, const MatrixView& base, const MatrixView& expert, Address divergence, double least,
+                  std::int64_t rows, std::int64_t columns, int threads) {
+    const Experts experts{expert};
+    const TaskTensors p = task_tensors("arcee_fusion", base, experts);
+    check_output("arcee_fusion", out, p);
+    arcee_fusion_cpu(out, {p, rows, columns}, pointer<const double>(divergence), least, threads);
 }
 
 }  // namespace

@@ -6,91 +6,92 @@
 #include "ops/routed_linear.h"
 
 namespace pymerge {
+
+static DenseTasks dense_tasks(Address data, std::int32_t dtype, std::int64_t stride, std::int64_t count) {
+    return {pointer<const void>(data), checked_dtype(dtype), stride, count};
+}
+
+static SparseTasks sparse_tasks(Address values, std::int32_t dtype, Address columns, bool wide, Address starts,
+                                std::int64_t start_stride, std::int64_t count) {
+    return {pointer<const void>(values), checked_dtype(dtype), pointer<const void>(columns), wide,
+            pointer<const std::int64_t>(starts), start_stride, count};
+}
+
+}  // namespace pymerge
+
+template <>
+struct pybind11::detail::type_caster<pymerge::DenseTasks> : from_tuple<&pymerge::dense_tasks> {};
+template <>
+struct pybind11::detail::type_caster<pymerge::SparseTasks> : from_tuple<&pymerge::sparse_tasks> {};
+
+namespace pymerge {
 namespace {
 
-using pymerge::view;  // which the overloads below would hide
-
-using Dense = std::tuple<Address, std::int32_t, std::int64_t, std::int64_t>;  // address, dtype, stride, T
-// values, their dtype, columns, whether those are int32, starts, their stride, T
-using Sparse = std::tuple<Address, std::int32_t, Address, bool, Address, std::int64_t, std::int64_t>;
-
-DenseTasks view(const Dense& d) {
-    return {pointer<const void>(std::get<0>(d)), checked_dtype(std::get<1>(d)), std::get<2>(d), std::get<3>(d)};
+MixParams mix_params(const char* op, const Output& out, const MatrixView& base, Address gates, std::int64_t samples,
+                     std::int64_t rows, std::int64_t columns) {
+    PM_CHECK(base.row_stride == rows * columns, op << ": the base has " << base.row_stride << " elements, not " << rows
+                                                   << " x " << columns);
+    PM_CHECK(out.row_stride == samples * rows * columns, op << ": the output has " << out.row_stride << " elements, not "
+                                                            << samples << " x " << rows << " x " << columns);
+    return {out, base, pointer<const float>(gates), samples, rows, columns};
 }
 
-SparseTasks view(const Sparse& s) {
-    return {pointer<const void>(std::get<0>(s)), checked_dtype(std::get<1>(s)),  pointer<const void>(std::get<2>(s)),
-            std::get<3>(s),                      pointer<const std::int64_t>(std::get<4>(s)), std::get<5>(s),
-            std::get<6>(s)};
+void mix_dense(const Output& out, const MatrixView& base, Address gates, const DenseTasks& tasks, std::int64_t samples,
+               std::int64_t rows, std::int64_t columns, int threads) {
+    mix_dense_cpu(mix_params("mix_dense", out, base, gates, samples, rows, columns), tasks, threads);
 }
 
-MixParams mix_params(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype, Address gates,
-                     std::int64_t samples, std::int64_t rows, std::int64_t columns) {
-    return {pointer(out), checked_dtype(out_dtype), pointer<const void>(base), checked_dtype(base_dtype),
-            pointer<const float>(gates), samples, rows, columns};
+void mix_sparse(const Output& out, const MatrixView& base, Address gates, const SparseTasks& tasks,
+                std::int64_t samples, std::int64_t rows, std::int64_t columns, int threads) {
+    mix_sparse_cpu(mix_params("mix_sparse", out, base, gates, samples, rows, columns), tasks, threads);
 }
 
-void mix_dense(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype, Address gates,
-               const Dense& tasks, std::int64_t samples, std::int64_t rows, std::int64_t columns, int threads) {
-    mix_dense_cpu(mix_params(out, out_dtype, base, base_dtype, gates, samples, rows, columns), view(tasks), threads);
+void dots_dense(Address out, const MatrixView& delta, const DenseTasks& tasks, int threads) {
+    check_dtype("dots_dense", "delta", delta.dtype, DType::f32);
+    dots_dense_cpu(pointer<double>(out), static_cast<const float*>(delta.data), delta.row_stride, tasks, threads);
 }
 
-void mix_sparse(Address out, std::int32_t out_dtype, Address base, std::int32_t base_dtype, Address gates,
-                const Sparse& tasks, std::int64_t samples, std::int64_t rows, std::int64_t columns, int threads) {
-    mix_sparse_cpu(mix_params(out, out_dtype, base, base_dtype, gates, samples, rows, columns), view(tasks), threads);
+void dots_sparse(Address out, const MatrixView& delta, const SparseTasks& tasks, std::int64_t rows,
+                 std::int64_t columns, int threads) {
+    check_dtype("dots_sparse", "delta", delta.dtype, DType::f32);
+    PM_CHECK(delta.row_stride == rows * columns, "dots_sparse: delta has " << delta.row_stride << " elements, not "
+                                                                           << rows << " x " << columns);
+    dots_sparse_cpu(pointer<double>(out), static_cast<const float*>(delta.data), rows, columns, tasks, threads);
 }
 
-void dots_dense(Address out, Address delta, std::int64_t numel, const Dense& tasks, int threads) {
-    dots_dense_cpu(pointer<double>(out), pointer<const float>(delta), numel, view(tasks), threads);
+void add_sparse_products(const Output& y, Address x, Address gates, const SparseTasks& tasks, std::int64_t tokens,
+                         std::int64_t rows, std::int64_t columns, int threads) {
+    check_dtype("add_sparse_products", "y", y.dtype, DType::f32);
+    add_sparse_products_cpu(static_cast<float*>(y.data), y.row_stride, pointer<const float>(x),
+                            pointer<const float>(gates), tokens, rows, columns, tasks, threads);
 }
 
-void dots_sparse(Address out, Address delta, std::int64_t rows, std::int64_t columns, const Sparse& tasks,
-                 int threads) {
-    dots_sparse_cpu(pointer<double>(out), pointer<const float>(delta), rows, columns, view(tasks), threads);
-}
+using Tasks = std::variant<DenseTasks, SparseTasks>;
 
-void add_sparse_products(Address y, std::int64_t y_stride, Address x, Address gates, std::int64_t tokens,
-                         std::int64_t rows, std::int64_t columns, const Sparse& tasks, int threads) {
-    add_sparse_products_cpu(pointer<float>(y), y_stride, pointer<const float>(x), pointer<const float>(gates), tokens,
-                            rows, columns, view(tasks), threads);
-}
-
-using Weight = std::tuple<Address, std::int32_t, std::int64_t, std::int64_t>;  // address, dtype, rows, columns
-
-// Calls f with W_0 and its task vectors.
-template <class F>
-void with_weight(const Weight& w, const std::variant<Dense, Sparse>& tasks, F&& f) {
-    RoutedWeight weight{pointer<const void>(std::get<0>(w)), checked_dtype(std::get<1>(w)), std::get<2>(w),
-                        std::get<3>(w), nullptr, nullptr, 0};
-    std::visit([&](const auto& found) {
-        const auto viewed = view(found);
-        if constexpr (std::is_same_v<decltype(viewed), const DenseTasks>) {
-            weight.dense = &viewed;
-        } else {
-            weight.sparse = &viewed;
-        }
-        weight.count = viewed.count;
-        f(weight);
-    }, tasks);
+// Points to the arguments.
+RoutedWeight routed_weight(const char* op, const MatrixView& base, std::int64_t rows, std::int64_t columns,
+                           const Tasks& tasks) {
+    PM_CHECK(base.row_stride == rows * columns, op << ": the weight has " << base.row_stride << " elements, not "
+                                                   << rows << " x " << columns);
+    const std::int64_t count = std::visit([](const auto& found) { return found.count; }, tasks);
+    return {base, rows, columns, std::get_if<DenseTasks>(&tasks), std::get_if<SparseTasks>(&tasks), count};
 }
 
 void routed_product(Address y, Address x, const std::vector<std::int64_t>& ends, Address gates, Address bias,
-                    bool transposed, const Weight& weight, const std::variant<Dense, Sparse>& tasks, int lanes,
-                    int threads) {
-    with_weight(weight, tasks, [&](const RoutedWeight& w) {
-        routed_product_cpu({pointer<float>(y), pointer<const float>(x), ends.data(), pointer<const float>(gates),
-                            pointer<const float>(bias), static_cast<std::int64_t>(ends.size()) - 1, transposed, w},
-                           lanes, threads);
-    });
+                    bool transposed, const MatrixView& weight, const Tasks& tasks, std::int64_t rows,
+                    std::int64_t columns, int lanes, int threads) {
+    routed_product_cpu({pointer<float>(y), pointer<const float>(x), ends.data(), pointer<const float>(gates),
+                        pointer<const float>(bias), static_cast<std::int64_t>(ends.size()) - 1, transposed,
+                        routed_weight("routed_product", weight, rows, columns, tasks)},
+                       lanes, threads);
 }
 
-void routed_gates(Address out, Address dy, Address x, const std::vector<std::int64_t>& ends, const Weight& weight,
-                  const std::variant<Dense, Sparse>& tasks, int lanes, int threads) {
-    with_weight(weight, tasks, [&](const RoutedWeight& w) {
-        routed_gates_cpu({pointer<double>(out), pointer<const float>(dy), pointer<const float>(x), ends.data(),
-                          static_cast<std::int64_t>(ends.size()) - 1, w},
-                         lanes, threads);
-    });
+void routed_gates(Address out, Address dy, Address x, const std::vector<std::int64_t>& ends, const MatrixView& weight,
+                  const Tasks& tasks, std::int64_t rows, std::int64_t columns, int lanes, int threads) {
+    routed_gates_cpu({pointer<double>(out), pointer<const float>(dy), pointer<const float>(x), ends.data(),
+                      static_cast<std::int64_t>(ends.size()) - 1,
+                      routed_weight("routed_gates", weight, rows, columns, tasks)},
+                     lanes, threads);
 }
 
 }  // namespace

@@ -7,79 +7,78 @@
 #include "ops/trim_threshold.h"
 
 namespace pymerge {
+
+static MaskOutput masks(Address bits, Address before, Address after) {
+    return {pointer<std::uint8_t>(bits), pointer<double>(before), pointer<double>(after)};
+}
+
+static Selection thresholds(Address keys, Address ends) {
+    return {pointer<const std::int64_t>(keys), pointer<const std::int64_t>(ends)};
+}
+
+}  // namespace pymerge
+
+template <>
+struct pybind11::detail::type_caster<pymerge::MaskOutput> : from_tuple<&pymerge::masks> {};
+template <>
+struct pybind11::detail::type_caster<pymerge::Selection> : from_tuple<&pymerge::thresholds> {};
+
+namespace pymerge {
 namespace {
 
-using pymerge::view;  // which the overloads below would hide
+using Base = std::optional<MatrixView>;
+using Experts = std::vector<MatrixView>;
+using Thresholds = std::optional<Selection>;
 
-void trim_threshold(Address keys, Address ends, const Matrix& base, const std::vector<Matrix>& experts,
-                    const std::vector<std::int64_t>& counts, std::int64_t numel, int threads) {
-    PM_CHECK(experts.size() == counts.size(),
-             "trim_threshold: " << experts.size() << " experts, " << counts.size() << " counts; give one of each");
-    const std::vector<MatrixView> matrices = views(experts);
-    trim_threshold_cpu({pointer<std::int64_t>(keys), pointer<std::int64_t>(ends), view(base), matrices.data(),
-                        counts.data(), static_cast<std::int64_t>(experts.size()), numel},
+Selection or_all(const Thresholds& found) { return found.value_or(Selection{}); }
+
+void trim_threshold(Address keys, Address ends, const Base& base, const Experts& experts,
+                    const std::vector<std::int64_t>& counts, int threads) {
+    check_one_each("trim_threshold", experts, "counts", counts);
+    trim_threshold_cpu({pointer<std::int64_t>(keys), pointer<std::int64_t>(ends), or_none(base), experts.data(),
+                        counts.data(), count(experts), common_elements("trim_threshold", base, experts)},
                        threads);
 }
 
-void magnitude_counts(Address counts, const Matrix& base, const std::vector<Matrix>& experts,
-                      const std::vector<std::uint32_t>& prefixes, int shift, int bits, std::int64_t numel,
-                      int threads) {
-    PM_CHECK(experts.size() == prefixes.size(),
-             "magnitude_counts: " << experts.size() << " experts, " << prefixes.size() << " prefixes; give one of each");
-    const std::vector<MatrixView> matrices = views(experts);
-    magnitude_counts_cpu({pointer<std::int64_t>(counts), view(base), matrices.data(), prefixes.data(), shift, bits,
-                          static_cast<std::int64_t>(experts.size()), numel},
+void magnitude_counts(Address counts, const Base& base, const Experts& experts,
+                      const std::vector<std::uint32_t>& prefixes, int shift, int bits, int threads) {
+    check_one_each("magnitude_counts", experts, "prefixes", prefixes);
+    magnitude_counts_cpu({pointer<std::int64_t>(counts), or_none(base), experts.data(), prefixes.data(), shift, bits,
+                          count(experts), common_elements("magnitude_counts", base, experts)},
                          threads);
 }
 
-std::int64_t magnitude_place(const Matrix& base, const Matrix& expert, std::uint32_t key, std::int64_t left,
-                             std::int64_t numel) {
-    return magnitude_place_cpu(view(base), view(expert), key, left, numel);
+std::int64_t magnitude_place(const Base& base, const MatrixView& expert, std::uint32_t key, std::int64_t left) {
+    return magnitude_place_cpu(or_none(base), expert, key, left, common_elements("magnitude_place", base, {expert}));
 }
 
-using Masks = std::tuple<Address, Address, Address>;  // bits, L1 norms before, after
-using Selected = std::tuple<Address, Address>;        // keys, ends; 0 and 0: nothing
-
-MaskOutput view(const Masks& m) {
-    return {pointer<std::uint8_t>(std::get<0>(m)), pointer<double>(std::get<1>(m)), pointer<double>(std::get<2>(m))};
-}
-
-Selection view(const Selected& s) {
-    return {pointer<const std::int64_t>(std::get<0>(s)), pointer<const std::int64_t>(std::get<1>(s))};
-}
-
-void magnitude_mask(const Masks& out, const Matrix& base, const std::vector<Matrix>& experts, const Selected& kept,
-                    const Selected& dropped, std::int64_t numel, int threads) {
-    const std::vector<MatrixView> matrices = views(experts);
-    magnitude_mask_cpu({view(out), view(base), matrices.data(), view(kept), view(dropped),
-                        static_cast<std::int64_t>(experts.size()), numel},
+void magnitude_mask(const MaskOutput& out, const Base& base, const Experts& experts, const Thresholds& kept,
+                    const Thresholds& dropped, int threads) {
+    magnitude_mask_cpu({out, or_none(base), experts.data(), or_all(kept), or_all(dropped), count(experts),
+                        common_elements("magnitude_mask", base, experts)},
                        threads);
 }
 
-void random_mask(const Masks& out, const Matrix& base, const std::vector<Matrix>& experts,
-                 const std::vector<double>& lowest, const std::vector<double>& highest,
-                 const std::vector<std::uint64_t>& keys, std::int64_t first, std::int64_t rows, std::int64_t columns,
-                 int threads) {
-    PM_CHECK(experts.size() == lowest.size() && experts.size() == highest.size() && experts.size() == keys.size(),
-             "random_mask: " << experts.size() << " experts, " << lowest.size() << " and " << highest.size()
-                             << " probabilities, " << keys.size() << " keys; give one of each");
-    const std::vector<MatrixView> matrices = views(experts);
-    random_mask_cpu({view(out), view(base), matrices.data(), lowest.data(), highest.data(), keys.data(),
-                     static_cast<std::int64_t>(experts.size()), first, rows, columns},
+void random_mask(const MaskOutput& out, const Base& base, const Experts& experts, const std::vector<double>& lowest,
+                 const std::vector<double>& highest, const std::vector<std::uint64_t>& keys, std::int64_t first,
+                 std::int64_t rows, std::int64_t columns, int threads) {
+    check_one_each("random_mask", experts, "lowest probabilities", lowest);
+    check_one_each("random_mask", experts, "highest probabilities", highest);
+    check_one_each("random_mask", experts, "keys", keys);
+    check_elements("random_mask", rows * columns, base, experts);
+    random_mask_cpu({out, or_none(base), experts.data(), lowest.data(), highest.data(), keys.data(), count(experts),
+                     first, rows, columns},
                     threads);
 }
 
-void sparse_combine(Address out, std::int32_t out_dtype, const Matrix& base, const std::vector<Matrix>& experts,
-                    Address bits, const Selected& kept, const Selected& dropped, const std::vector<double>& sizes,
-                    const std::vector<double>& weights, std::int64_t numel, bool elect, bool normalize, double scale,
-                    int threads) {
-    PM_CHECK(experts.size() == sizes.size() && experts.size() == weights.size(),
-             "sparse_combine: " << experts.size() << " experts, " << sizes.size() << " sizes, " << weights.size()
-                                << " weights; give one of each");
-    const std::vector<MatrixView> matrices = views(experts);
-    sparse_combine_cpu({pointer(out), checked_dtype(out_dtype), view(base), matrices.data(),
-                        pointer<const std::uint8_t>(bits), view(kept), view(dropped), sizes.data(), weights.data(),
-                        static_cast<std::int64_t>(experts.size()), numel, elect, normalize, scale},
+void sparse_combine(const Output& out, const MatrixView& base, const Experts& experts, Address bits,
+                    const Thresholds& kept, const Thresholds& dropped, const std::vector<double>& sizes,
+                    const std::vector<double>& weights, bool elect, bool normalize, double scale, int threads) {
+    check_one_each("sparse_combine", experts, "sizes", sizes);
+    check_one_each("sparse_combine", experts, "weights", weights);
+    check_elements("sparse_combine", out.row_stride, base, experts);
+    sparse_combine_cpu({out, base, experts.data(), pointer<const std::uint8_t>(bits), or_all(kept), or_all(dropped),
+                        sizes.data(), weights.data(), count(experts), out.row_stride, elect, normalize, scale},
                        threads);
 }
 

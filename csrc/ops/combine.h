@@ -5,17 +5,14 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/matrix_view.h"
 
 namespace pymerge {
 
 struct CombineParams {
-    void* out;
-    DType out_dtype;
-    const void* base;  // null: origin 0
-    DType base_dtype;
-    const void* const* inputs;
-    const DType* dtypes;
+    Output out;
+    MatrixView base;  // data null: origin 0
+    const MatrixView* inputs;
     const double* weights;
     double divisor;
     std::int64_t count;  // T
@@ -34,8 +31,7 @@ PM_HOST_DEVICE A combine_step(A total, A value, A origin, A weight) {
 
 // Accumulates in double if any tensor is float64, else in float.
 inline bool combine_in_double(const CombineParams& p) {
-    if (p.base != nullptr && p.base_dtype == DType::f64) return true;
-    return std::any_of(p.dtypes, p.dtypes + p.count, [](DType dtype) { return dtype == DType::f64; });
+    return is_double(p.base) || std::any_of(p.inputs, p.inputs + p.count, is_double);
 }
 
 void combine_cpu(const CombineParams& p, int threads);

@@ -39,27 +39,27 @@ template <class A>
 void combine_block(const CombineParams& p, std::int64_t begin, std::int64_t n) {
     A origin[block_size];
     A total[block_size];
-    if (p.base == nullptr) {
+    if (p.base.data == nullptr) {
         std::fill_n(origin, n, A(0));
     } else {
-        dispatch(p.base_dtype, [&](auto tag) {
+        dispatch(p.base.dtype, [&](auto tag) {
             using T = typename decltype(tag)::type;
-            read_block<A, T>(origin, static_cast<const T*>(p.base) + begin, n);
+            read_block<A, T>(origin, static_cast<const T*>(p.base.data) + begin, n);
         });
     }
     // Without inputs the base is converted as it is: -0 + -0 is -0, and -0 + 0 is 0.
     std::fill_n(total, n, p.count == 0 ? A(-0.0) : A(0));
     for (std::int64_t t = 0; t < p.count; ++t) {
-        dispatch(p.dtypes[t], [&](auto tag) {
+        dispatch(p.inputs[t].dtype, [&](auto tag) {
             using T = typename decltype(tag)::type;
-            const T* values = static_cast<const T*>(p.inputs[t]) + begin;
+            const T* values = static_cast<const T*>(p.inputs[t].data) + begin;
             add_block<A, T>(total, origin, values, static_cast<A>(p.weights[t]), n);
         });
     }
     if (p.divisor != 1.0) divide_block<A>(total, static_cast<A>(p.divisor), n);
-    dispatch(p.out_dtype, [&](auto tag) {
+    dispatch(p.out.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        write_block<A, T>(static_cast<T*>(p.out) + begin, total, origin, n);
+        write_block<A, T>(static_cast<T*>(p.out.data) + begin, total, origin, n);
     });
 }
 

@@ -49,8 +49,8 @@ void combine_cuda(const CombineParams& p, void* stream) {
     PM_CHECK(p.count <= tasks_at_most,
              "combine: " << p.count << " inputs; one launch takes " << tasks_at_most << ", use --backend reference");
     if (p.numel == 0) return;
-    Arguments a{p.out, p.base, p.numel, p.divisor, p.out_dtype, p.base_dtype, static_cast<int>(p.count), {}};
-    for (std::int64_t t = 0; t < p.count; ++t) a.inputs[t] = {p.inputs[t], p.weights[t], p.dtypes[t]};
+    Arguments a{p.out.data, p.base.data, p.numel, p.divisor, p.out.dtype, p.base.dtype, static_cast<int>(p.count), {}};
+    for (std::int64_t t = 0; t < p.count; ++t) a.inputs[t] = {p.inputs[t].data, p.weights[t], p.inputs[t].dtype};
     const std::int64_t needed = (p.numel + threads_per_block - 1) / threads_per_block;
     const unsigned blocks = static_cast<unsigned>(std::min(needed, blocks_at_most));
     const auto on = static_cast<cudaStream_t>(stream);

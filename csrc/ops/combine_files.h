@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/matrix_view.h"
 
 namespace pymerge {
 
@@ -15,8 +15,7 @@ struct FileTensor {
 };
 
 struct CombineFilesParams {
-    void* out;
-    DType out_dtype;
+    Output out;
     const FileTensor* base;    // null: origin 0
     const FileTensor* inputs;  // count of them; none: the base, converted
     const double* weights;

@@ -76,16 +76,13 @@ CombineFilesResult combine_files_cpu(const CombineFilesParams& p) {
         lines += static_cast<std::size_t>(std::min(p.block, p.numel) * item_size(file.dtype)) / sizeof(Line) + 1;
     }
     if (scratch.size() < lines) scratch.resize(lines);
-    std::vector<const void*> blocks;
-    std::vector<DType> dtypes;
+    std::vector<MatrixView> blocks;
     for (std::size_t k = 0; k < files.size(); ++k) {
-        blocks.push_back(scratch.data() + starts[k]);
-        dtypes.push_back(files[k].dtype);
+        blocks.push_back({scratch.data() + starts[k], files[k].dtype, p.block});
     }
     const std::size_t first = p.base == nullptr ? 0 : 1;
-    CombineParams block{p.out,     p.out_dtype,           p.base == nullptr ? nullptr : blocks[0], dtypes[0],
-                        blocks.data() + first, dtypes.data() + first, p.weights, p.divisor,
-                        p.count,   0};
+    const MatrixView base = p.base == nullptr ? MatrixView{} : blocks[0];
+    CombineParams block{p.out, base, blocks.data() + first, p.weights, p.divisor, p.count, 0};
     CombineFilesResult result;
     for (std::int64_t at = 0; at < p.numel; at += p.block) {
         block.numel = std::min(p.block, p.numel - at);
@@ -98,9 +95,9 @@ CombineFilesResult combine_files_cpu(const CombineFilesParams& p) {
             }
             if (p.check_inputs && !is_finite_cpu(to, files[k].dtype, block.numel)) result.finite = false;
         }
-        block.out = static_cast<char*>(p.out) + at * item_size(p.out_dtype);
+        block.out.data = static_cast<char*>(p.out.data) + at * item_size(p.out.dtype);
         combine_cpu(block, 1);
-        if (!is_finite_cpu(block.out, p.out_dtype, block.numel)) result.finite = false;
+        if (!is_finite_cpu(block.out.data, p.out.dtype, block.numel)) result.finite = false;
     }
     return result;
 }

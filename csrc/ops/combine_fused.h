@@ -32,11 +32,11 @@ void combine_fused(const CombineParams& p, std::int64_t begin, std::int64_t n) {
     const T* inputs[most_fused] = {};
     float weights[most_fused] = {};
     for (int t = 0; t < count; ++t) {
-        inputs[t] = static_cast<const T*>(p.inputs[t]) + begin;
+        inputs[t] = static_cast<const T*>(p.inputs[t].data) + begin;
         weights[t] = static_cast<float>(p.weights[t]);
     }
-    const T* base = based ? static_cast<const T*>(p.base) + begin : nullptr;
-    T* to = static_cast<T*>(p.out) + begin;
+    const T* base = based ? static_cast<const T*>(p.base.data) + begin : nullptr;
+    T* to = static_cast<T*>(p.out.data) + begin;
     const auto call = p.divisor == 1.0 ? &combine_elements<T, count, based, false>
                                        : &combine_elements<T, count, based, true>;
     call(to, base, inputs[0], inputs[1], inputs[2], inputs[3], weights, static_cast<float>(p.divisor), n);
@@ -54,17 +54,17 @@ void combine_fused(const CombineParams& p, std::int64_t begin, std::int64_t n) {
 
 // Whether all tensors have one dtype, which is accumulated in float, and are few.
 inline bool can_fuse(const CombineParams& p) {
-    const DType dtype = p.out_dtype;
+    const DType dtype = p.out.dtype;
     if (dtype == DType::f64 || p.count < 1 || p.count > most_fused) return false;
-    if (p.base != nullptr && p.base_dtype != dtype) return false;
-    return std::all_of(p.dtypes, p.dtypes + p.count, [&](DType each) { return each == dtype; });
+    if (p.base.data != nullptr && p.base.dtype != dtype) return false;
+    return std::all_of(p.inputs, p.inputs + p.count, [&](const MatrixView& each) { return each.dtype == dtype; });
 }
 
 inline void combine_fused(const CombineParams& p, std::int64_t begin, std::int64_t n) {
-    dispatch(p.out_dtype, [&](auto tag) {
+    dispatch(p.out.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         if constexpr (sizeof(T) < sizeof(double)) {
-            p.base == nullptr ? combine_fused<T, false>(p, begin, n) : combine_fused<T, true>(p, begin, n);
+            p.base.data == nullptr ? combine_fused<T, false>(p, begin, n) : combine_fused<T, true>(p, begin, n);
         }
     });
 }

@@ -5,29 +5,19 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/matrix_view.h"
 
 namespace pymerge {
 
-// W_0 and T experts of `numel` elements each, contiguous.
+// W_0 and T experts, each seen as one row of `numel` elements.
 struct TaskTensors {
-    const void* base;
-    DType base_dtype;
-    const void* const* experts;
-    const DType* dtypes;
+    MatrixView base;
+    const MatrixView* experts;
     std::int64_t count;
     std::int64_t numel;
 
     // Computes in double if any tensor is float64, else in float.
-    bool in_double() const {
-        return base_dtype == DType::f64 ||
-               std::any_of(dtypes, dtypes + count, [](DType dtype) { return dtype == DType::f64; });
-    }
-};
-
-struct Output {
-    void* data;
-    DType dtype;
+    bool in_double() const { return is_double(base) || std::any_of(experts, experts + count, is_double); }
 };
 
 // q W_1 + (1 - q) W_0 with q = min(t / max(|W_1 - W_0|, least), 1), in the steps of the reference. NaN stays NaN.
@@ -53,7 +43,7 @@ void ram_cpu(const Output& out, const TaskTensors& p, double epsilon, const doub
 void ram_counts_cpu(std::int64_t* counts, const TaskTensors& p, double epsilon, int threads);
 
 // Variance of the tau_t at each element, in `out` (float32 or float64, as computed).
-void sce_spread_cpu(void* out, const TaskTensors& p, int threads);
+void sce_spread_cpu(const Output& out, const TaskTensors& p, int threads);
 // Sums of tau_t^2 over the selected elements (a bit each, as in common/bitmask.h; null: all), in an order that `numel`
 // alone decides.
 void sce_energies_cpu(double* energies, const TaskTensors& p, const std::uint8_t* selected, int threads);

@@ -109,8 +109,8 @@ void nearswap_cpu(const Output& out, const TaskTensors& p, double t, double leas
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
         for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
-            block.read(block.origin(), p.base, p.base_dtype, at, n);
-            block.read(block.tau(0), p.experts[0], p.dtypes[0], at, n);
+            block.read(block.origin(), p.base, at, n);
+            block.read(block.tau(0), p.experts[0], at, n);
             nearswap_block<A>(block.origin(), block.tau(0), static_cast<A>(t), static_cast<A>(least), n);
             block.write(out, block.origin(), at, n);
         });
@@ -146,12 +146,12 @@ void ram_counts_cpu(std::int64_t* counts, const TaskTensors& p, double epsilon, 
     for (std::size_t i = 0; i < partial.size(); ++i) counts[i % static_cast<std::size_t>(p.count * 2)] += partial[i];
 }
 
-void sce_spread_cpu(void* out, const TaskTensors& p, int threads) {
+void sce_spread_cpu(const Output& out, const TaskTensors& p, int threads) {
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
         for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
             block.read_taus(at, n);
-            A *mean = block.row(0), *total = static_cast<A*>(out) + at;
+            A *mean = block.row(0), *total = static_cast<A*>(out.data) + at;
             std::fill_n(mean, n, A(0));
             std::fill_n(total, n, A(0));
             for (std::int64_t t = 0; t < p.count; ++t) add<A>(mean, block.tau(t), n);

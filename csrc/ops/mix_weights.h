@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/matrix_view.h"
 
 namespace pymerge {
 
@@ -29,10 +29,8 @@ struct SparseTasks {
 };
 
 struct MixParams {
-    void* out;  // float32, float16 or bfloat16, contiguous: samples x rows x columns
-    DType out_dtype;
-    const void* base;  // W_0, contiguous
-    DType base_dtype;
+    Output out;       // float32, float16 or bfloat16, contiguous: samples x rows x columns
+    MatrixView base;  // W_0, contiguous
     const float* gates;  // samples x T
     std::int64_t samples;
     std::int64_t rows;

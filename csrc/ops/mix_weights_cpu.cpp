@@ -85,9 +85,9 @@ PM_TARGET_CLONES void write_row(T* __restrict to, const float* __restrict from, 
 }
 
 void store(const MixParams& p, std::int64_t begin, const float* values, std::int64_t n) {
-    dispatch(p.out_dtype, [&](auto tag) {
+    dispatch(p.out.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        write_row(static_cast<T*>(p.out) + begin, values, n);
+        write_row(static_cast<T*>(p.out.data) + begin, values, n);
     });
 }
 
@@ -121,7 +121,7 @@ void add_up(double* out, const std::vector<double>& partial, std::int64_t items,
 void check_mix(const MixParams& p, std::int64_t count) {
     PM_CHECK(p.rows >= 0 && p.columns >= 0, "mix_weights: " << p.rows << " x " << p.columns << " elements");
     PM_CHECK(count >= 0, "mix_weights: " << count << " tasks");
-    PM_CHECK(p.out_dtype != DType::f64, "mix_weights: results are float32, float16 or bfloat16, not float64");
+    PM_CHECK(p.out.dtype != DType::f64, "mix_weights: results are float32, float16 or bfloat16, not float64");
 }
 
 }  // namespace
@@ -129,23 +129,23 @@ void check_mix(const MixParams& p, std::int64_t count) {
 void mix_dense_cpu(const MixParams& p, const DenseTasks& tasks, int threads) {
     check_mix(p, tasks.count);
     for_each_chunk(p.rows * p.columns, chunk_size, threads, [&](std::int64_t begin, std::int64_t end) {
-        dispatch(p.base_dtype, [&](auto base_tag) {
+        dispatch(p.base.dtype, [&](auto base_tag) {
             dispatch(tasks.dtype, [&](auto task_tag) {
                 using W = typename decltype(base_tag)::type;
                 using E = typename decltype(task_tag)::type;
-                const W* base = static_cast<const W*>(p.base) + begin;
+                const W* base = static_cast<const W*>(p.base.data) + begin;
                 const E* values = static_cast<const E*>(tasks.data) + begin;
                 const std::int64_t numel = p.rows * p.columns;
                 std::int64_t sample = 0;
                 // Chunk by chunk for all samples: the second one finds the task vectors in the cache.
-                for (; p.out_dtype == DType::f32 && sample + together <= p.samples; sample += together) {
-                    mix_block_of<together>(static_cast<float*>(p.out) + sample * numel + begin, numel, base, values,
+                for (; p.out.dtype == DType::f32 && sample + together <= p.samples; sample += together) {
+                    mix_block_of<together>(static_cast<float*>(p.out.data) + sample * numel + begin, numel, base, values,
                                            tasks.stride, p.gates + sample * tasks.count, tasks.count, end - begin);
                 }
                 for (; sample < p.samples; ++sample) {
                     const float* gates = p.gates + sample * tasks.count;
-                    if (p.out_dtype == DType::f32) {
-                        float* out = static_cast<float*>(p.out) + sample * numel + begin;
+                    if (p.out.dtype == DType::f32) {
+                        float* out = static_cast<float*>(p.out.data) + sample * numel + begin;
                         mix_block(out, base, values, tasks.stride, gates, tasks.count, end - begin);
                         continue;
                     }
@@ -174,9 +174,9 @@ void mix_sparse_rows(const MixParams& p, const SparseTasks& tasks, std::int64_t 
         }
     }
     for (std::int64_t row = begin; row < end; ++row) {
-        dispatch(p.base_dtype, [&](auto tag) {
+        dispatch(p.base.dtype, [&](auto tag) {
             using W = typename decltype(tag)::type;
-            read_row(row_of_one.data(), static_cast<const W*>(p.base) + row * p.columns, p.columns);
+            read_row(row_of_one.data(), static_cast<const W*>(p.base.data) + row * p.columns, p.columns);
         });
         for (std::int64_t c = 0; c < p.columns; ++c) {
             for (int k = 0; k < K; ++k) sums[static_cast<std::size_t>(c * K + k)] = row_of_one[static_cast<std::size_t>(c)];

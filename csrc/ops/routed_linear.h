@@ -11,8 +11,7 @@ namespace pymerge {
 
 // W_0 (rows x columns, contiguous) and its task vectors.
 struct RoutedWeight {
-    const void* base;
-    DType base_dtype;
+    MatrixView base;
     std::int64_t rows;
     std::int64_t columns;
     const DenseTasks* dense;    // one of the two

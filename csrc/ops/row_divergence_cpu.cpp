@@ -68,10 +68,10 @@ class Row {
     explicit Row(std::int64_t columns)
         : values_(static_cast<std::size_t>((columns + lanes - 1) / lanes * lanes)), columns_(columns) {}
 
-    void read(const void* from, DType dtype, std::int64_t row) {
-        dispatch(dtype, [&](auto tag) {
+    void read(const MatrixView& from, std::int64_t row) {
+        dispatch(from.dtype, [&](auto tag) {
             using T = typename decltype(tag)::type;
-            read_values<double, T>(data(), static_cast<const T*>(from) + row * columns_, columns_);
+            read_values<double, T>(data(), static_cast<const T*>(from.data) + row * columns_, columns_);
         });
         std::fill(data() + columns_, data() + size(), -std::numeric_limits<double>::infinity());
         most_ = largest(data(), size());
@@ -116,8 +116,8 @@ void for_each_part(const RowTensors& p, const double* divergence, int threads, F
         TaskBlock<A> block(p.tensors);
         for (std::int64_t begin = 0; begin < p.columns; begin += task_block) {
             const std::int64_t at = row * p.columns + begin, n = std::min(task_block, p.columns - begin);
-            block.read(block.origin(), p.tensors.base, p.tensors.base_dtype, at, n);
-            block.read(block.tau(0), p.tensors.experts[0], p.tensors.dtypes[0], at, n);
+            block.read(block.origin(), p.tensors.base, at, n);
+            block.read(block.tau(0), p.tensors.experts[0], at, n);
             scores_of<A>(block.row(0), block.tau(0), block.origin(), divergence[row], n);
             f(block, at, n);
         }
@@ -130,8 +130,8 @@ void row_divergence_cpu(double* divergence, const RowTensors& p, int threads) {
     check(p);
     for_each_item(p.rows, threads, [&](std::int64_t row) {
         Row far(p.columns), near(p.columns);
-        far.read(p.tensors.experts[0], p.tensors.dtypes[0], row);
-        near.read(p.tensors.base, p.tensors.base_dtype, row);
+        far.read(p.tensors.experts[0], row);
+        near.read(p.tensors.base, row);
         if (!std::isfinite(far.sum()) || !std::isfinite(near.sum())) {  // the logarithm of NaN would not be NaN
             divergence[row] = std::numeric_limits<double>::quiet_NaN();
             return;
@@ -140,12 +140,12 @@ void row_divergence_cpu(double* divergence, const RowTensors& p, int threads) {
     });
 }
 
-void importance_cpu(void* out, const RowTensors& p, const double* divergence, int threads) {
+void importance_cpu(const Output& out, const RowTensors& p, const double* divergence, int threads) {
     check(p);
     in_compute_type(p.tensors, [&](auto tag) {
         using A = typename decltype(tag)::type;
         for_each_part<A>(p, divergence, threads, [&](TaskBlock<A>& block, std::int64_t at, std::int64_t n) {
-            std::copy_n(block.row(0), n, static_cast<A*>(out) + at);
+            std::copy_n(block.row(0), n, static_cast<A*>(out.data) + at);
         });
     });
 }

@@ -7,8 +7,7 @@
 namespace pymerge {
 
 struct SparseCombineParams {
-    void* out;
-    DType out_dtype;
+    Output out;
     MatrixView base;  // one row of numel elements, as the experts
     const MatrixView* experts;
     const std::uint8_t* bits;  // count rows of mask_bytes(numel); null: as the selections say

@@ -94,9 +94,9 @@ void combine_block(const SparseCombineParams& p, A all, std::int64_t begin, std:
         }
     }
     if (p.normalize) divide_block(total, share, n);
-    dispatch(p.out_dtype, [&](auto tag) {
+    dispatch(p.out.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        write_block<A, T>(static_cast<T*>(p.out) + begin, origin, total, static_cast<A>(p.scale), n);
+        write_block<A, T>(static_cast<T*>(p.out.data) + begin, origin, total, static_cast<A>(p.scale), n);
     });
 }
 

@@ -89,7 +89,7 @@ auto sparse_function(const SparseCombineParams& p) {
 
 // Whether all tensors have one dtype, which is accumulated in float, and are few.
 inline bool can_fuse(const SparseCombineParams& p) {
-    const DType dtype = p.out_dtype;
+    const DType dtype = p.out.dtype;
     if (dtype == DType::f64 || p.base.dtype != dtype || p.count > most_sparse_fused) return false;
     return std::all_of(p.experts, p.experts + p.count, [&](const MatrixView& each) { return each.dtype == dtype; });
 }
@@ -98,7 +98,7 @@ inline bool can_fuse(const SparseCombineParams& p) {
 template <class T>
 void sparse_fused(const SparseCombineParams& p, float all, std::int64_t begin, std::int64_t n) {
     SparseFused<T> f{};
-    f.to = static_cast<T*>(p.out) + begin;
+    f.to = static_cast<T*>(p.out.data) + begin;
     f.base = static_cast<const T*>(p.base.data) + begin;
     for (std::int64_t t = 0; t < p.count; ++t) {
         f.experts[t] = static_cast<const T*>(p.experts[t].data) + begin;
@@ -118,7 +118,7 @@ void sparse_fused(const SparseCombineParams& p, float all, std::int64_t begin, s
 }
 
 inline void sparse_fused(const SparseCombineParams& p, float all, std::int64_t begin, std::int64_t n) {
-    dispatch(p.out_dtype, [&](auto tag) {
+    dispatch(p.out.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         if constexpr (sizeof(T) < sizeof(double)) sparse_fused<T>(p, all, begin, n);
     });

@@ -43,19 +43,19 @@ class TaskBlock {
     A* origin() { return tau(p_.count); }
     A* row(std::int64_t k) { return tau(p_.count + 1 + k); }
 
-    void read(A* to, const void* from, DType dtype, std::int64_t at, std::int64_t n) {
-        dispatch(dtype, [&](auto tag) {
+    void read(A* to, const MatrixView& from, std::int64_t at, std::int64_t n) {
+        dispatch(from.dtype, [&](auto tag) {
             using T = typename decltype(tag)::type;
-            read_values<A, T>(to, static_cast<const T*>(from) + at, n);
+            read_values<A, T>(to, static_cast<const T*>(from.data) + at, n);
         });
     }
 
     void read_taus(std::int64_t at, std::int64_t n, const std::uint8_t* selected = nullptr) {
-        read(origin(), p_.base, p_.base_dtype, at, n);
+        read(origin(), p_.base, at, n);
         A* keep = row(0);
         if (selected != nullptr) unpack_bits<A>(keep, selected + at / 8, n);
         for (std::int64_t t = 0; t < p_.count; ++t) {
-            read(tau(t), p_.experts[t], p_.dtypes[t], at, n);
+            read(tau(t), p_.experts[t], at, n);
             subtract<A>(tau(t), origin(), n);
             if (selected != nullptr) multiply<A>(tau(t), keep, n);
         }

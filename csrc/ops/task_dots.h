@@ -3,16 +3,14 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/matrix_view.h"
 
 namespace pymerge {
 
 struct TaskDotsParams {
-    double* out;       // vectors x count x count
-    const void* base;  // null: v_t = W_t
-    DType base_dtype;
-    const void* const* inputs;  // count tensors of vectors x length elements, contiguous
-    const DType* dtypes;
+    double* out;               // vectors x count x count
+    MatrixView base;           // data null: v_t = W_t
+    const MatrixView* inputs;  // count tensors of vectors x length elements, each seen as one row
     std::int64_t count;
     std::int64_t vectors;
     std::int64_t length;

@@ -45,17 +45,17 @@ void add_dots(const TaskDotsParams& p, std::int64_t begin, std::int64_t end, std
     A* origin = values.data() + p.count * block_size;
     for (std::int64_t at = begin; at < end; at += block_size) {
         const std::int64_t n = std::min(block_size, end - at);
-        const auto read = [&](A* to, const void* from, DType dtype) {
-            dispatch(dtype, [&](auto tag) {
+        const auto read = [&](A* to, const MatrixView& from) {
+            dispatch(from.dtype, [&](auto tag) {
                 using T = typename decltype(tag)::type;
-                read_values<A, T>(to, static_cast<const T*>(from) + at, n);
+                read_values<A, T>(to, static_cast<const T*>(from.data) + at, n);
             });
         };
-        if (p.base != nullptr) read(origin, p.base, p.base_dtype);
+        if (p.base.data != nullptr) read(origin, p.base);
         for (std::int64_t t = 0; t < p.count; ++t) {
             A* task = values.data() + t * block_size;
-            read(task, p.inputs[t], p.dtypes[t]);
-            if (p.base != nullptr) subtract<A>(task, origin, n);
+            read(task, p.inputs[t]);
+            if (p.base.data != nullptr) subtract<A>(task, origin, n);
             for (std::int64_t s = 0; s <= t; ++s) {
                 sums[t * p.count + s] += dot<A>(task, values.data() + s * block_size, n);
             }
@@ -98,9 +98,7 @@ void dots_all(const TaskDotsParams& p, int threads) {
 void task_dots_cpu(const TaskDotsParams& p, int threads) {
     PM_CHECK(p.vectors >= 0 && p.length >= 0 && p.count > 0,
              "task_dots: " << p.count << " tensors of " << p.vectors << " vectors of " << p.length << " elements");
-    const bool in_double = (p.base != nullptr && p.base_dtype == DType::f64) ||
-                           std::any_of(p.dtypes, p.dtypes + p.count, [](DType dtype) { return dtype == DType::f64; });
-    if (in_double) {
+    if (is_double(p.base) || std::any_of(p.inputs, p.inputs + p.count, is_double)) {
         dots_all<double>(p, threads);
     } else {
         dots_all<float>(p, threads);

@@ -49,7 +49,7 @@ class TaskTiles {
 
     // to[r * stride + c], or to[c * stride + r] where `transposed`. `room` takes a window.
     void base(float* to, std::int64_t stride, const Window& w, bool transposed, float* room) const {
-        dense(to, stride, weight_.base, weight_.base_dtype, 0, w, transposed, room);
+        dense(to, stride, weight_.base.data, weight_.base.dtype, 0, w, transposed, room);
     }
 
     void task(std::int64_t t, float* to, std::int64_t stride, const Window& w, bool transposed, float* room) const {

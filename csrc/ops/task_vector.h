@@ -3,24 +3,16 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/matrix_view.h"
 
 namespace pymerge {
 
-// A matrix whose rows are contiguous.
-struct MatrixView {
-    const void* data;
-    DType dtype;
-    std::int64_t row_stride;  // elements
-};
-
 struct TaskSumParams {
-    void* out;  // rows x columns, contiguous: sum_t w_t (W_t - W_0 - 1 mu_t^T)
-    DType dtype;  // of `out` and of the sum: float32 or float64
+    Output out;  // rows x columns, contiguous: sum_t w_t (W_t - W_0 - 1 mu_t^T), in float32 or float64
     MatrixView base;
     const MatrixView* experts;
     const double* weights;
-    const void* means;  // count x columns in `dtype`, contiguous, or null
+    const void* means;  // count x columns as `out`, contiguous, or null
     std::int64_t count;
     std::int64_t rows;
     std::int64_t columns;

@@ -120,7 +120,7 @@ void sum_all(const TaskSumParams& p, int threads) {
     const std::int64_t rows_per_chunk = std::max<std::int64_t>(1, chunk_elements / std::max<std::int64_t>(1, p.columns));
     for_each_chunk(p.rows, rows_per_chunk, threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t row = begin; row < end; ++row) {
-            A* out = static_cast<A*>(p.out) + row * p.columns;
+            A* out = static_cast<A*>(p.out.data) + row * p.columns;
             std::fill_n(out, p.columns, A{0});
             for (std::int64_t t = 0; t < p.count; ++t) {
                 const A* mean = p.means == nullptr ? zeros.data() : static_cast<const A*>(p.means) + t * p.columns;
@@ -147,9 +147,9 @@ void task_sum_cpu(const TaskSumParams& p, int threads) {
     check_sizes(p.rows, p.columns);
     check_view("base", p.base, p.columns);
     for (std::int64_t t = 0; t < p.count; ++t) check_view("expert", p.experts[t], p.columns);
-    PM_CHECK(p.dtype == DType::f32 || p.dtype == DType::f64,
-             "task_sum: dtype code " << static_cast<int>(p.dtype) << "; sums are float32 or float64");
-    if (p.dtype == DType::f64) {
+    PM_CHECK(p.out.dtype == DType::f32 || p.out.dtype == DType::f64,
+             "task_sum: dtype code " << static_cast<int>(p.out.dtype) << "; sums are float32 or float64");
+    if (p.out.dtype == DType::f64) {
         sum_all<double>(p, threads);
     } else {
         sum_all<float>(p, threads);

@@ -14,11 +14,11 @@ from pymerge import env
 from pymerge.analysis.charts import heat_map, line_chart
 from pymerge.analysis.findings import findings, percent
 from pymerge.analysis.measures import Analysis, Spectrum, TensorMeasures, cosines
+from pymerge.common.files import atomic_write
 from pymerge.common.names import role
 from pymerge.common.units import format_bytes, format_flops
 from pymerge.errors import OutputError
-from pymerge.output.files import atomic_write
-from pymerge.planner.build import Plan
+from pymerge.planner.plan import Plan
 
 PAGE_NAME, DATA_NAME = "index.html", "report.json"
 _WORST = 20  # tensors listed
@@ -103,7 +103,7 @@ def _by_block(
 
 
 def _role(role: str) -> str:
-    """What comes after the last number, "mlp.up_proj"; where that is nothing, all of it: "stem.*"."""
+    """Part of a role after the last number, "mlp.up_proj"; where that is nothing, all of it: "stem.*"."""
     inside = role.rpartition(".*.")[2].removesuffix(".weight")
     return role.removesuffix(".weight") if inside == "weight" else inside
 

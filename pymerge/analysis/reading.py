@@ -7,20 +7,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, zip_longest
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from pymerge.analysis.measures import Analysis, Spectrum, Sums, TensorMeasures
 from pymerge.checkpoint.checkpoint import TensorEntry
+from pymerge.checkpoint.finite import check_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import upcast
 from pymerge.common.names import role
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.config.merge_config import participants
 from pymerge.errors import ArgumentError, NonFiniteError, PlanError
-from pymerge.planner.build import Plan
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 # Elements of a range: in float32, with the differences of all tasks, some MiB a task.
@@ -94,7 +95,7 @@ def _measures(steps: Sequence[Step], reader: Reader, progress: ProgressSink) -> 
         sums.add(tensors[0], tensors[1:])
         progress.advance(_bytes(step) * (rows[1] - rows[0]) // max(1, step.shape[0] if step.shape else 1))
         if not sums.finite:
-            raise _not_finite(step, tensors)
+            _raise_nonfinite(step, rows[0], tensors)
         if rows[1] == (step.shape[0] if step.shape else 1):
             yield sums.result(step.name, step.layer.kind.value, step.shape)
             sums = None
@@ -111,13 +112,11 @@ def _read(reader: Reader, entry: TensorEntry, start: int, stop: int) -> Tensor:
     return upcast(reader.read(entry, start, stop) if entry.shape else reader.read(entry))
 
 
-def _not_finite(step: Step, tensors: Sequence[Tensor]) -> NonFiniteError:
+def _raise_nonfinite(step: Step, start: int, tensors: Sequence[Tensor]) -> NoReturn:
+    """Raise NonFiniteError, which names file and tensor if one of these rows, from `start` on, is not finite."""
     for entry, tensor in zip((step.base, *step.experts), tensors, strict=True):
-        if not bool(tensor.isfinite().all()):
-            return NonFiniteError(f"{entry.file}: tensor {entry.name!r} holds NaN or infinity; repair the model first")
-    return NonFiniteError(
-        f"{step.base.file}: the deltas of {step.name!r} are too large to be squared; check the models"
-    )
+        check_finite(entry, start, tensor, "repair the model first")
+    raise NonFiniteError(f"{step.base.file}: the deltas of {step.name!r} are too large to be squared; check the models")
 
 
 def _ahead(jobs: Iterable[Read], work: Callable[[Read], list[Tensor]]) -> Iterator[list[Tensor]]:

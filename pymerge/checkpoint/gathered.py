@@ -1,26 +1,64 @@
-"""Tables whose rows are gathered from others: each model's token embeddings in the order of another vocabulary."""
+"""Tables whose rows are gathered from others: each model's token embeddings in the order of another vocabulary.
+
+The module imports neither numpy nor PyTorch: readers import it for `GatheredEntry`, whether there are such tables or
+not.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from pymerge.checkpoint.gathered_entry import GatheredEntry, Run
-from pymerge.checkpoint.row_map import AVERAGE, MEAN, ZERO, RowMap
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.dtypes import ITEM_SIZES, is_float8, torch_dtype, upcast
+from pymerge.common.dtypes import ITEM_SIZES, is_float8
+
+if TYPE_CHECKING:
+    import torch
+
+    from pymerge.checkpoint.row_map import RowMap
 
 _SCRATCH_BYTES = 1 << 20  # of rows that are converted or averaged
 
+# One run of rows: its first row in the output, its first row in the stored table, their number.
+Run = tuple[int, int, int]
+
 # Copies runs of a stored table into a tensor of its dtype: `Reader.read_runs_into`.
-ReadRuns = Callable[[TensorEntry, torch.Tensor, Sequence[Run]], None]
+ReadRuns = Callable[[TensorEntry, "torch.Tensor", Sequence[Run]], None]
+
+
+class _Kept:
+    """The mean of a table, once it has been asked for."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.mean: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredEntry(TensorEntry):
+    """A table of which row i is what `rows_map` says; `sources` are the tables that it numbers.
+
+    `file` and `offset` are those of the model's own table, for messages. Rows that are no average are those of the
+    sources, bit for bit where they have its dtype.
+    """
+
+    rows_map: RowMap = field(kw_only=True)
+    sources: tuple[TensorEntry, ...] = field(kw_only=True)
+    kept: _Kept = field(kw_only=True, default_factory=_Kept, compare=False)
+
+    @property
+    def contiguous(self) -> bool:
+        return False
 
 
 def gathered(own: TensorEntry, rows_map: RowMap, sources: Sequence[TensorEntry]) -> GatheredEntry:
     """A table like `own` with gathered rows, in the smallest dtype that holds the rows of all sources."""
+    import numpy as np
+
+    from pymerge.checkpoint.row_map import AVERAGE, MEAN
+
     dtype = _common_dtype([sources[table].dtype for table in sorted(rows_map.tables)] or [own.dtype])
     if is_float8(dtype) and (np.isin(rows_map.source, (AVERAGE, MEAN))).any():
         dtype = "BF16"
@@ -41,6 +79,10 @@ def _common_dtype(dtypes: Sequence[str]) -> str:
 
 def fill_gathered(read: ReadRuns, entry: GatheredEntry, out: torch.Tensor, start: int, stop: int) -> None:
     """Fill `out` (of the entry's dtype, on the CPU) with rows `start` to `stop`, by `read` from the sources."""
+    import torch
+
+    from pymerge.checkpoint.row_map import AVERAGE, ZERO
+
     runs: dict[int, list[Run]] = {}
     for first, end, source, row in entry.rows_map.runs(start, stop):
         if source >= 0:
@@ -58,6 +100,10 @@ def fill_gathered(read: ReadRuns, entry: GatheredEntry, out: torch.Tensor, start
 
 
 def _copy_rows(read: ReadRuns, source: TensorEntry, out: torch.Tensor, runs: Sequence[Run]) -> None:
+    import torch
+
+    from pymerge.common.dtypes import torch_dtype, upcast
+
     dtype = torch_dtype(source.dtype)
     if dtype == out.dtype:
         read(source, out, runs)
@@ -72,7 +118,9 @@ def _copy_rows(read: ReadRuns, source: TensorEntry, out: torch.Tensor, runs: Seq
 
 
 def _average(read: ReadRuns, entry: GatheredEntry, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The average of some rows, in float64."""
+    """Average of some rows, in float64."""
+    import torch
+
     total = torch.zeros((1, *entry.shape[1:]), dtype=torch.float64)
     for table, row in pairs:
         one = torch.empty((1, *entry.shape[1:]), dtype=torch.float64)
@@ -82,7 +130,13 @@ def _average(read: ReadRuns, entry: GatheredEntry, pairs: Sequence[tuple[int, in
 
 
 def _mean(read: ReadRuns, entry: GatheredEntry) -> torch.Tensor:
-    """The mean of all rows that have one of their own, summed in float64 in the order of rows; computed once."""
+    """Mean of all rows that have one of their own, summed in float64 in the order of rows; computed once."""
+    import numpy as np
+    import torch
+
+    from pymerge.checkpoint.row_map import MEAN, ZERO, RowMap
+    from pymerge.common.dtypes import torch_dtype, upcast
+
     kept, rows_map = entry.kept, entry.rows_map
     with kept.lock:
         if kept.mean is None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.safetensors_file import TensorEntry, shorten
+from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import is_float8
+from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError
 
 _ORIGINAL = "merge the original weights instead, or dequantise first"

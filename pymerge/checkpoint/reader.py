@@ -13,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pymerge.checkpoint.gathered_entry import GatheredEntry, Run
-from pymerge.checkpoint.safetensors_file import TensorEntry, shorten
+from pymerge.checkpoint.gathered import GatheredEntry, Run, fill_gathered
+from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.common.names import shorten
 from pymerge.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Reader:
         return out
 
     def read_into(self, entry: TensorEntry, out: torch.Tensor, start_row: int = 0, stop_row: int | None = None) -> None:
-        """As `read`, into a contiguous CPU tensor (pinned or not) of the slice's shape and dtype."""
+        """Read as `read` does, into a contiguous CPU tensor (pinned or not) of the slice's shape and dtype."""
         from pymerge.common.dtypes import bytes_of, torch_dtype
 
         shape, offset, _ = _span(entry, start_row, stop_row)
@@ -94,8 +95,6 @@ class Reader:
                 f"{out.device}; pass a contiguous CPU tensor of that dtype and shape"
             )
         if isinstance(entry, GatheredEntry):
-            from pymerge.checkpoint.gathered import fill_gathered
-
             fill_gathered(self.read_runs_into, entry, out, start_row, start_row + shape[0])
             return
         if entry.strides is None:
@@ -106,7 +105,7 @@ class Reader:
             self._check_stamp(entry.file, descriptor)
 
     def read_bytes(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> bytearray:
-        """As `read`, as row-major bytes."""
+        """Read as `read` does, but give row-major bytes."""
         shape, _, _ = _span(entry, start_row, stop_row)
         out = bytearray(math.prod(shape) * ITEM_SIZES[entry.dtype])
         if entry.contiguous:
@@ -120,7 +119,7 @@ class Reader:
     def read_bytes_into(
         self, entry: TensorEntry, out: memoryview, start_row: int = 0, stop_row: int | None = None
     ) -> None:
-        """As `read_into`, of a contiguous entry into bytes (format "B") of the slice's size."""
+        """Read as `read_into` does, a contiguous entry into bytes (format "B") of the slice's size."""
         with self.places([entry], start_row, stop_row) as [(descriptor, offset)]:
             _fill(entry, descriptor, out, offset, out.nbytes)
 

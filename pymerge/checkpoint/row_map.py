@@ -1,4 +1,4 @@
-"""Where each row of a gathered table comes from."""
+"""Origin of each row of a gathered table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ZERO, AVERAGE, MEAN = -1, -2, -3
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """Where each row of a table comes from; the same for all token tables of a model, so sources are numbers.
+    """Origin of each row of a table; the same for all token tables of a model, so sources are numbers.
 
     `source[i]` is the number of a table and `row[i]` a row of it. Otherwise source[i] is ZERO (zeros), AVERAGE (of the
     rows `averages[row[i]]`, pairs of a table and a row), or MEAN (of all rows of this table that are not MEAN).

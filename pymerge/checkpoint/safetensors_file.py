@@ -6,18 +6,13 @@ before anything is computed from it.
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import os
-import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.common.files import opened, parse_json_object, read_exactly
+from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -28,7 +23,7 @@ AGAIN = "download or copy the file again"
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor is: `nbytes` bytes from byte `offset` of `file` on, row-major, little endian.
+    """Place of one tensor: `nbytes` bytes from byte `offset` of `file` on, row-major, little endian.
 
     With `strides` (in elements, none negative) it is a view as torch.save stores them: its elements lie that far
     apart from `offset` on, and `nbytes` is what a row-major copy of it takes. `first_row` is the number of its first
@@ -75,8 +70,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself: `entries` in the order in which safetensors stores them; `mtime_ns` is that of
-    the read file; `notes` tell what of the file is not used."""
+    """Header of a weight file: `entries` in the order in which safetensors stores them; `mtime_ns` is that of the read
+    file; `notes` tell what of the file is not used."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -84,107 +79,6 @@ class Header:
     file_bytes: int
     mtime_ns: int
     notes: tuple[str, ...] = ()
-
-
-def shorten(text: str) -> str:
-    """`text` quoted for an error message; hostile files hold names of any length."""
-    return repr(text if len(text) <= 200 else text[:200] + "...")
-
-
-def first_few(names: Iterable[str], limit: int = 3) -> str:
-    """The first names, quoted, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(shorten(name) for name in listed[:limit]) + more
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the name {shorten(key)} occurs twice")
-            seen.add(key)
-    return found
-
-
-def _integer(text: str) -> int | float:
-    """What safetensors takes for a whole number: its parser reads -0 as a float."""
-    return -0.0 if text == "-0" else int(text)
-
-
-def parse_json_object(data: bytes, *, unique: bool) -> dict[str, Any]:
-    """Parse UTF-8 JSON whose top level is an object; `unique` refuses repeated names. Raises ValueError."""
-    try:
-        # ValueError also covers bad UTF-8 and integers of thousands of digits.
-        hook = _no_duplicates if unique else None
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=hook, parse_int=_integer)
-        if b"\\u" in data:  # an escape can be half of a surrogate pair, which no file can hold
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{shorten(error.object[error.start : error.end])} is not valid Unicode") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"its top level is a {type(value).__name__}, not an object")
-    return value
-
-
-def read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:
-    """`nbytes` bytes from `offset` on, fewer only at the end of the file. Raises OSError."""
-    parts = []
-    while nbytes > 0:
-        part = os.pread(descriptor, min(nbytes, 1 << 26), offset)
-        if not part:
-            break
-        parts.append(part)
-        nbytes -= len(part)
-        offset += len(part)
-    return b"".join(parts)
-
-
-def open_regular(path: Path) -> tuple[int, os.stat_result]:
-    """Open a plain file for reading. Raises OSError, also for FIFOs, devices and directories."""
-    # O_NONBLOCK: opening a FIFO must not wait for a writer; it has no effect on regular files.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor, status
-
-
-def read_text_file(path: Path) -> bytes:
-    """The whole of a JSON file. Raises OSError, also for what is no plain file; ValueError if it is too large."""
-    descriptor, status = open_regular(path)
-    try:
-        if status.st_size > MAX_HEADER_BYTES:
-            raise ValueError(f"it has {status.st_size} bytes, more than the {MAX_HEADER_BYTES} that are read")
-        return read_exactly(descriptor, status.st_size, 0)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def opened(path: Path, kind: str) -> Iterator[tuple[int, os.stat_result]]:
-    """Descriptor and status of a regular file, for reading what it says about itself.
-
-    Raises CheckpointError when it cannot be opened or is not a regular file, and for each OSError of the block.
-    """
-    try:
-        descriptor, status = open_regular(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); give a {kind} file") from error
-    try:
-        yield descriptor, status
-    except OSError as error:
-        raise CheckpointError(f"{path}: reading the header failed ({error.strerror}); check the disk") from error
-    finally:
-        os.close(descriptor)
 
 
 def read_header(path: Path | str) -> Header:

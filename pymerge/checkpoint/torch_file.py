@@ -16,13 +16,11 @@ from pymerge.checkpoint.safetensors_file import (
     Header,
     TensorEntry,
     check_no_pointer,
-    first_few,
-    opened,
-    read_exactly,
-    shorten,
 )
 from pymerge.checkpoint.torch_pickle import RefusedPickle, View, read_pickle
 from pymerge.common.dtypes import ITEM_SIZES, code_of
+from pymerge.common.files import opened, read_exactly
+from pymerge.common.names import first_few, shorten
 from pymerge.errors import ArgumentError, CheckpointError
 
 CONVERT = "convert it to safetensors where it was made (load the model there, then save_pretrained or save_file)"

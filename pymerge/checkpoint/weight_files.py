@@ -1,4 +1,4 @@
-"""Which files of a model directory are its weights: safetensors first, then those of torch.save."""
+"""Weight files of a model directory: safetensors first, then those of torch.save."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.model_files import WEIGHT_SUFFIXES, is_weight_file
-from pymerge.checkpoint.safetensors_file import (
-    Header,
-    first_few,
-    parse_json_object,
-    read_header,
-    read_text_file,
-    shorten,
-)
+from pymerge.checkpoint.safetensors_file import Header, read_header
+from pymerge.common.files import parse_json_object, read_text_file
+from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
 
 CONVERT = "convert it with transformers (from_pretrained, then save_pretrained, which writes safetensors)"
@@ -27,7 +22,7 @@ _LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|ra
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a kind of weight files is called and read: `stem` is that of the usual single file and of the index."""
+    """Names of a kind of weight files, and how it is read: `stem` is that of the usual single file and of the index."""
 
     stem: str
     suffixes: tuple[str, ...]  # the first is that of single file and shards

@@ -115,7 +115,7 @@ def multi(
     """
     with reported(), recording(log_json):
         from pymerge import api
-        from pymerge.cli.info_tables import plan_view
+        from pymerge.cli.plan_table import plan_view
         from pymerge.config.multi import read_stages
 
         if dry_run:
@@ -169,7 +169,7 @@ def _show_plan(
 ) -> None:
     from pymerge import api
     from pymerge.cli import tensor_table
-    from pymerge.cli.info_tables import plan_view
+    from pymerge.cli.plan_table import plan_view
 
     planned = api.plan(
         config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype.value if dtype else None
@@ -241,23 +241,11 @@ def verify(
     """Read a merged model again and compare every byte with its manifest."""
     with reported(), recording(log_json):
         from pymerge.common.progress import NoProgress, ProgressBar
-        from pymerge.output.manifest import read_manifest
-        from pymerge.output.manifest import verify as verify_output
+        from pymerge.output.verify import verify as verify_output
 
         count = None if deep is None else _count("--deep", deep, 1)
-        manifest = read_manifest(out)
-        progress = NoProgress() if quiet or manifest is None else ProgressBar("verifying")
-        shards = manifest["shards"].values() if manifest else ()
-        progress.start(sum(tensor["nbytes"] for shard in shards for tensor in shard["tensors"].values()))
-
-        def advance(count: int, name: str) -> None:
-            progress.tensor(name)
-            progress.advance(count)
-
-        try:
-            report = verify_output(out, progress=advance, allow_nonfinite=allow_nonfinite)
-        finally:
-            progress.close()
+        progress = NoProgress() if quiet else ProgressBar("verifying")
+        report = verify_output(out, progress=progress, allow_nonfinite=allow_nonfinite)
         lines = [f"{out}: {report.tensors} tensors, {report.parameters:,} parameters, all as written"]
         if deep is not None and not report.problems:
             lines.append(_verify_deep(out, count, report.problems, quiet))

@@ -1,9 +1,8 @@
-"""What each tensor of a plan gets: its action, the tensors that it is made from, and the parameters after filters."""
+"""Tables of a plan's tensors: each one's action, the tensors that it is made from, its parameters after filters."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pymerge.planner.build import Plan
+from pymerge.common.names import role
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 _LINES = 40  # groups that are shown
@@ -102,7 +102,7 @@ def _short(model: str) -> str:
 
 
 def _count(names: list[str]) -> str:
-    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    patterns = list(dict.fromkeys(map(role, names)))
     more = f" and {len(patterns) - _NAMES} more kinds" if len(patterns) > _NAMES else ""
     counted = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
     if len(names) == 1:

@@ -21,7 +21,7 @@ from pymerge.cli.console import (
     print_lines,
     print_warnings,
 )
-from pymerge.cli.info_tables import plan_view
+from pymerge.cli.plan_table import plan_view
 from pymerge.cli.wemoe_adapt import adapt_command
 from pymerge.common.events import event, recording
 from pymerge.common.units import format_bytes

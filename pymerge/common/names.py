@@ -1,4 +1,4 @@
-"""Names: of tensors, what their dots say; the nearest known one; paths as text."""
+"""Names: of tensors, by their dots; the nearest known one; lists of them in messages; paths as text."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def printable(path: Path) -> str:
     """A path as text that every file can hold: bytes that are no UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def shorten(text: str) -> str:
+    """`text` quoted for an error message; hostile files hold names of any length."""
+    return repr(text if len(text) <= 200 else text[:200] + "...")
+
+
+def first_few(names: Iterable[str], limit: int = 3) -> str:
+    """The first names, quoted, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(shorten(name) for name in listed[:limit]) + more

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pymerge.common.names import nearest
 from pymerge.config.document import Document, Location, show
+from pymerge.config.references import HUB_REFERENCE, places, same_model
 from pymerge.config.settings import parse_settings, unreachable
 from pymerge.config.tokenizer import take_tokenizer
 from pymerge.errors import ConfigError
@@ -24,27 +23,12 @@ _UNSUPPORTED = {
 }
 # What is merged: exactly one of these, in a module one of the first two.
 FORMS = ("models", "slices", "modules")
-# A model of the Hugging Face Hub, at a branch, a tag or a commit. Paths of more parts, or with dots first, are none.
-HUB_REFERENCE = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _UNSUPPORTED_OF_MODEL = {
     "layer_range": "delete it, or list the model as a source under 'slices'",
     "lora": "merge the adapter into its model first and name the result",
     "revision": "give a folder, or a name of the Hugging Face Hub as in org/name@revision",
     "override_architecture": "delete it: tensors are matched by name and shape",
 }
-
-
-def places(name: str, directory: Path | None) -> list[Path]:
-    path = Path(name).expanduser()
-    if path.is_absolute():
-        return [path]
-    here = Path.cwd()
-    folders = [here] if directory is None or directory == here else [directory, here]
-    return [folder / path for folder in folders]
-
-
-def same_model(name: str, other: str | None) -> bool:
-    return other is not None and os.path.normpath(name) == os.path.normpath(other)
 
 
 class Checker:

@@ -41,6 +41,7 @@ def _axis(value: Any) -> Any:
     return str(value) if isinstance(value, bool) else value  # True == 1, but is no axis
 
 
+Regex = Annotated[StrictStr, AfterValidator(_regex)]
 Dtype = Annotated[Literal["float32", "float16", "bfloat16", "float64"], BeforeValidator(_dtype)]
 
 
@@ -96,9 +97,9 @@ class ModuleEntry(Strict):
 
 
 class LayerRule(Strict):
-    """What the tensors are whose name `pattern` finds; it overrides what pymerge.architecture.roles would say."""
+    """Role of the tensors whose name `pattern` finds; it overrides what pymerge.architecture.roles would say."""
 
-    pattern: Annotated[StrictStr, AfterValidator(_regex)]
+    pattern: Regex
     kind: Kind
     in_axis: Annotated[Literal[0, 1], BeforeValidator(_axis)] | None = None
     stacked: StrictBool | None = None

@@ -6,7 +6,6 @@ of a config are reported together.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,12 +14,13 @@ from pydantic import BaseModel, Field, PrivateAttr, StrictBool, StrictStr, Valid
 
 from pymerge.architecture.roles import Rule
 from pymerge.common.names import nearest
-from pymerge.config.checks import HUB_REFERENCE, Checker, places, same_model
+from pymerge.config.checks import Checker
 from pymerge.config.document import Document, Location, from_mapping, parse_yaml, read_yaml_file, show
 from pymerge.config.entries import Dtype, LayerRule, ModelEntry, ModuleEntry, SliceEntry, SourceEntry, Strict
+from pymerge.config.references import same_model
 from pymerge.config.settings import Setting
 from pymerge.config.slices import check_parts
-from pymerge.errors import CheckpointError, ConfigError
+from pymerge.errors import ConfigError
 from pymerge.methods.base import Method, Parameter, Values
 from pymerge.tokenizers.settings import TokenizerSettings
 
@@ -52,7 +52,7 @@ class MergeConfig(Strict):
 
     @property
     def name(self) -> str:
-        """What messages call the config: its file, or "config"."""
+        """Name of the config in messages: its file, or "config"."""
         return self._document.name
 
     @property
@@ -62,7 +62,7 @@ class MergeConfig(Strict):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the config says without effect, one line each."""
+        """Remarks on entries without effect, one line each."""
         return tuple(self._document.report(self._document.warnings))
 
     def place(self, *location: str | int) -> str:
@@ -185,34 +185,6 @@ def resolve(
             for entry, name in zip(entries, names, strict=True)
         )
     return Values(merge, model)
-
-
-def model_path(config: MergeConfig, name: str) -> Path:
-    """Folder of a model: a relative name is looked up beside the config, then in the working directory.
-
-    Raises:
-        CheckpointError: there is nothing by that name.
-    """
-    tried = places(name, config.directory)
-    for path in tried:
-        if os.path.exists(path):  # not Path.exists, which raises OSError for names that are too long
-            return path
-    raise CheckpointError(
-        f"{config._document.name}: model {name!r} not found: no {' and no '.join(map(str, tried))}; "
-        "correct the path, or download the model to a folder first"
-    )
-
-
-def hub_reference(config: MergeConfig, name: str) -> tuple[str, str | None] | None:
-    """Repository and revision of `org/name` or `org/name@revision`; None for anything else.
-
-    Where the path exists, or a folder of its first part, the name is meant for a path: nothing is looked for elsewhere.
-    """
-    found = HUB_REFERENCE.fullmatch(name)
-    folder = name.partition("/")[0]
-    if found is None or any(path.exists() for path in places(folder, config.directory)):
-        return None
-    return found["repository"], found["revision"]
 
 
 def canonical(config: MergeConfig) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pymerge.common.names import nearest
-from pymerge.config.checks import places
 from pymerge.config.document import Document, Location, parse_documents, read_text, show
 from pymerge.config.merge_config import MergeConfig, check_config
+from pymerge.config.references import places
 from pymerge.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pymerge.config.checks import Checker, same_model
+from pymerge.config.checks import Checker
 from pymerge.config.document import Document, Location, show
+from pymerge.config.references import same_model
 
 
 def check_parts(raw: dict[str, Any], checker: Checker, document: Document) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class _Parts:
         return models
 
     def _find_base(self, sources: list[Any], location: Location, base: Any) -> None:
-        """Which of the base's layers task vectors start from, only a source of its own can say."""
+        """Check that the base is a source: only so is it known from which of its layers task vectors start."""
         method = self._checker.method
         if method is None or not method.needs_base or not isinstance(base, str):
             return

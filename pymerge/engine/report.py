@@ -1,20 +1,13 @@
-"""What a merge did: counts, times and memory, and the model card that tells the output's readers."""
+"""Report of a merge: counts, times and memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from pymerge import env
 from pymerge.common.units import format_bytes
 from pymerge.engine.trace import StepTime
-from pymerge.planner.build import Plan
-
-RECIPE_NAME = "pymerge_config.yml"
 
 
 @dataclass(frozen=True)
@@ -78,37 +71,3 @@ class MergeReport:
             return []
         rows = [f"{step.reading:9.3f} {step.computing:9.3f} {step.writing:9.3f}  {step.name}" for step in self.slowest]
         return ["slowest tensors, seconds:", "     read   compute     write  tensor", *rows]
-
-
-def model_card(plan: Plan, note: str = "") -> bytes:
-    """README.md of the output: how it was made, with the recipe, in the form that model hubs read; `note` is added."""
-    config = plan.config
-    models = [str(entry.model) for entry in config.models]
-    front: dict[str, Any] = {
-        "base_model": list(dict.fromkeys([*([config.base_model] if config.base_model else []), *models])),
-        "library_name": "transformers",
-        "tags": ["merge", "pymerge", config.merge_method],
-    }
-    base = f"Base model: `{config.base_model}`\n\n" if config.base_model else ""
-    listed = "\n".join(f"- `{model}`" for model in models)
-    origins = [f"`{checkpoint.origin}`" for checkpoint in plan.inputs.all if checkpoint.origin]
-    if origins:
-        listed += f"\n\nFrom the Hugging Face Hub: {', '.join(origins)}."
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
-
-# Merged model
-
-Made with pymerge {env.version()} by `{plan.method.name}`: {plan.method.summary} ({plan.method.source}).
-
-{base}Models merged:
-
-{listed}
-
-{plan.parameters:,} parameters. {note}The recipe (also in `{RECIPE_NAME}`):
-
-```yaml
-{config.source_text.strip()}
-```
-""".encode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""What happened when: spans of work on each thread, their overlap, the slowest steps, a trace file for Perfetto."""
+"""Times of a merge: spans of work on each thread, their overlap, slowest steps; a trace for Perfetto, and events."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from logging import DEBUG
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TextIO
 
+from pymerge.common.events import event
 from pymerge.errors import OutputError
+from pymerge.planner.jobs import Job
 
 # Reading and writing files is what the pipeline hides behind computing. A copy moves a tensor to or from a CUDA device,
 # inside a read or a write. Steps are those of the computing thread, which waits or computes in them.
@@ -129,10 +132,10 @@ class Tracer:
             thread = threading.current_thread()
             number = self._threads.setdefault(threading.get_ident(), len(self._threads))
             place = {"pid": os.getpid(), "tid": number}
-            event = {"name": name, "cat": kind, "ph": "X", "ts": (began - self._started) / 1e3} | place
-            event |= {"dur": (ended - began) / 1e3, "args": {"kind": kind, "bytes": nbytes}}
+            line = {"name": name, "cat": kind, "ph": "X", "ts": (began - self._started) / 1e3} | place
+            line |= {"dur": (ended - began) / 1e3, "args": {"kind": kind, "bytes": nbytes}}
             label = {"name": "thread_name", "ph": "M", "args": {"name": thread.name}} | place
-            self._file.write(f"{json.dumps(event)},\n{json.dumps(label)},\n")
+            self._file.write(f"{json.dumps(line)},\n{json.dumps(label)},\n")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -149,7 +152,7 @@ class Tracer:
 
     @property
     def overlap(self) -> float:
-        """Of the time in which anything was being read or written, the share in which something was computed too."""
+        """Share, of the time in which anything was read or written, in which something was computed too."""
         return self._hidden_ns / self._io_ns if self._io_ns else 0.0
 
     def slowest(self, count: int = 10) -> tuple[StepTime, ...]:
@@ -164,3 +167,23 @@ class Tracer:
             for name, kinds in self._steps.items()
         )
         return tuple(heapq.nlargest(count, times, key=lambda step: step.total))
+
+
+class StepLog:
+    """Events of steps, whose pieces begin and end in order: when the first piece begins, when the last one is done."""
+
+    def __init__(self) -> None:
+        self._began: dict[str, float] = {}  # of the steps that are being carried out
+
+    def begins(self, job: Job) -> None:
+        if job.starts_step:
+            name = job.step.name
+            self._began[name] = time.perf_counter()
+            event("step_started", name, level=DEBUG, tensor=name, action=job.step.action.label)
+
+    def ends(self, job: Job) -> None:
+        step = job.step
+        if job.ends_step:
+            size = {"bytes_read": step.bytes_read, "bytes_written": step.nbytes}
+            seconds = time.perf_counter() - self._began.pop(step.name)
+            event("step_finished", step.name, level=DEBUG, tensor=step.name, seconds=seconds, **size)

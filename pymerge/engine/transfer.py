@@ -21,7 +21,8 @@ from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import torch_dtype
 from pymerge.engine.buffers import Buffers
 from pymerge.engine.trace import Tracer
-from pymerge.planner.jobs import Slot, staging_bytes
+from pymerge.planner.fit import staging_bytes
+from pymerge.planner.jobs import Job
 from pymerge.planner.pieces import Piece
 
 # Bytes of memory on the CPU that may wait for a tensor of its size, while others are mapped.
@@ -30,7 +31,7 @@ _CUDA: Any = torch.cuda  # PyTorch gives streams and events no types
 
 
 class Transfer(Protocol):
-    """How pieces of tensors get to the device and results get back."""
+    """Way of pieces of tensors to the device, and of results back."""
 
     def prepare(self, entry: TensorEntry, piece: Piece) -> Tensor | None:
         """Memory for a piece of a stored tensor that will be loaded; by the computing thread."""
@@ -137,7 +138,7 @@ class CudaTransfer:
         event.synchronize()
 
 
-def transfer_to(device: torch.device, queue: Sequence[Slot], tracer: Tracer, limit: int) -> Transfer:
+def transfer_to(device: torch.device, queue: Sequence[Job], tracer: Tracer, limit: int) -> Transfer:
     """The transfer for a device and the pieces that will be moved, with tensors of `limit` bytes in memory."""
     if device.type == "cuda":
         return CudaTransfer(device, staging_bytes(queue), tracer)

@@ -104,6 +104,15 @@ def result_dtype(out_dtype: str | None, like: Tensor) -> torch.dtype:
     return like.dtype if out_dtype is None else torch_dtype(code_of(out_dtype))
 
 
+def output(out: ArrayLike | None, like: Tensor, out_dtype: str | None) -> Tensor:
+    """Memory for a reference's result: `out`, or a new tensor of the shape of `like`, in `out_dtype` or its dtype."""
+    import torch
+
+    if out is not None:
+        return as_tensor(out)
+    return torch.empty(like.shape, dtype=result_dtype(out_dtype, like), device=like.device)
+
+
 def into(out: ArrayLike | None, result: Tensor) -> Tensor:
     """A reference's result, in the memory that was given for it, if any was."""
     if out is None:
@@ -132,6 +141,15 @@ def check_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike], *
         if not is_float(dtype_of(tensor)):
             label = f"expert {index - 1}" if index else "base"
             raise ArgumentError(f"{op}: {label} has dtype {tensor.dtype}; only floating point can be merged")
+
+
+def check_vectors(op: str, base: ArrayLike | None, tensors: Sequence[ArrayLike]) -> ArrayLike:
+    """The base, or the first tensor where there is none; ArgumentError unless all are floating tensors like it."""
+    like = tensors[0] if base is None and tensors else base
+    if like is None:
+        raise ArgumentError(f"{op}: no tensors were given; pass at least one")
+    check_task_tensors(op, like, tensors)
+    return like
 
 
 def check_length(op: str, label: str, values: Sequence[float], expected: int) -> None:

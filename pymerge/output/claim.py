@@ -11,17 +11,10 @@ from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
 
-from pymerge.checkpoint.safetensors_file import first_few, parse_json_object, read_text_file
+from pymerge.common.files import install, os_errors, parse_json_object, read_text_file
+from pymerge.common.names import first_few
 from pymerge.errors import OutputError
-from pymerge.output.files import (
-    MANIFEST_NAME,
-    STATE_NAME,
-    WORK_FOLDER,
-    foreign_entries,
-    install,
-    is_safe_name,
-    os_errors,
-)
+from pymerge.output.files import MANIFEST_NAME, STATE_NAME, WORK_FOLDER, foreign_entries, is_safe_name
 from pymerge.output.identity import Identity, describe, differences, is_identity
 from pymerge.output.manifest import load_manifest, manifest_names
 
@@ -158,7 +151,7 @@ def _listed_names(path: Path, state: State | None) -> set[str]:
 
 
 def earlier_bytes(path: Path) -> int:
-    """How much `remove_earlier` would free."""
+    """Bytes that `remove_earlier` would free."""
     work = path / WORK_FOLDER
     state = load_state(work)
     files = [path / name for name in _listed_names(path, state)]

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pymerge.common.events import event
+from pymerge.common.files import free_bytes, fsync_directory, install, os_errors
 from pymerge.errors import OutputError
 from pymerge.output.claim import (
     LOCK_NAME,
@@ -33,7 +34,7 @@ from pymerge.output.claim import (
     partial_name,
     remove_earlier,
 )
-from pymerge.output.files import WORK_FOLDER, free_bytes, fsync_directory, install, os_errors
+from pymerge.output.files import WORK_FOLDER
 from pymerge.output.identity import Identity
 from pymerge.output.layout import ShardLayout, TensorLayout
 from pymerge.output.publish import check_names, publish_files

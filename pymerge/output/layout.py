@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pymerge.checkpoint.safetensors_file import MAX_HEADER_BYTES, METADATA_KEY, shorten
+from pymerge.checkpoint.safetensors_file import MAX_HEADER_BYTES, METADATA_KEY
 from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.common.names import shorten
 from pymerge.errors import ArgumentError
 
 _SHARD_NAME = re.compile(r"(.+)-\d{5,}-of-\d{5,}\.safetensors")
@@ -22,7 +23,7 @@ Described = tuple[str, str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Where one output tensor goes: `nbytes` bytes from byte `offset` of its file on."""
+    """Place of one output tensor: `nbytes` bytes from byte `offset` of its file on."""
 
     name: str
     dtype: str

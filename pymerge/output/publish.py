@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pymerge.common.files import fsync_directory, install, os_errors
 from pymerge.errors import OutputError
 from pymerge.output.claim import TEMPORARY_NAME
-from pymerge.output.files import MANIFEST_NAME, WORK_FOLDER, fsync_directory, install, is_safe_name, os_errors
+from pymerge.output.files import MANIFEST_NAME, WORK_FOLDER, is_safe_name
 from pymerge.output.layout import ShardLayout, index_json, index_name
 from pymerge.output.manifest import manifest_bytes
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pymerge.checkpoint.safetensors_file import read_header
+from pymerge.common.files import output_error
 from pymerge.errors import ArgumentError, CheckpointError, OutputError
 from pymerge.output.direct import DirectFile
-from pymerge.output.files import output_error
 from pymerge.output.layout import ShardLayout, TensorLayout, layout_file
 
 _CHUNK_BYTES = 64 << 20

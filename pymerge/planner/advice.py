@@ -1,4 +1,4 @@
-"""What headers cannot tell: the size of the deltas, from a few rows of each tensor that a method asks about."""
+"""Advice that headers cannot give: on the size of deltas, from a few rows of each tensor that a method asks about."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from pymerge.checkpoint.reader import Reader
-from pymerge.planner.build import Plan
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 # Rows read of each tensor: their root mean square is within some percent of the tensor's.

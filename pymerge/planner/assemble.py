@@ -17,20 +17,24 @@ from pymerge.architecture.stacks import is_first, shared_tensors, stacks, towers
 from pymerge.architecture.tied import embedding_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import is_float
-from pymerge.config.checks import same_model
 from pymerge.config.document import Location
 from pymerge.config.entries import ModelEntry, SliceEntry, SourceEntry
 from pymerge.config.merge_config import MergeConfig, participants
+from pymerge.config.references import same_model
 from pymerge.config.settings import Setting
 from pymerge.errors import PlanError
 from pymerge.methods.base import Method
-from pymerge.planner.inputs import Inputs, Matched, Matcher, Part, find_tied, listed, open_models
+from pymerge.planner.inputs import Inputs, open_models
+from pymerge.planner.match import Matched, Matcher, Section, find_tied, listed
 from pymerge.planner.sources import Source, classified, read_source
 
 
 @dataclass(frozen=True)
-class _Section:
-    """Models that are merged into some tensors of the output: those of a slice, or of a module that is not sliced."""
+class _Draft:
+    """Section of a slice, or of a module that is not sliced, before its models are held against the donor.
+
+    It knows all models of its config, also the base, from which names and dtypes of its tensors may come.
+    """
 
     config: MergeConfig
     models: tuple[Checkpoint, ...]  # in the order of config.models, with their layers under the output's numbers
@@ -41,12 +45,12 @@ class _Section:
 
 @dataclass(frozen=True)
 class Assembly:
-    """The sections of an output. `inputs.donor` has its names, with shapes and dtypes of the donor's own layers."""
+    """Drafts of all sections. `inputs.donor` has its names, with shapes and dtypes of the donor's own layers."""
 
     config: MergeConfig
     method: Method
     inputs: Inputs
-    sections: tuple[_Section, ...]
+    drafts: tuple[_Draft, ...]
     warnings: tuple[str, ...]
 
     def match(self, layers: Mapping[str, Layer], problems: list[str]) -> Matched:
@@ -55,25 +59,25 @@ class Assembly:
         warnings = [note for checkpoint in self.inputs.all for note in checkpoint.notes] + list(self.warnings)
         tied = find_tied(donor, layers, warnings)
         tensors: dict[str, TensorEntry] = {}
-        parts: dict[str, Part] = {}
-        for section in self.sections:
-            own = [name for name in section.positions if name not in tied]
+        sections: dict[str, Section] = {}
+        for draft in self.drafts:
+            own = [name for name in draft.positions if name not in tied]
             merged = [name for name in own if layers[name].kind is not Kind.BUFFER]
-            matcher = Matcher(donor, layers, section.config, tied, merged, problems, warnings)
-            matched = [matcher.match(model) for model in section.models]
-            origin = matched[section.origin]
+            matcher = Matcher(donor, layers, draft.config, tied, merged, problems, warnings)
+            matched = [matcher.match(model) for model in draft.models]
+            origin = matched[draft.origin]
             tensors |= {name: origin.tensors.get(name, donor.tensors[name]) for name in own}
-            chosen = participants(section.config, self.method)
+            chosen = participants(draft.config, self.method)
             experts = tuple(matched[index] for index in chosen)
-            shifts = tuple(section.shifts[index] for index in chosen)
-            parts |= dict.fromkeys(own, Part(section.config, experts, section.positions, shifts))
+            shifts = tuple(draft.shifts[index] for index in chosen)
+            sections |= dict.fromkeys(own, Section(draft.config, chosen, experts, draft.positions, shifts))
         names = [name for name in donor.tensors if name not in tied]
         output = replace(donor, tensors={name: tensors[name] for name in names})
         if not problems:
             problems += _unlike(donor, output)
             warnings += _other_dtypes(donor, output) if not (self.config.out_dtype or self.config.dtype) else []
         problems[:] = dict.fromkeys(problems)
-        return Matched(replace(self.inputs, donor=output), names, list(dict.fromkeys(warnings)), parts)
+        return Matched(replace(self.inputs, donor=output), names, list(dict.fromkeys(warnings)), sections)
 
 
 def arrange(config: MergeConfig, method: Method, planned: Mapping[str, Checkpoint] | None = None) -> Assembly:
@@ -95,7 +99,7 @@ def arrange(config: MergeConfig, method: Method, planned: Mapping[str, Checkpoin
 
 
 class _Builder:
-    """Collects sections, the donor's tensors under the output's names, its config.json, and problems."""
+    """Collects drafts of sections, the donor's tensors under the output's names, its config.json, and problems."""
 
     def __init__(self, config: MergeConfig, method: Method, opened: Mapping[str, Checkpoint]) -> None:
         self._config = config
@@ -106,7 +110,7 @@ class _Builder:
         self._stacks = stacks(self._layers)
         self._tensors: dict[str, TensorEntry] = {}
         self._json = self._donor.config
-        self._sections: list[_Section] = []
+        self._drafts: list[_Draft] = []
         self._problems: list[str] = []
         self._warnings: list[str] = []
 
@@ -116,7 +120,7 @@ class _Builder:
         donor = replace(self._donor, tensors=self._tensors, config=self._json)
         others = tuple(checkpoint for checkpoint in self._opened.values() if checkpoint is not self._donor)
         inputs = Inputs(donor, others)
-        return Assembly(self._config, self._method, inputs, tuple(self._sections), tuple(self._warnings))
+        return Assembly(self._config, self._method, inputs, tuple(self._drafts), tuple(self._warnings))
 
     def add_slices(self) -> None:
         """The slices of a model that has one list of layers."""
@@ -177,7 +181,7 @@ class _Builder:
         self._tensors |= {name: self._donor.tensors[name] for name in names}
         places = positions(self._layers, self._donor.config)
         own_places = {name: places[name] for name in names}
-        self._add_section(entries, base, parameters, tuple(checkpoints), (0,) * len(entries), own_places)
+        self._add_draft(entries, base, parameters, tuple(checkpoints), (0,) * len(entries), own_places)
 
     def _add_sliced(
         self,
@@ -230,9 +234,9 @@ class _Builder:
             for source, each in zip(found, entry.sources, strict=True)
         )
         shifts = tuple(each.layer_range[0] - first for each in entry.sources)
-        self._add_section(entry.sources, base, [entry.parameters, *parameters], models, shifts, places)
+        self._add_draft(entry.sources, base, [entry.parameters, *parameters], models, shifts, places)
 
-    def _add_section(
+    def _add_draft(
         self,
         entries: Sequence[ModelEntry],
         base: str | None,
@@ -250,7 +254,7 @@ class _Builder:
                 "modules": {},
             }
         )
-        self._sections.append(_Section(config, models, shifts, self._origin(entries, base), places))
+        self._drafts.append(_Draft(config, models, shifts, self._origin(entries, base), places))
 
     def _origin(self, entries: Sequence[ModelEntry], base: str | None) -> int:
         """Number of the base among the models, or of the first."""

@@ -1,50 +1,64 @@
-"""The pieces of a plan: small enough for a limit, and in the order in which they are worked on."""
+"""Order of the work: the pieces of a plan, pass by pass, one by one or in batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
-from pymerge.common.dtypes import ITEM_SIZES
-from pymerge.common.units import format_bytes
-from pymerge.errors import PlanError
-from pymerge.planner import pieces
+from pymerge.methods.actions import SolveTogether
 from pymerge.planner.budget import Budget
 from pymerge.planner.pieces import Piece
-from pymerge.planner.steps import Memory, Step
+from pymerge.planner.steps import Footprint, Step
 
-# Elements of a row range of an elementwise step: a read is one long request, and what it brings is still in the cache
-# when it is used.
-CHUNK_ELEMENTS = 3 * 2**19
 # Pieces that may be in memory before (read ahead) and after (to be written) the one that is computed.
 READ_AHEAD = 2
 WRITE_BEHIND = 2
 # Pieces of other tensors between two passes of one, if there are so many: the first pass is all done then.
 BETWEEN_PASSES = 8
 READ_THREADS = 4
-# Bytes of the inputs up to which a tensor that is reduced before it is merged is held meanwhile, on a CPU; larger ones
-# are read again for each pass. The memory of a GPU is there to be used: there a tensor is held whole if it fits.
-HELD_BYTES = 2**28
 # Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; the
 # cores of a CPU it does. Untimed: a guess at what a GPU takes.
 BATCH_ELEMENTS = {"cpu": 0, "cuda": 16 * 2**20}
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One piece in its turn."""
+class Job:
+    """One piece in one pass, in the plan's order, with the bytes that are in memory in its turn."""
 
     step: Step
     piece: Piece
-    memory: Memory
+    footprint: Footprint
     number: int = 0  # of the pass over all pieces of the step
+    ends_pass: bool = True  # no piece of this pass comes after it
+
+    @property
+    def native(self) -> bool:
+        """Whether native code carries it out, on arrays."""
+        return self.step.worker == "native"
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it is one piece of several passes."""
+        return self.step.in_passes
+
+    @property
+    def reduction(self) -> Hashable:
+        """Key of the reduction that it is part of."""
+        group = self.step.group
+        return id(self.step) if group is None else group
+
+    @property
+    def first(self) -> int:
+        """Number of the piece's first element in its tensor, or in all tensors that are reduced together."""
+        before = self.step.group.first if self.step.group else 0
+        return before + self.piece.start * math.prod(self.step.shape[1:])
 
     @property
     def merges(self) -> bool:
-        """Whether this gives a part of the result; the passes before the last one do not."""
+        """Whether it gives a part of the result; the passes before the last one do not."""
         return self.number == self.step.passes - 1
 
     @property
@@ -54,65 +68,105 @@ class Slot:
 
     @property
     def reads_last(self) -> bool:
-        """Whether they are not read again."""
+        """Whether the inputs are not read again."""
         return self.step.held or self.merges
 
     @property
     def starts_step(self) -> bool:
-        """Whether no piece of the step comes before this one."""
+        """Whether no piece of the step comes before it."""
         return self.number == 0 and self.piece is self.step.pieces[0]
 
     @property
     def ends_step(self) -> bool:
-        """Whether no piece of the step comes after this one."""
+        """Whether no piece of the step comes after it."""
         return self.merges and self.piece is self.step.pieces[-1]
+
+    def follows(self, earlier: Job) -> bool:
+        """Whether it needs what a pass before it tells, of which `earlier` is a piece."""
+        return self.number > earlier.number and self.reduces and self.reduction == earlier.reduction
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pieces that are read, computed and written together: one, or some of a shard with the same action and shape."""
+    """Jobs that are read, computed and written together: one, or some of a shard with the same action and shape."""
 
-    slots: tuple[Slot, ...]
+    jobs: tuple[Job, ...]
 
     @cached_property
-    def memory(self) -> Memory:
-        """That of all pieces together."""
-        memories = [slot.memory for slot in self.slots]
-        return Memory(*(sum(getattr(memory, part) for memory in memories) for part in ("inputs", "scratch", "output")))
+    def footprint(self) -> Footprint:
+        """Bytes that all jobs need together."""
+        parts = [job.footprint for job in self.jobs]
+        return Footprint(
+            sum(part.inputs for part in parts), sum(part.scratch for part in parts), sum(part.output for part in parts)
+        )
+
+    @property
+    def native(self) -> bool:
+        """Whether native code carries it out; then it is one job."""
+        return self.jobs[0].native
 
     @property
     def name(self) -> str:
-        """For people: that of the first tensor, and how many pieces are with it."""
-        more = len(self.slots) - 1
-        return self.slots[0].step.name + (f" and {more} more of its shape" if more else "")
+        """Name of the first tensor, and how many jobs are with it, for people."""
+        more = len(self.jobs) - 1
+        return self.jobs[0].step.name + (f" and {more} more of its shape" if more else "")
 
 
-def slots(steps: Iterable[Step]) -> Iterator[Slot]:
-    """All pieces in the order of the plan, those of a tensor pass after pass."""
-    return (slot for step in steps for number in range(step.passes) for slot in _pass(step, number, 0))
+def jobs(steps: Iterable[Step]) -> Iterator[Job]:
+    """All jobs in the order of the plan, those of a tensor pass after pass."""
+    return (job for step in steps for number in range(step.passes) for job in _pass(step, number, 0))
 
 
-def alternating(steps: Sequence[Step], limit: int) -> list[Slot]:
-    """The same, but passes of a tensor alternate with those of its neighbours, as far as all of it fits `limit` bytes.
+def ordered(steps: Sequence[Step], limit: int, finished: Collection[str] = ()) -> list[Job]:
+    """The jobs of a plan, passes of a tensor alternating with those of its neighbours, as far as it fits `limit` bytes.
 
     A pass starts when all is known of the one before. If other work lies between, nobody waits for the last piece.
+    Steps of `finished` files have no jobs, but for those that tell a reduction of the whole model what it must know.
     """
-    tensors = _tensors(steps)
+    unfinished = [step for step in steps if step.file not in finished]
+    found = list(_model_passes(steps, unfinished))
+    alternating = list(_alternating(unfinished))
+    fits = all(job.footprint.peak <= limit for job in alternating)
+    return found + (alternating if fits else [job for step in unfinished for job in _own_passes(step)])
+
+
+def _model_passes(steps: Sequence[Step], unfinished: Sequence[Step]) -> Iterator[Job]:
+    """The passes over all tensors of the model that come before any of these tensors is merged."""
+    wanted = {step.group.number for step in unfinished if step.group}
+    for number in sorted(wanted):
+        group = [step for step in steps if step.group and step.group.number == number]
+        for count in range(group[0].passes - 1):
+            for step in group:
+                found = list(_pass(step, count, 0))
+                ends = step is group[-1]
+                yield from (replace(job, ends_pass=ends and job.ends_pass) for job in found)
+
+
+def _own_passes(step: Step) -> Iterator[Job]:
+    first = 0 if step.group is None else step.passes - 1
+    return (job for number in range(first, step.passes) for job in _pass(step, number, 0))
+
+
+def _alternating(steps: Sequence[Step]) -> Iterator[Job]:
+    tensors = [list(together) for _, together in groupby(steps, key=lambda step: step.name)]
     known: dict[int, int] = {}  # bytes that are held for each tensor, between its passes
-    found: list[Slot] = []
     for number, index in _passes(tensors):
         together = tensors[index]
         if len(together) > 1:  # rows of one tensor, which are written in their order
-            found += (replace(slot, memory=_with_scratch(slot.memory, sum(known.values()))) for slot in slots(together))
+            others = sum(known.values())
+            yield from (
+                replace(job, footprint=_with_scratch(job.footprint, others))
+                for step in together
+                for job in _own_passes(step)
+            )
             continue
         (step,) = together
         others = sum(nbytes for other, nbytes in known.items() if other != index)
-        found += _pass(step, number, others)
+        yield from _pass(step, number, others)
         if number < step.passes - 1:
             known[index] = step.known_bytes
         else:
             known.pop(index, None)
-    return found if all(slot.memory.peak <= limit for slot in found) else list(slots(steps))
 
 
 def _passes(tensors: Sequence[Sequence[Step]]) -> Iterator[tuple[int, int]]:
@@ -128,128 +182,67 @@ def _passes(tensors: Sequence[Sequence[Step]]) -> Iterator[tuple[int, int]]:
             index = next(iter(begun), None)
         if index is None:
             return
-        number, _ = begun.pop(index, (0, 0))
+        together = tensors[index]
+        start = together[0].passes - 1 if together[0].group else 0
+        number, _ = begun.pop(index, (start, 0))
         yield number, index
-        pieces_so_far += sum(len(step.pieces) for step in tensors[index])
-        if len(tensors[index]) == 1 and number < tensors[index][0].passes - 1:
+        pieces_so_far += sum(len(step.pieces) for step in together)
+        if len(together) == 1 and number < together[0].passes - 1:
             begun[index] = number + 1, pieces_so_far
 
 
-def _tensors(steps: Iterable[Step]) -> list[list[Step]]:
-    """The steps of each tensor."""
-    return [list(together) for _, together in groupby(steps, key=lambda step: step.name)]
-
-
-def _pass(step: Step, number: int, others: int) -> Iterator[Slot]:
-    """The pieces of one pass, with so many bytes held for other tensors."""
+def _pass(step: Step, number: int, others: int) -> Iterator[Job]:
+    """The jobs of one pass, with so many bytes held for other tensors."""
     last = number == step.passes - 1
     for piece in step.pieces:
-        memory = _with_scratch(step.memory(piece), others)
+        footprint = _with_scratch(step.footprint(piece), others)
         if step.held:
-            inputs = memory.inputs if number == 0 else 0
-            memory = replace(memory, inputs=inputs, scratch=memory.scratch + step.held_bytes - inputs)
-        yield Slot(step, piece, memory if last else replace(memory, output=0), number)
+            inputs = footprint.inputs if number == 0 else 0
+            footprint = replace(footprint, inputs=inputs, scratch=footprint.scratch + step.held_bytes - inputs)
+        if not last:
+            footprint = replace(footprint, output=0)
+        yield Job(step, piece, footprint, number, piece is step.pieces[-1])
 
 
-def _with_scratch(memory: Memory, nbytes: int) -> Memory:
-    return replace(memory, scratch=memory.scratch + nbytes)
+def _with_scratch(footprint: Footprint, nbytes: int) -> Footprint:
+    return replace(footprint, scratch=footprint.scratch + nbytes)
 
 
-def batches(steps: Sequence[Step], budget: Budget) -> list[Batch]:
-    """All pieces, alternating, except that a batch stands at the place of its first piece.
+def batches(steps: Sequence[Step], budget: Budget, finished: Collection[str] = ()) -> list[Batch]:
+    """The jobs of a plan (see `ordered`) in batches, each at the place of its first job.
 
     So the pieces of one tensor stay in order, and which ones are together does not depend on other shards.
     """
-    found: list[list[Slot]] = []
-    filling: dict[Hashable, list[Slot]] = {}
-    for slot in alternating(steps, budget.tensors):
-        most = _most_layers(slot, budget)
-        together = filling.get(_kind(slot)) if most > 1 else None
+    found: list[list[Job]] = []
+    filling: dict[Hashable, list[Job]] = {}
+    for job in ordered(steps, budget.tensors, finished):
+        most = _most_layers(job, budget)
+        together = filling.get(_kind(job)) if most > 1 else None
         if together is not None and len(together) < most:
-            together.append(slot)
+            together.append(job)
             continue
-        found.append([slot])
+        found.append([job])
         if most > 1:
-            filling[_kind(slot)] = found[-1]
+            filling[_kind(job)] = found[-1]
     return [Batch(tuple(together)) for together in found]
 
 
-def _most_layers(slot: Slot, budget: Budget) -> int:
-    """How many pieces like this one are a batch; less than 2 where it is computed alone. As with row ranges, the next
+def _most_layers(job: Job, budget: Budget) -> int:
+    """Number of jobs like this one in a batch; less than 2 where it is computed alone. As with row ranges, the next
     two are to be read and the last two to be written meanwhile."""
-    if not slot.step.action.batched:
+    if not isinstance(job.step.action, SolveTogether):
         return 1
-    memory = slot.memory
-    layers = BATCH_ELEMENTS[budget.device] // max(1, math.prod(slot.piece.shape))
-    return min(layers, budget.tensors // max(1, _room(memory)))
+    layers = BATCH_ELEMENTS[budget.device] // max(1, math.prod(job.piece.shape))
+    return min(layers, budget.tensors // max(1, room(job.footprint)))
 
 
-def _kind(slot: Slot) -> Hashable:
-    """The same for pieces that may be one batch."""
-    step = slot.step
+def _kind(job: Job) -> Hashable:
+    """Key that is equal for jobs that may be one batch."""
+    step = job.step
     dtypes = (step.dtype, *(entry.dtype for entry in step.inputs))
-    return (step.file, step.action, step.layer.in_axis, step.layer.stacked, slot.piece.shape, dtypes, step.reads_base)
+    return (step.file, step.action, step.layer.in_axis, step.layer.stacked, job.piece.shape, dtypes, step.reads_base)
 
 
-def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
-    """The steps in pieces that fit the budget. Raises PlanError, which names the smallest that would do."""
-    largest = max(steps, key=lambda step: step.memory(step.smallest).peak, default=None)
-    needed = largest.memory(largest.smallest).peak if largest else 0
-    if largest and needed > budget.tensors:
-        remedy = (
-            "choose a larger device, give --device cpu"
-            if budget.device == "cuda"
-            else f"give --memory {format_bytes(needed, round_up=True)} or more"
-        )
-        raise PlanError(
-            [
-                f"memory: {largest.action.label} on {largest.name!r} {list(largest.shape)} holds "
-                f"{format_bytes(needed, round_up=True)} of tensors at once, the limit is "
-                f"{format_bytes(budget.tensors)} ({budget.origin}); {remedy}, or exclude that tensor"
-            ]
-        )
-    fitting = tuple(_fitted(step, budget) for step in steps)
-    staging = (READ_THREADS + 1) * staging_bytes(list(slots(fitting))) if budget.device == "cuda" else 0
-    if staging > budget.host:
-        raise PlanError(
-            [
-                f"memory: copying to the device takes {format_bytes(staging)} of pinned memory, the limit is "
-                f"{format_bytes(budget.host)}; give --memory {format_bytes(staging, round_up=True)} or more"
-            ]
-        )
-    return fitting
-
-
-def staging_bytes(queue: Iterable[Slot]) -> int:
-    """Size of a pinned buffer that holds any input or output; PyTorch rounds it up to a power of two."""
-    largest = 1
-    for slot in queue:
-        elements = math.prod(slot.piece.shape)
-        items = [ITEM_SIZES[entry.dtype] for entry in slot.step.inputs]
-        largest = max(largest, slot.memory.output, *(elements * item for item in items))
-    return 1 << (largest - 1).bit_length()
-
-
-def _fitted(step: Step, budget: Budget) -> Step:
-    """The step in row ranges of at most CHUNK_ELEMENTS, smaller where they would not leave room to read ahead and
-    write behind within the limit; in its own ranges where it is reduced before it is merged, held or not; actions on
-    whole matrices keep their pieces."""
-    if len(step.ranges) > 1:
-        whole = Piece(0, step.shape[0], step.shape)
-        memory = step.memory(whole)
-        fits = _room(memory) <= budget.tensors
-        if budget.device == "cuda":
-            return replace(step, pieces=(whole,) if fits else step.ranges)
-        ranged = replace(step, pieces=step.ranges)
-        return replace(ranged, held=ranged.passes > 1 and fits and memory.inputs <= HELD_BYTES)
-    if not step.action.chunkable or not step.shape or step.shape[0] == 0:
-        return step
-    room = _room(step.memory(step.smallest))
-    elements = math.prod(step.smallest.shape)
-    most = min(CHUNK_ELEMENTS, max(1, budget.tensors // max(1, room)) * elements)
-    return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))
-
-
-def _room(memory: Memory) -> int:
-    """What a piece takes with the next ones being read and the last ones being written."""
-    return memory.peak + READ_AHEAD * memory.inputs + WRITE_BEHIND * memory.output
+def room(footprint: Footprint) -> int:
+    """Bytes that a piece takes with the next ones being read and the last ones being written."""
+    return footprint.peak + READ_AHEAD * footprint.inputs + WRITE_BEHIND * footprint.output

@@ -1,23 +1,32 @@
-"""One output tensor of a plan, cut into pieces, and what each piece takes: bytes, flops, memory."""
+"""Steps: the output tensors of a plan, cut into pieces, and what each piece takes: bytes, flops, memory."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from pymerge.architecture.roles import Layer
-from pymerge.checkpoint.checkpoint import TensorEntry
+from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
-from pymerge.methods.base import Action, Values
-from pymerge.methods.reduce import Reducing
+from pymerge.methods.actions import Action, Combine, Reduce, Solve
+from pymerge.methods.base import Values
 from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
 
+# What carries out a step: native code on arrays, without PyTorch, or ops on PyTorch's tensors.
+WorkerName = Literal["native", "torch"]
+# Elements of each tensor that native code reads at once for a weighted sum: so many that a system call costs little
+# beside them, and so few that those of a base and several experts are still in a core's second-level cache when they
+# are combined.
+BLOCK_ELEMENTS = 2**16
+CACHE_LINE = 64  # bytes; inputs of a piece begin at multiples of it
+
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of tensors that one piece needs: inputs as stored, scratch while it is computed, the output."""
+class Footprint:
+    """Bytes that one piece needs: inputs as stored, scratch while it is computed, the output."""
 
     inputs: int
     scratch: int
@@ -27,6 +36,16 @@ class Memory:
     def peak(self) -> int:
         """All of it at once, which is what computing the piece takes."""
         return self.inputs + self.scratch + self.output
+
+
+@dataclass(frozen=True)
+class Group:
+    """Steps that a reduction of scope "model" takes for one tensor: how many elements they have together, and how many
+    of them come before this step's."""
+
+    number: int
+    numel: int
+    first: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,8 @@ class Step:
     pieces: tuple[Piece, ...]
     held: bool = False  # inputs that are read stay in memory until the last of several passes
     values: Values | None = None  # the parameters that the action was made from; None for a copy
+    worker: WorkerName = "torch"
+    group: Group | None = None
 
     @property
     def inputs(self) -> tuple[TensorEntry, ...]:
@@ -55,54 +76,82 @@ class Step:
 
     @property
     def bytes_input(self) -> int:
-        """What the inputs have on the disk."""
+        """Bytes of the inputs on the disk."""
         return sum(entry.nbytes for entry in self.inputs)
 
     @property
     def bytes_read(self) -> int:
-        """The same, as often as it is read."""
+        """Bytes that are read, those of every pass counted."""
         return self.bytes_input * (1 if self.held else self.passes)
 
+    def bytes_of(self, piece: Piece) -> int:
+        """Bytes of a piece in all inputs."""
+        return math.prod(piece.shape) * sum(ITEM_SIZES[entry.dtype] for entry in self.inputs)
+
+    def bytes_made(self, piece: Piece) -> int:
+        """Bytes of a piece in the output."""
+        return math.prod(piece.shape) * ITEM_SIZES[self.dtype]
+
     @property
-    def in_ranges(self) -> bool:
+    def in_passes(self) -> bool:
         """Whether the tensor is reduced, and then merged, piece by piece."""
-        return isinstance(self.action, Reducing) and len(self.pieces) > 1
+        return isinstance(self.action, Reduce) and (len(self.pieces) > 1 or self.group is not None)
 
     @cached_property
     def passes(self) -> int:
         """How often all pieces are worked on."""
-        return self.action.passes(self.shape) + 1 if isinstance(self.action, Reducing) and self.in_ranges else 1
+        return self.action.passes(self._reduced) + 1 if isinstance(self.action, Reduce) and self.in_passes else 1
+
+    @property
+    def _reduced(self) -> tuple[int, ...]:
+        """Shape of what a reduction takes for one tensor."""
+        return self.shape if self.group is None else (self.group.numel,)
 
     @cached_property
     def flops(self) -> int:
         """Floating-point operations, a multiply-add counted as two."""
-        return sum(pieces.cost(self.layer, self.action, piece, len(self.experts)).flops for piece in self.pieces)
+        return sum(self.action.flops(self._worked(piece), len(self.experts)) for piece in self.pieces)
 
-    def memory(self, piece: Piece) -> Memory:
-        """What a piece (of this step's pieces, or a smaller one) holds in memory."""
+    def _worked(self, piece: Piece) -> tuple[int, ...]:
+        return pieces.worked_shape(self.layer, self.action, piece.shape)
+
+    def footprint(self, piece: Piece) -> Footprint:
+        """Bytes that a piece (of this step's pieces, or a smaller one) takes with this step's worker."""
         elements = math.prod(piece.shape)
-        inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs)
         output = elements * ITEM_SIZES[self.dtype]
-        scratch = pieces.cost(self.layer, self.action, piece, len(self.experts)).workspace
-        if piece.shape != self.shape:
+        scratch = self.scratch(piece)
+        if piece.shape != self.shape or self.group is not None:
             scratch += self._kept_bytes
-        if self.action.takes_matrices and self.layer.in_axis == 0:
+        if self.worker == "native":
+            return Footprint(self._native_inputs(elements), scratch, output)
+        inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs)
+        if isinstance(self.action, Solve) and self.layer.in_axis == 0:
             scratch += inputs + output  # transposed copies
-        return Memory(inputs, scratch, output)
+        return Footprint(inputs, scratch, output)
+
+    def scratch(self, piece: Piece) -> int:
+        """Bytes that the ops on a piece need beside its inputs and output."""
+        return self.action.scratch(self._worked(piece), len(self.experts), self.worker == "native")
+
+    def _native_inputs(self, elements: int) -> int:
+        sizes = [ITEM_SIZES[entry.dtype] for entry in self.inputs]
+        if isinstance(self.action, Combine):
+            return min(BLOCK_ELEMENTS, elements) * sum(sizes)  # read and combined block by block
+        return sum(elements * size + CACHE_LINE for size in sizes)
 
     @cached_property
     def held_bytes(self) -> int:
-        """What is held of the inputs, in memory."""
-        return sum(self.memory(piece).inputs for piece in self.pieces) if self.held else 0
+        """Bytes of the inputs that are held between passes."""
+        return sum(self.footprint(piece).inputs for piece in self.pieces) if self.held else 0
 
     @property
     def known_bytes(self) -> int:
-        """What is in memory of a tensor between two of its passes."""
-        return self.held_bytes + (self._kept_bytes if self.in_ranges else 0)
+        """Bytes in memory of a tensor between two of its passes: held inputs, and the state of its reduction."""
+        return self.held_bytes + (self._kept_bytes if self.in_passes else 0)
 
     @cached_property
     def _kept_bytes(self) -> int:
-        return self.action.kept_bytes(self.shape, len(self.experts)) if isinstance(self.action, Reducing) else 0
+        return self.action.kept_bytes(self._reduced, len(self.experts)) if isinstance(self.action, Reduce) else 0
 
     @cached_property
     def smallest(self) -> Piece:
@@ -111,8 +160,8 @@ class Step:
 
     @cached_property
     def ranges(self) -> tuple[Piece, ...]:
-        """The pieces in which an action that reduces may take the tensor: none where an input is float64, whose
-        selection would need more passes."""
-        if not isinstance(self.action, Reducing) or any(entry.dtype == "F64" for entry in self.inputs):
+        """The pieces in which a reduction may take the tensor: none where an input is float64, whose selection would
+        need more passes."""
+        if not isinstance(self.action, Reduce) or any(entry.dtype == "F64" for entry in self.inputs):
             return ()
         return pieces.ranges(self.shape)

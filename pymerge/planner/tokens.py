@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from pymerge.architecture.roles import Layer
 from pymerge.architecture.token_tables import token_tables
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.gathered import gathered
 from pymerge.checkpoint.model_files import carried_files
-from pymerge.config.merge_config import MergeConfig, hub_reference, model_path, participants
+from pymerge.config.merge_config import MergeConfig, participants
+from pymerge.config.references import hub_reference, model_path
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.methods.base import Method
-from pymerge.planner.inputs import Inputs, Matched, Part
+from pymerge.planner.inputs import Inputs
+from pymerge.planner.match import Matched, Section
 from pymerge.tokenizers.files import Files, Vocabulary, read_files, read_json, read_vocabularies, read_vocabulary
 from pymerge.tokenizers.output import tokenizer_files, union, with_tokens, without_rows_beyond
 from pymerge.tokenizers.planned import TokenPlan, describe_rows, plan_files
@@ -32,10 +35,10 @@ _ID_SUFFIX = "_token_id"
 
 @dataclass(frozen=True)
 class Aligned:
-    """Inputs whose token tables all have the output's vocabulary, and the parts of the output that read them."""
+    """Inputs whose token tables all have the output's vocabulary, and the sections of the output that read them."""
 
     inputs: Inputs
-    parts: Mapping[str, Part]
+    sections: Mapping[str, Section]
     tokens: TokenPlan
 
 
@@ -51,7 +54,7 @@ class _Named:
 
 @dataclass(frozen=True)
 class _Source:
-    """What the output's tokenizer is made from; `rows` is the length of its model's tables, 0 without a model."""
+    """Source of the output's tokenizer; `rows` is the length of its model's tables, 0 without a model."""
 
     vocabulary: Vocabulary
     rows: int
@@ -71,7 +74,7 @@ def align(matched: Matched, layers: Mapping[str, Layer], config: MergeConfig, me
     settings = config.tokenizer
     inputs, names, warnings = matched.inputs, matched.names, matched.warnings
     if settings is None and config.chat_template is None:
-        return Aligned(inputs, matched.parts, TokenPlan())
+        return Aligned(inputs, matched.sections, TokenPlan())
     assembled = bool(config.slices or config.modules)
     models = _assembled_models(inputs, config) if assembled else _named_models(inputs, config, method)
     template = _template(config, models, warnings)
@@ -79,7 +82,7 @@ def align(matched: Matched, layers: Mapping[str, Layer], config: MergeConfig, me
     if settings is not None and assembled:
         _check_same(models, settings, config)
     if settings is None or assembled:
-        return Aligned(inputs, matched.parts, plan_files(tokenizer_files(None, carried, template), carried))
+        return Aligned(inputs, matched.sections, plan_files(tokenizer_files(None, carried, template), carried))
     token_models, tables = _token_models(models, layers, names, settings, warnings)
     source = _source(config, settings, token_models)
     output = source.vocabulary
@@ -105,8 +108,8 @@ def align(matched: Matched, layers: Mapping[str, Layer], config: MergeConfig, me
         lines.append(f"  {model.folder}: {size}; {describe_rows(found, number)}")
     tokens = plan_files(written, carried, keys, lines, maps)
     inputs = _gathered(inputs, models, tables, maps)
-    parts = {name: replace(part, experts=inputs.experts) for name, part in matched.parts.items()}
-    return Aligned(inputs, parts, tokens)
+    sections = {name: replace(section, experts=inputs.experts) for name, section in matched.sections.items()}
+    return Aligned(inputs, sections, tokens)
 
 
 def _named_models(inputs: Inputs, config: MergeConfig, method: Method) -> list[_Named]:
@@ -223,8 +226,8 @@ def _source(config: MergeConfig, settings: TokenizerSettings, models: Sequence[T
     place = config.place(*((settings.key,) if settings.key == "tokenizer_source" else ("tokenizer", "source")))
     try:
         named = next((model for model in models if model.name == settings.source), None)
-        if named is None and hub_reference(config, settings.source) is None:
-            folder = model_path(config, settings.source)
+        if named is None and hub_reference(settings.source, config.directory) is None:
+            folder = model_path(settings.source, config.directory, config.name)
             named = next((model for model in models if model.folder == folder), None)
             if named is None:
                 files = read_files(folder, carried_files(folder) if folder.is_dir() else ())
@@ -260,8 +263,6 @@ def _maps(
 
 def _gathered(inputs: Inputs, models: Sequence[_Named], tables: Sequence[str], maps: Sequence[RowMap]) -> Inputs:
     """The inputs with the token tables as their maps say; a model whose rows stay where they are keeps its own."""
-    from pymerge.checkpoint.gathered import gathered
-
     sources = {name: tuple(model.checkpoint.tensors[name] for model in models) for name in tables}
     aligned: dict[Path, Checkpoint] = {}
     for number, (model, found) in enumerate(zip(models, maps, strict=True)):

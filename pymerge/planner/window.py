@@ -1,83 +1,145 @@
-"""What is in memory when: how far reading may run ahead of computing, and results may wait to be written."""
+"""Window: what may be in memory when; how far work runs ahead of its turn, and results wait to be written."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from pymerge.methods.reduce import Reducing
-from pymerge.planner import pieces
-from pymerge.planner.jobs import READ_AHEAD, WRITE_BEHIND, Batch, Slot
-from pymerge.planner.steps import Memory
+from pymerge.methods.actions import Combine
+from pymerge.planner.jobs import READ_AHEAD, WRITE_BEHIND, Batch, Job
 
 # More pieces are read ahead, or wait, as long as they are small together, so that norms and biases between large layers
 # do not stop the reading.
 SMALL_BYTES = 16 * 2**20
 _MOST_PIECES = 16
+# Jobs of native code that may wait for their turn to be written or added, where passes only map: a disk now and then
+# stops for a moment, and they are done meanwhile.
 MOST_WAITING = 30
 
 
-class Window:
-    """Which pieces may be read now: in order, as far ahead as every one of them can still be computed in its turn.
+@dataclass(frozen=True)
+class NativeShare:
+    """What native code may take of a merge's memory beside the jobs that are held against each other by `Window`.
 
-    Piece i is computed with the inputs of all pieces read ahead in memory. So a further one is admitted if, for each
-    piece that waits before it, its peak and all inputs behind it stay within the limit. Outputs that wait to be
-    written are not counted here: the pipeline waits for the writer before it reads or computes what does not fit.
+    `threads` jobs are worked on at a time, in `working` bytes together; 0 threads: each job in its turn, alone.
+    `ahead` further ones may wait for their turn.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._waiting: deque[Memory] = deque()
-        self.inputs = 0  # bytes of all admitted pieces
+    threads: int
+    working: int
+    ahead: int
+
+
+def native_share(queue: Sequence[Batch], limit: int, threads: int) -> NativeShare:
+    """The share of native code in a queue: as many threads as the machine has, if their memory fits the limit.
+
+    Where PyTorch works on other steps, what its largest needs is left to it.
+    """
+    native = [batch.jobs[0] for batch in queue if batch.native]
+    if not native:
+        return NativeShare(0, 0, 0)
+    one = max(working_bytes(job) + job.footprint.output for job in native)
+    others = max((batch.footprint.peak for batch in queue if not batch.native), default=0)
+    known = max(known_bytes(job) for job in native)
+    fitting = max(0, limit - max(others, known)) // max(1, one)
+    count = min(threads, fitting) if others else max(1, min(threads, fitting))
+    waits = MOST_WAITING if any(job.reduces for job in native) else WRITE_BEHIND
+    return NativeShare(count, count * max(working_bytes(job) for job in native), waits)
+
+
+def working_bytes(job: Job) -> int:
+    """Bytes that one native job needs while it is worked on: its inputs, and what is computed beside the output."""
+    step = job.step
+    if isinstance(step.action, Combine):
+        return step.footprint(job.piece).inputs
+    return step.footprint(job.piece).inputs + step.scratch(job.piece)
+
+
+def known_bytes(job: Job) -> int:
+    """Bytes in memory beside the piece itself: of its tensor from earlier passes, and of others."""
+    return job.footprint.scratch - job.step.scratch(job.piece) if job.reduces else 0
+
+
+def waiting_bytes(job: Job) -> int:
+    """Bytes of what a native job has made, while it waits for its turn: a result, or a contribution to a pass."""
+    if job.merges:
+        return job.footprint.output
+    return job.step.scratch(job.piece)
+
+
+class Waiting(NamedTuple):
+    """A batch that has been admitted."""
+
+    native: bool
+    held: int  # bytes from its admission on
+    peak: int  # in its turn
+
+
+class Window:
+    """Which jobs may be started now: in order, as far ahead as every one of them can still have its turn.
+
+    A job of PyTorch is computed in its turn, with the inputs of all jobs read ahead in memory. So a further one is
+    admitted if, for each job that waits before it, its peak and all that is held behind it stay within the limit. A
+    native job is worked on as soon as a thread is free; what the threads work in is set apart (`share`), and it holds
+    what it made until its turn. Outputs that wait to be written are not counted here: the executor waits for the writer
+    before it starts what does not fit.
+    """
+
+    def __init__(self, limit: int, share: NativeShare) -> None:
+        self._limit = limit - share.working
+        self._share = share
+        self._waiting: deque[Waiting] = deque()
+        self._native = 0
+        self.held = 0  # bytes of all admitted jobs
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def admits(self, memory: Memory) -> bool:
-        """Whether this piece, the next one, may be read."""
+    def admits(self, batch: Batch) -> bool:
+        """Whether this batch, the next one, may be started."""
         if not self._waiting:
             return True
-        ahead = self.inputs - self._waiting[0].inputs + memory.inputs
-        if len(self) > _MOST_PIECES or (len(self) > READ_AHEAD and ahead > SMALL_BYTES):
-            return False
-        behind = memory.inputs
+        new = self.entry(batch)
+        if new.native:
+            if self._native >= self._share.threads + self._share.ahead:
+                return False
+        else:
+            others = len(self) - self._native
+            ahead = self.held - self._waiting[0].held + new.held
+            if others > _MOST_PIECES or (others > READ_AHEAD and ahead > SMALL_BYTES):
+                return False
+        behind = new.held
         for waiting in reversed(self._waiting):
             if waiting.peak + behind > self._limit:
                 return False
-            behind += waiting.inputs
+            behind += waiting.held
         return True
 
-    def push(self, memory: Memory) -> None:
-        """The piece is being read."""
-        self._waiting.append(memory)
-        self.inputs += memory.inputs
+    def push(self, batch: Batch) -> None:
+        """The batch is started."""
+        new = self.entry(batch)
+        self._waiting.append(new)
+        self._native += new.native
+        self.held += new.held
 
     def pop(self) -> None:
-        """The first piece has been computed and its inputs are free."""
-        self.inputs -= self._waiting.popleft().inputs
+        """The first batch has had its turn; what it held is free, or with the writer."""
+        first = self._waiting.popleft()
+        self._native -= first.native
+        self.held -= first.held
 
-
-def known_bytes(slot: Slot) -> int:
-    """What is in memory beside the piece itself: of its tensor from earlier passes, and of others."""
-    own = pieces.cost(slot.step.layer, slot.step.action, slot.piece, len(slot.step.experts)).workspace
-    return slot.memory.scratch - own if slot.step.in_ranges else 0
-
-
-def waiting(queue: Iterable[Slot]) -> tuple[int, int]:
-    """How many pieces may wait on a CPU, where files are merged as they are read, and what the largest of them takes.
-
-    They wait to be written or, where a pass only looks, taken note of. A disk now and then stops for a moment; if there
-    are passes that only look, they are done meanwhile.
-    """
-    count, nbytes = WRITE_BEHIND, 0
-    for slot in queue:
-        action, seen = slot.step.action, 0
-        if isinstance(action, Reducing) and slot.step.in_ranges:
-            count = MOST_WAITING
-            seen = 0 if slot.merges else action.plain_bytes(slot.piece.shape, len(slot.step.experts))
-        nbytes = max(nbytes, slot.memory.output + seen)
-    return count, nbytes
+    def entry(self, batch: Batch) -> Waiting:
+        """What a batch holds from its admission on, and in its turn."""
+        footprint = batch.footprint
+        if not batch.native:
+            return Waiting(False, footprint.inputs, footprint.peak)
+        job = batch.jobs[0]
+        if not self._share.threads:
+            return Waiting(True, 0, known_bytes(job) + working_bytes(job) + footprint.output)
+        held = waiting_bytes(job)
+        return Waiting(True, held, known_bytes(job) + held)
 
 
 def may_wait(outputs: Sequence[int]) -> bool:
@@ -87,33 +149,40 @@ def may_wait(outputs: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will hold at most, and how far it reads ahead."""
+    """What a run will hold at most, and how far it works ahead."""
 
     peak: int  # bytes
-    depth: int  # batches (on a CPU, pieces) read ahead of every one but the last ones
+    depth: int  # batches started before every one but the last ones
 
 
-def forecast(queue: Iterable[Batch], limit: int) -> Forecast:
-    """Follow the pipeline's rules through all batches, with a writer that is as late as it may be."""
-    window = Window(limit)
+def forecast(queue: Sequence[Batch], limit: int, threads: int) -> Forecast:
+    """Follow the executor's rules through all batches, with a writer that is as late as it may be."""
+    share = native_share(queue, limit, threads)
+    window = Window(limit, share)
     rest = iter(queue)
     following = next(rest, None)
-    line: deque[Memory] = deque()
+    line: deque[Batch] = deque()
     outputs: deque[int] = deque()
     peak, depth = 0, None
     while line or following:
-        while following and window.admits(following.memory):
-            window.push(following.memory)
-            line.append(following.memory)
+        while following and window.admits(following):
+            window.push(following)
+            line.append(following)
             following = next(rest, None)
-        memory = line.popleft()
+        batch = line.popleft()
+        entry = window.entry(batch)
         late = sum(outputs)
-        peak = max(peak, min(limit, memory.peak + window.inputs - memory.inputs + late))
+        peak = max(peak, min(limit, share.working + entry.peak + window.held - entry.held + late))
         if following or depth is None:
             depth = len(window) - 1 if depth is None else min(depth, len(window) - 1)
         window.pop()
-        if memory.output:
-            outputs.append(memory.output)
+        if batch.footprint.output:
+            outputs.append(batch.footprint.output)
         while not may_wait(outputs):
             outputs.popleft()
     return Forecast(peak, depth or 0)
+
+
+def most_output(queue: Iterable[Batch]) -> int:
+    """Bytes of the largest output of a native job; rooms for outputs have this size, so that any fits any."""
+    return max((batch.footprint.output for batch in queue if batch.native), default=0)

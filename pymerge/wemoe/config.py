@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pymerge.common.names import nearest
-from pymerge.config.checks import same_model
 from pymerge.config.document import Document, show
+from pymerge.config.entries import Regex
 from pymerge.config.merge_config import MergeConfig, check_config, participants, read_config
+from pymerge.config.references import same_model
 from pymerge.errors import ConfigError
 from pymerge.methods import get_method
 from pymerge.wemoe.spec import RouterSpec, StorageSpec
@@ -22,22 +22,14 @@ KEY = "wemoe"
 _MEASURED = ("dense_bytes", "stored_bytes")
 
 
-def _regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"a regular expression ({error})") from error
-    return pattern
-
-
-class Section(BaseModel):
+class BuildSettings(BaseModel):
     """The section `wemoe` of a config, with its defaults; docs/wemoe.md describes every key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     router: RouterSpec = RouterSpec()
     storage: StorageSpec = StorageSpec()
-    modules: Annotated[str, AfterValidator(_regex)] | None = None
+    modules: Regex | None = None
     architecture: Annotated[str, Field(min_length=1)] | None = None
     init_lambda: float = 0.3
     reduce: Literal["sample", "batch"] = "sample"
@@ -46,7 +38,7 @@ class Section(BaseModel):
 
 def load_build_config(
     source: str | Path | Mapping[str, Any], *, directory: Path | None = None
-) -> tuple[MergeConfig, Section]:
+) -> tuple[MergeConfig, BuildSettings]:
     """Read and check the config of a build.
 
     Args:
@@ -60,7 +52,7 @@ def load_build_config(
         ConfigError: with one line for each problem: file, line, value, and what to do.
     """
     document = read_config(source, directory=directory)
-    section = Section()
+    section = BuildSettings()
     if isinstance(document.data, dict):
         section = _section(document.data.pop(KEY, None), document)
         _add_defaults(document.data, section)
@@ -95,7 +87,7 @@ def expert_names(config: MergeConfig) -> list[str]:
     return short if len(set(short)) == len(short) else models
 
 
-def _add_defaults(data: dict[str, Any], section: Section) -> None:
+def _add_defaults(data: dict[str, Any], section: BuildSettings) -> None:
     """Task arithmetic, as W_0 + init_lambda sum_t tau_t, where the config names no method."""
     if "merge_method" in data:
         return
@@ -106,23 +98,23 @@ def _add_defaults(data: dict[str, Any], section: Section) -> None:
         parameters.setdefault("weight", 1.0)
 
 
-def _section(raw: Any, document: Document) -> Section:
+def _section(raw: Any, document: Document) -> BuildSettings:
     """The checked section; what is wrong goes to the document's problems."""
     if raw is None:
-        return Section()
+        return BuildSettings()
     if not isinstance(raw, dict):
         document.add((KEY,), f"{KEY} is {raw!r}; write its keys under it, or delete it")
-        return Section()
+        return BuildSettings()
     storage = raw.get("storage")
     for name in _MEASURED:
         if isinstance(storage, dict) and storage.pop(name, None) is not None:
             document.add((KEY, "storage", name), f"unknown key {name!r} in {KEY}.storage; delete it: it is measured")
     try:
-        return Section.model_validate(raw)
+        return BuildSettings.model_validate(raw)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             document.add((KEY, *detail["loc"]), _describe(detail))
-    return Section()
+    return BuildSettings()
 
 
 def _describe(detail: Mapping[str, Any]) -> str:
@@ -130,7 +122,7 @@ def _describe(detail: Mapping[str, Any]) -> str:
     location, value = (KEY, *detail["loc"]), detail["input"]
     if detail["type"] == "extra_forbidden":
         fields: dict[str, type[BaseModel]] = {"router": RouterSpec, "storage": StorageSpec}
-        known = [name for name in fields.get(str(location[-2]), Section).model_fields if name not in _MEASURED]
+        known = [name for name in fields.get(str(location[-2]), BuildSettings).model_fields if name not in _MEASURED]
         near = nearest(str(location[-1]), known)
         hint = f"did you mean {near!r}?" if near else "known keys: " + ", ".join(known)
         return f"unknown key {location[-1]!r} in {show(location[:-1])}; {hint}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import zipfile
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pymerge.checkpoint.checkpoint import read_header
+from pymerge.common.names import nearest
 from pymerge.errors import CheckpointError
 
 _IMAGES = ("images", "pixel_values")
@@ -100,8 +100,8 @@ def _check_names(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) ->
     if any(parameter.kind is parameter.VAR_KEYWORD and not parameter.annotation for parameter in parameters.values()):
         return
     for name in sorted(set(tensors) - set(parameters) - {"images"}):
-        near = difflib.get_close_matches(name, [*parameters, "images", "labels"], 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(parameters)}"
+        near = nearest(name, [*parameters, "images", "labels"])
+        hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(parameters)}"
         raise CheckpointError(f"{path}: {type(model).__name__} has no argument {name!r}, {hint}; rename the array")
 
 

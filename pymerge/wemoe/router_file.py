@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pymerge.checkpoint.checkpoint import read_header
+from pymerge.common.files import fsync_directory
 from pymerge.errors import CheckpointError
-from pymerge.output.files import fsync_directory
 from pymerge.wemoe.spec import Spec
 
 ROUTER_NAME = "wemoe-router.safetensors"

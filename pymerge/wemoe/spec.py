@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pymerge.common.dtypes import CODES, torch_dtype
+from pymerge.common.files import atomic_write
 from pymerge.errors import CheckpointError
-from pymerge.output.files import atomic_write
 
 SPEC_NAME = "wemoe.json"
 FORMAT_VERSION = 1
@@ -44,7 +44,7 @@ class RouterSpec(_Strict):
 
 
 class StorageSpec(_Strict):
-    """How task vectors are stored; `ratio` belongs to "pruned", `rank` or `energy` to "low_rank".
+    """Form in which task vectors are stored; `ratio` belongs to "pruned", `rank` or `energy` to "low_rank".
 
     `dense_bytes` and `stored_bytes` are sizes of all task vectors, dense in `dtype` and as they are stored; 0 while
     not known.
@@ -70,7 +70,7 @@ class StorageSpec(_Strict):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """PyTorch's dtype of the stored values."""
         return torch_dtype(CODES[self.dtype])
 
 

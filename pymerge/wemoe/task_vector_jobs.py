@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from pymerge.checkpoint.checkpoint import TensorEntry
-from pymerge.checkpoint.finite import is_finite
+from pymerge.checkpoint.finite import check_finite, is_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import code_of, upcast
 from pymerge.common.progress import ProgressSink
+from pymerge.engine.memory import Heap
 from pymerge.engine.trace import Tracer
 from pymerge.errors import NonFiniteError
 from pymerge.ops._op import compute_dtype, task_vector
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import layout_file
-from pymerge.planner.budget import Heap
 from pymerge.planner.jobs import READ_THREADS
 from pymerge.planner.window import SMALL_BYTES
 from pymerge.wemoe.task_vector_layout import CHUNK_ELEMENTS, Parameter, TaskVectorFile
@@ -195,11 +195,7 @@ def _check(parameter: Parameter, entry: TensorEntry, base: Tensor, expert: Tenso
     if is_finite(found):
         return
     for source, tensor in ((parameter.base, base), (entry, expert)):
-        if not is_finite(tensor):
-            raise NonFiniteError(
-                f"{source.file}: tensor {source.name!r} holds NaN or infinity, and its task vectors are mixed into "
-                "every output; use a sound checkpoint"
-            )
+        check_finite(source, 0, tensor, "use a sound checkpoint: its task vectors are mixed into every output")
     raise NonFiniteError(
         f"{entry.file}: the task vector of {entry.name!r} has values that {parameter.storage.dtype} cannot hold; "
         "choose storage dtype bfloat16 or float32"

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pymerge.checkpoint.checkpoint import TensorEntry, read_header
+from pymerge.common.files import atomic_write, fsync_directory
 from pymerge.errors import ArgumentError, CheckpointError
 from pymerge.ops.routed.task_storage import (
     NARROW_COLUMNS,
@@ -27,7 +28,6 @@ from pymerge.ops.routed.task_storage import (
     pruned_tasks,
     sparse_tasks,
 )
-from pymerge.output.files import atomic_write, fsync_directory
 from pymerge.wemoe.spec import StorageSpec
 
 TASKS_PREFIX = "wemoe-task-vectors"

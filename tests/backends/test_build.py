@@ -1,4 +1,4 @@
-"""What is built without a GPU: no torch inside, CUDA and Triton code for every architecture."""
+"""Builds without a GPU: no torch inside, CUDA and Triton code for every architecture."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,9 +71,35 @@ def test_build_info_names_language_and_threads() -> None:
 
 def test_unknown_dtype_code_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown dtype code 9; 0 to 3 are known"):
-        _C.combine(0, 9, 0, 0, [], [], [], 1.0, 0, 1)
-    with pytest.raises(ValueError, match="2 inputs, 1 dtypes"):
-        _C.combine(0, 0, 0, 0, [0, 0], [0], [1.0, 1.0], 1.0, 0, 1)
+        _C.combine((0, 9, 0), None, [], [], 1.0, 1)
+
+
+def test_inputs_that_do_not_fit_each_other_are_an_error() -> None:
+    """Addresses say nothing about sizes: a call with a wrong one would read or write elsewhere."""
+    three, four, double = (64, 0, 3), (64, 0, 4), (64, 1, 4)  # nothing is read
+    pair: Any = (0, 0)
+    with pytest.raises(ValueError, match="combine: 2 tensors, 1 weights; give one of each"):
+        _C.combine(four, None, [four, four], [1.0], 1.0, 1)
+    with pytest.raises(ValueError, match="combine: the base has 3 elements, not 4"):
+        _C.combine(four, three, [four], [1.0], 1.0, 1)
+    with pytest.raises(ValueError, match="combine: tensor 1 has 3 elements, not 4"):
+        _C.combine(four, None, [four, three], [1.0, 1.0], 1.0, 1)
+    with pytest.raises(ValueError, match="magnitude_counts: tensor 0 has 3 elements, not 4"):
+        _C.magnitude_counts(0, four, [three], [0], 0, 0, 1)
+    with pytest.raises(ValueError, match="random_mask: tensor 0 has 4 elements, not 6"):
+        _C.random_mask((0, 0, 0), None, [four], [0.5], [0.5], [0], 0, 2, 3, 1)
+    with pytest.raises(ValueError, match="nearswap: 3 elements of output, 4 of input"):
+        _C.nearswap(three, four, four, 1.0, 1.0, 1)
+    with pytest.raises(ValueError, match="importance: the dtype code of the output is 0, not 1"):
+        _C.importance(four, double, four, 0, 2, 2, 1)
+    with pytest.raises(ValueError, match="wudi_adam_step: the dtype code of m is 1, not 0"):
+        _C.wudi_adam_step(four, double, four, four, four, 0.9, 0.99, 1.0, 1.0, 1.0, 1e-8, 1)
+    with pytest.raises(ValueError, match="task_sum: the output has row stride 3 for 4 columns, contiguous"):
+        _C.task_sum(three, four, [four], [1.0], 0, 1, 4, 1)
+    with pytest.raises(ValueError, match="mix_dense: the output has 4 elements, not 2 x 2 x 2"):
+        _C.mix_dense(four, four, 0, (0, 0, 0, 0), 2, 2, 2, 1)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.is_finite(pair)
 
 
 # The products of a source's kernels on tensor cores, in the machine's own words.
@@ -117,9 +144,9 @@ def test_cuda_module_imports_without_a_gpu_and_says_so() -> None:
 
     assert all(arch in _cuda.build_info() for arch in ARCHS)
     with pytest.raises(RuntimeError, match=r"CUDA error \d+ \(cudaError\w+\)"):
-        _cuda.combine(0, 0, 0, 0, [1], [0], [1.0], 1.0, 5, 0)
+        _cuda.combine((0, 0, 5), None, [(1, 0, 5)], [1.0], 1.0, 0)
     with pytest.raises(ValueError, match="200 inputs; one launch takes 128"):
-        _cuda.combine(0, 0, 0, 0, [1] * 200, [0] * 200, [1.0] * 200, 1.0, 5, 0)
+        _cuda.combine((0, 0, 5), None, [(1, 0, 5)] * 200, [1.0] * 200, 1.0, 0)
 
 
 # Bytes of a thread's local memory, by kernel: an epilogue's that works on five tiles at once, and a few.

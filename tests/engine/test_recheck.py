@@ -13,7 +13,7 @@ from pymerge import api
 from pymerge.checkpoint.safetensors_file import read_header
 from pymerge.engine.recheck import recheck, sample
 from pymerge.errors import OutputError
-from pymerge.output.manifest import verify
+from pymerge.output.verify import verify
 from tests.helpers.checkpoints import change, llama, llama_config, pymerge, write_config, write_models
 
 UP = "model.layers.1.mlp.up_proj.weight"

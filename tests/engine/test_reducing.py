@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from pymerge.methods.parts import Between
+from pymerge.methods.tensor_parts import TensorPart
 from safetensors.torch import load_file
 
 import pymerge
@@ -17,11 +19,9 @@ from pymerge.engine import streams
 from pymerge.engine.recheck import recheck
 from pymerge.engine.run import run
 from pymerge.errors import NonFiniteError
-from pymerge.methods.parts import Between
 from pymerge.methods.reduce import RANGE_ELEMENTS, ranges
 from pymerge.methods.selection import Selection, passes_to_select
-from pymerge.methods.tensor_parts import TensorPart
-from pymerge.planner import jobs
+from pymerge.planner import fit
 from tests.helpers.checkpoints import change, write_config, write_models
 
 MIB = 2**20
@@ -99,7 +99,7 @@ def test_what_is_larger_than_may_be_held_is_read_again(
 ) -> None:
     path = config(models, "ties", {"weight": 1.0, "density": 0.5})
     for held in (6 * ROWS * COLUMNS, 6 * ROWS * COLUMNS - 1):
-        monkeypatch.setattr(jobs, "HELD_BYTES", held)
+        monkeypatch.setattr(fit, "HELD_BYTES", held)
         assert api.plan(path, device="cpu").steps[0].held == (held == 6 * ROWS * COLUMNS)
     report = api.merge(path, tmp_path / "out", device="cpu", progress=False)
     assert report.bytes_read == 3 * 6 * ROWS * COLUMNS + 6 * COLUMNS

@@ -28,7 +28,8 @@ from pymerge.config.merge_config import load_config
 from pymerge.errors import PymergeError
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import layout_shards
-from pymerge.output.manifest import read_manifest, verify
+from pymerge.output.manifest import read_manifest
+from pymerge.output.verify import verify
 from pymerge.planner.budget import budget
 from pymerge.planner.build import build_plan
 

@@ -1,4 +1,4 @@
-"""What a merge really holds in memory: within the plan's bound and a limit of the system, whatever the checkpoint."""
+"""Memory that a merge really holds: within the plan's bound and a limit of the system, whatever the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pymerge import api
+from pymerge.engine.memory import Heap
 from pymerge.planner import budget
 from tests.helpers.checkpoints import in_process, load_output, write_config, write_models
 
@@ -153,7 +154,7 @@ THREADS = 64 * MIB
 def merge_under_a_limit(folder: Path, limit: int) -> int:
     """Merge while the system refuses this process more memory; returns the bytes of its inputs."""
     warm_up(folder)
-    budget.Heap(limit).trim()
+    Heap(limit).trim()
     allowed = resident("VmData") + limit + THREADS
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     try:

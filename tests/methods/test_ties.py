@@ -164,7 +164,7 @@ def test_parameters_out_of_their_range_are_errors() -> None:
 def test_nan_is_found_and_stays_where_it_is_allowed(method: str) -> None:
     base, experts = make_weights(6, 8, 2)
     experts[1][2, 3] = float("nan")
-    with pytest.raises(NonFiniteError, match="the tensor: expert 1 holds NaN"):
+    with pytest.raises(NonFiniteError, match="the tensor: expert 1 has 1 values that are NaN"):
         pymerge.merge_tensors(base, experts, method, density=0.5)
     action = METHODS[method].action("w", True, _values(method), 2)
     assert action.shows_nonfinite

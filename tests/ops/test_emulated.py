@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends.dtypes import DTYPE_CODES
+from pymerge.backends.dtypes import DTYPE_CODES, one_row
 from pymerge.errors import ArgumentError
 from pymerge.ops import OPS, spd_solve
 from pymerge.testing.cases import task_case
@@ -29,15 +29,11 @@ def test_combine(
     base = None if base_dtype is None else case.base
     out = torch.full((1, size), float("nan"), dtype=out_dtype)
     emulated.combine(
-        out.data_ptr(),
-        DTYPE_CODES[out_dtype],
-        0 if base is None else base.data_ptr(),
-        DTYPE_CODES[base_dtype or torch.float32],
-        [expert.data_ptr() for expert in case.experts],
-        [DTYPE_CODES[expert.dtype] for expert in case.experts],
+        one_row(out),
+        None if base is None else one_row(base),
+        [one_row(expert) for expert in case.experts],
         WEIGHTS,
         divisor,
-        size,
         0,
     )
     assert_same("combine", out, OPS["combine"].reference(base, case.experts, WEIGHTS, out_dtype, None, divisor))
@@ -59,11 +55,9 @@ def solve(module: ModuleType, S: Tensor, R: Tensor, prior: Tensor | None) -> tup
     conditions = torch.full((layers,), float("nan"), dtype=S.dtype)
     minors = torch.full((layers,), -1, dtype=torch.int32)
     start = spd_solve.start_vector(S)
-    addresses = [t.data_ptr() for t in (X, conditions, minors, S, R)]
-    prior_address = 0 if prior is None else prior.data_ptr()
-    code = DTYPE_CODES[S.dtype]
-    iterations = spd_solve.ITERATIONS
-    module.spd_solve(*addresses, prior_address, start.data_ptr(), code, layers, rows, columns, iterations, 0)
+    outputs = (one_row(X), conditions.data_ptr(), minors.data_ptr())
+    inputs = (one_row(S), one_row(R), None if prior is None else one_row(prior), one_row(start))
+    module.spd_solve(*outputs, *inputs, layers, rows, columns, spd_solve.ITERATIONS, 0)
     return X, conditions, minors
 
 
@@ -126,6 +120,8 @@ def test_spd_solve_refuses_what_shared_memory_cannot_hold(emulated: ModuleType) 
     assert [emulated.spd_solve_columns(DTYPE_CODES[dtype]) for dtype in (torch.float32, torch.float64)] == [128, 88]
     with pytest.raises(ValueError, match="129 columns; shared memory holds 128, use the library"):
         solve(emulated, *systems(1, 1, 129, torch.float32)[:2], None)
+    half = (0, DTYPE_CODES[torch.float16], 1)
     with pytest.raises(ValueError, match="must be float32 or float64"):
-        emulated.spd_solve(0, 0, 0, 0, 0, 0, 0, DTYPE_CODES[torch.float16], 1, 1, 1, 8, 0)
-    emulated.spd_solve(0, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 8, 0)  # of nothing
+        emulated.spd_solve(half, 0, 0, half, half, None, half, 1, 1, 1, 8, 0)
+    nothing = (0, DTYPE_CODES[torch.float32], 0)
+    emulated.spd_solve(nothing, 0, 0, nothing, nothing, None, nothing, 0, 5, 0, 8, 0)

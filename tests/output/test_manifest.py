@@ -13,12 +13,14 @@ import torch
 
 from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.common.dtypes import DTYPES, code_of, is_float, torch_dtype
+from pymerge.common.files import atomic_write, fsync_directory
+from pymerge.common.progress import NoProgress
 from pymerge.errors import OutputError
-from pymerge.output import manifest as manifest_module
+from pymerge.output import verify as verify_module
 from pymerge.output.directory import OutputDirectory
-from pymerge.output.files import atomic_write, fsync_directory
 from pymerge.output.layout import layout_shards
-from pymerge.output.manifest import VerifyReport, build_manifest, read_manifest, verify
+from pymerge.output.manifest import build_manifest, read_manifest
+from pymerge.output.verify import VerifyReport, verify
 
 FILES: dict[str, bytes | Path] = {
     "config.json": b"{}\n",
@@ -80,16 +82,20 @@ def test_the_manifest_says_what_is_there(output: Path) -> None:
 
 @pytest.mark.parametrize(("limit", "chunk"), [(200, 16 << 20), (10**6, 16), (10**6, 8)])
 def test_a_good_output_passes(limit: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_module, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(verify_module, "_CHUNK_BYTES", chunk)
     tensors = good_tensors()
     write_output(tmp_path, tensors, limit)
     seen: dict[str, int] = {}
 
-    def progress(nbytes: int, name: str) -> None:
-        assert 0 < nbytes <= chunk
-        seen[name] = seen.get(name, 0) + nbytes
+    class Progress(NoProgress):
+        def tensor(self, name: str) -> None:
+            self.name = name
 
-    report = verify(tmp_path, progress=progress)
+        def advance(self, count: int) -> None:
+            assert 0 < count <= chunk
+            seen[self.name] = seen.get(self.name, 0) + count
+
+    report = verify(tmp_path, progress=Progress())
     nbytes = {name: tensor.nbytes for name, tensor in tensors.items() if tensor.nbytes}
     assert seen == nbytes
     assert report == VerifyReport(
@@ -207,7 +213,7 @@ def test_values_that_are_not_finite(dtype: torch.dtype, tmp_path: Path) -> None:
         expected = 2
     write_output(tmp_path, {"w": values.to(dtype), "fine": torch.ones(2)}, 10**6)
     (problem,) = verify(tmp_path).problems
-    assert f"tensor w: {expected} values are NaN or infinite" in problem
+    assert f"tensor 'w' has {expected} values that are NaN or infinite" in problem
     assert verify(tmp_path, allow_nonfinite=True).problems == []
 
 

@@ -20,7 +20,7 @@ from transformers import (
 import pymerge
 from pymerge import api
 from pymerge.errors import NonFiniteError, PlanError
-from pymerge.planner.build import Plan
+from pymerge.planner.plan import Plan
 from tests.helpers.checkpoints import (
     CARRIED,
     Tensors,

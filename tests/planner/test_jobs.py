@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from pymerge import api
 from pymerge.errors import PlanError
-from pymerge.planner.build import Plan
-from pymerge.planner.jobs import BETWEEN_PASSES, CHUNK_ELEMENTS, READ_AHEAD, WRITE_BEHIND, Slot, alternating, slots
+from pymerge.planner.fit import CHUNK_ELEMENTS
+from pymerge.planner.jobs import BETWEEN_PASSES, READ_AHEAD, WRITE_BEHIND, Slot, alternating, slots
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Memory
 from pymerge.planner.window import SMALL_BYTES, Window, forecast, may_wait
 from tests.helpers.checkpoints import llama, llama_config, write_config, write_models

@@ -18,7 +18,7 @@ from pymerge.methods.ace import SolveAce
 from pymerge.methods.linear import AddTaskVectors, Copy, WeightedSum
 from pymerge.methods.wudi import SolveWudi
 from pymerge.output.identity import differences
-from pymerge.planner.build import Plan
+from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 from tests.helpers.checkpoints import (
     Tensors,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 
 from pymerge import api
 from pymerge.engine.recheck import recheck
-from pymerge.output.manifest import verify
+from pymerge.output.verify import verify
 from tests.helpers.checkpoints import Tensors, load_output, tree
 from tests.helpers.vocabularies import EMBEDDING, HEAD, bpe, unigram, word_piece, write
 

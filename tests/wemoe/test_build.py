@@ -17,7 +17,7 @@ import pymerge
 from pymerge import wemoe
 from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError, OutputError, PlanError
-from pymerge.output.manifest import verify
+from pymerge.output.verify import verify
 from pymerge.testing.compare import assert_same
 
 NAMES = ("vit", "clip", "bert", "t5", "llama", "qwen2", "mistral", "gpt2")
@@ -155,7 +155,7 @@ def test_adapted_routers_are_kept_and_verified(tiny: Callable[[str], Any], tmp_p
     routers = load_file(file)
     name = next(iter(routers))
     save_file({**routers, name: torch.full_like(routers[name], torch.nan)}, file)
-    assert "values are NaN or infinite" in verify(out).problems[0]
+    assert "values that are NaN or infinite" in verify(out).problems[0]
     save_file({key: value for key, value in routers.items() if key != name}, file)
     assert any(name in problem and "lacks" in problem for problem in verify(out).problems), verify(out)
 
@@ -225,8 +225,12 @@ def test_what_cannot_be_built_is_refused(tiny: Callable[[str], Any], tmp_path: P
     tensors = load_file(tmp_path / "e2/model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
     for value, storage, message in (
-        (torch.nan, {}, rf"e2/model.safetensors: tensor '{name}' holds NaN or infinity"),
-        (torch.nan, {"kind": "low_rank", "rank": 1}, "holds NaN or infinity"),
+        (
+            torch.nan,
+            {},
+            rf"e2/model.safetensors: tensor '{name}' has 1 values that are NaN or infinite, the first at \[3, 4\]",
+        ),
+        (torch.nan, {"kind": "low_rank", "rank": 1}, "values that are NaN or infinite, the first at"),
         (1e5, {"dtype": "float16"}, rf"the task vector of '{name}' has values that float16 cannot hold"),
     ):
         tensors[name][3, 4] = value

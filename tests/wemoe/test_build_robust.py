@@ -18,7 +18,7 @@ from torch import nn
 from pymerge import wemoe
 from pymerge.engine.recheck import recheck
 from pymerge.errors import OutputError, PlanError
-from pymerge.output.manifest import verify
+from pymerge.output.verify import verify
 from tests.helpers.checkpoints import (
     fine_tuned,
     in_process,

@@ -10,7 +10,16 @@ from pymerge.common.dtypes import DTYPES, NATIVE
 NAME = "native"
 
 # Ops whose C++ knows float32 results only.
-_FLOAT32_OPS = ("task_stats", "routed_linear", "trim_threshold", "magnitude_counts", "magnitude_mask", "random_mask")
+_FLOAT32_OPS = (
+    "task_stats",
+    "routed_linear",
+    "mix_weights",
+    "trim_threshold",
+    "magnitude_counts",
+    "magnitude_place",
+    "magnitude_mask",
+    "random_mask",
+)
 
 
 def missing() -> str | None:

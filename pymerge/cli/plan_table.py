@@ -1,0 +1,82 @@
+"""Table of a plan for people: inputs, totals, and a row for the tensors that are alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pymerge.architecture.roles import Layer
+from pymerge.common.names import role
+from pymerge.common.units import format_bytes, format_flops
+from pymerge.planner.plan import Plan
+from pymerge.planner.steps import Step
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """Inputs and totals, one row for the tensors that differ in block numbers only, the reasons, and warnings."""
+    table = Table(title=f"{plan.method.name}: {plan.method.summary}", title_justify="left", pad_edge=False)
+    for heading in ("tensors", "shape", "kind", "action", "dtype"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("count", "read", "write", "compute"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    reasons: dict[str, list[str]] = {}
+    for name, steps in _grouped(plan.steps).items():
+        first = steps[0]
+        table.add_row(
+            Text(name),
+            " x ".join(map(str, first.shape)) or "scalar",
+            _kind(first.layer),
+            first.action.label,
+            first.dtype,
+            str(len(steps)),
+            format_bytes(sum(step.bytes_read for step in steps)),
+            format_bytes(sum(step.nbytes for step in steps)),
+            format_flops(sum(step.flops for step in steps)),
+        )
+        reasons.setdefault(role(first.layer.describe()), []).append(name)
+    files = _count(len(plan.layouts), "file")
+    largest = max(math.prod(piece.shape) for step in plan.steps for piece in step.pieces)
+    lines = [
+        f"base    {plan.inputs.donor.path}",
+        *(f"expert  {expert.path}" for expert in plan.inputs.experts),
+        *plan.tokens.lines,
+        f"{plan.tensors} tensors, {plan.parameters:,} parameters",
+        f"read {format_bytes(plan.bytes_read)}, write {format_bytes(plan.bytes_written)} in {files}, "
+        f"compute {format_flops(plan.flops)}",
+        f"tensors held in memory at once: at most {format_bytes(plan.peak_memory)}, "
+        f"the limit is {format_bytes(plan.budget.tensors)} ({plan.budget.origin})",
+        f"reads {_count(plan.forecast.depth, 'piece')} ahead or more, of {_count(largest, 'element')} at most; files "
+        f"{'stay in' if plan.keeps_cache else 'are dropped from'} the page cache",
+    ]
+    why = [f"{reason}: {', '.join(names)}" for reason, names in reasons.items()]
+    warnings = [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
+    return Group(*map(Text, lines), table, Text("What each tensor is, and why:"), *map(Text, why), *warnings)
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
+def _kind(layer: Layer) -> str:
+    if not layer.solvable:
+        return layer.kind.value
+    return "stacked " * layer.stacked + layer.kind.value + " (transposed)" * (layer.in_axis == 0)
+
+
+def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
+    """Steps that are alike but for the block number, under their name with * for it."""
+    groups: dict[str, dict[tuple[object, ...], list[Step]]] = {}
+    for step in steps:
+        name = role(step.name)
+        reason = role(step.layer.describe())
+        alike = groups.setdefault(name, {})
+        alike.setdefault((step.shape, reason, step.action, step.dtype), []).append(step)
+    return {
+        name if len(kinds) == 1 else f"{name} ({members[0].name}, ...)": members
+        for name, kinds in groups.items()
+        for members in kinds.values()
+    }

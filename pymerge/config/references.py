@@ -1,0 +1,58 @@
+"""References to models: where a name of a config leads, to a folder or to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pymerge.errors import CheckpointError
+
+# A model of the Hugging Face Hub, at a branch, a tag or a commit. Paths of more parts, or with dots first, are none.
+HUB_REFERENCE = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+def places(name: str, directory: Path | None) -> list[Path]:
+    """Paths that a name may mean: itself if absolute, or else in `directory`, then in the working directory."""
+    path = Path(name).expanduser()
+    if path.is_absolute():
+        return [path]
+    here = Path.cwd()
+    folders = [here] if directory is None or directory == here else [directory, here]
+    return [folder / path for folder in folders]
+
+
+def same_model(name: str, other: str | None) -> bool:
+    """Whether two names are the same path, as written."""
+    return other is not None and os.path.normpath(name) == os.path.normpath(other)
+
+
+def model_path(name: str, directory: Path | None, config: str) -> Path:
+    """Folder or file of a model: a relative name is looked up in `directory`, then in the working directory.
+
+    Args:
+        config: what messages call the config that names the model.
+
+    Raises:
+        CheckpointError: there is nothing by that name.
+    """
+    tried = places(name, directory)
+    for path in tried:
+        if os.path.exists(path):  # not Path.exists, which raises OSError for names that are too long
+            return path
+    raise CheckpointError(
+        f"{config}: model {name!r} not found: no {' and no '.join(map(str, tried))}; "
+        "correct the path, or download the model to a folder first"
+    )
+
+
+def hub_reference(name: str, directory: Path | None) -> tuple[str, str | None] | None:
+    """Repository and revision of `org/name` or `org/name@revision`; None for anything else.
+
+    Where the path exists, or a folder of its first part, the name is meant for a path: nothing is looked for elsewhere.
+    """
+    found = HUB_REFERENCE.fullmatch(name)
+    folder = name.partition("/")[0]
+    if found is None or any(path.exists() for path in places(folder, directory)):
+        return None
+    return found["repository"], found["revision"]

@@ -1,0 +1,83 @@
+"""Cutting steps into pieces that fit a budget, with pieces being read ahead and written behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.common.units import format_bytes
+from pymerge.errors import PlanError
+from pymerge.planner import pieces
+from pymerge.planner.budget import Budget
+from pymerge.planner.jobs import READ_THREADS, Job, jobs, room
+from pymerge.planner.pieces import Piece
+from pymerge.planner.steps import Step
+
+# Elements of a row range of an elementwise step: a read is one long request, and what it brings is still in the cache
+# when it is used.
+CHUNK_ELEMENTS = 3 * 2**19
+# Bytes of the inputs up to which a tensor that is reduced before it is merged is held meanwhile, on a CPU; larger ones
+# are read again for each pass. The memory of a GPU is there to be used: there a tensor is held whole if it fits.
+HELD_BYTES = 2**28
+
+
+def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
+    """The steps in pieces that fit the budget. Raises PlanError, which names the smallest that would do."""
+    largest = max(steps, key=lambda step: step.footprint(step.smallest).peak, default=None)
+    needed = largest.footprint(largest.smallest).peak if largest else 0
+    if largest and needed > budget.tensors:
+        remedy = (
+            "choose a larger device, give --device cpu"
+            if budget.device == "cuda"
+            else f"give --memory {format_bytes(needed, round_up=True)} or more"
+        )
+        raise PlanError(
+            [
+                f"memory: {largest.action.label} on {largest.name!r} {list(largest.shape)} holds "
+                f"{format_bytes(needed, round_up=True)} of tensors at once, the limit is "
+                f"{format_bytes(budget.tensors)} ({budget.origin}); {remedy}, or exclude that tensor"
+            ]
+        )
+    fitting = tuple(_fitted(step, budget) for step in steps)
+    staging = (READ_THREADS + 1) * staging_bytes(list(jobs(fitting))) if budget.device == "cuda" else 0
+    if staging > budget.host:
+        raise PlanError(
+            [
+                f"memory: copying to the device takes {format_bytes(staging)} of pinned memory, the limit is "
+                f"{format_bytes(budget.host)}; give --memory {format_bytes(staging, round_up=True)} or more"
+            ]
+        )
+    return fitting
+
+
+def staging_bytes(queue: Iterable[Job]) -> int:
+    """Size of a pinned buffer that holds any input or output; PyTorch rounds it up to a power of two."""
+    largest = 1
+    for job in queue:
+        elements = math.prod(job.piece.shape)
+        items = [ITEM_SIZES[entry.dtype] for entry in job.step.inputs]
+        largest = max(largest, job.footprint.output, *(elements * item for item in items))
+    return 1 << (largest - 1).bit_length()
+
+
+def _fitted(step: Step, budget: Budget) -> Step:
+    """The step in row ranges of at most CHUNK_ELEMENTS, smaller where they would not leave room to read ahead and
+    write behind within the limit; in its own ranges where it is reduced before it is merged, held or not; actions on
+    whole matrices keep their pieces."""
+    if len(step.ranges) > 1:
+        whole = Piece(0, step.shape[0], step.shape)
+        footprint = step.footprint(whole)
+        fits = room(footprint) <= budget.tensors
+        if budget.device == "cuda":
+            return replace(step, pieces=(whole,) if fits else step.ranges)
+        ranged = replace(step, pieces=step.ranges)
+        holds = fits and footprint.inputs <= HELD_BYTES and step.group is None
+        return replace(ranged, held=holds and ranged.passes > 1)
+    if not pieces.by_rows(step.action) or not step.shape or step.shape[0] == 0:
+        return step
+    needed = room(step.footprint(step.smallest))
+    elements = math.prod(step.smallest.shape)
+    most = min(CHUNK_ELEMENTS, max(1, budget.tensors // max(1, needed)) * elements)
+    return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))

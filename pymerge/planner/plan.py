@@ -1,0 +1,189 @@
+"""The plan of a merge: its steps, the layout of its files, and what it will read, write and hold in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pymerge import env
+from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from pymerge.common.names import printable
+from pymerge.config.merge_config import MergeConfig, canonical
+from pymerge.errors import CheckpointError
+from pymerge.methods.base import Method
+from pymerge.output.layout import ShardLayout
+from pymerge.planner.budget import Budget
+from pymerge.planner.inputs import Inputs
+from pymerge.planner.jobs import batches
+from pymerge.planner.steps import Step
+from pymerge.planner.window import Forecast, forecast
+from pymerge.planner.workers import Target
+from pymerge.tokenizers.planned import TokenPlan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a merge will do. Made by `build_plan`; the engine only follows it."""
+
+    config: MergeConfig
+    method: Method
+    inputs: Inputs
+    steps: tuple[Step, ...]
+    layouts: tuple[ShardLayout, ...]
+    warnings: tuple[str, ...]
+    budget: Budget
+    config_json: bytes | None  # of the output; None if the donor has none
+    dtype: str | None  # of the output; None for that of the donor
+    base_parameters: int  # elements of the donor in the output's vocabulary, a tied head counted once
+    tokens: TokenPlan
+    target: Target
+    carried: Mapping[Path, str]  # sizes and times of the donor's other files, when the plan was made
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(step.bytes_read for step in self.steps)
+
+    @property
+    def bytes_input(self) -> int:
+        """Bytes of the inputs on the disk, those that are read more than once counted once."""
+        return sum(step.bytes_input for step in self.steps)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(layout.nbytes for layout in self.layouts)
+
+    @property
+    def flops(self) -> int:
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensors of the output."""
+        return sum(len(layout.tensors) for layout in self.layouts)
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of the output."""
+        return sum(math.prod(step.shape) for step in self.steps)
+
+    @cached_property
+    def forecast(self) -> Forecast:
+        """Forecast of how far the executor works ahead, and of what it then holds."""
+        return forecast(batches(self.steps, self.budget), self.budget.tensors, self.target.threads)
+
+    @property
+    def peak_memory(self) -> int:
+        """Upper bound in bytes of all tensors held at once: pieces in work, those read ahead, those to be written."""
+        return self.forecast.peak
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether a step is carried out by PyTorch; otherwise it is not imported."""
+        return any(step.worker == "torch" for step in self.steps)
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether inputs and output stay in the page cache; if not, their pages are dropped as soon as possible."""
+        return self.budget.keeps_cache(self.bytes_input + self.bytes_written)
+
+    def summary(self) -> dict[str, Any]:
+        """The plan in a few numbers: sizes in bytes, work in floating-point operations."""
+        return {
+            "method": self.method.name,
+            "models": [str(checkpoint.path) for checkpoint in self.inputs.all],
+            "tensors": len(self.steps),
+            "parameters": self.parameters,
+            "shards": len(self.layouts),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "flops": self.flops,
+            "peak_memory": self.peak_memory,
+        }
+
+    def checkpoint(self, out: Path) -> Checkpoint:
+        """The output as it will be in the folder `out`, for plans of what is merged from it."""
+        tensors = {
+            tensor.name: TensorEntry(
+                tensor.name, tensor.dtype, tensor.shape, out / layout.file, tensor.offset, tensor.nbytes
+            )
+            for layout in self.layouts
+            for tensor in layout.tensors
+        }
+        config = json.loads(self.config_json) if self.config_json else {}
+        return Checkpoint(
+            out,
+            files=tuple(out / layout.file for layout in self.layouts),
+            tensors=tensors,
+            config=config,
+            other_files=self.inputs.donor.other_files,
+            stamps={},
+        )
+
+    def settled(self) -> Plan:
+        """This plan when models that it was to find written are there: with their sizes, times and files.
+
+        Raises CheckpointError if one is not what was planned.
+        """
+        donor, experts = _settled(self.inputs.donor), tuple(map(_settled, self.inputs.experts))
+        inputs = Inputs(donor, experts)
+        return replace(self, inputs=inputs, carried=self.carried or inputs.carried)
+
+    def check_inputs(self) -> None:
+        """Raise CheckpointError if a file of the inputs has changed since the plan was made."""
+        for path, (size, time) in self.inputs.stamps.items():
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror}); put it back or plan again") from None
+            if (status.st_size, status.st_mtime_ns) != (size, time):
+                raise CheckpointError(f"{path}: has changed since the merge was planned; plan it again")
+        now = self.inputs.carried
+        for path in sorted(now.keys() | self.carried.keys()):
+            if now.get(path) != self.carried.get(path):
+                raise CheckpointError(f"{path}: has changed since the merge was planned; plan it again")
+
+    def identity(self, processor: str) -> dict[str, str]:
+        """All that decides the bytes of the output, by name: versions, config, inputs, layout, backend, device."""
+        backend, device = self.target.backend, str(self.target.device)
+        headers = hashlib.sha256(b"".join(layout.header for layout in self.layouts))
+        versions = env.package_versions()
+        decisive = ["pymerge-engine", *(["torch"] if self.needs_torch else [])]
+        decisive += ["triton"] if device.startswith("cuda") else []
+        parts = {f"{name} version": versions[name] for name in decisive}
+        parts |= {f"config {key}": json.dumps(value) for key, value in _flat(canonical(self.config))}
+        parts |= {
+            f"input {printable(path)}": f"{size} bytes, {time} ns" for path, (size, time) in self.inputs.stamps.items()
+        }
+        parts |= {f"input {printable(path)}": stamp for path, stamp in self.carried.items()}
+        if self.tokens.digest:
+            parts["tokenizer"] = self.tokens.digest
+        parts |= {"output dtype": self.dtype or "as in the base", "output files": headers.hexdigest()}
+        return parts | {"backend": backend, "device": device, "processor": processor}
+
+
+def _settled(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.stamps:
+        return checkpoint
+    found = open_checkpoint(checkpoint.path)
+    for name, entry in checkpoint.tensors.items():
+        there = found.tensors.get(entry.name)
+        if there is None or (there.dtype, there.shape, there.offset) != (entry.dtype, entry.shape, entry.offset):
+            raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is not as it was planned; plan again")
+    return replace(checkpoint, stamps=found.stamps, other_files=found.other_files)
+
+
+def _flat(canonical_config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a config, those of `parameters` and `models` one by one."""
+    for key, value in canonical_config.items():
+        if key == "parameters":
+            yield from ((f"parameters.{name}", each) for name, each in value.items())
+        elif key == "models":
+            yield from ((f"models[{number}]", each) for number, each in enumerate(value))
+        else:
+            yield key, value

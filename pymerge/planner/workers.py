@@ -1,0 +1,48 @@
+"""Which worker carries out a step: native code on arrays where all of it can be had there, else PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pymerge import env
+from pymerge.common.devices import Device
+from pymerge.common.dtypes import NATIVE, is_float8
+from pymerge.methods.actions import Combine, Elementwise, Reduce
+from pymerge.planner.steps import Step, WorkerName
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and with what a plan computes. `native` says whether the C++ extension loads."""
+
+    device: Device = field(default_factory=lambda: Device("cpu"))
+    backend: str = "auto"
+    native: bool = True
+    threads: int = field(default_factory=env.threads)  # of native code, as many as the machine gives
+
+    @property
+    def takes_arrays(self) -> bool:
+        """Whether steps may go without PyTorch."""
+        return self.native and self.device.type == "cpu" and self.backend in ("auto", "native")
+
+
+def worker_of(step: Step, target: Target, *, allow_nonfinite: bool) -> WorkerName:
+    """The worker of a step on this target.
+
+    Native code takes tensors that lie in one place of a file, in the dtypes that it computes in. One of another kind
+    goes to PyTorch, alone.
+    """
+    if not target.takes_arrays or not all(entry.contiguous for entry in step.inputs):
+        return "torch"
+    action, dtypes = step.action, {step.dtype, *(entry.dtype for entry in step.inputs)}
+    known = dtypes <= NATIVE.keys()
+    if isinstance(action, Combine) and not action.weights:
+        if len(dtypes) == 1:
+            return "torch" if is_float8(step.dtype) else "native"
+        # Which bits NaN has in another dtype differs between PyTorch and C++.
+        return "native" if known and not allow_nonfinite else "torch"
+    if isinstance(action, (Combine, Elementwise)):
+        return "native" if known else "torch"
+    if isinstance(action, Reduce) and action.native and known and "F64" not in dtypes:
+        return "native"
+    return "torch"
