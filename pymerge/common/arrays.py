@@ -117,7 +117,7 @@ def join(parts: Sequence[ArrayLike], axis: int = 0) -> ArrayLike:
         return Array.of(np.concatenate([part.numpy() for part in parts], axis))
     import torch
 
-    return torch.cat(tuple(parts), axis)
+    return torch.cat([as_tensor(part) for part in parts], axis)
 
 
 def map_pages(nbytes: int) -> mmap.mmap:

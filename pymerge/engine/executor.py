@@ -78,15 +78,31 @@ class Executor:
         self._log = StepLog()
         self._reductions = Reductions()
         self._reading = self._waited = 0  # nanoseconds: native jobs reading, added up; waiting for them
-        options = {"allow_nonfinite": allow_nonfinite, "keeps_cache": keeps_cache}
-        shared = (run, reader, self._reductions)
-        self._native = NativeWorker(*shared, tracer, progress, output_bytes=most_output(queue), **options)
+        self._native = NativeWorker(
+            run,
+            reader,
+            self._reductions,
+            tracer,
+            progress,
+            output_bytes=most_output(queue),
+            allow_nonfinite=allow_nonfinite,
+            keeps_cache=keeps_cache,
+        )
         self._torch: TorchWorker | None = None
-        tensor_jobs = [job for batch in queue if not batch.native for job in batch.jobs]
-        if tensor_jobs:
+        if any(not batch.native for batch in queue):
             from pymerge.engine.torch_worker import TorchWorker
 
-            self._torch = TorchWorker(*shared, tensor_jobs, limit, tracer, progress, **options)
+            self._torch = TorchWorker(
+                run,
+                reader,
+                self._reductions,
+                [job for batch in queue if not batch.native for job in batch.jobs],
+                limit,
+                tracer,
+                progress,
+                allow_nonfinite=allow_nonfinite,
+                keeps_cache=keeps_cache,
+            )
         self._pool = ThreadPoolExecutor(max(1, self._share.threads), thread_name_prefix="pymerge-native")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
 

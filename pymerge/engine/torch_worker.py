@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import chain
@@ -241,11 +241,6 @@ def _solve_matrices(
         else:
             merged = [action.run(run, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
     return [matrix.mT.contiguous() for matrix in merged] if in_axis == 0 else merged
-
-
-def moved(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors on a device, without their history."""
-    return [tensor.detach().to(device) for tensor in tensors]
 
 
 def _place(job: Job) -> tuple[int, int]:

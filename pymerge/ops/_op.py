@@ -143,6 +143,15 @@ def check_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike], *
             raise ArgumentError(f"{op}: {label} has dtype {tensor.dtype}; only floating point can be merged")
 
 
+def check_vectors(op: str, base: ArrayLike | None, tensors: Sequence[ArrayLike]) -> ArrayLike:
+    """The base, or the first tensor where there is none; ArgumentError unless all are floating tensors like it."""
+    like = tensors[0] if base is None and tensors else base
+    if like is None:
+        raise ArgumentError(f"{op}: no tensors were given; pass at least one")
+    check_task_tensors(op, like, tensors)
+    return like
+
+
 def check_length(op: str, label: str, values: Sequence[float], expected: int) -> None:
     """Raise ArgumentError unless there is one value for each expert."""
     if len(values) != expected:

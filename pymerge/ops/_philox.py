@@ -6,8 +6,11 @@ the same numbers.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -31,6 +34,8 @@ def uniform_words(key: int, begin: int, end: int, device: torch.device) -> Tenso
     """The 32-bit numbers of elements `begin` (a multiple of 4) to `end`, as int64: element i is word i % 4 of counter
     i // 4.
     """
+    import torch
+
     place = torch.arange(begin // 4, -(-end // 4), dtype=torch.int64, device=device)
     zero = torch.zeros_like(place)
     words = torch.stack(philox((place & _WORD, place >> 32, zero, zero), key), dim=1)

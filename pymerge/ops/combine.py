@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,10 +15,9 @@ from pymerge.ops._op import (
     check_length,
     check_out,
     check_out_dtype,
-    check_task_tensors,
+    check_vectors,
     compute_dtype,
-    into,
-    result_dtype,
+    output,
 )
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Elements that the reference works on at once: its scratch stays small however large the tensors are.
 SUM_ELEMENTS = 2**20
+# Bytes that it needs for one of them.
+_BLOCK_SCRATCH = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +48,7 @@ class Combine(Op[ArrayLike]):
 
     def check(self) -> None:
         """Raise ArgumentError unless shapes, devices and counts agree and all dtypes are floating point."""
-        first = self.tensors[0] if self.base is None and self.tensors else self.base
-        if first is None:
-            raise ArgumentError("combine: no tensors were given; pass at least one")
-        check_task_tensors("combine", first, self.tensors)
+        first = check_vectors("combine", self.base, self.tensors)
         check_length("combine", "weights", self.weights, len(self.tensors))
         if self.divisor == 0.0:
             raise ArgumentError("combine: the divisor is 0; give another number")
@@ -63,7 +62,7 @@ class Combine(Op[ArrayLike]):
 
         like = as_tensor(self.like)
         dtype = compute_dtype(like, *self.tensors)
-        merged = torch.empty(like.shape, dtype=result_dtype(self.out_dtype, like), device=like.device)
+        merged = output(self.out, like, self.out_dtype)
         flat = merged.view(-1)
         base = None if self.base is None else like.reshape(-1)
         tensors = [as_tensor(tensor).reshape(-1) for tensor in self.tensors]
@@ -76,4 +75,9 @@ class Combine(Op[ArrayLike]):
             if self.divisor != 1.0:
                 total.div_(self.divisor)
             flat[start:stop] = total if origin is None else total.add_(origin)
-        return into(self.out, merged)
+        return merged
+
+    @staticmethod
+    def scratch(shape: tuple[int, ...], experts: int, native: bool) -> int:
+        """Bytes beside inputs and result, whatever the number of experts."""
+        return 0 if native else _BLOCK_SCRATCH * min(math.prod(shape), SUM_ELEMENTS)

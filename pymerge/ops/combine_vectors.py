@@ -3,65 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.common.shapes import Axis, vector_shape
 from pymerge.errors import ArgumentError
-from pymerge.ops import task_dots
-from pymerge.ops._functions import FunctionOp
-from pymerge.ops._op import compute_dtype
-from pymerge.ops.task_dots import blocks
+from pymerge.ops._blocks import matrix_blocks
+from pymerge.ops._op import Op, check_out, check_out_dtype, check_vectors, compute_dtype, output
+from pymerge.ops.task_dots import check_axis
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
-def check(
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    weights: Tensor,
-    axis: Axis,
-    out_dtype: torch.dtype | None = None,
-) -> None:
-    """Raise ArgumentError unless the tensors agree and there is a weight for each tensor and vector."""
-    task_dots.check(base, tensors, axis)
-    rows, columns = vector_shape(tensors[0].shape, axis)
-    expected = (columns if axis == "columns" else rows, len(tensors))
-    if tuple(weights.shape) != expected:
-        raise ArgumentError(f"combine_vectors: weights have shape {tuple(weights.shape)}, expected {expected}")
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise ArgumentError(f"combine_vectors: out_dtype {out_dtype} is not floating point; choose one that is")
-
-
-def reference(
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    weights: Tensor,
-    axis: Axis,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Return sum_t w_gt W_t for each vector g, or W_0 + sum_t w_gt (W_t - W_0) when a base is given.
-
-    Args:
-        base, tensors, out_dtype: as in `combine`.
-        weights: [G, T] on the tensors' device, G the number of vectors along `axis` as in `task_dots`.
+@dataclass(frozen=True, eq=False)
+class CombineVectors(Op[ArrayLike]):
+    """sum_t w_gt W_t for each vector g, or W_0 + sum_t w_gt (W_t - W_0) when a base is given.
 
     Accumulates in float32 (float64 if any input is) in the order of `tensors`, and rounds once at the end.
     """
-    like = tensors[0] if base is None else base
-    dtype = compute_dtype(like, *tensors)
-    rows, columns = vector_shape(like.shape, axis)
-    flat = [tensor.reshape(rows, columns) for tensor in tensors]
-    origin = None if base is None else base.reshape(rows, columns)
-    merged = torch.empty(rows, columns, dtype=out_dtype or like.dtype, device=like.device)
-    factors = weights.to(dtype).T[:, None, :] if axis == "columns" else weights.to(dtype).T[:, :, None]
-    for place in blocks(rows, columns):
-        start = torch.zeros_like(merged[place], dtype=dtype) if origin is None else origin[place].to(dtype)
-        total = start.clone()
-        here = (slice(None), *((slice(None), place[1]) if axis == "columns" else (place[0],)))
-        for each, factor in zip(flat, factors[here], strict=True):
-            total.addcmul_(each[place].to(dtype) - start, factor)
-        merged[place] = total
-    return merged.reshape(like.shape)
 
+    summary = "weighted sums with weights for each row or column"
 
-OP = FunctionOp("combine_vectors", check, reference, "weighted sums with weights for each row or column")
+    base: ArrayLike | None  # W_0, any shape, or None for a plain weighted sum
+    tensors: Sequence[ArrayLike]  # T tensors W_t of the same shape; each may have its own floating dtype
+    weights: NDArray[Any]  # [G, T] float64, G the number of vectors along `axis` as in `task_dots`
+    axis: Axis
+    out_dtype: str | None = None  # code of the result's dtype; default: the base's, or the first tensor's
+    out: ArrayLike | None = None  # contiguous memory of that dtype and of the inputs' shape, for the result
+
+    def check(self) -> None:
+        """Raise ArgumentError unless the tensors agree and there is a weight for each tensor and vector."""
+        op = "combine_vectors"
+        like = check_vectors(op, self.base, self.tensors)
+        check_axis(op, self.axis)
+        rows, columns = vector_shape(like.shape, self.axis)
+        expected = (columns if self.axis == "columns" else rows, len(self.tensors))
+        if tuple(self.weights.shape) != expected:
+            raise ArgumentError(f"{op}: weights have shape {tuple(self.weights.shape)}, expected {expected}")
+        check_out_dtype(op, self.out_dtype)
+        inputs = self.tensors if self.base is None else [self.base, *self.tensors]
+        check_out(op, self.out, like, self.out_dtype, inputs)
+
+    def reference(self) -> Tensor:
+        """Sum block by block."""
+        import torch
+
+        like = as_tensor(self.like)
+        dtype = compute_dtype(self.base, *self.tensors)
+        rows, columns = vector_shape(like.shape, self.axis)
+        flat = [as_tensor(tensor).reshape(rows, columns) for tensor in self.tensors]
+        origin = None if self.base is None else like.reshape(rows, columns)
+        out = output(self.out, like, self.out_dtype)
+        merged, by_columns = out.view(rows, columns), self.axis == "columns"
+        factors = torch.from_numpy(self.weights).to(device=like.device, dtype=dtype).T
+        factors = factors[:, None, :] if by_columns else factors[:, :, None]
+        for place in matrix_blocks(rows, columns):
+            start = torch.zeros_like(merged[place], dtype=dtype) if origin is None else origin[place].to(dtype)
+            total = start.clone()
+            here = (slice(None), *((slice(None), place[1]) if by_columns else (place[0],)))
+            for each, factor in zip(flat, factors[here], strict=True):
+                total.addcmul_(each[place].to(dtype) - start, factor)
+            merged[place] = total
+        return out

@@ -1,50 +1,73 @@
-"""Counts of magnitudes by a digit of their bits: selection over a tensor that is seen part by part."""
+"""Counts of magnitudes by a digit of their bits: selection over a tensor that is seen piece by piece."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.errors import ArgumentError
-from pymerge.ops._bitmask import blocks, magnitude_keys
-from pymerge.ops._functions import FunctionOp
-from pymerge.ops._op import check_length, check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._bitmask import magnitude_keys
+from pymerge.ops._blocks import delta_blocks
+from pymerge.ops._op import Op, check_length, check_vectors
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _MOST_BITS = 16
 
 
-def check(base: Tensor, experts: Sequence[Tensor], prefixes: Sequence[int], shift: int, bits: int) -> None:
-    """Raise ArgumentError unless tensors agree, there is a prefix for each expert, and the digit is one of a key."""
-    check_task_tensors("magnitude_counts", base, experts)
-    check_length("magnitude_counts", "prefixes", prefixes, len(experts))
-    if not (0 <= bits <= _MOST_BITS and 0 <= shift <= 63 - bits):
-        raise ArgumentError(
-            f"magnitude_counts: a digit of {bits} bits from bit {shift} on; give 0 to {_MOST_BITS} of the lower 63"
-        )
+@dataclass(frozen=True, eq=False)
+class MagnitudeCounts(Op["NDArray[Any]"]):
+    """How many |tau_t| have each value of a digit: [T, 2^bits] int64, on the CPU.
+
+    A key is the magnitude's bits as an integer; the digit is (key >> shift) & (2^bits - 1). Deltas in float32 (float64
+    if an input is).
+    """
+
+    summary = "how many |tau_t| have each value of a digit of their bits"
+
+    base: ArrayLike | None  # W_0, any shape, floating point; None: the experts themselves are the vectors
+    experts: Sequence[ArrayLike]  # T tensors W_t like it
+    prefixes: Sequence[int]  # T numbers; of task t only elements whose key >> (shift + bits) is prefixes[t] count
+    shift: int  # bits of the key below the digit
+    bits: int  # of the digit; with 0 there is one value
+
+    def check(self) -> None:
+        """Raise ArgumentError unless tensors agree, each has a prefix, and the digit is one of a key."""
+        check_vectors("magnitude_counts", self.base, self.experts)
+        check_length("magnitude_counts", "prefixes", self.prefixes, len(self.experts))
+        if not (0 <= self.bits <= _MOST_BITS and 0 <= self.shift <= 63 - self.bits):
+            raise ArgumentError(
+                f"magnitude_counts: a digit of {self.bits} bits from bit {self.shift} on; "
+                f"give 0 to {_MOST_BITS} of the lower 63"
+            )
+
+    def reference(self) -> NDArray[Any]:
+        """Count block by block."""
+        import torch
+
+        shift, bins = self.shift, 1 << self.bits
+        device = as_tensor(self.experts[0]).device
+        counts = torch.zeros(len(self.experts), bins, dtype=torch.int64, device=device)
+        for t, (expert, prefix) in enumerate(zip(self.experts, self.prefixes, strict=True)):
+            for _, _, delta in delta_blocks(self.base, expert):
+                keys = magnitude_keys(delta)
+                matching = keys[(keys >> (shift + self.bits)) == prefix] >> shift
+                counts[t] += torch.bincount(matching & (bins - 1), minlength=bins)
+        found: NDArray[Any] = counts.cpu().numpy()
+        return found
 
 
-def reference(base: Tensor, experts: Sequence[Tensor], prefixes: Sequence[int], shift: int, bits: int) -> Tensor:
-    """Return how many |tau_t| have each value of a digit, [T, 2^bits] int64.
+def last_kept(counts: NDArray[Any], left: int) -> tuple[int, int, int]:
+    """Value of a digit, from the top, in which the `left`-th element is; the elements taken of it, and all of it.
 
     Args:
-        base: W_0, any shape, floating point.
-        experts: T tensors W_t like it.
-        prefixes: T numbers; of task t only elements whose key shifted right by shift + bits is prefixes[t] count.
-        shift, bits: the digit is (key >> shift) & (2^bits - 1); with 0 bits there is one value.
-
-    A key is the magnitude's bits as an integer (see `trim_threshold`). Deltas in float32 (float64 if an input is).
+        counts: how many elements have each value, int64; one task's row of the op's result.
+        left: at most their sum.
     """
-    counts = torch.zeros(len(experts), 1 << bits, dtype=torch.int64, device=base.device)
-    flat = base.reshape(-1)
-    for t, (expert, prefix) in enumerate(zip(experts, prefixes, strict=True)):
-        other, dtype = expert.reshape(-1), compute_dtype(base, expert)
-        for begin, end in blocks(base.numel()):
-            keys = magnitude_keys(task_vector(flat[begin:end], other[begin:end], None, dtype))
-            matching = keys[(keys >> (shift + bits)) == prefix] >> shift
-            counts[t] += torch.bincount(matching & ((1 << bits) - 1), minlength=1 << bits)
-    return counts
-
-
-OP = FunctionOp("magnitude_counts", check, reference, "how many |tau_t| have each value of a digit of their bits")
+    from_top = counts[::-1].cumsum()
+    place = int(from_top.searchsorted(left))
+    ties = int(counts[len(counts) - 1 - place])
+    return len(counts) - 1 - place, left - (int(from_top[place]) - ties), ties

@@ -2,65 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from pymerge.common.shapes import AXES, Axis, vector_shape
+from pymerge.common.arrays import ArrayLike, as_tensor
+from pymerge.common.shapes import AXES, BLOCK, Axis, vector_shape
 from pymerge.errors import ArgumentError
-from pymerge.ops._functions import FunctionOp
-from pymerge.ops._op import check_task_tensors, compute_dtype, one_thread
+from pymerge.ops._blocks import matrix_blocks
+from pymerge.ops._op import Op, check_vectors, compute_dtype, one_thread
 
-# Elements that are upcast to float64 at once: scratch stays small, and sums do not depend on the machine.
-BLOCK = 2**18
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-
-def check(base: Tensor | None, tensors: Sequence[Tensor], axis: Axis = "whole") -> None:
-    """Raise ArgumentError unless shapes and devices agree, all dtypes are floating point and `axis` is known."""
-    if base is None and not tensors:
-        raise ArgumentError("task_dots: no tensors were given; pass at least one")
-    check_task_tensors("task_dots", tensors[0] if base is None else base, tensors)
-    if axis not in AXES:
-        raise ArgumentError(f"task_dots: axis {axis!r} is unknown; choose one of {', '.join(AXES)}")
+# Bytes that the reference needs for an element of a block and a tensor.
+_BLOCK_SCRATCH = 24
 
 
-def reference(base: Tensor | None, tensors: Sequence[Tensor], axis: Axis = "whole") -> Tensor:
-    """Return <v_s, v_t> for every pair of tensors and every vector, [G, T, T] float64 on the tensors' device.
+@dataclass(frozen=True, eq=False)
+class TaskDots(Op["NDArray[Any]"]):
+    """<v_s, v_t> for every pair of tensors and every vector: [G, T, T] float64, on the CPU.
 
-    Args:
-        base: W_0, any shape; v_t = W_t - W_0, formed in float32 (float64 if an input is). None: v_t = W_t.
-        tensors: T tensors W_t of that shape.
-        axis: "whole": one vector, G = 1. "rows": one for each index but the last. "columns": one for each index but
-            the first, so that biases are one vector either way.
-
-    Sums run in float64 in an order that the shape decides.
+    v_t = W_t - W_0, formed in float32 (float64 if an input is), or W_t where no base is given. Sums run in float64 in
+    an order that the shape decides.
     """
-    dtype = compute_dtype(*tensors, *([] if base is None else [base]))
-    rows, columns = vector_shape(tensors[0].shape, axis)
-    along_rows = axis != "columns"
-    dots = torch.zeros(
-        rows if along_rows else columns, len(tensors), len(tensors), dtype=torch.float64, device=tensors[0].device
-    )
-    flat = [tensor.reshape(rows, columns) for tensor in tensors]
-    origin = None if base is None else base.reshape(rows, columns)
-    with one_thread():
-        for place in blocks(rows, columns):
-            taus = torch.stack([each[place].to(dtype) for each in flat])
-            if origin is not None:
-                taus -= origin[place].to(dtype)
-            taus = taus.to(torch.float64).permute((1, 0, 2) if along_rows else (2, 0, 1))
-            dots[place[0] if along_rows else place[1]] += taus @ taus.mT
-    return dots
+
+    summary = "inner products of weights or task vectors, one pass over the inputs"
+
+    base: ArrayLike | None  # W_0, any shape, or None
+    tensors: Sequence[ArrayLike]  # T tensors W_t of that shape
+    # "whole": one vector, G = 1. "rows": one for each index but the last. "columns": one for each index but the first,
+    # so that biases are one vector either way.
+    axis: Axis = "whole"
+
+    def check(self) -> None:
+        """Raise ArgumentError unless shapes and devices agree, all dtypes are floating point and `axis` is known."""
+        check_vectors("task_dots", self.base, self.tensors)
+        check_axis("task_dots", self.axis)
+
+    def reference(self) -> NDArray[Any]:
+        """Multiply block by block, each as a small matrix product."""
+        import torch
+
+        tensors = [as_tensor(tensor) for tensor in self.tensors]
+        dtype = compute_dtype(self.base, *tensors)
+        rows, columns = vector_shape(tensors[0].shape, self.axis)
+        along_rows = self.axis != "columns"
+        dots = torch.zeros(
+            rows if along_rows else columns, len(tensors), len(tensors), dtype=torch.float64, device=tensors[0].device
+        )
+        flat = [tensor.reshape(rows, columns) for tensor in tensors]
+        origin = None if self.base is None else as_tensor(self.base).reshape(rows, columns)
+        with one_thread():
+            for place in matrix_blocks(rows, columns):
+                taus = torch.stack([each[place].to(dtype) for each in flat])
+                if origin is not None:
+                    taus -= origin[place].to(dtype)
+                taus = taus.to(torch.float64).permute((1, 0, 2) if along_rows else (2, 0, 1))
+                dots[place[0] if along_rows else place[1]] += taus @ taus.mT
+        found: NDArray[Any] = dots.cpu().numpy()
+        return found
+
+    @staticmethod
+    def scratch(shape: tuple[int, ...], experts: int, native: bool) -> int:
+        """Bytes beside inputs and result, for the experts and a base."""
+        return 0 if native else _BLOCK_SCRATCH * min(math.prod(shape), BLOCK) * (experts + 1)
 
 
-def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Ranges of rows and columns that cover a matrix, of at most BLOCK elements each."""
-    width = min(max(columns, 1), BLOCK)
-    height = max(1, BLOCK // width)
-    for row in range(0, rows, height):
-        for column in range(0, columns, width):
-            yield slice(row, row + height), slice(column, column + width)
-
-
-OP = FunctionOp("task_dots", check, reference, "inner products of weights or task vectors, one pass over the inputs")
+def check_axis(op: str, axis: str) -> None:
+    """Raise ArgumentError unless `axis` is one."""
+    if axis not in AXES:
+        raise ArgumentError(f"{op}: axis {axis!r} is unknown; choose one of {', '.join(AXES)}")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-
+from pymerge.common.arrays import ArrayLike, compute_code
 from pymerge.common.shapes import exact
 from pymerge.errors import ArgumentError
-from pymerge.ops._bitmask import blocks, magnitude_keys
-from pymerge.ops._functions import FunctionOp
-from pymerge.ops._op import check_length, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops.magnitude_counts import reference as magnitude_counts
+from pymerge.ops._op import Op, check_length, check_vectors, numel_of
+from pymerge.ops.magnitude_counts import MagnitudeCounts, last_kept
+from pymerge.ops.magnitude_place import MagnitudePlace
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _DIGIT = 11  # bits
 
@@ -23,74 +24,77 @@ class Thresholds(NamedTuple):
     is below ends[t]. A key is the magnitude's bits as an integer.
     """
 
-    keys: Tensor  # [T] int64
-    ends: Tensor  # [T] int64
+    keys: NDArray[Any]  # [T] int64
+    ends: NDArray[Any]  # [T] int64
 
 
-def check(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int]) -> None:
-    """Raise ArgumentError unless tensors agree and each count is one of 0 to the number of elements."""
-    check_task_tensors("trim_threshold", base, experts)
-    check_length("trim_threshold", "counts", counts, len(experts))
-    for count in counts:
-        if not 0 <= count <= base.numel():
-            raise ArgumentError(f"trim_threshold: count {count} of {base.numel()} elements; give 0 to {base.numel()}")
-
-
-def reference(base: Tensor, experts: Sequence[Tensor], counts: Sequence[int]) -> Thresholds:
-    """Return where the k_t largest |tau_t| of each task end.
-
-    Args:
-        base: W_0, any shape, floating point.
-        experts: T tensors W_t like it.
-        counts: T numbers k_t, 0 to numel.
+@dataclass(frozen=True, eq=False)
+class TrimThreshold(Op[Thresholds]):
+    """Where the k_t largest |tau_t| of each task end.
 
     Elements of equal magnitude are taken in the order of their index, so exactly k_t are selected. NaN counts as larger
     than infinity. Where all elements at the threshold are taken, ends[t] is numel; otherwise it is the index behind the
     last one. Deltas in float32 (float64 if an input is). Radix selection from the top: no sort, and no copy of the
     task vector. Source: the trim step of TIES-Merging, arXiv 2306.01708.
     """
-    keys, ends = zip(*(_one(base, expert, count) for expert, count in zip(experts, counts, strict=True)), strict=True)
-    return Thresholds(torch.tensor(keys, device=base.device), torch.tensor(ends, device=base.device))
+
+    summary = "k-th largest |tau_t| by radix selection, ties in order of the index"
+
+    base: ArrayLike | None  # W_0, any shape, floating point; None: the experts themselves are the vectors
+    experts: Sequence[ArrayLike]  # T tensors W_t like it
+    counts: Sequence[int]  # T numbers k_t, 0 to numel
+
+    def check(self) -> None:
+        """Raise ArgumentError unless tensors agree and each count is one of 0 to the number of elements."""
+        numel = numel_of(check_vectors("trim_threshold", self.base, self.experts))
+        check_length("trim_threshold", "counts", self.counts, len(self.experts))
+        for count in self.counts:
+            if not 0 <= count <= numel:
+                raise ArgumentError(f"trim_threshold: count {count} of {numel} elements; give 0 to {numel}")
+
+    def known(self) -> tuple[Thresholds, list[int]]:
+        """Thresholds of the tasks of which nothing or everything is selected, and the numbers of the other tasks.
+
+        Those are still to be filled in.
+        """
+        import numpy as np
+
+        numel = numel_of(self.like)
+        found = [exact(numel, count) for count in self.counts]
+        keys, ends = (np.array([(each or (0, 0))[i] for each in found], np.int64) for i in (0, 1))
+        return Thresholds(keys, ends), [task for task, each in enumerate(found) if each is None]
+
+    def reference(self) -> Thresholds:
+        """Search one task after the other."""
+        thresholds, searched = self.known()
+        for task in searched:
+            found = _search(self.base, self.experts[task], self.counts[task])
+            thresholds.keys[task], thresholds.ends[task] = found
+        return thresholds
 
 
-def _one(base: Tensor, expert: Tensor, count: int) -> tuple[int, int]:
-    numel = base.numel()
-    known = exact(numel, count)
-    if known is not None:
-        return known
-    prefix, left, bits = 0, count, 63 if compute_dtype(base, expert) == torch.float64 else 31
-    ties = numel
+def check_thresholds(op: str, thresholds: Thresholds | None, tasks: int) -> None:
+    """Raise ArgumentError unless there are none, or one for each task, as TrimThreshold gives them."""
+    if thresholds is None:
+        return
+    if not len(thresholds.keys) == len(thresholds.ends) == tasks:
+        raise ArgumentError(
+            f"{op}: {len(thresholds.keys)} thresholds for {tasks} experts; "
+            "take them from trim_threshold on the same experts"
+        )
+    for numbers in thresholds:
+        if numbers.dtype != "int64" or not numbers.flags.c_contiguous:
+            raise ArgumentError(f"{op}: thresholds are {numbers.dtype}; give contiguous arrays of int64")
+
+
+def _search(base: ArrayLike | None, expert: ArrayLike, count: int) -> tuple[int, int]:
+    """Key and end of one task."""
+    prefix, left, bits = 0, count, 63 if compute_code(base, expert) == "F64" else 31
+    ties = numel = numel_of(expert)
     while bits:
         digit = min(_DIGIT, bits)
         bits -= digit
-        counts = magnitude_counts(base, [expert], [prefix], bits, digit)[0]
+        counts = MagnitudeCounts(base, [expert], [prefix], bits, digit).reference()[0]
         place, left, ties = last_kept(counts, left)
         prefix = (prefix << digit) | place
-    return prefix, numel if left == ties else behind(base, expert, prefix, left)
-
-
-def last_kept(counts: Tensor, left: int) -> tuple[int, int, int]:
-    """Value of a digit, from the top, in which the `left`-th element is; the elements taken of it, and all of it."""
-    numbers = counts.tolist()
-    place = len(numbers) - 1
-    while numbers[place] < left:
-        left -= numbers[place]
-        place -= 1
-    return place, left, numbers[place]
-
-
-def behind(base: Tensor, expert: Tensor, key: int, left: int) -> int:
-    """The index behind the `left`-th element with this key."""
-    flat, other, dtype = base.reshape(-1), expert.reshape(-1), compute_dtype(base, expert)
-    for begin, end in blocks(base.numel()):
-        keys = magnitude_keys(task_vector(flat[begin:end], other[begin:end], None, dtype))
-        found = torch.nonzero(keys == key).view(-1)
-        if len(found) >= left:
-            return begin + int(found[left - 1]) + 1
-        left -= len(found)
-    raise AssertionError("the counts are of other elements")
-
-
-OP = FunctionOp(
-    "trim_threshold", check, reference, "k-th largest |tau_t| by radix selection, ties in order of the index"
-)
+    return prefix, numel if left == ties else MagnitudePlace(base, expert, prefix, left).reference()

@@ -26,7 +26,7 @@ HELD_BYTES = 2**28
 def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
     """The steps in pieces that fit the budget. Raises PlanError, which names the smallest that would do."""
     largest = max(steps, key=lambda step: step.footprint(step.smallest).peak, default=None)
-    needed = largest.memory(largest.smallest).peak if largest else 0
+    needed = largest.footprint(largest.smallest).peak if largest else 0
     if largest and needed > budget.tensors:
         remedy = (
             "choose a larger device, give --device cpu"

@@ -1,4 +1,4 @@
-"""What is built without a GPU: no torch inside, CUDA and Triton code for every architecture."""
+"""Builds without a GPU: no torch inside, CUDA and Triton code for every architecture."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pymerge.backends.runner import load
 from pymerge.common.shapes import AXES, Axis, vector_shape
 from pymerge.ops import OPS
-from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case
+from pymerge.testing.cases import FLOATS, LAYOUTS, implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same
 
 DEVICES = [device for backend, device in implementations("task_dots") if backend == "triton"]

@@ -16,6 +16,7 @@ _FLOAT32_OPS = (
     "mix_weights",
     "trim_threshold",
     "magnitude_counts",
+    "magnitude_place",
     "magnitude_mask",
     "random_mask",
 )

@@ -1,0 +1,36 @@
+"""`trim_threshold` by one or two passes over the weights, and one more where not all equal elements are taken."""
+
+from __future__ import annotations
+
+from pymerge.backends.native._arguments import flat
+from pymerge.backends.triton._masks import base_or_zeros
+from pymerge.common.arrays import as_tensor
+from pymerge.ops.trim_threshold import Thresholds, TrimThreshold
+
+
+def compute(op: TrimThreshold, threads: int) -> Thresholds:
+    """The thresholds of all task vectors together."""
+    import torch
+
+    from pymerge import _cuda
+
+    thresholds, searched = op.known()
+    if not searched:
+        return thresholds
+    base = base_or_zeros(op.base, op.like)
+    inputs = [as_tensor(op.experts[task]).contiguous() for task in searched]
+    device, tasks = base.device, len(searched)
+    scratch = torch.zeros(_cuda.trim_threshold_scratch(tasks, base.numel()), dtype=torch.uint8, device=device)
+    found = torch.empty(2, tasks, dtype=torch.int64, device=device)
+    with torch.cuda.device(device):
+        _cuda.trim_threshold(
+            found[0].data_ptr(),
+            found[1].data_ptr(),
+            scratch.data_ptr(),
+            flat(base),
+            [flat(expert) for expert in inputs],
+            [op.counts[task] for task in searched],
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    thresholds.keys[searched], thresholds.ends[searched] = found.cpu().numpy()
+    return thresholds

@@ -1,0 +1,23 @@
+"""`magnitude_counts` in one pass over the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pymerge.backends.native._arguments import contiguous, flat, optional
+from pymerge.ops.magnitude_counts import MagnitudeCounts
+
+
+def compute(op: MagnitudeCounts, threads: int) -> NDArray[Any]:
+    """The counts."""
+    from pymerge import _C
+
+    counts = np.zeros((len(op.experts), 1 << op.bits), np.int64)
+    base = None if op.base is None else contiguous(op.base)
+    inputs = [contiguous(expert) for expert in op.experts]
+    experts, prefixes = [flat(expert) for expert in inputs], list(op.prefixes)
+    _C.magnitude_counts(counts.ctypes.data, optional(base), experts, prefixes, op.shift, op.bits, threads)
+    return counts

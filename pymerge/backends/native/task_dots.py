@@ -1,0 +1,29 @@
+"""`task_dots` in one pass over the inputs; columns are turned into rows first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pymerge.backends.native._arguments import contiguous, flat, optional
+from pymerge.common.arrays import as_tensor
+from pymerge.common.shapes import vector_shape
+from pymerge.ops.task_dots import TaskDots
+
+
+def compute(op: TaskDots, threads: int) -> NDArray[Any]:
+    """The inner products; of arrays without PyTorch, but for columns."""
+    from pymerge import _C
+
+    rows, columns = vector_shape(op.like.shape, op.axis)
+    vectors, length = (columns, rows) if op.axis == "columns" else (rows, columns)
+    dots = np.empty((vectors, len(op.tensors), len(op.tensors)))
+    base, tensors = op.base, op.tensors
+    if op.axis == "columns":
+        base = None if base is None else as_tensor(base).reshape(rows, columns).T
+        tensors = [as_tensor(tensor).reshape(rows, columns).T for tensor in tensors]
+    base, inputs = None if base is None else contiguous(base), [contiguous(tensor) for tensor in tensors]
+    _C.task_dots(dots.ctypes.data, optional(base), [flat(tensor) for tensor in inputs], vectors, length, threads)
+    return dots

@@ -1,0 +1,24 @@
+"""`trim_threshold` in four passes over the weights, without a copy of the task vectors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pymerge.backends.native._arguments import contiguous, flat, optional
+from pymerge.ops.trim_threshold import Thresholds, TrimThreshold
+
+
+def compute(op: TrimThreshold, threads: int) -> Thresholds:
+    """The thresholds."""
+    from pymerge import _C
+
+    thresholds, searched = op.known()
+    base = None if op.base is None else contiguous(op.base)
+    inputs = [contiguous(op.experts[task]) for task in searched]
+    keys, ends = np.empty(len(searched), np.int64), np.empty(len(searched), np.int64)
+    counts = [op.counts[task] for task in searched]
+    _C.trim_threshold(
+        keys.ctypes.data, ends.ctypes.data, optional(base), [flat(expert) for expert in inputs], counts, threads
+    )
+    thresholds.keys[searched], thresholds.ends[searched] = keys, ends
+    return thresholds
