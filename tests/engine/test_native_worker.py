@@ -202,7 +202,7 @@ def test_no_memory_for_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     plan = native_plan(tmp_path, "linear")
     monkeypatch.setattr("pymerge.common.arrays.map_pages", none_left)
     with pytest.raises(
-        OutOfMemoryError, match=r"^model.counter: copy runs out of memory on cpu \(.* cannot be mapped\)"
+        OutOfMemoryError, match=r"^model.counter: copy on \[2\] runs out of memory on cpu, .* \(.* cannot be mapped\)"
     ):
         run(plan, tmp_path / "out")
 
