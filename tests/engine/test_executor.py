@@ -221,7 +221,7 @@ def test_a_native_job_without_memory_is_done_alone_and_then_in_halves(
     seen = failing_above(monkeypatch, 16)
     with pytest.raises(
         OutOfMemoryError,
-        match=rf"^{LAYERS[0]}: weighted sum on \[32, 48\] runs out of memory on cpu, with nothing else",
+        match=rf"^{LAYERS[0]}: weighted sum on \[32, 48\] runs out of memory on cpu, with nothing",
     ):
         run(plan, tmp_path / "out")
     assert seen == [64, 64, 32]

@@ -219,7 +219,7 @@ def test_an_input_that_changes_after_the_plan(models: Path) -> None:
 def test_a_model_that_vanishes_after_the_plan(models: Path) -> None:
     plan = api.plan(models / "merge.yml")
     (models / "e1/model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="cannot be read .*; put it back or plan again") as caught:
+    with pytest.raises(CheckpointError, match=r"cannot be read .*; put it back or plan again") as caught:
         run(plan, models / "out")
     assert str(models / "e1/model.safetensors") in str(caught.value)
     assert not (models / "out").exists()
