@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge import wemoe
-    from pymerge.api import merge, multi, plan
+    from pymerge.api import merge, multi, plan, run
     from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
     from pymerge.engine.report import MergeReport
     from pymerge.errors import PymergeError
@@ -23,6 +23,7 @@ __all__ = [
     "merge_tensors",
     "multi",
     "plan",
+    "run",
     "wemoe",
 ]
 
@@ -35,6 +36,7 @@ _HOMES = {
     "merge_tensors": "pymerge.engine.in_memory",
     "multi": "pymerge.api",
     "plan": "pymerge.api",
+    "run": "pymerge.api",
 }
 
 

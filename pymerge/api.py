@@ -1,4 +1,4 @@
-"""The Python interface to merges of files: `merge`, `plan`, `multi`."""
+"""The Python interface to merges of files: `plan`, `run`, `merge`, `multi`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from pymerge import env
 from pymerge.checkpoint.checkpoint import Checkpoint
-from pymerge.common.devices import resolve_device
 from pymerge.common.progress import NoProgress, ProgressBar
 from pymerge.common.units import parse_bytes
 from pymerge.config.merge_config import MergeConfig, load_config
 from pymerge.config.multi import Stage, read_stages
 from pymerge.engine.report import MergeReport
-from pymerge.engine.run import run
+from pymerge.engine.run import resolve_target
+from pymerge.engine.run import run as carry_out
 from pymerge.errors import PlanError
 from pymerge.planner.advice import delta_warnings
 from pymerge.planner.budget import budget
@@ -30,17 +30,20 @@ def plan(
     config: str | Path | Mapping[str, Any] | MergeConfig,
     *,
     device: str | torch.device = "auto",
+    backend: str | None = None,
     memory: int | str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
 ) -> Plan:
-    """Plan a merge from headers; nothing is written.
+    """Plan a merge from headers; nothing is written. `run` carries the plan out, as often as one likes.
 
     A few rows are read where a method has advice on the size of the deltas (wudi with a fixed lr).
 
     Args:
         config: path of a YAML file, YAML text, or a mapping of the same form.
-        device: where the merge will compute, as in `merge`: its memory decides the sizes of the pieces.
+        device: where the merge will compute: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:N". Its memory
+            decides the sizes of the pieces.
+        backend: "auto", "reference", "native", "triton" or "cuda"; default: PYMERGE_BACKEND, or "auto".
         memory: limit for the tensors held at once, in bytes or as "8GiB"; default: three quarters of the memory that
             is available to this process. On CUDA it limits the pinned buffers, and the free memory of the device the
             tensors.
@@ -49,16 +52,47 @@ def plan(
 
     Raises:
         ConfigError, PlanError, CheckpointError: with everything that is wrong.
-        BackendError: the device cannot be used here.
+        BackendError: the device or the backend cannot be used here.
     """
-    target = resolve_device(device)
+    target = resolve_target(device, backend or env.default_backend())
     planned = build_plan(
         config if isinstance(config, MergeConfig) else load_config(config),
-        budget(target, None if memory is None else parse_bytes(memory)),
+        budget(target.device, None if memory is None else parse_bytes(memory)),
+        target,
         max_shard_bytes=parse_bytes(max_shard_size),
         dtype=dtype,
     )
     return replace(planned, warnings=(*planned.warnings, *delta_warnings(planned)))
+
+
+def run(
+    plan: Plan,
+    out: str | Path,
+    *,
+    progress: bool = True,
+    overwrite: bool = False,
+    profile: str | Path | None = None,
+) -> MergeReport:
+    """Carry out a plan: merge checkpoints on disk into the directory `out`.
+
+    Args:
+        plan: from `plan`, with its device, backend and budget; it may be carried out several times.
+        out: new or empty directory, or one that holds this very merge, finished (it is verified) or not (it goes on).
+        progress: show a progress bar on standard error.
+        overwrite: replace another merge in `out`.
+        profile: file for a trace of every read, copy, computation and write, in Chrome's trace event format.
+
+    Raises:
+        CheckpointError: an input has changed since the plan was made, among others.
+        PymergeError: another of its subclasses, see pymerge.errors. The output is then absent, or marked unfinished.
+    """
+    return carry_out(
+        plan,
+        Path(out),
+        overwrite=overwrite,
+        progress=ProgressBar("merging") if progress else NoProgress(),
+        profile=None if profile is None else Path(profile),
+    )
 
 
 def merge(
@@ -74,36 +108,20 @@ def merge(
     overwrite: bool = False,
     profile: str | Path | None = None,
 ) -> MergeReport:
-    """Merge checkpoints on disk into the directory `out`.
-
-    Args:
-        config, memory, max_shard_size, dtype: as in `plan`.
-        out: new or empty directory, or one that holds this very merge, finished (it is verified) or not (it goes on).
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:N".
-        backend: "auto", "reference", "native", "triton" or "cuda"; default: PYMERGE_BACKEND, or "auto".
-        progress: show a progress bar on standard error.
-        overwrite: replace another merge in `out`.
-        profile: file for a trace of every read, copy, computation and write, in Chrome's trace event format.
+    """Merge checkpoints on disk into the directory `out`: `plan` and `run` in one, with their arguments.
 
     Raises:
         PymergeError: one of its subclasses, see pymerge.errors. The output is then absent, or marked unfinished.
     """
-    planned = plan(config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype)
-    return run(
-        planned,
-        Path(out),
-        device=device,
-        backend=backend or env.default_backend(),
-        overwrite=overwrite,
-        progress=ProgressBar("merging") if progress else NoProgress(),
-        profile=None if profile is None else Path(profile),
-    )
+    planned = plan(config, device=device, backend=backend, memory=memory, max_shard_size=max_shard_size, dtype=dtype)
+    return run(planned, out, progress=progress, overwrite=overwrite, profile=profile)
 
 
 def plan_stages(
     stages: list[Stage],
     *,
     device: str | torch.device = "auto",
+    backend: str | None = None,
     memory: int | str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
 ) -> list[Plan]:
@@ -112,13 +130,13 @@ def plan_stages(
     Raises:
         PlanError, CheckpointError: of the first stage that cannot be done; the message begins with its name.
     """
-    target = resolve_device(device)
-    limit = budget(target, None if memory is None else parse_bytes(memory))
+    target = resolve_target(device, backend or env.default_backend())
+    limit = budget(target.device, None if memory is None else parse_bytes(memory))
     planned: dict[str, Checkpoint] = {}
     plans = []
     for stage in stages:
         try:
-            plan = build_plan(stage.config, limit, max_shard_bytes=parse_bytes(max_shard_size), planned=planned)
+            plan = build_plan(stage.config, limit, target, max_shard_bytes=parse_bytes(max_shard_size), planned=planned)
         except PlanError as error:
             raise PlanError(f"stage {stage.name or 'without name'}: {problem}" for problem in error.problems) from error
         planned[str(stage.out)] = plan.checkpoint(stage.out)
@@ -158,20 +176,11 @@ def multi(
     stages = read_stages(
         config, None if out is None else Path(out), None if intermediate_dir is None else Path(intermediate_dir)
     )
-    plan_stages(stages, device=device, memory=memory, max_shard_size=max_shard_size)
+    plans = plan_stages(stages, device=device, backend=backend, memory=memory, max_shard_size=max_shard_size)
     reports = []
-    for stage in stages:
+    for stage, planned in zip(stages, plans, strict=True):
         stage.out.parent.mkdir(parents=True, exist_ok=True)
-        reports.append(
-            merge(
-                stage.config,
-                stage.out,
-                device=device,
-                backend=backend,
-                memory=memory,
-                progress=progress,
-                max_shard_size=max_shard_size,
-                overwrite=overwrite,
-            )
-        )
+        settled = planned.settled()
+        settled = replace(settled, warnings=(*settled.warnings, *delta_warnings(settled)))
+        reports.append(run(settled, stage.out, progress=progress, overwrite=overwrite))
     return reports

@@ -7,14 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from pymerge.backends import measured
+from pymerge.common.arrays import Array
 from pymerge.common.devices import Device, check_device, resolve_device
 from pymerge.common.events import event
 from pymerge.errors import BackendError
 from pymerge.ops import OPS
 from pymerge.ops._op import Op, shape_of
+
+if TYPE_CHECKING:
+    import torch
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
@@ -147,43 +151,38 @@ def _reference(op: str, reason: str) -> Choice:
 class Runner:
     """Runs ops on one backend and device: check, choose (once for each op, dtypes and shape), compute.
 
-    Args:
-        backend, device: as in `choose`.
-        threads: of native code; None: as many as PyTorch has at each call.
+    Native code works on arrays with one thread, so that several jobs may run side by side, and on tensors with as many
+    as PyTorch has.
 
     Raises BackendError at construction if the backend or device cannot be used, ArgumentError from a call whose
     arguments do not fit together. `choices` tells what computed each op last; each reason is logged once. Calls may
     come from several threads.
     """
 
-    def __init__(self, backend: str = "auto", device: Device | str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, backend: str = "auto", device: Device | torch.device | str = "cpu") -> None:
         self.backend = backend
-        self.device = device if isinstance(device, Device) else resolve_device(device)
-        self.threads = threads
+        self.device = resolve_device(str(device))
         self.choices: dict[str, Choice] = {}
         self._by_call: dict[tuple[str, frozenset[str], tuple[int, ...]], Choice] = {}
         self._logged: set[tuple[str, str, str]] = set()
         check_backend(backend, self.device)
 
-    def __call__(self, op: Op[Result] | str, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(op, str):  # TODO: until all callers give ops
-            op = OPS[op](*args, **kwargs)
+    def __call__(self, op: Op[Result], /) -> Result:
         op.check()
-        key = (op.name, op.dtypes, shape_of(op.like))
-        choice = self._by_call.get(key)
-        if choice is None:
-            choice = self._by_call[key] = choose(op.name, self.device, key[1], self.backend, key[2])
-            self._log(choice)
-        self.choices[op.name] = choice
-        result: Result = choice.compute(op, self._threads())
+        like = op.like
+        choice = self.choice(op.name, op.dtypes, shape_of(like))
+        result: Result = choice.compute(op, 1 if isinstance(like, Array) else _tensor_threads())
         return result
 
-    def _threads(self) -> int:
-        if self.threads is not None:
-            return self.threads
-        import torch
-
-        return torch.get_num_threads()
+    def choice(self, op: str, dtypes: frozenset[str], shape: tuple[int, ...]) -> Choice:
+        """The choice for an op, noted as used."""
+        key = (op, dtypes, shape)
+        choice = self._by_call.get(key)
+        if choice is None:
+            choice = self._by_call[key] = choose(op, self.device, dtypes, self.backend, shape)
+            self._log(choice)
+        self.choices[op] = choice
+        return choice
 
     def _log(self, choice: Choice) -> None:
         said = (choice.op, choice.backend, choice.reason)
@@ -191,6 +190,12 @@ class Runner:
             self._logged.add(said)
             text = f"{choice.op}: backend {choice.backend} ({choice.reason})"
             event("backend_chosen", text, op=choice.op, backend=choice.backend, reason=choice.reason)
+
+
+def _tensor_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def describe() -> list[tuple[str, bool, str]]:

@@ -73,6 +73,11 @@ class Array:
         """Elements of another dtype and shape in the same memory, from byte `offset` on."""
         return Array(self.address + offset, dtype, shape, self.owner)
 
+    def whole(self) -> Array:
+        """All of the pages that `mapped` gave, as bytes."""
+        assert isinstance(self.owner, mmap.mmap)
+        return Array(self.address, "U8", (len(self.owner),), self.owner)
+
     def numpy(self) -> NDArray[Any]:
         """The elements as a numpy array, shared; only of dtypes that numpy has."""
         import numpy as np
@@ -112,7 +117,7 @@ def join(parts: Sequence[ArrayLike], axis: int = 0) -> ArrayLike:
         return Array.of(np.concatenate([part.numpy() for part in parts], axis))
     import torch
 
-    return torch.cat(tuple(parts), axis)
+    return torch.cat([as_tensor(part) for part in parts], axis)
 
 
 def map_pages(nbytes: int) -> mmap.mmap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor
 from pymerge.architecture.roles import Kind, Layer, classify
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_values
+from pymerge.common.arrays import as_tensor, compute_code
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
 from pymerge.common.names import nearest
+from pymerge.engine.torch_worker import merge_rows, solve
 from pymerge.errors import ArgumentError
 from pymerge.methods import get_method
+from pymerge.methods.actions import Action, Reduce, Solve
 from pymerge.methods.base import Method, Values
+from pymerge.methods.reduce import Reduction
+from pymerge.methods.rows import Rows
 from pymerge.planner import pieces
 
 
@@ -60,7 +66,8 @@ def merge_tensors(
     solvable = like.ndim in (2, 3)
     layer = Layer(Kind.LINEAR if solvable else Kind.OTHER, in_axis=in_axis, stacked=like.ndim == 3)
     merger = _Merger(method, parameters, len(experts), device or like.device, backend, with_base=base is not None)
-    return merger.merge("the tensor", layer, like, experts, _dtype(dtype))
+    tensor = merger.prepared("the tensor", layer, like, experts, _dtype(dtype))
+    return merger.finished(tensor, merger.reduced([tensor]))
 
 
 def merge_state_dicts(
@@ -98,10 +105,12 @@ def merge_state_dicts(
     layers = classify(described, {})
     where = device or next((tensor.device for tensor in base.values()), torch.device("cpu"))
     merger = _Merger(method, parameters, len(experts), where, backend)
-    return {
-        name: merger.merge(name, layers[name], tensor, [expert[name] for expert in experts], None)
+    tensors = [
+        merger.prepared(name, layers[name], tensor, [expert[name] for expert in experts], None)
         for name, tensor in base.items()
-    }
+    ]
+    states = merger.reduced(tensors)
+    return {tensor.name: merger.finished(tensor, states) for tensor in tensors}
 
 
 class _Merger:
@@ -125,13 +134,14 @@ class _Merger:
         if wrong := self._method.wrong_count([f"expert {index}" for index in range(experts)]):
             raise ArgumentError(wrong)
         self._values = _values(self._method, parameters, experts)
-        self._run_op = Runner(backend, resolve_device(device))
+        self._run = Runner(backend, resolve_device(device))
 
-    def merge(
+    def prepared(
         self, name: str, layer: Layer, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
-    ) -> Tensor:
+    ) -> _Tensor:
+        """A tensor with its action, checked; None as action stands for a buffer, which is copied."""
         if layer.kind is Kind.BUFFER:
-            return base.clone()
+            return _Tensor(name, layer, None, base, experts, base.dtype)
         for index, tensor in enumerate([base, *experts]):
             owner = "the base" if index == 0 else f"expert {index - 1}"
             check_values(f"{name}: {owner}", tensor, "repair it or leave it out")
@@ -141,26 +151,77 @@ class _Merger:
                     "all must be fine-tuned from this base"
                 )
         action = self._method.action(name, layer.solvable, self._values, len(experts))
-        device = self._run_op.device
-        moved = [tensor.detach().to(device) for tensor in experts]
-        origin, dtype = base.detach().to(device), dtype or base.dtype
-        whole = pieces.split(layer, action, tuple(base.shape), max_elements=max(1, base.numel()))
+        return _Tensor(name, layer, action, base, experts, dtype or base.dtype)
+
+    def reduced(self, tensors: Sequence[_Tensor]) -> dict[str, tuple[Reduction, int]]:
+        """For each tensor that is merged by what all tensors together tell: its state, and its first element there."""
+        groups: dict[Action, list[_Tensor]] = {}
+        for tensor in tensors:
+            if isinstance(tensor.action, Reduce) and tensor.action.scope == "model":
+                groups.setdefault(tensor.action, []).append(tensor)
+        found: dict[str, tuple[Reduction, int]] = {}
+        for action, group in groups.items():
+            assert isinstance(action, Reduce)
+            wide = [each.name for each in group if compute_code(each.base, *each.experts) == "F64"]
+            if wide:
+                raise ArgumentError(f"{wide[0]}: scope: model takes no float64; convert it, or set scope: tensor")
+            total = sum(tensor.base.numel() for tensor in group)
+            state, first = action.start((total,), len(group[0].experts)), 0
+            for tensor in group:
+                found[tensor.name] = state, first
+                first += tensor.base.numel()
+            for _ in range(state.passes):
+                for tensor in group:
+                    rows = self._rows(tensor, found[tensor.name][1])
+                    state.add(rows.first, state.map(self._run, rows))
+                state.end_pass()
+        return found
+
+    def finished(self, tensor: _Tensor, states: Mapping[str, tuple[Reduction, int]]) -> Tensor:
+        """The merged tensor, on the base's device."""
+        action, base = tensor.action, tensor.base
+        if action is None:
+            return base.clone()
         try:
-            parts = [
-                pieces.run(
-                    action,
-                    layer,
-                    self._run_op,
-                    origin[piece.start : piece.stop] if base.ndim else origin,
-                    [expert[piece.start : piece.stop] if base.ndim else expert for expert in moved],
-                    dtype,
-                )
-                for piece in whole
-            ]
+            if tensor.name in states:
+                state, first = states[tensor.name]
+                merged = as_tensor(state.merge(self._run, self._rows(tensor, first)))
+            elif isinstance(action, Solve):
+                merged = self._solved(tensor, action)
+            else:
+                merged = merge_rows(action, self._run, self._rows(tensor))
         except ArgumentError as error:
-            raise ArgumentError(f"{name}: {error}") from error
-        merged = parts[0] if len(parts) == 1 else torch.cat(parts)
+            raise ArgumentError(f"{tensor.name}: {error}") from error
         return merged.to(base.device)
+
+    def _rows(self, tensor: _Tensor, first: int = 0) -> Rows:
+        base, *experts = self._moved(tensor)
+        return Rows(base, experts, code_of(tensor.dtype), first)
+
+    def _solved(self, tensor: _Tensor, action: Solve) -> Tensor:
+        base, *experts = self._moved(tensor)
+        whole = pieces.split(tensor.layer, action, tuple(base.shape), max_elements=max(1, base.numel()))
+        code, merged = code_of(tensor.dtype), []
+        for rows in (slice(piece.start, piece.stop) for piece in whole):
+            tasks = [expert[rows] for expert in experts]
+            merged += solve(action, tensor.layer, self._run, [base[rows]], [tasks], code)
+        return merged[0] if len(merged) == 1 else torch.cat(merged)
+
+    def _moved(self, tensor: _Tensor) -> list[Tensor]:
+        device = torch.device(str(self._run.device))
+        return [each.detach().to(device) for each in (tensor.base, *tensor.experts)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Tensor:
+    """A tensor to be merged: W_0 and W_t, and the dtype of the result."""
+
+    name: str
+    layer: Layer
+    action: Action | None
+    base: Tensor
+    experts: Sequence[Tensor]
+    dtype: torch.dtype
 
 
 def _values(method: Method, parameters: Mapping[str, Any], experts: int) -> Values:

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.reader import Reader
-from pymerge.common.devices import resolve_device
-from pymerge.common.dtypes import bytes_of, upcast
+from pymerge.common.dtypes import bytes_of
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.config.merge_config import load_config
-from pymerge.engine.passes import Passes
-from pymerge.engine.run import processor
+from pymerge.engine.executor import Executor
+from pymerge.engine.run import processor, resolve_target
+from pymerge.engine.trace import Tracer
 from pymerge.errors import BackendError, CheckpointError, ConfigError, OutputError, PlanError
 from pymerge.output.files import MANIFEST_NAME
 from pymerge.output.identity import differences
 from pymerge.output.manifest import read_manifest
-from pymerge.planner.budget import Budget, budget
+from pymerge.planner.budget import budget
 from pymerge.planner.build import build_plan
-from pymerge.planner.jobs import slots
+from pymerge.planner.jobs import batches
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # What `pymerge verify` need not know: the output's division into files is checked against its manifest.
 _NOT_COMPARED = "output files"
+_DONE = ""  # no file of a plan
 
 
 @dataclass
@@ -61,10 +65,8 @@ def recheck(out: Path | str, count: int | None = None, *, progress: ProgressSink
             "all of them"
         )
     recipe = manifest["recipe"]
-    run_op = _dispatcher(out, recipe)
-    plan = _plan(out, recipe, budget(run_op.device))
-    computing = processor(plan, resolve_device(recipe["device"]), recipe["backend"])
-    now = plan.identity(recipe["backend"], recipe["device"], computing)
+    plan = _plan(out, recipe)
+    now = plan.identity(processor(plan))
     recorded = manifest["identity"]
     report = RecheckReport(
         changes=differences(
@@ -74,20 +76,11 @@ def recheck(out: Path | str, count: int | None = None, *, progress: ProgressSink
     )
     written = {name: tensor for shard in manifest["shards"].values() for name, tensor in shard["tensors"].items()}
     _compare_plan(out, plan, manifest["base"]["parameters"], written, report)
-    tensors = [steps for steps in sample(plan.steps, count) if steps[0].name in written]
-    progress = progress or NoProgress()
-    progress.start(sum(step.bytes_read for steps in tensors for step in steps))
-    try:
-        with Reader(plan.inputs.stamps) as reader:
-            for steps in tensors:
-                name = steps[0].name
-                progress.tensor(name)
-                report.tensors.append(name)
-                if _digest(steps, reader, run_op) != written[name]["sha256"]:
-                    report.problems.append(f"{out}: tensor {name}: computed again it has other bytes; merge again")
-                progress.advance(sum(step.bytes_read for step in steps))
-    finally:
-        progress.close()
+    report.tensors += [steps[0].name for steps in sample(plan.steps, count) if steps[0].name in written]
+    digests = _digests(plan, report.tensors, progress or NoProgress())
+    for name in report.tensors:
+        if digests[name] != written[name]["sha256"]:
+            report.problems.append(f"{out}: tensor {name}: computed again it has other bytes; merge again")
     return report
 
 
@@ -104,25 +97,23 @@ def sample(steps: Iterable[Step], count: int | None) -> list[list[Step]]:
     return [tensor for tensor in chain.from_iterable(rounds) if tensor is not None][:count]
 
 
-def _plan(out: Path, recipe: dict[str, Any], budget: Budget) -> Plan:
+def _plan(out: Path, recipe: dict[str, Any]) -> Plan:
+    backend, device = recipe["backend"], recipe["device"]
+    try:
+        target = resolve_target(device, backend)
+    except BackendError as error:
+        raise OutputError(
+            f"{out}: was merged on {device} with backend {backend}, which cannot be used here ({error}); verify it on "
+            "such a machine, or without --deep"
+        ) from error
     try:
         config = load_config(out / recipe["config"], directory=Path(recipe["directory"]))
-        return build_plan(config, budget, dtype=recipe["dtype"])
+        return build_plan(config, budget(target.device), target, dtype=recipe["dtype"])
     except (ConfigError, CheckpointError, PlanError) as error:
         raise OutputError(
             f"{out}: cannot be computed again, its recipe or inputs are gone or changed: {error}\n"
             f"put them back (they were named relative to {recipe['directory']}; the working directory is searched "
             "too), or verify without --deep"
-        ) from error
-
-
-def _dispatcher(out: Path, recipe: dict[str, Any]) -> Runner:
-    try:
-        return Runner(recipe["backend"], resolve_device(recipe["device"]))
-    except BackendError as error:
-        raise OutputError(
-            f"{out}: was merged on {recipe['device']} with backend {recipe['backend']}, which cannot be used here "
-            f"({error}); verify it on such a machine, or without --deep"
         ) from error
 
 
@@ -142,16 +133,48 @@ def _compare_plan(out: Path, plan: Plan, base: int, written: dict[str, Any], rep
             )
 
 
-def _digest(steps: Sequence[Step], reader: Reader, run_op: Runner) -> str:
-    """sha256 of one output tensor, computed piece after piece without anything that the engine does meanwhile."""
-    digest = hashlib.sha256()
-    passes = Passes(run_op)
-    for slot in slots(steps):
-        step, piece = slot.step, slot.piece
-        rows = (piece.start, piece.stop) if step.base.shape else ()
-        tensors = [upcast(reader.read(entry, *rows)).to(run_op.device) for entry in step.inputs]
-        base, experts = (tensors[0], tensors[1:]) if step.reads_base else (tensors[0], tensors)
-        merged = passes.run(slot, base, experts)
-        if merged is not None:
-            digest.update(bytes_of(merged.cpu().contiguous()))
-    return digest.hexdigest()
+def _digests(plan: Plan, names: Collection[str], progress: ProgressSink) -> dict[str, str]:
+    """sha256 of these output tensors, computed again by the executor."""
+    # Steps that are not asked for stand in a file that is done: they have jobs only if a reduction of the whole model
+    # must know them.
+    steps = [
+        step if step.name in names else replace(step, file=_DONE)
+        for step in plan.steps
+        if step.name in names or step.group is not None
+    ]
+    queue = batches(steps, plan.budget, {_DONE})
+    progress.start(sum(job.step.bytes_of(job.piece) for batch in queue for job in batch.jobs if job.reads))
+    sink = _Digests()
+    try:
+        with Tracer() as tracer, Reader(plan.inputs.stamps) as reader:
+            Executor(
+                queue,
+                plan.budget.tensors,
+                plan.target.threads,
+                Runner(plan.target.backend, plan.target.device),
+                reader,
+                sink,
+                tracer,
+                progress,
+                allow_nonfinite=plan.config.allow_nonfinite,
+                keeps_cache=plan.keeps_cache,
+            ).run()
+    finally:
+        progress.close()
+    return {name: sink.of(name) for name in names}
+
+
+class _Digests:
+    """Sink that hashes the bytes of each tensor."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Any] = {}
+
+    def write(self, tensor_name: str, data: Tensor | memoryview) -> None:
+        """Add the next bytes of a tensor."""
+        digest = self._found.setdefault(tensor_name, hashlib.sha256())
+        digest.update(data if isinstance(data, memoryview) else bytes_of(data.contiguous()))
+
+    def of(self, name: str) -> str:
+        """The digest of a tensor; of one without elements nothing has come."""
+        return (self._found[name] if name in self._found else hashlib.sha256()).hexdigest()

@@ -1,4 +1,4 @@
-"""Carries out a plan: opens inputs and output, runs the pipeline, publishes, reports."""
+"""Carries out a plan: opens inputs and output, runs the executor, publishes, reports."""
 
 from __future__ import annotations
 
@@ -10,32 +10,29 @@ from logging import WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from pymerge.backends import native
+from pymerge.backends.runner import Runner, check_backend
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.devices import Device, resolve_device
 from pymerge.common.events import event
 from pymerge.common.names import printable
 from pymerge.common.progress import NoProgress, ProgressSink
-from pymerge.engine import streams
+from pymerge.engine.executor import Executor
 from pymerge.engine.memory import peak_resident_bytes
 from pymerge.engine.model_card import RECIPE_NAME, model_card
 from pymerge.engine.report import MergeReport
-from pymerge.engine.streams import Streams
-from pymerge.engine.trace import Times, Tracer
+from pymerge.engine.trace import Tracer
 from pymerge.errors import OutputError
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout
 from pymerge.output.manifest import build_manifest, read_manifest
 from pymerge.output.verify import verify
-from pymerge.planner.budget import Budget, budget
-from pymerge.planner.fit import fit
 from pymerge.planner.jobs import batches
 from pymerge.planner.plan import Plan
-from pymerge.planner.steps import Step
+from pymerge.planner.workers import Target
 
 if TYPE_CHECKING:
     import torch
-
-    from pymerge.backends.runner import Runner
 
 
 class Supplement(Protocol):
@@ -71,28 +68,21 @@ class Supplement(Protocol):
         """Small files, from the layouts of all that have been written; `last` among them."""
 
 
-class Executor(Protocol):
-    """Carries out the steps of a plan: `Pipeline`, or `Streams` for weighted sums."""
-
-    def run(self) -> None:
-        """Work through all pieces. The first exception of any thread ends it."""
-
-    @property
-    def times(self) -> Times:
-        """Seconds of the leading thread so far."""
-
-    @property
-    def backends(self) -> Mapping[str, str]:
-        """Backend that computed each op."""
+def resolve_target(device: str | torch.device, backend: str) -> Target:
+    """The target of a plan on a device and backend; BackendError if one of them cannot be used here."""
+    resolved = resolve_device(device)
+    check_backend(backend, resolved)
+    return Target(resolved, backend, native.missing() is None)
 
 
-def processor(plan: Plan, device: Device, backend: str) -> str:
+def processor(plan: Plan) -> str:
     """Name of the processor, as far as the bytes of the output may depend on it.
 
-    That is the name of the GPU, or the instructions that PyTorch uses on this CPU. Files that are combined as they are
-    read give the same bytes with all instructions of an architecture.
+    That is the name of the GPU, or the instructions that PyTorch uses on this CPU. Native code on arrays gives the same
+    bytes with all instructions of an architecture.
     """
-    if streamed(plan, device, backend):
+    device = plan.target.device
+    if not plan.needs_torch:
         return platform.machine()
     import torch
 
@@ -101,18 +91,11 @@ def processor(plan: Plan, device: Device, backend: str) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def streamed(plan: Plan, device: Device, backend: str) -> bool:
-    """Whether files are combined as they are read (streams), or tensors computed (pipeline)."""
-    return streams.why_not(plan.steps, device, backend, allow_nonfinite=plan.config.allow_nonfinite) is None
-
-
 def run(
     plan: Plan,
     out: Path,
     *,
     supplement: Supplement | None = None,
-    device: str | torch.device = "auto",
-    backend: str = "auto",
     overwrite: bool = False,
     progress: ProgressSink | None = None,
     profile: Path | None = None,
@@ -124,7 +107,6 @@ def run(
         out: output directory; new, empty, or holding this very merge (unfinished: it goes on; finished: it is
             verified).
         supplement: what is made beside the merged model, under the same lock.
-        device, backend: where and with what to compute.
         overwrite: replace another merge that is there.
         progress: told about bytes and tensors; default: nobody.
         profile: file for a trace of all reads, computations and writes (see pymerge.engine.trace).
@@ -132,15 +114,16 @@ def run(
     Raises:
         OutputError, CheckpointError, BackendError: as their names say.
         NonFiniteError: an input holds NaN or infinity (and the config does not allow it), or a result overflows.
-        OutOfMemoryError: the device has less memory than the plan was told.
+        OutOfMemoryError: the machine has less memory than the plan was told.
     """
     started = time.perf_counter()
     progress = progress or NoProgress()
-    target = resolve_device(device)
-    run_op = _dispatcher(plan, target, backend)
-    _log_plan(plan, backend, target)
+    device = plan.target.device
+    runner = Runner(plan.target.backend, device)
+    _log_plan(plan)
     _refuse_inputs(plan, out)
-    identity = plan.identity(backend, str(target), processor(plan, target, backend))
+    plan.check_inputs()
+    identity = plan.identity(processor(plan))
     keeps_cache = plan.keeps_cache
     if supplement is not None:
         identity |= supplement.identity
@@ -148,9 +131,9 @@ def run(
     manifest = read_manifest(out)
     if manifest is not None and manifest["identity"] == identity and not overwrite:
         return _verified(plan, out, started, progress)
-    _peak_device_memory(target, reset=True)
+    _peak_device_memory(device, reset=True)
     with (
-        Tracer(profile, nvtx=target.type == "cuda") as tracer,
+        Tracer(profile, nvtx=device.type == "cuda") as tracer,
         OutputDirectory(
             out,
             plan.layouts,
@@ -166,23 +149,24 @@ def run(
         resumed = len(kept)
         if resumed:
             event("resumed", f"kept {resumed} finished shards of an interrupted run", shards=sorted(kept))
-        unfinished = [step for step in plan.steps if step.file not in kept]
-        allowed, steps = _budgeted(plan, unfinished, target)
-        read = sum(step.bytes_read for step in steps)
-        written = sum(step.nbytes for step in steps)
+        queue = batches(plan.steps, plan.budget, kept)
+        read = sum(job.step.bytes_of(job.piece) for batch in queue for job in batch.jobs if job.reads)
+        written = sum(job.step.bytes_made(job.piece) for batch in queue for job in batch.jobs if job.merges)
         if supplement is not None:
             read += supplement.cost(kept)[0]
         progress.start(read + written + (supplement.cost(kept)[1] if supplement else 0))
-        executor: Executor
-        options = {"allow_nonfinite": plan.config.allow_nonfinite, "keeps_cache": keeps_cache}
-        if run_op is None:
-            limit = min(allowed.tensors, plan.peak_memory)
-            executor = Streams(steps, limit, reader, output, tracer, progress, **options)
-        else:
-            from pymerge.engine.pipeline import Pipeline
-
-            queue = batches(steps, allowed)
-            executor = Pipeline(queue, allowed.tensors, run_op, reader, output, tracer, progress, **options)
+        executor = Executor(
+            queue,
+            plan.budget.tensors,
+            plan.target.threads,
+            runner,
+            reader,
+            output,
+            tracer,
+            progress,
+            allow_nonfinite=plan.config.allow_nonfinite,
+            keeps_cache=keeps_cache,
+        )
         try:
             executor.run()
             if supplement is not None:
@@ -191,7 +175,7 @@ def run(
             progress.close()
         beside = [layout for layout in output.beside if layout.file not in kept]
         written += sum(tensor.nbytes for layout in beside for tensor in layout.tensors)
-        _publish(plan, output, supplement, backend, target)
+        _publish(plan, output, supplement)
     report = MergeReport(
         output=out,
         tensors=plan.tensors,
@@ -204,24 +188,15 @@ def run(
         writing=executor.times.writing,
         overlap=tracer.overlap,
         slowest=tracer.slowest(),
-        budget=allowed.tensors,
+        budget=plan.budget.tensors,
         peak_memory=peak_resident_bytes(),
-        peak_device_memory=_peak_device_memory(target),
+        peak_device_memory=_peak_device_memory(device),
         backends=executor.backends,
         warnings=plan.warnings,
         resumed_shards=resumed,
     )
     event("finished", report.lines()[0], **asdict(report))
     return report
-
-
-def _dispatcher(plan: Plan, device: Device, backend: str) -> Runner | None:
-    """Runner of ops, where tensors are computed; None where files are combined as they are read."""
-    if streamed(plan, device, backend):
-        return None
-    from pymerge.backends.runner import Runner
-
-    return Runner(backend, device)
 
 
 def _peak_device_memory(device: Device, *, reset: bool = False) -> int:
@@ -235,19 +210,11 @@ def _peak_device_memory(device: Device, *, reset: bool = False) -> int:
     return torch.cuda.max_memory_allocated(str(device))
 
 
-def _log_plan(plan: Plan, backend: str, device: Device) -> None:
+def _log_plan(plan: Plan) -> None:
     text = f"{plan.method.name}: {len(plan.steps)} tensors, {plan.bytes_read} bytes to read"
-    event("plan", text, **plan.summary(), backend=backend, device=str(device))
+    event("plan", text, **plan.summary(), backend=plan.target.backend, device=str(plan.target.device))
     for warning in plan.warnings:
         event("warning", warning, level=WARNING)
-
-
-def _budgeted(plan: Plan, steps: Sequence[Step], target: Device) -> tuple[Budget, Sequence[Step]]:
-    """The plan's budget and steps; made again if the plan was made for another kind of device."""
-    if plan.budget.device == target.type:
-        return plan.budget, steps
-    allowed = budget(target)
-    return allowed, fit(steps, allowed)
 
 
 def _refuse_inputs(plan: Plan, out: Path) -> None:
@@ -259,7 +226,7 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
             raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
 
 
-def _publish(plan: Plan, output: OutputDirectory, supplement: Supplement | None, backend: str, device: Device) -> None:
+def _publish(plan: Plan, output: OutputDirectory, supplement: Supplement | None) -> None:
     """Put everything beside the weights in place, and make the output visible."""
     donor = plan.inputs.donor
     files: dict[str, bytes | Path] = {path.as_posix(): donor.path / path for path in donor.other_files}
@@ -281,8 +248,8 @@ def _publish(plan: Plan, output: OutputDirectory, supplement: Supplement | None,
             "config": RECIPE_NAME,
             "directory": printable(plan.config.directory or Path.cwd()),
             "dtype": plan.dtype,
-            "backend": backend,
-            "device": str(device),
+            "backend": plan.target.backend,
+            "device": str(plan.target.device),
         },
         base_parameters=plan.base_parameters,
         beside=output.beside,

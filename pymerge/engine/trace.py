@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 
 from pymerge.common.events import event
 from pymerge.errors import OutputError
-from pymerge.planner.jobs import Slot
+from pymerge.planner.jobs import Job
 
 # Reading and writing files is what the pipeline hides behind computing. A copy moves a tensor to or from a CUDA device,
 # inside a read or a write. Steps are those of the computing thread, which waits or computes in them.
@@ -175,15 +175,15 @@ class StepLog:
     def __init__(self) -> None:
         self._began: dict[str, float] = {}  # of the steps that are being carried out
 
-    def begins(self, slot: Slot) -> None:
-        if slot.starts_step:
-            name = slot.step.name
+    def begins(self, job: Job) -> None:
+        if job.starts_step:
+            name = job.step.name
             self._began[name] = time.perf_counter()
-            event("step_started", name, level=DEBUG, tensor=name, action=slot.step.action.label)
+            event("step_started", name, level=DEBUG, tensor=name, action=job.step.action.label)
 
-    def ends(self, slot: Slot) -> None:
-        step = slot.step
-        if slot.ends_step:
+    def ends(self, job: Job) -> None:
+        step = job.step
+        if job.ends_step:
             size = {"bytes_read": step.bytes_read, "bytes_written": step.nbytes}
             seconds = time.perf_counter() - self._began.pop(step.name)
             event("step_finished", step.name, level=DEBUG, tensor=step.name, seconds=seconds, **size)

@@ -22,7 +22,7 @@ from pymerge.common.dtypes import torch_dtype
 from pymerge.engine.buffers import Buffers
 from pymerge.engine.trace import Tracer
 from pymerge.planner.fit import staging_bytes
-from pymerge.planner.jobs import Slot
+from pymerge.planner.jobs import Job
 from pymerge.planner.pieces import Piece
 
 # Bytes of memory on the CPU that may wait for a tensor of its size, while others are mapped.
@@ -138,7 +138,7 @@ class CudaTransfer:
         event.synchronize()
 
 
-def transfer_to(device: torch.device, queue: Sequence[Slot], tracer: Tracer, limit: int) -> Transfer:
+def transfer_to(device: torch.device, queue: Sequence[Job], tracer: Tracer, limit: int) -> Transfer:
     """The transfer for a device and the pieces that will be moved, with tensors of `limit` bytes in memory."""
     if device.type == "cuda":
         return CudaTransfer(device, staging_bytes(queue), tracer)

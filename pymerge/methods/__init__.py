@@ -33,11 +33,11 @@ _HOMES = {
     "multislerp": "slerp",
     "karcher": "slerp",
     "model_stock": "model_stock",
-    "sce": "elementwise",
-    "nearswap": "elementwise",
-    "ram": "elementwise",
-    "ramplus_tl": "elementwise",
-    "arcee_fusion": "elementwise",
+    "sce": "sce",
+    "nearswap": "nearswap",
+    "ram": "ram",
+    "ramplus_tl": "ram",
+    "arcee_fusion": "arcee_fusion",
     "passthrough": "linear",
 }
 

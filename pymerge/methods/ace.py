@@ -11,9 +11,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from pymerge.common.arrays import as_tensor
+from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError
-from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
-from pymerge.methods.linear import mean_of_tasks
+from pymerge.methods.actions import Action, Run, Solve, mean_of_tasks
+from pymerge.methods.base import Parameter, Values
+from pymerge.methods.rows import Rows
 from pymerge.methods.solver import (
     PRECISION,
     SHARED_PARAMETERS,
@@ -22,7 +25,12 @@ from pymerge.methods.solver import (
     add_to_base,
     not_a_number,
 )
-from pymerge.ops.task_stats import TaskStats
+from pymerge.ops.normal_equations import NormalEquations
+from pymerge.ops.spd_solve import SpdSolve
+from pymerge.ops.spectral_refine import SpectralRefine
+from pymerge.ops.task_gram import TaskGram
+from pymerge.ops.task_stats import Stats, TaskStats
+from pymerge.ops.task_sum import TaskSum
 
 # Keeps logarithms and divisions of the released code finite. It belongs to the released numbers.
 _TINY = 1e-12
@@ -51,7 +59,7 @@ def heterogeneity(norms: Sequence[float], variant: Variant) -> float:
 
 
 @dataclass(frozen=True)
-class SolveAce(Action):
+class SolveAce(Solve):
     """Closed-form merge with covariances Sig_t of the centred deltas C_t = tau_t - 1 mu_t^T; returns W_0 + scale * X.
 
     X = (sum_t C_t (Sig_t + e_t I)) (sum_t (Sig_t + e_t I) + 1 c)^-1. With heterogeneous tasks (gamma above the
@@ -67,10 +75,8 @@ class SolveAce(Action):
     precision: Precision
     label: ClassVar[str] = "ace"
 
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        stats = run_op("task_stats", base, experts)
+    def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
+        stats = run(TaskStats(base, experts))
         norms, traces = stats.norms.tolist(), stats.traces.tolist()
         if not all(map(math.isfinite, norms)):
             return not_a_number(base, out_dtype)
@@ -80,20 +86,20 @@ class SolveAce(Action):
             t for t, norm in enumerate(norms) if norm > 0 and not (heterogeneous and traces[t] <= _NO_COVARIANCE * norm)
         ]
         if not kept:
-            return mean_of_tasks(len(experts)).run(run_op, base, experts, out_dtype)
+            return as_tensor(run(mean_of_tasks(len(experts)).op(Rows(base, experts, out_dtype))))
         experts = [experts[t] for t in kept]
-        stats = TaskStats(stats.norms[kept], stats.traces[kept], stats.means[kept])
+        stats = Stats(stats.norms[kept], stats.traces[kept], stats.means[kept])
 
         double = self.precision == "float64" or base.dtype == torch.float64
         # The refinement amplifies errors by the inverse of the gap between two singular values.
         if self.precision == "auto" and not double:
-            double = heterogeneous or self.needs_double(run_op, base, experts, stats)
-        X, condition = self.merged_delta(run_op, base, experts, stats, heterogeneous, double)
+            double = heterogeneous or self.needs_double(run, base, experts, stats)
+        X, condition = self.merged_delta(run, base, experts, stats, heterogeneous, double)
         if self.precision == "auto" and not double and condition > _FLOAT32_CONDITION:
-            X, _ = self.merged_delta(run_op, base, experts, stats, heterogeneous, True)
+            X, _ = self.merged_delta(run, base, experts, stats, heterogeneous, True)
         return add_to_base(base, X, self.scale, out_dtype)
 
-    def needs_double(self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], stats: TaskStats) -> bool:
+    def needs_double(self, run: Run, base: Tensor, experts: Sequence[Tensor], stats: Stats) -> bool:
         """Whether the system (of tasks that are not heterogeneous) is likely too ill conditioned for float32.
 
         No eigenvalue of a covariance exceeds its trace, which settles it for large ridges. Else one task's system
@@ -104,10 +110,10 @@ class SolveAce(Action):
         if sum(traces) + ridge <= _FLOAT32_CONDITION * ridge:
             return False
         largest = max(range(len(traces)), key=traces.__getitem__)
-        system = run_op("task_gram", base, [experts[largest]], [1.0], means=stats.means[largest : largest + 1])
+        system = run(TaskGram(base, [experts[largest]], [1.0], stats.means[largest : largest + 1]))
         system.diagonal().add_(self.eps)
         try:
-            condition = run_op("spd_solve", system, system.new_empty(0, len(system))).condition
+            condition = run(SpdSolve(system, system.new_empty(0, len(system)))).condition
         except ArgumentError:  # not positive definite after rounding
             return True
         return bool(condition > _FLOAT32_CONDITION)
@@ -120,67 +126,68 @@ class SolveAce(Action):
 
     def merged_delta(
         self,
-        run_op: OpRunner,
+        run: Run,
         base: Tensor,
         experts: Sequence[Tensor],
-        stats: TaskStats,
+        stats: Stats,
         heterogeneous: bool,
         double: bool,
     ) -> tuple[Tensor, float]:
         """Return X (d_out x d_in, float64 if `double` else float32) and the condition number of the system."""
-        dtype = torch.float64 if double else torch.float32
+        dtype = "F64" if double else "F32"
         released = self.variant == "released"
         tiny = _TINY if released else 0.0
         weights = [1.0 / (p + tiny) if heterogeneous else 1.0 for p in stats.traces.tolist()]
         ridges = [self.eps * weight for weight in weights]
 
         ones = [1.0] * len(experts)
-        system, numerator = run_op(
-            "normal_equations", base, experts, weights, means=stats.means, ridges=ridges, dtype=dtype
-        )
+        system, numerator = run(NormalEquations(base, experts, weights, stats.means, None, dtype, ridges))
         prior = (system.sum(dim=0) - sum(ridges)) / system.shape[0]
         if heterogeneous and released:  # not in the paper
             prior = prior / (float(stats.norms.mean()) + _TINY)
-        row = None if released and not heterogeneous else self.mean_row(run_op, base, experts, stats, weights, dtype)
+        row = None if released and not heterogeneous else self.mean_row(run, base, experts, stats, weights, dtype)
         right = numerator
         if not released and row is not None:  # the released numerator has the centred deltas; the paper's, the deltas
-            right = numerator + (row + stats.means.new_tensor(ridges, dtype=dtype) @ stats.means.to(dtype))
-        X, condition = run_op("spd_solve", system, right, prior)
-        if not heterogeneous:
-            return X, condition
+            right = numerator + (row + row.new_tensor(ridges) @ stats.means.to(row.dtype))
+        X, condition = run(SpdSolve(system, right, prior))
+        if row is None or not heterogeneous:
+            return X, float(condition)
 
         average = system / len(experts)
         if not released:  # the paper's has no ridge in it
             average.diagonal().sub_(sum(ridges) / len(experts))
         residual = numerator + row
-        residual -= run_op("task_sum", base, experts, ridges, means=stats.means, dtype=dtype)
-        residual.addmm_(run_op("task_sum", base, experts, ones, dtype=dtype), average, alpha=-1.0)
+        residual -= run(TaskSum(base, experts, ridges, stats.means, dtype))
+        residual.addmm_(run(TaskSum(base, experts, ones, dtype=dtype)), average, alpha=-1.0)
         k = max(1, int(min(base.shape) * self.k_frac))
-        return run_op("spectral_refine", X, residual, k), condition
+        return run(SpectralRefine(X, residual, k)), float(condition)
 
     @staticmethod
     def mean_row(
-        run_op: OpRunner,
+        run: Run,
         base: Tensor,
         experts: Sequence[Tensor],
-        stats: TaskStats,
+        stats: Stats,
         weights: Sequence[float],
-        dtype: torch.dtype,
+        dtype: str,
     ) -> Tensor:
         """sum_t mu_t^T Sig_t, a row of d_in: what the column means add to sum_t tau_t Sig_t beyond C_t Sig_t."""
-        row = torch.zeros(base.shape[1], dtype=dtype, device=base.device)
+        row = torch.zeros(base.shape[1], dtype=torch_dtype(dtype), device=base.device)
         for t, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-            centred = run_op("task_sum", base, [expert], [1.0], means=stats.means[t : t + 1], dtype=dtype)
-            row.add_((centred @ stats.means[t].to(dtype)) @ centred, alpha=weight)
+            centred = run(TaskSum(base, [expert], [1.0], stats.means[t : t + 1], dtype))
+            row.add_((centred @ stats.means[t].to(centred.dtype)) @ centred, alpha=weight)
         return row
 
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
         product = 2 * rows * columns**2
-        flops = experts * 2 * product + columns**3 // 3 + 2 * product
+        return experts * 2 * product + columns**3 // 3 + 2 * product
+
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        rows, columns = shape
         # Covariance, system, factor, one task's Gram, and for the refinement eigenvectors and LAPACK's work; numerator,
         # solution, total, residual and four temporaries, in float64 at worst.
-        return Cost(flops, 8 * (6 * columns**2 + 8 * rows * columns))
+        return 8 * (6 * columns**2 + 8 * rows * columns)
 
 
 class Ace(SolverMethod):

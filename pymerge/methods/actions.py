@@ -103,11 +103,17 @@ class Reduce(Action):
     the tensor is in memory or is read again for each pass.
     """
 
-    scope: Scope = "tensor"
+    @property
+    def scope(self) -> Scope:
+        """What one reduction is about: a tensor, or all tensors of the model that have this very action."""
+        return "tensor"
 
     @abstractmethod
     def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
-        """The state of a merge of one tensor of this shape, before its first pass."""
+        """The state of a merge of one tensor of this shape, before its first pass.
+
+        With the scope "model" the tensors are one vector, in their order, of shape (their elements together,).
+        """
 
     @abstractmethod
     def passes(self, shape: tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pymerge.common.arrays import ArrayLike, join
 from pymerge.common.shapes import row_bytes
-from pymerge.methods.actions import Reduce, Run
+from pymerge.methods.actions import Reduce, Run, Scope
 from pymerge.methods.reduce import Reduction, ranges
 from pymerge.methods.rows import Rows
 from pymerge.methods.selection import BYTES_OF_PIECE, SCRATCH_BYTES, Magnitudes, Selection, passes_to_select
@@ -105,6 +105,7 @@ class KeepMagnitudes(MergeSparse):
     density: tuple[float, ...]
     outliers: bool
     zeroes_small: bool
+    scope: Scope = "tensor"
     label: ClassVar[str] = "keep magnitudes"
 
     def ranks(self, numel: int) -> list[tuple[int, int]]:
@@ -128,7 +129,8 @@ class KeepMagnitudes(MergeSparse):
 
     def _passes_to_select(self, shape: tuple[int, ...]) -> int:
         numel = math.prod(shape)
-        return passes_to_select(numel, [rank for ranks in self.ranks(numel) for rank in ranks])
+        ranks = [rank for ranks in self.ranks(numel) for rank in ranks]
+        return passes_to_select(numel, ranks, frugal=self.scope == "model")
 
     @property
     def _selections(self) -> int:
@@ -137,7 +139,8 @@ class KeepMagnitudes(MergeSparse):
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         selecting = 0
         if self._passes_to_select(shape):
-            selecting = self._selections * experts * (len(ranges(shape)) * BYTES_OF_PIECE + SCRATCH_BYTES)
+            pieces = 0 if self.scope == "model" else len(ranges(shape)) * BYTES_OF_PIECE
+            selecting = self._selections * experts * (pieces + SCRATCH_BYTES)
         return selecting + super().kept_bytes(shape, experts)
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
@@ -152,8 +155,9 @@ class Selecting(Sparsifying):
         super().__init__(action, shape)
         numel = math.prod(shape)
         begins, ends = zip(*action.ranks(numel), strict=True)
-        self._kept = Selection(numel, ends)
-        self._dropped = Selection(numel, begins) if any(begins) else None
+        frugal = action.scope == "model"
+        self._kept = Selection(numel, ends, frugal=frugal)
+        self._dropped = Selection(numel, begins, frugal=frugal) if any(begins) else None
         self._selections = [each for each in (self._kept, self._dropped) if each is not None]
         self._to_select = self.passes - action.rescale
 

@@ -31,9 +31,9 @@ def digits(key_bits: int = 31) -> list[int]:
     return [_DIGIT] * (key_bits // _DIGIT) + [key_bits % _DIGIT]
 
 
-def passes_to_select(numel: int, counts: Sequence[int]) -> int:
+def passes_to_select(numel: int, counts: Sequence[int], *, frugal: bool = False) -> int:
     """How many passes over all pieces a `Selection` needs."""
-    return 0 if all(exact(numel, count) is not None for count in counts) else len(digits())
+    return 0 if all(exact(numel, count) is not None for count in counts) else len(digits()) + frugal
 
 
 class Magnitudes:
@@ -68,9 +68,19 @@ class Selection:
             found.
         keys_only: nothing is selected, the key of the last element is wanted, even if that is the least of all.
         bits: of the keys.
+        frugal: count in a pass of its own how many elements of each piece have the last key, so that a piece costs
+            4 bytes a task, not `BYTES_OF_PIECE`.
     """
 
-    def __init__(self, numel: int, counts: Sequence[int | None], *, keys_only: bool = False, bits: int = 31) -> None:
+    def __init__(
+        self,
+        numel: int,
+        counts: Sequence[int | None],
+        *,
+        keys_only: bool = False,
+        bits: int = 31,
+        frugal: bool = False,
+    ) -> None:
         known = [None if count is None or keys_only else exact(numel, count) for count in counts]
         self._numel = numel
         self._keys_only = keys_only
@@ -80,7 +90,7 @@ class Selection:
         self._open = [task for task, found in enumerate(known) if found is None]
         # To be taken of those that start as the key does.
         self._left = {task: counts[task] or 0 for task in self._open}
-        self._digits = digits(bits)
+        self._digits = [*digits(bits), 0] if frugal else digits(bits)
         self._total: NDArray[Any] | None = None
         self._of_pieces: list[tuple[int, NDArray[Any]]] = []  # number of the first element, counts of the last digit
         self._ties: dict[int, dict[int, tuple[int, int]]] = {}  # by task and first element: how many are taken, of all

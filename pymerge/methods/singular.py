@@ -4,53 +4,60 @@ singular values equal."""
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
+from pymerge.methods.actions import Action, Run, Solve
+from pymerge.methods.base import Parameter, Values
 from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, add_to_base, not_a_number
+from pymerge.ops._op import Op
+from pymerge.ops.isotropic import Isotropic
+from pymerge.ops.singular_sum import SingularSum
+from pymerge.ops.task_stats import TaskStats
 
 
 @dataclass(frozen=True)
-class SolveSingular(Action):
-    """W_0 + scale * X with X of the op `label`, which runs in float64."""
+class SolveSingular(Solve):
+    """W_0 + scale * X with X of an op that runs in float64."""
 
     scale: float
-    label: ClassVar[str]
 
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        norms = run_op("task_stats", base, experts).norms.tolist()
+    @abstractmethod
+    def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
+        """The op that gives X."""
+
+    def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
+        norms = run(TaskStats(base, experts)).norms.tolist()
         if not all(map(math.isfinite, norms)):
             return not_a_number(base, out_dtype)
-        X = run_op(self.label, base, experts, *self.arguments())
-        return add_to_base(base, X, self.scale, out_dtype)
-
-    def arguments(self) -> tuple[Any, ...]:
-        """What the op takes beside the weights."""
-        return ()
+        return add_to_base(base, run(self.op(base, experts)), self.scale, out_dtype)
 
     def decompositions(self, experts: int) -> int:
         """How many are made, of matrices of the smaller side."""
         return experts + 2
 
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
         small, large = sorted(shape)
         # A Gram matrix, its eigenvectors and the other side's vectors; an SVD where the Gram cannot resolve them.
-        flops = self.decompositions(experts) * (4 * small**2 * large + 9 * small**3)
+        return self.decompositions(experts) * (4 * small**2 * large + 9 * small**3)
+
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        small, large = sorted(shape)
         # In float64: all task vectors, the vectors of both sides twice, and LAPACK's work.
-        return Cost(flops, 8 * ((experts + 5) * small * large + 8 * small**2))
+        return 8 * ((experts + 5) * small * large + 8 * small**2)
 
 
 class SumOrthogonal(SolveSingular):
     """TSV-M."""
 
-    label = "singular_sum"
+    label: ClassVar[str] = "singular_sum"
+
+    def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
+        return SingularSum(base, experts)
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,10 @@ class MakeIsotropic(SolveSingular):
     """Iso-C, and Iso-CTS for a common space of less than all."""
 
     common: float
-    label = "isotropic"
+    label: ClassVar[str] = "isotropic"
 
-    def arguments(self) -> tuple[Any, ...]:
-        return (self.common,)
+    def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
+        return Isotropic(base, experts, self.common)
 
     def decompositions(self, experts: int) -> int:
         return 1 if self.common == 1 else experts + 3

@@ -13,9 +13,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pymerge.methods.base import Action, Method, OpRunner, Parameter, Values
-from pymerge.methods.linear import Copy, mean_of_tasks
-from pymerge.ops._op import compute_dtype
+from pymerge.common.arrays import compute_code
+from pymerge.common.dtypes import torch_dtype
+from pymerge.methods.actions import Action, Run, Solve, copy, mean_of_tasks
+from pymerge.methods.base import Method, Parameter, Values
+from pymerge.ops.normal_equations import NormalEquations
+from pymerge.ops.task_stats import TaskStats
+from pymerge.ops.task_sum import TaskSum
 
 Precision = Literal["auto", "float32", "float64"]
 
@@ -50,7 +54,7 @@ class SolverMethod(Method):
         excluded = any(re.search(pattern, name) for pattern in values.merge["exclude"])
         if solvable and not excluded:
             return self.solve(values)
-        return Copy() if values.merge["rest"] == "base" else mean_of_tasks(experts)
+        return copy() if values.merge["rest"] == "base" else mean_of_tasks(experts)
 
 
 class Equations(NamedTuple):
@@ -63,7 +67,7 @@ class Equations(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SolveInterference(Action):
+class SolveInterference(Solve):
     """W_0 + scale * (X_0 + D): X_0 = sum_t tau_t, and a displacement D that lowers WUDI's interference loss
     L(X) = sum_t ||(X - tau_t) tau_t^T||_F^2 / n_t.
 
@@ -73,42 +77,37 @@ class SolveInterference(Action):
     scale: float
     precision: Precision
 
-    def run(
-        self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        return self.run_batch(run_op, [base], [experts], out_dtype)[0]
+    def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
+        return self.merge_layers(run, [base], [experts], out_dtype)[0]
 
-    def run_batch(
-        self,
-        run_op: OpRunner,
-        bases: Sequence[Tensor],
-        experts: Sequence[Sequence[Tensor]],
-        out_dtype: torch.dtype | None = None,
+    def merge_layers(
+        self, run: Run, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str
     ) -> list[Tensor]:
+        """The merged matrices of L layers of one shape, their displacements found together."""
         merged: dict[int, Tensor] = {}
         systems: dict[int, Equations] = {}
         for layer, (base, tasks) in enumerate(zip(bases, experts, strict=True)):
-            norms = run_op("task_stats", base, tasks).norms.tolist()
+            norms = run(TaskStats(base, tasks)).norms.tolist()
             if not all(map(math.isfinite, norms)):
                 merged[layer] = not_a_number(base, out_dtype)
             elif not any(norms):
-                merged[layer] = base.to(out_dtype or base.dtype)
+                merged[layer] = base.to(torch_dtype(out_dtype))
             else:
-                systems[layer] = self.equations(run_op, base, tasks, norms)
-        displacements = self.displacements(run_op, list(systems.values()))
+                systems[layer] = self.equations(run, base, tasks, norms)
+        displacements = self.displacements(run, list(systems.values()))
         for (layer, system), D in zip(systems.items(), displacements, strict=True):
             merged[layer] = add_to_base(bases[layer], system.X.add_(D), self.scale, out_dtype)
         return [merged[layer] for layer in range(len(bases))]
 
-    def equations(self, run_op: OpRunner, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Equations:
+    def equations(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Equations:
         """The equations of a layer whose tasks have the squared norms n_t, finite and not all 0."""
         weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
-        dtype = torch.float64 if self.precision == "float64" else compute_dtype(base, *experts)
+        dtype = "F64" if self.precision == "float64" else compute_code(base, *experts)
         automatic = self.precision == "auto"
-        products = torch.float64 if automatic and self.forms_in_double() else dtype
-        steps = torch.float64 if automatic and self.solves_in_double() else dtype
-        X: Tensor = run_op("task_sum", base, experts, [1.0] * len(experts), dtype=products)
-        A, B = run_op("normal_equations", base, experts, weights, origin=X, dtype=products)
+        products = "F64" if automatic and self.forms_in_double() else dtype
+        steps = torch_dtype("F64" if automatic and self.solves_in_double() else dtype)
+        X = run(TaskSum(base, experts, [1.0] * len(experts), dtype=products))
+        A, B = run(NormalEquations(base, experts, weights, origin=X, dtype=products))
         touched = [norm / base.numel() for norm in norms if norm > 0]
         return Equations(X, A.to(steps), B.to(steps), math.sqrt(statistics.fmean(touched)))
 
@@ -120,22 +119,22 @@ class SolveInterference(Action):
         """Whether going on in float32 from there would."""
         return self.forms_in_double()
 
-    def displacements(self, run_op: OpRunner, systems: Sequence[Equations]) -> Sequence[Tensor]:
+    def displacements(self, run: Run, systems: Sequence[Equations]) -> Sequence[Tensor]:
         """D of each layer."""
-        return [self.displacement(run_op, system) for system in systems]
+        return [self.displacement(run, system) for system in systems]
 
     @abstractmethod
-    def displacement(self, run_op: OpRunner, system: Equations) -> Tensor:
+    def displacement(self, run: Run, system: Equations) -> Tensor:
         """D of one layer, d_out x d_in."""
 
 
-def not_a_number(base: Tensor, out_dtype: torch.dtype | None) -> Tensor:
-    """What solving gives where non-finite inputs are allowed: every element depends on every input."""
-    return torch.full_like(base, math.nan, dtype=out_dtype or base.dtype)
+def not_a_number(base: Tensor, out_dtype: str) -> Tensor:
+    """NaN of the base's shape: where non-finite inputs are allowed, every element depends on every input."""
+    return torch.full_like(base, math.nan, dtype=torch_dtype(out_dtype))
 
 
-def add_to_base(base: Tensor, X: Tensor, scale: float, out_dtype: torch.dtype | None) -> Tensor:
+def add_to_base(base: Tensor, X: Tensor, scale: float, out_dtype: str) -> Tensor:
     """W_0 + scale * X, added in the wider of X's and the output's dtype, rounded once."""
-    out_dtype = out_dtype or base.dtype
-    wide = torch.promote_types(X.dtype, out_dtype)
-    return base.to(wide).add(X.to(wide), alpha=scale).to(out_dtype)
+    dtype = torch_dtype(out_dtype)
+    wide = torch.promote_types(X.dtype, dtype)
+    return base.to(wide).add(X.to(wide), alpha=scale).to(dtype)

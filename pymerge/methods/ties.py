@@ -89,7 +89,8 @@ class SparseMethod(Method):
             return add_task_vectors([scale * weight for weight in weights])
         shared = (weights, self._elect, normalize, values.merge["rescale"], scale)
         if self._sparsifier == "magnitude":
-            return KeepMagnitudes(*shared, (0.0,) * experts, densities, False, False)
+            scope = values.merge["scope"]
+            return KeepMagnitudes(*shared, (0.0,) * experts, densities, False, False, scope)
         if self._sparsifier == "magnitude_outliers":
             zeroes_small = values.merge["compat"] == "mergekit"
             return KeepMagnitudes(*shared, values.model["gamma"], densities, True, zeroes_small)
@@ -116,7 +117,15 @@ def _around(density: float, epsilon: float) -> tuple[float, float]:
 
 _SEED = Parameter("random_seed", "integer", 0, "of the random masks; also a key of the config", minimum=0)
 _PARAMETERS: dict[Sparsifier, tuple[Parameter, ...]] = {
-    "magnitude": (),
+    "magnitude": (
+        Parameter(
+            "scope",
+            "choice",
+            "tensor",
+            "what density is a share of: each tensor, or the whole model, as in the paper",
+            choices=("tensor", "model"),
+        ),
+    ),
     "magnitude_outliers": (
         Parameter(
             "gamma",

@@ -10,9 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
+from pymerge.methods.actions import Action, Run, SolveTogether
+from pymerge.methods.base import Parameter, Values
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
 from pymerge.ops.normal_equations import outputs_first
+from pymerge.ops.wudi_adam import WudiAdam
 
 PUBLISHED_LR = 1e-5
 # Root mean square of the deltas of the published setting (CLIP ViT-B/32, 8 tasks), to which lr 1e-5 belongs.
@@ -25,13 +27,17 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class SolveWudi(SolveInterference):
+class SolveWudi(SolveInterference, SolveTogether):
     """Adam steps from X_0."""
 
     iterations: int
     lr: float | Literal["auto"]
     label: ClassVar[str] = "wudi"
-    batched: ClassVar[bool] = True
+
+    def run_batch(
+        self, run: Run, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str
+    ) -> list[Tensor]:
+        return self.merge_layers(run, bases, experts, out_dtype)
 
     def forms_in_double(self) -> bool:
         # Rounding in A and B is the same in all steps and adds up; that of a step does not. Float64 products cost a few
@@ -41,17 +47,16 @@ class SolveWudi(SolveInterference):
     def solves_in_double(self) -> bool:
         return False
 
-    def displacement(self, run_op: OpRunner, system: Equations) -> Tensor:
-        moved: Tensor = run_op("wudi_adam", system.A, system.B, self.iterations, self.learning_rate(system.rms))
-        return moved
+    def displacement(self, run: Run, system: Equations) -> Tensor:
+        return run(WudiAdam(system.A, system.B, self.iterations, self.learning_rate(system.rms)))
 
-    def displacements(self, run_op: OpRunner, systems: Sequence[Equations]) -> Sequence[Tensor]:
+    def displacements(self, run: Run, systems: Sequence[Equations]) -> Sequence[Tensor]:
         matrices = [matrix for system in systems for matrix in (system.A, system.B)]
         if len(systems) < 2 or any(matrix.nbytes % _ALIGNMENT for matrix in matrices):
-            return super().displacements(run_op, systems)
+            return super().displacements(run, systems)
         A, B = torch.stack(matrices[::2]), torch.stack(matrices[1::2])
-        moved: Tensor = run_op("wudi_adam", A, B, self.iterations, [self.learning_rate(each.rms) for each in systems])
-        return moved.unbind()
+        rates = [self.learning_rate(each.rms) for each in systems]
+        return run(WudiAdam(A, B, self.iterations, rates)).unbind()
 
     def learning_rate(self, rms: float) -> float:
         """`lr`, or for "auto" the published one times the deltas' `rms` over the published setting's.
@@ -78,16 +83,19 @@ class SolveWudi(SolveInterference):
             "set lr: auto, or use wudi_flow"
         )
 
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
         gram = 2 * rows * columns**2
         per_task = gram + (4 * rows**2 * columns if outputs_first(rows, columns) else gram)
-        steps = self.iterations * 2 * rows * columns**2
+        return experts * per_task + self.iterations * 2 * rows * columns**2
+
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        rows, columns = shape
         # Forming, in float64: X, B, two deltas, A and, where B comes from Grams, one of those. Then, beside X: A, B, D,
         # m, v, the gradient and two temporaries, in float32 unless that is the precision asked for.
         item = 8 if self.precision == "float64" else 4
         squares = max(8 + item, 8 if outputs_first(rows, columns) else 16)
-        return Cost(experts * per_task + steps, squares * columns**2 + (12 + 7 * item) * rows * columns)
+        return squares * columns**2 + (12 + 7 * item) * rows * columns
 
 
 class Wudi(SolverMethod):

@@ -8,17 +8,27 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pymerge.methods.base import Action, Cost, OpRunner, Parameter, Values
+from pymerge.methods.actions import Action, Run
+from pymerge.methods.base import Parameter, Values
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
-from pymerge.ops.gradient_flow import schedule
-from pymerge.ops.spectral_filter import Rank
+from pymerge.ops.gradient_flow import GradientFlow, schedule
+from pymerge.ops.spectral_filter import Rank, SpectralFilter
 
 # The error of a float32 result grows with the time: at most 7e-6 of X at 300 and 3e-5 at 1300 (benchmarks/results).
 _FLOAT32_TIME = 500.0
 
 
+class ClosedForm(SolveInterference):
+    """A displacement without steps."""
+
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        rows, columns = shape
+        # A, three polynomials of it and two sums, or eigenvectors; X, B, D, a delta and its difference.
+        return (8 if self.forms_in_double() else 4) * (6 * columns**2 + 6 * rows * columns)
+
+
 @dataclass(frozen=True)
-class SolveFlow(SolveInterference):
+class SolveFlow(ClosedForm):
     """Gradient flow on the interference loss for a time, by products alone."""
 
     time: float
@@ -27,19 +37,17 @@ class SolveFlow(SolveInterference):
     def forms_in_double(self) -> bool:
         return self.time > _FLOAT32_TIME
 
-    def displacement(self, run_op: OpRunner, system: Equations) -> Tensor:
-        moved: Tensor = run_op("gradient_flow", system.A, system.B, self.time)
-        return moved
+    def displacement(self, run: Run, system: Equations) -> Tensor:
+        return run(GradientFlow(system.A, system.B, self.time))
 
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
         # The largest eigenvalue of A is not known yet; its mean share of the trace T is a few for real deltas.
-        steps = schedule(rows, columns, max(self.time, 1.0)).flops
-        return Cost(_equations(rows, columns, experts) + steps, _scratch(rows, columns, self.forms_in_double()))
+        return _equations(rows, columns, experts) + schedule(rows, columns, max(self.time, 1.0)).flops
 
 
 @dataclass(frozen=True)
-class SolveFilter(SolveInterference):
+class SolveFilter(ClosedForm):
     """A spectral filter on the eigenvectors of A."""
 
     time: float
@@ -49,24 +57,18 @@ class SolveFilter(SolveInterference):
     def forms_in_double(self) -> bool:
         return True  # eigenvectors of float32 are good for 3e-5 at time 300, less for the exact minimiser
 
-    def displacement(self, run_op: OpRunner, system: Equations) -> Tensor:
-        moved: Tensor = run_op("spectral_filter", system.A, system.B, self.time, self.rank)
-        return moved
+    def displacement(self, run: Run, system: Equations) -> Tensor:
+        return run(SpectralFilter(system.A, system.B, self.time, self.rank))
 
-    def cost(self, shape: tuple[int, ...], experts: int) -> Cost:
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
         eigenvectors = 9 * columns**3 + 4 * rows * columns**2
-        return Cost(_equations(rows, columns, experts) + eigenvectors, _scratch(rows, columns, self.forms_in_double()))
+        return _equations(rows, columns, experts) + eigenvectors
 
 
 def _equations(rows: int, columns: int, experts: int) -> int:
     """Flops of A and B."""
     return experts * 4 * rows * columns**2
-
-
-def _scratch(rows: int, columns: int, double: bool) -> int:
-    """Bytes: A, three polynomials of it and two sums, or eigenvectors; X, B, D, a delta and its difference."""
-    return (8 if double else 4) * (6 * columns**2 + 6 * rows * columns)
 
 
 class WudiFlow(SolverMethod):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from pymerge.ops._op import compute_dtype, numel_of, task_vector
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+# Scratch bytes for each element of `task_blocks`: task vectors, also stacked, masks and sums.
+_BYTES_OF_TASK, _BYTES_OF_SUMS = 24, 48
 
 
 def delta_blocks(base: ArrayLike | None, expert: ArrayLike, size: int = BLOCK) -> Iterator[tuple[int, int, Tensor]]:
@@ -57,3 +61,8 @@ def sum_in_order(taus: Tensor) -> Tensor:
     for tau in taus[1:]:
         total.add_(tau)
     return total
+
+
+def block_bytes(shape: tuple[int, ...], experts: int) -> int:
+    """Bytes of scratch of a reference that goes through `task_blocks`."""
+    return min(math.prod(shape), BLOCK) * (_BYTES_OF_TASK * experts + _BYTES_OF_SUMS)

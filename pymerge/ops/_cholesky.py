@@ -7,11 +7,13 @@ threads of ours, and the recursion would be hundreds of small launches there, so
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import one_thread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Blocks up to this size go to LAPACK, which uses one thread for them.
 _LEAF = 64
@@ -39,10 +41,14 @@ class LibraryCholesky:
 
     def __init__(self, S: Tensor) -> None:
         """Factorise. `minor` (int32, on the device) is 0, or the size of the first minor that is not positive."""
+        import torch
+
         self._L, self.minor = torch.linalg.cholesky_ex(S)
 
     def solve(self, R: Tensor) -> Tensor:
         """X of X S = R, for R of m x n: X = R L^-T L^-1. Without meaning where `minor` is not 0."""
+        import torch
+
         half = torch.linalg.solve_triangular(self._L.mT, R, upper=True, left=False)
         X: Tensor = torch.linalg.solve_triangular(self._L, half, upper=False, left=False)
         return X
@@ -53,6 +59,8 @@ class Cholesky:
 
     def __init__(self, S: Tensor, layer: int | None = None) -> None:
         """Factorise. Raises ArgumentError, with the layer's number if it has one, when S is not positive definite."""
+        import torch
+
         self._layer = layer
         self._L = S.clone(memory_format=torch.contiguous_format)
         self._inverses = S.new_zeros(S.shape[0], _LEAF)  # of the diagonal blocks, stacked
@@ -61,6 +69,8 @@ class Cholesky:
 
     def solve(self, R: Tensor) -> Tensor:
         """X of X S = R, for R of m x n: X = R L^-T L^-1."""
+        import torch
+
         X = R.clone(memory_format=torch.contiguous_format)
         size = self._L.shape[0]
         self._divide_transposed(X, 0, size)
@@ -68,6 +78,8 @@ class Cholesky:
         return X
 
     def _factor(self, low: int, high: int) -> None:
+        import torch
+
         size = high - low
         if size <= _LEAF:
             block = self._L[low:high, low:high]

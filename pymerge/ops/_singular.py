@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pymerge.ops._op import one_thread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Singular values below this share of the largest drown in the rounding of a float64 Gram (square root of 1e-16, with
 # two digits to spare); then only a direct SVD resolves their directions.
 _GRAM_LIMIT = 1e-6
 # Times the larger side: singular values below this share of the largest are rounding of float32 weights, and their
 # directions arbitrary.
-_WEIGHT_EPS = torch.finfo(torch.float32).eps
+_WEIGHT_EPS = 2.0**-23
 # Eigenvalues of U^T U (1 for orthonormal columns) at or below it belong to columns that depend on others.
 _DEPENDENT = 1e-10
 
@@ -24,6 +26,8 @@ def leading_triplets(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     Signs, and bases inside groups of equal singular values, are arbitrary; U V^T does not depend on them unless a
     group is cut by k.
     """
+    import torch
+
     M = M.to(torch.float64)
     tall = M.shape[0] >= M.shape[1]
     gram = M.mT @ M if tall else M @ M.mT
@@ -44,6 +48,8 @@ def numerical_triplets(M: Tensor, k: int, scale: Tensor | None = None) -> tuple[
 
     `scale` is the size of what M was computed from, where that is larger than M's largest singular value.
     """
+    import torch
+
     if k == 0 or not M.any():
         U, s, V = (M.new_zeros(size, dtype=torch.float64) for size in ((M.shape[0], 0), (0,), (M.shape[1], 0)))
         return U, s, V
@@ -58,6 +64,8 @@ def orthogonalised(U: Tensor) -> Tensor:
     Where columns depend on each other it is the partial isometry on the space that they span, so that equal columns
     share one direction instead of being sent to arbitrary ones.
     """
+    import torch
+
     with one_thread():
         values, vectors = torch.linalg.eigh(U.mT @ U)
     kept = values > _DEPENDENT

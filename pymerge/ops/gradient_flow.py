@@ -3,25 +3,64 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from pymerge.common.arrays import dtype_of
 from pymerge.errors import ArgumentError
-from pymerge.ops._functions import FunctionOp
-from pymerge.ops._op import check_matrix
+from pymerge.ops._op import Op, check_matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What the Chebyshev series of Phi may leave out, as a share of its largest value.
-_TOLERANCE = {torch.float32: 2e-8, torch.float64: 4e-15}
+_TOLERANCE = {"F32": 2e-8, "F64": 4e-15}
 # Terms of the series in a block: more would save a product or two, and take d_in x d_in of memory each.
 _BLOCK = 4
 # The largest ||A|| h that the series starts at. It could do more; but errors grow with it, while a doubling squares the
 # relative error of Phi in directions with E near 1, as Newton's iteration for an inverse does.
 _LARGEST_START = 64.0
 _MOST_TERMS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class GradientFlow(Op["Tensor"]):
+    """The displacement D = B Phi, Phi = A^+ (I - e^{-A t}), of gradient flow from the point that B belongs to.
+
+    The merged delta is X_0 + D = X_0 - (X_0 A - B_0) Phi. For t -> infinity D is the step to the exact minimiser
+    nearest to X_0.
+
+    Evaluated from products alone: a Chebyshev series for a time h, then the time is doubled: with E = I - e^{-A h} =
+    A Phi(h), Phi(2h) = Phi (2 I - E) and E(2h) = 2 E - E^2. Tracking E and not the exponential keeps the digits of
+    directions that have hardly moved. The factors 2 I - E multiply Phi, or B Phi where that is fewer operations; their
+    eigenvalues lie in [1, 2], so both are stable. A series for the whole time, acting on B, would need fewer products
+    for d_out << d_in, but loses a factor ||A|| t in accuracy.
+    Source: the exponential filter of SWUDI, arXiv 2606.07289, without its eigendecomposition.
+    """
+
+    summary = "closed form of gradient flow on the interference loss, products only"
+
+    A: Tensor  # d_in x d_in, symmetric positive semi-definite, float32 or float64, from `normal_equations`
+    B: Tensor  # d_out x d_in, same dtype, relative to the start X_0 (`origin` of `normal_equations`)
+    time: float  # t, at least 0
+
+    def check(self) -> None:
+        """Raise ArgumentError unless A is d_in x d_in, B d_out x d_in, both of one dtype and device, and time >= 0."""
+        check_system("gradient_flow", self.A, self.B)
+        if not (math.isfinite(self.time) and self.time >= 0):
+            raise ArgumentError(f"gradient_flow: time is {self.time}; give a finite number of at least 0")
+
+    @property
+    def like(self) -> Tensor:
+        """B: the work is a layer's, d_out x d_in."""
+        return self.B
+
+    def reference(self) -> Tensor:
+        """With products of symmetric matrices that compute all of them."""
+        return evaluate(self.A, self.B, self.time, whole_product)
 
 
 class SymmetricProduct(Protocol):
@@ -31,17 +70,15 @@ class SymmetricProduct(Protocol):
         """alpha left right - less, written to `less` if that is given (which must not be a factor)."""
 
 
-def check(A: Tensor, B: Tensor, time: float) -> None:
-    """Raise ArgumentError unless A is d_in x d_in, B d_out x d_in, both of one dtype and device, and time >= 0."""
+def check_system(op: str, A: Tensor, B: Tensor) -> None:
+    """Raise ArgumentError unless A is d_in x d_in, B d_out x d_in, both float32 or float64, on one device."""
     if B.ndim != 2:
-        raise ArgumentError(f"gradient_flow: B has shape {tuple(B.shape)}, expected a matrix")
-    check_matrix("gradient_flow", "A", A, (B.shape[1], B.shape[1]))
-    if A.dtype != B.dtype or A.dtype not in (torch.float32, torch.float64):
-        raise ArgumentError(f"gradient_flow: A is {A.dtype} and B {B.dtype}; both must be float32, or both float64")
+        raise ArgumentError(f"{op}: B has shape {tuple(B.shape)}, expected a matrix")
+    check_matrix(op, "A", A, (B.shape[1], B.shape[1]))
+    if A.dtype != B.dtype or dtype_of(A) not in _TOLERANCE:
+        raise ArgumentError(f"{op}: A is {A.dtype} and B {B.dtype}; both must be float32, or both float64")
     if A.device != B.device:
-        raise ArgumentError(f"gradient_flow: A is on {A.device} and B on {B.device}; move one")
-    if not (math.isfinite(time) and time >= 0):
-        raise ArgumentError(f"gradient_flow: time is {time}; give a finite number of at least 0")
+        raise ArgumentError(f"{op}: A is on {A.device} and B on {B.device}; move one")
 
 
 def norm_bound(A: Tensor) -> float:
@@ -56,6 +93,8 @@ def largest_eigenvalue(A: Tensor, iterations: int = 40) -> float:
     bound = norm_bound(A)
     if bound == 0.0:
         return 0.0
+    import torch
+
     vector = torch.cos(torch.arange(1, A.shape[0] + 1, dtype=A.dtype, device=A.device)).unsqueeze(1)
     largest = 0.0
     for _ in range(iterations):
@@ -72,8 +111,8 @@ class Schedule(NamedTuple):
     flops: int  # of products, those of symmetric matrices counted as half
 
 
-def schedule(rows: int, columns: int, scale: float, dtype: torch.dtype = torch.float32) -> Schedule:
-    """The schedule of the fewest operations for B of rows x columns and `scale` = ||A|| t."""
+def schedule(rows: int, columns: int, scale: float, dtype: str = "F32") -> Schedule:
+    """The schedule of the fewest operations for B of rows x columns and `scale` = ||A|| t, in F32 or F64."""
     first = max(0, math.ceil(math.log2(scale / _LARGEST_START))) if scale > _LARGEST_START else 0
     product, square = 2 * rows * columns**2, columns**3
     found = []
@@ -89,7 +128,6 @@ def schedule(rows: int, columns: int, scale: float, dtype: torch.dtype = torch.f
 @lru_cache(maxsize=256)
 def chebyshev(x0: float, tolerance: float) -> tuple[float, ...]:
     """Coefficients in T_k(2 x / x0 - 1) of (1 - e^-x) / x on [0, x0], without a tail that sums to `tolerance`."""
-
     angles = (np.arange(_MOST_TERMS) + 0.5) * (np.pi / _MOST_TERMS)
     x = (np.cos(angles) + 1.0) * (x0 / 2.0)  # above 0
     waves = np.cos(np.outer(np.arange(_MOST_TERMS), angles))
@@ -97,25 +135,6 @@ def chebyshev(x0: float, tolerance: float) -> tuple[float, ...]:
     coefficients[0] /= 2.0
     tail = np.cumsum(np.abs(coefficients[::-1]))[::-1]
     return tuple(coefficients[: max(_BLOCK, int((tail > tolerance).sum()))].tolist())
-
-
-def reference(A: Tensor, B: Tensor, time: float) -> Tensor:
-    """Return the displacement D = B Phi, Phi = A^+ (I - e^{-A t}), of gradient flow from the point that B belongs to.
-
-    Args:
-        A: d_in x d_in, symmetric positive semi-definite, float32 or float64, from `normal_equations`.
-        B: d_out x d_in, same dtype, relative to the start X_0 (`origin` of `normal_equations`): the merged delta is
-            X_0 + D = X_0 - (X_0 A - B_0) Phi.
-        time: t. For t -> infinity D is the step to the exact minimiser nearest to X_0.
-
-    Evaluated from products alone: a Chebyshev series for a time h, then the time is doubled: with E = I - e^{-A h} =
-    A Phi(h), Phi(2h) = Phi (2 I - E) and E(2h) = 2 E - E^2. Tracking E and not the exponential keeps the digits of
-    directions that have hardly moved. The factors 2 I - E multiply Phi, or B Phi where that is fewer operations; their
-    eigenvalues lie in [1, 2], so both are stable. A series for the whole time, acting on B, would need fewer products
-    for d_out << d_in, but loses a factor ||A|| t in accuracy.
-    Source: the exponential filter of SWUDI, arXiv 2606.07289, without its eigendecomposition.
-    """
-    return evaluate(A, B, time, whole_product)
 
 
 def whole_product(left: Tensor, right: Tensor, *, alpha: float = 1.0, less: Tensor | None = None) -> Tensor:
@@ -126,11 +145,11 @@ def whole_product(left: Tensor, right: Tensor, *, alpha: float = 1.0, less: Tens
 
 
 def evaluate(A: Tensor, B: Tensor, time: float, symmetric: SymmetricProduct) -> Tensor:
-    """`reference` with a product of symmetric matrices of the backend's own."""
+    """D, with a product of symmetric matrices of the backend's own."""
     scale = largest_eigenvalue(A) * time if A.numel() else 0.0
     if scale == 0.0:
         return B * time
-    chosen = schedule(B.shape[0], B.shape[1], scale, A.dtype)
+    chosen = schedule(B.shape[0], B.shape[1], scale, dtype_of(A))
     return follow(A, B, time, scale, symmetric, doublings=chosen.doublings, on_B=chosen.on_B)
 
 
@@ -138,6 +157,8 @@ def follow(
     A: Tensor, B: Tensor, time: float, scale: float, symmetric: SymmetricProduct, *, doublings: int, on_B: bool
 ) -> Tensor:
     """B Phi by a schedule, its factors multiplied to B (`on_B`) or to each other; `scale` is at least ||A|| t."""
+    import torch
+
     phi = _series(A, time / 2**doublings, scale / 2**doublings, symmetric)
     if doublings:
         E = symmetric(A, phi)
@@ -158,6 +179,8 @@ def _series(A: Tensor, h: float, x0: float, symmetric: SymmetricProduct) -> Tens
     In blocks, as Paterson and Stockmeyer evaluate powers: with Z = T_4(Y), sum_j T_j(Z) Q_j(Y), Q_j of degree 3, by
     Clenshaw's recurrence over j. Y is never stored: sums with it are sums with A.
     """
+    import torch
+
     a = 2.0 * h / x0
     T2 = _add(symmetric(A, A, alpha=2.0 * a * a), A, -4.0 * a, 1.0)  # 2 Y^2 - I
     T3 = _add(symmetric(A, T2, alpha=2.0 * a).sub_(T2, alpha=2.0), A, -a, 1.0)  # 2 Y T2 - Y
@@ -168,7 +191,7 @@ def _series(A: Tensor, h: float, x0: float, symmetric: SymmetricProduct) -> Tens
         c0, c1, c2, c3 = block
         return _add(total.add_(T2, alpha=c2).add_(T3, alpha=c3), A, a * c1, c0 - c1)
 
-    *blocks, highest = _in_blocks(chebyshev(x0, _TOLERANCE[A.dtype]))
+    *blocks, highest = _in_blocks(chebyshev(x0, _TOLERANCE[dtype_of(A)]))
     last, current = None, add_block(torch.zeros_like(A), highest)
     for index in reversed(range(len(blocks))):
         following = symmetric(Z, current, alpha=2.0 if index else 1.0, less=last)
@@ -191,8 +214,3 @@ def _in_blocks(coefficients: tuple[float, ...]) -> list[list[float]]:
             rest[_BLOCK * j - i] -= rest[_BLOCK * j + i]
             rest[_BLOCK * j + i] *= 2.0
     return [rest[_BLOCK * j : _BLOCK * (j + 1)] for j in range(count)]
-
-
-OP = FunctionOp(
-    "gradient_flow", check, reference, "closed form of gradient flow on the interference loss, products only"
-)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.errors import ArgumentError
-from pymerge.ops._functions import FunctionOp
-from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._singular import numerical_triplets, orthogonalised
 
-
-def check(base: Tensor, experts: Sequence[Tensor], common: float = 1.0) -> None:
-    """Raise ArgumentError unless base and experts are matrices of one shape and `common` a share, 0 to 1."""
-    check_task_tensors("isotropic", base, experts, ndim=2)
-    if not 0 <= common <= 1:
-        raise ArgumentError(f"isotropic: common is {common}; give a share from 0 to 1")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def reference(base: Tensor, experts: Sequence[Tensor], common: float = 1.0) -> Tensor:
-    """Return X = mean(s) U V^T, d_out x d_in, float32 (float64 if any input is), computed in float64.
+@dataclass(frozen=True, eq=False)
+class Isotropic(Op["Tensor"]):
+    """X = mean(s) U V^T, d_out x d_in, float32 (float64 if any input is), computed in float64.
 
     Iso-C (`common` 1): U diag(s) V^T is the singular value decomposition of sum_t tau_t; the mean is over all
     r = min(d_out, d_in) singular values. Iso-CTS: only the leading triplets of the sum, about the share `common` of r,
@@ -29,25 +25,35 @@ def reference(base: Tensor, experts: Sequence[Tensor], common: float = 1.0) -> T
     orthogonal. Directions whose singular value is rounding are left out: the published form, which gives them the same
     weight as all others, is not defined there.
 
-    Args:
-        base: W_0, d_out x d_in.
-        experts: T tensors W_t of the same shape.
-        common: share of the common space; the number of task-specific triplets is rounded to a multiple of T.
-
     Source: Isotropic model merging, arXiv 2502.04959, equations 5 to 7 (Iso-C) and algorithm 2 (Iso-CTS).
     """
-    dtype, size, tasks = compute_dtype(base, *experts), min(base.shape), len(experts)
-    specific = min(round((size - int(size * common)) / tasks), size // tasks)  # triplets of each task
-    taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
-    total = taus[0].clone()
-    for tau in taus[1:]:
-        total += tau
-    U, s, V = numerical_triplets(total, size - specific * tasks)
-    if specific > 0:
-        parts = [numerical_triplets(tau - U @ (U.mT @ tau), specific, tau.norm()) for tau in taus]
-        U, s, V = (torch.cat(part, dim=-1) for part in zip(*parts, (U, s, V), strict=True))
-        U, V = orthogonalised(U), orthogonalised(V)
-    return (s.sum() / max(1, size) * U @ V.mT).to(dtype)
 
+    summary = "sum of task vectors with equal singular values (Iso-C, Iso-CTS)"
 
-OP = FunctionOp("isotropic", check, reference, "sum of task vectors with equal singular values (Iso-C, Iso-CTS)")
+    base: ArrayLike  # W_0, d_out x d_in, floating point
+    experts: Sequence[ArrayLike]  # T matrices W_t of the same shape; each may have its own floating dtype
+    common: float = 1.0  # share of the common space; the number of task-specific triplets is a multiple of T
+
+    def check(self) -> None:
+        """Raise ArgumentError unless base and experts are matrices of one shape and `common` a share, 0 to 1."""
+        check_task_tensors("isotropic", self.base, self.experts, ndim=2)
+        if not 0 <= self.common <= 1:
+            raise ArgumentError(f"isotropic: common is {self.common}; give a share from 0 to 1")
+
+    def reference(self) -> Tensor:
+        """One decomposition of the sum, for Iso-CTS also one a task and two of the sides."""
+        import torch
+
+        base, experts = as_tensor(self.base), [as_tensor(expert) for expert in self.experts]
+        dtype, size, tasks = compute_dtype(base, *experts), min(base.shape), len(experts)
+        specific = min(round((size - int(size * self.common)) / tasks), size // tasks)  # triplets of each task
+        taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
+        total = taus[0].clone()
+        for tau in taus[1:]:
+            total += tau
+        U, s, V = numerical_triplets(total, size - specific * tasks)
+        if specific > 0:
+            parts = [numerical_triplets(tau - U @ (U.mT @ tau), specific, tau.norm()) for tau in taus]
+            U, s, V = (torch.cat(part, dim=-1) for part in zip(*parts, (U, s, V), strict=True))
+            U, V = orthogonalised(U), orthogonalised(V)
+        return (s.sum() / max(1, size) * U @ V.mT).to(dtype)

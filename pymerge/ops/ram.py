@@ -3,62 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from pymerge.common.arrays import ArrayLike, as_tensor
+from pymerge.ops._blocks import block_bytes, task_blocks
+from pymerge.ops._op import (
+    Op,
+    check_length,
+    check_out,
+    check_out_dtype,
+    check_task_tensors,
+    compute_dtype,
+    output,
+)
 
-from pymerge.errors import ArgumentError
-from pymerge.ops._blocks import task_blocks
-from pymerge.ops._functions import FunctionOp
-from pymerge.ops._op import check_length, check_task_tensors, compute_dtype
-
-
-def check(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    epsilon: float,
-    factors: Sequence[float] | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> None:
-    """Raise ArgumentError unless tensors and factors fit together and dtypes are floating point."""
-    check_task_tensors("ram", base, experts)
-    if factors is not None:
-        check_length("ram", "factors", factors, len(experts))
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise ArgumentError(f"ram: out_dtype {out_dtype} is not floating point; choose one that is")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def reference(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    epsilon: float,
-    factors: Sequence[float] | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Return W_0 + the mean of the active tau_t at each element; tau_t is active where |tau_t| > epsilon.
-
-    Args:
-        base: W_0, any shape, floating point.
-        experts: T tensors W_t like it.
-        epsilon: size up to which an element of tau_t counts as untouched.
-        factors: T numbers; where tau_t alone is active it is multiplied by factors[t]. Default: by 1.
-        out_dtype: dtype of the result; default: the base's.
+@dataclass(frozen=True, eq=False)
+class Ram(Op[ArrayLike]):
+    """W_0 + the mean of the active tau_t at each element; tau_t is active where |tau_t| > epsilon.
 
     In float32 (float64 if an input is), in the order of `experts`, rounded once at the end. Source: arXiv 2601.13572.
     """
-    dtype = compute_dtype(base, *experts)
-    merged = torch.empty(base.numel(), dtype=out_dtype or base.dtype, device=base.device)
-    for here, origin, taus in task_blocks(base, experts, dtype):
-        active = ~(taus.abs() <= epsilon)  # a NaN is active, so that it is in the result
-        count = active.sum(0)
-        total = torch.zeros_like(origin)
-        for index, tau in enumerate(taus):
-            total.add_(torch.where(active[index], tau, 0.0))
-        total.div_(count.clamp(min=1))
-        for index, factor in enumerate(factors or ()):
-            total = torch.where(active[index] & (count == 1), total * factor, total)
-        merged[here] = origin.add_(total)
-    return merged.view(base.shape)
 
+    summary = "mean of the task vectors that touch an element"
 
-OP = FunctionOp("ram", check, reference, "mean of the task vectors that touch an element")
+    base: ArrayLike  # W_0, any shape, floating point
+    experts: Sequence[ArrayLike]  # T tensors W_t like it; each may have its own dtype
+    epsilon: float  # size up to which an element of tau_t counts as untouched
+    factors: Sequence[float] | None = None  # T numbers that tau_t is multiplied by where it alone is active; default: 1
+    out_dtype: str | None = None  # code of the result's dtype; default: the base's
+    out: ArrayLike | None = None  # contiguous memory of that dtype and of the base's shape, for the result
+
+    def check(self) -> None:
+        """Raise ArgumentError unless tensors and factors fit together and dtypes are floating point."""
+        check_task_tensors("ram", self.base, self.experts)
+        if self.factors is not None:
+            check_length("ram", "factors", self.factors, len(self.experts))
+        check_out_dtype("ram", self.out_dtype)
+        check_out("ram", self.out, self.base, self.out_dtype, [self.base, *self.experts])
+
+    def reference(self) -> Tensor:
+        """Merge block by block."""
+        import torch
+
+        base = as_tensor(self.base)
+        dtype = compute_dtype(base, *self.experts)
+        merged = output(self.out, base, self.out_dtype)
+        flat = merged.view(-1)
+        for here, origin, taus in task_blocks(base, self.experts, dtype):
+            active = ~(taus.abs() <= self.epsilon)  # a NaN is active, so that it is in the result
+            count = active.sum(0)
+            total = torch.zeros_like(origin)
+            for index, tau in enumerate(taus):
+                total.add_(torch.where(active[index], tau, 0.0))
+            total.div_(count.clamp(min=1))
+            for index, factor in enumerate(self.factors or ()):
+                total = torch.where(active[index] & (count == 1), total * factor, total)
+            flat[here] = origin.add_(total)
+        return merged
+
+    @staticmethod
+    def scratch(shape: tuple[int, ...], experts: int, native: bool) -> int:
+        """Bytes beside inputs and result."""
+        return 0 if native else block_bytes(shape, experts)

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from pymerge.ops._functions import FunctionOp
-from pymerge.ops._op import check_task_tensors, compute_dtype, task_vector
+from pymerge.common.arrays import ArrayLike, as_tensor
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
 from pymerge.ops._singular import numerical_triplets, orthogonalised
 
-
-def check(base: Tensor, experts: Sequence[Tensor]) -> None:
-    """Raise ArgumentError unless base and experts are matrices of one shape."""
-    check_task_tensors("singular_sum", base, experts, ndim=2)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def reference(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-    """Return X = O(U) diag(s) O(V)^T, d_out x d_in, float32 (float64 if any input is).
+@dataclass(frozen=True, eq=False)
+class SingularSum(Op["Tensor"]):
+    """X = O(U) diag(s) O(V)^T, d_out x d_in, float32 (float64 if any input is).
 
     U = [U_1 .. U_T] and V hold the k = int(r / T) leading singular vectors of each tau_t, r = min(d_out, d_in), s their
     singular values, and O(U) = U (U^T U)^(-1/2). Computed in float64. Singular values that are rounding are left out:
     their vectors are arbitrary and would turn the others, so that the published form is not defined there.
 
-    Args:
-        base: W_0, d_out x d_in.
-        experts: T tensors W_t of the same shape.
-
     Source: Task Singular Vectors (TSV-M), arXiv 2412.00081, algorithm 1.
     """
-    dtype = compute_dtype(base, *experts)
-    k = int(min(base.shape) * (1 / len(experts)))
-    triplets = [numerical_triplets(task_vector(base, expert, None, torch.float64), k) for expert in experts]
-    U, s, V = (torch.cat(part, dim=-1) for part in zip(*triplets, strict=True))
-    return ((orthogonalised(U) * s) @ orthogonalised(V).mT).to(dtype)
 
+    summary = "sum of task vectors on singular vectors made orthogonal (TSV-M)"
 
-OP = FunctionOp("singular_sum", check, reference, "sum of task vectors on singular vectors made orthogonal (TSV-M)")
+    base: ArrayLike  # W_0, d_out x d_in, floating point
+    experts: Sequence[ArrayLike]  # T matrices W_t of the same shape; each may have its own floating dtype
+
+    def check(self) -> None:
+        """Raise ArgumentError unless base and experts are matrices of one shape."""
+        check_task_tensors("singular_sum", self.base, self.experts, ndim=2)
+
+    def reference(self) -> Tensor:
+        """One decomposition a task, and two of the sum's sides."""
+        import torch
+
+        base, experts = as_tensor(self.base), [as_tensor(expert) for expert in self.experts]
+        dtype = compute_dtype(base, *experts)
+        k = int(min(base.shape) * (1 / len(experts)))
+        triplets = [numerical_triplets(task_vector(base, expert, None, torch.float64), k) for expert in experts]
+        U, s, V = (torch.cat(part, dim=-1) for part in zip(*triplets, strict=True))
+        return ((orthogonalised(U) * s) @ orthogonalised(V).mT).to(dtype)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
+from pymerge.common.arrays import dtype_of
 from pymerge.errors import ArgumentError
 from pymerge.ops._cholesky import Cholesky, LibraryCholesky, factorise, not_positive_definite
-from pymerge.ops._functions import FunctionOp
+from pymerge.ops._op import Op
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Steps of the power iterations behind the condition number.
 ITERATIONS = 8
@@ -23,24 +25,64 @@ class Solution(NamedTuple):
     condition: float | Tensor
 
 
-def check(S: Tensor, R: Tensor, prior: Tensor | None = None) -> None:
-    """Raise ArgumentError unless S is d_in x d_in, R d_out x d_in and the prior a row of d_in, or batches of such."""
-    if R.ndim not in (2, 3) or (R.ndim == 3 and len(R) == 0):
-        raise ArgumentError(
-            f"spd_solve: the right-hand side has shape {tuple(R.shape)}, expected a matrix, or a batch of at least one"
-        )
-    *layers, _, columns = R.shape
-    if tuple(S.shape) != (*layers, columns, columns):
-        raise ArgumentError(f"spd_solve: S has shape {tuple(S.shape)}, expected {(*layers, columns, columns)}")
-    if prior is not None and tuple(prior.shape) != (*layers, columns):
-        raise ArgumentError(f"spd_solve: the prior has shape {tuple(prior.shape)}, expected {(*layers, columns)}")
-    dtypes = {S.dtype, R.dtype} | ({prior.dtype} if prior is not None else set())
-    if len(dtypes) > 1 or S.dtype not in (torch.float32, torch.float64):
-        raise ArgumentError(f"spd_solve: dtypes {sorted(map(str, dtypes))}; all must be float32, or all float64")
+@dataclass(frozen=True, eq=False)
+class SpdSolve(Op[Solution]):
+    """X of X S = R, or of X (S + 1 c) = R with 1 a column of ones.
+
+    The rank-one term is applied by Sherman-Morrison: X = Y - (R u)(c S^-1) / (1 + c u), Y = R S^-1, u = S^-1 1.
+    A batch of L systems of one size has one more dimension in front. What a layer gives does not depend on the others.
+
+    Source: ACE-Merging, arXiv 2603.02945, closed form.
+    """
+
+    summary = "X S = R by Cholesky, with ACE's rank-one prior by Sherman-Morrison"
+
+    S: Tensor  # d_in x d_in, symmetric positive definite, float32 or float64; or [L, d_in, d_in]
+    R: Tensor  # d_out x d_in, same dtype; or [L, d_out, d_in]
+    prior: Tensor | None = None  # c, [d_in], same dtype; or [L, d_in]
+
+    def check(self) -> None:
+        """Raise ArgumentError unless S is d_in x d_in, R d_out x d_in and c a row of d_in, or batches of such."""
+        S, R, prior = self.S, self.R, self.prior
+        if R.ndim not in (2, 3) or (R.ndim == 3 and len(R) == 0):
+            raise ArgumentError(
+                f"spd_solve: the right-hand side has shape {tuple(R.shape)}, expected a matrix, "
+                "or a batch of at least one"
+            )
+        *layers, _, columns = R.shape
+        if tuple(S.shape) != (*layers, columns, columns):
+            raise ArgumentError(f"spd_solve: S has shape {tuple(S.shape)}, expected {(*layers, columns, columns)}")
+        if prior is not None and tuple(prior.shape) != (*layers, columns):
+            raise ArgumentError(f"spd_solve: the prior has shape {tuple(prior.shape)}, expected {(*layers, columns)}")
+        dtypes = {S.dtype, R.dtype} | ({prior.dtype} if prior is not None else set())
+        if len(dtypes) > 1 or dtype_of(S) not in ("F32", "F64"):
+            raise ArgumentError(f"spd_solve: dtypes {sorted(map(str, dtypes))}; all must be float32, or all float64")
+
+    @property
+    def like(self) -> Tensor:
+        """R: the work is a layer's, d_out x d_in."""
+        return self.R
+
+    def reference(self) -> Solution:
+        """One Cholesky factorisation and d_out + 2 right-hand sides, the same bits for any number of threads.
+
+        Raises ArgumentError when S is not positive definite.
+        """
+        import torch
+
+        S, R, prior = self.S, self.R, self.prior
+        if S.ndim == 2:
+            X, condition, minor = _solve(S, R, prior)
+            return Solution(X, settle(S, condition, minor))
+        solved = [_solve(S[i], R[i], None if prior is None else prior[i], i) for i in range(len(S))]
+        X, conditions, minors = (torch.stack(parts) for parts in zip(*solved, strict=True))
+        return Solution(X, settle(S, conditions, minors))
 
 
 def start_vector(S: Tensor) -> Tensor:
     """The vector that power iterations start from, of length 1: fixed, so that estimates are the same on every run."""
+    import torch
+
     start = torch.cos(torch.arange(1, S.shape[-1] + 1, dtype=S.dtype, device=S.device))
     return start.div_(start.norm())
 
@@ -48,7 +90,7 @@ def start_vector(S: Tensor) -> Tensor:
 def condition_estimate(S: Tensor, factor: Cholesky | LibraryCholesky) -> Tensor:
     """Estimate cond_2(S), float64 on S's device, from its factor by power iteration on S and S^-1, d_in^2 work each."""
     high = low = start_vector(S).unsqueeze(0)
-    largest = smallest_inverse = torch.ones_like(high[0, 0])
+    largest = smallest_inverse = S.new_ones(())
     for _ in range(ITERATIONS):
         high = high @ S
         largest = high.norm()
@@ -67,6 +109,8 @@ def settle(S: Tensor, conditions: Tensor, minors: Tensor) -> float | Tensor:
         conditions, minors: one number, or [L] of a batch; a minor that is not 0 is the size of the first leading minor
             that is not positive, and raises ArgumentError.
     """
+    import torch
+
     both = torch.stack([conditions.double(), minors.double()]).cpu()
     for layer, minor in enumerate(both[1].reshape(-1).tolist()):
         if minor:
@@ -74,29 +118,10 @@ def settle(S: Tensor, conditions: Tensor, minors: Tensor) -> float | Tensor:
     return both[0] if S.ndim == 3 else float(both[0])
 
 
-def reference(S: Tensor, R: Tensor, prior: Tensor | None = None) -> Solution:
-    """Solve X S = R, or X (S + 1 c) = R with 1 a column of ones, for X.
-
-    Args:
-        S: d_in x d_in, symmetric positive definite, float32 or float64.
-        R: d_out x d_in, same dtype.
-        prior: c, [d_in], same dtype, or None. The rank-one term is applied by Sherman-Morrison:
-            X = Y - (R u)(c S^-1) / (1 + c u), Y = R S^-1, u = S^-1 1.
-
-    One Cholesky factorisation and d_out + 2 right-hand sides, the same bits for any number of threads.
-    A batch of L systems of one size has one more dimension in front. What a layer gives does not depend on the others.
-    Raises ArgumentError when S is not positive definite. Source: ACE-Merging, arXiv 2603.02945, closed form.
-    """
-    if S.ndim == 2:
-        X, condition, minor = _solve(S, R, prior)
-        return Solution(X, settle(S, condition, minor))
-    solved = [_solve(S[i], R[i], None if prior is None else prior[i], i) for i in range(len(S))]
-    X, conditions, minors = (torch.stack(parts) for parts in zip(*solved, strict=True))
-    return Solution(X, settle(S, conditions, minors))
-
-
 def _solve(S: Tensor, R: Tensor, prior: Tensor | None, layer: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(X, condition, minor) of one system, on its device and without waiting for it."""
+    import torch
+
     if S.shape[0] == 0:
         return R.clone(), torch.ones((), device=S.device), torch.zeros((), device=S.device)
     factor = factorise(S, layer)
@@ -106,6 +131,3 @@ def _solve(S: Tensor, R: Tensor, prior: Tensor | None, layer: int | None = None)
         u, row = pair[0], pair[1]
         X -= torch.outer(R @ u, row) / (1.0 + prior @ u)
     return X, condition_estimate(S, factor), factor.minor
-
-
-OP = FunctionOp("spd_solve", check, reference, "X S = R by Cholesky, with ACE's rank-one prior by Sherman-Morrison")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
@@ -14,8 +15,8 @@ from pymerge.common.dtypes import CODES, ITEM_SIZES, MERGED, is_float8
 from pymerge.config.merge_config import MergeConfig, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
-from pymerge.methods.base import Action, Method, Values
-from pymerge.methods.linear import Copy
+from pymerge.methods.actions import Action, Combine, Reduce, copy
+from pymerge.methods.base import Method, Values
 from pymerge.output.layout import layout_shards
 from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange
@@ -24,8 +25,9 @@ from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.match import Section, listed, match_tensors
 from pymerge.planner.plan import Plan
-from pymerge.planner.steps import Step
+from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
+from pymerge.planner.workers import Target, worker_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -33,6 +35,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 def build_plan(
     config: MergeConfig,
     budget: Budget,
+    target: Target | None = None,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
@@ -43,6 +46,7 @@ def build_plan(
     Args:
         config: from `load_config`.
         budget: the memory that the merge may use.
+        target: where and with what it computes; default: the CPU, automatically.
         max_shard_bytes: size above which a new output file is started.
         dtype: output dtype ("float32", ...), instead of the config's.
         planned: models, by their names in the config, that will be written before the merge runs (`Plan.checkpoint`).
@@ -52,6 +56,7 @@ def build_plan(
         ConfigError, CheckpointError: an input cannot be opened at all.
         ArgumentError: an unknown `dtype`.
     """
+    target = target or Target()
     method = get_method(config.merge_method).given(config.base_model is not None)
     assembly = arrange(config, method, planned) if config.slices or config.modules else None
     inputs = assembly.inputs if assembly else open_inputs(config, method, planned)
@@ -92,7 +97,7 @@ def build_plan(
                 wrong.setdefault(str(error), []).append(tensor.name)
                 continue
             for rows in rows_of(entry, experts):
-                action_here = action if rows.experts else Copy()
+                action_here = action if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
@@ -103,7 +108,7 @@ def build_plan(
                         dtype=tensor.dtype,
                         base=rows.base,
                         experts=rows.experts,
-                        reads_base=method.needs_base or isinstance(action_here, Copy),
+                        reads_base=method.needs_base or _copies(action_here),
                         file=shard.file,
                         offset=tensor.offset + (tensor.nbytes - nbytes if rows.start else 0),
                         nbytes=nbytes,
@@ -117,7 +122,7 @@ def build_plan(
         config=config,
         method=method,
         inputs=inputs,
-        steps=fit(steps, budget),
+        steps=fit(_assigned(steps, config, target, aligned.sections), budget),
         layouts=placed,
         warnings=(*config.warnings, *warnings),
         budget=budget,
@@ -125,7 +130,44 @@ def build_plan(
         dtype=wanted,
         base_parameters=sum(donor.tensors[name].numel for name in names),
         tokens=tokens,
+        target=target,
+        carried=inputs.carried if donor.stamps else {},
     )
+
+
+def _assigned(
+    steps: Sequence[Step], config: MergeConfig, target: Target, sections: Mapping[str, Section]
+) -> list[Step]:
+    """The steps with their workers, and those that are reduced together in groups.
+
+    Raises PlanError for float64 among the latter, whose selection would take more passes.
+    """
+    groups: dict[tuple[int, Action], list[Step]] = {}
+    for step in steps:
+        if isinstance(step.action, Reduce) and step.action.scope == "model":
+            groups.setdefault((id(sections[step.name]), step.action), []).append(step)
+    found: dict[int, Group] = {}
+    for number, together in enumerate(groups.values()):
+        wide = [step.name for step in together if any(entry.dtype == "F64" for entry in step.inputs)]
+        if wide:
+            raise PlanError(
+                [
+                    f"{listed(wide)}: scope: model selects among float32 magnitudes, and an input is float64; "
+                    "convert it, or set scope: tensor"
+                ]
+            )
+        first, numel = 0, sum(math.prod(step.shape) for step in together)
+        for step in together:
+            found[id(step)] = Group(number, numel, first)
+            first += math.prod(step.shape)
+    grouped = [replace(step, group=found.get(id(step))) for step in steps]
+    nonfinite = config.allow_nonfinite
+    return [replace(step, worker=worker_of(step, target, allow_nonfinite=nonfinite)) for step in grouped]
+
+
+def _copies(action: Action) -> bool:
+    """Whether the base's tensor is taken as it is."""
+    return isinstance(action, Combine) and not action.weights and action.on_base
 
 
 def _action(
@@ -133,11 +175,11 @@ def _action(
 ) -> tuple[Action, tuple[TensorEntry, ...], Values | None]:
     """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
     if layer.kind is Kind.BUFFER or not section.experts:
-        return Copy(), (), None
+        return copy(), (), None
     names = section.input_names(name, layer)
     values = resolve(section.config, method, name, section.positions[name], section.participants, names)
     action = method.action(name, layer.solvable, values, len(section.experts))
-    if isinstance(action, Copy):
+    if _copies(action):
         return action, (), values
     return action, tuple(expert.tensors[name] for expert in section.experts), values
 

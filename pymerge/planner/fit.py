@@ -11,7 +11,7 @@ from pymerge.common.units import format_bytes
 from pymerge.errors import PlanError
 from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
-from pymerge.planner.jobs import READ_THREADS, Slot, room, slots
+from pymerge.planner.jobs import READ_THREADS, Job, jobs, room
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Step
 
@@ -25,8 +25,8 @@ HELD_BYTES = 2**28
 
 def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
     """The steps in pieces that fit the budget. Raises PlanError, which names the smallest that would do."""
-    largest = max(steps, key=lambda step: step.memory(step.smallest).peak, default=None)
-    needed = largest.memory(largest.smallest).peak if largest else 0
+    largest = max(steps, key=lambda step: step.footprint(step.smallest).peak, default=None)
+    needed = largest.footprint(largest.smallest).peak if largest else 0
     if largest and needed > budget.tensors:
         remedy = (
             "choose a larger device, give --device cpu"
@@ -41,7 +41,7 @@ def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
             ]
         )
     fitting = tuple(_fitted(step, budget) for step in steps)
-    staging = (READ_THREADS + 1) * staging_bytes(list(slots(fitting))) if budget.device == "cuda" else 0
+    staging = (READ_THREADS + 1) * staging_bytes(list(jobs(fitting))) if budget.device == "cuda" else 0
     if staging > budget.host:
         raise PlanError(
             [
@@ -52,13 +52,13 @@ def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
     return fitting
 
 
-def staging_bytes(queue: Iterable[Slot]) -> int:
+def staging_bytes(queue: Iterable[Job]) -> int:
     """Size of a pinned buffer that holds any input or output; PyTorch rounds it up to a power of two."""
     largest = 1
-    for slot in queue:
-        elements = math.prod(slot.piece.shape)
-        items = [ITEM_SIZES[entry.dtype] for entry in slot.step.inputs]
-        largest = max(largest, slot.memory.output, *(elements * item for item in items))
+    for job in queue:
+        elements = math.prod(job.piece.shape)
+        items = [ITEM_SIZES[entry.dtype] for entry in job.step.inputs]
+        largest = max(largest, job.footprint.output, *(elements * item for item in items))
     return 1 << (largest - 1).bit_length()
 
 
@@ -68,15 +68,16 @@ def _fitted(step: Step, budget: Budget) -> Step:
     whole matrices keep their pieces."""
     if len(step.ranges) > 1:
         whole = Piece(0, step.shape[0], step.shape)
-        memory = step.memory(whole)
-        fits = room(memory) <= budget.tensors
+        footprint = step.footprint(whole)
+        fits = room(footprint) <= budget.tensors
         if budget.device == "cuda":
             return replace(step, pieces=(whole,) if fits else step.ranges)
         ranged = replace(step, pieces=step.ranges)
-        return replace(ranged, held=ranged.passes > 1 and fits and memory.inputs <= HELD_BYTES)
-    if not step.action.chunkable or not step.shape or step.shape[0] == 0:
+        holds = fits and footprint.inputs <= HELD_BYTES and step.group is None
+        return replace(ranged, held=holds and ranged.passes > 1)
+    if not pieces.by_rows(step.action) or not step.shape or step.shape[0] == 0:
         return step
-    needed = room(step.memory(step.smallest))
+    needed = room(step.footprint(step.smallest))
     elements = math.prod(step.smallest.shape)
     most = min(CHUNK_ELEMENTS, max(1, budget.tensors // max(1, needed)) * elements)
     return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))

@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pymerge import env
-from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from pymerge.common.names import printable
 from pymerge.config.merge_config import MergeConfig, canonical
+from pymerge.errors import CheckpointError
 from pymerge.methods.base import Method
 from pymerge.output.layout import ShardLayout
 from pymerge.planner.budget import Budget
 from pymerge.planner.inputs import Inputs
-from pymerge.planner.jobs import WRITE_BEHIND, batches, slots
+from pymerge.planner.jobs import batches
 from pymerge.planner.steps import Step
-from pymerge.planner.window import Forecast, forecast, waiting
+from pymerge.planner.window import Forecast, forecast
+from pymerge.planner.workers import Target
 from pymerge.tokenizers.planned import TokenPlan
 
 
@@ -40,6 +42,8 @@ class Plan:
     dtype: str | None  # of the output; None for that of the donor
     base_parameters: int  # elements of the donor in the output's vocabulary, a tied head counted once
     tokens: TokenPlan
+    target: Target
+    carried: Mapping[Path, str]  # sizes and times of the donor's other files, when the plan was made
 
     @property
     def bytes_read(self) -> int:
@@ -70,15 +74,18 @@ class Plan:
 
     @cached_property
     def forecast(self) -> Forecast:
-        """Forecast of how far the pipeline reads ahead, and of what it then holds."""
-        return forecast(batches(self.steps, self.budget), self.budget.tensors)
+        """Forecast of how far the executor works ahead, and of what it then holds."""
+        return forecast(batches(self.steps, self.budget), self.budget.tensors, self.target.threads)
 
-    @cached_property
+    @property
     def peak_memory(self) -> int:
-        """Upper bound in bytes of all tensors held at once: a piece in work, those read ahead, those to be written."""
-        count, nbytes = waiting(slots(self.steps)) if self.budget.device == "cpu" else (0, 0)
-        more = count * nbytes if count > WRITE_BEHIND else 0
-        return min(self.budget.tensors, self.forecast.peak + more)
+        """Upper bound in bytes of all tensors held at once: pieces in work, those read ahead, those to be written."""
+        return self.forecast.peak
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether a step is carried out by PyTorch; otherwise it is not imported."""
+        return any(step.worker == "torch" for step in self.steps)
 
     @property
     def keeps_cache(self) -> bool:
@@ -118,21 +125,57 @@ class Plan:
             stamps={},
         )
 
-    def identity(self, backend: str, device: str, processor: str) -> dict[str, str]:
+    def settled(self) -> Plan:
+        """This plan when models that it was to find written are there: with their sizes, times and files.
+
+        Raises CheckpointError if one is not what was planned.
+        """
+        donor, experts = _settled(self.inputs.donor), tuple(map(_settled, self.inputs.experts))
+        inputs = Inputs(donor, experts)
+        return replace(self, inputs=inputs, carried=self.carried or inputs.carried)
+
+    def check_inputs(self) -> None:
+        """Raise CheckpointError if a file of the inputs has changed since the plan was made."""
+        for path, (size, time) in self.inputs.stamps.items():
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror}); put it back or plan again") from None
+            if (status.st_size, status.st_mtime_ns) != (size, time):
+                raise CheckpointError(f"{path}: has changed since the merge was planned; plan it again")
+        now = self.inputs.carried
+        for path in sorted(now.keys() | self.carried.keys()):
+            if now.get(path) != self.carried.get(path):
+                raise CheckpointError(f"{path}: has changed since the merge was planned; plan it again")
+
+    def identity(self, processor: str) -> dict[str, str]:
         """All that decides the bytes of the output, by name: versions, config, inputs, layout, backend, device."""
+        backend, device = self.target.backend, str(self.target.device)
         headers = hashlib.sha256(b"".join(layout.header for layout in self.layouts))
         versions = env.package_versions()
-        decisive = ["pymerge-engine", "torch"] + (["triton"] if device.startswith("cuda") else [])
+        decisive = ["pymerge-engine", *(["torch"] if self.needs_torch else [])]
+        decisive += ["triton"] if device.startswith("cuda") else []
         parts = {f"{name} version": versions[name] for name in decisive}
         parts |= {f"config {key}": json.dumps(value) for key, value in _flat(canonical(self.config))}
         parts |= {
             f"input {printable(path)}": f"{size} bytes, {time} ns" for path, (size, time) in self.inputs.stamps.items()
         }
-        parts |= {f"input {printable(path)}": stamp for path, stamp in self.inputs.carried.items()}
+        parts |= {f"input {printable(path)}": stamp for path, stamp in self.carried.items()}
         if self.tokens.digest:
             parts["tokenizer"] = self.tokens.digest
         parts |= {"output dtype": self.dtype or "as in the base", "output files": headers.hexdigest()}
         return parts | {"backend": backend, "device": device, "processor": processor}
+
+
+def _settled(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.stamps:
+        return checkpoint
+    found = open_checkpoint(checkpoint.path)
+    for name, entry in checkpoint.tensors.items():
+        there = found.tensors.get(entry.name)
+        if there is None or (there.dtype, there.shape, there.offset) != (entry.dtype, entry.shape, entry.offset):
+            raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is not as it was planned; plan again")
+    return replace(checkpoint, stamps=found.stamps, other_files=found.other_files)
 
 
 def _flat(canonical_config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

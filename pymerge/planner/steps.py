@@ -84,6 +84,14 @@ class Step:
         """Bytes that are read, those of every pass counted."""
         return self.bytes_input * (1 if self.held else self.passes)
 
+    def bytes_of(self, piece: Piece) -> int:
+        """Bytes of a piece in all inputs."""
+        return math.prod(piece.shape) * sum(ITEM_SIZES[entry.dtype] for entry in self.inputs)
+
+    def bytes_made(self, piece: Piece) -> int:
+        """Bytes of a piece in the output."""
+        return math.prod(piece.shape) * ITEM_SIZES[self.dtype]
+
     @property
     def in_passes(self) -> bool:
         """Whether the tensor is reduced, and then merged, piece by piece."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,7 +69,9 @@ def waiting_bytes(job: Job) -> int:
     return job.step.scratch(job.piece)
 
 
-class _Waiting(NamedTuple):
+class Waiting(NamedTuple):
+    """A batch that has been admitted."""
+
     native: bool
     held: int  # bytes from its admission on
     peak: int  # in its turn
@@ -89,7 +90,7 @@ class Window:
     def __init__(self, limit: int, share: NativeShare) -> None:
         self._limit = limit - share.working
         self._share = share
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._native = 0
         self.held = 0  # bytes of all admitted jobs
 
@@ -100,7 +101,7 @@ class Window:
         """Whether this batch, the next one, may be started."""
         if not self._waiting:
             return True
-        new = self._entry(batch)
+        new = self.entry(batch)
         if new.native:
             if self._native >= self._share.threads + self._share.ahead:
                 return False
@@ -118,7 +119,7 @@ class Window:
 
     def push(self, batch: Batch) -> None:
         """The batch is started."""
-        new = self._entry(batch)
+        new = self.entry(batch)
         self._waiting.append(new)
         self._native += new.native
         self.held += new.held
@@ -129,18 +130,19 @@ class Window:
         self._native -= first.native
         self.held -= first.held
 
-    def _entry(self, batch: Batch) -> _Waiting:
+    def entry(self, batch: Batch) -> Waiting:
+        """What a batch holds from its admission on, and in its turn."""
         footprint = batch.footprint
         if not batch.native:
-            return _Waiting(False, footprint.inputs, footprint.peak)
+            return Waiting(False, footprint.inputs, footprint.peak)
         job = batch.jobs[0]
         if not self._share.threads:
-            return _Waiting(True, 0, known_bytes(job) + working_bytes(job) + footprint.output)
+            return Waiting(True, 0, known_bytes(job) + working_bytes(job) + footprint.output)
         held = waiting_bytes(job)
-        return _Waiting(True, held, known_bytes(job) + held)
+        return Waiting(True, held, known_bytes(job) + held)
 
 
-def may_wait(outputs: Sequence[int], share: NativeShare | None = None) -> bool:
+def may_wait(outputs: Sequence[int]) -> bool:
     """Whether outputs of these sizes may wait for the writer together."""
     return len(outputs) <= WRITE_BEHIND or (len(outputs) <= _MOST_PIECES and sum(outputs) <= SMALL_BYTES)
 
@@ -168,7 +170,7 @@ def forecast(queue: Sequence[Batch], limit: int, threads: int) -> Forecast:
             line.append(following)
             following = next(rest, None)
         batch = line.popleft()
-        entry = window._entry(batch)
+        entry = window.entry(batch)
         late = sum(outputs)
         peak = max(peak, min(limit, share.working + entry.peak + window.held - entry.held + late))
         if following or depth is None:
@@ -184,8 +186,3 @@ def forecast(queue: Sequence[Batch], limit: int, threads: int) -> Forecast:
 def most_output(queue: Iterable[Batch]) -> int:
     """Bytes of the largest output of a native job; rooms for outputs have this size, so that any fits any."""
     return max((batch.footprint.output for batch in queue if batch.native), default=0)
-
-
-def elements(job: Job) -> int:
-    """Elements of a job's piece."""
-    return math.prod(job.piece.shape)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from pymerge import env
 from pymerge.common.devices import Device
 from pymerge.common.dtypes import NATIVE, is_float8
 from pymerge.methods.actions import Combine, Elementwise, Reduce
@@ -14,9 +15,10 @@ from pymerge.planner.steps import Step, WorkerName
 class Target:
     """Where and with what a plan computes. `native` says whether the C++ extension loads."""
 
-    device: Device = Device("cpu")
+    device: Device = field(default_factory=lambda: Device("cpu"))
     backend: str = "auto"
     native: bool = True
+    threads: int = field(default_factory=env.threads)  # of native code, as many as the machine gives
 
     @property
     def takes_arrays(self) -> bool:

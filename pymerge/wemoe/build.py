@@ -16,15 +16,14 @@ from torch import nn
 from pymerge import env
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.reader import Reader
-from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import code_of
 from pymerge.common.progress import NoProgress, ProgressBar, ProgressSink
 from pymerge.common.units import format_bytes, parse_bytes
 from pymerge.engine.report import MergeReport
-from pymerge.engine.run import run
+from pymerge.engine.run import resolve_target, run
 from pymerge.engine.trace import Tracer
 from pymerge.errors import ConfigError, PlanError
-from pymerge.methods.linear import Copy
+from pymerge.methods.actions import copy
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout, layout_file
 from pymerge.planner.advice import delta_warnings
@@ -32,6 +31,8 @@ from pymerge.planner.budget import Budget, budget
 from pymerge.planner.build import DEFAULT_SHARD_BYTES, build_plan
 from pymerge.planner.fit import fit
 from pymerge.planner.plan import Plan
+from pymerge.planner.steps import Step
+from pymerge.planner.workers import worker_of
 from pymerge.wemoe.config import expert_names, load_build_config
 from pymerge.wemoe.find_mlps import empty_model, find_mlps
 from pymerge.wemoe.router import make_router, router_count
@@ -187,19 +188,20 @@ def plan_build(
     config: str | Path | Mapping[str, Any],
     *,
     device: str | torch.device = "auto",
+    backend: str | None = None,
     memory: int | str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
     model: nn.Module | None = None,
 ) -> BuildPlan:
     """Plan a build from headers; nothing is written. Arguments and errors as of `build`."""
-    target = resolve_device(device)
+    target = resolve_target(device, backend or env.default_backend())
     merge, section = load_build_config(config)
-    allowed = budget(target, None if memory is None else parse_bytes(memory))
+    allowed = budget(target.device, None if memory is None else parse_bytes(memory))
     most = parse_bytes(max_shard_size)
     names = expert_names(merge)
     endless = replace(allowed, host=_NO_LIMIT, tensors=_NO_LIMIT)
-    plan = build_plan(merge, endless, max_shard_bytes=most, dtype=dtype)
+    plan = build_plan(merge, endless, target, max_shard_bytes=most, dtype=dtype)
     base = plan.inputs.donor
     experts = [expert for expert in plan.inputs.experts if expert.path != base.path]
     if len(experts) != len(names):
@@ -258,14 +260,14 @@ def build(
 
     Source: WEMoE, arXiv 2402.00433; E-WEMoE, arXiv 2410.21804.
     """
-    planned = plan_build(config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype, model=model)
+    planned = plan_build(
+        config, device=device, backend=backend, memory=memory, max_shard_size=max_shard_size, dtype=dtype, model=model
+    )
     out = Path(out)
     report = run(
         planned.static,
         out,
         supplement=planned,
-        device=device,
-        backend=backend or env.default_backend(),
         overwrite=overwrite,
         progress=ProgressBar("building") if progress else NoProgress(),
     )
@@ -276,16 +278,20 @@ def _entries(experts: Sequence[Checkpoint], name: str) -> tuple[TensorEntry, ...
     return tuple(expert.tensors[name] for expert in experts)
 
 
+def _kept(step: Step, plan: Plan) -> Step:
+    """The step with the base's tensor as its result."""
+    copied = replace(step, action=copy(), experts=(), reads_base=True, group=None)
+    return replace(copied, worker=worker_of(copied, plan.target, allow_nonfinite=plan.config.allow_nonfinite))
+
+
 def _fitted(plan: Plan, kept: set[str], files: Sequence[TaskVectorFile], allowed: Budget) -> Plan:
     """The plan with the base's tensors for all that is `kept`, within the limit.
 
     Raises PlanError, which names the least memory with which both the static merge and the task vectors can be made.
     """
-    steps = [
-        replace(step, action=Copy(), experts=(), reads_base=True) if step.name in kept else step for step in plan.steps
-    ]
+    steps = [_kept(step, plan) if step.name in kept else step for step in plan.steps]
     needed, worst = max((file.peak for file in files), key=lambda peak: peak[0])
-    static = max((step.memory(step.smallest).peak for step in steps), default=0) if allowed.device == "cpu" else 0
+    static = max((step.footprint(step.smallest).peak for step in steps), default=0) if allowed.device == "cpu" else 0
     if needed > allowed.host:
         file = "" if files[0].exact else " and the file that they are written to"
         smaller = "" if files[0].exact else ", or a smaller --max-shard-size"

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pymerge.backends.native._routed import NativePasses
-from pymerge.backends.runner import Runner, load
+from pymerge.backends.runner import Runner
+from pymerge.common.dtypes import code_of
 from pymerge.env import default_backend
 from pymerge.errors import ArgumentError
-from pymerge.ops.routed.kernels import TorchPasses
+from pymerge.ops import routed_linear
+from pymerge.ops.mix_weights import MixWeights
 from pymerge.ops.routed.task_storage import DenseTasks, LowRankTasks, SparseTasks, Tasks
 from pymerge.wemoe.router import Router, layer_code
 
@@ -157,8 +158,8 @@ class RoutedLinear(nn.Module):
             y = F.linear(tokens, weight, bias)
         else:
             self._whole = None
-            run = dispatcher(self.unit.shared.backend, x.device)
-            y = run("routed_linear", tokens, gates, self.weight, self.tasks, self.bias, self.bias_tasks)
+            run = runner(self.unit.shared.backend, x.device)
+            y = run(routed_linear.RoutedLinear(tokens, gates, self.weight, self.tasks, self.bias, self.bias_tasks))
         return y.reshape(*x.shape[:-1], self.out_features)
 
     @property
@@ -185,10 +186,8 @@ class RoutedLinear(nn.Module):
     def _mix(self, gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias mixed by gates (T)."""
         gates = gates.to(self.weight.device, torch.promote_types(torch.float32, self.weight.dtype))
-        weight = torch.empty_like(self.weight, dtype=dtype, requires_grad=False)
-        passes(self.unit.shared.backend, weight.device).mix(
-            self.tasks, weight[None], self.weight.detach(), gates[None], slice(None)
-        )
+        run = runner(self.unit.shared.backend, self.weight.device)
+        weight: Tensor = run(MixWeights(self.weight.detach(), self.tasks, gates[None], code_of(dtype)))[0]
         bias = None if self.bias is None else self.bias.detach().to(gates.dtype)
         if bias is not None and self.bias_tasks is not None:
             bias = bias + gates @ self.bias_tasks.to(gates.dtype)
@@ -218,17 +217,9 @@ def is_transposed(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 @lru_cache(maxsize=16)
-def dispatcher(backend: str, device: torch.device) -> Runner:
-    """The dispatcher of a backend and device, made once."""
+def runner(backend: str, device: torch.device) -> Runner:
+    """The runner of a backend and device, made once."""
     return Runner(backend, device)
-
-
-@lru_cache(maxsize=16)
-def passes(backend: str, device: torch.device) -> TorchPasses:
-    """The passes over task vectors: in C++ where they run and no other backend is named."""
-    if device.type == "cpu" and backend in ("auto", "native") and load("native").unavailable(device) is None:
-        return NativePasses()
-    return TorchPasses()
 
 
 def call_hooks(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import compute_dtype, task_vector
+from pymerge.ops.combine import Combine
 from pymerge.ops.routed.task_storage import Tasks
 from pymerge.wemoe.model import RoutedModel
-from pymerge.wemoe.modules import dispatcher, is_linear, is_transposed
+from pymerge.wemoe.modules import is_linear, is_transposed, runner
 from pymerge.wemoe.router import make_routers
 from pymerge.wemoe.spec import ModuleSpec, RouterSpec, Spec, StorageSpec
 from pymerge.wemoe.task_vectors import compress
@@ -162,9 +163,9 @@ def _merge_rest(
         if name in parameters or not tensor.is_floating_point():
             continue
         if static is None:
-            run = dispatcher("auto", tensor.device)
+            run = runner("auto", tensor.device)
             tuned = [expert[name].to(tensor.device) for expert in experts.values()]
-            tensor.copy_(run("combine", state[name], tuned, [init_lambda] * len(tuned)))
+            tensor.copy_(run(Combine(state[name], tuned, [init_lambda] * len(tuned))))
         elif name in static:
             tensor.copy_(static[name])
         else:

@@ -1,3 +1,5 @@
+"""Roles of tensors by name, shape and config.json: every tensor of real architectures, and rules that override."""
+
 from __future__ import annotations
 
 import re

@@ -1,4 +1,4 @@
-"""Which backend computes what, what is refused, and what the reason says."""
+"""Choice of a backend for each op: what is refused, and what the reason says."""
 
 from __future__ import annotations
 

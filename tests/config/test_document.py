@@ -1,21 +1,14 @@
+"""Text of configs: what is YAML, how much of it, and which line a problem is on."""
+
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pymerge.config.merge_config import load_config, resolve
-from pymerge.errors import ConfigError
 from pymerge.methods import get_method
-
-WUDI = "merge_method: wudi\nbase_model: base\nmodels:\n  - model: a\n  - model: b\n"
-
-
-def problems(source: Any) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(source)
-    return str(caught.value).splitlines()
+from tests.helpers.configs import WUDI, problems
 
 
 @pytest.mark.parametrize(

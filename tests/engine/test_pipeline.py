@@ -1,4 +1,4 @@
-"""When something fails while a merge runs: memory, an input, the disk. And transfers, on the device that is there."""
+"""Failures while a merge runs: memory, an input, the disk. And transfers, on the device that is there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users of merging tools have complained about: each a case that works here, or is refused before it costs time.
+"""Complaints of users of merging tools: each a case that works here, or is refused before it costs time.
 
 `COVERED` says where the others are tested. Numbers are those of mergekit's issues.
 """
@@ -44,9 +44,9 @@ COVERED = {
     "merged tokenizers that cannot be loaded (469)": (
         "tokenizers/test_files.py::test_files_that_would_contradict_are_left_out"
     ),
-    "a mis-indented weight is dropped (248)": "config/test_merge_config.py::test_misindented_weight_is_pointed_at",
+    "a mis-indented weight is dropped (248)": "config/test_problems.py::test_misindented_weight_is_pointed_at",
     "misspelt keys are ignored": (
-        "config/test_merge_config.py::test_unknown_keys_are_reported_together_with_lines_and_nearest_names"
+        "config/test_problems.py::test_unknown_keys_are_reported_together_with_lines_and_nearest_names"
     ),
     "quantised inputs of every kind (457, 75, 494)": "checkpoint/test_quantised.py::test_by_tensors",
     "an adapter in place of a model (442, 470)": "checkpoint/test_quantised.py::test_an_adapter_is_no_model",

@@ -1,4 +1,4 @@
-"""What a merge really holds in memory: within the plan's bound and a limit of the system, whatever the checkpoint."""
+"""Memory that a merge really holds: within the plan's bound and a limit of the system, whatever the checkpoint."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ NAME = "native"
 _FLOAT32_OPS = (
     "task_stats",
     "routed_linear",
+    "mix_weights",
     "trim_threshold",
     "magnitude_counts",
     "magnitude_place",

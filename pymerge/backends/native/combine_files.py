@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pymerge.backends.native._arguments import flat
+from pymerge.common.arrays import Array
 from pymerge.common.dtypes import NATIVE
 
 
@@ -27,9 +29,7 @@ class Outcome(NamedTuple):
 
 
 def combine_files(
-    out: int,
-    dtype: str,
-    numel: int,
+    out: Array,
     base: FileTensor | None,
     tensors: Sequence[FileTensor],
     weights: Sequence[float],
@@ -41,7 +41,7 @@ def combine_files(
     """What `combine` gives for these tensors, bit for bit; without `tensors` the base, converted.
 
     Args:
-        out: address of memory for `numel` elements of `dtype`.
+        out: memory for the result, in its dtype.
         block: elements of each tensor that are read at once, into memory of this thread.
         check_inputs: look for NaN and infinity in the inputs too, not in the result alone.
     """
@@ -49,12 +49,11 @@ def combine_files(
 
     files = [(tensor.descriptor, tensor.offset, NATIVE[tensor.dtype]) for tensor in tensors]
     origin = None if base is None else (base.descriptor, base.offset, NATIVE[base.dtype])
-    target = (out, NATIVE[dtype], numel)
-    return Outcome(*_C.combine_files(target, origin, files, weights, divisor, block, check_inputs))
+    return Outcome(*_C.combine_files(flat(out), origin, files, weights, divisor, block, check_inputs))
 
 
-def is_finite(address: int, dtype: str, numel: int) -> bool:
-    """Whether none of the elements in memory is NaN or infinite."""
+def is_finite(values: Array) -> bool:
+    """Whether none of the elements is NaN or infinite."""
     from pymerge import _C
 
-    return _C.is_finite((address, NATIVE[dtype], numel))
+    return _C.is_finite(flat(values))

@@ -1,1 +1,1 @@
-"""What `routed_linear` is made of: its passes, and how task vectors are stored."""
+"""Parts of `routed_linear` and `mix_weights`: passes over task vectors, and how these are stored."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pymerge.ops._op import compute_dtype
 from pymerge.ops.routed.task_storage import LowRankTasks, Tasks
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Elements of the mixed weight that exist at a time, where that is enough rows for a product to be fast: the product
 # finds them in the cache.
@@ -60,7 +61,7 @@ class TorchPasses:
 
 
 class Problem(NamedTuple):
-    """What does not change between forward and backward; gates have one row for each distinct index."""
+    """The layer and the runs of its input, in forward and backward; gates have one row for each distinct index."""
 
     weight: Tensor
     tasks: Tasks
@@ -76,6 +77,8 @@ class Kernels:
 
     def forward(self, problem: Problem, x: Tensor, gates: Tensor, biases: Tensor | None) -> Tensor:
         """y (N x d_out), with row `run.gate` of `biases` added to the rows of each run."""
+        import torch
+
         weight, tasks, runs, form = problem
         if form == "factored":
             y = x @ weight.to(x.dtype).mT
@@ -100,6 +103,8 @@ class Kernels:
         self, problem: Problem, gates: Tensor, rows: slice, dtype: torch.dtype
     ) -> Iterator[tuple[Tensor, list[Run]]]:
         """Some rows of each mixed weight, and the runs that it belongs to. A weight is overwritten by later ones."""
+        import torch
+
         mixes = mixes_of(gates, problem.runs)
         shape = (rows.stop - rows.start, problem.weight.shape[1])
         room = torch.empty(min(_TOGETHER, len(mixes)), *shape, dtype=dtype, device=gates.device)
@@ -113,6 +118,8 @@ class Kernels:
         self, problem: Problem, x: Tensor, gates: Tensor, dy: Tensor, need_x: bool, need_gates: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dL/dx, dL/dgates); the second without the biases' part."""
+        import torch
+
         if isinstance(problem.tasks, LowRankTasks) and problem.form == "factored":
             return _low_rank_backward(problem, x, gates, dy, need_x, need_gates)
         weight, tasks, runs, _ = problem
@@ -132,40 +139,49 @@ class Kernels:
         return dx, dg
 
 
-class RoutedFunction(torch.autograd.Function):
-    """Gradients for x, gates and bias; weights and task vectors are frozen."""
+@cache
+def routed_function() -> Any:
+    """The autograd function of x, gates, bias, bias_tasks, problem and kernels. Made here: its base is PyTorch's.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gates: Tensor,
-        bias: Tensor | None,
-        bias_tasks: Tensor | None,
-        problem: Problem,
-        kernels: Kernels,
-    ) -> Tensor:
-        gates = gates.to(compute_dtype(x, gates))
-        ctx.save_for_backward(x, gates, bias_tasks)
-        ctx.problem, ctx.kernels = problem, kernels
-        return kernels.forward(problem, x, gates, _biases(x.dtype, gates, bias, bias_tasks))
+    Gradients are those for x, gates and bias; weights and task vectors are frozen.
+    """
+    import torch
+    from torch.autograd.function import once_differentiable
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gates, bias_tasks = ctx.saved_tensors
-        need_x, need_gates, need_bias = ctx.needs_input_grad[:3]
-        dy = dy.contiguous()
-        dx, dg = ctx.kernels.backward(ctx.problem, x, gates, dy, need_x, need_gates)
-        db = None
-        if need_bias or (need_gates and bias_tasks is not None):
-            sums = gates.new_zeros(len(gates), dy.shape[1])
-            for run in ctx.problem.runs:
-                sums[run.gate] += dy[run.begin : run.end].sum(0, dtype=gates.dtype)
-            db = sums.sum(0) if need_bias else None
-            if dg is not None and bias_tasks is not None:
-                dg = dg + sums @ bias_tasks.to(gates.dtype).mT
-        return dx, dg, db, None, None, None
+    class RoutedFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            x: Tensor,
+            gates: Tensor,
+            bias: Tensor | None,
+            bias_tasks: Tensor | None,
+            problem: Problem,
+            kernels: Kernels,
+        ) -> Tensor:
+            gates = gates.to(compute_dtype(x, gates))
+            ctx.save_for_backward(x, gates, bias_tasks)
+            ctx.problem, ctx.kernels = problem, kernels
+            return kernels.forward(problem, x, gates, _biases(x.dtype, gates, bias, bias_tasks))
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+            x, gates, bias_tasks = ctx.saved_tensors
+            need_x, need_gates, need_bias = ctx.needs_input_grad[:3]
+            dy = dy.contiguous()
+            dx, dg = ctx.kernels.backward(ctx.problem, x, gates, dy, need_x, need_gates)
+            db = None
+            if need_bias or (need_gates and bias_tasks is not None):
+                sums = gates.new_zeros(len(gates), dy.shape[1])
+                for run in ctx.problem.runs:
+                    sums[run.gate] += dy[run.begin : run.end].sum(0, dtype=gates.dtype)
+                db = sums.sum(0) if need_bias else None
+                if dg is not None and bias_tasks is not None:
+                    dg = dg + sums @ bias_tasks.to(gates.dtype).mT
+            return dx, dg, db, None, None, None
+
+    return RoutedFunction
 
 
 def mixes_of(gates: Tensor, runs: Sequence[Run]) -> list[tuple[Tensor, list[Run]]]:
@@ -186,6 +202,8 @@ def _panels(weight: Tensor) -> list[slice]:
 
 def _biases(dtype: torch.dtype, gates: Tensor, bias: Tensor | None, bias_tasks: Tensor | None) -> Tensor | None:
     """b_0 + sum_t g_t db_t for each row of the gates; None without either."""
+    import torch
+
     if bias is None and bias_tasks is None:
         return None
     # Row by row: a matrix product would round by the number of rows.
@@ -199,6 +217,8 @@ def _biases(dtype: torch.dtype, gates: Tensor, bias: Tensor | None, bias_tasks: 
 
 def token_gates(gates: Tensor, runs: Sequence[Run]) -> Tensor:
     """The gates (or biases) of each row of x, from those of the runs."""
+    import torch
+
     if len(runs) == 1:  # one sample, as in decoding: no tensors of indices
         return gates[runs[0].gate].expand(runs[0].end - runs[0].begin, -1).contiguous()
     rows = torch.tensor([run.gate for run in runs], device=gates.device)
@@ -210,6 +230,8 @@ def _low_rank_backward(
     problem: Problem, x: Tensor, gates: Tensor, dy: Tensor, need_x: bool, need_gates: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Thin products only: no gradient of a weight is formed."""
+    import torch
+
     weight, tasks, runs, _ = problem
     assert isinstance(tasks, LowRankTasks)
     of_tokens = token_gates(gates, runs)

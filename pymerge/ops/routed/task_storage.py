@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import one_thread
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Columns up to here are stored as uint16.
 NARROW_COLUMNS = 2**16
@@ -59,6 +60,8 @@ class DenseTasks:
 
     def dots(self, delta: Tensor, rows: slice) -> Tensor:
         """<delta, tau_t[rows]> for each task, in delta's dtype."""
+        import torch
+
         return torch.stack([(self.values[task, rows].to(delta.dtype) * delta).sum() for task in range(self.count)])
 
     def add_products(self, y: Tensor, x: Tensor, gates: Tensor) -> None:
@@ -109,6 +112,8 @@ class SparseTasks:
 
     def _entries(self, task: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """(row within the slice, column, value) of one task's entries."""
+        import torch
+
         first, last, _ = rows.indices(self.shape[0])
         starts = self.starts[task * self.shape[0] + first : task * self.shape[0] + last + 1]
         begin, end = int(starts[0]), int(starts[-1])
@@ -125,6 +130,8 @@ class SparseTasks:
 
     def dots(self, delta: Tensor, rows: slice) -> Tensor:
         """<delta, tau_t[rows]> for each task, in delta's dtype."""
+        import torch
+
         found = []
         for task in range(self.count):
             row, column, value = self._entries(task, rows)
@@ -140,6 +147,8 @@ class SparseTasks:
 
     def dense(self, task: int) -> Tensor:
         """tau_t as a matrix."""
+        import torch
+
         row, column, value = self._entries(task, slice(None))
         matrix = torch.zeros(self.shape, dtype=value.dtype, device=value.device)
         matrix[row, column] = value
@@ -147,6 +156,8 @@ class SparseTasks:
 
     def transposed(self) -> SparseTasks:
         """The task vectors of the transposed weight."""
+        import torch
+
         parts = []
         for task in range(self.count):
             row, column, value = self._entries(task, slice(None))
@@ -188,6 +199,8 @@ class LowRankTasks:
 
     def mix(self, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
         """Write (W_0 + sum_t g_t tau_t)[rows] to `out`; gates (T) are in the dtype that is computed in."""
+        import torch
+
         left = self.left[rows].to(gates.dtype) * gates[self.owners]
         out.copy_(torch.addmm(weight[rows].to(gates.dtype), left, self.right.to(gates.dtype)))
 
@@ -214,11 +227,39 @@ class LowRankTasks:
 Tasks = DenseTasks | SparseTasks | LowRankTasks
 
 
+def check_layer(
+    op: str, tasks: Tasks, weight: Tensor, bias: Tensor | None = None, bias_tasks: Tensor | None = None
+) -> None:
+    """Raise ArgumentError unless W_0, b_0 and the task vectors of the bias have the shapes of the task vectors."""
+    d_out, d_in = tasks.shape
+    expected = {
+        "weight": (weight, (d_out, d_in)),
+        "bias": (bias, (d_out,)),
+        "bias_tasks": (bias_tasks, (tasks.count, d_out)),
+    }
+    for label, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ArgumentError(
+                f"{op}: {label} has shape {tuple(tensor.shape)}, the task vectors need {shape}; give those of one layer"
+            )
+
+
+def check_gates(op: str, tasks: Tasks, gates: Tensor) -> None:
+    """Raise ArgumentError unless the gates are a matrix with one column for each task."""
+    if gates.ndim != 2 or gates.shape[1] != tasks.count:
+        raise ArgumentError(
+            f"{op}: gates have shape {tuple(gates.shape)}, expected samples x {tasks.count}; give one for each expert"
+        )
+
+
 def magnitude_quantile(magnitudes: Tensor, ratio: float) -> Tensor:
     """The linear-interpolated quantile of float32 or float64 values, by selection: any number of them, no sort.
 
     torch.quantile computes the same and refuses more than 2^24 elements.
     """
+    import numpy as np
+    import torch
+
     flat = magnitudes.flatten()
     place = ratio * (flat.numel() - 1)
     below = math.floor(place)
@@ -258,6 +299,8 @@ def sparse_tasks(taus: Sequence[Tensor], kept: Sequence[Tensor], dtype: torch.dt
 
 def _sparse(parts: Sequence[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int]) -> SparseTasks:
     """From (values, columns, entries in each row) of each task."""
+    import torch
+
     index = torch.uint16 if shape[1] <= NARROW_COLUMNS else torch.int32
     counts = torch.cat([part[2] for part in parts])
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int64)
@@ -273,6 +316,8 @@ def low_rank_tasks(
     Factors share the singular values' square roots; they are computed in float64, on one thread (the same bits for any
     number of them), and rounded to `dtype`.
     """
+    import torch
+
     if (rank is None) == (energy is None):
         raise ArgumentError("low rank: give either rank or energy, not both and not neither")
     if rank is not None and rank < 1:

@@ -1,22 +1,21 @@
-"""routed_linear on Triton's kernels."""
+"""`routed_linear` with weights mixed inside the tiles of the product."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from pymerge.backends.triton._arguments import on
 from pymerge.ops.routed.kernels import Kernels, Problem, TorchPasses, token_gates
 from pymerge.ops.routed.task_storage import DenseTasks
-from pymerge.ops.routed_linear import run
+from pymerge.ops.routed_linear import RoutedLinear, run
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device current: Triton launches there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def compute(op: RoutedLinear, threads: int) -> Tensor:
+    """The layer's outputs."""
+    return run(_RoutedKernels(TorchPasses()), op)
 
 
 class _RoutedKernels(Kernels):
@@ -55,7 +54,3 @@ def _routed(problem: Problem, x: Tensor, weight: Tensor, tasks: Tensor, gates: T
             runs = [list(run) for run in problem.runs]
             kernel.launch_mixed(out, x, weight, tasks, gates, None if biases is None else biases.contiguous(), runs)
     return out
-
-
-# With weights mixed inside the tiles of the product.
-routed_linear = partial(run, _RoutedKernels(TorchPasses()))

@@ -1,0 +1,68 @@
+"""Products and sums of task vectors that several ops are made of, by PyTorch's GEMMs and the C++ between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pymerge.backends.native._arguments import address, flat, matrix, numbers, rows_contiguous
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# From this many columns on, a symmetric product is computed in panels of its lower triangle, faster than a full
+# one. The width is no power of two: panels of 256 float64 columns would fall on the same cache lines.
+_HALF_FROM = 512
+_PANEL = 192
+
+
+def write_task_sum(
+    out: Tensor, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], means: Tensor | None, threads: int
+) -> None:
+    """Write sum_t w_t tau~_t to `out`, d_out x d_in, contiguous, in its dtype; means [T, d_in] are subtracted first."""
+    from pymerge import _C
+
+    rows, columns = out.shape
+    base = rows_contiguous(base)
+    inputs = [rows_contiguous(expert) for expert in experts]
+    shift = None if means is None else means.to(out.dtype).contiguous()
+    _C.task_sum(
+        (*flat(out)[:2], columns),
+        matrix(base),
+        [matrix(expert) for expert in inputs],
+        numbers(weights),
+        0 if shift is None else address(shift),
+        rows,
+        columns,
+        threads,
+    )
+
+
+def add_gram(gram: Tensor, tau: Tensor, weight: float) -> None:
+    """Add w tau^T tau to the lower triangle of `gram` (and to some of the rest; `mirror` sets it)."""
+    for start, stop in _panels(tau.shape[1]):
+        gram[start:, start:stop].addmm_(tau[:, start:].mT, tau[:, start:stop], alpha=weight)
+
+
+def mirror(gram: Tensor) -> Tensor:
+    """Copy the lower triangle's panels above the diagonal, in place."""
+    for start, stop in _panels(gram.shape[0]):
+        gram[start:stop, stop:] = gram[stop:, start:stop].mT
+    return gram
+
+
+def symmetric_product(left: Tensor, right: Tensor, *, alpha: float = 1.0, less: Tensor | None = None) -> Tensor:
+    """The lower triangle's panels of alpha left right - less, mirrored."""
+    import torch
+
+    product = torch.empty_like(left) if less is None else less
+    for start, stop in _panels(left.shape[0]):
+        panel = product[start:, start:stop]
+        panel.addmm_(left[start:], right[:, start:stop], beta=0.0 if less is None else -1.0, alpha=alpha)
+    return mirror(product)
+
+
+def _panels(columns: int) -> list[tuple[int, int]]:
+    """Column ranges of the lower-triangle products; one range (a full product) where halving does not pay."""
+    size = max(columns, 1) if columns < _HALF_FROM else _PANEL
+    return [(start, min(start + size, columns)) for start in range(0, columns, size)]

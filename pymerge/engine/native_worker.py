@@ -1,0 +1,199 @@
+"""Native worker: jobs from files to memory in C++, on threads of a pool, each job on one; without PyTorch."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+from pymerge.backends.native.combine_files import FileTensor, combine_files, is_finite
+from pymerge.backends.runner import Runner
+from pymerge.checkpoint.reader import Reader, failed_read
+from pymerge.common.arrays import Array
+from pymerge.common.dtypes import ITEM_SIZES, NATIVE
+from pymerge.common.progress import ProgressSink
+from pymerge.engine.trace import Tracer
+from pymerge.engine.worker import Made, Reductions, raise_nonfinite
+from pymerge.methods.actions import Combine, Elementwise, Reduce
+from pymerge.methods.reduce import merge_whole
+from pymerge.methods.rows import Rows
+from pymerge.planner.jobs import Job
+from pymerge.planner.steps import BLOCK_ELEMENTS, CACHE_LINE
+
+
+class NativeWorker:
+    """Reads pieces and combines, maps or merges them.
+
+    `room`, `reuse` and `free` are for the leading thread, `work` for any. Memory is used again: that of outputs, all of
+    the size of the largest, and that of inputs. A weighted sum needs none for its inputs: they are read and combined
+    block by block.
+    """
+
+    def __init__(
+        self,
+        run: Runner,
+        reader: Reader,
+        reductions: Reductions,
+        tracer: Tracer,
+        progress: ProgressSink,
+        *,
+        output_bytes: int,
+        allow_nonfinite: bool,
+        keeps_cache: bool,
+    ) -> None:
+        self._run = run
+        self._reader = reader
+        self._reductions = reductions
+        self._tracer = tracer
+        self._progress = progress
+        self._output_bytes = output_bytes
+        self._allow_nonfinite = allow_nonfinite
+        self._keeps_cache = keeps_cache
+        self._outputs: list[Array] = []  # memory that nobody uses
+        self._inputs: list[Array] = []
+        self._held: dict[tuple[int, int], Array] = {}  # inputs between passes, by step and first row
+        self._lock = threading.Lock()
+
+    def room(self, job: Job) -> Array | None:
+        """Memory for what a job merges; None in a pass that maps. Raises MemoryError."""
+        if not job.merges:
+            return None
+        return self._outputs.pop() if self._outputs else Array.mapped(self._output_bytes)
+
+    def reuse(self, room: Array) -> None:
+        """Nobody uses the memory of a merged piece any more."""
+        self._outputs.append(room.whole())
+
+    def free(self) -> None:
+        """Give back all memory that no job is using; inputs that were held are read again."""
+        self._outputs.clear()
+        with self._lock:
+            self._inputs.clear()
+            self._held.clear()
+
+    def work(self, job: Job, room: Array | None) -> Made:
+        """Read a piece, and combine, map or merge it. Raises MemoryError, CheckpointError, NonFiniteError."""
+        step, piece = job.step, job.piece
+        nbytes = sum(math.prod(piece.shape) * ITEM_SIZES[entry.dtype] for entry in step.inputs)
+        out = None if room is None else room.at(0, step.dtype, piece.shape)
+        with self._tracer.span("combine", step.name, nbytes):
+            if isinstance(step.action, Combine):
+                assert out is not None
+                reading, finite = self._combine(job, step.action, out)
+                made = Made(out, None, reading)
+            else:
+                made, finite = self._compute(job, out)
+            if not finite and not self._allow_nonfinite:
+                raise_nonfinite(job, self._reader)
+            if job.reads_last and not self._keeps_cache:
+                for entry in step.inputs:
+                    self._reader.release(entry, piece.start, piece.stop)
+        if job.reads:
+            self._progress.advance(nbytes)
+        return made
+
+    def _combine(self, job: Job, action: Combine, out: Array) -> tuple[int, bool]:
+        """Write a weighted sum or a copy to `out`; returns nanoseconds of reading, and whether all is finite."""
+        step, piece = job.step, job.piece
+        inputs = step.inputs
+        if not action.weights and inputs[0].dtype == step.dtype:
+            began = time.perf_counter_ns()
+            self._reader.read_bytes_into(inputs[0], out.bytes, piece.start, piece.stop)
+            return time.perf_counter_ns() - began, step.dtype not in NATIVE or is_finite(out)
+        if action.weights:
+            self._run.choice("combine", frozenset({step.dtype, *(entry.dtype for entry in inputs)}), piece.shape)
+        has_base = action.on_base or not action.weights
+        with self._reader.places(inputs, piece.start, piece.stop) as places:
+            files = [FileTensor(*place, entry.dtype) for place, entry in zip(places, inputs, strict=True)]
+            done = combine_files(
+                out,
+                files[0] if has_base else None,
+                files[1:] if has_base else files,
+                action.weights,
+                action.divisor,
+                block=BLOCK_ELEMENTS,
+                check_inputs=not (self._allow_nonfinite or action.shows_nonfinite),
+            )
+            if done.failed >= 0:
+                raise failed_read(inputs[done.failed], done.errno, done.offset)
+        return done.reading, done.finite
+
+    def _compute(self, job: Job, out: Array | None) -> tuple[Made, bool]:
+        """Read the inputs and run ops on them; returns what was made, and whether all that was looked at is finite."""
+        memory, filled = self._take_inputs(job)
+        holds = filled
+        try:
+            arrays, reading = self._read(job, memory, filled)
+            base, experts = (arrays[0], arrays[1:]) if job.step.reads_base else (arrays[0], arrays)
+            rows = Rows(base, experts, job.step.dtype, job.first, job.piece.start, out)
+            mapped = self._run_ops(job, rows)
+            finite = self._finite(job, arrays, mapped, out)
+            holds = job.step.held and not job.merges
+        finally:
+            self._return_inputs(job, memory, holds)
+        return Made(out, mapped, reading), finite
+
+    def _run_ops(self, job: Job, rows: Rows) -> object:
+        """Merge rows into their memory, or return their contribution to a pass."""
+        action, run = job.step.action, self._run
+        if isinstance(action, Elementwise):
+            run(action.op(rows))
+            return None
+        assert isinstance(action, Reduce)
+        if not job.reduces:
+            merge_whole(action, run, rows)
+            return None
+        state = self._reductions.of(job)
+        if not job.merges:
+            return state.map(run, rows)
+        state.merge(run, rows)
+        return None
+
+    def _finite(self, job: Job, inputs: list[Array], mapped: object, out: Array | None) -> bool:
+        """Whether the result is finite; of a pass that maps, the inputs, where it is the first one."""
+        if self._allow_nonfinite:
+            return True
+        if out is None:
+            # NaN in one piece shows in the result of others.
+            return job.number > 0 or self._reductions.of(job).finite(mapped) or all(map(is_finite, inputs))
+        if not job.step.action.shows_nonfinite and not (job.reduces or all(map(is_finite, inputs))):
+            return False
+        return is_finite(out)
+
+    def _read(self, job: Job, memory: Array, filled: bool) -> tuple[list[Array], int]:
+        """The inputs of a job in memory, each from a cache line on, and nanoseconds of reading."""
+        step, piece = job.step, job.piece
+        arrays, at = [], 0
+        began = time.perf_counter_ns()
+        for entry in step.inputs:
+            array = memory.at(at, entry.dtype, piece.shape)
+            if not filled:
+                self._reader.read_bytes_into(entry, array.bytes, piece.start, piece.stop)
+            arrays.append(array)
+            at += -(-array.nbytes // CACHE_LINE) * CACHE_LINE
+        return arrays, time.perf_counter_ns() - began
+
+    def _take_inputs(self, job: Job) -> tuple[Array, bool]:
+        """Memory for the inputs of a job, and whether they are in it, held since an earlier pass."""
+        nbytes = sum(math.prod(job.piece.shape) * ITEM_SIZES[entry.dtype] + CACHE_LINE for entry in job.step.inputs)
+        with self._lock:
+            if (held := self._held.pop(_place(job), None)) is not None:
+                return held, True
+            for index, memory in enumerate(self._inputs):
+                if memory.nbytes >= nbytes:
+                    return self._inputs.pop(index), False
+            if self._inputs:  # too small: sooner or later all are as large as the largest pieces
+                self._inputs.pop()
+        return Array.mapped(nbytes), False
+
+    def _return_inputs(self, job: Job, memory: Array, holds: bool) -> None:
+        """Keep memory for later use, or what is in it for the next pass."""
+        with self._lock:
+            if holds:
+                self._held[_place(job)] = memory
+            else:
+                self._inputs.append(memory)
+
+
+def _place(job: Job) -> tuple[int, int]:
+    return id(job.step), job.piece.start

@@ -1,0 +1,251 @@
+"""Worker of PyTorch: jobs on tensors, read by a few threads and computed by the leading one, on a CPU or on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from pymerge.architecture.roles import Layer
+from pymerge.backends.runner import Runner
+from pymerge.checkpoint.finite import check_finite, is_finite
+from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.arrays import as_tensor
+from pymerge.common.dtypes import torch_dtype, upcast
+from pymerge.common.progress import ProgressSink
+from pymerge.engine.memory import Heap
+from pymerge.engine.trace import Tracer
+from pymerge.engine.transfer import transfer_to
+from pymerge.engine.worker import Made, Reductions, first_line, is_out_of_memory, raise_nonfinite
+from pymerge.errors import ArgumentError, BackendError
+from pymerge.methods.actions import Action, Combine, Elementwise, Reduce, Run, Solve, SolveTogether
+from pymerge.methods.reduce import merge_whole
+from pymerge.methods.rows import Rows
+from pymerge.ops._op import at_most_threads, one_thread
+from pymerge.planner.jobs import READ_THREADS, Batch, Job
+from pymerge.planner.pieces import by_rows
+
+Loads = Sequence[Future[list[Tensor]]]  # of each job of a batch, all inputs
+
+# A product below this takes less than a millisecond: waiting for other threads costs more than they give, and small
+# float64 products round differently for each number of them.
+_ONE_THREAD_FLOPS = 2**25
+
+
+class TorchWorker:
+    """Reads pieces to the device and computes them there. All but `_load` and `store` is for the leading thread."""
+
+    def __init__(
+        self,
+        run: Runner,
+        reader: Reader,
+        reductions: Reductions,
+        jobs: Sequence[Job],
+        limit: int,
+        tracer: Tracer,
+        progress: ProgressSink,
+        *,
+        allow_nonfinite: bool,
+        keeps_cache: bool,
+    ) -> None:
+        self._run = run
+        self._reader = reader
+        self._reductions = reductions
+        self._tracer = tracer
+        self._progress = progress
+        self._allow_nonfinite = allow_nonfinite
+        self._keeps_cache = keeps_cache
+        self._transfer = transfer_to(torch.device(str(run.device)), jobs, tracer, limit)
+        self._heap = Heap(limit)
+        self._inputs: dict[tuple[int, int], Future[list[Tensor]]] = {}  # of pieces between two passes
+        # Elementwise work waits on memory, and readers need the processor beside it: a team of threads that does not
+        # get all its cores waits for a time slice at every barrier.
+        self._elementwise_threads = max(1, torch.get_num_threads() - READ_THREADS)
+        self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pymerge-read")
+
+    def start(self, job: Job) -> Future[list[Tensor]]:
+        """Start to read the inputs of a job, unless they are held since an earlier pass."""
+        place = _place(job)
+        if job.number > 0 and place in self._inputs:
+            return self._inputs[place] if not job.merges else self._inputs.pop(place)
+        reading = self._submit(job)
+        if job.step.held and not job.merges:
+            self._inputs[place] = reading
+        return reading
+
+    def _submit(self, job: Job) -> Future[list[Tensor]]:
+        try:
+            rooms = [self._transfer.prepare(entry, job.piece) for entry in job.step.inputs]
+        except (MemoryError, RuntimeError) as error:
+            failed: Future[list[Tensor]] = Future()
+            failed.set_exception(error)  # raised in the job's turn
+            return failed
+        return self._readers.submit(self._load, job, rooms)
+
+    def _load(self, job: Job, rooms: Sequence[Tensor | None]) -> list[Tensor]:
+        """Read the inputs of a job; by a thread of the pool."""
+        for entry in job.step.inputs:
+            self._reader.announce(entry, job.piece.start, job.piece.stop)
+        return [self._load_one(job, entry, room) for entry, room in zip(job.step.inputs, rooms, strict=True)]
+
+    def _load_one(self, job: Job, entry: TensorEntry, room: Tensor | None) -> Tensor:
+        piece = job.piece
+        rows = entry.shape[0] if entry.shape else 1
+        nbytes = entry.nbytes * (piece.stop - piece.start) // max(1, rows)
+        with self._tracer.span("read", entry.name, nbytes):
+            tensor = upcast(self._transfer.load(self._reader, entry, piece, room))
+            if job.reads_last and not self._keeps_cache:
+                self._reader.release(entry, piece.start, piece.stop)
+        self._progress.advance(nbytes)
+        return tensor
+
+    def finish(self, batch: Batch, loads: list[Future[list[Tensor]]]) -> list[Made]:
+        """Compute the jobs of a batch; `loads` is emptied."""
+        with self._tracer.span("wait for inputs", batch.name):
+            inputs = [load.result() for load in loads]
+        loads.clear()  # futures keep their results
+        room = self._room(batch.jobs[0])
+        made = self._compute(batch, inputs, room)
+        held = _place(batch.jobs[0]) in self._inputs  # for another pass
+        used = [*([] if held else chain.from_iterable(inputs)), *([] if room is None else [room])]
+        kept = {_address(as_tensor(each.merged)) for each in made if each.merged is not None}
+        self._transfer.reuse(each for each in used if _address(each) not in kept)
+        return made
+
+    def store(self, name: str, merged: Tensor) -> Tensor:
+        """A merged tensor on the CPU, valid until the next call; by the writer thread."""
+        return self._transfer.store(name, merged)
+
+    def reuse(self, merged: Tensor) -> None:
+        """Nobody uses a merged tensor any more."""
+        self._transfer.reuse([merged])
+
+    def freed(self, batch: Batch) -> None:
+        """A batch has had its turn."""
+        self._heap.freed(batch.footprint.peak)
+
+    def free(self) -> None:
+        """Give back all memory that no job is using; inputs that were held are read again."""
+        self._inputs.clear()
+        self._transfer.free()
+        self._heap.trim()
+
+    def close(self) -> None:
+        """End the threads that read."""
+        self._readers.shutdown(cancel_futures=True)
+
+    def _room(self, job: Job) -> Tensor | None:
+        """Memory for the result of rows; what else is computed takes its own, and needs that of others."""
+        if by_rows(job.step.action):
+            return self._transfer.result(job.piece.shape, torch_dtype(job.step.dtype))
+        if not job.reduces:
+            self._transfer.free()
+        return None
+
+    def _compute(self, batch: Batch, inputs: Sequence[list[Tensor]], room: Tensor | None) -> list[Made]:
+        """The merged pieces on the device, in the output's dtype; that of rows may be in `room`."""
+        job = batch.jobs[0]
+        step = job.step  # all of a batch have its action, layout and dtypes
+        threads = nullcontext() if isinstance(step.action, Solve) else at_most_threads(self._elementwise_threads)
+        with self._tracer.span("compute", batch.name), threads:
+            if not self._allow_nonfinite and (not step.action.shows_nonfinite or (job.reduces and job.number == 0)):
+                # What is found in one piece shows in the result of others.
+                for each, tensors in zip(batch.jobs, inputs, strict=True):
+                    for entry, tensor in zip(each.step.inputs, tensors, strict=True):
+                        check_finite(entry, each.piece.start, tensor)
+            bases = [tensors[0] for tensors in inputs]
+            experts = [tensors[1:] if step.reads_base else tensors for tensors in inputs]
+            try:
+                if isinstance(step.action, Solve):
+                    merged = solve(step.action, step.layer, self._run, bases, experts, step.dtype)
+                    made = [Made(each) for each in merged]
+                else:
+                    rows = Rows(bases[0], experts[0], step.dtype, job.first, job.piece.start, room)
+                    made = [self._made(job, rows)]
+            except ArgumentError as error:
+                raise ArgumentError(f"{batch.name}: {error}") from error
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise BackendError(
+                    f"{batch.name}: {step.action.label} failed on {self._run.device} ({first_line(error)}); "
+                    "try --backend reference, and report this"
+                ) from error
+            for each, result in zip(batch.jobs, made, strict=True):
+                if result.merged is not None and not self._allow_nonfinite and not is_finite(as_tensor(result.merged)):
+                    raise_nonfinite(each, self._reader)
+            self._transfer.finish()
+        return made
+
+    def _made(self, job: Job, rows: Rows) -> Made:
+        action = job.step.action
+        if not job.reduces:
+            return Made(merge_rows(action, self._run, rows))
+        state = self._reductions.of(job)
+        return Made(state.merge(self._run, rows)) if job.merges else Made(None, state.map(self._run, rows))
+
+
+def merge_rows(action: Action, run: Run, rows: Rows) -> Tensor:
+    """Merge rows that are in memory by an action that is not for whole matrices."""
+    if isinstance(action, Combine) and not action.weights:
+        only = as_tensor(rows.base if action.on_base else rows.experts[0])
+        return only.to(torch_dtype(rows.out_dtype))
+    if isinstance(action, (Combine, Elementwise)):
+        return as_tensor(run(action.op(rows)))
+    assert isinstance(action, Reduce)
+    return as_tensor(merge_whole(action, run, rows))
+
+
+def solve(
+    action: Solve,
+    layer: Layer,
+    run: Run,
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    out_dtype: str,
+) -> list[Tensor]:
+    """Merge L linear weights of one shape as they are stored; the results have the stored layout, contiguous.
+
+    `layer` stands for all: their `in_axis` and `stacked` are the same; of a stack each tensor is one matrix, 1 x ...
+    """
+    if layer.stacked:
+        bases, experts = [base[0] for base in bases], [[expert[0] for expert in tasks] for tasks in experts]
+        merged = _solve_matrices(action, layer.in_axis, run, bases, experts, out_dtype)
+        return [matrix.unsqueeze(0) for matrix in merged]
+    return _solve_matrices(action, layer.in_axis, run, bases, experts, out_dtype)
+
+
+def _solve_matrices(
+    action: Solve,
+    in_axis: int,
+    run: Run,
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    out_dtype: str,
+) -> list[Tensor]:
+    """Merge matrices whose input axis is `in_axis`."""
+
+    def turned(matrix: Tensor) -> Tensor:
+        return (matrix.mT if in_axis == 0 else matrix).contiguous()
+
+    bases, experts = [turned(base) for base in bases], [[turned(expert) for expert in tasks] for tasks in experts]
+    rows, columns = bases[0].shape
+    with one_thread() if 2 * rows * columns**2 < _ONE_THREAD_FLOPS else nullcontext():
+        if isinstance(action, SolveTogether):
+            merged = action.run_batch(run, bases, experts, out_dtype)
+        else:
+            merged = [action.run(run, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
+    return [matrix.mT.contiguous() for matrix in merged] if in_axis == 0 else merged
+
+
+def _place(job: Job) -> tuple[int, int]:
+    return id(job.step), job.piece.start
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,83 @@
+"""ace against its formulas in float64 (helpers/oracles.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pymerge.backends.runner import Runner
+from pymerge.methods.ace import SolveAce
+from pymerge.testing.cases import make_weights
+from pymerge.testing.compare import as_float64, relative_error
+from tests.helpers.oracles import ace_delta
+from tests.helpers.solvers import DTYPES, SHAPES, merged_delta
+
+ACE_TOLERANCE = 1e-5  # of X, float32
+# A single row has no covariance to normalise (test_ace_one_row_forced): forcing it has no formula to match.
+ACE_CASES = [
+    (shape, threshold)
+    for shape in SHAPES
+    for threshold in (0.3, -1.0, float("inf"))
+    if not (shape[0] == 1 and threshold < 0)
+]
+
+
+@pytest.mark.parametrize(("shape", "threshold"), ACE_CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_ace_matches_the_formulas(shape, dtype, variant, threshold):
+    d_out, d_in, tasks, rank = shape
+    # Full rank up to the k = 30 % that the refinement cuts: below the rank its singular vectors are arbitrary.
+    k_frac = 0.05 if rank else 0.3
+    base, experts = make_weights(d_out, d_in, tasks, rank=rank, dtype=dtype)
+    expected = ace_delta(as_float64(base), [as_float64(expert) for expert in experts], 1e-5, threshold, k_frac, variant)
+    found = merged_delta(base, experts, "ace", gamma_threshold=threshold, variant=variant, k_frac=k_frac)
+    if d_out == 1 and variant == "released":  # centring leaves nothing of a single row
+        assert np.abs(found).max() == 0
+        assert np.abs(expected).max() == 0
+    else:
+        assert relative_error(found, expected) < ACE_TOLERANCE
+
+
+@pytest.mark.parametrize("rms", [5e-4, 3e-3, 3e-2])
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+def test_ace_ill_conditioned_systems_are_solved_in_float64(rms, eps):
+    """Large wide deltas with a small ridge: cond(S) reaches 1e5, far beyond float32."""
+    base, experts = make_weights(24, 160, 3, rms=rms)
+    expected = ace_delta(as_float64(base), [as_float64(expert) for expert in experts], eps, float("inf"))
+    assert relative_error(merged_delta(base, experts, "ace", eps=eps), expected) < ACE_TOLERANCE
+
+
+@pytest.mark.parametrize(("eps", "dtype"), [(1.0, torch.float32), (1e-5, torch.float64)])
+def test_ace_forms_its_system_once(eps, dtype):
+    """The precision is decided before the products that cost the most."""
+    base, experts = make_weights(24, 160, 3, rms=3e-3)
+    run_op, formed = Runner("auto", "cpu"), []
+
+    def record(op, *arguments, **keywords):
+        formed.extend([keywords["dtype"]] if op == "normal_equations" else [])
+        return run_op(op, *arguments, **keywords)
+
+    SolveAce(eps, float("inf"), 0.3, "released", 1.0, "auto").run(record, base, experts)
+    assert formed == [dtype]
+
+
+def test_ace_heterogeneity_decides_by_gamma():
+    """Norms far apart switch the normalisation on, equal norms leave it off; forcing changes the result."""
+    equal = make_weights(20, 24, 4, spread=0.0)
+    apart = make_weights(20, 24, 4, rms=1e-2, spread=30.0)
+    for (base, experts), heterogeneous in [(equal, False), (apart, True)]:
+        default = merged_delta(base, experts, "ace")
+        same = merged_delta(base, experts, "ace", gamma_threshold=-1.0 if heterogeneous else float("inf"))
+        other = merged_delta(base, experts, "ace", gamma_threshold=float("inf") if heterogeneous else -1.0)
+        np.testing.assert_array_equal(default, same)
+        assert relative_error(default, other) > 1e-2
+
+
+def test_ace_one_row_forced():
+    """A one-row weight has no centred covariance: normalising it is impossible, and it gets the mean."""
+    base, experts = make_weights(1, 16, 3)
+    found = merged_delta(base, experts, "ace", gamma_threshold=-1.0)
+    mean = sum(as_float64(expert) - as_float64(base) for expert in experts) / 3
+    assert relative_error(found, mean) < 1e-5
