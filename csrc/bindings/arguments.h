@@ -41,12 +41,12 @@ inline MatrixView or_none(const std::optional<MatrixView>& base) { return base.v
 
 // Throws if one of the tensors, each seen as one row, has not `numel` elements.
 inline void check_elements(const char* op, std::int64_t numel, const std::optional<MatrixView>& base,
-                           const std::vector<MatrixView>& tensors) {
+                           const std::vector<MatrixView>& tensors, const char* each = "expert") {
     PM_CHECK(!base || base->row_stride == numel,
              op << ": the base has " << base->row_stride << " elements, not " << numel);
     for (std::size_t t = 0; t < tensors.size(); ++t) {
         PM_CHECK(tensors[t].row_stride == numel,
-                 op << ": tensor " << t << " has " << tensors[t].row_stride << " elements, not " << numel);
+                 op << ": " << each << " " << t << " has " << tensors[t].row_stride << " elements, not " << numel);
     }
 }
 
@@ -61,9 +61,10 @@ inline std::int64_t common_elements(const char* op, const std::optional<MatrixVi
 // Throws if there is not one of `given` for each of `tensors`.
 template <class T>
 void check_one_each(const char* op, const std::vector<MatrixView>& tensors, const char* what,
-                    const std::vector<T>& given) {
+                    const std::vector<T>& given, const char* each = "expert") {
     PM_CHECK(tensors.size() == given.size(),
-             op << ": " << tensors.size() << " tensors, " << given.size() << " " << what << "; give one of each");
+             op << ": " << tensors.size() << " " << each << "s, " << given.size() << " " << what
+                << "; give one of each");
 }
 
 inline void check_dtype(const char* op, const char* what, DType dtype, DType wanted) {

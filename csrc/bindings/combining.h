@@ -10,8 +10,8 @@ namespace pymerge {
 inline CombineParams combine_params(const Output& out, const std::optional<MatrixView>& base,
                                     const std::vector<MatrixView>& tensors, const std::vector<double>& weights,
                                     double divisor) {
-    check_one_each("combine", tensors, "weights", weights);
-    check_elements("combine", out.row_stride, base, tensors);
+    check_one_each("combine", tensors, "weights", weights, "tensor");
+    check_elements("combine", out.row_stride, base, tensors, "tensor");
     return {out, or_none(base), tensors.data(), weights.data(), divisor, count(tensors), out.row_stride};
 }
 

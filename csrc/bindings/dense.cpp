@@ -74,7 +74,7 @@ void wudi_adam_step(const Output& D, const Output& m, const Output& v, const Mat
 
 void task_dots(Address out, const std::optional<MatrixView>& base, const std::vector<MatrixView>& tensors,
                std::int64_t vectors, std::int64_t length, int threads) {
-    check_elements("task_dots", vectors * length, base, tensors);
+    check_elements("task_dots", vectors * length, base, tensors, "tensor");
     task_dots_cpu({pointer<double>(out), or_none(base), tensors.data(), count(tensors), vectors, length}, threads);
 }
 

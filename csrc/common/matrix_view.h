@@ -21,6 +21,7 @@ struct Output {
     std::int64_t row_stride;
 };
 
-inline bool is_double(const MatrixView& view) { return view.data != nullptr && view.dtype == DType::f64; }
+// False of no base: the first dtype is float32.
+inline bool is_double(const MatrixView& view) { return view.dtype == DType::f64; }
 
 }  // namespace pymerge

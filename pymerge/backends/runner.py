@@ -167,9 +167,7 @@ class Runner:
         self._logged: set[tuple[str, str, str]] = set()
         check_backend(backend, self.device)
 
-    def __call__(self, op: Op[Result] | str, /, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(op, str):  # TODO: until all callers give ops
-            op = OPS[op](*args, **kwargs)
+    def __call__(self, op: Op[Result], /) -> Result:
         op.check()
         like = op.like
         choice = self.choice(op.name, op.dtypes, shape_of(like))

@@ -7,21 +7,22 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
+from pymerge.ops._op import Op
 
-class _Ops(Mapping[str, Any]):
+
+class _Ops(Mapping[str, "type[Op[Any]]"]):
     """The ops by name: `sparse_combine` is the class SparseCombine of the module of that name."""
 
     def __init__(self) -> None:
         modules = pkgutil.iter_modules(__path__)
         self._names = sorted(module.name for module in modules if not module.ispkg and not module.name.startswith("_"))
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> type[Op[Any]]:
         if name not in self._names:
             raise KeyError(name)
         module = import_module(f"pymerge.ops.{name}")
-        if hasattr(module, "OP"):
-            return module.OP
-        return getattr(module, "".join(part.capitalize() for part in name.split("_")))
+        found: type[Op[Any]] = getattr(module, "".join(part.capitalize() for part in name.split("_")))
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -30,4 +31,4 @@ class _Ops(Mapping[str, Any]):
         return len(self._names)
 
 
-OPS: Mapping[str, Any] = _Ops()
+OPS: Mapping[str, type[Op[Any]]] = _Ops()

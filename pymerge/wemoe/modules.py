@@ -219,7 +219,7 @@ def is_transposed(module: nn.Module) -> TypeGuard[nn.Linear]:
 @lru_cache(maxsize=16)
 def runner(backend: str, device: torch.device) -> Runner:
     """The runner of a backend and device, made once."""
-    return Runner(backend, str(device))
+    return Runner(backend, device)
 
 
 def call_hooks(

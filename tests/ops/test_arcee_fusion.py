@@ -15,6 +15,7 @@ from pymerge.testing.cases import FLOATS, SHAPES, implementations, task_case
 from pymerge.testing.compare import assert_same
 from tests.helpers import elementwise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUNS = implementations("arcee_fusion")
 LEAST = 1e-7
 

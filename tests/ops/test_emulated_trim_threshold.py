@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from pymerge.backends.cuda._sparse import flat_argument
 from torch import Tensor
 
-from pymerge.backends.cuda._sparse import flat_argument
 from pymerge.backends.dtypes import DTYPE_CODES
 from pymerge.ops import OPS
 from pymerge.ops.trim_threshold import Thresholds

@@ -13,6 +13,7 @@ from pymerge.ops.row_divergence import RowDivergence
 from pymerge.testing.cases import FLOATS, SHAPES, implementations, task_case
 from tests.helpers import elementwise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUNS = implementations("importance")
 
 

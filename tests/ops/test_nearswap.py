@@ -16,8 +16,11 @@ from tests.helpers import elementwise
 RUNS = implementations("nearswap")
 T = 3e-4
 
-# NaN and infinities pass through NumPy in Triton's interpreter.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # NaN and infinities pass through NumPy in Triton's interpreter.
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
+]
 
 
 def make(base: Tensor, experts: list[Tensor], out_dtype: torch.dtype | None = None) -> Nearswap:

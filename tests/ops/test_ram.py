@@ -17,8 +17,11 @@ RUNS = implementations("ram")
 EPSILON = 3e-4
 FACTORS = (None, (1.0, 1.3, 0.7))
 
-# NaN and infinities pass through NumPy in Triton's interpreter.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # NaN and infinities pass through NumPy in Triton's interpreter.
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
+]
 
 
 def make(factors: Sequence[float] | None) -> elementwise.Make:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from pymerge import _C
-from pymerge.backends.native._routed import NativeKernels, NativePasses
-from pymerge.backends.runner import load
+from pymerge.backends.native.routed_linear import NativeKernels, NativePasses
+from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
-from pymerge.ops import OPS
 from pymerge.ops.routed.kernels import Kernels, TorchPasses
 from pymerge.ops.routed.task_storage import DenseTasks, LowRankTasks, SparseTasks, Tasks, low_rank_tasks, pruned_tasks
-from pymerge.ops.routed_linear import choose_form, run
+from pymerge.ops.routed_linear import RoutedLinear, choose_form, run
 from pymerge.testing.cases import implementations
 from pymerge.testing.compare import assert_accurate, assert_same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OP = OPS["routed_linear"]
 RUNS = [("reference", "cpu"), *implementations("routed_linear")]
 FORMS = ("mixed", "factored")
 STORES = ("dense", "dense bfloat16", "sparse", "low rank")
@@ -69,6 +67,18 @@ class Case:
         return torch.stack(outputs)
 
 
+def routed(backend: str, device: str = "cpu") -> Callable[..., Tensor]:
+    """routed_linear, of its arguments, computed by this backend."""
+    run_op = Runner(backend, device)
+
+    def computed(*arguments: Any, **more: Any) -> Tensor:
+        y: Tensor = run_op(RoutedLinear(*arguments, **more))
+        assert run_op.choices["routed_linear"].backend == backend
+        return y
+
+    return computed
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
@@ -79,7 +89,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_forms_and_gradients_agree_with_each_sample_alone(
     backend: str, device: str, store: str, size: tuple[int, ...]
 ) -> None:
-    function = load(backend).implementations()["routed_linear"]
+    function = routed(backend, device)
     case = Case(size, store, device=device)
     seed = torch.randn(*case.x.shape[:2], size[0], generator=torch.Generator().manual_seed(1)).to(device)
     for form in FORMS:
@@ -106,8 +116,7 @@ def test_gradients_by_finite_differences(store: str, form: str, shared: bool) ->
     leaves = [tensor.clone().requires_grad_() for tensor in (case.x, gates, case.bias)]
 
     def function(x: Tensor, gates: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = OP.reference(x, gates, case.weight, case.tasks, bias, case.bias_tasks, form=form)
-        return result
+        return RoutedLinear(x, gates, case.weight, case.tasks, bias, case.bias_tasks, form=form).reference()
 
     assert torch.autograd.gradcheck(function, leaves, eps=1e-6, atol=1e-6)
 
@@ -116,7 +125,7 @@ def test_gradients_by_finite_differences(store: str, form: str, shared: bool) ->
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_with_a_sample_index(backend: str, device: str, form: str) -> None:
     """Tokens of samples of any length, one of them in two pieces."""
-    function = load(backend).implementations()["routed_linear"]
+    function = routed(backend, device)
     case = Case((40, 30, 3, 4, 6), "dense", device=device)
     x, index = case.x.reshape(-1, 30)[:9], [2, 2, 0, 3, 3, 3, 2, 1, 1]
     gates = case.gates.clone().requires_grad_()
@@ -137,12 +146,13 @@ def test_rows_with_a_sample_index(backend: str, device: str, form: str) -> None:
 def test_16_bit_inputs_err_at_most_twice_as_much_as_the_reference(
     backend: str, device: str, dtype: torch.dtype, store: str
 ) -> None:
-    function = load(backend).implementations()["routed_linear"]
+    function = routed(backend, device)
     case = Case((70, 50, 3, 2, 9), store, dtype, device)
     truth = case.exact(case.x.double(), case.gates.double(), case.bias.double())
     arguments = (case.x, case.gates, case.weight, case.tasks, case.bias, case.bias_tasks)
+    reference = RoutedLinear(*arguments, form="mixed").reference()
     for form in FORMS:
-        assert_accurate(form, function(*arguments, form=form), OP.reference(*arguments, form="mixed"), truth)
+        assert_accurate(form, function(*arguments, form=form), reference, truth)
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
@@ -150,7 +160,7 @@ def test_16_bit_inputs_err_at_most_twice_as_much_as_the_reference(
 @pytest.mark.parametrize("tokens", [1, 5, 64])
 def test_a_sample_does_not_depend_on_its_batch(backend: str, store: str, tokens: int) -> None:
     """Mixed: one product for each sample, so its bits are the same alone, in another place, beside equal gates."""
-    function = load(backend).implementations()["routed_linear"]
+    function = routed(backend)
     case = Case((96, 64, 4, 5, tokens), store)
     x, gates = case.x, case.gates.clone()
     gates[3] = gates[2]
@@ -173,7 +183,7 @@ def test_consecutive_samples_with_equal_gates_are_mixed_once() -> None:
 
     case = Case((7, 5, 3, 4, 6), "dense")
     gates = case.gates[[0, 0, 1, 0]]
-    run(Kernels(Counted()), case.x, gates, case.weight, case.tasks, form="mixed")
+    run(Kernels(Counted()), RoutedLinear(case.x, gates, case.weight, case.tasks, form="mixed"))
     assert Counted.mixes == 3
 
 
@@ -183,7 +193,7 @@ def test_consecutive_samples_with_equal_gates_are_mixed_once() -> None:
 def test_samples_mixed_together_are_those_mixed_alone(store: str, samples: int, dtype: torch.dtype) -> None:
     case = Case((70, 45, 3, samples, 1), store)
     together, alone = torch.empty(samples, 41, 45, dtype=dtype), torch.empty(samples, 41, 45, dtype=dtype)
-    passes, rows = NativePasses(), slice(11, 52)
+    passes, rows = NativePasses(1), slice(11, 52)
     passes.mix(case.tasks, together, case.weight, case.gates, rows)
     for sample in range(samples):
         passes.mix(case.tasks, alone[sample : sample + 1], case.weight, case.gates[sample : sample + 1], rows)
@@ -196,17 +206,15 @@ def test_samples_mixed_together_are_those_mixed_alone(store: str, samples: int, 
 
 def test_thread_count_does_not_change_the_compiled_passes() -> None:
     """(The products between them are the library's: it may round by the number of threads.)"""
-    passes = NativePasses()
     for store in ("dense", "dense bfloat16", "sparse"):
         case = Case((2000, 1100, 3, 1, 3), store)  # enough for three threads
         results = []
         for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+            passes = NativePasses(threads)
             mixed, y = torch.empty(2000, 1100), torch.zeros(3, 2000)
             passes.mix(case.tasks, mixed[None], case.weight, case.gates[:1], slice(None))
             passes.add_products(case.tasks, y, case.x[0], case.gates[:1].expand(3, 3))
             results.append((mixed, passes.dots(case.tasks, case.weight, slice(None)), y))
-        torch.set_num_threads(1)
         assert bool(results[0][0].isfinite().all())
         for other in results[1:]:
             assert_same(f"{store} mix", other[0], results[0][0])
@@ -229,15 +237,13 @@ def test_registers_and_threads_do_not_change_the_compiled_products(store: str) -
     )
     expected = torch.cat([rows @ w.mT for rows, w in zip(wide[0].split(lengths), weights, strict=True)])
     truth = [expected, *torch.autograd.grad((expected * seed).sum(), wide)]
-    threads_before = torch.get_num_threads()
     results = []
     for lanes in _C.routed_lanes():
         for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
             leaves = [tensor.clone().requires_grad_() for tensor in (x, case.gates)]
-            y = run(NativeKernels(lanes), *leaves, case.weight, case.tasks, index=index, form="mixed")
+            op = RoutedLinear(*leaves, case.weight, case.tasks, index=index, form="mixed")
+            y = run(NativeKernels(threads, lanes), op)
             results.append([y.detach(), *torch.autograd.grad((y * seed).sum(), leaves)])
-    torch.set_num_threads(threads_before)
     for name, exact, *found in zip(("y", "x", "gates"), truth, *results, strict=True):
         for other in found:
             assert_same(name, other, found[0])
@@ -248,23 +254,25 @@ def test_infinite_gates_reach_the_entries_of_a_sparse_task_vector_alone() -> Non
     case = Case((40, 30, 2, 2, 3), "sparse")
     gates = case.gates.clone()
     gates[0, 1] = torch.inf
-    native = load("native").implementations()["routed_linear"]
-    actual, expected = (f(case.x, gates, case.weight, case.tasks, form="mixed") for f in (native, OP.reference))
+    actual, expected = (
+        routed(backend)(case.x, gates, case.weight, case.tasks, form="mixed") for backend in ("native", "reference")
+    )
     assert torch.equal(actual.isfinite(), expected.isfinite())
     assert 0 < int(expected.isfinite().sum()) < expected.numel()
 
 
 def test_columns_of_a_sparse_row_must_ascend() -> None:
     tasks = SparseTasks(torch.ones(3), torch.tensor([0, 4, 2], dtype=torch.uint16), torch.tensor([0, 1, 3, 3]), (3, 5))
+    op = RoutedLinear(torch.ones(1, 2, 5), torch.ones(1, 1), torch.ones(3, 5), tasks, form="mixed")
     for lanes in _C.routed_lanes():
         with pytest.raises(ValueError, match="columns of row 1 of a sparse task vector do not ascend from 0 to 4"):
-            run(NativeKernels(lanes), torch.ones(1, 2, 5), torch.ones(1, 1), torch.ones(3, 5), tasks, form="mixed")
+            run(NativeKernels(1, lanes), op)
 
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)
 @pytest.mark.parametrize("store", ["dense", "sparse", "low rank"])
 def test_no_tokens_and_no_samples(backend: str, device: str, store: str) -> None:
-    function = load(backend).implementations()["routed_linear"]
+    function = routed(backend, device)
     case = Case((6, 4, 2, 3, 5), store, device=device)
     for x, gates in ((case.x[:, :0], case.gates), (case.x[:0], case.gates[:0])):
         gates = gates.clone().requires_grad_()
@@ -290,7 +298,7 @@ def test_the_cheaper_form_is_chosen() -> None:
 def test_bad_arguments_are_named() -> None:
     case = Case((7, 5, 3, 4, 6), "dense")
     good = (case.x, case.gates, case.weight, case.tasks, case.bias, case.bias_tasks)
-    OP.check(*good)
+    RoutedLinear(*good).check()
     for place, value, message in (
         (0, case.x[..., :4], r"x has shape \(4, 6, 4\), expected batch x tokens x 5"),
         (0, case.x[:, 0], r"x has shape \(4, 5\), expected batch x tokens x 5"),
@@ -302,10 +310,10 @@ def test_bad_arguments_are_named() -> None:
         (4, case.bias.long(), "bias has dtype torch.int64"),
     ):
         with pytest.raises(ArgumentError, match=message):
-            OP.check(*good[:place], value, *good[place + 1 :])
+            RoutedLinear(*good[:place], value, *good[place + 1 :]).check()
     with pytest.raises(ArgumentError, match="unknown form 'fast'; choose auto, mixed or factored"):
-        OP.check(*good, form="fast")
+        RoutedLinear(*good, form="fast").check()
     with pytest.raises(ArgumentError, match="2 sample indices for 4 rows"):
-        OP.check(case.x[:, 0], *good[1:], index=[0, 1])
+        RoutedLinear(case.x[:, 0], *good[1:], index=[0, 1]).check()
     with pytest.raises(ArgumentError, match="sample indices go from 0 to 4, gates have 4 rows"):
-        OP.check(case.x[:, 0], *good[1:], index=[0, 1, 2, 4])
+        RoutedLinear(case.x[:, 0], *good[1:], index=[0, 1, 2, 4]).check()

@@ -13,6 +13,7 @@ from pymerge.testing.cases import FLOATS, SHAPES, implementations, task_case
 from tests.helpers import elementwise
 from tests.helpers.elementwise import close_sums
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUNS = implementations("row_divergence")
 
 

@@ -15,6 +15,7 @@ from pymerge.ops.sce import Sce
 from pymerge.testing.cases import FLOATS, SHAPES, implementations, task_case
 from tests.helpers import elementwise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUNS = implementations("sce")
 WEIGHTS = (0.2, 0.3, 0.5)
 # Share of the elements that is selected (None: no mask), and the least divisor.

@@ -15,6 +15,7 @@ from pymerge.testing.cases import FLOATS, SHAPES, implementations, task_case
 from tests.helpers import elementwise
 from tests.helpers.elementwise import close_sums
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUNS = implementations("sce_energies")
 SHARES = (None, 0.3)  # of the elements that count; None: no mask
 

@@ -11,6 +11,7 @@ from pymerge.ops.sce_spread import SceSpread
 from pymerge.testing.cases import FLOATS, SHAPES, implementations, task_case
 from tests.helpers import elementwise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUNS = implementations("sce_spread")
 
 

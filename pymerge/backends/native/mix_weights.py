@@ -32,9 +32,10 @@ def mix(tasks: DenseTasks | SparseTasks, out: Tensor, origin: Tensor, gates: Ten
     from pymerge import _C
 
     gates = gates.contiguous()
-    shape = len(gates), *origin.shape
-    threads = pass_threads(tasks, len(origin) * len(gates), threads)
+    rows_here, columns = origin.shape
+    threads = pass_threads(tasks, rows_here * len(gates), threads)
+    sizes = len(gates), rows_here, columns, threads
     if isinstance(tasks, DenseTasks):
-        _C.mix_dense(flat(out), flat(origin), gates.data_ptr(), dense(tasks, rows), *shape, threads)
+        _C.mix_dense(flat(out), flat(origin), gates.data_ptr(), dense(tasks, rows), *sizes)
     else:
-        _C.mix_sparse(flat(out), flat(origin), gates.data_ptr(), sparse(tasks, rows), *shape, threads)
+        _C.mix_sparse(flat(out), flat(origin), gates.data_ptr(), sparse(tasks, rows), *sizes)

@@ -45,11 +45,12 @@ class NativePasses(TorchPasses):
             return super().dots(tasks, delta, rows)
         delta = delta.contiguous()
         out = torch.empty(tasks.count, dtype=torch.float64)
-        threads = pass_threads(tasks, len(delta), self._threads)
+        rows_here, columns = delta.shape
+        threads = pass_threads(tasks, rows_here, self._threads)
         if isinstance(tasks, DenseTasks):
             _C.dots_dense(out.data_ptr(), flat(delta), dense(tasks, rows), threads)
         else:
-            _C.dots_sparse(out.data_ptr(), flat(delta), sparse(tasks, rows), *delta.shape, threads)
+            _C.dots_sparse(out.data_ptr(), flat(delta), sparse(tasks, rows), rows_here, columns, threads)
         return out
 
     def add_products(self, tasks: Tasks, y: Tensor, x: Tensor, gates: Tensor) -> None:

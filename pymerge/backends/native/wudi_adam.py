@@ -20,7 +20,7 @@ def compute(op: WudiAdam, threads: int) -> Tensor:
     A, B, betas, (rate,) = op.A.contiguous(), op.B.contiguous(), op.betas, op.rates
     D, m, v = torch.zeros_like(B), torch.zeros_like(B), torch.zeros_like(B)
     product = torch.empty_like(B)
-    state = [flat(tensor) for tensor in (D, m, v, product, B)]
+    state = flat(D), flat(m), flat(v), flat(product), flat(B)
     for step in range(1, op.iterations + 1):
         torch.mm(D, A, out=product)
         _C.wudi_adam_step(*state, *betas, *bias_corrections(step, betas), rate, op.eps, threads)
