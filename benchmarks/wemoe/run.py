@@ -3,9 +3,9 @@
     python -m benchmarks wemoe [--quick] [--fusion-bench] [--threads 2]
 
 With --fusion-bench FusionBench's WeightEnsemblingMoE is timed, too: the command runs again in an environment with it,
-which is made once (minutes). Everything is float32 on the CPU, in one process and in turns; outputs and gradients of the
-router are compared with FusionBench's, and outputs with each sample's MLP in float64. Peak memory is that of a process
-in one forward, less that of one that runs the base MLP. Rows go to benchmarks/runs/<machine>/<date>-wemoe.json.
+which is made once (minutes). Everything is float32 on the CPU, in one process and in turns; outputs and gradients of
+the router are compared with FusionBench's, and outputs with each sample's MLP in float64. Peak memory is that of a
+process in one forward, less that of one that runs the base MLP. Rows go to benchmarks/runs/<machine>/<date>-wemoe.json.
 """
 
 from __future__ import annotations
