@@ -6,7 +6,8 @@ device: `make gpu`, or by hand
     python -m benchmarks ops --device cuda
     python -m benchmarks ops record
 
-and commit measured.json and the results. Rows for the same device, op, dtype and shape are replaced, all others are kept.
+and commit measured.json and the results. Rows for the same device, op, dtype and shape are replaced, all others are
+kept.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def summary() -> str:
 
 
 def from_results(results: dict[str, Any]) -> list[Row]:
-    """Rows of a results file of `python -m benchmarks ops`: of each case that ran on PyTorch and on a device kernel, the fastest.
+    """Rows of results of the benchmark of ops: of each case that ran on PyTorch and on a device kernel, the fastest.
 
     Raises BackendError if there is no such case: results of a CPU have none.
     """
