@@ -1,4 +1,4 @@
-"""combine and spd_solve in CUDA C++, emulated on a CPU."""
+"""spd_solve in CUDA C++, emulated on a CPU."""
 
 from __future__ import annotations
 
@@ -10,33 +10,8 @@ from torch import Tensor
 
 from pymerge.backends.dtypes import DTYPE_CODES, one_row
 from pymerge.errors import ArgumentError
-from pymerge.ops import OPS, spd_solve
-from pymerge.testing.cases import task_case
+from pymerge.ops import spd_solve
 from pymerge.testing.compare import assert_accurate, assert_same
-
-WEIGHTS = [0.7, -0.3, 2.5]
-MIX = (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.mark.parametrize("size", [1, 255, 1000])
-@pytest.mark.parametrize("out_dtype", list(DTYPE_CODES))
-@pytest.mark.parametrize("base_dtype", [None, *DTYPE_CODES])
-@pytest.mark.parametrize("divisor", [1.0, 1.3])
-def test_combine(
-    emulated: ModuleType, size: int, out_dtype: torch.dtype, base_dtype: torch.dtype | None, divisor: float
-) -> None:
-    case = task_case((1, size), [base_dtype or torch.float32, *MIX[1:]])
-    base = None if base_dtype is None else case.base
-    out = torch.full((1, size), float("nan"), dtype=out_dtype)
-    emulated.combine(
-        one_row(out),
-        None if base is None else one_row(base),
-        [one_row(expert) for expert in case.experts],
-        WEIGHTS,
-        divisor,
-        0,
-    )
-    assert_same("combine", out, OPS["combine"].reference(base, case.experts, WEIGHTS, out_dtype, None, divisor))
 
 
 def systems(layers: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
