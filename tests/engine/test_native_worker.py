@@ -1,4 +1,4 @@
-"""Weighted sums from files to files: the same bytes as the pipeline's, the same errors, and no PyTorch."""
+"""Merges in native code, from files to files: the same bytes as PyTorch's, the same errors, and no PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,15 @@ import pytest
 import torch
 
 from pymerge import api
+from pymerge.backends.native import magnitude_counts, magnitude_mask, random_mask
 from pymerge.common import arrays
-from pymerge.common.devices import Device
-from pymerge.engine import streams
-from pymerge.engine.raw_parts import RawPart
+from pymerge.engine import native_worker
 from pymerge.engine.run import run
 from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError
-from pymerge.methods import METHODS
+from pymerge.planner.plan import Plan
 from tests.helpers.checkpoints import change, load_output, tree, write_config, write_models
 from tests.helpers.imports import modules_after
 
-CPU = Device("cpu")
 UP, NORM, COUNTER = "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.counter"
 
 
@@ -41,9 +38,10 @@ def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     return {name: tensor.to(dtype) for name, tensor in found.items()} | {COUNTER: torch.arange(5)}
 
 
-def streams_plan(folder: Path, method: str, **parameters: Any) -> Any:
+def native_plan(folder: Path, method: str, **parameters: Any) -> Plan:
     plan = api.plan(write_config(folder, method, **parameters), device="cpu")
-    assert streams.why_not(plan.steps, CPU, "auto", allow_nonfinite=plan.config.allow_nonfinite) is None
+    assert {step.worker for step in plan.steps} == {"native"}
+    assert not plan.needs_torch
     return plan
 
 
@@ -51,20 +49,21 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in tree(folder).items() if name.endswith(".safetensors")}
 
 
-def same_as_reference(plan: Any, folder: Path) -> None:
-    """Carry out a plan with streams and with PyTorch, and compare all bytes of the weights."""
-    streamed = run(plan, folder / "streamed", device="cpu", overwrite=True)
-    plain = run(plan, folder / "plain", device="cpu", backend="reference", overwrite=True)
-    assert (streamed.bytes_read, streamed.bytes_written) == (plain.bytes_read, plain.bytes_written)
-    assert weights(folder / "streamed") == weights(folder / "plain")
-    assert load_output(folder / "streamed").keys() == load_output(folder / "base").keys()
+def same_as_reference(plan: Plan, folder: Path) -> None:
+    """Merge natively and with PyTorch, and compare all bytes of the weights."""
+    plain = api.plan(plan.config, device="cpu", backend="reference")
+    assert {step.worker for step in plain.steps} == {"torch"}
+    native, computed = run(plan, folder / "native", overwrite=True), run(plain, folder / "plain", overwrite=True)
+    assert (native.bytes_read, native.bytes_written) == (computed.bytes_read, computed.bytes_written)
+    assert weights(folder / "native") == weights(folder / "plain")
+    assert load_output(folder / "native").keys() == load_output(folder / "base").keys()
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_bytes_are_those_of_pytorch(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
     write_models(tmp_path, tensors(dtype))
-    same_as_reference(streams_plan(tmp_path, method), tmp_path)
+    same_as_reference(native_plan(tmp_path, method), tmp_path)
 
 
 @pytest.mark.parametrize("out", ["float32", "bfloat16", "float16"])
@@ -73,7 +72,7 @@ def test_inputs_of_several_dtypes(tmp_path: Path, out: str) -> None:
     change(tmp_path / "e0", lambda found: found.update({name: found[name].half() for name in (UP, NORM)}))
     change(tmp_path / "e1", lambda found: found.update({UP: found[UP].bfloat16()}))
     for method in ("linear", "task_arithmetic"):
-        same_as_reference(streams_plan(tmp_path, method, more=f"out_dtype: {out}"), tmp_path)
+        same_as_reference(native_plan(tmp_path, method, more=f"out_dtype: {out}"), tmp_path)
 
 
 @pytest.mark.parametrize(("threads", "block", "limit"), [("1", 1, None), ("3", 1000, "1MiB"), ("8", 2**20, "64MiB")])
@@ -82,10 +81,10 @@ def test_threads_blocks_and_memory_change_no_byte(
 ) -> None:
     write_models(tmp_path, {name: tensor[:50] if tensor.ndim == 2 else tensor for name, tensor in tensors().items()})
     config = write_config(tmp_path, "task_arithmetic")
-    run(api.plan(config, device="cpu"), tmp_path / "first", device="cpu")
+    run(api.plan(config, device="cpu"), tmp_path / "first")
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(streams, "BLOCK_ELEMENTS", block)
-    run(api.plan(config, device="cpu", memory=limit), tmp_path / "second", device="cpu")
+    monkeypatch.setattr(native_worker, "BLOCK_ELEMENTS", block)
+    run(api.plan(config, device="cpu", memory=limit), tmp_path / "second")
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
 
 
@@ -95,12 +94,12 @@ def test_copies_and_conversions(tmp_path: Path, out: str | None) -> None:
     found[NORM][:4] = torch.tensor([0.0, -0.0, 1e-40, -1e-40])
     write_models(tmp_path, found, experts=1)
     more = "" if out is None else f"out_dtype: {out}"
-    same_as_reference(streams_plan(tmp_path, "passthrough", experts=1, scale=1.0, more=more), tmp_path)
+    same_as_reference(native_plan(tmp_path, "passthrough", experts=1, scale=1.0, more=more), tmp_path)
     expected = load_output(tmp_path / "e0")[NORM].to(getattr(torch, out or "bfloat16"))
-    written = load_output(tmp_path / "streamed")[NORM]
+    written = load_output(tmp_path / "native")[NORM]
     assert torch.equal(written.signbit(), expected.signbit())
     assert torch.equal(written, expected)
-    same_as_reference(streams_plan(tmp_path, "passthrough", experts=1, scale=0.5, more=more), tmp_path)
+    same_as_reference(native_plan(tmp_path, "passthrough", experts=1, scale=0.5, more=more), tmp_path)
 
 
 def test_nothing_of_pytorch_is_imported(tmp_path: Path) -> None:
@@ -115,12 +114,33 @@ def test_nothing_of_pytorch_is_imported(tmp_path: Path) -> None:
     assert load_output(tmp_path / "out")[UP].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("method", ["slerp", "ties", "dare_ties", "della", "breadcrumbs", "karcher", "model_stock"])
-def test_methods_in_passes_do_without_pytorch(tmp_path: Path, method: str) -> None:
+WITHOUT_TORCH: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "passthrough": {"scale": 0.5},
+    "ties": {"weight": 0.5},  # density 1: elementwise
+    "ties, density 0.4": {"weight": 0.5, "density": 0.4},
+    "ties, scope model": {"weight": 0.5, "density": 0.4, "scope": "model"},
+    "dare_ties": {"weight": 0.5, "density": 0.4},
+    "della": {"weight": 0.5, "density": 0.4},
+    "breadcrumbs": {"weight": 0.5, "density": 0.4},
+    "nearswap": {"t": 0.01},
+    "ram": {},
+    "ramplus_tl": {},
+    "sce": {"select_topk": 0.5},
+    "arcee_fusion": {},
+    "slerp": {"t": 0.5},
+    "karcher": {},
+    "model_stock": {},
+}
+ONE_MODEL = ("passthrough", "nearswap", "arcee_fusion", "slerp")
+
+
+@pytest.mark.parametrize("case", WITHOUT_TORCH)
+def test_methods_do_without_pytorch(tmp_path: Path, case: str) -> None:
+    """Where all of it is in native code, nothing imports PyTorch; what is elementwise is no exception."""
     write_models(tmp_path, tensors(torch.bfloat16), config={"model_type": "x"})
-    sparse = {"weight": 0.5, "density": 0.4}
-    parameters = {"slerp": {"t": 0.5}, "karcher": {}, "model_stock": {}}.get(method, sparse)
-    config = write_config(tmp_path, method, experts=1 if method == "slerp" else 2, **parameters)
+    method = case.partition(",")[0]
+    config = write_config(tmp_path, method, experts=1 if method in ONE_MODEL else 2, **WITHOUT_TORCH[case])
     code = f"import pymerge; pymerge.merge({str(config)!r}, {str(tmp_path / 'out')!r}, device='cpu')"
     assert modules_after(code) & {"torch", "triton", "safetensors", "transformers"} == set()
     assert load_output(tmp_path / "out")[UP].dtype == torch.bfloat16
@@ -130,43 +150,47 @@ def test_methods_in_passes_do_without_pytorch(tmp_path: Path, method: str) -> No
 def test_an_input_that_is_not_finite_is_named(tmp_path: Path, weight: float) -> None:
     write_models(tmp_path, tensors())
     change(tmp_path / "e1", lambda found: found[UP].view(-1)[1_600_000].fill_(float("nan")))
-    plan = streams_plan(tmp_path, "task_arithmetic", weight=weight)
+    plan = native_plan(tmp_path, "task_arithmetic", weight=weight)
     row, column = divmod(1_600_000, 901)
     with pytest.raises(
         NonFiniteError, match=rf"e1/model.safetensors: tensor '{UP}' has 1 values .* \[{row}, {column}\]"
     ):
-        run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_result_that_overflows_is_named(tmp_path: Path) -> None:
     write_models(tmp_path, {NORM: torch.full((8,), 40000.0)})
-    plan = streams_plan(tmp_path, "linear", weight=2.0, normalize=False, more="out_dtype: float16")
+    plan = native_plan(tmp_path, "linear", weight=2.0, normalize=False, more="out_dtype: float16")
     with pytest.raises(NonFiniteError, match=rf"^{NORM}: the merged tensor has values that torch.float16 cannot hold"):
-        run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out")
 
 
 def test_values_that_are_not_finite_are_merged_where_that_is_allowed(tmp_path: Path) -> None:
     write_models(tmp_path, tensors())
     change(tmp_path / "e1", lambda found: found[NORM].view(-1)[3].fill_(float("inf")))
-    same_as_reference(streams_plan(tmp_path, "linear", more="allow_nonfinite: true"), tmp_path)
-    assert load_output(tmp_path / "streamed")[NORM].isinf().tolist() == [i == 3 for i in range(77)]
+    same_as_reference(native_plan(tmp_path, "linear", more="allow_nonfinite: true"), tmp_path)
+    assert load_output(tmp_path / "native")[NORM].isinf().tolist() == [i == 3 for i in range(77)]
 
 
-def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
-    """A file that is cut after the plan is found when it is opened; one that is cut later, by the read itself."""
+def test_a_file_that_ends_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is cut after the plan is found before anything is written; one that is cut later, when it is opened,
+    or by the read itself."""
     write_models(tmp_path, tensors())
-    plan = streams_plan(tmp_path, "linear")
+    plan = native_plan(tmp_path, "linear")
     file = tmp_path / "e1/model.safetensors"
     size = file.stat().st_size
     with open(file, "r+b") as stream:
         stream.truncate(size - 4)
+    with pytest.raises(CheckpointError, match=r"e1/model.safetensors: has changed since the merge was planned; plan"):
+        run(plan, tmp_path / "out")
+    monkeypatch.setattr(Plan, "check_inputs", lambda plan: None)
     with pytest.raises(CheckpointError, match=r"e1/model.safetensors: changed since the plan was made"):
-        run(plan, tmp_path / "out", device="cpu")
-    stamps = plan.inputs.experts[1].stamps
+        run(plan, tmp_path / "out")
+    stamps: Any = plan.inputs.experts[1].stamps
     stamps[file] = (size - 4, file.stat().st_mtime_ns)
     with pytest.raises(CheckpointError, match=rf"e1/model.safetensors: ends at byte {size - 4}, inside tensor"):
-        run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -175,12 +199,12 @@ def test_no_memory_for_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise MemoryError(f"{nbytes} bytes cannot be mapped")
 
     write_models(tmp_path, tensors())
-    plan = streams_plan(tmp_path, "linear")
+    plan = native_plan(tmp_path, "linear")
     monkeypatch.setattr("pymerge.common.arrays.map_pages", none_left)
     with pytest.raises(
-        OutOfMemoryError, match=r"^model.counter: copy runs out of memory on cpu \(.* cannot be mapped\)"
+        OutOfMemoryError, match=r"^model.counter: copy on \[2\] runs out of memory on cpu, .* \(.* cannot be mapped\)"
     ):
-        run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
@@ -191,8 +215,8 @@ def test_memory_that_runs_out_once(
     """At any of the first requests, of inputs, outputs or what lies between: the piece is done once more."""
     write_models(tmp_path, tensors())
     parameters = {} if method == "linear" else {"weight": 0.5, "density": 0.4}
-    plan = streams_plan(tmp_path, method, **parameters)
-    run(plan, tmp_path / "whole", device="cpu")
+    plan = native_plan(tmp_path, method, **parameters)
+    run(plan, tmp_path / "whole")
     requests = count(1)
 
     def failing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,10 +228,10 @@ def test_memory_that_runs_out_once(
         return wrapped
 
     monkeypatch.setattr("pymerge.common.arrays.map_pages", failing(arrays.map_pages))
-    monkeypatch.setattr("pymerge.engine.raw_parts.RawPart._masks", failing(RawPart._masks))
-    monkeypatch.setattr("pymerge.engine.raw_parts.RawPart.magnitude_counts", failing(RawPart.magnitude_counts))
+    for op in (magnitude_counts, magnitude_mask, random_mask):
+        monkeypatch.setattr(op, "compute", failing(op.compute))
     with caplog.at_level(logging.WARNING, "pymerge"):
-        run(plan, tmp_path / "out", device="cpu")
+        run(plan, tmp_path / "out")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     failed = next(requests) > missing
     assert ("out of memory (none is left); once more" in caplog.text) == failed
@@ -216,8 +240,8 @@ def test_memory_that_runs_out_once(
 
 def test_every_byte_is_in_a_span(tmp_path: Path) -> None:
     write_models(tmp_path, tensors())
-    plan = streams_plan(tmp_path, "task_arithmetic")
-    report = run(plan, tmp_path / "out", device="cpu", profile=tmp_path / "trace.json")
+    plan = native_plan(tmp_path, "task_arithmetic")
+    report = run(plan, tmp_path / "out", profile=tmp_path / "trace.json")
     moved: dict[str, int] = defaultdict(int)
     for span in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]:
         if span["ph"] == "X":
@@ -245,26 +269,9 @@ def test_a_run_that_fails_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-def test_what_needs_pytorch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_choice_of_a_backend_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_models(tmp_path, tensors())
-    plan = streams_plan(tmp_path, "linear")
-    for device, backend in ((CPU, "reference"), (CPU, "triton"), (Device("cuda", 0), "auto")):
-        reason = streams.why_not(plan.steps, device, backend, allow_nonfinite=False)
-        assert reason == f"backend {backend} on {device}"
-    assert streams.why_not(plan.steps, CPU, "native", allow_nonfinite=False) is None
-    up = next(step for step in plan.steps if step.name == UP)
-    strided = replace(up, experts=(replace(up.experts[0], strides=(1, 1)),))
-    assert "tensors of PyTorch" in str(streams.why_not([strided], CPU, "auto", allow_nonfinite=False))
-    ram = api.plan(write_config(tmp_path, "ram"), device="cpu")
-    assert "weight is merged by ops" in str(streams.why_not(ram.steps, CPU, "auto", allow_nonfinite=False))
+    plan = native_plan(tmp_path, "linear")
     with caplog.at_level(logging.INFO, "pymerge"):
-        run(plan, tmp_path / "out", device="cpu")
-    assert "combine: backend native (files are merged in C++ as they are read)" in caplog.text
-
-
-def test_every_method_is_in_the_table_of_its_module() -> None:
-    for name, method in METHODS.items():
-        assert method.name == name
-        assert METHODS[name] is method
-    assert "linear" in METHODS
-    assert len(METHODS) == len(list(METHODS)) == 28
+        run(plan, tmp_path / "out")
+    assert "combine: backend native (the C++ backend is the fastest on a CPU)" in caplog.text
