@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu setup.py pyproject.toml constraints.txt)
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu setup.py pyproject.toml constraints.txt)
 
 .PHONY: demo test torture lint format gpu bench parity bench-small quality quality-smoke clean help
 

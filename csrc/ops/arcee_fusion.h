@@ -1,7 +1,7 @@
 // Steps of Arcee Fusion: divergences of rows, importances of elements, and what these select. Source: mergekit.
 #pragma once
 
-#include "ops/elementwise.h"
+#include "common/task_tensors.h"
 
 namespace pymerge {
 

@@ -4,7 +4,7 @@
 #include <bit>
 
 #include "common/bitmask.h"
-#include "ops/trim_threshold.h"
+#include "common/task_delta.h"
 
 namespace pymerge {
 

@@ -1,9 +1,10 @@
-#include "ops/row_divergence.h"
+#include "ops/arcee_fusion.h"
 
+#include <cmath>
 #include <limits>
 
+#include "common/task_block.h"
 #include "common/vector_math.h"
-#include "ops/task_block.h"
 
 namespace pymerge {
 namespace {

@@ -1,7 +1,7 @@
 #include "common/parallel.h"
+#include "common/task_tiles.h"
 #include "common/tiles_cpu.h"
 #include "ops/routed_linear.h"
-#include "ops/task_tiles.h"
 
 namespace pymerge {
 namespace {

@@ -1,4 +1,4 @@
-#include "ops/combine_files.h"
+#include "io/combine_files.h"
 
 #include <unistd.h>
 
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
-#include "common/parallel.h"
+#include "common/finite.h"
 #include "ops/combine.h"
 
 namespace pymerge {
@@ -20,14 +20,6 @@ struct alignas(64) Line {
 
 std::int64_t item_size(DType dtype) {
     return dispatch(dtype, [](auto tag) { return static_cast<std::int64_t>(sizeof(typename decltype(tag)::type)); });
-}
-
-// Whether an exponent is all ones. Without a branch, so that the loop vectorises.
-template <class Bits>
-PM_TARGET_CLONES bool any_special(const Bits* __restrict values, Bits exponent, std::int64_t n) {
-    Bits found = 0;
-    for (std::int64_t i = 0; i < n; ++i) found |= static_cast<Bits>((values[i] & exponent) == exponent);
-    return found != 0;
 }
 
 // Reads `nbytes` bytes from `offset` on; says in `result` where that failed.
@@ -50,16 +42,6 @@ bool read_fully(int descriptor, char* to, std::int64_t nbytes, std::int64_t offs
 }
 
 }  // namespace
-
-bool is_finite_cpu(const void* values, DType dtype, std::int64_t n) {
-    switch (dtype) {
-        case DType::f64:
-            return !any_special<std::uint64_t>(static_cast<const std::uint64_t*>(values), 0x7ff0000000000000u, n);
-        case DType::f16: return !any_special<std::uint16_t>(static_cast<const std::uint16_t*>(values), 0x7c00u, n);
-        case DType::bf16: return !any_special<std::uint16_t>(static_cast<const std::uint16_t*>(values), 0x7f80u, n);
-        default: return !any_special<std::uint32_t>(static_cast<const std::uint32_t*>(values), 0x7f800000u, n);
-    }
-}
 
 CombineFilesResult combine_files_cpu(const CombineFilesParams& p) {
     PM_CHECK(p.numel >= 0 && p.block > 0, "combine_files: " << p.numel << " elements in blocks of " << p.block);

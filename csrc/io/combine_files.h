@@ -37,7 +37,4 @@ struct CombineFilesResult {
 // Stops at the first read that fails. The same bytes as `combine` on the same tensors in memory.
 CombineFilesResult combine_files_cpu(const CombineFilesParams& p);
 
-// Whether no element is NaN or infinite.
-bool is_finite_cpu(const void* values, DType dtype, std::int64_t numel);
-
 }  // namespace pymerge

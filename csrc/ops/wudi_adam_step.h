@@ -45,6 +45,6 @@ PM_HOST_DEVICE void adam_update(A& D, A& m, A& v, A product, A target, const Ada
     D = D + f.step * m / (std::sqrt(v) * f.root + f.eps);
 }
 
-void adam_step_cpu(const AdamParams& p, int threads);
+void wudi_adam_step_cpu(const AdamParams& p, int threads);
 
 }  // namespace pymerge

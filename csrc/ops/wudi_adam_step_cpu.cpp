@@ -1,4 +1,4 @@
-#include "ops/adam_step.h"
+#include "ops/wudi_adam_step.h"
 
 #include "common/check.h"
 #include "common/parallel.h"
@@ -37,10 +37,10 @@ void update_all(const AdamParams& p, int threads) {
 
 }  // namespace
 
-void adam_step_cpu(const AdamParams& p, int threads) {
-    PM_CHECK(p.numel >= 0, "adam_step: " << p.numel << " elements");
+void wudi_adam_step_cpu(const AdamParams& p, int threads) {
+    PM_CHECK(p.numel >= 0, "wudi_adam_step: " << p.numel << " elements");
     PM_CHECK(p.dtype == DType::f32 || p.dtype == DType::f64,
-             "adam_step: dtype code " << static_cast<int>(p.dtype) << "; only float32 and float64 are solved in");
+             "wudi_adam_step: dtype code " << static_cast<int>(p.dtype) << "; only float32 and float64 are solved in");
     if (p.dtype == DType::f64) {
         update_all<double>(p, threads);
     } else {

@@ -6,7 +6,7 @@
 #include "common/bitmask.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
-#include "ops/elementwise.h"
+#include "common/task_tensors.h"
 
 namespace pymerge {
 

@@ -8,9 +8,8 @@
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
+#include "common/task_storage.h"
 #include "common/tiles_cpu.h"
-#include "ops/mix_weights.h"
-#include "ops/routed_linear.h"
 
 namespace pymerge {
 namespace {
