@@ -176,7 +176,9 @@ def test_threads_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert found == found[:1] * 3
 
 
-def failing_above(monkeypatch: pytest.MonkeyPatch, rows: int, fails: Callable[[int], bool] = lambda _: True) -> list[int]:
+def failing_above(
+    monkeypatch: pytest.MonkeyPatch, rows: int, fails: Callable[[int], bool] = lambda _: True
+) -> list[int]:
     """Let native jobs of more rows than that run out of memory, if `fails` of the number of such a job; all rows."""
     seen: list[int] = []
     work = NativeWorker.work
@@ -215,7 +217,8 @@ def test_a_native_job_without_memory_is_done_alone_and_then_in_halves(
     assert f"{LAYERS[0]}: out of memory (none is left); once more alone" in caplog.text
     seen = failing_above(monkeypatch, 16)
     with pytest.raises(
-        OutOfMemoryError, match=rf"^{LAYERS[0]}: weighted sum on \[32, 48\] runs out of memory on cpu, with nothing else"
+        OutOfMemoryError,
+        match=rf"^{LAYERS[0]}: weighted sum on \[32, 48\] runs out of memory on cpu, with nothing else",
     ):
         run(plan, tmp_path / "out")
     assert seen == [64, 64, 32]
@@ -299,8 +302,7 @@ def test_held_inputs_are_not_the_memory_of_others(tmp_path: Path, monkeypatch: p
     assert all(step.held and len(step.pieces) == 4 for step in plan.steps)
     order = [batch.jobs[0] for batch in batches(plan.steps, plan.budget)]
     ends, begins = (
-        [at for at, job in enumerate(order) if job.step.name == LAYERS[0] and job.number == number]
-        for number in (0, 1)
+        [at for at, job in enumerate(order) if job.step.name == LAYERS[0] and job.number == number] for number in (0, 1)
     )
     assert begins[0] - ends[-1] > BETWEEN_PASSES
     run(plan, tmp_path / "out")
