@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from pymerge.common.arrays import ArrayLike, join
 from pymerge.common.shapes import row_bytes
-from pymerge.methods.actions import Reduce, Run, Scope
-from pymerge.methods.reduce import Reduction, ranges
+from pymerge.methods.actions import Run
+from pymerge.methods.reduce import Reduce, Reduction, Scope, ranges
 from pymerge.methods.rows import Rows
 from pymerge.methods.selection import BYTES_OF_PIECE, SCRATCH_BYTES, Magnitudes, Selection, passes_to_select
 from pymerge.ops._bitmask import TaskMasks

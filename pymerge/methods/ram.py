@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pymerge.common.arrays import ArrayLike
-from pymerge.methods.actions import Action, Elementwise, Reduce, Run
+from pymerge.methods.actions import Action, Elementwise, Run
 from pymerge.methods.base import Method, Parameter, Values
-from pymerge.methods.reduce import Reduction
+from pymerge.methods.reduce import Reduce, Reduction
 from pymerge.methods.rows import Rows
 from pymerge.ops import ram
 from pymerge.ops.ram_counts import RamCounts

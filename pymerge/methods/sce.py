@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from pymerge.common.arrays import ArrayLike, join
 from pymerge.common.shapes import row_bytes
-from pymerge.methods.actions import Action, Reduce, Run
+from pymerge.methods.actions import Action, Run
 from pymerge.methods.base import COMPAT, Method, Parameter, Values
-from pymerge.methods.reduce import Reduction, ranges
+from pymerge.methods.reduce import Reduce, Reduction, ranges
 from pymerge.methods.rows import Rows
 from pymerge.methods.selection import BYTES_OF_PIECE, SCRATCH_BYTES, Magnitudes, Selection, digits
 from pymerge.ops import sce

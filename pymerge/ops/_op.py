@@ -59,7 +59,7 @@ class Op(ABC, Generic[Result]):
                 continue
             if field.endswith("dtype"):
                 found.add(value)
-            elif hasattr(value, "data_ptr"):
+            elif hasattr(value, "data_ptr"):  # the common case, without a generator
                 found.add(value.dtype)
             else:
                 found.update([tensor.dtype for tensor in tensors((value,))])
@@ -97,7 +97,12 @@ def numel_of(values: ArrayLike) -> int:
 
 def device_of(values: ArrayLike) -> str:
     """Where a tensor is; arrays are on the CPU."""
-    return "cpu" if isinstance(values, Array) else str(values.device)
+    return "cpu" if isinstance(values, Array) else _device_name(values.device)
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return str(device)
 
 
 def compute_dtype(*inputs: ArrayLike | None) -> torch.dtype:
@@ -148,15 +153,15 @@ def _is_floating(dtype: Any) -> bool:
 
 
 def _refuse_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike]) -> None:
-    """Raise the ArgumentError that says which tensor does not agree with the base."""
+    """Raise the ArgumentError that says which tensor differs from the base; none if arrays and CPU tensors are mixed."""
     shape, device = tuple(base.shape), device_of(base)
     for index, expert in enumerate(experts):
-        if tuple(expert.shape) != shape:
+        if expert.shape != shape:
             raise ArgumentError(
                 f"{op}: expert {index} has shape {tuple(expert.shape)}, the base {shape}; "
                 "all must be fine-tuned from this base"
             )
-        if device_of(expert) != device:  # arrays and tensors of the CPU go together
+        if device_of(expert) != device:
             raise ArgumentError(f"{op}: expert {index} is on {device_of(expert)}, the base on {device}; move one")
     for index, tensor in enumerate((base, *experts)):
         if not is_float(dtype_of(tensor)):

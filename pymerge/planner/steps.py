@@ -10,8 +10,9 @@ from typing import Literal
 from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
-from pymerge.methods.actions import Action, Combine, Reduce, Solve
+from pymerge.methods.actions import Action, Combine, Solve
 from pymerge.methods.base import Values
+from pymerge.methods.reduce import Reduce
 from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pymerge import env
 from pymerge.common.devices import Device
 from pymerge.common.dtypes import NATIVE, is_float8
-from pymerge.methods.actions import Combine, Elementwise, Reduce
+from pymerge.methods.actions import Combine, Elementwise
+from pymerge.methods.reduce import Reduce
 from pymerge.planner.steps import Step, WorkerName
 
 
