@@ -153,7 +153,7 @@ def _is_floating(dtype: Any) -> bool:
 
 
 def _refuse_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike]) -> None:
-    """Raise the ArgumentError that says which tensor differs from the base; none if arrays and CPU tensors are mixed."""
+    """Raise the ArgumentError that says which tensor differs; arrays and tensors of the CPU go together."""
     shape, device = tuple(base.shape), device_of(base)
     for index, expert in enumerate(experts):
         if expert.shape != shape:
