@@ -173,7 +173,7 @@ def test_what_is_refused(emulated: ModuleType) -> None:
     one = torch.zeros(5)
     with pytest.raises(ValueError, match="count 5 of 5 elements"):
         select(emulated, one, [one], [5])
-    with pytest.raises(ValueError, match="1 tensors, 2 counts; give one of each"):
+    with pytest.raises(ValueError, match="1 experts, 2 counts; give one of each"):
         select(emulated, one, [one], [1, 2])
     with pytest.raises(ValueError, match="expert 1 is float64; use the reference"):
         select(emulated, one, [one, one.double()], [1, 2])
