@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
 # it behind the loop. On sm_80 operands take more registers than with wgmma, so the split's tile is smaller there.
 _SIZES = {
     80: {
-        "combine": (Sizes(1024),),
+        "elementwise": (Sizes(1024),),
         "mask": (Sizes(4096, warps=8), Sizes(1024)),
         "task_dots": (Sizes(16384, depth=128), Sizes(2048, depth=128)),
         "task_gram split": (Sizes(64, depth=16, stages=4),),
@@ -40,7 +40,7 @@ _SIZES = {
         "routed_linear": (Sizes(64, depth=32, stages=3),),
     },
     90: {
-        "combine": (Sizes(1024),),
+        "elementwise": (Sizes(1024),),
         "mask": (Sizes(4096, warps=8), Sizes(1024)),
         "task_dots": (Sizes(16384, depth=128), Sizes(2048, depth=128)),
         "task_gram split": (Sizes(128, depth=32, warps=8, stages=3), Sizes(64, depth=32, stages=3)),
@@ -50,7 +50,7 @@ _SIZES = {
     },
 }
 # Small enough for the shapes of tests to have several tiles.
-_INTERPRETED = {"combine": Sizes(1024), "mask": Sizes(1024), "task_dots": Sizes(512, depth=128)}
+_INTERPRETED = {"elementwise": Sizes(1024), "mask": Sizes(1024), "task_dots": Sizes(512, depth=128)}
 _INTERPRETED_TILES = Sizes(64, depth=16, group=2)
 
 # A smaller tile is taken where the larger one would leave multiprocessors idle: an A100 has 108, an H100 132.

@@ -45,7 +45,7 @@ def launch(
     count = out.numel()
     if count == 0:
         return
-    size = sizes("combine", out.device, lambda block: triton.cdiv(count, block))
+    size = sizes("elementwise", out.device, lambda block: triton.cdiv(count, block))
     combine_kernel[(triton.cdiv(count, size.block),)](
         as_bits(out),
         out if base is None else base,

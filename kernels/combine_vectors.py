@@ -56,7 +56,7 @@ def launch(out: Tensor, base: Tensor | None, tensors: Sequence[Tensor], weights:
     rows, columns = out.shape
     if out.numel() == 0:
         return
-    size = sizes("combine", out.device, lambda block: triton.cdiv(out.numel(), block))
+    size = sizes("elementwise", out.device, lambda block: triton.cdiv(out.numel(), block))
     wide = min(size.block, triton.next_power_of_2(columns))
     high = size.block // wide
     combine_vectors_kernel[(triton.cdiv(rows, high) * triton.cdiv(columns, wide),)](

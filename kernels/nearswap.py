@@ -31,7 +31,7 @@ def launch(out: Tensor, base: Tensor, expert: Tensor, t: float, least: float) ->
     count = out.numel()
     if count == 0:
         return
-    size = sizes("combine", out.device, lambda block: triton.cdiv(count, block))
+    size = sizes("elementwise", out.device, lambda block: triton.cdiv(count, block))
     nearswap_kernel[(triton.cdiv(count, size.block),)](
         as_bits(out),
         base,

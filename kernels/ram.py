@@ -72,7 +72,7 @@ def ram_counts_kernel(
 def counts(base: Tensor, experts: Sequence[Tensor], epsilon: float) -> Tensor:
     """[T, 2] int64: elements where tau_t alone is active, and where it and another are. Inputs as `launch` takes."""
     count = base.numel()
-    size = sizes("combine", base.device, lambda block: triton.cdiv(count, block))
+    size = sizes("elementwise", base.device, lambda block: triton.cdiv(count, block))
     programs = triton.cdiv(count, size.block)
     parts = torch.empty(len(experts), 2, programs, dtype=torch.int32, device=base.device)
     if count:
@@ -91,7 +91,7 @@ def launch(out: Tensor, base: Tensor, experts: Sequence[Tensor], epsilon: float,
     count = out.numel()
     if count == 0:
         return
-    size = sizes("combine", out.device, lambda block: triton.cdiv(count, block))
+    size = sizes("elementwise", out.device, lambda block: triton.cdiv(count, block))
     ram_kernel[(triton.cdiv(count, size.block),)](
         as_bits(out),
         base,

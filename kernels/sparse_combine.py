@@ -85,7 +85,7 @@ def launch(
     count = out.numel()
     if count == 0:
         return
-    size = sizes("combine", out.device, lambda block: triton.cdiv(count, block))
+    size = sizes("elementwise", out.device, lambda block: triton.cdiv(count, block))
     masks = None if bits is None else words_of(bits)
     sparse_combine_kernel[(triton.cdiv(count, size.block),)](
         as_bits(out),

@@ -1,10 +1,12 @@
 // Ops that sum weights and task vectors, and their statistics.
 #include "bindings/arguments.h"
 #include "bindings/combining.h"
-#include "ops/adam_step.h"
-#include "ops/combine_files.h"
+#include "common/finite.h"
+#include "io/combine_files.h"
 #include "ops/task_dots.h"
-#include "ops/task_vector.h"
+#include "ops/task_stats.h"
+#include "ops/task_sum.h"
+#include "ops/wudi_adam_step.h"
 
 namespace pymerge {
 
@@ -67,7 +69,7 @@ void wudi_adam_step(const Output& D, const Output& m, const Output& v, const Mat
     check("v", v.dtype, v.row_stride);
     check("the product", product.dtype, product.row_stride);
     check("B", B.dtype, B.row_stride);
-    adam_step_cpu({D.data, m.data, v.data, product.data, B.data, D.dtype, D.row_stride, beta1, beta2, correction1,
+    wudi_adam_step_cpu({D.data, m.data, v.data, product.data, B.data, D.dtype, D.row_stride, beta1, beta2, correction1,
                    correction2, lr, eps},
                   threads);
 }

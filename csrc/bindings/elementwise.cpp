@@ -1,7 +1,9 @@
 // Ops that go element by element: nearswap, ram, sce, arcee_fusion.
 #include "bindings/arguments.h"
-#include "ops/elementwise.h"
-#include "ops/row_divergence.h"
+#include "ops/arcee_fusion.h"
+#include "ops/nearswap.h"
+#include "ops/ram.h"
+#include "ops/sce.h"
 
 namespace pymerge {
 namespace {

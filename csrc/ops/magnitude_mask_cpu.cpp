@@ -1,8 +1,8 @@
 #include "ops/magnitude_mask.h"
 
 #include "common/check.h"
+#include "common/magnitude_blocks.h"
 #include "common/mask_block.h"
-#include "ops/magnitude_blocks.h"
 
 namespace pymerge {
 namespace {

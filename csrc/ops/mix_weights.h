@@ -5,28 +5,9 @@
 #include <cstdint>
 
 #include "common/matrix_view.h"
+#include "common/task_storage.h"
 
 namespace pymerge {
-
-// T dense task vectors of `numel` contiguous elements each, `stride` elements apart.
-struct DenseTasks {
-    const void* data;
-    DType dtype;
-    std::int64_t stride;
-    std::int64_t count;  // T
-};
-
-// T sparse matrices, row by row: entries starts[t * start_stride + r] to starts[t * start_stride + r + 1] are those of
-// row r. Columns are uint16 where `wide` is false, else int32.
-struct SparseTasks {
-    const void* values;
-    DType dtype;
-    const void* columns;
-    bool wide;
-    const std::int64_t* starts;
-    std::int64_t start_stride;
-    std::int64_t count;  // T
-};
 
 struct MixParams {
     Output out;       // float32, float16 or bfloat16, contiguous: samples x rows x columns

@@ -5,7 +5,7 @@
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
-#include "ops/task_tiles.h"
+#include "common/task_tiles.h"
 
 namespace pymerge {
 namespace {

@@ -10,7 +10,7 @@
 
 #include "common/device.h"
 #include "common/tiles.h"
-#include "ops/adam_step.h"
+#include "ops/wudi_adam_step.h"
 
 namespace pymerge {
 namespace {

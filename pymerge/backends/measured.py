@@ -3,10 +3,11 @@
 The table, measured.json, holds nothing but what a benchmark wrote on a device. To add to it, on the machine with the
 device: `make gpu`, or by hand
 
-    python benchmarks/bench_ops.py --device cuda
-    python benchmarks/record_fastest.py benchmarks/results/<device>/<date>-ops.json
+    python -m benchmarks ops --device cuda
+    python -m benchmarks ops record
 
-and commit both files. Rows for the same device, op, dtype and shape are replaced, all others are kept.
+and commit measured.json and the results. Rows for the same device, op, dtype and shape are replaced, all others are
+kept.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def summary() -> str:
 
 
 def from_results(results: dict[str, Any]) -> list[Row]:
-    """Rows of a results file of bench_ops: of each case that ran on PyTorch and on a device kernel, the fastest.
+    """Rows of results of the benchmark of ops: of each case that ran on PyTorch and on a device kernel, the fastest.
 
     Raises BackendError if there is no such case: results of a CPU have none.
     """

@@ -67,6 +67,7 @@ class Executor:
         self._rest = deque(queue)  # not begun
         self._line: deque[_Begun] = deque()  # begun, the next to have its turn first
         self._writes: deque[tuple[Future[None], ArrayLike, int]] = deque()  # under way, with their bytes
+        self._write_failed = False
         self._limit = limit
         self._share = native_share(queue, limit, threads)
         self._window = Window(limit, self._share)
@@ -126,7 +127,7 @@ class Executor:
                 self._wait_for_writer()
         finally:
             self._pool.shutdown(cancel_futures=True)
-            self._writer.shutdown(cancel_futures=True)
+            self._writer.shutdown()  # what was handed to it is whole: the next run need not make it again
             if self._torch is not None:
                 self._torch.close()
 
@@ -288,14 +289,20 @@ class Executor:
             self._wait_for_writer()
 
     def _store(self, job: Job, merged: ArrayLike) -> None:
-        """Give a merged piece to the sink; by the writer thread."""
+        """Give a merged piece to the sink, unless one before it could not be written; by the writer thread."""
         name = job.step.name
-        with self._tracer.span("write", name, merged.nbytes):
-            if isinstance(merged, Array):
-                self._sink.write(name, merged.bytes)
-            else:
-                assert self._torch is not None
-                self._sink.write(name, self._torch.store(name, merged))
+        if self._write_failed:
+            return
+        try:
+            with self._tracer.span("write", name, merged.nbytes):
+                if isinstance(merged, Array):
+                    self._sink.write(name, merged.bytes)
+                else:
+                    assert self._torch is not None
+                    self._sink.write(name, self._torch.store(name, merged))
+        except BaseException:
+            self._write_failed = True
+            raise
         self._progress.advance(merged.nbytes)
 
     def _wait_for_writer(self) -> None:

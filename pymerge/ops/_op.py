@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pymerge.common.arrays import Array, ArrayLike, as_tensor, compute_code, dtype_of
@@ -52,11 +53,16 @@ class Op(ABC, Generic[Result]):
 
         Weights are numbers, even where a batch's are a float64 tensor.
         """
-        values = [value for field, value in vars(self).items() if field != "weights"]
-        codes = {dtype_of(tensor) for tensor in tensors(values)}
-        codes |= {
-            code_of(value) for field, value in vars(self).items() if field.endswith("dtype") and value is not None
-        }
+        codes = set()
+        for field, value in vars(self).items():
+            if value is None or field == "weights":
+                continue
+            if field.endswith("dtype"):
+                codes.add(code_of(value))
+            elif hasattr(value, "data_ptr"):  # the common case, without a generator
+                codes.add(code_of(value.dtype))
+            else:
+                codes.update(dtype_of(tensor) for tensor in tensors((value,)))
         return frozenset(code for code in codes if is_float(code))
 
     takes_batches: ClassVar[bool] = False  # whether its tensors may be a batch of layers of one shape
@@ -91,7 +97,12 @@ def numel_of(values: ArrayLike) -> int:
 
 def device_of(values: ArrayLike) -> str:
     """Where a tensor is; arrays are on the CPU."""
-    return "cpu" if isinstance(values, Array) else str(values.device)
+    return "cpu" if isinstance(values, Array) else _device_name(values.device)
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return str(device)
 
 
 def compute_dtype(*inputs: ArrayLike | None) -> torch.dtype:
@@ -130,7 +141,7 @@ def check_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike], *
         raise ArgumentError(f"{op}: no experts were given; pass at least one")
     device = device_of(base)
     for index, expert in enumerate(experts):
-        if tuple(expert.shape) != shape:
+        if expert.shape != shape:
             raise ArgumentError(
                 f"{op}: expert {index} has shape {tuple(expert.shape)}, the base {shape}; "
                 "all must be fine-tuned from this base"

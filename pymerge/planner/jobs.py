@@ -48,7 +48,7 @@ class Job:
     def reduction(self) -> Hashable:
         """Key of the reduction that it is part of."""
         group = self.step.group
-        return id(self.step) if group is None else group
+        return id(self.step) if group is None else (group.number,)
 
     @property
     def first(self) -> int:

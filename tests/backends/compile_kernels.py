@@ -57,7 +57,7 @@ Variants = Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], Sizes]]
 def elementwise(table: dict[str, tuple[Sizes, ...]]) -> Variants:
     """The ops that wait on memory: experts of all dtypes, results of both kinds."""
     experts, numbers = ("*bf16", "*fp32", "*fp16"), ("fp32",) * 3
-    (size,) = table["combine"]
+    (size,) = table["elementwise"]
     tasks = {"base": "*bf16", "experts": experts, "count": "i64"}
     for bf16 in (False, True):
         out = {"out": "*i16" if bf16 else "*fp32"}
@@ -102,8 +102,8 @@ def variants(arch: int) -> Variants:
             "count": "i64",
         }
         types |= {"tensors": ("*bf16", "*fp32", "*fp16")}
-        constants = {"HAS_BASE": bf16, "TO_BF16": bf16, "BLOCK": table["combine"][0].block}
-        yield f"combine {'bf16' if bf16 else 'fp16'}", combine_kernel, types, constants, table["combine"][0]
+        constants = {"HAS_BASE": bf16, "TO_BF16": bf16, "BLOCK": table["elementwise"][0].block}
+        yield f"combine {'bf16' if bf16 else 'fp16'}", combine_kernel, types, constants, table["elementwise"][0]
     for name, (base, element, dot, centred) in GRAMS.items():
         sizes = table[f"task_gram {dot}"]
         for size in sizes if name in ("bf16", "fp32") else sizes[-1:]:

@@ -25,7 +25,7 @@ GPU = "NVIDIA Test 9000"
 
 
 def case(op: str, shape: tuple[int, int], dtype: str, **medians: float) -> list[dict[str, Any]]:
-    """Rows as bench_ops writes them, of what `from_results` reads."""
+    """Rows as the benchmark of ops writes them, of what `from_results` reads."""
     d_out, d_in = shape
     where = {"kind": "time", "op": op, "shape": f"some-{d_out}", "d_out": d_out, "d_in": d_in, "dtype": dtype}
     return [where | {"backend": name, "seconds": {"min": 0.0, "median": time}} for name, time in medians.items()]
@@ -50,7 +50,7 @@ def on_device(op: str, shape: tuple[int, ...], dtypes: frozenset[str] = FLOAT) -
 
 
 def test_the_table_has_only_rows_of_results_files() -> None:
-    """Each row's device has a folder of results, named as bench_ops names it."""
+    """Each row's device has a folder of results, named as the benchmarks name it."""
     folders = {path.name for path in (Path(__file__).parents[2] / "benchmarks" / "results").iterdir()}
     assert {re.sub(r"[^A-Za-z0-9]+", "-", row.device).strip("-").lower() for row in measured.rows()} <= folders
 

@@ -33,7 +33,7 @@ CARRIED = {
 }
 # PyTorch is imported once, in a process that has done no work; each command is a fork of it.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["pytest", "pymerge.api", "pymerge.engine.pipeline", "pymerge.cli.info_tables"])
+_FORKS.set_forkserver_preload(["pytest", "pymerge.api", "pymerge.engine.torch_worker", "pymerge.cli.info_tables"])
 # Variables of the surroundings that change what a command prints or chooses.
 _NEUTRAL = ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "COLUMNS", "PYMERGE_BACKEND", "TRITON_INTERPRET")
 

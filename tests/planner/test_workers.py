@@ -1,0 +1,167 @@
+"""Which worker carries out a step: native code where all of it can be had there, else PyTorch, for that step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pymerge import api
+from pymerge.common.devices import Device
+from pymerge.planner.plan import Plan
+from pymerge.planner.steps import Step
+from pymerge.planner.workers import Target, worker_of
+from tests.helpers.checkpoints import change, write_config, write_models
+
+UP, NORM, COUNTER = "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.counter"
+SPARSE = {"weight": 0.5, "density": 0.5}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    base = {UP: torch.randn(24, 16, generator=generator), NORM: torch.ones(16), COUNTER: torch.arange(5)}
+    return write_models(tmp_path, base)
+
+
+def plan(models: Path, method: str, more: str = "", **parameters: Any) -> Plan:
+    one = method in ("slerp", "nearswap", "arcee_fusion", "passthrough")
+    return api.plan(write_config(models, method, experts=1 if one else 2, more=more, **parameters), device="cpu")
+
+
+def workers(plan: Plan) -> Mapping[str, str]:
+    return {step.name: step.worker for step in plan.steps}
+
+
+def step(plan: Plan, name: str = UP) -> Step:
+    return next(step for step in plan.steps if step.name == name)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("linear", {}),
+        ("task_arithmetic", {}),
+        ("passthrough", {"scale": 0.5}),
+        ("ties", {"weight": 0.5}),
+        ("ties", SPARSE),
+        ("ties", {**SPARSE, "scope": "model"}),
+        ("dare_linear", SPARSE),
+        ("della", SPARSE),
+        ("breadcrumbs_ties", SPARSE),
+        ("slerp", {"t": 0.5}),
+        ("nuslerp", {"weight": 0.5}),
+        ("multislerp", {"weight": 0.5}),
+        ("karcher", {}),
+        ("model_stock", {}),
+        ("nearswap", {"t": 0.1}),
+        ("ram", {}),
+        ("ramplus_tl", {}),
+        ("sce", {"select_topk": 0.5}),
+        ("arcee_fusion", {}),
+    ],
+)
+def test_methods_whose_ops_are_all_in_native_code(models: Path, method: str, parameters: dict[str, Any]) -> None:
+    found = plan(models, method, **parameters)
+    assert set(workers(found).values()) == {"native"}
+    assert not found.needs_torch
+
+
+@pytest.mark.parametrize("method", ["wudi", "wudi_flow", "ace", "tsv_m", "iso_c"])
+def test_solvers_need_pytorch_for_linear_weights_alone(models: Path, method: str) -> None:
+    found = plan(models, method)
+    assert workers(found) == {UP: "torch", NORM: "native", COUNTER: "native"}
+    assert found.needs_torch
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False}),
+        ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+        ("model_stock", {"filter_wise": True}),
+    ],
+)
+def test_weights_for_each_row_or_column_need_pytorch(models: Path, method: str, parameters: dict[str, Any]) -> None:
+    assert workers(plan(models, method, **parameters)) == {UP: "torch", NORM: "torch", COUNTER: "native"}
+
+
+@pytest.mark.parametrize("folder", ["base", "e1"])
+@pytest.mark.parametrize(
+    ("method", "parameters", "worker"),
+    [("ties", SPARSE, "torch"), ("karcher", {}, "torch"), ("ties", {"weight": 0.5}, "native"), ("ram", {}, "native")],
+)
+def test_float64_is_reduced_by_pytorch(
+    models: Path, folder: str, method: str, parameters: dict[str, Any], worker: str
+) -> None:
+    change(models / folder, lambda tensors: tensors.update({NORM: tensors[NORM].double()}))
+    assert workers(plan(models, method, **parameters)) == {UP: "native", NORM: worker, COUNTER: "native"}
+
+
+def test_a_result_of_float64_is_reduced_by_pytorch(models: Path) -> None:
+    assert workers(plan(models, "ties", more="out_dtype: float64", **SPARSE))[UP] == "torch"
+
+
+def test_elements_that_lie_apart_need_pytorch(models: Path) -> None:
+    found = plan(models, "linear")
+    up = step(found)
+    strided = replace(up, experts=(up.experts[0], replace(up.experts[1], strides=(1, 24))))
+    assert worker_of(strided, found.target, allow_nonfinite=False) == "torch"
+    assert worker_of(up, found.target, allow_nonfinite=False) == "native"
+
+
+def test_8_bit_floats_need_pytorch(models: Path) -> None:
+    change(models / "e1", lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float8_e4m3fn)}))
+    assert workers(plan(models, "linear")) == {UP: "native", NORM: "torch", COUNTER: "native"}
+
+
+def test_copies(models: Path) -> None:
+    """Bits as they are, of any dtype; in another dtype where no NaN can be among them, whose bits differ there."""
+    found = plan(models, "passthrough", scale=1.0)
+    assert set(workers(found).values()) == {"native"}
+    converted = plan(models, "passthrough", more="out_dtype: bfloat16", scale=1.0)
+    assert workers(converted)[UP] == "native"
+    allowed = plan(models, "passthrough", more="out_dtype: bfloat16\nallow_nonfinite: true", scale=1.0)
+    assert workers(allowed) == {UP: "torch", NORM: "torch", COUNTER: "native"}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        Target(backend="reference"),
+        Target(backend="triton"),
+        Target(Device("cuda", 0)),
+        Target(Device("cuda", 0), "cuda"),
+        Target(native=False),
+    ],
+    ids=str,
+)
+def test_other_backends_and_devices_take_tensors_of_pytorch(models: Path, target: Target) -> None:
+    assert not target.takes_arrays
+    assert worker_of(step(plan(models, "linear")), target, allow_nonfinite=False) == "torch"
+
+
+def test_a_backend_that_is_named_native(models: Path) -> None:
+    config = write_config(models, "ties", **SPARSE)
+    assert set(workers(api.plan(config, device="cpu", backend="native")).values()) == {"native"}
+    reference = api.plan(config, device="cpu", backend="reference")
+    assert set(workers(reference).values()) == {"torch"}
+    assert reference.target.backend == "reference"
+
+
+def test_threads_are_those_of_the_machine_or_of_omp_num_threads(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(models, "linear")
+    for given, expected in (("6", 6), ("3,2", 3)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert api.plan(config, device="cpu").target.threads == expected
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert api.plan(config, device="cpu").target.threads >= 1
+
+
+def test_versions_of_pytorch_are_part_of_an_identity_where_it_takes_part(models: Path) -> None:
+    assert "torch version" not in plan(models, "ties", **SPARSE).identity("x86")
+    assert "torch version" in plan(models, "wudi").identity("x86")
