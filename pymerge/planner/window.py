@@ -145,10 +145,11 @@ class Window:
 def may_wait(outputs: Sequence[tuple[bool, int]]) -> bool:
     """Whether these outputs, of native code or not and of so many bytes, may wait for the writer together.
 
-    Those of native code are few however small they are: each lies in memory for the largest.
+    Of native code one at a time, however small it is: each lies in memory for the largest, and those that follow wait
+    for their turn.
     """
     sizes = [nbytes for native, nbytes in outputs if not native]
-    if len(outputs) - len(sizes) > WRITE_BEHIND:
+    if len(outputs) - len(sizes) > 1:
         return False
     return len(sizes) <= WRITE_BEHIND or (len(sizes) <= _MOST_PIECES and sum(sizes) <= SMALL_BYTES)
 
