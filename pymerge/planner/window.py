@@ -142,9 +142,16 @@ class Window:
         return Waiting(True, held, known_bytes(job) + held)
 
 
-def may_wait(outputs: Sequence[int]) -> bool:
-    """Whether outputs of these sizes may wait for the writer together."""
-    return len(outputs) <= WRITE_BEHIND or (len(outputs) <= _MOST_PIECES and sum(outputs) <= SMALL_BYTES)
+def may_wait(outputs: Sequence[tuple[bool, int]]) -> bool:
+    """Whether these outputs, of native code or not and of so many bytes, may wait for the writer together.
+
+    Of native code one at a time, however small it is: each lies in memory for the largest, and those that follow wait
+    for their turn.
+    """
+    sizes = [nbytes for native, nbytes in outputs if not native]
+    if len(outputs) - len(sizes) > 1:
+        return False
+    return len(sizes) <= WRITE_BEHIND or (len(sizes) <= _MOST_PIECES and sum(sizes) <= SMALL_BYTES)
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ def forecast(queue: Sequence[Batch], limit: int, threads: int) -> Forecast:
     rest = iter(queue)
     following = next(rest, None)
     line: deque[Batch] = deque()
-    outputs: deque[int] = deque()
+    outputs: deque[tuple[bool, int]] = deque()
     peak, depth = 0, None
     while line or following:
         while following and window.admits(following):
@@ -171,13 +178,13 @@ def forecast(queue: Sequence[Batch], limit: int, threads: int) -> Forecast:
             following = next(rest, None)
         batch = line.popleft()
         entry = window.entry(batch)
-        late = sum(outputs)
+        late = sum(nbytes for _, nbytes in outputs)
         peak = max(peak, min(limit, share.working + entry.peak + window.held - entry.held + late))
         if following or depth is None:
             depth = len(window) - 1 if depth is None else min(depth, len(window) - 1)
         window.pop()
         if batch.footprint.output:
-            outputs.append(batch.footprint.output)
+            outputs.append((batch.native, batch.footprint.output))
         while not may_wait(outputs):
             outputs.popleft()
     return Forecast(peak, depth or 0)

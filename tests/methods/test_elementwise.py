@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pymerge.methods.tensor_parts import TensorPart
 from torch import Tensor
 
 import pymerge
@@ -14,7 +15,6 @@ from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
 from pymerge.methods import METHODS
 from pymerge.methods.selection import Selection, digits
-from pymerge.methods.tensor_parts import TensorPart
 from pymerge.testing.compare import as_float64, assert_same
 from tests.helpers import oracles_mergekit as oracles
 
