@@ -202,7 +202,7 @@ class Executor:
             self._alone(job)
 
     def _made(self, begun: _Begun) -> list[Made]:
-        """What the jobs of a batch have made, in its turn."""
+        """Results of the jobs of a batch, in its turn."""
         batch, futures = begun.batch, begun.futures
         while self._writes and self._writes[0][0].done():
             self._wait_for_writer()

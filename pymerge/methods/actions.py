@@ -27,7 +27,7 @@ class Run(Protocol):
 
 
 class Action(ABC):
-    """What is done to one tensor. Frozen dataclasses: equal actions do the same."""
+    """Work on one tensor. Frozen dataclasses: equal actions do the same."""
 
     @property
     def label(self) -> str:
@@ -53,7 +53,7 @@ class Action(ABC):
         return False
 
     def remark(self, delta_rms: float) -> str | None:
-        """What a user should know before merging deltas of this root mean square, with the remedy."""
+        """Advice to a user who would merge deltas of this root mean square, with the remedy."""
         return None
 
 

@@ -45,7 +45,7 @@ class MergeSparse(Reduce):
 
 
 class Sparsifying(Reduction):
-    """What the masks of a tensor follow from. Where what is kept is rescaled, that is known only behind all masks: they
+    """State of masks. Where what is kept is rescaled, the factors are known only behind all masks: they
     are made in a pass of their own and held, a bit an element."""
 
     def __init__(self, action: MergeSparse, shape: tuple[int, ...]) -> None:
@@ -149,7 +149,7 @@ class KeepMagnitudes(MergeSparse):
 
 
 class Selecting(Sparsifying):
-    """Where the ranks begin and end."""
+    """Selections of where the ranks begin and end."""
 
     def __init__(self, action: KeepMagnitudes, shape: tuple[int, ...]) -> None:
         super().__init__(action, shape)

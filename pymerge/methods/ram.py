@@ -66,7 +66,7 @@ class MeanOfActivePlus(Reduce):
 
 
 class Alone(Reduction):
-    """How many elements each task vector alone touches, and how many it shares."""
+    """Counts of the elements that each task vector alone touches, and of those that it shares."""
 
     def __init__(self, action: MeanOfActivePlus, experts: int) -> None:
         self._action = action

@@ -66,7 +66,7 @@ class Reduce(Action):
 
     @property
     def scope(self) -> Scope:
-        """What one reduction is about: a tensor, or all tensors of the model that have this very action."""
+        """Extent of one reduction: a tensor, or all tensors of the model that have this very action."""
         return "tensor"
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Reduce(Action):
 
     @abstractmethod
     def passes(self, shape: tuple[int, ...]) -> int:
-        """How many passes come before the one that merges."""
+        """Number of passes before the one that merges."""
 
     @abstractmethod
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:

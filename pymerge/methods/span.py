@@ -34,7 +34,7 @@ class InSpan(Reduce):
 
     @property
     def vectors(self) -> Vectors:
-        """Which tensors the v_t are."""
+        """The vectors that are summed."""
         return self.which
 
     @abstractmethod

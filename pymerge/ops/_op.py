@@ -96,7 +96,7 @@ def numel_of(values: ArrayLike) -> int:
 
 
 def device_of(values: ArrayLike) -> str:
-    """Where a tensor is; arrays are on the CPU."""
+    """Device of a tensor, by name; arrays are on the CPU."""
     return "cpu" if isinstance(values, Array) else _device_name(values.device)
 
 

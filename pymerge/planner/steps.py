@@ -100,7 +100,7 @@ class Step:
 
     @cached_property
     def passes(self) -> int:
-        """How often all pieces are worked on."""
+        """Number of times that all pieces are worked on."""
         return self.action.passes(self._reduced) + 1 if isinstance(self.action, Reduce) and self.in_passes else 1
 
     @property

@@ -21,7 +21,7 @@ MOST_WAITING = 30
 
 @dataclass(frozen=True)
 class NativeShare:
-    """What native code may take of a merge's memory beside the jobs that are held against each other by `Window`.
+    """Memory and threads of native code, beside the jobs that `Window` holds against each other.
 
     `threads` jobs are worked on at a time, in `working` bytes together; 0 threads: each job in its turn, alone.
     `ahead` further ones may wait for their turn.
@@ -78,7 +78,7 @@ class Waiting(NamedTuple):
 
 
 class Window:
-    """Which jobs may be started now: in order, as far ahead as every one of them can still have its turn.
+    """Rule for starting jobs: in order, as far ahead as every one of them can still have its turn.
 
     A job of PyTorch is computed in its turn, with the inputs of all jobs read ahead in memory. So a further one is
     admitted if, for each job that waits before it, its peak and all that is held behind it stay within the limit. A
@@ -131,7 +131,7 @@ class Window:
         self.held -= first.held
 
     def entry(self, batch: Batch) -> Waiting:
-        """What a batch holds from its admission on, and in its turn."""
+        """Bytes that a batch holds from its admission on, and in its turn."""
         footprint = batch.footprint
         if not batch.native:
             return Waiting(False, footprint.inputs, footprint.peak)
@@ -156,7 +156,7 @@ def may_wait(outputs: Sequence[tuple[bool, int]]) -> bool:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will hold at most, and how far it works ahead."""
+    """Forecast of what a run holds at most, and of how far it works ahead."""
 
     peak: int  # bytes
     depth: int  # batches started before every one but the last ones

@@ -19,14 +19,14 @@ def no_masks(tasks: int, like: ArrayLike) -> TaskMasks:
 
 
 def mask_addresses(masks: TaskMasks, norms: bool = True) -> tuple[int, int, int]:
-    """Where masks are written; without `norms` nothing is summed."""
+    """Addresses of masks to be written; without `norms` nothing is summed."""
     if not norms:
         return address(masks.bits), 0, 0
     return address(masks.bits), numpy_address(masks.before), numpy_address(masks.after)
 
 
 def threshold_addresses(thresholds: Thresholds | None) -> tuple[int, int] | None:
-    """Where keys and ends are, if there are any."""
+    """Addresses of keys and ends, if there are any."""
     return None if thresholds is None else (numpy_address(thresholds.keys), numpy_address(thresholds.ends))
 
 
