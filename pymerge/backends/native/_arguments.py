@@ -49,7 +49,7 @@ def address(values: ArrayLike) -> int:
 
 def numpy_address(values: NDArray[Any]) -> int:
     """The address of a contiguous, writable numpy array; 0 of an empty one. Faster than values.ctypes.data."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(values)) if values.size else 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(values.data)) if values.size else 0
 
 
 def output(out: ArrayLike | None, like: ArrayLike, out_dtype: str | None) -> ArrayLike:
