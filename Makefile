@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu setup.py pyproject.toml constraints.txt)
+CSRC := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES := $(CSRC) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test torture lint format gpu bench parity bench-small quality quality-smoke clean help
 
@@ -34,50 +35,51 @@ torture: $(VENV)/installed  ## kill, fill disks and damage files by the hundred,
 	$(BIN)/python tests/guarantees/fuzz_headers.py -max_total_time=600
 
 lint: $(VENV)/installed  ## style and types
-	@echo "== ruff and mypy"
+	@echo "== ruff, mypy and clang-format"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
-format: $(VENV)/installed  ## let ruff format and fix
+format: $(VENV)/installed  ## let ruff and clang-format format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 gpu: $(VENV)/installed  ## on a machine with a CUDA GPU: the tests on the device, then its benchmarks
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
 	  || { echo "no CUDA device here: PyTorch sees none; run this on a machine with a GPU"; exit 1; }
 	PYMERGE_TEST_DEVICE=cuda $(BIN)/python -m pytest $(GPU_TESTS)
-	$(BIN)/python benchmarks/bench_ops.py --device cuda
+	$(BIN)/python -m benchmarks ops --device cuda
 	@echo "== what was the fastest, for auto to choose from: pymerge/backends/measured.json"
-	$(BIN)/python benchmarks/record_fastest.py $$(ls -t benchmarks/results/*/*-ops.json | head -n 1)
+	$(BIN)/python -m benchmarks ops record
 
 bench: $(VENV)/installed  ## time ops, solvers and merges beside PyTorch, published forms and mergekit
-	@echo "== timing; results go to benchmarks/results, see benchmarks/README.md"
-	$(BIN)/python benchmarks/bench_ops.py
-	$(BIN)/python benchmarks/bench_peers.py --shapes 768x768x8 3072x768x8 --methods wudi,wudi_flow,ace --seconds 5
-	$(BIN)/python benchmarks/bench_merge.py
+	@echo "== timing; results go to benchmarks/runs, see benchmarks/README.md"
+	$(BIN)/python -m benchmarks ops
+	$(BIN)/python -m benchmarks solvers --shapes 768x768x8 3072x768x8 --methods wudi,wudi_flow,ace --seconds 5
+	$(BIN)/python -m benchmarks merges
 
 parity: $(VENV)/installed  ## merge small models by every method of mergekit, with both, and compare the results
-	$(BIN)/python benchmarks/parity.py
+	$(BIN)/python -m benchmarks parity
 
 bench-small: $(VENV)/installed  ## time every op on a small shape, in under a minute
-	$(BIN)/python -m pytest benchmarks/test_small_ops.py --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds
+	$(BIN)/python -m pytest benchmarks/ops/test_small.py --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds
 
 quality: $(VENV)/installed  ## train two suites' experts, merge them by every method, measure, draw
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/quality/requirements.txt
 	@echo "== base and experts, kept in ~/.cache/pymerge-bench/quality"
-	$(BIN)/python benchmarks/quality/train.py
-	$(BIN)/python benchmarks/quality/language_train.py
-	@echo "== merges and their accuracies; results go to benchmarks/results, see docs/quality.md"
-	$(BIN)/python benchmarks/quality/run.py glyphs8
-	$(BIN)/python benchmarks/quality/run.py minilm4 --only table sweeps measures explain
+	$(BIN)/python -m benchmarks quality train
+	$(BIN)/python -m benchmarks quality language
+	@echo "== merges and their accuracies; results go to benchmarks/runs, see docs/quality.md"
+	$(BIN)/python -m benchmarks quality glyphs8
+	$(BIN)/python -m benchmarks quality minilm4 --only table sweeps measures explain
 	for suite in glyphs8 minilm4; do \
-	  results=$$(ls -t benchmarks/results/*/*-quality-$$suite.json | head -n 1); \
-	  $(BIN)/python benchmarks/quality/plots.py $$results && $(BIN)/python benchmarks/quality/show.py $$results || exit 1; \
+	  $(BIN)/python -m benchmarks quality plot $$suite && $(BIN)/python -m benchmarks quality show $$suite || exit 1; \
 	done
 
 quality-smoke: $(VENV)/installed  ## merge two of the example's experts and check the order of the methods
-	$(BIN)/python benchmarks/quality/smoke.py
+	$(BIN)/python -m benchmarks quality smoke
 	$(BIN)/python -m pytest -q tests/repository/test_quality_smoke.py
 
 clean:  ## remove what was built and installed here

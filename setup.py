@@ -118,7 +118,7 @@ class BuildExtensions(build_ext):
 
 def extensions() -> list[Extension]:
     bindings = sorted(set(glob("csrc/bindings/*.cpp")) - {"csrc/bindings/cuda.cpp"})
-    cpu = [*bindings, *sorted(glob("csrc/ops/*_cpu.cpp"))]
+    cpu = [*bindings, *sorted(glob("csrc/*/*_cpu.cpp"))]
     found = [Extension("pymerge._C", cpu, include_dirs=INCLUDES, depends=HEADERS, language="c++")]
     if find_nvcc():
         cuda = ["csrc/bindings/cuda.cpp", *sorted(glob("csrc/ops/*_cuda.cu"))]

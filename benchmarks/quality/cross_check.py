@@ -13,15 +13,14 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import environments
-import processes
 import torch
 
 import pymerge
-from quality.recipes import Recipe
-from quality.store import Entry, Store
-from quality.suite import Part, Suite, mean, scores
-from quality.table import Tell
+from benchmarks.harness import environments, processes
+from benchmarks.quality.cases import Recipe
+from benchmarks.quality.store import Entry, Store
+from benchmarks.quality.suite import Part, Suite, mean, scores
+from benchmarks.quality.table import Tell
 
 LR = 1e-5  # of FusionBench, fixed
 PUBLISHED_RMS = 5e-4  # of the deltas that it suits

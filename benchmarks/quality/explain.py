@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import pymerge
-from quality import routed
-from quality.merging import merged_scores, tune
-from quality.recipes import DENSITY, EXACT_TIME, FLOW, FORCED, SCALES, TASK_ARITHMETIC, TIES, Recipe
-from quality.store import Entry, Store
-from quality.suite import Part, RoutedSuite, Suite, mean, scores
-from quality.sweeps import PART
-from quality.table import Tell
+from benchmarks.quality import routed
+from benchmarks.quality.cases import DENSITY, EXACT_TIME, FLOW, FORCED, SCALES, TASK_ARITHMETIC, TIES, Recipe
+from benchmarks.quality.merging import merged_scores, tune
+from benchmarks.quality.store import Entry, Store
+from benchmarks.quality.suite import Part, RoutedSuite, Suite, mean, scores
+from benchmarks.quality.sweeps import PART
+from benchmarks.quality.table import Tell
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 EVEN = {"weight": 1.0}

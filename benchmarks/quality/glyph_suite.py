@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quality.suite import Part
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "glyphs"))
-
-from model import cosine_logits, load_model
+from benchmarks.quality.suite import Part
+from examples.glyphs.model import cosine_logits, load_model
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "glyphs"
 EXAMPLE_TASKS = ("digits", "latin", "greek", "cyrillic", "hebrew")
@@ -49,12 +45,12 @@ class GlyphSuite:
         """
         described = root / "suite.json"
         if not described.exists():
-            raise SystemExit(f"{described} is not there; run benchmarks/quality/train.py, or `make quality`")
+            raise SystemExit(f"{described} is not there; run `python -m benchmarks quality train`, or `make quality`")
         about = json.loads(described.read_text())
         suite = cls(root.name, root, about["tasks"], about["seeds"])
         suite.seeds = tuple(seed for seed in suite.seeds if suite._whole(seed))
         if not suite.seeds:
-            raise SystemExit(f"{root} holds no seed with all its experts; run benchmarks/quality/train.py again")
+            raise SystemExit(f"{root} has no seed with all its experts; run `python -m benchmarks quality train` again")
         return suite
 
     def base(self) -> Path:

@@ -5,21 +5,16 @@ Rendering, heads and training are those of examples/glyphs; here is what differs
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples/glyphs"))
-
-import data
-from data import SIZE, Task, span
-from model import GlyphVit, GlyphVitConfig
-from train import render_parts, split_digits
+from examples.glyphs import data
+from examples.glyphs.data import SIZE, Task, span
+from examples.glyphs.model import GlyphVit, GlyphVitConfig
+from examples.glyphs.train import render_parts, split_digits
 
 CONFIG = GlyphVitConfig(
     stem_channels=(32, 64),

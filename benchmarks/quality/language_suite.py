@@ -11,7 +11,7 @@ from typing import Literal
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quality.language_model import SentenceEncoder, cosine_logits, features, load_encoder
+from benchmarks.quality.language_model import SentenceEncoder, cosine_logits, features, load_encoder
 
 
 class LanguageSuite:
@@ -24,13 +24,13 @@ class LanguageSuite:
         self.root, self.name = root, root.name
         described = root / "suite.json"
         if not described.exists():
-            raise SystemExit(f"{described} is not there; run benchmarks/quality/language_train.py")
+            raise SystemExit(f"{described} is not there; run `python -m benchmarks quality language`")
         about = json.loads(described.read_text())
         self.tasks: tuple[str, ...] = tuple(about["tasks"])
         self.seeds: tuple[int, ...] = tuple(s for s in about["seeds"] if all(p.exists() for p in self._files(s)))
         if not self.seeds:
             raise SystemExit(
-                f"{root} holds no seed with all its experts; run benchmarks/quality/language_train.py again"
+                f"{root} holds no seed with all its experts; run `python -m benchmarks quality language` again"
             )
         self._examples = lru_cache(maxsize=1)(self._read_examples)
 

@@ -1,6 +1,6 @@
 """Make the language suite from nothing: fetch packages, read the texts, freeze the heads, fine-tune the experts.
 
-    python benchmarks/quality/language_train.py [--work DIR] [--seeds 0 1 2] [--jobs 2]
+    python -m benchmarks quality language [--work DIR] [--seeds 0 1 2] [--jobs 2]
 
 What --work holds already is not done again, so a killed run goes on where it stopped; remove a folder to make it anew.
 All random numbers of a step come from a generator seeded by (seed, task, step), and every expert is trained by one
@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +22,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import environments
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from quality import language_data as data
-from quality.language_model import (
+from benchmarks.harness import commands, environments
+from benchmarks.quality import language_data as data
+from benchmarks.quality.language_model import (
     SentenceEncoder,
     cosine_logits,
     features,
@@ -243,23 +240,19 @@ def make_suite(root: Path, recipe: Recipe, seeds: Sequence[int], jobs: int, prog
             times.add(running[done], done.result())
 
 
-def settings() -> argparse.Namespace:
+def settings(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser("benchmarks.quality.language_train", __doc__)
     add = parser.add_argument
     add("--work", type=Path, default=environments.cache() / "quality", help=f"{NAME}/ is made there (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of batches and held-out texts (0 1 2)")
     add("--jobs", type=int, default=2, help="experts trained at a time, a thread each (%(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Make what the command line asks for."""
-    options = settings()
+    options = settings(arguments)
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         make_suite(options.work / NAME, Recipe(), options.seeds, options.jobs, progress)
-
-
-if __name__ == "__main__":
-    main()

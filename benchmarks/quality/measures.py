@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pymerge
+from benchmarks.quality.cases import FLOW
+from benchmarks.quality.store import Entry, Store
+from benchmarks.quality.suite import Part, Suite
+from benchmarks.quality.table import Tell
 from pymerge.analysis import TensorMeasures, survey
 from pymerge.analysis.measures import cosines
-from quality.recipes import FLOW
-from quality.store import Entry, Store
-from quality.suite import Part, Suite
-from quality.table import Tell
 
 SPECTRUM_POINTS = 64  # of a curve of singular values
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from processes import Cost, run
 
 import pymerge
-from quality.recipes import Recipe
-from quality.suite import Part, Suite, mean, scores
+from benchmarks.harness.processes import Cost, run
+from benchmarks.quality.cases import Recipe
+from benchmarks.quality.suite import Part, Suite, mean, scores
 
 
 def command(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int, out: Path) -> Cost:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pymerge
+from benchmarks.quality.cases import FLOW
+from benchmarks.quality.suite import Suite
 from pymerge import wemoe
-from quality.recipes import FLOW
-from quality.suite import Suite
 
 BATCH = 16
 LR = 1e-3
@@ -66,8 +66,8 @@ def settings() -> dict[str, Any]:
 
 
 def main() -> None:
-    """`python -m quality.routed SUITE SEED TASKS ROUTERS`: adapt, and write the routers."""
-    from quality.suites import open_suite
+    """`python -m benchmarks.quality.routed SUITE SEED TASKS ROUTERS`: adapt, and write the routers."""
+    from benchmarks.quality.suites import open_suite
 
     name, seed, tasks, out = sys.argv[1:]
     adapted(open_suite(name), tasks.split(","), int(seed)).save_router(Path(out))

@@ -1,16 +1,17 @@
-"""Tables of what run.py measured, in Markdown, from its JSON alone.
+"""Tables of what `python -m benchmarks quality` measured, in Markdown, from its file alone.
 
-python benchmarks/quality/show.py RESULTS.json [--only table]
+python -m benchmarks quality show [SUITE|FILE] [--only table]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import commands
+from benchmarks.harness.results import load
+from benchmarks.quality.store import chosen
 
 Row = dict[str, Any]
 
@@ -94,17 +95,15 @@ def checked(content: Row) -> Iterator[str]:
 TABLES = {"table": table, "tuned": tuned, "explained": explained, "checked": checked}
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="what run.py wrote")
+    parser = commands.parser("benchmarks.quality.show", __doc__)
+    parser.add_argument(
+        "results", nargs="?", default="glyphs8", metavar="SUITE|FILE", help="a file, or a suite: its last run"
+    )
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
-    options = parser.parse_args()
-    content = json.loads(options.results.read_text())
+    options = parser.parse_args(arguments)
+    content = load(chosen(options.results))
     print(about(content))
     for name in options.only:
         print("\n" + "\n".join(TABLES[name](content)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The smallest run that still tells methods apart: two of the example's experts, one seed, seconds.
 
-    python benchmarks/quality/smoke.py [--write | --pairs]
+    python -m benchmarks quality smoke [--write | --pairs]
 
 tests/repository/test_quality_smoke.py runs it too and compares with expected_smoke.json, which --write writes.
 --pairs shows every pair of the five experts.
@@ -8,19 +8,16 @@ tests/repository/test_quality_smoke.py runs it too and compares with expected_sm
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from quality.glyph_suite import EXAMPLE_TASKS, GlyphSuite
-from quality.merging import merged_scores
-from quality.recipes import FLOW, TASK_ARITHMETIC, Recipe
-from quality.suite import individual, mean, scores
+from benchmarks.harness import commands
+from benchmarks.quality.cases import FLOW, TASK_ARITHMETIC, Recipe
+from benchmarks.quality.glyph_suite import EXAMPLE_TASKS, GlyphSuite
+from benchmarks.quality.merging import merged_scores
+from benchmarks.quality.suite import individual, mean, scores
 
 # The first two of the example, whatever they show; --pairs shows how the others do.
 TASKS = EXAMPLE_TASKS[:2]
@@ -48,12 +45,12 @@ def best_arithmetic(rows: Rows) -> float:
     return max(found["mean"] for name, found in rows.items() if name.startswith("task arithmetic"))
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser("benchmarks.quality.smoke", __doc__)
     parser.add_argument("--write", action="store_true", help=f"write {EXPECTED.name}")
     parser.add_argument("--pairs", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for tasks in itertools.combinations(EXAMPLE_TASKS, 2) if options.pairs else [TASKS]:
         rows = measure(tasks)
         shown = {name: rows[name]["mean"] for name in ("base", "individual", *(recipe.name for recipe in MERGES))}
@@ -62,7 +59,3 @@ def main() -> None:
         if options.write and tasks == TASKS:
             EXPECTED.write_text(json.dumps({"tasks": tasks, "rows": rows}, indent=1) + "\n")
             print(f"written to {EXPECTED}")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.results import newest
+
 Entry = dict[str, Any]
+
+
+def chosen(results: str) -> Path:
+    """The results file that a command line names: by its path, or by a suite, of which it is the last run's."""
+    return Path(results) if results.endswith(".json") else newest(f"quality-{results}")
 
 
 class Store:

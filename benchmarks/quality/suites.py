@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import environments
-
-from quality.glyph_suite import GlyphSuite
-from quality.suite import Suite
+from benchmarks.harness import environments
+from benchmarks.quality.glyph_suite import GlyphSuite
+from benchmarks.quality.suite import Suite
 
 
 def work() -> Path:
@@ -23,7 +22,7 @@ def open_suite(name: str) -> Suite:
     if name == "glyphs5":
         return GlyphSuite.example()
     if name == "minilm4":
-        from quality.language_suite import LanguageSuite
+        from benchmarks.quality.language_suite import LanguageSuite
 
         language: Suite = LanguageSuite(work() / name)
         return language

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from quality.merging import merged_scores, tune
-from quality.recipes import EXACT_TIME, FLOW, FORCED, TASK_ARITHMETIC, Recipe
-from quality.store import Entry, Store
-from quality.suite import Part, Suite, individual, mean, scores
-from quality.table import Tell
+from benchmarks.quality.cases import EXACT_TIME, FLOW, FORCED, TASK_ARITHMETIC, Recipe
+from benchmarks.quality.merging import merged_scores, tune
+from benchmarks.quality.store import Entry, Store
+from benchmarks.quality.suite import Part, Suite, individual, mean, scores
+from benchmarks.quality.table import Tell
 
 PART: Part = "validation"
 STEPS = (10, 30, 100, 300, 1000)

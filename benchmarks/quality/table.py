@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from processes import Cost, run
-
-from quality import routed
-from quality.merging import command, tune
-from quality.recipes import RECIPES, Recipe
-from quality.store import Entry, Store
-from quality.suite import Part, RoutedSuite, Suite, individual, mean, scores
+from benchmarks.harness import processes
+from benchmarks.harness.processes import Cost, run
+from benchmarks.quality import routed
+from benchmarks.quality.cases import RECIPES, Recipe
+from benchmarks.quality.merging import command, tune
+from benchmarks.quality.store import Entry, Store
+from benchmarks.quality.suite import Part, RoutedSuite, Suite, individual, mean, scores
 
 WEMOE = "wemoe, entropy"
 Tell = Callable[[str], None]
@@ -71,12 +69,10 @@ def merge_row(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int, par
 
 def routed_row(suite: Suite, tasks: Sequence[str], seed: int, part: Part) -> Entry:
     """Adapt in a process of its own, measure here."""
-    here = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory(prefix="pymerge-quality-") as folder:
         routers = Path(folder, "routers.safetensors")
         arguments = [suite.name, str(seed), ",".join(tasks), str(routers)]
-        cost = run([sys.executable, "-m", "quality.routed", *arguments], {"PYTHONPATH": path})
+        cost = run([*processes.module("benchmarks.quality.routed"), *arguments], processes.variables())
         model = routed.upscaled(suite, tasks, seed)
         model.load_router(routers)
     return {

@@ -1,6 +1,6 @@
 """Make the suite glyphs8 from nothing: characters, base, heads and held-out images, experts of every seed.
 
-    python benchmarks/quality/train.py [--work DIR] [--seeds 0 1 2] [--threads 2]
+    python -m benchmarks quality train [--work DIR] [--seeds 0 1 2] [--threads 2]
 
 What DIR/glyphs8 holds already is not done again, so a killed run goes on where it stopped. All random numbers of a step
 come from a generator seeded by (seed, stage, step); there is one base, and everything else of a seed is drawn anew.
@@ -8,9 +8,7 @@ come from a generator seeded by (seed, stage, step); there is one base, and ever
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,19 +17,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples/glyphs"))
-
-import environments
 import torch
-import train as glyphs  # of examples/glyphs
-from data import Task
-from model import HEAD_SCALE, GlyphVitConfig, load_model, save_model
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quality.glyphs8 import CONFIG, TASKS, characters, forward
+from benchmarks.harness import commands, environments
+from benchmarks.quality.glyphs8 import CONFIG, TASKS, characters, forward
+from examples.glyphs import train as glyphs
+from examples.glyphs.data import Task
+from examples.glyphs.model import HEAD_SCALE, GlyphVitConfig, load_model, save_model
 
 BASE_SEED = 0
 
@@ -184,21 +179,17 @@ def whole(folder: Path) -> bool:
     return (folder / "model.safetensors").exists()
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser("benchmarks.quality.train", __doc__)
     work = environments.cache() / "quality"
     parser.add_argument("--work", type=Path, default=work, help=f"holds, or gets, the folder glyphs8 (default: {work})")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of experts and images (default: 0 1 2)"
     )
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch; bytes depend on it (default: 2)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         Maker(options.work / "glyphs8", Recipe(threads=options.threads), TASKS, progress).make(options.seeds)
-
-
-if __name__ == "__main__":
-    main()

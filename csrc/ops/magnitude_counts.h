@@ -1,7 +1,7 @@
 // How many |tau_t| have each value of a digit of their bits. Source: the trim step of TIES-Merging, arXiv 2306.01708.
 #pragma once
 
-#include "ops/task_vector.h"
+#include "common/matrix_view.h"
 
 namespace pymerge {
 

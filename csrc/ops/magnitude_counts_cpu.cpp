@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "common/check.h"
-#include "ops/magnitude_blocks.h"
+#include "common/magnitude_blocks.h"
 
 namespace pymerge {
 namespace {

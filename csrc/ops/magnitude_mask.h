@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "ops/trim_threshold.h"
+#include "common/task_delta.h"
 
 namespace pymerge {
 

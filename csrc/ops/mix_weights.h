@@ -5,32 +5,13 @@
 #include <cstdint>
 
 #include "common/matrix_view.h"
+#include "common/task_storage.h"
 
 namespace pymerge {
 
-// T dense task vectors of `numel` contiguous elements each, `stride` elements apart.
-struct DenseTasks {
-    const void* data;
-    DType dtype;
-    std::int64_t stride;
-    std::int64_t count;  // T
-};
-
-// T sparse matrices, row by row: entries starts[t * start_stride + r] to starts[t * start_stride + r + 1] are those of
-// row r. Columns are uint16 where `wide` is false, else int32.
-struct SparseTasks {
-    const void* values;
-    DType dtype;
-    const void* columns;
-    bool wide;
-    const std::int64_t* starts;
-    std::int64_t start_stride;
-    std::int64_t count;  // T
-};
-
 struct MixParams {
-    Output out;       // float32, float16 or bfloat16, contiguous: samples x rows x columns
-    MatrixView base;  // W_0, contiguous
+    Output out;          // float32, float16 or bfloat16, contiguous: samples x rows x columns
+    MatrixView base;     // W_0, contiguous
     const float* gates;  // samples x T
     std::int64_t samples;
     std::int64_t rows;
@@ -45,8 +26,8 @@ void mix_sparse_cpu(const MixParams& p, const SparseTasks& tasks, int threads);
 
 // out[t] = <delta, tau_t>, float64; delta is float32, contiguous.
 void dots_dense_cpu(double* out, const float* delta, std::int64_t numel, const DenseTasks& tasks, int threads);
-void dots_sparse_cpu(double* out, const float* delta, std::int64_t rows, std::int64_t columns,
-                     const SparseTasks& tasks, int threads);
+void dots_sparse_cpu(double* out, const float* delta, std::int64_t rows, std::int64_t columns, const SparseTasks& tasks,
+                     int threads);
 
 // y[n][o] += sum_t gates[n][t] sum_i tau_t[o][i] x[n][i]; all float32, x and gates contiguous, y with a row stride.
 void add_sparse_products_cpu(float* y, std::int64_t y_stride, const float* x, const float* gates, std::int64_t tokens,

@@ -5,19 +5,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "ops/mix_weights.h"
+#include "common/task_storage.h"
 
 namespace pymerge {
-
-// W_0 (rows x columns, contiguous) and its task vectors.
-struct RoutedWeight {
-    MatrixView base;
-    std::int64_t rows;
-    std::int64_t columns;
-    const DenseTasks* dense;    // one of the two
-    const SparseTasks* sparse;  // columns ascend in each row
-    std::int64_t count;         // T
-};
 
 struct RoutedProduct {
     float* y;        // tokens x outputs, contiguous

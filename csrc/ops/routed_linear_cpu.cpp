@@ -2,8 +2,8 @@
 
 #include "common/huge_pages.h"
 #include "common/parallel.h"
+#include "common/task_tiles.h"
 #include "common/tiles_cpu.h"
-#include "ops/task_tiles.h"
 
 namespace pymerge {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "ops/task_vector.h"
+#include "common/task_delta.h"
 
 namespace pymerge {
 

@@ -3,12 +3,9 @@
 
 #include <cstdint>
 
-#include "ops/task_vector.h"
+#include "common/task_delta.h"
 
 namespace pymerge {
-
-// Magnitudes are ordered as their bits are, NaN above infinity.
-PM_HOST_DEVICE std::uint32_t magnitude_key(float delta) { return bit_copy<std::uint32_t>(delta) & 0x7fffffffu; }
 
 struct TrimThresholdParams {
     std::int64_t* keys;  // [count]: selected is a larger key, or this one at an index below the end

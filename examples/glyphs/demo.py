@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from model import GlyphVit, cosine_logits, load_model
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from examples.glyphs.model import GlyphVit, cosine_logits, load_model
 from pymerge.testing.bench import machine
 
 HERE = Path(__file__).resolve().parent

@@ -17,7 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import (
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from examples.glyphs.data import (
     PRETRAINING,
     TASKS,
     TEST_FAMILIES,
@@ -28,10 +32,7 @@ from data import (
     render,
     vary,
 )
-from model import HEAD_SCALE, GlyphVit, GlyphVitConfig, cosine_logits, load_model, save_model
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from examples.glyphs.model import HEAD_SCALE, GlyphVit, GlyphVitConfig, cosine_logits, load_model, save_model
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(tempfile.gettempdir(), "pymerge-glyphs")

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import HERE, TASKS, accuracy, row
-from model import GlyphVit, cosine_logits, load_model
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from examples.glyphs.demo import HERE, TASKS, accuracy, row
+from examples.glyphs.model import GlyphVit, cosine_logits, load_model
 from pymerge import wemoe
 from pymerge.testing.bench import machine
 

@@ -1,12 +1,13 @@
-"""Which backend was the fastest for an op on a CUDA device: a small table of measured times, kept as data.
+"""Table of measured times, kept as data: the fastest backend for an op on a CUDA device.
 
 The table, measured.json, holds nothing but what a benchmark wrote on a device. To add to it, on the machine with the
 device: `make gpu`, or by hand
 
-    python benchmarks/bench_ops.py --device cuda
-    python benchmarks/record_fastest.py benchmarks/results/<device>/<date>-ops.json
+    python -m benchmarks ops --device cuda
+    python -m benchmarks ops record
 
-and commit both files. Rows for the same device, op, dtype and shape are replaced, all others are kept.
+and commit measured.json and the results. Rows for the same device, op, dtype and shape are replaced, all others are
+kept.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _REACH = 2.0
 
 
 class Row(NamedTuple):
-    """What was fastest in one case."""
+    """The fastest backend in one case."""
 
     device: str  # as torch.cuda.get_device_name gives it
     op: str
@@ -61,7 +62,7 @@ def _read(table: Path) -> tuple[Row, ...]:
 
 
 def summary() -> str:
-    """What `pymerge env` says about it: devices and numbers of rows."""
+    """Line of `pymerge env` about it: devices and numbers of rows."""
     devices = sorted({row.device for row in rows()})
     if not devices:
         return "no op has been timed on a GPU: there, auto is PyTorch"
@@ -70,7 +71,7 @@ def summary() -> str:
 
 
 def from_results(results: dict[str, Any]) -> list[Row]:
-    """Rows of a results file of bench_ops: of each case that ran on PyTorch and on a device kernel, the fastest.
+    """Rows of results of the benchmark of ops: of each case that ran on PyTorch and on a device kernel, the fastest.
 
     Raises BackendError if there is no such case: results of a CPU have none.
     """

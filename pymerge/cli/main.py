@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import re
 import subprocess
 import sys
@@ -317,21 +318,27 @@ def wemoe(context: typer.Context) -> None:
 @app.command(context_settings=_SCRIPT)
 def demo(context: typer.Context) -> None:
     """Merge the example experts by every method and compare them on their tasks (in a checkout only)."""
-    _run_script("examples/glyphs/demo.py", context.args)
+    _run_module("examples.glyphs.demo", context.args)
 
 
 @app.command(context_settings=_SCRIPT)
 def bench(context: typer.Context) -> None:
     """Time every op on every backend that runs here, beside PyTorch (in a checkout only)."""
-    _run_script("benchmarks/bench_ops.py", context.args)
+    _run_module("benchmarks", ["ops", *context.args])
 
 
-def _run_script(name: str, arguments: list[str]) -> NoReturn:
+def _run_module(name: str, arguments: list[str]) -> NoReturn:
+    """Run a module of the checkout that is no part of the installation, in the folder where the user is."""
     with reported():
-        script = Path(__file__).resolve().parents[2] / name
-        if not script.is_file():
-            raise OutputError(f"{name} is not installed ({script} is missing); clone the repository for it")
-        raise SystemExit(subprocess.run([sys.executable, str(script), *arguments], check=False).returncode)
+        root = Path(__file__).resolve().parents[2]
+        folder = root / name.split(".")[0]
+        if not folder.is_dir():
+            raise OutputError(f"{name} is not installed ({folder} is missing); clone the repository for it")
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # Not a module of that name in the working directory.
+        variables = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-m", name, *arguments]
+        raise SystemExit(subprocess.run(command, check=False, env=variables).returncode)
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ MERGED: tuple[str, ...] = tuple(DTYPES[code].torch for code in NATIVE)
 CODES: dict[str, str] = {row.torch: code for code, row in DTYPES.items()}
 
 
+@cache
 def is_float(code: str) -> bool:
     """Whether a code is a floating-point type, 8-bit floats included."""
     return code in DTYPES and code.startswith(("F", "BF"))

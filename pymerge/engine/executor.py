@@ -202,7 +202,7 @@ class Executor:
             self._alone(job)
 
     def _made(self, begun: _Begun) -> list[Made]:
-        """What the jobs of a batch have made, in its turn."""
+        """Results of the jobs of a batch, in its turn."""
         batch, futures = begun.batch, begun.futures
         while self._writes and self._writes[0][0].done():
             self._wait_for_writer()
@@ -285,7 +285,7 @@ class Executor:
         """Hand a merged piece to the writer; waits until no more than a few are with it."""
         nbytes = merged.nbytes
         self._writes.append((self._writer.submit(self._store, job, merged), merged, nbytes))
-        while not may_wait([waiting for _, _, waiting in self._writes]):
+        while not may_wait([(isinstance(each, Array), waiting) for _, each, waiting in self._writes]):
             self._wait_for_writer()
 
     def _store(self, job: Job, merged: ArrayLike) -> None:

@@ -14,8 +14,8 @@ from pymerge.common.dtypes import ITEM_SIZES, NATIVE
 from pymerge.common.progress import ProgressSink
 from pymerge.engine.trace import Tracer
 from pymerge.engine.worker import Made, Reductions, raise_nonfinite
-from pymerge.methods.actions import Combine, Elementwise, Reduce
-from pymerge.methods.reduce import merge_whole
+from pymerge.methods.actions import Combine, Elementwise
+from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
 from pymerge.planner.jobs import Job
 from pymerge.planner.steps import BLOCK_ELEMENTS, CACHE_LINE

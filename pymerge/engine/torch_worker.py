@@ -23,8 +23,8 @@ from pymerge.engine.trace import Tracer
 from pymerge.engine.transfer import transfer_to
 from pymerge.engine.worker import Made, Reductions, first_line, is_out_of_memory, raise_nonfinite
 from pymerge.errors import ArgumentError, BackendError
-from pymerge.methods.actions import Action, Combine, Elementwise, Reduce, Run, Solve, SolveTogether
-from pymerge.methods.reduce import merge_whole
+from pymerge.methods.actions import Action, Combine, Elementwise, Run, Solve, SolveTogether
+from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
 from pymerge.ops._op import at_most_threads, one_thread
 from pymerge.planner.jobs import READ_THREADS, Batch, Job

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from pymerge.checkpoint.finite import check_finite, overflow
 from pymerge.checkpoint.reader import Reader
-from pymerge.methods.actions import Reduce
-from pymerge.methods.reduce import Reduction
+from pymerge.methods.reduce import Reduce, Reduction
 from pymerge.planner.jobs import Job
 
 if TYPE_CHECKING:

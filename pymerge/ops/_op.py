@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pymerge.common.arrays import Array, ArrayLike, as_tensor, compute_code, dtype_of
@@ -52,12 +53,17 @@ class Op(ABC, Generic[Result]):
 
         Weights are numbers, even where a batch's are a float64 tensor.
         """
-        values = [value for field, value in vars(self).items() if field != "weights"]
-        codes = {dtype_of(tensor) for tensor in tensors(values)}
-        codes |= {
-            code_of(value) for field, value in vars(self).items() if field.endswith("dtype") and value is not None
-        }
-        return frozenset(code for code in codes if is_float(code))
+        found: set[Any] = set()
+        for field, value in vars(self).items():
+            if value is None or field == "weights":
+                continue
+            if field.endswith("dtype"):
+                found.add(value)
+            elif hasattr(value, "data_ptr"):  # the common case, without a generator
+                found.add(value.dtype)
+            else:
+                found.update([tensor.dtype for tensor in tensors((value,))])
+        return frozenset(code_of(dtype) for dtype in found if _is_floating(dtype))
 
     takes_batches: ClassVar[bool] = False  # whether its tensors may be a batch of layers of one shape
 
@@ -90,8 +96,13 @@ def numel_of(values: ArrayLike) -> int:
 
 
 def device_of(values: ArrayLike) -> str:
-    """Where a tensor is; arrays are on the CPU."""
-    return "cpu" if isinstance(values, Array) else str(values.device)
+    """Device of a tensor, by name; arrays are on the CPU."""
+    return "cpu" if isinstance(values, Array) else _device_name(values.device)
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return str(device)
 
 
 def compute_dtype(*inputs: ArrayLike | None) -> torch.dtype:
@@ -123,14 +134,29 @@ def into(out: ArrayLike | None, result: Tensor) -> Tensor:
 
 def check_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike], *, ndim: int | None = None) -> None:
     """Raise ArgumentError unless all experts are floating tensors of the base's shape, on the base's device."""
-    shape = tuple(base.shape)
+    shape = base.shape
     if ndim is not None and len(shape) != ndim:
-        raise ArgumentError(f"{op}: the base has shape {shape}, expected {ndim} dimensions; reshape it")
+        raise ArgumentError(f"{op}: the base has shape {tuple(shape)}, expected {ndim} dimensions; reshape it")
     if not experts:
         raise ArgumentError(f"{op}: no experts were given; pass at least one")
-    device = device_of(base)
+    # Most calls are right, and small ones should not take longer to check than to compute.
+    device = getattr(base, "device", None)
+    for tensor in (base, *experts):
+        if tensor.shape != shape or getattr(tensor, "device", None) != device or not _is_floating(tensor.dtype):
+            _refuse_task_tensors(op, base, experts)
+
+
+@cache
+def _is_floating(dtype: Any) -> bool:
+    """Whether a dtype of a tensor or an array is a floating-point type."""
+    return is_float(code_of(dtype))
+
+
+def _refuse_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike]) -> None:
+    """Raise the ArgumentError that says which tensor differs; arrays and tensors of the CPU go together."""
+    shape, device = tuple(base.shape), device_of(base)
     for index, expert in enumerate(experts):
-        if tuple(expert.shape) != shape:
+        if expert.shape != shape:
             raise ArgumentError(
                 f"{op}: expert {index} has shape {tuple(expert.shape)}, the base {shape}; "
                 "all must be fine-tuned from this base"

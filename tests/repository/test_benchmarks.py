@@ -6,43 +6,41 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import bench_ops
-import bench_wemoe_decode
-import merge_targets
-import op_cases
-import op_layers
 import pytest
-import synthetic
 from transformers import AutoModelForCausalLM
 
+from benchmarks.harness import layers, synthetic
+from benchmarks.merges import targets
+from benchmarks.ops import cases, run
+from benchmarks.wemoe import decode
 from pymerge.backends import measured
 from pymerge.backends.runner import BACKENDS
 from pymerge.ops import OPS
 from tests.helpers.checkpoints import load_output
 
-TINY = op_layers.Size(40, 24, 3)
+TINY = layers.Size(40, 24, 3)
 
 
 def test_every_op_is_timed() -> None:
-    assert {op_cases.op_of(name) for name in op_cases.CASES} == OPS.keys() <= op_cases.CASES.keys()
+    assert {cases.op_of(name) for name in cases.CASES} == OPS.keys() <= cases.CASES.keys()
 
 
-@pytest.mark.parametrize("op", op_cases.CASES)
-@pytest.mark.parametrize("size", [TINY, op_layers.Size(16, 56, 2)], ids=["tall", "wide"])
-@pytest.mark.parametrize("dtype", bench_ops.DTYPES)
-def test_published_forms_compute_what_the_ops_do(op: str, size: op_layers.Size, dtype: str) -> None:
-    case, layer = op_cases.CASES[op], op_layers.Layer(size, bench_ops.DTYPES[dtype], "cpu")
+@pytest.mark.parametrize("op", cases.CASES)
+@pytest.mark.parametrize("size", [TINY, layers.Size(16, 56, 2)], ids=["tall", "wide"])
+@pytest.mark.parametrize("dtype", run.DTYPES)
+def test_published_forms_compute_what_the_ops_do(op: str, size: layers.Size, dtype: str) -> None:
+    case, layer = cases.CASES[op], layers.Layer(size, run.DTYPES[dtype], "cpu")
     assert case.flops(layer) > 0
     assert case.bytes(size, 4) > 0
     assert case.peer is not None
-    expected = bench_ops.as_tensors(OPS[op_cases.op_of(op)].reference(*case.arguments(layer), **case.keywords(layer)))
+    expected = run.as_tensors(case.op(layer).reference())
     found = case.peer.results(layer)
     assert 0 < len(found) <= len(expected)
     for theirs, ours in zip(found, expected, strict=False):
-        assert bench_ops.relative(theirs, ours) <= case.peer.tolerance
+        assert run.relative(theirs, ours) <= case.peer.tolerance
 
 
-class Limits(bench_ops.Limits):
+class Limits(run.Limits):
     """Rates that need no measurement."""
 
     def __init__(self) -> None:
@@ -50,9 +48,9 @@ class Limits(bench_ops.Limits):
 
 
 def rows_of(monkeypatch: pytest.MonkeyPatch, op: str, **changes: object) -> list[dict[str, Any]]:
-    monkeypatch.setitem(op_layers.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(layers.SHAPES, "tiny", TINY)
     settings = {"device": "cpu", "backend": list(BACKENDS), "named": False, "seconds": 0.0, "seconds_limit": 60.0}
-    bench = bench_ops.Bench("tiny", "bfloat16", argparse.Namespace(**(settings | changes)), Limits())
+    bench = run.Bench("tiny", "bfloat16", argparse.Namespace(**(settings | changes)), Limits())
     bench.run(op)
     return bench.rows
 
@@ -126,7 +124,7 @@ def test_targets_are_judged() -> None:
     }
     big = row | {"size": "1.2B", "over_floor": 1.5, "speedup_over_mergekit": None, "peak": 1000, "largest_tensor": 700}
     start = {"kind": "start-up", "wall": {"median": 0.3}}
-    judged = [(target["what"].split(":")[0], target["met"]) for target in merge_targets.judge([start, row, big])]
+    judged = [(target["what"].split(":")[0], target["met"]) for target in targets.judge([start, row, big])]
     assert judged == [
         ("pymerge --help within 0.4 s", True),
         ("linear, 135M", False),  # not fast enough
@@ -140,7 +138,7 @@ def test_decoding_gives_the_tokens_of_the_static_model(tmp_path: Path, monkeypat
     monkeypatch.setenv("PYMERGE_BENCH_CACHE", str(tmp_path))
     storages = ["dense float32", "dense", "pruned 0.9", "low rank 32"]
     options = argparse.Namespace(storages=storages, tokens=5, seconds=0.0)
-    rows = {row["model"]: row for row in bench_wemoe_decode.compare("tiny", options)}
+    rows = {row["model"]: row for row in decode.compare("tiny", options)}
     assert list(rows) == ["plain", *storages]
     assert [rows[name]["tokens_as_static"] for name in storages] == [5] * 4
     assert rows["plain"]["share_of_plain"] == 1.0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pymerge.ops import OPS
 from tests.helpers.imports import modules_after
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,9 +160,17 @@ def test_csrc_includes_no_torch_and_pybind_only_in_bindings() -> None:
 
 def test_csrc_headers_include_nothing_above_them() -> None:
     for file in sorted((ROOT / "csrc" / "common").rglob("*")):
-        assert not [name for name in includes(file) if name.startswith("ops/")], file
+        assert not [name for name in includes(file) if name.startswith(("ops/", "io/", "bindings/"))], file
     for file in sorted((ROOT / "csrc" / "ops").glob("*.h")):
-        assert not [name for name in includes(file) if name.startswith("cuda")], file
+        assert not [name for name in includes(file) if name.startswith(("cuda", "io/", "bindings/"))], file
+
+
+def test_the_files_of_csrc_ops_have_names_of_ops() -> None:
+    """What several ops share is in csrc/common."""
+    names = {*OPS, "mix_weights"}
+    files = [file.name for file in sorted((ROOT / "csrc" / "ops").iterdir())]
+    assert len(files) > 20
+    assert not [file for file in files if not any(file.startswith((f"{name}.", f"{name}_")) for name in names)]
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from quality import merging, show
-from quality.explain import exact
-from quality.glyph_suite import GlyphSuite
-from quality.measures import natural
-from quality.recipes import RECIPES, TASK_ARITHMETIC
-from quality.store import Store
-from quality.suite import RoutedSuite
-from quality.table import summarised
 
+from benchmarks.quality import merging, show
+from benchmarks.quality.cases import RECIPES, TASK_ARITHMETIC
+from benchmarks.quality.explain import exact
+from benchmarks.quality.glyph_suite import GlyphSuite
+from benchmarks.quality.measures import natural
+from benchmarks.quality.store import Store
+from benchmarks.quality.suite import RoutedSuite
+from benchmarks.quality.table import summarised
 from pymerge import plan
 from pymerge.planner.steps import Step
 

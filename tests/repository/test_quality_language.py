@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from quality import language_data as data
-from quality import language_train
-from quality.language_model import SentenceEncoder, cosine_logits, features, make_head, save_encoder
-from quality.language_suite import LanguageSuite
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
 import pymerge
+from benchmarks.quality import language_data as data
+from benchmarks.quality import language_train
+from benchmarks.quality.language_model import SentenceEncoder, cosine_logits, features, make_head, save_encoder
+from benchmarks.quality.language_suite import LanguageSuite
 
 WORDS = 41
 RECIPE = language_train.Recipe(length=12, steps=80, lr=1e-2, test=120, validation=100)

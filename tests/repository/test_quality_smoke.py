@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from quality import smoke
+
+from benchmarks.quality import smoke
 
 # Four images of the 400 of a task: another processor may round bfloat16 weights the other way.
 TOLERANCE = 1.0

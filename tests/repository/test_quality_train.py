@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from quality import glyphs8
-from quality import train as suite
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from benchmarks.quality import glyphs8
+from benchmarks.quality import train as suite
 
 TINY = suite.Recipe(
     threads=1,

@@ -1,0 +1,1 @@
+"""Measurements of pymerge: `python -m benchmarks --help`."""

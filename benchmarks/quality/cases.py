@@ -1,0 +1,75 @@
+"""The rows of the table as data: which method, with which parameters, and which one is tuned on validation examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.quality.suite import Suite
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row. `tuned` names a parameter that takes the best value of `grid` (ascending) on validation examples.
+
+    The search begins at `start`, one of the grid's.
+    """
+
+    name: str
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    tuned: str = ""
+    grid: tuple[float, ...] = ()
+    start: float = 0.0
+
+    def at(self, value: float) -> Recipe:
+        """The recipe with the tuned parameter set, and nothing left to tune."""
+        return Recipe(self.name, self.method, {**self.parameters, self.tuned: value})
+
+    def config(self, suite: Suite, tasks: Sequence[str], seed: int) -> dict[str, Any]:
+        """What `pymerge merge` is given; parameters of the models stand beside those of the merge."""
+        if self.tuned:
+            raise ValueError(f"{self.name}: {self.tuned} is not set; call at() first")
+        return {
+            "merge_method": self.method,
+            "base_model": str(suite.base()),
+            "models": [{"model": str(suite.expert(task, seed))} for task in tasks],
+            "parameters": dict(self.parameters),
+        }
+
+
+# The exact minimiser of WUDI's loss: gradient flow for so long that no direction is left on its way.
+EXACT_TIME = 1e9
+# ViT-B/32's settings of SWUDI, arXiv 2606.07289.
+SWUDI_CLIP = {"time": 1300.0, "rank_ratio": 0.65}
+SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+LAMBDAS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# TIES and DARE keep a fifth of each task vector: the share that TIES was published with.
+DENSITY = 0.2
+
+TASK_ARITHMETIC = Recipe("task arithmetic, tuned", "task_arithmetic", tuned="weight", grid=SCALES, start=0.3)
+TIES = Recipe("ties, tuned", "ties", {"weight": 1.0, "density": DENSITY}, "lambda", LAMBDAS, 1.0)
+FLOW = Recipe("wudi_flow, t = 300", "wudi_flow", {"time": 300.0})
+ACE = Recipe("ace, released, eps tuned", "ace", {"variant": "released"}, "eps", RIDGES, 1e-5)
+
+RECIPES = (
+    Recipe("simple average", "linear", {"weight": 1.0}),
+    Recipe("task arithmetic, 0.3", "task_arithmetic", {"weight": 0.3}),
+    TASK_ARITHMETIC,
+    TIES,
+    Recipe("dare_ties, tuned", "dare_ties", {"weight": 1.0, "density": DENSITY}, "lambda", SCALES, 0.3),
+    Recipe("wudi, published lr 1e-5", "wudi", {"lr": 1e-5}),
+    Recipe("wudi, lr auto", "wudi", {"lr": "auto"}),
+    Recipe("wudi, exact solution", "wudi_flow", {"time": EXACT_TIME}),
+    FLOW,
+    Recipe("swudi, t = 1300, 0.65", "swudi", SWUDI_CLIP),
+    Recipe("swudi_a", "swudi_a"),
+    Recipe("tsv_m, tuned", "tsv_m", tuned="scale", grid=FACTORS, start=1.0),
+    Recipe("iso_c, tuned", "iso_c", tuned="scale", grid=(*FACTORS, 3.0, 4.0), start=1.0),
+    ACE,
+    Recipe("ace, paper, eps tuned", "ace", {"variant": "paper"}, "eps", RIDGES, 1e-5),
+)
+FORCED = -1.0  # gamma_threshold of ace: refine always

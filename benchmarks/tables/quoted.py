@@ -1,0 +1,30 @@
+"""The runs that pages quote: rows of benchmarks/results, by what they say about themselves."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from benchmarks.harness.results import RESULTS, Content, load
+
+MACHINE = "amd-epyc"  # whose results the pages quote
+
+
+@cache
+def run(suite: str, name: str | None = None) -> Content:
+    """A run of a suite; without a name the first."""
+    return load(RESULTS / MACHINE / f"{suite}.json", name)
+
+
+def rows(suite: str, name: str | None = None, /, **wanted: Any) -> list[Content]:
+    """Rows of a run whose fields have these values."""
+    found: list[Content] = run(suite, name)["rows"]
+    return [row for row in found if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def row(suite: str, name: str | None = None, /, **wanted: Any) -> Content:
+    """The one row with these values; SystemExit if there is another number of them."""
+    found = rows(suite, name, **wanted)
+    if len(found) != 1:
+        raise SystemExit(f"{suite}, run {name or 'first'}: {len(found)} rows with {wanted}, not one")
+    return found[0]
