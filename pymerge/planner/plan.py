@@ -45,7 +45,7 @@ class Plan:
     tokens: TokenPlan
     target: Target
     carried: Mapping[Path, str]  # sizes and times of the donor's other files, when the plan was made
-    extras: Extras = field(default_factory=Extras)  # beside the model; no number below counts them
+    extras: Extras = field(default_factory=Extras)  # files beside the model; sizes below are the model's alone
 
     @property
     def bytes_read(self) -> int:

@@ -15,8 +15,7 @@ from pymerge.methods.base import Values
 from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
 
-# What carries out a step: native code on arrays, without PyTorch; ops on PyTorch's tensors; or, where one tensor becomes
-# several, threads of PyTorch.
+# Workers of a step: native code on arrays, without PyTorch; ops on tensors of PyTorch; or threads that encode, in PyTorch.
 WorkerName = Literal["native", "torch", "encode"]
 # Elements of each tensor that native code reads at once for a weighted sum: so many that a system call costs little
 # beside them, and so few that those of a base and several experts are still in a core's second-level cache when they
@@ -69,8 +68,8 @@ class Step:
     values: Values | None = None  # the parameters that the action was made from; None for a copy
     worker: WorkerName = "torch"
     group: Group | None = None
-    # Bytes of what was made before it for its file and waits in memory, as the file's layout depends on the values; None
-    # where the layout is known from headers.
+    # Bytes of what was made before it for its file and waits in memory, because the layout of the file depends on the
+    # values; None where it does not.
     gathered: int | None = None
 
     @property
