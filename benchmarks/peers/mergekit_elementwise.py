@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.harness.layers import Layer, Size
@@ -23,15 +25,16 @@ def _dots(layer: Layer) -> tuple[Tensor, ...]:
     return ((taus @ taus.mT)[None],)
 
 
-def row_weights(layer: Layer) -> Tensor:
-    """Weights of each row and task."""
+def row_weights(layer: Layer) -> NDArray[np.float64]:
+    """Weights of each row and task, [d_out, T]."""
     generator = torch.Generator().manual_seed(2)
-    return torch.rand(layer.size.d_out, layer.size.tasks, generator=generator).to(layer.base.device)
+    return torch.rand(layer.size.d_out, layer.size.tasks, generator=generator).double().numpy()
 
 
 def _combine_vectors(layer: Layer) -> tuple[Tensor, ...]:
     base, taus = _inputs(layer)
-    return ((base + (row_weights(layer).T[:, :, None] * taus).sum(0)).to(layer.base.dtype),)
+    weights = torch.from_numpy(row_weights(layer)).to(base)
+    return ((base + (weights.T[:, :, None] * taus).sum(0)).to(layer.base.dtype),)
 
 
 def _nearswap(layer: Layer) -> tuple[Tensor, ...]:
@@ -67,15 +70,19 @@ def _sce(layer: Layer) -> tuple[Tensor, ...]:
     return ((base + (taus * kept).sum(0) / kept.sum(0).clamp(min=1e-9)).to(layer.base.dtype),)
 
 
-def row_divergence(layer: Layer) -> Tensor:
-    """Of the first expert's rows."""
+def _divergence(layer: Layer) -> Tensor:
     p, q = (torch.softmax(tensor.double(), -1) + 1e-8 for tensor in (layer.experts[0], layer.base))
     return (p * (p / q).log()).sum(-1)
 
 
+def row_divergence(layer: Layer) -> NDArray[np.float64]:
+    """Divergence of the first expert's rows, [d_out]."""
+    return _divergence(layer).cpu().numpy()
+
+
 def _importance(layer: Layer) -> Tensor:
     base, model = layer.base.float(), layer.experts[0].float()
-    return ((model - base).abs() * row_divergence(layer)[:, None]).float()
+    return ((model - base).abs() * _divergence(layer)[:, None]).float()
 
 
 def least_important(layer: Layer) -> float:
@@ -114,7 +121,7 @@ COMBINE_VECTORS, NEARSWAP, RAM, RAM_COUNTS, SCE_SPREAD, SCE_ENERGIES, SCE = (
 ROW_DIVERGENCE, IMPORTANCE, ARCEE_FUSION = (
     Peer(f"{name} on whole tensors", results, lambda size: 4000 * size.numel, lambda size: 80 * size.numel, tolerance)
     for name, results, tolerance in (
-        ("divergence", lambda layer: (row_divergence(layer),), 1e-6),
+        ("divergence", lambda layer: (_divergence(layer),), 1e-6),
         ("importance", lambda layer: (_importance(layer),), 1e-6),
         ("arcee_fusion", _arcee_fusion, 4e-3),
     )

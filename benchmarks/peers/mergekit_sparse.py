@@ -40,6 +40,11 @@ def _counts(layer: Layer) -> tuple[Tensor, ...]:
     return (torch.stack([torch.bincount(each, minlength=2**16) for each in digits]),)
 
 
+def _places(layer: Layer) -> tuple[Tensor, ...]:
+    keys = (layer.experts[0].float() - layer.base.float()).abs().reshape(-1).view(torch.int32)
+    return (torch.nonzero(keys == int(layer.thresholds.keys[0]))[:1, 0] + 1,)
+
+
 def _magnitude_masks(layer: Layer) -> tuple[Tensor, ...]:
     masks = []
     for delta in _deltas(layer):
@@ -85,6 +90,12 @@ MAGNITUDE_COUNTS = Peer(
     _counts,
     work=lambda size: 700 * size.tasks * size.numel,
     memory=lambda size: (4 * size.tasks + 24) * size.numel,
+)
+MAGNITUDE_PLACE = Peer(
+    "plain PyTorch's comparison and nonzero",
+    _places,
+    work=lambda size: 700 * size.numel,
+    memory=lambda size: 16 * size.numel,
 )
 MAGNITUDE_MASK = Peer(
     "mergekit's sort and float mask",

@@ -41,6 +41,11 @@ def _routed(layer: Layer) -> tuple[Tensor, ...]:
     return (torch.stack(outputs),)
 
 
+def _mixed(layer: Layer) -> tuple[Tensor, ...]:
+    weight, tasks, gates = layer.mixed
+    return (torch.stack([weight + (shares[:, None, None] * tasks.values).sum(0) for shares in gates]),)
+
+
 def _traces(layer: Layer) -> tuple[Tensor, ...]:
     return (torch.stack([torch.trace(tau.mT @ tau) for tau in _taus(layer)]),)
 
@@ -143,6 +148,12 @@ ROUTED_LINEAR = Peer(
     _routed,
     work=lambda size: 2000 * size.tasks * size.numel,
     memory=lambda size: 16 * size.numel,
+)
+MIX_WEIGHTS = Peer(
+    "WEMoE's sum of stacked task vectors for each sample",
+    _mixed,
+    work=lambda size: 2000 * size.tasks * size.numel,
+    memory=lambda size: 4 * (2 * size.tasks + 4) * size.numel,
 )
 TASK_SUM = Peer(
     "stacked deltas",

@@ -38,6 +38,7 @@ class _Write(NamedTuple):
     worker: Worker
     merged: Any
     nbytes: int
+    native: bool
 
 
 class Executor:
@@ -182,7 +183,7 @@ class Executor:
             self._alone(job)
 
     def _made(self, begun: _Begun) -> list[Made]:
-        """What the jobs of a batch have made, in its turn."""
+        """Results of the jobs of a batch, in its turn."""
         batch, futures = begun.batch, begun.futures
         while self._writes and self._writes[0].future.done():
             self._wait_for_writer()
@@ -260,8 +261,8 @@ class Executor:
         """Hand what a job has made to the writer; waits until no more than a few are with it."""
         worker, nbytes = self._workers[job.step.worker], merged.nbytes
         future = self._writer.submit(self._store, worker, job, merged, nbytes)
-        self._writes.append(_Write(future, worker, merged, nbytes))
-        while not may_wait([write.nbytes for write in self._writes]):
+        self._writes.append(_Write(future, worker, merged, nbytes, job.step.worker == "native"))
+        while not may_wait([(write.native, write.nbytes) for write in self._writes]):
             self._wait_for_writer()
 
     def _store(self, worker: Worker, job: Job, merged: Any, nbytes: int) -> None:

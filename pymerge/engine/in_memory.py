@@ -19,9 +19,9 @@ from pymerge.common.names import nearest
 from pymerge.engine.torch_worker import merge_rows, solve
 from pymerge.errors import ArgumentError
 from pymerge.methods import get_method
-from pymerge.methods.actions import Action, Reduce, Solve
+from pymerge.methods.actions import Action, Solve
 from pymerge.methods.base import Method, Values
-from pymerge.methods.reduce import Reduction
+from pymerge.methods.reduce import Reduce, Reduction
 from pymerge.methods.rows import Rows
 from pymerge.planner import pieces
 

@@ -12,8 +12,8 @@ from pymerge.checkpoint.reader import failed_read
 from pymerge.common.arrays import Array
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE
 from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, raise_nonfinite
-from pymerge.methods.actions import Combine, Elementwise, Reduce
-from pymerge.methods.reduce import merge_whole
+from pymerge.methods.actions import Combine, Elementwise
+from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
 from pymerge.planner.jobs import Batch, Job
 from pymerge.planner.steps import BLOCK_ELEMENTS, CACHE_LINE

@@ -19,8 +19,8 @@ from pymerge.engine.memory import Heap
 from pymerge.engine.transfer import transfer_to
 from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, first_line, is_out_of_memory, raise_nonfinite
 from pymerge.errors import ArgumentError, BackendError
-from pymerge.methods.actions import Action, Combine, Elementwise, Reduce, Run, Solve, SolveTogether
-from pymerge.methods.reduce import merge_whole
+from pymerge.methods.actions import Action, Combine, Elementwise, Run, Solve, SolveTogether
+from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
 from pymerge.ops._op import at_most_threads, one_thread
 from pymerge.planner.jobs import READ_THREADS, Batch, Job

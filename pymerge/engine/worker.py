@@ -12,8 +12,7 @@ from pymerge.checkpoint.finite import check_finite, overflow
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.progress import ProgressSink
 from pymerge.engine.trace import Tracer
-from pymerge.methods.actions import Reduce
-from pymerge.methods.reduce import Reduction
+from pymerge.methods.reduce import Reduce, Reduction
 from pymerge.output.layout import ShardLayout
 from pymerge.planner.jobs import Batch, Job
 

@@ -15,8 +15,9 @@ from pymerge.common.dtypes import CODES, ITEM_SIZES, MERGED, is_float8
 from pymerge.config.merge_config import MergeConfig, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
-from pymerge.methods.actions import Action, Combine, Reduce, copy
+from pymerge.methods.actions import Action, Combine, copy
 from pymerge.methods.base import Method, Values
+from pymerge.methods.reduce import Reduce
 from pymerge.output.layout import layout_shards
 from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange

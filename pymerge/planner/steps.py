@@ -10,8 +10,9 @@ from typing import Literal
 from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
-from pymerge.methods.actions import Action, Combine, Encode, Reduce, Solve
+from pymerge.methods.actions import Action, Combine, Encode, Solve
 from pymerge.methods.base import Values
+from pymerge.methods.reduce import Reduce
 from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
 
@@ -102,7 +103,7 @@ class Step:
 
     @cached_property
     def passes(self) -> int:
-        """How often all pieces are worked on."""
+        """Number of times that all pieces are worked on."""
         return self.action.passes(self._reduced) + 1 if isinstance(self.action, Reduce) and self.in_passes else 1
 
     @property

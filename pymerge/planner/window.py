@@ -21,7 +21,7 @@ MOST_WAITING = 30
 
 @dataclass(frozen=True)
 class PoolShare:
-    """Share of a pool of threads in a merge's memory, beside the jobs that are held against each other by `Window`.
+    """Memory and threads of a pool, beside the jobs that `Window` holds against each other.
 
     `threads` jobs are worked on at a time, in `working` bytes together; 0 threads: each job in its turn, alone.
     `ahead` further ones may wait for their turn.
@@ -80,7 +80,7 @@ class Waiting(NamedTuple):
 
 
 class Window:
-    """Which jobs may be started now: in order, as far ahead as every one of them can still have its turn.
+    """Rule for starting jobs: in order, as far ahead as every one of them can still have its turn.
 
     A job that is not pooled is computed in its turn, with the inputs of all jobs read ahead in memory. So a further one
     is admitted if, for each job that waits before it, its peak and all that is held behind it stay within the limit. A
@@ -138,7 +138,7 @@ class Window:
         return self._waiting[0] if self._waiting else None
 
     def entry(self, batch: Batch) -> Waiting:
-        """What a batch holds from its admission on, and in its turn."""
+        """Bytes that a batch holds from its admission on, and in its turn."""
         footprint = batch.footprint
         if not batch.pooled:
             return Waiting(False, footprint.inputs, footprint.peak)
@@ -150,14 +150,21 @@ class Window:
         return Waiting(True, held, known + held, known)
 
 
-def may_wait(outputs: Sequence[int]) -> bool:
-    """Whether outputs of these sizes may wait for the writer together."""
-    return len(outputs) <= WRITE_BEHIND or (len(outputs) <= _MOST_PIECES and sum(outputs) <= SMALL_BYTES)
+def may_wait(outputs: Sequence[tuple[bool, int]]) -> bool:
+    """Whether these outputs, of native code or not and of so many bytes, may wait for the writer together.
+
+    Of native code one at a time, however small it is: each lies in memory for the largest, and those that follow wait
+    for their turn.
+    """
+    sizes = [nbytes for native, nbytes in outputs if not native]
+    if len(outputs) - len(sizes) > 1:
+        return False
+    return len(sizes) <= WRITE_BEHIND or (len(sizes) <= _MOST_PIECES and sum(sizes) <= SMALL_BYTES)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will hold at most, and how far it works ahead."""
+    """Forecast of what a run holds at most, and of how far it works ahead."""
 
     peak: int  # bytes
     depth: int  # batches started before every one but the last ones
@@ -170,7 +177,7 @@ def forecast(queue: Sequence[Batch], limit: int, threads: int) -> Forecast:
     rest = iter(queue)
     following = next(rest, None)
     line: deque[Batch] = deque()
-    outputs: deque[int] = deque()
+    outputs: deque[tuple[bool, int]] = deque()
     peak, depth = 0, None
     while line or following:
         while following and window.admits(following):
@@ -179,16 +186,25 @@ def forecast(queue: Sequence[Batch], limit: int, threads: int) -> Forecast:
             following = next(rest, None)
         batch = line.popleft()
         entry = window.entry(batch)
-        late = sum(outputs)
+        late = sum(nbytes for _, nbytes in outputs)
         peak = max(peak, min(limit, share.working + entry.peak + window.held - entry.held + late))
         if following or depth is None:
             depth = len(window) - 1 if depth is None else min(depth, len(window) - 1)
         window.pop()
-        if batch.footprint.output:
-            outputs.append(batch.footprint.output)
+        if output := _handed_on(batch, line[0] if line else following):
+            outputs.append((batch.jobs[0].step.worker == "native", output))
         while not may_wait(outputs):
             outputs.popleft()
     return Forecast(peak, depth or 0)
+
+
+def _handed_on(batch: Batch, following: Batch | None) -> int:
+    """Bytes that go to the writer after the turn of a batch: of a file that is gathered all at once, with its last."""
+    step = batch.jobs[0].step
+    if step.gathered is None:
+        return batch.footprint.output
+    ends_file = following is None or following.jobs[0].step.file != step.file
+    return step.gathered + batch.footprint.output if ends_file else 0
 
 
 def most_output(queue: Iterable[Batch]) -> int:

@@ -45,7 +45,7 @@ class Parameter:
 
     @property
     def dense_bytes(self) -> int:
-        """Of all task vectors, dense."""
+        """Bytes of all task vectors, dense."""
         return len(self.experts) * self.numel * self.storage.torch_dtype.itemsize
 
     @cached_property
@@ -107,7 +107,7 @@ class TaskVectorFile:
 
     @cached_property
     def layout(self) -> ShardLayout:
-        """Of an exact file."""
+        """Layout of an exact file."""
         return layout_file(self.file, [tensor for parameter in self.parameters for tensor in parameter.stored])
 
     @property

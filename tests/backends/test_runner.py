@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from pymerge.backends.runner import BACKENDS, Runner, choose, describe, load
+from pymerge.backends.runner import BACKENDS, Choice, Runner, choose, describe, implemented
+from pymerge.common.devices import Device
 from pymerge.errors import ArgumentError, BackendError
 from pymerge.ops import OPS
+from pymerge.ops.combine import Combine
+from pymerge.ops.spd_solve import SpdSolve
+from pymerge.ops.task_stats import TaskStats
 from pymerge.testing.cases import task_case
 from pymerge.testing.compare import assert_same, compare
 
-CPU = torch.device("cpu")
-FLOAT = frozenset({torch.float32})
+CPU = Device("cpu")
+FLOAT = frozenset({"F32"})
 
 
-def test_auto_on_a_cpu_is_native_where_it_has_the_op() -> None:
+def computed(choice: Choice) -> Any:
+    """What a choice's function gives for an op that is no batch, and whose reference tells its name."""
+    return choice.compute(SimpleNamespace(layers=lambda: None, reference=lambda: "reference"), 2)
+
+
+def test_auto_on_a_cpu_is_native_where_it_has_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in implemented("native"):
+        module = import_module(f"pymerge.backends.native.{op}")
+        monkeypatch.setattr(module, "compute", lambda arguments, threads, op=op: (op, threads))
     for op in OPS:
         choice = choose(op, CPU, FLOAT)
-        if op in load("native").implementations():
+        if op in implemented("native"):
             assert choice.backend == "native"
-            assert choice.function is load("native").implementations()[op]
+            assert computed(choice) == (op, 2)
         else:
             assert choice.backend == "reference"
+            assert computed(choice) == "reference"
             assert f"native has no {op}" in choice.reason
 
 
-def test_unknown_backend_op_and_device() -> None:
+def test_modules_of_a_backend_are_its_ops() -> None:
+    """Every op has a reference; what is shared begins with an underscore."""
+    assert implemented("reference") == tuple(OPS)
+    for name in BACKENDS[1:]:
+        assert "combine" in implemented(name)
+        assert {"combine_files", "_arguments"}.isdisjoint(implemented(name))
+        for op in implemented(name):
+            assert callable(import_module(f"pymerge.backends.{name}.{op}").compute)
+
+
+def test_unknown_backend_and_device() -> None:
     with pytest.raises(BackendError, match="unknown backend 'tritn'; choose auto, reference, native, triton, cuda"):
         Runner("tritn")
-    with pytest.raises(BackendError, match="unknown op 'slerp'; the ops are combine"):
-        Runner()("slerp")
     with pytest.raises(BackendError, match="device 'meta' is not supported; choose cpu or cuda"):
         Runner(device="meta")
 
@@ -53,25 +77,25 @@ def test_missing_gpu_is_an_error() -> None:
 
 def test_named_backend_without_the_op_or_dtype_says_so() -> None:
     choice = choose("spd_solve", CPU, FLOAT, "native")
-    assert (choice.backend, choice.function) == ("reference", OPS["spd_solve"].reference)
+    assert (choice.backend, computed(choice)) == ("reference", "reference")
     assert "native has no spd_solve" in choice.reason
-    choice = choose("task_stats", CPU, frozenset({torch.bfloat16, torch.float64}), "native")
+    choice = choose("task_stats", CPU, frozenset({"BF16", "F64"}), "native")
     assert choice.backend == "reference"
     assert "float64 was given" in choice.reason
-    choice = choose("combine", CPU, frozenset({torch.float8_e4m3fn}), "auto")
+    choice = choose("combine", CPU, frozenset({"F8_E4M3"}), "auto")
     assert choice.backend == "reference"
     assert "torch.float8_e4m3fn is not one of" in choice.reason
 
 
-def test_dispatcher_checks_chooses_and_computes() -> None:
+def test_runner_checks_chooses_and_computes() -> None:
     run = Runner("native")
     case = task_case((5, 7), [torch.bfloat16] * 3)
-    merged = run("combine", case.base, case.experts, [0.5, 0.5])
-    assert_same("combine", merged, OPS["combine"].reference(case.base, case.experts, [0.5, 0.5]))
+    op = Combine(case.base, case.experts, [0.5, 0.5])
+    assert_same("combine", run(op), op.reference())
     assert run.choices["combine"].backend == "native"
     with pytest.raises(ArgumentError, match="1 weights for 2 experts"):
-        run("combine", case.base, case.experts, [0.5])
-    run("spd_solve", torch.eye(7), case.base.float())
+        run(Combine(case.base, case.experts, [0.5]))
+    run(SpdSolve(torch.eye(7), case.base.float()))
     assert run.choices["spd_solve"].backend == "reference"
 
 
@@ -80,7 +104,7 @@ def test_each_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     run = Runner()
     case = task_case((5, 7), [torch.float32] * 2)
     for _ in range(3):
-        run("task_stats", case.base, case.experts)
+        run(TaskStats(case.base, case.experts))
     messages = [record.getMessage() for record in caplog.records if record.name == "pymerge"]
     assert messages == ["task_stats: backend native (the C++ backend is the fastest on a CPU)"]
 
@@ -91,7 +115,7 @@ def test_describe_tells_every_backend() -> None:
     for name, works, text in rows:
         assert text, name
         if works:
-            assert text == ", ".join(load(name).implementations())
+            assert text == ", ".join(implemented(name))
         else:
             assert ";" in text  # ends with the remedy
 

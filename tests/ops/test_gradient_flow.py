@@ -8,7 +8,9 @@ from torch import Tensor
 
 from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
-from pymerge.ops import gradient_flow, normal_equations
+from pymerge.ops import gradient_flow
+from pymerge.ops.gradient_flow import GradientFlow
+from pymerge.ops.normal_equations import NormalEquations
 from pymerge.testing.cases import make_weights
 
 # The native backend halves products from 2048 columns on; `test_native_halves` lowers that.
@@ -26,7 +28,7 @@ def equations(d_out: int, d_in: int, tasks: int, rank: int | None) -> tuple[Tens
     base, experts = make_weights(d_out, d_in, tasks, rank=rank)
     taus = [(expert - base).double() for expert in experts]
     weights = [1 / float(tau.square().sum()) for tau in taus]
-    return normal_equations.reference(base, experts, weights, origin=sum(taus), dtype=torch.float64)
+    return NormalEquations(base, experts, weights, origin=sum(taus), dtype="F64").reference()
 
 
 def by_eigenvectors(A: Tensor, B: Tensor, time: float) -> Tensor:
@@ -46,10 +48,10 @@ def test_both_ways(shape: tuple[int, int, int, int | None], time: float, on_B: b
     A, B = equations(*shape)
     exact = by_eigenvectors(A, B, time)
     scale = gradient_flow.largest_eigenvalue(A) * time
-    chosen = gradient_flow.schedule(*B.shape, scale, A.dtype).doublings
+    chosen = gradient_flow.schedule(*B.shape, scale, "F64").doublings
     found = gradient_flow.follow(A, B, time, scale, gradient_flow.whole_product, doublings=chosen, on_B=on_B)
     assert error(found, exact) < 1e-11
-    chosen = gradient_flow.schedule(*B.shape, scale, torch.float32).doublings
+    chosen = gradient_flow.schedule(*B.shape, scale, "F32").doublings
     single = gradient_flow.follow(
         A.float(), B.float(), time, scale, gradient_flow.whole_product, doublings=chosen, on_B=on_B
     )
@@ -58,12 +60,12 @@ def test_both_ways(shape: tuple[int, int, int, int | None], time: float, on_B: b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_native_halves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pymerge.backends.native._HALF_FROM", 100)
-    monkeypatch.setattr("pymerge.backends.native._PANEL", 48)
+    monkeypatch.setattr("pymerge.backends.native._products._HALF_FROM", 100)
+    monkeypatch.setattr("pymerge.backends.native._products._PANEL", 48)
     A, B = (part.to(dtype) for part in equations(192, 250, 4, None))
-    native = Runner("native")("gradient_flow", A, B, 300.0)
+    native = Runner("native")(GradientFlow(A, B, 300.0))
     assert error(native, by_eigenvectors(A.double(), B.double(), 300.0)) < (3e-5 if dtype == torch.float32 else 1e-11)
-    assert error(native, gradient_flow.reference(A, B, 300.0).double()) < (3e-5 if dtype == torch.float32 else 1e-12)
+    assert error(native, GradientFlow(A, B, 300.0).reference().double()) < (3e-5 if dtype == torch.float32 else 1e-12)
 
 
 def test_a_bound_on_the_largest_eigenvalue() -> None:
@@ -74,8 +76,34 @@ def test_a_bound_on_the_largest_eigenvalue() -> None:
 
 def test_nothing_to_do() -> None:
     A, B = equations(6, 5, 2, None)
-    assert not gradient_flow.reference(A, B, 0.0).any()
-    assert not gradient_flow.reference(torch.zeros_like(A), torch.zeros_like(B), 300.0).any()
-    assert gradient_flow.reference(torch.zeros(0, 0), torch.zeros(3, 0), 300.0).shape == (3, 0)
+    assert not GradientFlow(A, B, 0.0).reference().any()
+    assert not GradientFlow(torch.zeros_like(A), torch.zeros_like(B), 300.0).reference().any()
+    assert GradientFlow(torch.zeros(0, 0), torch.zeros(3, 0), 300.0).reference().shape == (3, 0)
     with pytest.raises(ArgumentError, match=r"time is -1\.0"):
-        gradient_flow.check(A, B, -1.0)
+        GradientFlow(A, B, -1.0).check()
+
+
+def test_what_does_not_fit_together_is_named() -> None:
+    A, B = torch.eye(4), torch.zeros(3, 4)
+    with pytest.raises(ArgumentError, match=r"gradient_flow: A has shape \(4, 4\), expected \(3, 3\)"):
+        GradientFlow(A, B.mT, 1.0).check()
+    with pytest.raises(ArgumentError, match=r"gradient_flow: A is torch\.float32 and B torch\.float64; both must"):
+        GradientFlow(A, B.double(), 1.0).check()
+    with pytest.raises(ArgumentError, match=r"gradient_flow: B has shape \(4,\), expected a matrix"):
+        GradientFlow(A, B[0], 1.0).check()
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_not_a_number_stays_in_its_row(backend: str) -> None:
+    A, B = (part.float() for part in equations(20, 33, 3, None))
+    B[3, 4] = float("nan")
+    found = Runner(backend)(GradientFlow(A, B, 300.0))
+    assert found.isnan().any(1).nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_strides_change_nothing_beyond_rounding(backend: str) -> None:
+    A, B = equations(20, 33, 3, None)
+    expected = Runner(backend)(GradientFlow(A, B, 300.0))
+    found = Runner(backend)(GradientFlow(A.mT.contiguous().mT, B.mT.contiguous().mT, 300.0))
+    assert error(found, expected) < 1e-12

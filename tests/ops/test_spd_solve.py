@@ -1,15 +1,25 @@
-"""The reference of spd_solve: both factorisations against float64, and errors that come late on a device."""
+"""spd_solve: both factorisations of the reference, every compiled backend and emulated CUDA C++ against float64."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from pymerge.backends.native._arguments import flat, optional
+from pymerge.backends.runner import Runner, choose
+from pymerge.common.devices import Device
+from pymerge.common.dtypes import NATIVE
 from pymerge.errors import ArgumentError
 from pymerge.ops import spd_solve
 from pymerge.ops._cholesky import Cholesky, LibraryCholesky
+from pymerge.ops.spd_solve import SpdSolve
+from pymerge.testing.cases import implementations
 from pymerge.testing.compare import assert_accurate, assert_same
+
+RUNS = implementations("spd_solve")
 
 
 def system(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -38,9 +48,9 @@ def test_a_device_gives_what_a_cpu_gives(monkeypatch: pytest.MonkeyPatch, prior:
     """With the factorisation of devices in place of the CPU's, the same up to rounding."""
     S, R = system(130, torch.float64)
     c = S.mean(0) if prior else None
-    expected = spd_solve.reference(S, R, c)
+    expected = SpdSolve(S, R, c).reference()
     monkeypatch.setattr(spd_solve, "factorise", lambda S, layer=None: LibraryCholesky(S))
-    actual = spd_solve.reference(S, R, c)
+    actual = SpdSolve(S, R, c).reference()
     torch.testing.assert_close(actual.X, expected.X, rtol=1e-11, atol=1e-12)
     assert actual.condition == pytest.approx(expected.condition, rel=1e-9)
 
@@ -50,20 +60,163 @@ def test_both_name_the_minor_that_is_not_positive(monkeypatch: pytest.MonkeyPatc
     S[80, 80] = -1.0
     message = r"^the system \(100 x 100\) is not positive definite in torch.float32 \(leading minor 81\); raise eps"
     with pytest.raises(ArgumentError, match=message):
-        spd_solve.reference(S, R)
+        SpdSolve(S, R).reference()
     monkeypatch.setattr(spd_solve, "factorise", lambda S, layer=None: LibraryCholesky(S))
     with pytest.raises(ArgumentError, match=message):
-        spd_solve.reference(S, R)
+        SpdSolve(S, R).reference()
     with pytest.raises(ArgumentError, match=r"^layer 1 of the batch: .*leading minor 81"):
-        spd_solve.reference(torch.stack([torch.eye(100), S]), torch.stack([R, R]))
+        SpdSolve(torch.stack([torch.eye(100), S]), torch.stack([R, R])).reference()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_of_nothing(shape: tuple[int, int]) -> None:
     S, R = torch.eye(shape[1]), torch.zeros(shape)
-    X, condition = spd_solve.reference(S, R, torch.ones(shape[1]))
+    X, condition = SpdSolve(S, R, torch.ones(shape[1])).reference()
     assert_same("X", X, R)
     assert condition == pytest.approx(1.0)
-    batch = spd_solve.reference(S.repeat(2, 1, 1), R.repeat(2, 1, 1))
+    batch = SpdSolve(S.repeat(2, 1, 1), R.repeat(2, 1, 1)).reference()
     assert batch.X.shape == (2, *shape)
     assert batch.condition.tolist() == pytest.approx([1.0, 1.0])
+
+
+def systems(layers: int, rows: int, columns: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """S = G^T G / n + I / 10, R and c of a batch, as ACE has them: c a share of the mean row of S."""
+    generator = torch.Generator().manual_seed(columns)
+    G = torch.randn(layers, columns + 3, columns, generator=generator, dtype=torch.float64)
+    S = G.mT @ G / columns + 0.1 * torch.eye(columns, dtype=torch.float64)
+    R = torch.randn(layers, rows, columns, generator=generator, dtype=torch.float64)
+    return tuple(matrix.to(device, dtype) for matrix in (S, R, S.mean(1)))
+
+
+# One element; squares that are full and that are not; several programs of one system; no rows; beyond the kernels.
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_prior", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 9, 7), (1, 33, 16), (2, 5, 33), (1, 17, 64), (2, 0, 4), (1, 3, 130)])
+def test_spd_solve(
+    backend: str, device: str, dtype: torch.dtype, with_prior: bool, shape: tuple[int, int, int]
+) -> None:
+    S, R, prior = systems(*shape, dtype, device)
+    c = prior if with_prior else None
+    X, conditions = Runner(backend, device)(SpdSolve(S, R, c))
+    wide = S.double() if c is None else S.double() + c.double().unsqueeze(1)
+    reference = SpdSolve(S, R, c).reference()
+    if dtype == torch.float32:
+        assert_accurate("X", X, reference.X, torch.linalg.solve(wide, R.double(), left=False))
+    else:
+        residual = (X @ wide - R).abs().amax() if X.numel() else torch.zeros(())
+        assert float(residual) <= 1e-13 * shape[2]
+    assert isinstance(conditions, Tensor)
+    assert bool((conditions <= torch.linalg.cond(S.double()).cpu() * 1.001).all())
+    torch.testing.assert_close(conditions, reference.condition, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_systems_of_a_batch_do_not_mix_and_only_the_lower_triangle_is_read(backend: str, device: str) -> None:
+    run = Runner(backend, device)
+    S, R, prior = systems(3, 10, 20, torch.float32, device)
+    X, conditions = run(SpdSolve(S, R, prior))
+    lower = torch.where(torch.ones(20, 20, dtype=torch.bool, device=device).tril(), S, float("nan"))
+    for layer in range(3):
+        alone = run(SpdSolve(lower[layer], R[layer], prior[layer]))
+        assert_same(f"layer {layer}", X[layer], alone.X)
+        assert alone.condition == conditions[layer].item()
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_the_first_system_that_is_not_positive_definite_is_named(backend: str, device: str) -> None:
+    run = Runner(backend, device)
+    S, R, _ = systems(4, 2, 6, torch.float32, device)
+    S[2, 3, 3] = -1.0
+    S[3, 0, 0] = float("nan")
+    message = r"^layer 2 of the batch: the system \(6 x 6\) is not .* \(leading minor 4\); raise eps"
+    with pytest.raises(ArgumentError, match=message):
+        run(SpdSolve(S, R))
+    with pytest.raises(ArgumentError, match=r"^the system \(6 x 6\) is not .* \(leading minor 1\); raise eps"):
+        run(SpdSolve(S[3], R[3]))
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_float64_is_not_refused(backend: str, device: str) -> None:
+    choice = choose("spd_solve", Device(device), frozenset({"F64"}), backend)
+    assert choice.backend == backend
+
+
+def solve(module: ModuleType, S: Tensor, R: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(X, conditions, minors); what the kernel does not write stays NaN and -1."""
+    layers, rows, columns = R.shape
+    X = torch.full_like(R, float("nan"))
+    conditions = torch.full((layers,), float("nan"), dtype=S.dtype)
+    minors = torch.full((layers,), -1, dtype=torch.int32)
+    start = spd_solve.start_vector(S)
+    outputs = (flat(X), conditions.data_ptr(), minors.data_ptr())
+    inputs = (flat(S), flat(R), optional(prior), flat(start))
+    module.spd_solve(*outputs, *inputs, layers, rows, columns, spd_solve.ITERATIONS, 0)
+    return X, conditions, minors
+
+
+# One element; sizes around the panels of 16 columns and tiles of 8 rows; two blocks of 256 rows; the largest; no rows.
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 1, 1), torch.float32),
+        ((3, 9, 7), torch.float32),
+        ((1, 8, 16), torch.float64),
+        ((2, 1, 33), torch.float32),
+        ((1, 260, 17), torch.float32),
+        ((1, 5, 88), torch.float64),
+        ((1, 3, 128), torch.float32),
+        ((2, 0, 4), torch.float32),
+    ],
+)
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_emulated(emulated: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype, with_prior: bool) -> None:
+    S, R, prior = systems(*shape, dtype, "cpu")
+    c = prior if with_prior else None
+    X, conditions, minors = solve(emulated, S, R, c)
+    assert minors.tolist() == [0] * shape[0]
+    wide = S.double() if c is None else S.double() + c.double().unsqueeze(1)
+    truth = torch.linalg.solve(wide, R.double(), left=False)
+    reference = SpdSolve(S, R, c).reference()
+    assert_accurate("X", X, reference.X, truth)
+    exact = torch.linalg.cond(S.double())
+    assert bool((conditions.double() <= exact * 1.001).all())
+    torch.testing.assert_close(conditions.double(), reference.condition, rtol=1e-3, atol=0)
+
+
+def test_emulated_does_not_mix_the_systems_of_a_batch(emulated: ModuleType) -> None:
+    S, R, prior = systems(3, 10, 20, torch.float32, "cpu")
+    X, conditions, _ = solve(emulated, S, R, prior)
+    for layer in range(3):
+        one = slice(layer, layer + 1)
+        alone = solve(emulated, S[one], R[one], prior[one])
+        assert_same("X", alone[0], X[one])
+        assert_same("condition", alone[1], conditions[one])
+
+
+def test_emulated_reports_each_system_that_is_not_positive_definite(emulated: ModuleType) -> None:
+    S, R, _ = systems(4, 2, 6, torch.float32, "cpu")
+    whole = solve(emulated, S, R, None)[0]
+    S[1, 3, 3] = -1.0
+    S[2, 0, 0] = float("nan")
+    X, conditions, minors = solve(emulated, S, R, None)
+    assert minors.tolist() == [0, 4, 1, 0]
+    assert_same("X of the others", X[[0, 3]], whole[[0, 3]])
+    with pytest.raises(
+        ArgumentError, match=r"layer 1 of the batch: the system \(6 x 6\) is not .* \(leading minor 4\); raise eps"
+    ):
+        spd_solve.settle(S, conditions, minors)
+    with pytest.raises(ArgumentError, match=r"^the system \(6 x 6\) is not positive definite in torch.float32"):
+        spd_solve.settle(S[2], conditions[2], minors[2])
+
+
+def test_emulated_refuses_what_shared_memory_cannot_hold(emulated: ModuleType) -> None:
+    assert [emulated.spd_solve_columns(NATIVE[dtype]) for dtype in ("F32", "F64")] == [128, 88]
+    with pytest.raises(ValueError, match="129 columns; shared memory holds 128, use the library"):
+        solve(emulated, *systems(1, 1, 129, torch.float32, "cpu")[:2], None)
+    half = (0, NATIVE["F16"], 1)
+    with pytest.raises(ValueError, match="must be float32 or float64"):
+        emulated.spd_solve(half, 0, 0, half, half, None, half, 1, 1, 1, 8, 0)
+    nothing = (0, NATIVE["F32"], 0)
+    emulated.spd_solve(nothing, 0, 0, nothing, nothing, None, nothing, 0, 5, 0, 8, 0)

@@ -142,7 +142,9 @@ def test_native_threads_leave_the_memory_to_the_largest_job_of_pytorch() -> None
 
 
 def test_two_outputs_may_wait_or_more_if_they_are_small() -> None:
-    assert may_wait([10**9] * WRITE_BEHIND)
-    assert not may_wait([10**9] * (WRITE_BEHIND + 1))
-    assert may_wait([SMALL_BYTES // 16] * 16)
-    assert not may_wait([1] * 17)
+    assert may_wait([(False, 10**9)] * WRITE_BEHIND)
+    assert not may_wait([(False, 10**9)] * (WRITE_BEHIND + 1))
+    assert may_wait([(False, SMALL_BYTES // 16)] * 16)
+    assert not may_wait([(False, 1)] * 17)
+    assert may_wait([(True, 1), (False, 1)])
+    assert not may_wait([(True, 1)] * 2)

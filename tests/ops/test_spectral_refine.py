@@ -1,0 +1,74 @@
+"""spectral_refine against NumPy's singular value decomposition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pymerge.backends.runner import Runner
+from pymerge.errors import ArgumentError
+from pymerge.ops.spectral_refine import SpectralRefine
+from pymerge.testing.compare import assert_same
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def matrices(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """X and D in float64, whose sum has singular values apart from each other."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    size = min(rows, columns)
+    left, right = (
+        torch.linalg.qr(torch.randn(side, size, generator=generator, dtype=torch.float64))[0]
+        for side in (rows, columns)
+    )
+    total = left * torch.linspace(3, 1, size, dtype=torch.float64) @ right.mT
+    X = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return X, total - X
+
+
+@pytest.mark.parametrize(("shape", "k"), [((1, 1), 1), ((1, 9), 1), ((9, 1), 1), ((20, 12), 4), ((12, 20), 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reference(shape: tuple[int, int], k: int, dtype: torch.dtype) -> None:
+    X, D = (matrix.to(dtype) for matrix in matrices(*shape))
+    U, s, Vh = np.linalg.svd(X.double().numpy() + D.double().numpy(), full_matrices=False)
+    expected = X.double().numpy() + s[:k].mean() * U[:, :k] @ Vh[:k]
+    found = SpectralRefine(X, D, k).reference()
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_a_backend_without_it_takes_the_reference() -> None:
+    X, D = matrices(20, 12)
+    run, op = Runner("native"), SpectralRefine(X, D, 4)
+    assert_same("X", run(op), op.reference())
+    assert run.choices["spectral_refine"].backend == "reference"
+
+
+def test_strides_change_nothing_beyond_rounding() -> None:
+    X, D = matrices(20, 12)
+    found = SpectralRefine(X.mT.contiguous().mT, D.mT.contiguous().mT, 4).reference()
+    torch.testing.assert_close(found, SpectralRefine(X, D, 4).reference(), rtol=0, atol=1e-12)
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    X, D = matrices(150, 90)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(SpectralRefine(X, D, 20).reference())
+    torch.set_num_threads(threads)
+    assert_same("2 threads", results[1], results[0])
+
+
+def test_bad_arguments_are_named() -> None:
+    X = torch.zeros(3, 4)
+    with pytest.raises(ArgumentError, match=r"spectral_refine: X has shape \(4,\), expected a matrix"):
+        SpectralRefine(X[0], X[0], 1).check()
+    with pytest.raises(ArgumentError, match=r"spectral_refine: D has shape \(4, 3\), expected \(3, 4\)"):
+        SpectralRefine(X, X.mT, 1).check()
+    for k in (0, 4):
+        with pytest.raises(ArgumentError, match=r"spectral_refine: k is .; give 1 to 3 for shape \(3, 4\)"):
+            SpectralRefine(X, X, k).check()
