@@ -178,7 +178,7 @@ def _assigned(
                     "convert it, or set scope: tensor"
                 ]
             )
-        first, numel = 0, sum(math.prod(step.shape) for step in together)
+        first, numel = 0, sum([math.prod(step.shape) for step in together])
         for step in together:
             found[id(step)] = Group(number, numel, first)
             first += math.prod(step.shape)
