@@ -165,7 +165,7 @@ def _assigned(
     """
     groups: dict[tuple[int, Action], list[Step]] = {}
     for step in steps:
-        if isinstance(step.action, Reduce) and step.action.scope == "model" and math.prod(step.shape):
+        if isinstance(step.action, Reduce) and step.action.scope == "model" and 0 not in step.shape:
             groups.setdefault((id(sections[step.name]), step.action), []).append(step)
     found: dict[int, Group] = {}
     for number, unordered in enumerate(groups.values()):
@@ -178,7 +178,7 @@ def _assigned(
                     "convert it, or set scope: tensor"
                 ]
             )
-        first, numel = 0, sum([math.prod(step.shape) for step in together])
+        first, numel = 0, sum(math.prod(step.shape) for step in together)
         for step in together:
             found[id(step)] = Group(number, numel, first)
             first += math.prod(step.shape)
