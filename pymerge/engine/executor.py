@@ -101,6 +101,7 @@ class Executor:
         finally:
             for worker in self._workers.values():
                 worker.close()
+            self._workers = {}  # with the memory that they have kept
             self._writer.shutdown()  # what was handed to it is whole: the next run need not make it again
 
     @property

@@ -16,7 +16,7 @@ from pymerge.methods.reduce import Reduce
 from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
 
-# Workers of a step: native code on arrays, without PyTorch; ops on tensors of PyTorch; threads that encode, in PyTorch.
+# Workers of a step: native code on arrays, ops on tensors of PyTorch, or threads of PyTorch that encode each tensor.
 WorkerName = Literal["native", "torch", "encode"]
 # Elements of each tensor that native code reads at once for a weighted sum: so many that a system call costs little
 # beside them, and so few that those of a base and several experts are still in a core's second-level cache when they

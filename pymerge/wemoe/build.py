@@ -42,7 +42,7 @@ MOST_TASK_VECTOR_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """All that a build will do: `static` is the plan of the plain checkpoint, its extras are what lies beside it."""
+    """Plan of a build: `static` is that of the plain checkpoint, its extras are all that lies beside it."""
 
     static: Plan
     spec: Spec  # without the stored size
