@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu setup.py pyproject.toml constraints.txt)
+CSRC := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES := $(CSRC) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test torture lint format gpu bench parity bench-small quality quality-smoke clean help
 
@@ -34,14 +35,16 @@ torture: $(VENV)/installed  ## kill, fill disks and damage files by the hundred,
 	$(BIN)/python tests/guarantees/fuzz_headers.py -max_total_time=600
 
 lint: $(VENV)/installed  ## style and types
-	@echo "== ruff and mypy"
+	@echo "== ruff, mypy and clang-format"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
-format: $(VENV)/installed  ## let ruff format and fix
+format: $(VENV)/installed  ## let ruff and clang-format format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 gpu: $(VENV)/installed  ## on a machine with a CUDA GPU: the tests on the device, then its benchmarks
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \

@@ -6,8 +6,8 @@ order of sums changes, so results would differ from run to run too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,11 +25,34 @@ class Sizes(NamedTuple):
     group: int = 8  # tile rows that are walked together, so that they share operands in L2
 
 
+Table = Mapping[str, tuple[Sizes, ...]]  # sizes of one architecture
+
+
+class Variant(NamedTuple):
+    """A kernel with the types of its arguments, to be compiled without a device. Each module lists its `variants`."""
+
+    name: str  # the op, and what distinguishes the variant
+    kernel: Any
+    types: dict[str, Any]  # argument -> type; for a tuple of pointers, a tuple
+    constants: dict[str, Any]
+    size: Sizes
+    contracts: bool = True  # False: launched with enable_fp_fusion=False
+
+
+# Experts of each dtype, as types of a kernel's arguments.
+EXPERTS = ("*bf16", "*fp32", "*fp16")
+
+
+def results() -> tuple[tuple[str, str, bool], ...]:
+    """Name, type and TO_BF16 of the results that `store_rounded` writes."""
+    return ("fp32", "*fp32", False), ("bf16", "*i16", True)
+
+
 # compute capability -> kernel -> sizes, largest first; not yet timed. A device takes the newest row not newer than
 # itself. What bounds them is registers: a thread holds its part of the sums and of both operands, which are formed
 # there and not copied. These compile to no more than 128 bytes of local memory a thread; wudi_adam's 128 to 700, all of
 # it behind the loop. On sm_80 operands take more registers than with wgmma, so the split's tile is smaller there.
-_SIZES = {
+SIZES: Mapping[int, Table] = {
     80: {
         "elementwise": (Sizes(1024),),
         "mask": (Sizes(4096, warps=8), Sizes(1024)),
@@ -66,8 +89,8 @@ def sizes(name: str, device: torch.device, blocks: Callable[[int], int]) -> Size
     if device.type != "cuda":
         return _INTERPRETED.get(name, _INTERPRETED_TILES)
     major, minor = torch.cuda.get_device_capability(device)
-    capability = max(10 * major + minor, min(_SIZES))
-    options = _SIZES[max(row for row in _SIZES if row <= capability)][name]
+    capability = max(10 * major + minor, min(SIZES))
+    options = SIZES[max(row for row in SIZES if row <= capability)][name]
     return next((option for option in options if blocks(option.block) >= _BLOCKS), options[-1])
 
 

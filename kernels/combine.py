@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_bits, sizes, store_rounded
+from ._common import EXPERTS, Table, Variant, as_bits, sizes, store_rounded
 
 
 @triton.jit
@@ -58,3 +58,12 @@ def launch(
         BLOCK=size.block,
         num_warps=size.warps,
     )
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """Experts of all dtypes, with a base and without."""
+    (size,) = table["elementwise"]
+    for name, out, based in (("fp16", "*fp16", False), ("bf16", "*i16", True)):
+        types = {"out": out, "base": "*bf16", "tensors": EXPERTS, "weights": ("fp32",) * 3, "divisor": "fp32"}
+        constants = {"HAS_BASE": based, "TO_BF16": based, "BLOCK": size.block}
+        yield Variant(f"combine {name}", combine_kernel, types | {"count": "i64"}, constants, size)

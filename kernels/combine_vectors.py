@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_bits, sizes, store_rounded
+from ._common import EXPERTS, Table, Variant, as_bits, results, sizes, store_rounded
 
 
 @triton.jit
@@ -73,3 +73,13 @@ def launch(out: Tensor, base: Tensor | None, tensors: Sequence[Tensor], weights:
         COLUMNS=wide,
         num_warps=size.warps,
     )
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """Experts of all dtypes, results of both kinds."""
+    (size,) = table["elementwise"]
+    for name, out, to_bf16 in results():
+        types = {"out": out, "base": "*bf16", "tensors": EXPERTS, "weights": "*fp32", "rows": "i32", "columns": "i32"}
+        constants = {"HAS_BASE": to_bf16, "BY_COLUMNS": to_bf16, "TO_BF16": to_bf16}
+        constants |= {"ROWS": 4, "COLUMNS": size.block // 4}
+        yield Variant(f"combine_vectors {name}", combine_vectors_kernel, types, constants, size)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import word_places
+from ._common import EXPERTS, Table, Variant, word_places
 from ._masks import output, store_mask, task_delta
 
 
@@ -83,3 +83,12 @@ def launch(
         )
     before, after = out.norms.sum(-1).unbind(1)
     return before, after
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """Experts of all dtypes, all sizes."""
+    for size in table["mask"]:
+        types = {"base": "*bf16", "experts": EXPERTS, "count": "i64", "bits": "*i32", "norms": "*fp64", "words": "i64"}
+        types |= dict.fromkeys(("kept_keys", "kept_ends", "dropped_keys", "dropped_ends"), "*i64")
+        constants = {"DROPS": True, "BLOCK": size.block}
+        yield Variant(f"magnitude_mask {size.block}", magnitude_mask_kernel, types, constants, size)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_bits, sizes, store_rounded
+from ._common import Table, Variant, as_bits, results, sizes, store_rounded
 
 
 @triton.jit
@@ -44,3 +46,12 @@ def launch(out: Tensor, base: Tensor, expert: Tensor, t: float, least: float) ->
         num_warps=size.warps,
         enable_fp_fusion=False,
     )
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """Experts of all dtypes, results of both kinds."""
+    (size,) = table["elementwise"]
+    for name, out, to_bf16 in results():
+        types = {"out": out, "base": "*bf16", "expert": "*fp16", "limit": "fp32", "least": "fp32", "count": "i64"}
+        constants = {"TO_BF16": to_bf16, "BLOCK": size.block}
+        yield Variant(f"nearswap {name}", nearswap_kernel, types, constants, size, contracts=False)

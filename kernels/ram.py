@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_bits, sizes, store_rounded
+from ._common import EXPERTS, Table, Variant, as_bits, results, sizes, store_rounded
 
 
 @triton.jit
@@ -104,3 +104,14 @@ def launch(out: Tensor, base: Tensor, experts: Sequence[Tensor], epsilon: float,
         num_warps=size.warps,
         enable_fp_fusion=False,
     )
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """Experts of all dtypes, results of both kinds."""
+    (size,) = table["elementwise"]
+    tasks = {"base": "*bf16", "experts": EXPERTS, "count": "i64", "epsilon": "fp32"}
+    for name, out, to_bf16 in results():
+        types = tasks | {"out": out, "factors": ("fp32",) * 3}
+        constants = {"TO_BF16": to_bf16, "BLOCK": size.block}
+        yield Variant(f"ram {name}", ram_kernel, types, constants, size, contracts=False)
+    yield Variant("ram_counts", ram_counts_kernel, tasks | {"counts": "*i32"}, {"BLOCK": size.block}, size)

@@ -5,13 +5,13 @@ Integer arithmetic alone decides, so the masks are those of the other backends b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import word_places
+from ._common import EXPERTS, Table, Variant, word_places
 from ._masks import output, store_mask, task_delta
 
 
@@ -76,3 +76,11 @@ def launch(
         )
     before, after = out.norms.sum(-1).unbind(1)
     return before, after
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """Experts of all dtypes, all sizes."""
+    for size in table["mask"]:
+        types = {"base": "*bf16", "experts": EXPERTS, "count": "i64", "bits": "*i32", "norms": "*fp64", "words": "i64"}
+        types |= {"keys": "*i64", "limits": "*i64", "start": "i64"}
+        yield Variant(f"random_mask {size.block}", random_mask_kernel, types, {"BLOCK": size.block}, size)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import sizes
+from ._common import Table, Variant, sizes
 
 
 @triton.jit
@@ -182,3 +184,18 @@ def launch_factored(
         num_warps=size.warps,
         num_stages=size.stages,
     )
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """Both forms in all dtypes."""
+    (size,) = table["routed_linear"]
+    more = {"M": "i32", "K": "i32", "row_stride": "i64", "column_stride": "i64", "task_stride": "i64"}
+    for form, kernel, rows, own in (
+        ("mixed", mixed_kernel, size.block, {"tiles": "*i32"}),
+        ("factored", factored_kernel, 16, {"N": "i32"}),
+    ):
+        for kind in ("bf16", "fp16", "fp32"):
+            types = dict.fromkeys(("out", "x", "weight", "biases"), f"*{kind}") | {"tasks": "*bf16", "gates": "*fp32"}
+            constants = {"TASKS": 8, "HAS_BIAS": True, "UPCAST": False}
+            constants |= {"BLOCK_N": rows, "BLOCK_M": size.block, "BLOCK_K": size.depth}
+            yield Variant(f"routed_linear {form} {kind}", kernel, types | own | more, constants, size)

@@ -8,14 +8,14 @@ Launched without contraction: fused, a vote of exactly 0 would be a small number
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_bits, sizes, store_rounded, word_places, words_of
+from ._common import EXPERTS, Table, Variant, as_bits, results, sizes, store_rounded, word_places, words_of
 
 
 @triton.jit
@@ -106,3 +106,13 @@ def launch(
         num_warps=size.warps,
         enable_fp_fusion=False,
     )
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """Experts of all dtypes, results of both kinds."""
+    (size,) = table["elementwise"]
+    for name, out, to_bf16 in results():
+        types = {"out": out, "base": "*bf16", "experts": EXPERTS, "count": "i64", "bits": "*i32", "words": "i64"}
+        types |= dict.fromkeys(("factors", "weights"), ("fp32",) * 3) | dict.fromkeys(("all_weights", "scale"), "fp32")
+        constants = dict.fromkeys(("MASKED", "ELECT", "NORMALIZE", "TO_BF16"), to_bf16) | {"BLOCK": size.block}
+        yield Variant(f"sparse_combine {name}", sparse_combine_kernel, types, constants, size, contracts=False)

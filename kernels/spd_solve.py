@@ -11,9 +11,13 @@ Programs of one system each eliminate it anew: that costs less than the products
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._common import Sizes, Table, Variant
 
 # Columns of the largest square that registers hold; a library is for larger systems.
 MOST_COLUMNS = 64
@@ -141,3 +145,13 @@ def launch(
         ROWS=ROWS,
         num_warps=warps(size),
     )
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """Both dtypes, of a small and of the largest size."""
+    for element, columns in (("fp32", MOST_COLUMNS), ("fp64", 16)):
+        types = dict.fromkeys(("X", "S", "R", "prior", "start"), f"*{element}") | {"rows": "i32", "columns": "i32"}
+        types |= {"conditions": "*fp64", "minors": "*i32"}
+        constants = {"HAS_PRIOR": True, "ITERATIONS": 8, "BLOCK": columns, "ROWS": ROWS}
+        size = Sizes(columns, warps=warps(columns))
+        yield Variant(f"spd_solve {element} {columns}", spd_solve_kernel, types, constants, size)

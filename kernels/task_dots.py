@@ -8,14 +8,14 @@ order, the same on every run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import sizes
+from ._common import Table, Variant, sizes
 
 # Tensors of a group: 36 pairs of one with itself, 64 of two.
 GROUP = 8
@@ -106,3 +106,13 @@ def launch(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
         )
     lower = sums.sum(1)
     return lower + lower.tril(-1).mT
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """Pairs of a group of tensors with itself, and with another."""
+    size = table["task_dots"][0]
+    for name, same in (("triangle", True), ("square", False)):
+        types = dict.fromkeys(("first_left", "first_right", "tasks", "length", "parts"), "i32")
+        types |= {"sums": "*fp64", "base": "*bf16", "left": ("*bf16",) * GROUP, "right": ("*bf16",) * GROUP}
+        constants = {"HAS_BASE": True, "SAME": same, "PART": size.block, "BLOCK": size.depth}
+        yield Variant(f"task_dots {name}", task_dots_kernel, types, constants, size)

@@ -22,14 +22,14 @@ How exact the products are (DOT); sums are float32:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import grouped_tile, sizes, to_bfloat16
+from ._common import Table, Variant, grouped_tile, sizes, to_bfloat16
 
 
 @triton.jit
@@ -199,3 +199,29 @@ def launch(
         num_warps=size.warps,
         num_stages=size.stages,
     )
+
+
+# name -> base, element type of the experts, DOT, CENTRED
+_VARIANTS = {
+    "bf16": ("*bf16", tl.bfloat16, "split", False),
+    "fp16": ("*fp16", tl.float16, "split", False),
+    "fp32": ("*fp32", tl.float32, "tf32", False),
+    "fp32 centred": ("*fp32", tl.float32, "tf32", True),
+    "bf16 centred": ("*bf16", tl.bfloat16, "tf32", True),
+    "fp16 centred": ("*fp16", tl.float16, "tf32", True),
+    "fp32 base, bf16": ("*fp32", tl.bfloat16, "tf32", False),
+    "bf16 base, fp32": ("*bf16", tl.float32, "tf32", False),
+}
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """All dtypes and both products, all sizes of the most used ones."""
+    for name, (base, element, dot, centred) in _VARIANTS.items():
+        options = table[f"task_gram {dot}"]
+        for size in options if name in ("bf16", "fp32") else options[-1:]:
+            types = dict.fromkeys(("tasks", "rows", "columns"), "i32") | {"out": "*fp32", "base": base}
+            types |= dict.fromkeys(("base_layer", "base_stride", "expert_layer", "expert_stride"), "i64")
+            types |= {"experts": "*i64", "weights": "*fp32", "means": "*fp32"}
+            constants = {"EXPERT": element, "DOT": dot, "CENTRED": centred, "ALIGNED": True, "INTERPRETED": False}
+            constants |= {"BLOCK": size.block, "DEPTH": size.depth, "GROUP": size.group}
+            yield Variant(f"task_gram {name} {size.block}", task_gram_kernel, types, constants, size)

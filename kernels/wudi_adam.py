@@ -15,14 +15,14 @@ turns: every block of a step reads one, and the step's first block writes the ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import grouped_tile, sizes
+from ._common import Table, Variant, grouped_tile, sizes
 
 
 @triton.jit
@@ -169,3 +169,13 @@ def capture(launches: Launches) -> Launches:
         launches()
         graph.capture_end()
     return graph.replay
+
+
+def variants(table: Table) -> Iterator[Variant]:
+    """All sizes."""
+    for size in table["wudi_adam"]:
+        types = dict.fromkeys(("target", "source", "m", "v", "A", "B", "schedule"), "*fp32") | {"numbers": "*i64"}
+        types |= dict.fromkeys(("layers", "rows", "columns"), "i32")
+        types |= dict.fromkeys(("take1", "keep2", "take2", "eps"), "fp32")
+        constants = {"TURN": 0, "BLOCK": size.block, "DEPTH": size.depth, "GROUP": size.group}
+        yield Variant(f"wudi_adam {size.block}", wudi_adam_kernel, types, constants, size)

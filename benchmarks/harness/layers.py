@@ -12,8 +12,10 @@ from benchmarks.harness import weights
 from pymerge.backends.runner import Runner
 from pymerge.ops import gradient_flow
 from pymerge.ops._bitmask import TaskMasks
+from pymerge.ops.magnitude_mask import MagnitudeMask
+from pymerge.ops.normal_equations import NormalEquations
 from pymerge.ops.routed.task_storage import DenseTasks
-from pymerge.ops.trim_threshold import Thresholds
+from pymerge.ops.trim_threshold import Thresholds, TrimThreshold
 
 TIME = 300.0  # of gradient flow
 SAMPLES, TOKENS = 4, 197  # of routed_linear: images of a ViT-B/16
@@ -110,8 +112,8 @@ class Layer:
     @cached_property
     def equations(self) -> tuple[Tensor, Tensor]:
         """(A, B) relative to the start, float32."""
-        run_op = Runner("auto", self.device)
-        A, B = run_op("normal_equations", self.base, self.experts, self.shares, origin=self.start)
+        run = Runner("auto", self.device)
+        A, B = run(NormalEquations(self.base, self.experts, self.shares, origin=self.start))
         return A, B
 
     @cached_property
@@ -129,6 +131,12 @@ class Layer:
         taus = torch.stack([(expert.float() - self.base.float()).bfloat16() for expert in self.experts])
         return x, gates, self.base.float(), DenseTasks(taus)
 
+    @property
+    def mixed(self) -> tuple[Tensor, DenseTasks, Tensor]:
+        """W_0, the task vectors, and the gates of all samples."""
+        _, gates, weight, tasks = self.routed
+        return weight, tasks, gates
+
     @cached_property
     def counts(self) -> list[int]:
         """How many elements of each task vector are kept."""
@@ -137,15 +145,12 @@ class Layer:
     @cached_property
     def thresholds(self) -> Thresholds:
         """Where they end."""
-        found: Thresholds = Runner("auto", self.device)("trim_threshold", self.base, self.experts, self.counts)
-        return found
+        return Runner("auto", self.device)(TrimThreshold(self.base, self.experts, self.counts))
 
     @cached_property
     def masks(self) -> TaskMasks:
         """Which they are."""
-        run_op = Runner("auto", self.device)
-        masks: TaskMasks = run_op("magnitude_mask", self.base, self.experts, self.thresholds)
-        return masks
+        return Runner("auto", self.device)(MagnitudeMask(self.base, self.experts, self.thresholds))
 
     @cached_property
     def flow_flops(self) -> int:

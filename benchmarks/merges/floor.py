@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from benchmarks.harness.processes import Cost
+from pymerge.common.arrays import Array
 from pymerge.output.direct import DirectFile
-from pymerge.planner.budget import Room
 
 BLOCK = 8 * 2**20
 
@@ -24,7 +24,7 @@ def read(files: list[Path], block: memoryview) -> None:
 def floor(files: list[Path], nbytes: int, out: Path) -> Cost:
     """Read the files, then write and sync `nbytes` into one file of that size; the peak is one block."""
     started, processor = time.perf_counter(), time.process_time()
-    block = Room(BLOCK).view
+    block = Array.mapped(BLOCK).bytes
     read(files, block)
     out.mkdir()
     with open(out / "model.safetensors", "wb", buffering=0) as target:

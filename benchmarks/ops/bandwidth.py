@@ -27,6 +27,8 @@ from torch import Tensor
 from benchmarks.harness import commands
 from benchmarks.harness.results import ResultsFile
 from pymerge.backends.runner import Runner
+from pymerge.common.dtypes import code_of
+from pymerge.ops.combine import Combine
 from pymerge.testing.bench import summary, time_in_turns
 
 TARGET = 0.6
@@ -58,7 +60,7 @@ def compare(method: str, dtype: str, options: argparse.Namespace) -> Row:
     models = [torch.randn(shape, generator=generator).to(kind) for _ in range(options.models)]
     base = torch.randn(shape, generator=generator).to(kind) if method == "task_arithmetic" else None
     weights, out = [1.0 / options.models] * options.models, torch.empty(shape, dtype=kind)
-    call = partial(Runner("native"), "combine", base, models, weights, kind, out)
+    call = partial(Runner("native"), Combine(base, models, weights, code_of(kind), out))
     call()
     error = float((out[:64].double() - expected(base, models, weights, 64)).abs().max())
     if not error <= torch.finfo(kind).eps * 8:

@@ -14,6 +14,7 @@ from benchmarks.harness import commands
 from benchmarks.harness.results import newest
 from benchmarks.tables.take import take
 from pymerge.backends import measured
+from pymerge.errors import BackendError
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -21,5 +22,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = commands.parser("benchmarks.ops.record", __doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     for file in parser.parse_args(arguments).files or [newest("ops")]:
-        print(f"{measured.record(file)} cases of {file} recorded; {measured.summary()}")
-        print(f"kept in {take(file)}")
+        try:
+            count = measured.record(file)
+        except BackendError as error:
+            raise SystemExit(f"{file}: {error}") from error
+        print(f"{count} cases of {file} recorded; {measured.summary()}; kept in {take(file)}")

@@ -26,8 +26,10 @@ from torch import Tensor
 from benchmarks.harness import commands
 from benchmarks.harness.layers import SHAPES, Layer
 from benchmarks.harness.results import ResultsFile
-from benchmarks.ops.cases import CASES, Case, op_of
+from benchmarks.ops.case import Case
+from benchmarks.ops.cases import CASES
 from pymerge.backends.runner import BACKENDS, choose
+from pymerge.common.devices import resolve_device
 from pymerge.common.units import format_bytes
 from pymerge.errors import BackendError
 from pymerge.testing.bench import clocks, copy_rate, gemm_rate, summary, time_in_turns
@@ -124,20 +126,20 @@ class Bench:
 
     def _backends(self, op: str, case: Case) -> Variants:
         """The implementations that can run here: backend -> call; the reference first, always."""
-        arguments, keywords = case.arguments(self.layer), case.keywords(self.layer)
-        dtypes = frozenset(t.dtype for t in (*arguments, *keywords.values(), self.layer.base) if isinstance(t, Tensor))
+        called, device = case.op(self.layer), resolve_device(self.options.device)
+        called.check()
         found: Variants = {}
         for backend in BACKENDS:
             if backend not in ("reference", *self.options.backend):
                 continue
             try:
-                choice = choose(op_of(op), torch.device(self.options.device), dtypes, backend)
+                choice = choose(called.name, device, called.dtypes, backend, tuple(called.like.shape))
             except BackendError as error:
                 if self.options.named:
                     self.add(op, "skipped", backend=backend, reason=str(error))
                 continue
             if choice.backend == backend:
-                found[backend] = partial(choice.function, *arguments, **keywords)
+                found[backend] = partial(choice.compute, called, torch.get_num_threads())
             elif self.options.named:
                 self.add(op, "skipped", backend=backend, reason=choice.reason)
         return found
@@ -170,12 +172,14 @@ class Bench:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of what was expected."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300))
+    found, expected = found.to(expected.device, torch.float64), expected.double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
 def as_tensors(result: Any) -> list[Tensor]:
-    """The tensors of an op's result."""
-    return [result] if isinstance(result, Tensor) else [part for part in result if isinstance(part, Tensor)]
+    """The tensors of an op's result, and as tensors its numbers and arrays of numpy."""
+    parts = result if isinstance(result, tuple) else (result,)
+    return [part if isinstance(part, Tensor) else torch.as_tensor(part) for part in parts if part is not None]
 
 
 def table(rows: list[Row]) -> Table:

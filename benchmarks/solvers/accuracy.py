@@ -24,7 +24,7 @@ from benchmarks.harness import commands
 from benchmarks.harness.results import ResultsFile
 from pymerge.backends.runner import Runner
 from pymerge.methods.ace import SolveAce, Variant
-from pymerge.methods.base import Action
+from pymerge.methods.actions import Solve
 from pymerge.methods.solver import Precision
 from pymerge.methods.wudi import SolveWudi
 from pymerge.methods.wudi_flow import SolveFilter, SolveFlow
@@ -52,7 +52,7 @@ class Subject:
 
     method: str
     settings: str
-    actions: dict[str, Action]  # precision -> action
+    actions: dict[str, Solve]  # precision -> action
     X: Matrix
     start: Matrix | None
 
@@ -60,23 +60,23 @@ class Subject:
 def subjects(base: Matrix, experts: list[Matrix], only: str | None) -> Iterator[Subject]:
     """What is measured on one layer; float64 forms are computed as they are asked for."""
     if only in (None, "wudi"):
-        wudi: dict[str, Action] = {precision: SolveWudi(1.0, precision, 300, 1e-5) for precision in PRECISIONS}
+        wudi: dict[str, Solve] = {precision: SolveWudi(1.0, precision, 300, 1e-5) for precision in PRECISIONS}
         yield Subject("wudi", "300 steps, lr 1e-5", wudi, *wudi_delta(base, experts, 300, 1e-5))
     for time in (300.0, 1300.0):
         if only in (None, "wudi_flow"):
-            flow: dict[str, Action] = {precision: SolveFlow(1.0, precision, time) for precision in PRECISIONS}
+            flow: dict[str, Solve] = {precision: SolveFlow(1.0, precision, time) for precision in PRECISIONS}
             yield Subject("wudi_flow", f"t={time:g}", flow, *filter_delta(base, experts, time))
     for time, rank in ((300.0, 1.0), (1300.0, 0.65)):
         if only in (None, "swudi"):
-            swudi: dict[str, Action] = {"auto": SolveFilter(1.0, "auto", time, rank)}
+            swudi: dict[str, Solve] = {"auto": SolveFilter(1.0, "auto", time, rank)}
             yield Subject("swudi", f"t={time:g}, rank {rank:g}", swudi, *filter_delta(base, experts, time, rank))
     if only in (None, "swudi_a"):
-        adaptive: dict[str, Action] = {"auto": SolveFilter(1.0, "auto", math.inf, "participation_sqrt")}
+        adaptive: dict[str, Solve] = {"auto": SolveFilter(1.0, "auto", math.inf, "participation_sqrt")}
         yield Subject("swudi_a", "", adaptive, *filter_delta(base, experts, math.inf, "participation_sqrt"))
     for variant in VARIANTS:
         for gamma in (0.3, -1.0, math.inf):
             if only in (None, "ace"):
-                ace: dict[str, Action] = {
+                ace: dict[str, Solve] = {
                     precision: SolveAce(1e-5, gamma, 0.3, variant, 1.0, precision) for precision in PRECISIONS
                 }
                 X = ace_delta(base, experts, 1e-5, gamma, 0.3, variant)
@@ -94,11 +94,11 @@ def measure(shape: tuple[int, int, int, int | None], dtype: torch.dtype, only: s
     d_out, d_in, tasks, rank = shape
     base, experts = make_weights(d_out, d_in, tasks, rank=rank, dtype=dtype)
     exact_base, exact_experts = as_float64(base), [as_float64(expert) for expert in experts]
-    run_op = Runner("auto", "cpu")
+    run = Runner("auto", "cpu")
     for subject in subjects(exact_base, exact_experts, only):
         for precision, action in subject.actions.items():
             # Into float64, so that the rounding of W_0 + X does not hide the error of X.
-            X = as_float64(action.run(run_op, base, experts, torch.float64)) - exact_base
+            X = as_float64(action.run(run, base, experts, "F64")) - exact_base
             moved = None if subject.start is None else subject.X - subject.start
             row: dict[str, Any] = {
                 "d_out": d_out,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from benchmarks.peers import published
 from pymerge.backends.runner import Runner
+from pymerge.common.dtypes import code_of
 from pymerge.methods.ace import SolveAce
-from pymerge.methods.base import Action
+from pymerge.methods.actions import Solve
 from pymerge.methods.solver import Precision
 from pymerge.methods.wudi import SolveWudi
 from pymerge.methods.wudi_flow import SolveFilter, SolveFlow
@@ -25,13 +26,13 @@ Form = Callable[[Tensor, list[Tensor]], Tensor]  # weights -> merged weight
 def ours(
     method: str, precision: Precision, eps: float, iterations: int = published.STEPS, out: torch.dtype | None = None
 ) -> Form:
-    """pymerge's whole action on one weight, on the backend that it chooses itself."""
-    actions: dict[str, Action] = {
+    """pymerge's whole action on one weight, on the backend that it chooses itself; into `out`, or the base's dtype."""
+    actions: dict[str, Solve] = {
         "wudi": SolveWudi(1.0, precision, iterations, LR),
         "wudi_flow": SolveFlow(1.0, precision, TIME),
         "swudi": SolveFilter(1.0, precision, TIME, 1.0),
         "ace": SolveAce(eps, math.inf, 0.3, "released", 1.0, precision),
         "ace_refined": SolveAce(eps, -1.0, 0.3, "released", 1.0, precision),
     }
-    action, run_op = actions[method], Runner("auto", "cpu")
-    return lambda base, experts: action.run(run_op, base, experts, out)
+    action, run = actions[method], Runner("auto", "cpu")
+    return lambda base, experts: action.run(run, base, experts, code_of(out or base.dtype))

@@ -27,8 +27,11 @@ from benchmarks.peers import fusion_bench, published
 from benchmarks.solvers import memory
 from benchmarks.solvers.cases import LR, METHODS, ours
 from benchmarks.solvers.table import table
-from pymerge.backends.runner import Runner, choose
+from pymerge.backends.runner import Runner
 from pymerge.methods.solver import Precision
+from pymerge.ops.normal_equations import NormalEquations
+from pymerge.ops.task_stats import TaskStats
+from pymerge.ops.wudi_adam import WudiAdam
 from pymerge.testing.bench import gemm_rate, summary
 
 SHAPES = ("3072x768x8", "768x768x8", "768x3072x8", "8192x2048x3", "2048x8192x3")
@@ -178,12 +181,12 @@ class Layer:
 
     def steps_over_gemm(self) -> None:
         """Seconds of some steps of the native op over those of the same number of products D A alone."""
-        stats = Runner("auto", "cpu")("task_stats", self.base, self.experts)
-        weights = [1.0 / norm for norm in stats.norms.tolist()]
+        run = Runner("auto", "cpu")
+        weights = [1.0 / norm for norm in run(TaskStats(self.base, self.experts)).norms.tolist()]
         origin = torch.stack([expert - self.base for expert in self.experts]).sum(dim=0)
-        A, B = Runner("auto", "cpu")("normal_equations", self.base, self.experts, weights, origin=origin)
-        choice = choose("wudi_adam", torch.device("cpu"), frozenset({torch.float32}), "native")
-        D = choice.function(A, B, 1, LR)
+        A, B = run(NormalEquations(self.base, self.experts, weights, origin=origin))
+        native = Runner("native", "cpu")
+        D = native(WudiAdam(A, B, 1, LR))
         product = torch.mm(D, A)
 
         def products() -> None:
@@ -191,7 +194,7 @@ class Layer:
                 torch.mm(D, A, out=product)
 
         variants = {
-            "steps": lambda: published.seconds_of(lambda: choice.function(A, B, GEMM_STEPS, LR)),
+            "steps": lambda: published.seconds_of(lambda: native(WudiAdam(A, B, GEMM_STEPS, LR))),
             "products": lambda: published.seconds_of(products),
         }
         times = published.alternate(variants, {}, self.options.seconds)
@@ -201,7 +204,7 @@ class Layer:
         self.add(
             "steps_over_gemm",
             method="wudi",
-            backend=choice.backend,
+            backend=native.choices["wudi_adam"].backend,
             peer="products alone",
             steps=GEMM_STEPS,
             seconds=steps,

@@ -62,9 +62,8 @@ inline std::int64_t common_elements(const char* op, const std::optional<MatrixVi
 template <class T>
 void check_one_each(const char* op, const std::vector<MatrixView>& tensors, const char* what,
                     const std::vector<T>& given, const char* each = "expert") {
-    PM_CHECK(tensors.size() == given.size(),
-             op << ": " << tensors.size() << " " << each << "s, " << given.size() << " " << what
-                << "; give one of each");
+    PM_CHECK(tensors.size() == given.size(), op << ": " << tensors.size() << " " << each << "s, " << given.size() << " "
+                                                << what << "; give one of each");
 }
 
 inline void check_dtype(const char* op, const char* what, DType dtype, DType wanted) {

@@ -44,8 +44,8 @@ bool is_finite(const MatrixView& tensor) { return is_finite_cpu(tensor.data, ten
 void task_sum(const Output& out, const MatrixView& base, const std::vector<MatrixView>& experts,
               const std::vector<double>& weights, Address means, std::int64_t rows, std::int64_t columns, int threads) {
     check_one_each("task_sum", experts, "weights", weights);
-    PM_CHECK(out.row_stride == columns, "task_sum: the output has row stride " << out.row_stride << " for " << columns
-                                                                               << " columns, contiguous");
+    PM_CHECK(out.row_stride == columns,
+             "task_sum: the output has row stride " << out.row_stride << " for " << columns << " columns, contiguous");
     task_sum_cpu({out, base, experts.data(), weights.data(), pointer<const void>(means), count(experts), rows, columns},
                  threads);
 }
@@ -70,8 +70,8 @@ void wudi_adam_step(const Output& D, const Output& m, const Output& v, const Mat
     check("the product", product.dtype, product.row_stride);
     check("B", B.dtype, B.row_stride);
     wudi_adam_step_cpu({D.data, m.data, v.data, product.data, B.data, D.dtype, D.row_stride, beta1, beta2, correction1,
-                   correction2, lr, eps},
-                  threads);
+                        correction2, lr, eps},
+                       threads);
 }
 
 void task_dots(Address out, const std::optional<MatrixView>& base, const std::vector<MatrixView>& tensors,

@@ -17,7 +17,8 @@ TaskTensors task_tensors(const char* op, const MatrixView& base, const Experts& 
 
 // Throws if the output has not the elements of the inputs.
 void check_output(const char* op, const Output& out, const TaskTensors& p) {
-    PM_CHECK(out.row_stride == p.numel, op << ": " << out.row_stride << " elements of output, " << p.numel << " of input");
+    PM_CHECK(out.row_stride == p.numel,
+             op << ": " << out.row_stride << " elements of output, " << p.numel << " of input");
 }
 
 // The same, and if its dtype is not the one that is computed in.

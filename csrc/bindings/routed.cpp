@@ -13,8 +13,8 @@ static DenseTasks dense_tasks(Address data, std::int32_t dtype, std::int64_t str
 
 static SparseTasks sparse_tasks(Address values, std::int32_t dtype, Address columns, bool wide, Address starts,
                                 std::int64_t start_stride, std::int64_t count) {
-    return {pointer<const void>(values), checked_dtype(dtype), pointer<const void>(columns), wide,
-            pointer<const std::int64_t>(starts), start_stride, count};
+    const auto* entries = pointer<const std::int64_t>(starts);
+    return {pointer(values), checked_dtype(dtype), pointer(columns), wide, entries, start_stride, count};
 }
 
 }  // namespace pymerge
@@ -29,10 +29,11 @@ namespace {
 
 MixParams mix_params(const char* op, const Output& out, const MatrixView& base, Address gates, std::int64_t samples,
                      std::int64_t rows, std::int64_t columns) {
-    PM_CHECK(base.row_stride == rows * columns, op << ": the base has " << base.row_stride << " elements, not " << rows
-                                                   << " x " << columns);
-    PM_CHECK(out.row_stride == samples * rows * columns, op << ": the output has " << out.row_stride << " elements, not "
-                                                            << samples << " x " << rows << " x " << columns);
+    PM_CHECK(base.row_stride == rows * columns,
+             op << ": the base has " << base.row_stride << " elements, not " << rows << " x " << columns);
+    const std::int64_t numel = samples * rows * columns;
+    PM_CHECK(out.row_stride == numel, op << ": the output has " << out.row_stride << " elements, not " << samples
+                                         << " x " << rows << " x " << columns);
     return {out, base, pointer<const float>(gates), samples, rows, columns};
 }
 
@@ -54,8 +55,8 @@ void dots_dense(Address out, const MatrixView& delta, const DenseTasks& tasks, i
 void dots_sparse(Address out, const MatrixView& delta, const SparseTasks& tasks, std::int64_t rows,
                  std::int64_t columns, int threads) {
     check_dtype("dots_sparse", "delta", delta.dtype, DType::f32);
-    PM_CHECK(delta.row_stride == rows * columns, "dots_sparse: delta has " << delta.row_stride << " elements, not "
-                                                                           << rows << " x " << columns);
+    PM_CHECK(delta.row_stride == rows * columns,
+             "dots_sparse: delta has " << delta.row_stride << " elements, not " << rows << " x " << columns);
     dots_sparse_cpu(pointer<double>(out), static_cast<const float*>(delta.data), rows, columns, tasks, threads);
 }
 
@@ -71,8 +72,8 @@ using Tasks = std::variant<DenseTasks, SparseTasks>;
 // Points to the arguments.
 RoutedWeight routed_weight(const char* op, const MatrixView& base, std::int64_t rows, std::int64_t columns,
                            const Tasks& tasks) {
-    PM_CHECK(base.row_stride == rows * columns, op << ": the weight has " << base.row_stride << " elements, not "
-                                                   << rows << " x " << columns);
+    PM_CHECK(base.row_stride == rows * columns,
+             op << ": the weight has " << base.row_stride << " elements, not " << rows << " x " << columns);
     const std::int64_t count = std::visit([](const auto& found) { return found.count; }, tasks);
     return {base, rows, columns, std::get_if<DenseTasks>(&tasks), std::get_if<SparseTasks>(&tasks), count};
 }

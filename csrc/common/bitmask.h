@@ -14,8 +14,8 @@ static_assert(std::endian::native == std::endian::little, "masks are written as 
 inline std::int64_t mask_bytes(std::int64_t numel) { return (numel + 63) / 64 * 8; }
 
 // Writes n flags (0 or 1) as bits, in whole words of 32; flags behind n must be there, and 0, up to a multiple of 32.
-PM_TARGET_CLONES static inline void pack_bits(
-    std::uint8_t* __restrict to, const std::uint32_t* __restrict flags, std::int64_t n) {
+PM_TARGET_CLONES static inline void pack_bits(std::uint8_t* __restrict to, const std::uint32_t* __restrict flags,
+                                              std::int64_t n) {
     for (std::int64_t begin = 0; begin < n; begin += 32) {
         std::uint32_t word = 0;
         for (std::uint32_t i = 0; i < 32; ++i) word |= flags[begin + i] << i;

@@ -35,7 +35,7 @@ struct DrawSegments {
 
 // How many of `count` ascending numbers, a power of two of them, are below each of 16 bounds.
 __attribute__((target("arch=x86-64-v4"))) static inline __m512i count_below_bounds(const std::uint32_t* numbers,
-                                                                                  std::int64_t count, __m512i bounds) {
+                                                                                   std::int64_t count, __m512i bounds) {
     __m512i found = _mm512_setzero_si512();
     const auto add = [&](std::int64_t step, int more) __attribute__((target("arch=x86-64-v4"))) {
         const __m512i number = _mm512_i32gather_epi32(found, numbers + step - 1, 4);
@@ -57,8 +57,8 @@ __attribute__((target("arch=x86-64-v4"))) static inline std::int64_t draw_by_seg
     __m512i all[2], none[2];
     for (int half = 0; half < 2; ++half) {
         all[half] = count_below_bounds(starts, bucket_count, _mm512_load_si512(segments.all_from + 16 * half));
-        none[half] = count_below_bounds(
-            starts + 1, bucket_count, _mm512_add_epi32(_mm512_load_si512(segments.none_before + 16 * half), one));
+        none[half] = count_below_bounds(starts + 1, bucket_count,
+                                        _mm512_add_epi32(_mm512_load_si512(segments.none_before + 16 * half), one));
     }
     const __m512i lowest = _mm512_set1_epi32(static_cast<int>(segments.lowest));
     const __m512i between = _mm512_set1_epi32(static_cast<int>(segments.between));

@@ -33,9 +33,7 @@ PM_HOST_DEVICE To bit_copy(From value) {
     return result;
 }
 
-PM_HOST_DEVICE float to_float(BFloat16 value) {
-    return bit_copy<float>(static_cast<std::uint32_t>(value.bits) << 16);
-}
+PM_HOST_DEVICE float to_float(BFloat16 value) { return bit_copy<float>(static_cast<std::uint32_t>(value.bits) << 16); }
 
 // Branch-free selects, so that compilers vectorise the loops around it.
 PM_HOST_DEVICE float to_float(Half value) {

@@ -10,8 +10,8 @@ namespace pymerge {
 
 constexpr std::int64_t magnitude_block = 2048;  // a block's delta and keys stay in the first-level cache
 
-PM_TARGET_CLONES static inline void find_keys(
-    std::uint32_t* __restrict keys, const float* __restrict delta, std::int64_t n) {
+PM_TARGET_CLONES static inline void find_keys(std::uint32_t* __restrict keys, const float* __restrict delta,
+                                              std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(delta[i]);
 }
 

@@ -38,8 +38,8 @@ static inline std::int64_t find_buckets_anywhere(std::uint32_t* __restrict bucke
 
 // The same, of the first n / 16 * 16.
 __attribute__((target("arch=x86-64-v4"))) static inline std::int64_t find_buckets_avx512(
-    std::uint32_t* __restrict buckets, std::uint32_t* __restrict list, const float* __restrict delta,
-    BucketScale scale, std::int64_t n) {
+    std::uint32_t* __restrict buckets, std::uint32_t* __restrict list, const float* __restrict delta, BucketScale scale,
+    std::int64_t n) {
     const __m512i sizes = _mm512_set1_epi32(0x7fffffff), one = _mm512_set1_epi32(1), lanes = _mm512_set1_epi32(16);
     const __m512i below = _mm512_set1_epi32(scale.below), rest = _mm512_set1_epi32((1 << scale.shift) - 1);
     const __m128i shift = _mm_cvtsi32_si128(scale.shift);

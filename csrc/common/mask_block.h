@@ -49,9 +49,9 @@ PM_TARGET_CLONES static inline void fill_lanes_anywhere(NormLanes& lanes, const 
 #if defined(PM_AVX512)
 
 __attribute__((target("arch=x86-64-v4"))) static inline void fill_lanes_avx512(NormLanes& lanes,
-                                                                              const float* __restrict delta,
-                                                                              const std::uint32_t* __restrict flags,
-                                                                              std::int64_t n) {
+                                                                               const float* __restrict delta,
+                                                                               const std::uint32_t* __restrict flags,
+                                                                               std::int64_t n) {
     __m512d before[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()}, after[2] = {before[0], before[0]};
     for (std::int64_t i = 0; i + 16 <= n; i += 16) {
         const __m512 size = _mm512_abs_ps(_mm512_loadu_ps(delta + i));

@@ -13,8 +13,8 @@ PM_TARGET_CLONES static inline void philox_words_anywhere(std::uint32_t* __restr
     const auto k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
     for (std::int64_t i = 0; i < n; ++i) {
         const auto place = static_cast<std::uint64_t>(first + i);
-        const PhiloxWords words = philox(
-            {{static_cast<std::uint32_t>(place), static_cast<std::uint32_t>(place >> 32), 0, 0}}, k0, k1);
+        const PhiloxWords words =
+            philox({{static_cast<std::uint32_t>(place), static_cast<std::uint32_t>(place >> 32), 0, 0}}, k0, k1);
         for (int j = 0; j < 4; ++j) to[4 * i + j] = words.x[j];
     }
 }
@@ -30,7 +30,8 @@ __attribute__((target("arch=x86-64-v4"))) static inline void philox_words_avx512
     const __m512i multiplier0 = _mm512_set1_epi64(0xD2511F53), multiplier1 = _mm512_set1_epi64(0xCD9E8D57);
     const __m512i lower = _mm512_set1_epi64(0xffffffff);
     const __m512i starts = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m512i firsts = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), seconds = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    const __m512i firsts = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11),
+                  seconds = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
     for (std::int64_t i = 0; i < n; i += 8 * halves) {
         __m512i c0[halves], c1[halves], c2[halves], c3[halves];
         for (int h = 0; h < halves; ++h) {

@@ -21,7 +21,7 @@ namespace pymerge {
 // the order of the elements. For the rest the smaller elements are counted: of the row for a few such elements, of
 // their buckets for many.
 class RankedDraw {
-public:
+  public:
     // Limits, as many as columns, ascend; they must outlive the draw.
     RankedDraw(const std::uint64_t* limits, std::int64_t columns)
         : limits_(limits),
@@ -62,7 +62,7 @@ public:
         }
     }
 
-private:
+  private:
     static constexpr std::int64_t few = 32;
     static constexpr std::int64_t large_bucket = 512;
     // That have buckets of their own.
@@ -147,8 +147,8 @@ private:
         for (std::int64_t at = parts * height; at < columns_; ++at) f(at, (parts - 1) * count_ + buckets[at]);
     }
 
-    PM_TARGET_CLONES static void add_parts(
-        std::uint32_t* __restrict sums, const std::uint32_t* __restrict sizes, std::int64_t count) {
+    PM_TARGET_CLONES static void add_parts(std::uint32_t* __restrict sums, const std::uint32_t* __restrict sizes,
+                                           std::int64_t count) {
         for (std::int64_t i = 0; i < count; ++i) {
             sums[i] = sizes[i] + sizes[count + i] + sizes[2 * count + i] + sizes[3 * count + i];
         }
@@ -235,8 +235,8 @@ private:
     }
 
     // How many are smaller than `size`, or, up to and with element `end`, not larger.
-    PM_TARGET_CLONES static std::uint32_t count_before(
-        const float* delta, std::uint32_t size, std::int64_t end, std::int64_t n) {
+    PM_TARGET_CLONES static std::uint32_t count_before(const float* delta, std::uint32_t size, std::int64_t end,
+                                                       std::int64_t n) {
         std::uint32_t count = 0;
         for (std::int64_t i = 0; i < end; ++i) count += magnitude_bits(delta[i]) <= size;
         for (std::int64_t i = end; i < n; ++i) count += magnitude_bits(delta[i]) < size;

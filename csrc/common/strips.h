@@ -30,8 +30,7 @@ PM_HOST_DEVICE bool is_wide(DType dtype) {
 
 // 4 elements as they are in memory, the first `valid` of them from there and zeros else; 16-bit ones in two words.
 template <Operand operand>
-__device__ __forceinline__ Quad load_quad(
-    const void* data, DType dtype, std::int64_t offset, int valid, bool vector) {
+__device__ __forceinline__ Quad load_quad(const void* data, DType dtype, std::int64_t offset, int valid, bool vector) {
     Quad quad{};
     if (valid == 0) return quad;
     if (is_wide<operand>(dtype)) {
@@ -64,8 +63,9 @@ __device__ __forceinline__ float element(const Quad& quad, DType dtype, int e) {
 
 // The largest finite number that is one operand.
 template <Operand operand>
-constexpr float largest_operand =
-    operand == Operand::f16 ? 65504.0f : operand == Operand::bf16 ? 0x1.fep127f : 0x1.ffcp127f;
+constexpr float largest_operand = operand == Operand::f16    ? 65504.0f
+                                  : operand == Operand::bf16 ? 0x1.fep127f
+                                                             : 0x1.ffcp127f;
 
 template <Operand operand>
 __device__ __forceinline__ std::uint32_t to_word(const float (&x)[rows_per_word<operand>]) {

@@ -6,8 +6,8 @@ namespace pymerge {
 namespace {
 
 template <class W, class E>
-PM_TARGET_CLONES void subtract_row(
-    float* __restrict out, const W* __restrict base, const E* __restrict expert, std::int64_t n) {
+PM_TARGET_CLONES void subtract_row(float* __restrict out, const W* __restrict base, const E* __restrict expert,
+                                   std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) out[i] = task_delta(load<float>(expert[i]), load<float>(base[i]));
 }
 
@@ -20,9 +20,8 @@ PM_TARGET_CLONES void load_row(float* __restrict out, const E* __restrict expert
 
 void row_deltas(float* out, const MatrixView& base, const MatrixView& expert, std::int64_t row, std::int64_t column,
                 std::int64_t n) {
-    with_row(base, row, column, [&](auto* w) {
-        with_row(expert, row, column, [&](auto* e) { subtract_row(out, w, e, n); });
-    });
+    with_row(base, row, column,
+             [&](auto* w) { with_row(expert, row, column, [&](auto* e) { subtract_row(out, w, e, n); }); });
 }
 
 void task_deltas(float* out, const MatrixView& base, const MatrixView& expert, std::int64_t begin, std::int64_t n) {

@@ -53,7 +53,8 @@ class TaskTiles {
 
     void task(std::int64_t t, float* to, std::int64_t stride, const Window& w, bool transposed, float* room) const {
         if (weight_.dense != nullptr) {
-            dense(to, stride, weight_.dense->data, weight_.dense->dtype, t * weight_.dense->stride, w, transposed, room);
+            dense(to, stride, weight_.dense->data, weight_.dense->dtype, t * weight_.dense->stride, w, transposed,
+                  room);
             return;
         }
         const std::int64_t down = transposed ? 1 : stride, across = transposed ? stride : 1;
@@ -99,29 +100,33 @@ class TaskTiles {
         bounds_ = std::make_unique_for_overwrite<std::int64_t[]>(
             static_cast<std::size_t>(tasks.count * weight_.rows * (parts_ + 1)));
         std::vector<std::uint8_t> wrong(static_cast<std::size_t>(weight_.rows));
-        for_each_item(weight_.rows, threads, [&](std::int64_t r) {
-            with_sparse(tasks, [&](auto* values, auto* columns) {
-                static_cast<void>(values);
-                for (std::int64_t t = 0; t < tasks.count; ++t) {
-                    const std::int64_t* starts = tasks.starts + t * tasks.start_stride + r;
-                    std::int64_t* bounds = bounds_.get() + (t * weight_.rows + r) * (parts_ + 1);
-                    std::int64_t part = 0, before = -1;
-                    bool ascending = true;
-                    for (std::int64_t i = starts[0]; i < starts[1]; ++i) {
-                        const std::int64_t column = columns[i];
-                        ascending &= column > before && column < weight_.columns;
-                        before = column;
-                        while (part <= parts_ && part * step_ <= column) bounds[part++] = i;
+        for_each_item(
+            weight_.rows, threads,
+            [&](std::int64_t r) {
+                with_sparse(tasks, [&](auto* values, auto* columns) {
+                    static_cast<void>(values);
+                    for (std::int64_t t = 0; t < tasks.count; ++t) {
+                        const std::int64_t* starts = tasks.starts + t * tasks.start_stride + r;
+                        std::int64_t* bounds = bounds_.get() + (t * weight_.rows + r) * (parts_ + 1);
+                        std::int64_t part = 0, before = -1;
+                        bool ascending = true;
+                        for (std::int64_t i = starts[0]; i < starts[1]; ++i) {
+                            const std::int64_t column = columns[i];
+                            ascending &= column > before && column < weight_.columns;
+                            before = column;
+                            while (part <= parts_ && part * step_ <= column) bounds[part++] = i;
+                        }
+                        while (part <= parts_) bounds[part++] = starts[1];
+                        if (!ascending) wrong[static_cast<std::size_t>(r)] = 1;
                     }
-                    while (part <= parts_) bounds[part++] = starts[1];
-                    if (!ascending) wrong[static_cast<std::size_t>(r)] = 1;
-                }
-            });
-        }, 16);
+                });
+            },
+            16);
         for (std::int64_t r = 0; r < weight_.rows; ++r) {
             PM_CHECK(!wrong[static_cast<std::size_t>(r)],
                      "routed_linear: columns of row " << r << " of a sparse task vector do not ascend from 0 to "
-                         << weight_.columns - 1 << "; sort the entries of each row by their columns, each once");
+                                                      << weight_.columns - 1
+                                                      << "; sort the entries of each row by their columns, each once");
         }
     }
 

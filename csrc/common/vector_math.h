@@ -39,9 +39,9 @@ static inline double log_of(double y) {
     const double f = bit_copy<double>((bits & 0xfffffffffffffu) + root) - 1.0;
     const double s = f / (2.0 + f), z = s * s, w = z * z;
     const double even = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
-    const double odd = z * (6.666666666666735130e-01 +
-                            w * (2.857142874366239149e-01 +
-                                 w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01)));
+    const double odd =
+        z * (6.666666666666735130e-01 +
+             w * (2.857142874366239149e-01 + w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01)));
     const double half_square = 0.5 * f * f;
     const double rest = s * (half_square + even + odd) + k * 1.90821492927058770002e-10;
     return k * 6.93147180369123816490e-01 - ((half_square - rest) - f);

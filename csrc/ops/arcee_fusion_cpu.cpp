@@ -10,7 +10,7 @@ namespace pymerge {
 namespace {
 
 constexpr std::int64_t lanes = 16;
-constexpr double small = 1e-8;    // added to probabilities
+constexpr double small = 1e-8;     // added to probabilities
 constexpr double lowest = -708.0;  // e^x is the least normal number there
 
 double sum_of_lanes(const double* sums) {
@@ -91,16 +91,16 @@ class Row {
 };
 
 template <class A>
-PM_TARGET_CLONES void scores_of(
-    A* __restrict scores, const A* __restrict far, const A* __restrict near, double divergence, std::int64_t n) {
+PM_TARGET_CLONES void scores_of(A* __restrict scores, const A* __restrict far, const A* __restrict near,
+                                double divergence, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) {
         scores[i] = static_cast<A>(std::abs(static_cast<double>(far[i] - near[i]) * divergence));
     }
 }
 
 template <class A>
-PM_TARGET_CLONES void choose(
-    A* __restrict near, const A* __restrict far, const A* __restrict scores, A least, std::int64_t n) {
+PM_TARGET_CLONES void choose(A* __restrict near, const A* __restrict far, const A* __restrict scores, A least,
+                             std::int64_t n) {
     // Not less rather than at least: NaN takes over, and is in the result.
     for (std::int64_t i = 0; i < n; ++i) near[i] = scores[i] < least ? near[i] : far[i];
 }

@@ -17,8 +17,8 @@ PM_TARGET_CLONES void read_block(A* __restrict to, const T* __restrict from, std
 }
 
 template <class A, class T>
-PM_TARGET_CLONES void add_block(
-    A* __restrict total, const A* __restrict origin, const T* __restrict values, A weight, std::int64_t n) {
+PM_TARGET_CLONES void add_block(A* __restrict total, const A* __restrict origin, const T* __restrict values, A weight,
+                                std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) {
         total[i] = combine_step<A>(total[i], load<A>(values[i]), origin[i], weight);
     }

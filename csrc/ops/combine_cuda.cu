@@ -35,7 +35,8 @@ __global__ void combine_kernel(const __grid_constant__ Arguments a) {
         A total = A(0);
         for (int t = 0; t < a.count; ++t) {
             const Input& input = a.inputs[t];
-            total = combine_step<A>(total, load_at<A>(input.data, input.dtype, i), origin, static_cast<A>(input.weight));
+            total =
+                combine_step<A>(total, load_at<A>(input.data, input.dtype, i), origin, static_cast<A>(input.weight));
         }
         if (a.divisor != 1.0) total /= static_cast<A>(a.divisor);
         store_at<A>(a.out, a.out_dtype, i, origin + total);

@@ -1,5 +1,5 @@
-// `combine` of a few tensors of one dtype with all of an element's work in registers: nothing goes through the cache but
-// inputs and output. The same operations in the same order as block by block, so the same bits.
+// `combine` of a few tensors of one dtype with all of an element's work in registers: nothing goes through the cache
+// but inputs and output. The same operations in the same order as block by block, so the same bits.
 #pragma once
 
 #include "common/dispatch.h"
@@ -37,8 +37,8 @@ void combine_fused(const CombineParams& p, std::int64_t begin, std::int64_t n) {
     }
     const T* base = based ? static_cast<const T*>(p.base.data) + begin : nullptr;
     T* to = static_cast<T*>(p.out.data) + begin;
-    const auto call = p.divisor == 1.0 ? &combine_elements<T, count, based, false>
-                                       : &combine_elements<T, count, based, true>;
+    const auto call =
+        p.divisor == 1.0 ? &combine_elements<T, count, based, false> : &combine_elements<T, count, based, true>;
     call(to, base, inputs[0], inputs[1], inputs[2], inputs[3], weights, static_cast<float>(p.divisor), n);
 }
 

@@ -10,8 +10,8 @@ namespace {
 constexpr std::int64_t block_size = 2048;
 constexpr std::int64_t segment = 16 * block_size;
 
-PM_TARGET_CLONES void flag_block(
-    std::uint32_t* __restrict flags, const float* __restrict delta, KeyRange kept, std::int32_t n) {
+PM_TARGET_CLONES void flag_block(std::uint32_t* __restrict flags, const float* __restrict delta, KeyRange kept,
+                                 std::int32_t n) {
     for (std::int32_t i = 0; i < n; ++i) flags[i] = kept(delta[i], i);
 }
 

@@ -10,8 +10,8 @@
 namespace pymerge {
 
 struct MixParams {
-    Output out;       // float32, float16 or bfloat16, contiguous: samples x rows x columns
-    MatrixView base;  // W_0, contiguous
+    Output out;          // float32, float16 or bfloat16, contiguous: samples x rows x columns
+    MatrixView base;     // W_0, contiguous
     const float* gates;  // samples x T
     std::int64_t samples;
     std::int64_t rows;
@@ -26,8 +26,8 @@ void mix_sparse_cpu(const MixParams& p, const SparseTasks& tasks, int threads);
 
 // out[t] = <delta, tau_t>, float64; delta is float32, contiguous.
 void dots_dense_cpu(double* out, const float* delta, std::int64_t numel, const DenseTasks& tasks, int threads);
-void dots_sparse_cpu(double* out, const float* delta, std::int64_t rows, std::int64_t columns,
-                     const SparseTasks& tasks, int threads);
+void dots_sparse_cpu(double* out, const float* delta, std::int64_t rows, std::int64_t columns, const SparseTasks& tasks,
+                     int threads);
 
 // y[n][o] += sum_t gates[n][t] sum_i tau_t[o][i] x[n][i]; all float32, x and gates contiguous, y with a row stride.
 void add_sparse_products_cpu(float* y, std::int64_t y_stride, const float* x, const float* gates, std::int64_t tokens,

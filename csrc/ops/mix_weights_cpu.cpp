@@ -139,8 +139,9 @@ void mix_dense_cpu(const MixParams& p, const DenseTasks& tasks, int threads) {
                 std::int64_t sample = 0;
                 // Chunk by chunk for all samples: the second one finds the task vectors in the cache.
                 for (; p.out.dtype == DType::f32 && sample + together <= p.samples; sample += together) {
-                    mix_block_of<together>(static_cast<float*>(p.out.data) + sample * numel + begin, numel, base, values,
-                                           tasks.stride, p.gates + sample * tasks.count, tasks.count, end - begin);
+                    mix_block_of<together>(static_cast<float*>(p.out.data) + sample * numel + begin, numel, base,
+                                           values, tasks.stride, p.gates + sample * tasks.count, tasks.count,
+                                           end - begin);
                 }
                 for (; sample < p.samples; ++sample) {
                     const float* gates = p.gates + sample * tasks.count;
@@ -179,7 +180,8 @@ void mix_sparse_rows(const MixParams& p, const SparseTasks& tasks, std::int64_t 
             read_row(row_of_one.data(), static_cast<const W*>(p.base.data) + row * p.columns, p.columns);
         });
         for (std::int64_t c = 0; c < p.columns; ++c) {
-            for (int k = 0; k < K; ++k) sums[static_cast<std::size_t>(c * K + k)] = row_of_one[static_cast<std::size_t>(c)];
+            const float origin = row_of_one[static_cast<std::size_t>(c)];
+            for (int k = 0; k < K; ++k) sums[static_cast<std::size_t>(c * K + k)] = origin;
         }
         with_sparse(tasks, [&](auto* values, auto* columns) {
             for (std::int64_t t = 0; t < tasks.count; ++t) {
@@ -221,49 +223,55 @@ void dots_dense_cpu(double* out, const float* delta, std::int64_t numel, const D
     add_up(out, partial, items, tasks.count);
 }
 
-void dots_sparse_cpu(double* out, const float* delta, std::int64_t rows, std::int64_t columns,
-                     const SparseTasks& tasks, int threads) {
+void dots_sparse_cpu(double* out, const float* delta, std::int64_t rows, std::int64_t columns, const SparseTasks& tasks,
+                     int threads) {
     std::vector<double> partial(static_cast<std::size_t>(rows * tasks.count));
-    for_each_item(rows, threads, [&](std::int64_t row) {
-        with_sparse(tasks, [&](auto* values, auto* places) {
-            for (std::int64_t t = 0; t < tasks.count; ++t) {
-                const std::int64_t* starts = tasks.starts + t * tasks.start_stride + row;
-                double total = 0.0;
-                for (std::int64_t i = starts[0]; i < starts[1]; ++i) {
-                    total += static_cast<double>(delta[row * columns + places[i]]) * load<double>(values[i]);
+    for_each_item(
+        rows, threads,
+        [&](std::int64_t row) {
+            with_sparse(tasks, [&](auto* values, auto* places) {
+                for (std::int64_t t = 0; t < tasks.count; ++t) {
+                    const std::int64_t* starts = tasks.starts + t * tasks.start_stride + row;
+                    double total = 0.0;
+                    for (std::int64_t i = starts[0]; i < starts[1]; ++i) {
+                        total += static_cast<double>(delta[row * columns + places[i]]) * load<double>(values[i]);
+                    }
+                    partial[static_cast<std::size_t>(row * tasks.count + t)] = total;
                 }
-                partial[static_cast<std::size_t>(row * tasks.count + t)] = total;
-            }
-        });
-    }, 16);
+            });
+        },
+        16);
     add_up(out, partial, rows, tasks.count);
 }
 
 void add_sparse_products_cpu(float* y, std::int64_t y_stride, const float* x, const float* gates, std::int64_t tokens,
                              std::int64_t rows, std::int64_t columns, const SparseTasks& tasks, int threads) {
-    for_each_item(rows, threads, [&](std::int64_t row) {
-        with_sparse(tasks, [&](auto* values, auto* places) {
-            for (std::int64_t n = 0; n < tokens; ++n) {
-                const float* token = x + n * columns;
-                float total = 0.0f;
-                for (std::int64_t t = 0; t < tasks.count; ++t) {
-                    const std::int64_t* starts = tasks.starts + t * tasks.start_stride + row;
-                    // Four sums: one alone would wait for each addition.
-                    std::array<float, 4> sums{};
-                    std::int64_t i = starts[0];
-                    for (; i + 4 <= starts[1]; i += 4) {
-                        for (std::size_t k = 0; k < 4; ++k) {
-                            const std::int64_t j = i + static_cast<std::int64_t>(k);
-                            sums[k] += load<float>(values[j]) * token[places[j]];
+    for_each_item(
+        rows, threads,
+        [&](std::int64_t row) {
+            with_sparse(tasks, [&](auto* values, auto* places) {
+                for (std::int64_t n = 0; n < tokens; ++n) {
+                    const float* token = x + n * columns;
+                    float total = 0.0f;
+                    for (std::int64_t t = 0; t < tasks.count; ++t) {
+                        const std::int64_t* starts = tasks.starts + t * tasks.start_stride + row;
+                        // Four sums: one alone would wait for each addition.
+                        std::array<float, 4> sums{};
+                        std::int64_t i = starts[0];
+                        for (; i + 4 <= starts[1]; i += 4) {
+                            for (std::size_t k = 0; k < 4; ++k) {
+                                const std::int64_t j = i + static_cast<std::int64_t>(k);
+                                sums[k] += load<float>(values[j]) * token[places[j]];
+                            }
                         }
+                        for (; i < starts[1]; ++i) sums[0] += load<float>(values[i]) * token[places[i]];
+                        total += gates[n * tasks.count + t] * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
                     }
-                    for (; i < starts[1]; ++i) sums[0] += load<float>(values[i]) * token[places[i]];
-                    total += gates[n * tasks.count + t] * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+                    y[n * y_stride + row] += total;
                 }
-                y[n * y_stride + row] += total;
-            }
-        });
-    }, 16);
+            });
+        },
+        16);
 }
 
 }  // namespace pymerge

@@ -65,14 +65,15 @@ void ram_counts_cpu(std::int64_t* counts, const TaskTensors& p, double epsilon, 
     std::vector<std::int64_t> partial(static_cast<std::size_t>(chunk_count(p.numel, task_chunk) * p.count * 2));
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
-        for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t chunk, std::int64_t at, std::int64_t n) {
-            block.read_taus(at, n);
-            sum_active<A>(block, p, epsilon, nullptr, n);
-            for (std::int64_t t = 0; t < p.count; ++t) {
-                std::int64_t* here = partial.data() + (chunk * p.count + t) * 2;
-                count_active<A>(here, block.tau(t), block.row(1), static_cast<A>(epsilon), n);
-            }
-        });
+        for_each_task_block<A>(p, threads,
+                               [&](TaskBlock<A>& block, std::int64_t chunk, std::int64_t at, std::int64_t n) {
+                                   block.read_taus(at, n);
+                                   sum_active<A>(block, p, epsilon, nullptr, n);
+                                   for (std::int64_t t = 0; t < p.count; ++t) {
+                                       std::int64_t* here = partial.data() + (chunk * p.count + t) * 2;
+                                       count_active<A>(here, block.tau(t), block.row(1), static_cast<A>(epsilon), n);
+                                   }
+                               });
     });
     std::fill_n(counts, p.count * 2, 0);
     for (std::size_t i = 0; i < partial.size(); ++i) counts[i % static_cast<std::size_t>(p.count * 2)] += partial[i];

@@ -18,8 +18,8 @@ const std::uint32_t* words_of(std::uint32_t* room, std::uint64_t key, std::int64
     return room + begin % 4;
 }
 
-PM_TARGET_CLONES void flag_block(
-    std::uint32_t* __restrict flags, const std::uint32_t* __restrict words, std::uint64_t limit, std::int64_t n) {
+PM_TARGET_CLONES void flag_block(std::uint32_t* __restrict flags, const std::uint32_t* __restrict words,
+                                 std::uint64_t limit, std::int64_t n) {
     const auto below = static_cast<std::uint32_t>(limit);
     const std::uint32_t all = limit >> 32;  // 1 for probability 1
     for (std::int64_t i = 0; i < n; ++i) flags[i] = (words[i] < below) | all;

@@ -16,7 +16,10 @@ constexpr std::int64_t item_columns = 512;
 class Gradient {
   public:
     Gradient(const RoutedGates& p, const TileKernels& kernels, int threads)
-        : p_(p), kernels_(kernels), threads_(threads), tiles_(p.weight, block_columns, kernels, threads),
+        : p_(p),
+          kernels_(kernels),
+          threads_(threads),
+          tiles_(p.weight, block_columns, kernels, threads),
           packed_(chunk_count(p.weight.columns, block_columns) * block_columns * p.ends[p.samples]) {
         pack();
     }
@@ -43,7 +46,9 @@ class Gradient {
         });
         std::fill_n(p_.out, numbers, 0.0);
         for (std::int64_t item = 0; item < items; ++item) {
-            for (std::int64_t i = 0; i < numbers; ++i) p_.out[i] += partial[static_cast<std::size_t>(item * numbers + i)];
+            for (std::int64_t i = 0; i < numbers; ++i) {
+                p_.out[i] += partial[static_cast<std::size_t>(item * numbers + i)];
+            }
         }
     }
 
@@ -89,9 +94,9 @@ class Gradient {
         static constexpr float zeros[block_columns] = {};
         kernels_.for_each_tile(window.height, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t c = 0; c < block_columns; c += kernels_.width) {
-                kernels_.tiles[static_cast<std::size_t>(end - begin - 1)](
-                    delta + begin * block_columns + c, block_columns, zeros, 0, dy + begin, p_.weight.rows, x + c,
-                    block_columns, tokens);
+                kernels_.tiles[static_cast<std::size_t>(end - begin - 1)](delta + begin * block_columns + c,
+                                                                          block_columns, zeros, 0, dy + begin,
+                                                                          p_.weight.rows, x + c, block_columns, tokens);
             }
         });
     }

@@ -48,8 +48,8 @@ PM_TARGET_CLONES void add_kept(A* __restrict total, A* __restrict divisor, const
 }
 
 template <class A>
-PM_TARGET_CLONES void add_quotient(A* __restrict origin, const A* __restrict total, const A* __restrict divisor, A least,
-                                   std::int64_t n) {
+PM_TARGET_CLONES void add_quotient(A* __restrict origin, const A* __restrict total, const A* __restrict divisor,
+                                   A least, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) {
         const A limited = divisor[i] < least ? least : divisor[i];
         origin[i] += total[i] / (limited == A(0) ? A(1) : limited);
@@ -78,12 +78,13 @@ void sce_energies_cpu(double* energies, const TaskTensors& p, const std::uint8_t
     std::vector<double> partial(static_cast<std::size_t>(chunk_count(p.numel, task_chunk) * p.count));
     in_compute_type(p, [&](auto tag) {
         using A = typename decltype(tag)::type;
-        for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t chunk, std::int64_t at, std::int64_t n) {
-            block.read_taus(at, n, selected);
-            for (std::int64_t t = 0; t < p.count; ++t) {
-                partial[static_cast<std::size_t>(chunk * p.count + t)] += sum_of_squares<A>(block.tau(t), n);
-            }
-        });
+        for_each_task_block<A>(
+            p, threads, [&](TaskBlock<A>& block, std::int64_t chunk, std::int64_t at, std::int64_t n) {
+                block.read_taus(at, n, selected);
+                for (std::int64_t t = 0; t < p.count; ++t) {
+                    partial[static_cast<std::size_t>(chunk * p.count + t)] += sum_of_squares<A>(block.tau(t), n);
+                }
+            });
     });
     std::fill_n(energies, p.count, 0.0);
     for (std::size_t i = 0; i < partial.size(); ++i) energies[i % static_cast<std::size_t>(p.count)] += partial[i];

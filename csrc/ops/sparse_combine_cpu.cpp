@@ -49,8 +49,8 @@ PM_TARGET_CLONES void divide_block(A* __restrict total, const A* __restrict shar
 }
 
 template <class A, class T>
-PM_TARGET_CLONES void write_block(
-    T* __restrict to, const A* __restrict origin, const A* __restrict total, A scale, std::int64_t n) {
+PM_TARGET_CLONES void write_block(T* __restrict to, const A* __restrict origin, const A* __restrict total, A scale,
+                                  std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) to[i] = Round<T>::from(origin[i] + total[i] * scale);
 }
 

@@ -10,7 +10,7 @@
 
 namespace pymerge {
 
-constexpr std::int64_t most_sparse_fused = 4;     // experts
+constexpr std::int64_t most_sparse_fused = 4;       // experts
 constexpr std::int64_t sparse_fused_elements = 32;  // a mask's word; whole ones are done
 
 // Where it is said what is kept.

@@ -13,9 +13,9 @@ struct SpdSolveParams {
     std::int32_t* minors;  // layers: 0, or the size of the first leading minor that is not positive; X is unset then
     const void* S;         // layers x columns x columns; the lower triangle is read
     const void* R;
-    const void* prior;     // c, layers x columns, or null
-    const void* start;     // columns: where power iterations start, of length 1
-    DType dtype;           // float32 or float64, of all but the minors
+    const void* prior;  // c, layers x columns, or null
+    const void* start;  // columns: where power iterations start, of length 1
+    DType dtype;        // float32 or float64, of all but the minors
     std::int64_t layers;
     std::int64_t rows;
     std::int64_t columns;  // at most spd_solve_columns

@@ -198,9 +198,8 @@ __global__ void __launch_bounds__(threads) spd_solve_kernel(const __grid_constan
     for (std::int64_t start = blockIdx.x * block_rows; start < stop; start += tile_rows) {
         const std::int64_t offset = (layer * a.rows + start) * n;
         const int height = stop - start < tile_rows ? static_cast<int>(stop - start) : tile_rows;
-        for_each_thread_item(tile_rows * n, [&](int i) {
-            s.tile[i / n][i % n] = i < height * n ? a.R[offset + i] : A(0);
-        });
+        for_each_thread_item(tile_rows * n,
+                             [&](int i) { s.tile[i / n][i % n] = i < height * n ? a.R[offset + i] : A(0); });
         __syncthreads();
         if (prior != nullptr && threadIdx.x % panel == 0) {
             const int r = static_cast<int>(threadIdx.x) / panel;
@@ -221,9 +220,15 @@ __global__ void __launch_bounds__(threads) spd_solve_kernel(const __grid_constan
 template <class A>
 void launch(const SpdSolveParams& p, cudaStream_t on) {
     const auto in = [](const void* data) { return static_cast<const A*>(data); };
-    const Arguments<A> a{static_cast<A*>(p.X), static_cast<A*>(p.conditions), p.minors,
-                         in(p.S),              in(p.R),                       in(p.prior),
-                         in(p.start),          p.rows,                        static_cast<int>(p.columns),
+    const Arguments<A> a{static_cast<A*>(p.X),
+                         static_cast<A*>(p.conditions),
+                         p.minors,
+                         in(p.S),
+                         in(p.R),
+                         in(p.prior),
+                         in(p.start),
+                         p.rows,
+                         static_cast<int>(p.columns),
                          p.iterations};
     const std::int64_t needed = (p.rows + block_rows - 1) / block_rows;
     const dim3 grid(static_cast<unsigned>(needed > 0 ? needed : 1), static_cast<unsigned>(p.layers));

@@ -82,7 +82,9 @@ void dots_all(const TaskDotsParams& p, int threads) {
     for (std::int64_t i = 0; i < p.vectors * chunks; ++i) {
         double* out = p.out + (i / chunks) * pairs;
         for (std::int64_t t = 0; t < p.count; ++t) {
-            for (std::int64_t s = 0; s <= t; ++s) out[t * p.count + s] += partial[static_cast<std::size_t>(i * pairs + t * p.count + s)];
+            for (std::int64_t s = 0; s <= t; ++s) {
+                out[t * p.count + s] += partial[static_cast<std::size_t>(i * pairs + t * p.count + s)];
+            }
         }
     }
     for (std::int64_t v = 0; v < p.vectors; ++v) {

@@ -45,9 +45,9 @@ template <Operand operand, int tile>
 struct Shared {
     // By stage, strip (the tile's rows, its columns) and part (hi, lo). The padding keeps reads in different banks.
     std::uint32_t words[2][2][2][strip_words][tile + 8];
-    std::int64_t with_lo[2];      // of a stage: the step for which some lo is not 0
+    std::int64_t with_lo[2];       // of a stage: the step for which some lo is not 0
     std::int64_t with_special[2];  // and for which something is infinite or NaN
-    int tasks[tasks_at_most];     // those whose weight is not 0
+    int tasks[tasks_at_most];      // those whose weight is not 0
     int used;
 };
 
@@ -131,8 +131,8 @@ struct Block {
     }
 
     // Words of a strip as the operands of mma; `finite`: 0 in place of what is not.
-    __device__ __forceinline__ void read(
-        std::uint32_t (&left)[4], int stage, int part, bool finite, const Lane<tile>& lane, int i) const {
+    __device__ __forceinline__ void read(std::uint32_t (&left)[4], int stage, int part, bool finite,
+                                         const Lane<tile>& lane, int i) const {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             left[r] = s.words[stage][0][part][lane.q + 4 * (r / 2)][lane.row(i, r % 2)];
@@ -140,8 +140,8 @@ struct Block {
         }
     }
 
-    __device__ __forceinline__ void read(
-        std::uint32_t (&right)[4][2], int stage, int part, bool finite, const Lane<tile>& lane) const {
+    __device__ __forceinline__ void read(std::uint32_t (&right)[4][2], int stage, int part, bool finite,
+                                         const Lane<tile>& lane) const {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -152,8 +152,8 @@ struct Block {
         }
     }
 
-    __device__ __forceinline__ static void multiply_row(
-        float (&part)[4][4], const std::uint32_t (&left)[4], const std::uint32_t (&right)[4][2]) {
+    __device__ __forceinline__ static void multiply_row(float (&part)[4][4], const std::uint32_t (&left)[4],
+                                                        const std::uint32_t (&right)[4][2]) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) mma<operand>(part[j], left, right[j]);
     }

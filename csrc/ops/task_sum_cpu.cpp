@@ -20,7 +20,8 @@ PM_TARGET_CLONES void add_row(A* __restrict out, const W* __restrict base, const
 template <class A>
 void sum_all(const TaskSumParams& p, int threads) {
     const std::vector<A> zeros(p.means == nullptr ? static_cast<std::size_t>(p.columns) : 0, A{0});
-    const std::int64_t rows_per_chunk = std::max<std::int64_t>(1, chunk_elements / std::max<std::int64_t>(1, p.columns));
+    const std::int64_t rows_per_chunk =
+        std::max<std::int64_t>(1, chunk_elements / std::max<std::int64_t>(1, p.columns));
     for_each_chunk(p.rows, rows_per_chunk, threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t row = begin; row < end; ++row) {
             A* out = static_cast<A*>(p.out.data) + row * p.columns;

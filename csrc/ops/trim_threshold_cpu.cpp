@@ -40,8 +40,8 @@ void count_first_digit(const TrimThresholdParams& p, std::int64_t task, std::int
     for (std::size_t bin = 0; bin < bins; ++bin) table[bin] += other[bin];
 }
 
-void count_digit(const TrimThresholdParams& p, std::int64_t task, std::int64_t begin, std::uint32_t prefix,
-                 Digit digit, Table& table) {
+void count_digit(const TrimThresholdParams& p, std::int64_t task, std::int64_t begin, std::uint32_t prefix, Digit digit,
+                 Table& table) {
     const std::uint32_t mask = (1u << digit.bits) - 1;
     for_each_block(p, task, begin, [&](const std::uint32_t* keys, std::int64_t n, std::int64_t) {
         for_each_matching(keys, n, prefix, digit.shift + digit.bits,
@@ -63,7 +63,7 @@ std::int64_t behind_tie(const TrimThresholdParams& p, std::int64_t task, std::in
 
 // The selection of one task, digit by digit from the top.
 class Search {
-public:
+  public:
     Search(std::int64_t count, std::int64_t segments) : left_(count), tables_(static_cast<std::size_t>(segments)) {}
 
     void count(const TrimThresholdParams& p, std::int64_t task, std::size_t place, Digit digit) {
@@ -99,7 +99,7 @@ public:
         return behind_tie(p, task, static_cast<std::int64_t>(place) * segment, prefix_, left);
     }
 
-private:
+  private:
     std::int64_t left_;       // elements to be taken among those that start with the prefix
     std::int64_t equal_ = 0;  // how many those are
     std::uint32_t prefix_ = 0;

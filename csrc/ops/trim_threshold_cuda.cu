@@ -5,8 +5,8 @@
 #include "common/strips.h"
 
 // Two digits of 16 bits, and one pass over the weights for each; no step waits for the host.
-//   high: the upper 15 bits of a key, and whether the lower 16 are not all 0. Of a delta that is a bfloat16 they are, so
-//         that among bfloat16 weights one digit settles nearly every selection.
+//   high: the upper 15 bits of a key, and whether the lower 16 are not all 0. Of a delta that is a bfloat16 they are,
+//         so that among bfloat16 weights one digit settles nearly every selection.
 //   low:  the lower 16 bits, of the keys whose high digit is the one that was found; only where those are not 0.
 // Counts are integers, added in any order: the result does not depend on how the work is divided.
 
@@ -14,11 +14,11 @@ namespace pymerge {
 namespace {
 
 constexpr int threads = 512;
-constexpr int quads = 4;                        // of a thread, loaded together
+constexpr int quads = 4;                            // of a thread, loaded together
 constexpr std::int64_t step = threads * quads * 4;  // elements that a block takes at once
-constexpr std::int64_t least_part = 4 * step;   // of a block: fewer, and it would be busy with its table
+constexpr std::int64_t least_part = 4 * step;       // of a block: fewer, and it would be busy with its table
 constexpr std::int64_t blocks_at_most = 1024;
-constexpr std::int64_t tasks_at_most = 128;     // kernel arguments hold 4 KiB
+constexpr std::int64_t tasks_at_most = 128;  // kernel arguments hold 4 KiB
 constexpr int bins = 1 << 16;
 // High digits that a block counts in shared memory: magnitudes from 2^-31 to 2. Others go to the table in memory.
 constexpr std::uint32_t window_first = 96 << 8;
@@ -66,8 +66,8 @@ __device__ __forceinline__ Quad load_quad_of(const Input& input, std::int64_t be
     return load_quad<Operand::tf32>(input.data, input.dtype, begin, valid, vector);
 }
 
-// Calls f(key, index) for the elements of [begin, end) that this thread takes, a quad `stride` elements after the other;
-// begin is a multiple of 4.
+// Calls f(key, index) for the elements of [begin, end) that this thread takes, a quad `stride` elements after the
+// other; begin is a multiple of 4.
 template <class F>
 __device__ __forceinline__ void for_each_key(const Arguments& a, std::int64_t begin, std::int64_t end,
                                              std::int64_t stride, F&& f) {
@@ -264,8 +264,8 @@ void trim_threshold_cuda(const TrimThresholdParams& p, void* scratch, void* stre
     auto* tables = static_cast<std::uint32_t*>(scratch);
     auto* searches = reinterpret_cast<Search*>(tables + p.count * bins);
     auto* ties = reinterpret_cast<std::uint32_t*>(searches + p.count);
-    Arguments a{p.keys, p.ends, tables, searches, ties, p.numel, part_of(p.count, p.numel),
-                {p.base.data, p.base.dtype}, {}, {}};
+    Arguments a{p.keys, p.ends, tables, searches, ties, p.numel, part_of(p.count, p.numel), {p.base.data, p.base.dtype},
+                {},     {}};
     PM_CHECK(p.base.dtype != DType::f64, "trim_threshold: the base is float64; use the reference");
     for (std::int64_t t = 0; t < p.count; ++t) {
         PM_CHECK(0 < p.counts[t] && p.counts[t] < p.numel,

@@ -10,7 +10,7 @@ struct WudiAdamParams {
     float* other;  // steps write D and other in turn: the result is in D after an even number of them
     float* m;
     float* v;
-    const float* A;    // layers x columns x columns
+    const float* A;  // layers x columns x columns
     const float* B;
     const double* lr;  // layers, on the device
     std::int64_t layers;

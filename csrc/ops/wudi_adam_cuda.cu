@@ -33,9 +33,8 @@ struct Arguments {
 };
 
 // 4 elements of a rows x columns matrix, zeros outside it.
-__device__ __forceinline__ void copy_four(
-    float* shared, const float* matrix, std::int64_t row, std::int64_t column, std::int64_t rows, std::int64_t columns,
-    bool vector) {
+__device__ __forceinline__ void copy_four(float* shared, const float* matrix, std::int64_t row, std::int64_t column,
+                                          std::int64_t rows, std::int64_t columns, bool vector) {
     const float* from = matrix + row * columns + column;
     if (vector) {
         const bool outside = row >= rows || column >= columns;
@@ -59,8 +58,8 @@ struct Strips {
     float left[tile][depth + 4];   // of D; the padding keeps a warp's reads in different banks
     float right[depth][tile + 8];  // of A
 
-    __device__ __forceinline__ void start(
-        const float* D, const float* A, std::int64_t row, std::int64_t column, std::int64_t k, const Arguments& a) {
+    __device__ __forceinline__ void start(const float* D, const float* A, std::int64_t row, std::int64_t column,
+                                          std::int64_t k, const Arguments& a) {
         for (int i = static_cast<int>(threadIdx.x); i < tile * depth / 4; i += tile_threads<tile>) {
             const int r = i / (depth / 4), c = i % (depth / 4) * 4;
             copy_four(&left[r][c], D, row + r, k + c, a.rows, a.columns, a.vector);
@@ -179,8 +178,8 @@ __global__ void __launch_bounds__(tile_threads<tile>) wudi_adam_kernel(const __g
 template <int tile>
 void launch(const Arguments& a, std::int64_t layers, cudaStream_t on) {
     const std::int64_t blocks = ceil_divide(a.rows, tile) * ceil_divide(a.columns, tile);
-    PM_CHECK(blocks < (std::int64_t(1) << 31), "wudi_adam: " << a.rows << " x " << a.columns
-                                                             << " elements; one launch takes fewer, use reference");
+    PM_CHECK(blocks < (std::int64_t(1) << 31),
+             "wudi_adam: " << a.rows << " x " << a.columns << " elements; one launch takes fewer, use reference");
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(layers));
     constexpr int threads = tile_threads<tile>;
     wudi_adam_kernel<tile><<<grid, threads, 0, on>>>(a);
@@ -208,9 +207,8 @@ void wudi_adam_cuda(const WudiAdamParams& p, void* stream) {
         adam.correction2 = std::sqrt(1.0 - std::pow(p.beta2, static_cast<double>(step)));
         adam.eps = p.eps;
         const bool odd = step % 2 == 1;
-        const Arguments a{odd ? p.other : p.D, odd ? p.D : p.other, p.m,    p.v,       p.A,
-                          p.B,                 p.lr,                p.rows, p.columns, adam.correction1,
-                          AdamFactors<float>(adam), vector};
+        const Arguments a{odd ? p.other : p.D, odd ? p.D : p.other,      p.m,   p.v, p.A, p.B, p.lr, p.rows, p.columns,
+                          adam.correction1,    AdamFactors<float>(adam), vector};
         if (large) {
             launch<128>(a, p.layers, static_cast<cudaStream_t>(stream));
         } else {

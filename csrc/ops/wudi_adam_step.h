@@ -9,12 +9,12 @@
 namespace pymerge {
 
 struct AdamParams {
-    void* D;              // updated, as are m and v
+    void* D;  // updated, as are m and v
     void* m;
     void* v;
     const void* product;  // D A
     const void* B;
-    DType dtype;          // float32 or float64, of all five
+    DType dtype;  // float32 or float64, of all five
     std::int64_t numel;
     double beta1;
     double beta2;

@@ -9,14 +9,8 @@ namespace {
 constexpr std::int64_t chunk_size = 16384;
 
 template <class A>
-PM_TARGET_CLONES void update_chunk(
-    A* __restrict D,
-    A* __restrict m,
-    A* __restrict v,
-    const A* __restrict product,
-    const A* __restrict B,
-    AdamFactors<A> factors,
-    std::int64_t n) {
+PM_TARGET_CLONES void update_chunk(A* __restrict D, A* __restrict m, A* __restrict v, const A* __restrict product,
+                                   const A* __restrict B, AdamFactors<A> factors, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) adam_update<A>(D[i], m[i], v[i], product[i], B[i], factors);
 }
 
@@ -24,14 +18,9 @@ template <class A>
 void update_all(const AdamParams& p, int threads) {
     const AdamFactors<A> factors(p);
     for_each_chunk(p.numel, chunk_size, threads, [&](std::int64_t begin, std::int64_t end) {
-        update_chunk<A>(
-            static_cast<A*>(p.D) + begin,
-            static_cast<A*>(p.m) + begin,
-            static_cast<A*>(p.v) + begin,
-            static_cast<const A*>(p.product) + begin,
-            static_cast<const A*>(p.B) + begin,
-            factors,
-            end - begin);
+        update_chunk<A>(static_cast<A*>(p.D) + begin, static_cast<A*>(p.m) + begin, static_cast<A*>(p.v) + begin,
+                        static_cast<const A*>(p.product) + begin, static_cast<const A*>(p.B) + begin, factors,
+                        end - begin);
     });
 }
 

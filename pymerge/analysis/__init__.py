@@ -1,4 +1,4 @@
-"""What experts look like before they are merged: measures of their task vectors, and a page that shows them."""
+"""Measures of experts before they are merged: of their task vectors, and a page that shows them."""
 
 from __future__ import annotations
 

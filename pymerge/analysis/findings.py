@@ -1,4 +1,4 @@
-"""What the measures say, in sentences; no more than the numbers show."""
+"""Findings: the measures in sentences, no more than the numbers show."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a model's tensors are: roles, blocks, stacks, tied weights, token tables; by names, shapes and config.json."""
+"""Architecture of a model: roles of tensors, blocks, stacks, tied weights, token tables."""

@@ -1,4 +1,4 @@
-"""What each tensor of a checkpoint is: linear (and which axis is its input), embedding, head, norm, bias, ...
+"""Roles of a checkpoint's tensors: linear (and which axis is its input), embedding, head, norm, bias, ...
 
 Decided from names, shapes and config.json, without a table per architecture; every decision has its reason.
 """
@@ -18,7 +18,7 @@ Tensors = Mapping[str, tuple[str, Sequence[int]]]
 
 
 class Kind(str, Enum):
-    """What a tensor is for. Only LINEAR weights are solved by WUDI, ACE and their kin."""
+    """Purpose of a tensor. Only LINEAR weights are solved by WUDI, ACE and their kin."""
 
     LINEAR = "linear"
     EMBEDDING = "embedding"
@@ -165,7 +165,7 @@ def _position(index: int | None, count: int) -> float:
 
 
 class _Facts:
-    """What names, shapes and config say, looked up once for all tensors."""
+    """Facts that names, shapes and config tell, looked up once for all tensors."""
 
     def __init__(self, tensors: Tensors, config: Mapping[str, Any]) -> None:
         self.shapes = {name: tuple(shape) for name, (_, shape) in tensors.items()}

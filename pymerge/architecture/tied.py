@@ -15,7 +15,7 @@ _COMPARED_BYTES = 16 << 20
 
 
 def ties(config: Mapping[str, Any]) -> bool | None:
-    """What config.json says about tied heads; None if it says nothing."""
+    """Whether config.json ties the head; None if it says nothing."""
     nested = config.get("text_config")
     parts = (config, nested if isinstance(nested, Mapping) else {})
     flags = [part["tie_word_embeddings"] for part in parts if isinstance(part.get("tie_word_embeddings"), bool)]

@@ -1,1 +1,1 @@
-"""What computes ops: `runner` chooses; a folder a backend has a module for each op that it has code of its own for."""
+"""Backends compute ops: `runner` chooses; the folder of each has a module for every op with code of its own."""

@@ -1,4 +1,4 @@
-"""What the device backends share: batches of matrices as their kernels take them."""
+"""Batches of matrices as the kernels of the device backends take them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend was the fastest for an op on a CUDA device: a small table of measured times, kept as data.
+"""Table of measured times, kept as data: the fastest backend for an op on a CUDA device.
 
 The table, measured.json, holds nothing but what a benchmark wrote on a device. To add to it, on the machine with the
 device: `make gpu`, or by hand
@@ -28,7 +28,7 @@ _REACH = 2.0
 
 
 class Row(NamedTuple):
-    """What was fastest in one case."""
+    """The fastest backend in one case."""
 
     device: str  # as torch.cuda.get_device_name gives it
     op: str
@@ -62,7 +62,7 @@ def _read(table: Path) -> tuple[Row, ...]:
 
 
 def summary() -> str:
-    """What `pymerge env` says about it: devices and numbers of rows."""
+    """Line of `pymerge env` about it: devices and numbers of rows."""
     devices = sorted({row.device for row in rows()})
     if not devices:
         return "no op has been timed on a GPU: there, auto is PyTorch"

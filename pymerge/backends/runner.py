@@ -30,7 +30,7 @@ _NOT_MEASURED = (
 
 
 class Backend(Protocol):
-    """What each package of this one offers, beside a module `<op>` with `compute(op, threads)` for each of its ops.
+    """Interface of each package of this one, beside a module `<op>` with `compute(op, threads)` for each of its ops.
 
     A module that computes batches of layers at once says so by `TAKES_BATCHES = True`.
     """

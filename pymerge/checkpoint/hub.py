@@ -75,7 +75,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 
 def _weight_patterns(folder: Path, form: WeightFormat) -> Iterator[list[str]]:
-    """What to ask for, until there are weights: the shards of the index, the usual single file, one of another name."""
+    """Patterns to ask for until there are weights: the shards of the index, the usual file, one of another name."""
     index = folder / (form.stem + form.index_suffix)
     if index.is_file():
         yield sorted(set(read_weight_map(index, form).values()))

@@ -1,4 +1,4 @@
-"""Which files of a model directory hold weights, and which others an output carries over."""
+"""Files of a model directory: those that hold weights, and the others that an output carries over."""
 
 from __future__ import annotations
 

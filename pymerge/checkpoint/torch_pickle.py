@@ -1,4 +1,4 @@
-"""What a pickle of torch.save describes, found without unpickling it: nothing that it names is imported or called."""
+"""Tensors in a pickle of torch.save, found without unpickling it: nothing that it names is imported or called."""
 
 from __future__ import annotations
 

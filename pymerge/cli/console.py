@@ -1,4 +1,4 @@
-"""What the commands share: consoles, errors as one line and an exit code, common options."""
+"""Consoles, errors as one line and an exit code, and options that several commands have."""
 
 from __future__ import annotations
 

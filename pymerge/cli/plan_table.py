@@ -15,6 +15,8 @@ from pymerge.common.units import format_bytes, format_flops
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
+_NAMES = 3  # of tensors that PyTorch carries out
+
 
 def plan_view(plan: Plan) -> RenderableType:
     """Inputs and totals, one row for the tensors that differ in block numbers only, the reasons, and warnings."""
@@ -51,10 +53,22 @@ def plan_view(plan: Plan) -> RenderableType:
         f"the limit is {format_bytes(plan.budget.tensors)} ({plan.budget.origin})",
         f"reads {_count(plan.forecast.depth, 'piece')} ahead or more, of {_count(largest, 'element')} at most; files "
         f"{'stay in' if plan.keeps_cache else 'are dropped from'} the page cache",
+        _workers(plan),
     ]
     why = [f"{reason}: {', '.join(names)}" for reason, names in reasons.items()]
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
     return Group(*map(Text, lines), table, Text("What each tensor is, and why:"), *map(Text, why), *warnings)
+
+
+def _workers(plan: Plan) -> str:
+    """Line on what carries out the tensors: native code, or PyTorch, which is imported only if it does any."""
+    by_torch = [name for name, steps in _grouped(plan.steps).items() if steps[0].worker == "torch"]
+    if not by_torch:
+        return "carried out by native code, without PyTorch"
+    more = len(by_torch) - _NAMES
+    names = ", ".join(by_torch[:_NAMES]) + (f" and {more} more" if more > 0 else "")
+    native = len(by_torch) < len(_grouped(plan.steps))
+    return f"carried out by {'native code, and by ' if native else ''}PyTorch{f': {names}' if native else ''}"
 
 
 def _count(count: int, what: str) -> str:
@@ -74,7 +88,7 @@ def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
         name = role(step.name)
         reason = role(step.layer.describe())
         alike = groups.setdefault(name, {})
-        alike.setdefault((step.shape, reason, step.action, step.dtype), []).append(step)
+        alike.setdefault((step.shape, reason, step.action, step.dtype, step.worker), []).append(step)
     return {
         name if len(kinds) == 1 else f"{name} ({members[0].name}, ...)": members
         for name, kinds in groups.items()

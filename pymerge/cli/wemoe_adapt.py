@@ -212,7 +212,7 @@ def _heads(
 
 
 def _identity(sets: Mapping[str, Dataset], paths: list[str], autocast: Autocast) -> str:
-    """What a run's steps depend on beside `adapt`'s own settings."""
+    """Identity of a run: all that its steps depend on beside `adapt`'s own settings."""
     parts = [*paths, autocast.value, *(f"{task} {dataset.digest()}" for task, dataset in sets.items())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

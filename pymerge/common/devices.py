@@ -1,4 +1,4 @@
-"""Where tensors are computed on, by name: known without PyTorch, which is asked only where there may be a GPU."""
+"""Devices by name: known without PyTorch, which is asked only where there may be a GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_device(device: Device | torch.device) -> None:
 
 
 def _cuda_devices() -> int:
-    """How many PyTorch sees; where no driver is installed, none, and it is not imported."""
+    """Number of CUDA devices that PyTorch sees; where no driver is installed, none, and it is not imported."""
     try:
         ctypes.CDLL(_NVIDIA)
     except OSError:

@@ -1,4 +1,4 @@
-"""What happens during a merge, as events of the standard logger "pymerge", and as lines of JSON in a file.
+"""Events of a merge, by the standard logger "pymerge", and as lines of JSON in a file.
 
 docs/logging.md lists the events and their fields.
 """

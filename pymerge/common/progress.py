@@ -9,7 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 
 class ProgressSink(Protocol):
-    """What the engine reports to. Calls may come from several threads."""
+    """Listener to the engine's progress. Calls may come from several threads."""
 
     def start(self, total: int) -> None:
         """Work begins; `total` bytes will be read and written."""

@@ -1,4 +1,4 @@
-"""What ops and methods agree on before there is a tensor: vectors, masks, ranks and keys by numbers alone."""
+"""Shapes that ops and methods agree on before there is a tensor: vectors, masks, ranks and keys by numbers alone."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the user said: YAML as typed models, with errors that name lines."""
+"""Configs: the user's YAML as typed models, with errors that name lines."""

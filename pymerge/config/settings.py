@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a config says about one parameter; the first entry whose filter fits a tensor counts.
+    """Values of one parameter in a config; the first entry whose filter fits a tensor counts.
 
     Semantics are mergekit's: filters are case-sensitive substrings, "*" fits all, and where no entry fits,
     the next level is asked (the model's parameters, then the top-level ones, then the method's default).

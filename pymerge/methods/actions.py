@@ -1,4 +1,4 @@
-"""Actions: what is done to one tensor, of four kinds. Combine is data; the others say which ops to run."""
+"""Actions: what is done to one tensor, of five kinds. Combine is data; the others say what to run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pymerge.common.arrays import ArrayLike
 from pymerge.ops import combine as sums
@@ -15,12 +15,9 @@ from pymerge.ops._op import Op
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.methods.reduce import Reduction
     from pymerge.methods.rows import Rows
 
 Result = TypeVar("Result")
-# Of what a reduction adds up: one tensor, or all tensors of the model that have the same action.
-Scope = Literal["tensor", "model"]
 
 
 class Run(Protocol):
@@ -30,7 +27,7 @@ class Run(Protocol):
 
 
 class Action(ABC):
-    """What is done to one tensor. Frozen dataclasses: equal actions do the same."""
+    """Work on one tensor. Frozen dataclasses: equal actions do the same."""
 
     @property
     def label(self) -> str:
@@ -56,7 +53,7 @@ class Action(ABC):
         return False
 
     def remark(self, delta_rms: float) -> str | None:
-        """What a user should know before merging deltas of this root mean square, with the remedy."""
+        """Advice to a user who would merge deltas of this root mean square, with the remedy."""
         return None
 
 
@@ -96,43 +93,6 @@ class Elementwise(Action):
         """The op that merges these rows."""
 
 
-class Reduce(Action):
-    """Passes over all pieces that add up what decides the merge, and one that merges, piece by piece.
-
-    The pieces depend on the shape alone (pymerge.methods.reduce.ranges): sums over them are rounded the same whether
-    the tensor is in memory or is read again for each pass.
-    """
-
-    @property
-    def scope(self) -> Scope:
-        """What one reduction is about: a tensor, or all tensors of the model that have this very action."""
-        return "tensor"
-
-    @abstractmethod
-    def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
-        """The state of a merge of one tensor of this shape, before its first pass.
-
-        With the scope "model" the tensors are one vector, in their order, of shape (their elements together,).
-        """
-
-    @abstractmethod
-    def passes(self, shape: tuple[int, ...]) -> int:
-        """How many passes come before the one that merges."""
-
-    @abstractmethod
-    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        """Bytes of the state of one tensor between two of its pieces."""
-
-    @property
-    def native(self) -> bool:
-        """Whether native code has all of its ops for arrays."""
-        return True
-
-    @property
-    def shows_nonfinite(self) -> bool:
-        return True
-
-
 class Solve(Action):
     """Work on whole matrices, d_out x d_in, one of a stack after the other; on tensors of PyTorch."""
 
@@ -157,6 +117,20 @@ class SolveTogether(Solve):
 
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
         return self.run_batch(run, [base], [experts], out_dtype)[0]
+
+
+class Encode(Action):
+    """Work on whole tensors that gives several others, whose sizes may depend on the values; for `Extras` of a plan.
+
+    On tensors of PyTorch on the CPU, by a thread of its own: the results do not depend on how many there are.
+    """
+
+    @abstractmethod
+    def run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The tensors that are written, by their names, from all that are read, the base first.
+
+        Raises NonFiniteError, which names file and tensor, for what must not be written.
+        """
 
 
 def copy() -> Combine:

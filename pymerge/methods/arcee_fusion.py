@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pymerge.common.arrays import ArrayLike, compute_code
-from pymerge.methods.actions import Action, Reduce, Run
+from pymerge.methods.actions import Action, Run
 from pymerge.methods.base import Method, Values
-from pymerge.methods.reduce import Reduction
+from pymerge.methods.reduce import Reduce, Reduction
 from pymerge.methods.rows import Rows
 from pymerge.methods.selection import SCRATCH_BYTES, Magnitudes, Selection, digits
 from pymerge.ops import arcee_fusion

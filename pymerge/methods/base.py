@@ -116,7 +116,7 @@ class Method(ABC):
         return self
 
     def wrong_count(self, experts: Sequence[str]) -> str | None:
-        """What is wrong with the number of models, given their names; None if nothing is."""
+        """Complaint about the number of models, given their names; None if there is nothing wrong with it."""
         least, most = self.least_experts, self.most_experts
         if len(experts) >= least and (most is None or len(experts) <= most):
             return None

@@ -17,7 +17,7 @@ def normalised(weights: Sequence[float]) -> tuple[float, ...]:
 
 
 def sum_of(weights: Sequence[float]) -> float:
-    """What normalised weights are divided by; ArgumentError if it is 0."""
+    """Sum that weights are divided by to be normalised; ArgumentError if it is 0."""
     total = math.fsum(weights)
     if total == 0.0:
         raise ArgumentError(

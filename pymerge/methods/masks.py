@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from pymerge.common.arrays import ArrayLike, join
 from pymerge.common.shapes import row_bytes
-from pymerge.methods.actions import Reduce, Run, Scope
-from pymerge.methods.reduce import Reduction, ranges
+from pymerge.methods.actions import Run
+from pymerge.methods.reduce import Reduce, Reduction, Scope, ranges
 from pymerge.methods.rows import Rows
 from pymerge.methods.selection import BYTES_OF_PIECE, SCRATCH_BYTES, Magnitudes, Selection, passes_to_select
 from pymerge.ops._bitmask import TaskMasks
@@ -45,7 +45,7 @@ class MergeSparse(Reduce):
 
 
 class Sparsifying(Reduction):
-    """What the masks of a tensor follow from. Where what is kept is rescaled, that is known only behind all masks: they
+    """State of masks. Where what is kept is rescaled, the factors are known only behind all masks: they
     are made in a pass of their own and held, a bit an element."""
 
     def __init__(self, action: MergeSparse, shape: tuple[int, ...]) -> None:
@@ -149,7 +149,7 @@ class KeepMagnitudes(MergeSparse):
 
 
 class Selecting(Sparsifying):
-    """Where the ranks begin and end."""
+    """Selections of where the ranks begin and end."""
 
     def __init__(self, action: KeepMagnitudes, shape: tuple[int, ...]) -> None:
         super().__init__(action, shape)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pymerge.common.arrays import ArrayLike
-from pymerge.methods.actions import Action, Elementwise, Reduce, Run
+from pymerge.methods.actions import Action, Elementwise, Run
 from pymerge.methods.base import Method, Parameter, Values
-from pymerge.methods.reduce import Reduction
+from pymerge.methods.reduce import Reduce, Reduction
 from pymerge.methods.rows import Rows
 from pymerge.ops import ram
 from pymerge.ops.ram_counts import RamCounts
@@ -66,7 +66,7 @@ class MeanOfActivePlus(Reduce):
 
 
 class Alone(Reduction):
-    """How many elements each task vector alone touches, and how many it shares."""
+    """Counts of the elements that each task vector alone touches, and of those that it shares."""
 
     def __init__(self, action: MeanOfActivePlus, experts: int) -> None:
         self._action = action

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pymerge.common.arrays import ArrayLike
-from pymerge.methods.actions import Reduce, Run
+from pymerge.methods.actions import Action, Run
 from pymerge.methods.rows import Rows
 
+# Of what a reduction adds up: one tensor, or all tensors of the model that have the same action.
+Scope = Literal["tensor", "model"]
 # Elements of a piece: reading one is one long request, as for elementwise actions.
 RANGE_ELEMENTS = 3 * 2**19
 # Pieces start at multiples of so many elements: masks are whole words there, and random numbers whole counters.
@@ -53,6 +55,44 @@ class Reduction(ABC):
             for rows in pieces:
                 self.add(rows.first, self.map(run, rows))
             self.end_pass()
+
+
+class Reduce(Action):
+    """Passes over all pieces that add up what decides the merge, and one that merges, piece by piece.
+
+    The pieces depend on the shape alone (pymerge.methods.reduce.ranges): sums over them are rounded the same whether
+    the tensor is in memory or is read again for each pass.
+    """
+
+    @property
+    def scope(self) -> Scope:
+        """Extent of one reduction: a tensor, or all tensors of the model that have this very action."""
+        return "tensor"
+
+    @abstractmethod
+    def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
+        """The state of a merge of one tensor of this shape, before its first pass.
+
+        With the scope "model" the tensors are one vector, in the order of their names, of shape (their elements
+        together,).
+        """
+
+    @abstractmethod
+    def passes(self, shape: tuple[int, ...]) -> int:
+        """Number of passes before the one that merges."""
+
+    @abstractmethod
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """Bytes of the state of one tensor between two of its pieces."""
+
+    @property
+    def native(self) -> bool:
+        """Whether native code has all of its ops for arrays."""
+        return True
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return True
 
 
 def merge_whole(action: Reduce, run: Run, whole: Rows) -> ArrayLike:

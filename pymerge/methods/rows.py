@@ -13,7 +13,7 @@ Known = TypeVar("Known")
 
 
 class Vectors(NamedTuple):
-    """Which v_t an op is about: W_1 to W_T, with W_0 before them (`with_base`), or less W_0 (`on_base`)."""
+    """The vectors v_t of an op: W_1 to W_T, with W_0 before them (`with_base`), or less W_0 (`on_base`)."""
 
     with_base: bool = False
     on_base: bool = False
@@ -52,6 +52,6 @@ class Rows:
         return Rows(rows_of(self.base, start, stop), experts, self.out_dtype, first, self.row + start)
 
     def held(self, by_first: Mapping[int, Known]) -> list[Known]:
-        """What is known of the pieces that these rows consist of, by their first elements, in their order."""
+        """Values known, by first elements, of the pieces that these rows consist of, in their order."""
         end = self.first + max(1, self.numel)
         return [known for first, known in by_first.items() if self.first <= first < end]

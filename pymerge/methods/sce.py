@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from pymerge.common.arrays import ArrayLike, join
 from pymerge.common.shapes import row_bytes
-from pymerge.methods.actions import Action, Reduce, Run
+from pymerge.methods.actions import Action, Run
 from pymerge.methods.base import COMPAT, Method, Parameter, Values
-from pymerge.methods.reduce import Reduction, ranges
+from pymerge.methods.reduce import Reduce, Reduction, ranges
 from pymerge.methods.rows import Rows
 from pymerge.methods.selection import BYTES_OF_PIECE, SCRATCH_BYTES, Magnitudes, Selection, digits
 from pymerge.ops import sce
@@ -59,7 +59,7 @@ class SelectCalculateErase(Reduce):
 
 
 class Differing(Reduction):
-    """Which elements differ most, and the energies of the task vectors over them."""
+    """Selection of the elements that differ most, and the energies of the task vectors over them."""
 
     def __init__(self, action: SelectCalculateErase, shape: tuple[int, ...], experts: int) -> None:
         self.passes = action.passes(shape)
@@ -129,7 +129,7 @@ class Differing(Reduction):
         self._nonzero = None
 
     def _mask(self, run: Run, rows: Rows) -> ArrayLike | None:
-        """Which elements are merged; None for all."""
+        """Bits of the elements that are merged; None for all."""
         if self._selection is None:
             return None
         scores = self._scores(run, rows)
@@ -142,7 +142,7 @@ class Differing(Reduction):
 
 
 def _count_nonzero(run: Run, scores: Magnitudes) -> int:
-    """How many scores are not 0."""
+    """Number of scores that are not 0."""
     (zeros,) = run(MagnitudeCounts(scores.base, scores.vectors, [0], 0, 0))[0]
     return scores.numel - int(zeros)
 

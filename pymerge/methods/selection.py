@@ -32,7 +32,7 @@ def digits(key_bits: int = 31) -> list[int]:
 
 
 def passes_to_select(numel: int, counts: Sequence[int], *, frugal: bool = False) -> int:
-    """How many passes over all pieces a `Selection` needs."""
+    """Number of passes over all pieces that a `Selection` needs."""
     return 0 if all(exact(numel, count) is not None for count in counts) else len(digits()) + frugal
 
 
@@ -110,7 +110,7 @@ class Selection:
             self._keys, self._ends = found.keys.tolist(), found.ends.tolist()
 
     def count(self, run: Run, piece: Magnitudes) -> NDArray[Any] | None:
-        """How many elements of a piece have each value of this pass's digit; None where nothing is open."""
+        """Numbers of elements of a piece with each value of this pass's digit; None where nothing is open."""
         if not self._open:
             return None
         bits, *lower = self._digits

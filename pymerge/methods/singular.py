@@ -37,7 +37,7 @@ class SolveSingular(Solve):
         return add_to_base(base, run(self.op(base, experts)), self.scale, out_dtype)
 
     def decompositions(self, experts: int) -> int:
-        """How many are made, of matrices of the smaller side."""
+        """Number of decompositions, of matrices of the smaller side."""
         return experts + 2
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:

@@ -1,4 +1,4 @@
-"""What the data-free solvers share: shared parameters, the rule for other tensors, small sums."""
+"""Parts that the data-free solvers share: parameters, the rule for other tensors, small sums."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SolverMethod(Method):
 
 
 class Equations(NamedTuple):
-    """What WUDI's interference loss says about one layer."""
+    """Equations of WUDI's interference loss for one layer."""
 
     X: Tensor  # X_0, d_out x d_in
     A: Tensor  # normal equations, B relative to X_0

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pymerge.common.arrays import ArrayLike
 from pymerge.common.shapes import Axis, vector_shape
-from pymerge.methods.actions import Reduce, Run
-from pymerge.methods.reduce import Reduction
+from pymerge.methods.actions import Run
+from pymerge.methods.reduce import Reduce, Reduction
 from pymerge.methods.rows import Rows, Vectors
 from pymerge.ops.combine import Combine
 from pymerge.ops.combine_vectors import CombineVectors
@@ -34,7 +34,7 @@ class InSpan(Reduce):
 
     @property
     def vectors(self) -> Vectors:
-        """Which tensors the v_t are."""
+        """The vectors that are summed."""
         return self.which
 
     @abstractmethod

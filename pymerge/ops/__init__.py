@@ -24,6 +24,9 @@ class _Ops(Mapping[str, "type[Op[Any]]"]):
         found: type[Op[Any]] = getattr(module, "".join(part.capitalize() for part in name.split("_")))
         return found
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without importing it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TaskMasks(NamedTuple):
-    """Which elements of T task vectors are kept, and their L1 norms."""
+    """Masks of T task vectors, and their L1 norms."""
 
     bits: ArrayLike  # [T, 8 ceil(numel / 64)] uint8: element i is bit i % 8 of byte i // 8; bits behind the last are 0
     before: NDArray[Any]  # [T] float64: sum of |tau_t|

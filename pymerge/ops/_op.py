@@ -53,17 +53,17 @@ class Op(ABC, Generic[Result]):
 
         Weights are numbers, even where a batch's are a float64 tensor.
         """
-        codes = set()
+        found: set[Any] = set()
         for field, value in vars(self).items():
             if value is None or field == "weights":
                 continue
             if field.endswith("dtype"):
-                codes.add(code_of(value))
+                found.add(value)
             elif hasattr(value, "data_ptr"):  # the common case, without a generator
-                codes.add(code_of(value.dtype))
+                found.add(value.dtype)
             else:
-                codes.update(dtype_of(tensor) for tensor in tensors((value,)))
-        return frozenset(code for code in codes if is_float(code))
+                found.update([tensor.dtype for tensor in tensors((value,))])
+        return frozenset(code_of(dtype) for dtype in found if _is_floating(dtype))
 
     takes_batches: ClassVar[bool] = False  # whether its tensors may be a batch of layers of one shape
 
@@ -96,7 +96,7 @@ def numel_of(values: ArrayLike) -> int:
 
 
 def device_of(values: ArrayLike) -> str:
-    """Where a tensor is; arrays are on the CPU."""
+    """Device of a tensor, by name; arrays are on the CPU."""
     return "cpu" if isinstance(values, Array) else _device_name(values.device)
 
 
@@ -134,12 +134,27 @@ def into(out: ArrayLike | None, result: Tensor) -> Tensor:
 
 def check_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike], *, ndim: int | None = None) -> None:
     """Raise ArgumentError unless all experts are floating tensors of the base's shape, on the base's device."""
-    shape = tuple(base.shape)
+    shape = base.shape
     if ndim is not None and len(shape) != ndim:
-        raise ArgumentError(f"{op}: the base has shape {shape}, expected {ndim} dimensions; reshape it")
+        raise ArgumentError(f"{op}: the base has shape {tuple(shape)}, expected {ndim} dimensions; reshape it")
     if not experts:
         raise ArgumentError(f"{op}: no experts were given; pass at least one")
-    device = device_of(base)
+    # Most calls are right, and small ones should not take longer to check than to compute.
+    device = getattr(base, "device", None)
+    for tensor in (base, *experts):
+        if tensor.shape != shape or getattr(tensor, "device", None) != device or not _is_floating(tensor.dtype):
+            _refuse_task_tensors(op, base, experts)
+
+
+@cache
+def _is_floating(dtype: Any) -> bool:
+    """Whether a dtype of a tensor or an array is a floating-point type."""
+    return is_float(code_of(dtype))
+
+
+def _refuse_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike]) -> None:
+    """Raise the ArgumentError that says which tensor differs; arrays and tensors of the CPU go together."""
+    shape, device = tuple(base.shape), device_of(base)
     for index, expert in enumerate(experts):
         if expert.shape != shape:
             raise ArgumentError(

@@ -1,4 +1,4 @@
-"""Where gradient flow on the interference loss arrives after a given time, in closed form, without eigenvectors."""
+"""Gradient flow on the interference loss for a given time, in closed form, without eigenvectors."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def largest_eigenvalue(A: Tensor, iterations: int = 40) -> float:
 
 
 class Schedule(NamedTuple):
-    """How the time t is reached: a Chebyshev series for h = t / 2^doublings, then so many doublings of Phi or B Phi."""
+    """Way to the time t: a Chebyshev series for h = t / 2^doublings, then so many doublings of Phi or B Phi."""
 
     doublings: int
     on_B: bool

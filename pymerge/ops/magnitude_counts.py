@@ -20,7 +20,7 @@ _MOST_BITS = 16
 
 @dataclass(frozen=True, eq=False)
 class MagnitudeCounts(Op["NDArray[Any]"]):
-    """How many |tau_t| have each value of a digit: [T, 2^bits] int64, on the CPU.
+    """Numbers of |tau_t| with each value of a digit: [T, 2^bits] int64, on the CPU.
 
     A key is the magnitude's bits as an integer; the digit is (key >> shift) & (2^bits - 1). Deltas in float32 (float64
     if an input is).

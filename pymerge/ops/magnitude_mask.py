@@ -51,7 +51,7 @@ class MagnitudeMask(Op[TaskMasks]):
 
 
 def _selected(delta: Tensor, thresholds: Thresholds, task: int, begin: int) -> Tensor:
-    """Which elements of a block, from number `begin` on, the thresholds of a task select."""
+    """Mask of the elements of a block, from number `begin` on, that the thresholds of a task select."""
     import torch
 
     keys, key = magnitude_keys(delta), int(thresholds.keys[task])

@@ -30,7 +30,7 @@ class Thresholds(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TrimThreshold(Op[Thresholds]):
-    """Where the k_t largest |tau_t| of each task end.
+    """Thresholds of the k_t largest |tau_t| of each task.
 
     Elements of equal magnitude are taken in the order of their index, so exactly k_t are selected. NaN counts as larger
     than infinity. Where all elements at the threshold are taken, ends[t] is numel; otherwise it is the index behind the

@@ -1,4 +1,4 @@
-"""What a merge is made of, part by part, and which parts of two merges differ.
+"""Identity of a merge, part by part, and the parts in which two merges differ.
 
 An identity maps names of parts ("config parameters.iterations", "input /models/a.safetensors", "PyTorch version")
 to texts. Merges of equal identities write the same bytes, so that only such a merge goes on where another stopped.

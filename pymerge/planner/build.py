@@ -15,8 +15,9 @@ from pymerge.common.dtypes import CODES, ITEM_SIZES, MERGED, is_float8
 from pymerge.config.merge_config import MergeConfig, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
-from pymerge.methods.actions import Action, Combine, Reduce, copy
+from pymerge.methods.actions import Action, Combine, copy
 from pymerge.methods.base import Method, Values
+from pymerge.methods.reduce import Reduce
 from pymerge.output.layout import layout_shards
 from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange
@@ -41,7 +42,27 @@ def build_plan(
     dtype: str | None = None,
     planned: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
-    """Plan a merge from the config and the headers of its inputs.
+    """Plan a merge from the config and the headers of its inputs: a draft (see there), fitted into the budget.
+
+    Raises:
+        PlanError: with everything that is wrong: missing, extra or misshapen tensors, dtypes, memory.
+        ConfigError, CheckpointError: an input cannot be opened at all.
+        ArgumentError: an unknown `dtype`.
+    """
+    draft = draft_plan(config, budget, target, max_shard_bytes=max_shard_bytes, dtype=dtype, planned=planned)
+    return replace(draft, steps=fit(draft.steps, budget))
+
+
+def draft_plan(
+    config: MergeConfig,
+    budget: Budget,
+    target: Target | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: str | None = None,
+    planned: Mapping[str, Checkpoint] | None = None,
+) -> Plan:
+    """Plan all of a merge but the pieces of its steps, which `fit` cuts as the budget allows.
 
     Args:
         config: from `load_config`.
@@ -52,9 +73,7 @@ def build_plan(
         planned: models, by their names in the config, that will be written before the merge runs (`Plan.checkpoint`).
 
     Raises:
-        PlanError: with everything that is wrong: missing, extra or misshapen tensors, dtypes, memory.
-        ConfigError, CheckpointError: an input cannot be opened at all.
-        ArgumentError: an unknown `dtype`.
+        PlanError, ConfigError, CheckpointError, ArgumentError: as `build_plan`, but for the memory.
     """
     target = target or Target()
     method = get_method(config.merge_method).given(config.base_model is not None)
@@ -122,7 +141,7 @@ def build_plan(
         config=config,
         method=method,
         inputs=inputs,
-        steps=fit(_assigned(steps, config, target, aligned.sections), budget),
+        steps=tuple(_assigned(steps, config, target, aligned.sections)),
         layouts=placed,
         warnings=(*config.warnings, *warnings),
         budget=budget,
@@ -138,16 +157,19 @@ def build_plan(
 def _assigned(
     steps: Sequence[Step], config: MergeConfig, target: Target, sections: Mapping[str, Section]
 ) -> list[Step]:
-    """The steps with their workers, and those that are reduced together in groups.
+    """The steps with their workers, and those that are reduced together in groups; empty tensors are in none.
+
+    A group is in the order of its names, whatever the order in files: of equal elements the first are taken.
 
     Raises PlanError for float64 among the latter, whose selection would take more passes.
     """
     groups: dict[tuple[int, Action], list[Step]] = {}
     for step in steps:
-        if isinstance(step.action, Reduce) and step.action.scope == "model":
+        if isinstance(step.action, Reduce) and step.action.scope == "model" and math.prod(step.shape):
             groups.setdefault((id(sections[step.name]), step.action), []).append(step)
     found: dict[int, Group] = {}
-    for number, together in enumerate(groups.values()):
+    for number, unordered in enumerate(groups.values()):
+        together = sorted(unordered, key=lambda step: step.name)  # stable: rows of one tensor keep their order
         wide = [step.name for step in together if any(entry.dtype == "F64" for entry in step.inputs)]
         if wide:
             raise PlanError(
@@ -156,7 +178,7 @@ def _assigned(
                     "convert it, or set scope: tensor"
                 ]
             )
-        first, numel = 0, sum(math.prod(step.shape) for step in together)
+        first, numel = 0, sum([math.prod(step.shape) for step in together])
         for step in together:
             found[id(step)] = Group(number, numel, first)
             first += math.prod(step.shape)

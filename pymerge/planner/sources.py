@@ -57,13 +57,13 @@ def read_source(checkpoint: Checkpoint, donor: Checkpoint, blocks: str, others: 
 
 
 def classified(checkpoint: Checkpoint) -> dict[str, Layer]:
-    """What each tensor of a checkpoint is, by its own names and config.json."""
+    """Roles of a checkpoint's tensors, by its own names and config.json."""
     described = {name: (entry.dtype, entry.shape) for name, entry in checkpoint.tensors.items()}
     return classify(described, checkpoint.config)
 
 
 def _prefix(blocks: str, own: Mapping[str, int]) -> tuple[str, str] | None:
-    """What a model's names begin with, and what the donor's begin with instead; None if no prefix does it."""
+    """Beginning of a model's names, and that of the donor's instead; None if no prefix does it."""
     if blocks in own:
         return "", ""
     for path in own:

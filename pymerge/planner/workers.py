@@ -1,4 +1,4 @@
-"""Which worker carries out a step: native code on arrays where all of it can be had there, else PyTorch."""
+"""Workers of steps: native code on arrays where all of a step can be had there, else PyTorch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pymerge import env
 from pymerge.common.devices import Device
 from pymerge.common.dtypes import NATIVE, is_float8
-from pymerge.methods.actions import Combine, Elementwise, Reduce
+from pymerge.methods.actions import Combine, Elementwise
+from pymerge.methods.reduce import Reduce
 from pymerge.planner.steps import Step, WorkerName
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where and with what a plan computes. `native` says whether the C++ extension loads."""
+    """Device and backend of a plan. `native` says whether the C++ extension loads."""
 
     device: Device = field(default_factory=lambda: Device("cpu"))
     backend: str = "auto"

@@ -85,7 +85,7 @@ def gemm_rate(device: str = "cpu", size: int | None = None, dtype: torch.dtype =
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What results depend on: processor or GPU, threads, versions, commit."""
+    """Facts that results depend on: processor or GPU, threads, versions, commit."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),

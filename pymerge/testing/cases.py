@@ -36,7 +36,7 @@ class TaskCase:
     experts: list[Tensor]
 
     def to(self, dtype: torch.dtype) -> TaskCase:
-        """The same values in another dtype, contiguous."""
+        """This case in another dtype, contiguous."""
         return TaskCase(self.base.to(dtype).contiguous(), [expert.to(dtype).contiguous() for expert in self.experts])
 
 

@@ -1,4 +1,4 @@
-"""What a plan says about tokenizer and vocabulary of the output."""
+"""Plan of the output's tokenizer and vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """What becomes of tokenizer and vocabulary. Without tokenizer keys nothing: all is carried over from the donor.
+    """Plan of tokenizer and vocabulary. Without tokenizer keys it is empty: all is carried over from the donor.
 
     `files` are written, whatever the donor has by their names, and `dropped` is what of the donor is not carried over;
     `config` are keys of config.json with their new values; `lines` tell people; `digest` stands for all that decides.
@@ -54,7 +54,7 @@ def plan_files(
 
 
 def describe_rows(rows_map: RowMap, own: int) -> str:
-    """How many rows of a table come from where, for people; `own` is the number of the model's own table."""
+    """Origins of a table's rows with their numbers, for people; `own` is the number of the model's own table."""
     from pymerge.checkpoint.row_map import AVERAGE, MEAN, ZERO
 
     if rows_map.is_identity(own):

@@ -1,4 +1,4 @@
-"""Which row of which model each row of the output's token tables is."""
+"""Origins of the rows of the output's token tables: a model and a row of it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ UNION, BASE = "union", "base"
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Where a token's row comes from: a model's row of that token, of another `token` or `token_id`, or zeros."""
+    """Origin of a token's row: a model's row of that token, of another `token` or `token_id`, or zeros."""
 
     model: str | None = None  # None: zeros
     token: str | None = None
@@ -19,7 +19,7 @@ class TokenSource:
 
 @dataclass(frozen=True)
 class TokenRule:
-    """What the config says about one token; without `source` the donor is chosen as for other tokens."""
+    """Rule of the config for one token; without `source` the donor is chosen as for other tokens."""
 
     source: TokenSource | None = None
     force: bool = False
@@ -27,7 +27,7 @@ class TokenRule:
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """Which vocabulary the output has: `union`, `base`, or that of the model named by `source`."""
+    """Settings of the output's vocabulary: `union`, `base`, or that of the model named by `source`."""
 
     source: str = UNION
     tokens: Mapping[str, TokenRule] = field(default_factory=dict)

@@ -27,7 +27,7 @@ _EPS = 1e-8
 
 @dataclass
 class AdaptReport:
-    """What happened: `losses` holds each step's loss of each task; `stopped_early` is True if `patience` ran out."""
+    """Report of an adaptation: `losses` holds each step's loss of each task; `stopped_early`: `patience` ran out."""
 
     tasks: list[str]
     losses: list[list[float]] = field(default_factory=list)

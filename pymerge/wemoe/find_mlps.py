@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are the MLPs, from its architecture without weights."""
+"""MLPs among the tensors of a checkpoint, found from its architecture without weights."""
 
 from __future__ import annotations
 

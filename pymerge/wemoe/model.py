@@ -73,7 +73,7 @@ class RoutedModel(nn.Module):
         self._install_hooks()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the wrapped model's forward."""
+        """Run the wrapped model's forward."""
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

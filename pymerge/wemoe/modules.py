@@ -24,7 +24,7 @@ from pymerge.wemoe.router import Router, layer_code
 
 @dataclass
 class Call:
-    """What the running forward of a model tells its units.
+    """State of the running forward of a model, for its units.
 
     The padding mask (B x S), whether it decodes, and whether it has a key-value cache, so that decoding may follow.
     """
@@ -36,7 +36,7 @@ class Call:
 
 @dataclass
 class Shared:
-    """What all units of a model share."""
+    """State that all units of a model share."""
 
     reduce: str = "sample"
     backend: str = field(default_factory=default_backend)

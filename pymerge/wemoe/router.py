@@ -76,7 +76,7 @@ def layer_code(index: int) -> Tensor:
 
 
 def router_count(spec: Spec) -> int:
-    """How many routers a model has: one for each module, or a single shared one."""
+    """Number of a model's routers: one for each module, or a single shared one."""
     return 1 if spec.router.shared else len(spec.modules)
 
 

@@ -17,6 +17,7 @@ import torch
 from triton import knobs
 
 from pymerge import _C
+from pymerge.backends.runner import implemented
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -152,8 +153,10 @@ def test_cuda_module_imports_without_a_gpu_and_says_so() -> None:
 # Bytes of a thread's local memory, by kernel: an epilogue's that works on five tiles at once, and a few.
 STACK = {"wudi_adam 128": 768}
 STACK_ELSE = 128
-WAIT_ON_MEMORY = {"combine", "magnitude_mask", "random_mask", "sparse_combine", "task_dots", "combine_vectors"}
-WAIT_ON_MEMORY |= {"nearswap", "ram", "ram_counts"}
+# Ops made of products; the others wait on memory.
+PRODUCTS_OF_KERNELS = {"task_gram", "wudi_adam", "spd_solve", "routed_linear"}
+# Without contraction, which would change results, and votes of exactly 0.
+EXACT = {"sparse_combine", "nearswap", "ram"}
 SHARED_MEMORY = {"80": 163 * 1024, "90": 227 * 1024}
 
 
@@ -170,17 +173,22 @@ def test_triton_kernels_compile_ahead_of_time(arch: str, tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     built = {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
-    assert {name.split()[0] for name in built} == WAIT_ON_MEMORY | {"task_gram", "wudi_adam", "spd_solve"}
+    assert {name.split()[0] for name in built} == set(implemented("triton"))
+    assert {name.split()[0] for name, row in built.items() if not row["contracts"]} >= EXACT
     assert {"task_gram bf16 64", "task_gram fp16 64", "task_gram fp32 128", "wudi_adam 128"} <= built.keys()
     for name, row in built.items():
         assert row["target"].rstrip("a") == f"sm_{arch}", row
         assert row["shared"] <= SHARED_MEMORY[arch], row
         assert row["stack"] <= STACK.get(name, STACK_ELSE), row
-        if name.split()[0] in WAIT_ON_MEMORY:
-            # Contraction would change results, and votes of exactly 0.
-            assert name.split()[0] not in ("sparse_combine", "nearswap", "ram") or row["fused"] == 0, row
+        assert row["code"] > 1000, row
+        assert row["contracts"] or row["fused"] == 0, row
+        op, _, kind = name.partition(" ")
+        if op not in PRODUCTS_OF_KERNELS:
             continue
-        if name.startswith("spd_solve"):  # in float64, on tensor cores; they have no wgmma of it
+        if op == "routed_linear":
+            assert bool(row["tensor"]) == (not kind.endswith("fp32")), row
+            continue
+        if op == "spd_solve":  # in float64, on tensor cores; they have no wgmma of it
             assert row["tensor"], row
             assert all(re.search(r"^mma\.sync\..*\.f64\.f64\.f64\.f64$", i) for i in row["tensor"]), row
             continue

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from pymerge import api
 from pymerge.architecture.roles import Kind, Layer
-from pymerge.backends import native
+from pymerge.backends.native import task_stats
 from pymerge.backends.runner import Runner
 from pymerge.engine.run import run
+from pymerge.engine.torch_worker import solve
 from pymerge.methods import get_method
-from pymerge.methods.ace import SolveAce
-from pymerge.methods.base import Action, Values
+from pymerge.methods.actions import Action, Solve, SolveTogether
+from pymerge.methods.base import Values
 from pymerge.methods.wudi import SolveWudi
-from pymerge.methods.wudi_flow import SolveFlow
-from pymerge.planner import jobs, pieces
+from pymerge.ops._op import Op
+from pymerge.ops.wudi_adam import WudiAdam
+from pymerge.planner import jobs
 from pymerge.planner.jobs import batches
 from pymerge.testing.cases import make_weights
 from pymerge.testing.compare import assert_same
@@ -45,17 +47,20 @@ MIB = 2**20
 METHODS: dict[str, dict[str, Any]] = {"wudi": {"iterations": 9, "lr": "auto"}, "wudi_flow": {}, "ace": {}, "linear": {}}
 
 
+SOLVERS = tuple(method for method in METHODS if method != "linear")
+
+
 class Counting(Runner):
-    """A dispatcher that notes the shapes of right-hand sides which `wudi_adam` was called with."""
+    """A runner that notes the shapes of right-hand sides which `wudi_adam` was called with."""
 
     def __init__(self, backend: str) -> None:
         super().__init__(backend)
         self.solved: list[tuple[int, ...]] = []
 
-    def __call__(self, op: str, /, *args: Any, **kwargs: Any) -> Any:
-        if op == "wudi_adam":
-            self.solved.append(tuple(args[1].shape))
-        return super().__call__(op, *args, **kwargs)
+    def __call__(self, op: Op[Any], /) -> Any:
+        if isinstance(op, WudiAdam):
+            self.solved.append(tuple(op.B.shape))
+        return super().__call__(op)
 
 
 def weights(
@@ -70,11 +75,13 @@ def weights(
     return bases, experts
 
 
-def action_of(method: str, **parameters: Any) -> Action:
+def action_of(method: str, **parameters: Any) -> Solve:
     found = get_method(method)
     defaults = found.defaults(3)
     values = Values({**defaults.merge, **parameters}, defaults.model)
-    return found.action("model.layers.0.mlp.up_proj.weight", True, values, 3)
+    action: Action = found.action("model.layers.0.mlp.up_proj.weight", True, values, 3)
+    assert isinstance(action, Solve)
+    return action
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
@@ -87,10 +94,10 @@ def test_wudi_solves_layers_together_and_none_changes(
     action = action_of("wudi", precision=precision, lr=lr, iterations=12, scale=0.7)
     bases, experts = weights(shape, dtype)
     run = Counting(backend)
-    together = action.run_batch(run, bases, experts, torch.float64)
+    together = action.run_batch(run, bases, experts, "F64")
     assert run.solved == [(3, *shape)]  # neither the layer without deltas nor the one with NaN
     for layer, merged in enumerate(together):
-        assert_same(f"layer {layer}", merged, action.run(run, bases[layer], experts[layer], torch.float64))
+        assert_same(f"layer {layer}", merged, action.run(run, bases[layer], experts[layer], "F64"))
     assert run.solved[1:] == [shape] * 3
     assert torch.equal(together[1], bases[1].double())
     assert bool(together[3].isnan().all())
@@ -102,13 +109,15 @@ def test_wudi_solves_layers_together_and_none_changes(
 def test_matrices_that_would_begin_elsewhere_in_memory_are_solved_alone() -> None:
     bases, experts = weights((20, 33))
     run = Counting("native")
-    together = action_of("wudi", iterations=5).run_batch(run, bases, experts)
+    together = action_of("wudi", iterations=5).run_batch(run, bases, experts, "F32")
     assert run.solved == [(20, 33)] * 3
     for layer, merged in enumerate(together):
-        assert_same(f"layer {layer}", merged, action_of("wudi", iterations=5).run(run, bases[layer], experts[layer]))
+        assert_same(
+            f"layer {layer}", merged, action_of("wudi", iterations=5).run(run, bases[layer], experts[layer], "F32")
+        )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOLVERS)
 @pytest.mark.parametrize("in_axis", [0, 1])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_pieces_as_they_are_stored(method: str, in_axis: int, stacked: bool) -> None:
@@ -118,12 +127,12 @@ def test_pieces_as_they_are_stored(method: str, in_axis: int, stacked: bool) -> 
     if stacked:
         bases, experts = [base[None] for base in bases], [[expert[None] for expert in tasks] for tasks in experts]
     run = Counting("native")
-    together = pieces.run_batch(action, layer, run, bases, experts, torch.bfloat16)
+    together = solve(action, layer, run, bases, experts, "BF16")
     if method == "wudi":
         assert run.solved == [(3, 48, 32) if in_axis == 1 else (3, 32, 48)]
     for number, merged in enumerate(together):
         assert merged.is_contiguous()
-        alone = pieces.run(action, layer, run, bases[number], experts[number], torch.bfloat16)
+        (alone,) = solve(action, layer, run, [bases[number]], [experts[number]], "BF16")
         assert_same(f"piece {number}", merged, alone)
 
 
@@ -163,16 +172,14 @@ def resident(field: str) -> int:
 def force(elements: int = 3 * 16 * 24) -> None:
     """Batches on a CPU too, of three of the larger matrices; of every solver."""
     jobs.BATCH_ELEMENTS["cpu"] = elements
-    for solver in (SolveWudi, SolveFlow, SolveAce):
-        solver.batched = True
+    jobs.SolveTogether = Solve  # type: ignore[assignment, misc]
 
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """`force`, undone after the test."""
     monkeypatch.setitem(jobs.BATCH_ELEMENTS, "cpu", 0)
-    for solver in (SolveWudi, SolveFlow, SolveAce):
-        monkeypatch.setattr(solver, "batched", solver.batched)
+    monkeypatch.setattr(jobs, "SolveTogether", SolveTogether)
     return force
 
 
@@ -181,12 +188,12 @@ def test_a_merge_in_batches_gives_the_same_files(models: Path, method: str, forc
     config = write_config(models, method, **METHODS[method])
     plan = api.plan(config, device="cpu", max_shard_size="8KB")
     assert len(plan.layouts) > 2
-    run(plan, models / "alone", device="cpu")
-    assert {len(batch.slots) for batch in batches(plan.steps, plan.budget)} == {1}
+    run(plan, models / "alone")
+    assert {len(batch.jobs) for batch in batches(plan.steps, plan.budget)} == {1}
     forced()
-    most = max(len(batch.slots) for batch in batches(plan.steps, plan.budget))
+    most = max(len(batch.jobs) for batch in batches(plan.steps, plan.budget))
     assert most == 1 if method == "linear" else most >= 3
-    report = run(plan, models / "together", device="cpu")
+    report = run(plan, models / "together")
     assert tree(models / "together") == tree(models / "alone")
     assert report.bytes_written == sum(step.nbytes for step in plan.steps)
 
@@ -198,15 +205,15 @@ def test_batches_hold_every_piece_once_in_order_and_within_a_shard(
     plan = api.plan(write_config(models, method), device="cpu", max_shard_size="8KB")
     forced()
     found = batches(plan.steps, plan.budget)
-    order = [(slot.step.name, slot.piece.start) for batch in found for slot in batch.slots]
+    order = [(job.step.name, job.piece.start) for batch in found for job in batch.jobs]
     planned = [(step.name, piece.start) for step in plan.steps for piece in step.pieces]
     assert Counter(order) == Counter(planned)
     for step in plan.steps:  # the writer appends the pieces of a tensor
         assert [start for name, start in order if name == step.name] == [piece.start for piece in step.pieces]
     for batch in found:
-        assert len({(slot.step.file, slot.step.action, slot.piece.shape) for slot in batch.slots}) == 1
-        assert batch.memory.peak == sum(slot.memory.peak for slot in batch.slots)
-    first = [planned.index((batch.slots[0].step.name, batch.slots[0].piece.start)) for batch in found]
+        assert len({(job.step.file, job.step.action, job.piece.shape) for job in batch.jobs}) == 1
+        assert batch.footprint.peak == sum(job.footprint.peak for job in batch.jobs)
+    first = [planned.index((batch.jobs[0].step.name, batch.jobs[0].piece.start)) for batch in found]
     assert first == sorted(first)
 
 
@@ -216,10 +223,10 @@ def test_a_gpu_gets_batches_by_itself_and_none_of_other_shapes_or_values(tmp_pat
     lr = [{"filter": "layers.1.", "value": 1e-3}, {"value": 1e-5}]
     plan = api.plan(write_config(write_models(tmp_path, base), "wudi", lr=lr), device="cpu")
     device = replace(plan.budget, device="cuda")
-    found = [[slot.step.name[13:20] for slot in batch.slots] for batch in batches(plan.steps, device)]
+    found = [[job.step.name[13:20] for job in batch.jobs] for batch in batches(plan.steps, device)]
     assert sorted(found) == [["0.mlp.d", "2.mlp.d"], ["0.mlp.u", "2.mlp.u", "3.mlp.u"], ["1.mlp.d"], ["1.mlp.u"]]
     flow = api.plan(write_config(tmp_path, "wudi_flow"), device="cpu")  # gains nothing from it
-    assert {len(batch.slots) for batch in batches(flow.steps, device)} == {1}
+    assert {len(batch.jobs) for batch in batches(flow.steps, device)} == {1}
 
 
 def test_how_many_are_together_follows_the_elements_and_the_memory(
@@ -227,11 +234,11 @@ def test_how_many_are_together_follows_the_elements_and_the_memory(
 ) -> None:
     base = {f"model.layers.{number}.mlp.up_proj.weight": torch.zeros(64, 64) for number in range(9)}
     plan = api.plan(write_config(write_models(tmp_path, base), "wudi"), device="cpu")
-    one = plan.steps[0].memory(plan.steps[0].pieces[0])
+    one = plan.steps[0].footprint(plan.steps[0].pieces[0])
 
     def sizes(elements: int, limit: int) -> list[int]:
         monkeypatch.setitem(jobs.BATCH_ELEMENTS, "cpu", elements)
-        return [len(batch.slots) for batch in batches(plan.steps, replace(plan.budget, tensors=limit))]
+        return [len(batch.jobs) for batch in batches(plan.steps, replace(plan.budget, tensors=limit))]
 
     assert sizes(4 * 4096, 10**9) == [4, 4, 1]
     assert sizes(4 * 4096 - 1, 10**9) == [3, 3, 3]
@@ -260,7 +267,7 @@ def growth(folder: Path, limit: int) -> tuple[int, int, int]:
     Path("/proc/self/clear_refs").write_text("5")  # the largest resident set so far is now the present one
     before = resident("VmRSS")
     api.merge(config, folder / "out", device="cpu", progress=False, memory=limit)
-    most = max(len(batch.slots) for batch in batches(plan.steps, plan.budget))
+    most = max(len(batch.jobs) for batch in batches(plan.steps, plan.budget))
     return resident("VmHWM") - before, plan.peak_memory, most
 
 
@@ -270,7 +277,7 @@ def test_a_batch_keeps_to_the_limit(tmp_path: Path, precision: str) -> None:
         base = {f"model.layers.{n}.mlp.up_proj.weight": 0.1 * torch.randn(ROWS, COLUMNS) for n in range(layers)}
         write_config(write_models(folder, base), "wudi", iterations=2, precision=precision)
     step = api.plan(tmp_path / "merge.yml").steps[0]
-    one = step.memory(step.pieces[0])
+    one = step.footprint(step.pieces[0])
     limit = 3 * (one.peak + 2 * one.inputs + 2 * one.output)
     grown, planned, most = in_process(growth, tmp_path, limit)
     assert most == 3
@@ -283,15 +290,15 @@ def test_without_memory_for_a_batch_its_layers_are_merged_alone(
 ) -> None:
     base = {f"model.layers.{number}.mlp.up_proj.weight": torch.eye(16) for number in range(8)}
     plan = api.plan(write_config(write_models(tmp_path, base), "wudi", iterations=5), device="cpu")
-    run(plan, tmp_path / "alone", device="cpu")
+    run(plan, tmp_path / "alone")
     forced()
     together: list[int] = []
-    solve, stats = SolveWudi.displacements, native.task_stats
+    displacements, stats = SolveWudi.displacements, task_stats.compute
     calls: list[int] = []
 
     def noting(self: SolveWudi, run_op: Any, systems: Any) -> Any:
         together.append(len(systems))
-        return solve(self, run_op, systems)
+        return displacements(self, run_op, systems)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -301,8 +308,8 @@ def test_without_memory_for_a_batch_its_layers_are_merged_alone(
 
     monkeypatch.setitem(jobs.BATCH_ELEMENTS, "cpu", 3 * 256)
     monkeypatch.setattr(SolveWudi, "displacements", noting)
-    monkeypatch.setattr(native, "task_stats", failing)
-    run(plan, tmp_path / "together", device="cpu")
+    monkeypatch.setattr(task_stats, "compute", failing)
+    run(plan, tmp_path / "together")
     assert together == [3, 1, 1, 1, 1, 1]
     assert tree(tmp_path / "together") == tree(tmp_path / "alone")
     [record] = caplog.records

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,11 @@ from pymerge import api
 from pymerge.engine.native_worker import NativeWorker
 from pymerge.engine.run import run
 from pymerge.engine.worker import Made
-from pymerge.errors import OutOfMemoryError
+from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError, OutputError
+from pymerge.output.directory import OutputDirectory
 from pymerge.planner.jobs import BETWEEN_PASSES, Job, batches
 from pymerge.planner.plan import Plan
-from pymerge.planner.window import native_share
+from pymerge.planner.window import pool_share
 from tests.helpers.checkpoints import (
     change,
     fine_tuned,
@@ -33,6 +35,7 @@ from tests.helpers.checkpoints import (
     write_model,
     write_models,
 )
+from tests.helpers.checkpoints import pymerge as pymerge_command
 
 NORM = "model.norm.weight"
 LAYERS = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(12)]
@@ -176,7 +179,9 @@ def test_threads_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert found == found[:1] * 3
 
 
-def failing_above(monkeypatch: pytest.MonkeyPatch, rows: int, fails: Callable[[int], bool] = lambda _: True) -> list[int]:
+def failing_above(
+    monkeypatch: pytest.MonkeyPatch, rows: int, fails: Callable[[int], bool] = lambda _: True
+) -> list[int]:
     """Let native jobs of more rows than that run out of memory, if `fails` of the number of such a job; all rows."""
     seen: list[int] = []
     work = NativeWorker.work
@@ -215,7 +220,8 @@ def test_a_native_job_without_memory_is_done_alone_and_then_in_halves(
     assert f"{LAYERS[0]}: out of memory (none is left); once more alone" in caplog.text
     seen = failing_above(monkeypatch, 16)
     with pytest.raises(
-        OutOfMemoryError, match=rf"^{LAYERS[0]}: weighted sum on \[32, 48\] runs out of memory on cpu, with nothing else"
+        OutOfMemoryError,
+        match=rf"^{LAYERS[0]}: weighted sum on \[32, 48\] runs out of memory on cpu, with nothing",
     ):
         run(plan, tmp_path / "out")
     assert seen == [64, 64, 32]
@@ -272,7 +278,7 @@ def test_a_tight_limit_leaves_the_memory_to_the_step_of_pytorch(
     if method == "ram":  # all rows are independent: native code takes what it can get
         assert {step.worker for step in tight.steps} == {"native"}
     else:
-        assert native_share(batches(tight.steps, tight.budget), least, 4).threads == 0
+        assert pool_share(batches(tight.steps, tight.budget), least, 4).threads == 0
         leading = threading.current_thread()
         turns = set()
         work = NativeWorker.work
@@ -299,8 +305,7 @@ def test_held_inputs_are_not_the_memory_of_others(tmp_path: Path, monkeypatch: p
     assert all(step.held and len(step.pieces) == 4 for step in plan.steps)
     order = [batch.jobs[0] for batch in batches(plan.steps, plan.budget)]
     ends, begins = (
-        [at for at, job in enumerate(order) if job.step.name == LAYERS[0] and job.number == number]
-        for number in (0, 1)
+        [at for at, job in enumerate(order) if job.step.name == LAYERS[0] and job.number == number] for number in (0, 1)
     )
     assert begins[0] - ends[-1] > BETWEEN_PASSES
     run(plan, tmp_path / "out")
@@ -309,3 +314,82 @@ def test_held_inputs_are_not_the_memory_of_others(tmp_path: Path, monkeypatch: p
         experts = [first[name], second[name]]
         expected = pymerge.merge_tensors(base[name], experts, "ties", backend="reference", **TIES)
         assert torch.equal(found, expected), name
+
+
+BOTH = pytest.mark.parametrize("backend", ["native", "reference"])
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens to an input happens when the merge has begun."""
+    monkeypatch.setattr(Plan, "check_inputs", lambda plan: None)
+
+
+@BOTH
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("method", ["linear", "ram"])
+def test_an_input_that_vanishes_while_the_merge_runs(tmp_path: Path, method: str, backend: str) -> None:
+    write_models(tmp_path, {name: torch.randn(64, 48) for name in LAYERS})
+    plan = api.plan(write_config(tmp_path, method), device="cpu", backend=backend)
+    file = tmp_path / "e1/model.safetensors"
+    file.rename(tmp_path / "e1/elsewhere")
+    with pytest.raises(CheckpointError, match=r"e1/model\.safetensors: cannot be opened .* moved since the plan"):
+        run(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "e1/elsewhere").rename(file)
+    run(plan, tmp_path / "out")
+    assert len(load_output(tmp_path / "out")) == len(LAYERS)
+
+
+@BOTH
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("method", ["linear", "ram"])
+def test_one_message_for_an_error_of_a_reader(tmp_path: Path, method: str, backend: str) -> None:
+    write_models(tmp_path, {name: torch.randn(64, 48) for name in LAYERS})
+    config = write_config(tmp_path, method, more="allow_nonfinite: true")
+    plan = api.plan(config, device="cpu", backend=backend)
+    whole = (tmp_path / "e1/model.safetensors").read_bytes()
+    (tmp_path / "e1/model.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(CheckpointError, match="changed since the plan was made"):
+        run(plan, tmp_path / "out")
+    done = pymerge_command("merge", config, tmp_path / "out", "--backend", backend)
+    assert (done.code, len(done.errors)) == (4, 1)
+    assert "Traceback" not in done.err
+
+
+@BOTH
+def test_what_is_with_the_writer_is_written_when_a_run_fails(tmp_path: Path, backend: str) -> None:
+    """A run that fails leaves all that was merged before it, in shards of one tensor."""
+    write_models(tmp_path, {name: torch.randn(64, 64) for name in LAYERS[:4]})
+    whole = load_output(tmp_path / "e1")
+    name = sorted(LAYERS[:4])[3]
+    change(tmp_path / "e1", lambda found: found[name].view(-1)[5].fill_(float("nan")))
+    options: dict[str, Any] = {"device": "cpu", "backend": backend, "max_shard_size": 64 * 64 * 4}
+    with pytest.raises(NonFiniteError, match=name):
+        run(api.plan(write_config(tmp_path, "linear"), **options), tmp_path / "out")
+    assert len(list((tmp_path / "out/.pymerge").glob("*.safetensors"))) == 3
+    change(tmp_path / "e1", lambda found: found.update(whole))
+    plan = api.plan(write_config(tmp_path, "linear"), **options)
+    assert run(plan, tmp_path / "out", overwrite=True).bytes_written > 0
+    run(plan, tmp_path / "whole")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+@BOTH
+def test_nothing_is_written_behind_what_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    write_models(tmp_path, {name: torch.randn(64, 64) for name in LAYERS})
+    plan = api.plan(write_config(tmp_path, "linear"), device="cpu", backend=backend)
+    written: list[str] = []
+
+    def full(self: OutputDirectory, tensor_name: str, data: Any) -> None:
+        written.append(tensor_name)
+        if len(written) == 3:
+            time.sleep(0.2)  # others are handed over meanwhile
+            raise OutputError("the disk is full")
+
+    monkeypatch.setattr(OutputDirectory, "write", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        run(plan, tmp_path / "out")
+    assert len(written) == 3

@@ -253,22 +253,6 @@ def test_every_byte_is_in_a_span(tmp_path: Path) -> None:
     assert report.backends == {"combine": "native"}
 
 
-def test_a_run_that_fails_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(4)]
-    write_models(tmp_path, {name: torch.randn(64, 64) for name in names})
-    whole = {name: tensor.clone() for name, tensor in load_output(tmp_path / "e1").items()}
-    change(tmp_path / "e1", lambda found: found[names[3]].view(-1)[5].fill_(float("nan")))
-    options: dict[str, Any] = {"device": "cpu", "progress": False, "max_shard_size": 64 * 64 * 4}
-    config = write_config(tmp_path, "linear")
-    with pytest.raises(NonFiniteError, match=names[3]):
-        api.merge(config, tmp_path / "out", **options)
-    assert len(list((tmp_path / "out/.pymerge").glob("*.safetensors"))) == 3
-    change(tmp_path / "e1", lambda found: found.update(whole))
-    api.merge(config, tmp_path / "whole", **options)
-    api.merge(config, tmp_path / "out", **options, overwrite=True)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-
-
 def test_the_choice_of_a_backend_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_models(tmp_path, tensors())
     plan = native_plan(tmp_path, "linear")

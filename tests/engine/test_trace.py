@@ -118,7 +118,7 @@ def test_a_span_that_fails_ends() -> None:
     assert [step.name for step in tracer.slowest()] == ["a"]
 
 
-@pytest.mark.parametrize(("method", "expected"), [("linear", {"combine"}), ("ram", {"read", "compute"})])
+@pytest.mark.parametrize(("method", "expected"), [("linear", {"combine"}), ("wudi_flow", {"read", "compute"})])
 def test_the_option(tmp_path: Path, method: str, expected: set[str]) -> None:
     models = write_models(tmp_path, {"model.layers.0.mlp.up_proj.weight": torch.randn(32, 32)})
     config = write_config(models, method)

@@ -20,10 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.devices import Device
 from pymerge.config.merge_config import load_config
 from pymerge.errors import PymergeError
 from pymerge.output.directory import OutputDirectory
@@ -226,14 +225,14 @@ def read_model(folder: Path) -> None:
 
 def plan(folder: Path) -> None:
     """Plan folder/merge.yml."""
-    planned = build_plan(load_config(folder / "merge.yml"), budget(torch.device("cpu")))
-    json.dumps(planned.identity("auto", "cpu", "x"))
+    planned = build_plan(load_config(folder / "merge.yml"), budget(Device("cpu")))
+    json.dumps(planned.identity("x"))
 
 
 def planner(folder: Path) -> Callable[[Path], object]:
     """As `plan`, with a recipe that is read once."""
     config = load_config(folder / "merge.yml")
-    return lambda folder: build_plan(config, budget(torch.device("cpu")))
+    return lambda folder: build_plan(config, budget(Device("cpu")))
 
 
 def check_output(folder: Path) -> None:

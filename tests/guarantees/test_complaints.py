@@ -37,7 +37,7 @@ COVERED = {
         "guarantees/test_memory.py::test_one_large_shard_needs_as_much_as_many_small_ones"
     ),
     "stacked deltas of an embedding do not fit (420)": (
-        "engine/test_reducing.py::test_ranges_give_the_bytes_of_the_whole"
+        "methods/test_reduce.py::test_ranges_give_the_bytes_of_the_whole"
     ),
     "vocabularies of different sizes under union (47, 139, 342)": "tokenizers/test_vocabularies.py::test_union",
     "the same, without a tokenizer (47)": "planner/test_inputs.py::test_vocabularies_of_different_sizes",

@@ -111,7 +111,7 @@ def test_a_limit_is_kept(tmp_path: Path, limit: int, method: str) -> None:
 def test_solvers_keep_to_the_least_limit_that_the_plan_names(tmp_path: Path) -> None:
     folder = write_layers(tmp_path, FEW, "wudi_flow")
     step = api.plan(folder / "merge.yml").steps[0]
-    least = step.memory(step.pieces[0]).peak
+    least = step.footprint(step.pieces[0]).peak
     peak = measured(folder, memory=least)
     assert peak.planned == least
     assert peak.grown <= 1.1 * least + BESIDE_TENSORS

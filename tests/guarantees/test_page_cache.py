@@ -69,7 +69,7 @@ def test_pages_are_dropped_if_the_files_take_more_than_three_quarters_of_the_mem
     available = int((plan.bytes_read + plan.bytes_written) / share)
     plan = replace(plan, budget=replace(plan.budget, available=available))
     assert plan.keeps_cache == (share <= 0.75)
-    run(plan, models / "out", device="cpu")
+    run(plan, models / "out")
     inputs = [cached(file) for file in models.glob("e*/*.safetensors")]
     outputs = [cached(file) for file in (models / "out").glob("*.safetensors")]
     assert (len(inputs), len(outputs)) == (4, 2)

@@ -1,8 +1,9 @@
-"""Ops on arrays in place of tensors, and comparison of what they give."""
+"""Ops on arrays in place of tensors and on any number of threads, and comparison of what they give."""
 
 from __future__ import annotations
 
 import dataclasses
+from importlib import import_module
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,11 @@ def _as_array(value: Any) -> Any:
     if isinstance(value, Tensor):
         return Array.of(value.cpu().contiguous())
     return [_as_array(each) for each in value] if isinstance(value, list) else value
+
+
+def in_cpp(op: Op[Any], threads: int) -> Any:
+    """The op's result in C++ on so many threads."""
+    return import_module(f"pymerge.backends.native.{op.name}").compute(op, threads)
 
 
 def assert_same_results(label: str, found: Any, expected: Any) -> None:

@@ -7,6 +7,7 @@ import torch
 
 import pymerge
 from pymerge.errors import ArgumentError, ConfigError, NonFiniteError
+from pymerge.methods import METHODS
 from pymerge.testing.cases import make_weights
 
 
@@ -119,3 +120,11 @@ def test_mistakes_are_named():
         pymerge.merge_tensors(base, [experts[0], broken], "ace")
     with pytest.raises(NonFiniteError, match=r"layers\.0\.up\.weight"):
         pymerge.merge_state_dicts({"layers.0.up.weight": base}, [{"layers.0.up.weight": broken}])
+
+
+def test_every_method_is_in_the_table_of_its_module() -> None:
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert METHODS[name] is method
+    assert "linear" in METHODS
+    assert len(METHODS) == len(list(METHODS)) == 28

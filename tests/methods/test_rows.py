@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pymerge.engine.raw_parts import Raw, RawPart
 from pymerge.methods.parts import Between, Limits, Models
 from pymerge.methods.tensor_parts import TensorPart
 from torch import Tensor
 
 from pymerge.backends.native import DTYPE_CODES
 from pymerge.backends.runner import Runner
-from pymerge.engine.raw_parts import Raw, RawPart
 
 SHAPES = [(), (1,), (77,), (33, 65), (64, 128), (3, 5, 7)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

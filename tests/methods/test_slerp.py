@@ -1,4 +1,4 @@
-"""slerp, nuslerp, multislerp, karcher and model_stock against float64 forms, and their exact limits."""
+"""slerp, nuslerp, multislerp and karcher against float64 forms, and their exact limits."""
 
 from __future__ import annotations
 
@@ -12,30 +12,18 @@ from torch import Tensor
 
 import pymerge
 from pymerge.backends.runner import Runner
+from pymerge.engine.torch_worker import merge_rows
 from pymerge.errors import ArgumentError
 from pymerge.methods import METHODS
+from pymerge.methods.rows import Rows
 from pymerge.testing.compare import as_float64, assert_same
 from tests.helpers import oracles_mergekit as oracles
+from tests.helpers.methods import ARC_DTYPES as DTYPES
+from tests.helpers.methods import BACKENDS
+from tests.helpers.methods import check_arc as check
+from tests.helpers.methods import moved as weights
 
 SHAPES = [(12, 20), (30,), (1, 9), (9, 1), (3, 4, 5), ()]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# Roundings of the result's dtype, and what float32 may add to them, both relative to the largest input.
-EPS = {torch.float32: 4e-7, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 2e-15}
-BACKENDS = ["reference", "native"]
-
-
-def weights(
-    shape: tuple[int, ...], models: int, dtype: torch.dtype = torch.float32, rms: float = 0.3
-) -> tuple[Tensor, list[Tensor]]:
-    generator = torch.Generator().manual_seed(7)
-    base = torch.randn(shape, generator=generator)
-    return base.to(dtype), [(base + rms * torch.randn(shape, generator=generator)).to(dtype) for _ in range(models)]
-
-
-def check(merged: Tensor, expected: np.ndarray, inputs: list[Tensor], scale: float = 1.0) -> None:
-    largest = max([float(each.abs().max()) for each in inputs if each.numel()] + [float(np.abs(expected).max())])
-    error = np.abs(as_float64(merged) - expected).max()
-    assert error <= scale * EPS[merged.dtype] * largest
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -67,7 +55,6 @@ def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype, backend: st
         check(merge(None, models, "karcher"), oracles.karcher(Ws), inputs, 4)
         check(merge(base, models, "karcher"), oracles.karcher([W0, *Ws]), inputs, 4)
         check(merge(base, models, "karcher", max_iter=1), oracles.karcher([W0, *Ws], 1), inputs, 4)
-    check(merge(base, models, "model_stock"), oracles.model_stock(W0, Ws), inputs, 8)
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (30,), (3, 4, 5)])
@@ -85,9 +72,6 @@ def test_rows_and_columns(shape: tuple[int, ...], with_base: bool) -> None:
             nuslerp_row_wise=row_wise,
         )
         check(found, oracles.nuslerp(Ws[:2], [0.3, 0.9], W0 if with_base else None, axis), [base, *models], 4)
-    # By rows, cosines may come near -1/2, where the weights grow: what is compared is scaled by their size.
-    expected = oracles.model_stock(W0, Ws, filter_wise=True)
-    check(pymerge.merge_tensors(base, models, "model_stock", filter_wise=True), expected, [base, *models], 8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,13 +88,11 @@ def test_equal_models_come_back(dtype: torch.dtype) -> None:
     for t in (0.0, 0.1, 1 / 3, 0.9):
         assert_same(f"slerp {t}", pymerge.merge_tensors(model, [model], "slerp", t=t), model)
     assert_same("nuslerp", pymerge.merge_tensors(None, [model, model], "nuslerp", weight=[0.3, 0.7]), model)
-    assert_same("model_stock", pymerge.merge_tensors(model, [model] * 3, "model_stock"), model)
     assert_same("multislerp", pymerge.merge_tensors(model, [model] * 3, "multislerp"), model)
     for merged in (
         pymerge.merge_tensors(None, [model] * 3, "karcher"),
         pymerge.merge_tensors(None, [model] * 3, "multislerp"),
         pymerge.merge_tensors(base, [model] * 2, "nuslerp"),
-        pymerge.merge_tensors(base, [model] * 3, "model_stock"),
     ):
         check(merged, as_float64(model), [base, model], 2)
 
@@ -144,7 +126,7 @@ def test_opposite_models() -> None:
         pymerge.merge_tensors(None, [model, -model], "karcher")
 
 
-@pytest.mark.parametrize("method", ["nuslerp", "multislerp", "model_stock"])
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
 def test_untouched_tensors_keep_the_base(method: str) -> None:
     base, _ = weights((5, 6), 1, torch.bfloat16)
     assert_same(method, pymerge.merge_tensors(base, [base, base], method), base)
@@ -165,40 +147,16 @@ def test_karcher_leaves_out_models_without_direction() -> None:
     check(scaled, 2 * as_float64(models[0]), models, 4)
 
 
-def test_model_stock_between_base_and_average() -> None:
-    base = torch.zeros(2, 2)
-    right, up = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    assert_same("orthogonal: the base", pymerge.merge_tensors(base, [right, up], "model_stock"), base)
-    assert_same("equal: the average", pymerge.merge_tensors(base, [right, right], "model_stock"), right)
-    opposite = pymerge.merge_tensors(base, [right, -right], "model_stock")
-    assert_same("no finite estimate: the base", opposite, base)
-    # Rows: the first as above, the second untouched.
-    found = pymerge.merge_tensors(base, [right, right + up], "model_stock", filter_wise=True)
-    c = 0.5**0.5
-    expected = torch.tensor([[2 * c / (1 + c), c / (1 + c)], [0.0, 0.0]])
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-
-
-def test_model_stock_of_short_task_vectors() -> None:
-    """||tau||^2 = 1e-8: mergekit divides by 1e-6 and takes equal task vectors for nearly orthogonal ones."""
-    base, model = torch.zeros(100), torch.full((100,), 1e-5)
-    assert_same("equal", pymerge.merge_tensors(base, [model, model], "model_stock"), model)
-    found = pymerge.merge_tensors(base, [model, model], "model_stock", compat="mergekit")
-    expected = oracles.model_stock(as_float64(base), [as_float64(model)] * 2, least=1e-6)
-    np.testing.assert_allclose(as_float64(found), expected, rtol=1e-6)
-    assert float(found[0]) < 0.03 * 1e-5
-
-
 def test_not_a_number_is_in_every_result() -> None:
     """What lets the engine look at results alone."""
     base, models = weights((6, 7), 2)
     models[1][2, 3] = float("inf")
-    for name in ("slerp", "nuslerp", "multislerp", "karcher", "model_stock"):
+    for name in ("slerp", "nuslerp", "multislerp", "karcher"):
         method = METHODS[name]
         experts = models[1:] if name == "slerp" else models
         action = method.action("x", True, method.defaults(len(experts)), len(experts))
         assert action.shows_nonfinite
-        merged = action.run(Runner(), base, experts)
+        merged = merge_rows(action, Runner(), Rows(base, experts, "F32"))
         assert bool(merged.isnan().any()), name
 
 
@@ -212,11 +170,9 @@ def test_not_a_number_is_in_every_result() -> None:
         (lambda b, m: pymerge.merge_tensors(None, m[:1], "slerp"), "'slerp' works on differences to a base, and base"),
         (lambda b, m: pymerge.merge_tensors(b, m[:1], "nuslerp"), "exactly 2 models beside the base, and 1 is listed"),
         (lambda b, m: pymerge.merge_tensors(None, m * 2, "nuslerp"), "exactly 2 models, and 4 are listed"),
-        (lambda b, m: pymerge.merge_tensors(b, m[:1], "model_stock"), "at least 2 models beside the base, and 1 is"),
         (lambda b, m: pymerge.merge_tensors(b, m, "multislerp", weight=[1, -1]), "add up to 0 and cannot be"),
         (lambda b, m: pymerge.merge_tensors(b, m, "karcher", tol=0), "'tol' is 0; it must be more than 0"),
         (lambda b, m: pymerge.merge_tensors(b, m, "karcher", max_iter=-1), "'max_iter' is -1; it must be at least 0"),
-        (lambda b, m: pymerge.merge_tensors(b, m, "model_stock", compat="yes"), "must be one of mergekit, none"),
     ],
 )
 def test_errors(call: Callable[[Tensor, list[Tensor]], Tensor], message: str) -> None:

@@ -15,11 +15,13 @@ import pymerge
 from pymerge.backends.runner import Runner
 from pymerge.common.shapes import key_of
 from pymerge.config.merge_config import load_config
+from pymerge.engine.torch_worker import merge_rows
 from pymerge.errors import ArgumentError, ConfigError, NonFiniteError, PlanError
 from pymerge.methods import METHODS
 from pymerge.methods.base import Values
+from pymerge.methods.masks import KeepMagnitudes
+from pymerge.methods.rows import Rows
 from pymerge.methods.ties import METHODS as SPARSE_METHODS
-from pymerge.methods.ties import KeepMagnitudes
 from pymerge.ops._philox import uniform_words
 from pymerge.testing.cases import make_weights
 from pymerge.testing.compare import as_float64
@@ -169,7 +171,7 @@ def test_nan_is_found_and_stays_where_it_is_allowed(method: str) -> None:
     action = METHODS[method].action("w", True, _values(method), 2)
     assert action.shows_nonfinite
     for backend in ("reference", "native"):
-        assert torch.isnan(action.run(Runner(backend), base, experts)[2, 3])
+        assert torch.isnan(merge_rows(action, Runner(backend), Rows(base, experts, "F32"))[2, 3])
 
 
 def _values(method: str) -> Values:
@@ -202,10 +204,11 @@ def test_float64_is_merged_in_float64() -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14 * np.abs(as_float64(base)).max() * 10)
 
 
-def test_plans_count_scratch_by_bits() -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_plans_count_scratch_by_bits(native: bool) -> None:
     """A bit for each element and task, and what does not grow with the tensor."""
     action = KeepMagnitudes((1.0,) * 3, True, True, False, 1.0, (0.0,) * 3, (0.5,) * 3, False, False)
-    small, large = (action.cost((rows, 1024), 3).workspace for rows in (1024, 9216))
+    small, large = (action.scratch((rows, 1024), 3, native) for rows in (1024, 9216))
     assert large - small == 3 * 8192 * 1024 // 8
 
 

@@ -18,7 +18,7 @@ from pymerge.ops import combine as sums
 from pymerge.ops.combine import Combine
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same
-from tests.helpers.arrays import assert_same_results, with_arrays
+from tests.helpers.arrays import assert_same_results, in_cpp, with_arrays
 
 WEIGHTS = (0.3, -1.7)
 DOUBLE = torch.float64
@@ -115,7 +115,7 @@ def test_rounding_to_16_bits() -> None:
 def test_thread_count_does_not_change_combine() -> None:
     case = task_case((300, 700), [torch.bfloat16, torch.bfloat16, torch.float32])
     op = Combine(case.base, case.experts, WEIGHTS, torch.float32)
-    results = [Runner("native", threads=count)(op) for count in (1, 2, 3)]
+    results = [in_cpp(op, count) for count in (1, 2, 3)]
     assert_same("2 threads", results[1], results[0])
     assert_same("3 threads", results[2], results[0])
 

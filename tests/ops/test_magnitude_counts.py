@@ -10,7 +10,7 @@ from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
 from pymerge.ops.magnitude_counts import MagnitudeCounts, last_kept
 from pymerge.testing.cases import LAYOUTS, implementations, task_case
-from tests.helpers.arrays import assert_same_results, with_arrays
+from tests.helpers.arrays import assert_same_results, in_cpp, with_arrays
 from tests.helpers.sparse import delta, weights
 
 BACKENDS = ["reference", *[name for name, device in implementations("magnitude_counts") if device == "cpu"]]
@@ -51,8 +51,8 @@ def test_layouts_threads_and_arrays_change_nothing(layout: str, shift: int, bits
     op = MagnitudeCounts(case.base, case.experts, [0, 0], shift, bits)
     expected = op.reference()
     for threads in (1, 2, 3):
-        assert_same_results(layout, Runner("native", threads=threads)(op), expected)
-        assert_same_results(layout, Runner("native", threads=threads)(with_arrays(op)), expected)
+        assert_same_results(layout, in_cpp(op, threads), expected)
+        assert_same_results(layout, in_cpp(with_arrays(op), threads), expected)
 
 
 def test_the_last_that_is_kept_is_looked_for_from_the_top() -> None:

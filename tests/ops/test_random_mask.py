@@ -18,7 +18,7 @@ from pymerge.ops._philox import philox, uniform_words
 from pymerge.ops.random_mask import RandomMask
 from pymerge.testing.cases import FLOATS, LAYOUTS, implementations, task_case
 from pymerge.testing.compare import assert_same
-from tests.helpers.arrays import assert_same_results, with_arrays
+from tests.helpers.arrays import assert_same_results, in_cpp, with_arrays
 from tests.helpers.oracles import della_probabilities
 from tests.helpers.sparse import KEYS, SHAPES, SIZES, assert_masks, delta, flags, inputs, on_cpu, weights
 
@@ -101,7 +101,7 @@ def test_layouts_and_thread_counts_change_no_bit(layout: str) -> None:
     case = task_case((300, 1111), [torch.bfloat16, torch.bfloat16, torch.float32], layout=layout)
     packed = case.to(torch.float32)
     found = [
-        Runner("native", threads=threads)(RandomMask(base, experts, [0.2, 0.5], [0.4, 0.5], KEYS[:2]))
+        in_cpp(RandomMask(base, experts, [0.2, 0.5], [0.4, 0.5], KEYS[:2]), threads)
         for base, experts in ((case.base, case.experts), (packed.base, packed.experts))
         for threads in (1, 2, 3)
     ]

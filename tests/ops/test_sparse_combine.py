@@ -19,7 +19,7 @@ from pymerge.ops.sparse_combine import SparseCombine
 from pymerge.ops.trim_threshold import TrimThreshold
 from pymerge.testing.cases import FLOATS, LAYOUTS, SHAPES, implementations, task_case
 from pymerge.testing.compare import assert_same
-from tests.helpers.arrays import assert_same_results, with_arrays
+from tests.helpers.arrays import assert_same_results, in_cpp, with_arrays
 from tests.helpers.oracles import sparse_delta
 from tests.helpers.sparse import random_bits
 
@@ -136,7 +136,7 @@ def test_thread_count_changes_nothing() -> None:
     kept = TrimThreshold(case.base, case.experts, [100_000, 70_000]).reference()
     for mask in ({"bits": bits}, {"kept": kept}):
         op = SparseCombine(case.base, case.experts, WEIGHTS[:2], torch.float32, elect=True, **mask)
-        results = [Runner("native", threads=count)(op) for count in (1, 2, 3)]
+        results = [in_cpp(op, count) for count in (1, 2, 3)]
         assert_same("2 threads", results[1], results[0])
         assert_same("3 threads", results[2], results[0])
 

@@ -18,7 +18,7 @@ from pymerge.common.shapes import NOTHING
 from pymerge.errors import ArgumentError
 from pymerge.ops.trim_threshold import Thresholds, TrimThreshold
 from pymerge.testing.cases import FLOATS, LAYOUTS, implementations, task_case
-from tests.helpers.arrays import assert_same_results, with_arrays
+from tests.helpers.arrays import assert_same_results, in_cpp, with_arrays
 from tests.helpers.sparse import SHAPES, SIZES, inputs, on_cpu, weights
 
 BACKENDS = ["reference", *[name for name, device in implementations("trim_threshold") if device == "cpu"]]
@@ -65,7 +65,7 @@ def test_layouts_and_thread_counts_change_nothing(layout: str) -> None:
     case = task_case((300, 1111), [torch.bfloat16, torch.bfloat16, torch.float32], layout=layout)
     packed = case.to(torch.float32)
     found = [
-        Runner("native", threads=threads)(TrimThreshold(base, experts, [100_000, 1]))
+        in_cpp(TrimThreshold(base, experts, [100_000, 1]), threads)
         for base, experts in ((case.base, case.experts), (packed.base, packed.experts))
         for threads in (1, 2, 3)
     ]
@@ -173,7 +173,7 @@ def test_what_is_refused(emulated: ModuleType) -> None:
     one = torch.zeros(5)
     with pytest.raises(ValueError, match="count 5 of 5 elements"):
         select(emulated, one, [one], [5])
-    with pytest.raises(ValueError, match="1 tensors, 2 counts; give one of each"):
+    with pytest.raises(ValueError, match="1 experts, 2 counts; give one of each"):
         select(emulated, one, [one], [1, 2])
     with pytest.raises(ValueError, match="expert 1 is float64; use the reference"):
         select(emulated, one, [one, one.double()], [1, 2])

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pymerge.common.arrays import Array
 from pymerge.output import direct
 from pymerge.output.direct import BLOCK, LEAST_BYTES, DirectFile
 from pymerge.output.layout import layout_shards
 from pymerge.output.shard import ShardFile
-from pymerge.planner.budget import Room
 
 NBYTES = 3 * LEAST_BYTES
 
@@ -50,9 +50,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def random_bytes(nbytes: int, shift: int = 0) -> memoryview:
     """At an address that is `shift` bytes behind the beginning of a page."""
-    room = Room(shift + nbytes)
-    room.view[shift : shift + nbytes] = np.random.default_rng(0).bytes(nbytes)
-    return room.view[shift : shift + nbytes]
+    room = Array.mapped(shift + nbytes).bytes
+    room[shift : shift + nbytes] = np.random.default_rng(0).bytes(nbytes)
+    return room[shift : shift + nbytes]
 
 
 @pytest.mark.parametrize("shift", [0, 1, 64])

@@ -43,8 +43,8 @@ def test_row_ranges_are_in_order_and_complete(large: Path) -> None:
             assert all(0 < piece.stop - piece.start <= CHUNK_ELEMENTS // 1024 for piece in step.pieces)
 
 
-# Rows of 4096 bytes: three inputs, temporaries of PyTorch's ops, an output; with two more pieces' inputs ahead and outputs
-# behind.
+# Rows of 4096 bytes: three inputs, temporaries of PyTorch's ops, an output; with two more pieces' inputs ahead and
+# outputs behind.
 @pytest.mark.parametrize(("backend", "alone", "with_others"), [("native", 4, 12), ("reference", 8, 16)])
 def test_elementwise_steps_are_cut_until_reading_ahead_fits_too(
     large: Path, backend: str, alone: int, with_others: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import torch
 
 from pymerge import api
 from pymerge.architecture.roles import Kind
+from pymerge.common.devices import Device
 from pymerge.engine.run import run
 from pymerge.errors import ArgumentError, PlanError
 from pymerge.methods.ace import SolveAce
-from pymerge.methods.linear import AddTaskVectors, Copy, WeightedSum
+from pymerge.methods.actions import Combine, add_task_vectors, copy
 from pymerge.methods.wudi import SolveWudi
 from pymerge.output.identity import differences
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
+from pymerge.planner.workers import Target
 from tests.helpers.checkpoints import (
     Tensors,
     fine_tuned,
@@ -71,7 +74,7 @@ def test_totals(models: Path) -> None:
 @pytest.mark.parametrize("size", ["5GB", "4KB", "1KB"])
 def test_files_sizes_and_offsets_are_those_of_the_output(models: Path, size: str) -> None:
     plan = planned(models, "linear", limits={"max_shard_size": size, "dtype": "bfloat16"})
-    run(plan, models / "out", device="cpu")
+    run(plan, models / "out")
     files = sorted((models / "out").glob("*.safetensors"))
     assert [layout.file for layout in plan.layouts] == [file.name for file in files]
     assert [layout.nbytes for layout in plan.layouts] == [file.stat().st_size for file in files]
@@ -90,21 +93,21 @@ def test_files_sizes_and_offsets_are_those_of_the_output(models: Path, size: str
 def test_the_actions_of_each_method(models: Path) -> None:
     wudi = steps(planned(models, "wudi", iterations=7, lr="auto", scale=0.5, exclude=["down_proj"]))
     assert wudi[UP].action == SolveWudi(0.5, "auto", 7, "auto")
-    assert wudi[DOWN].action == AddTaskVectors((1.0, 1.0), 2.0)
+    assert wudi[DOWN].action == add_task_vectors((1.0, 1.0), 2.0)
     assert {name for name, step in wudi.items() if isinstance(step.action, SolveWudi)} == {
         name for name in wudi if "_proj" in name and "down_proj" not in name
     }
     ace = steps(planned(models, "ace", eps=1e-3, variant="paper", rest="base"))
     assert ace[UP].action == SolveAce(1e-3, 0.3, 0.3, "paper", 1.0, "auto")
-    assert ace[NORM].action == Copy()
+    assert ace[NORM].action == copy()
     assert ace[NORM].inputs == (ace[NORM].base,)
     assert ace[NORM].bytes_read == 64
     linear = steps(planned(models, "linear", weight=3))
-    assert all(step.action == WeightedSum((3.0, 3.0), 6.0) for step in linear.values())
+    assert all(step.action == Combine((3.0, 3.0), 6.0) for step in linear.values())
     assert all(step.inputs == step.experts for step in linear.values())
     factor: dict[str, Any] = {"lambda": 2}
     arithmetic = steps(planned(models, "task_arithmetic", weight=0.25, **factor))
-    assert arithmetic[HEAD].action == AddTaskVectors((0.5, 0.5))
+    assert arithmetic[HEAD].action == add_task_vectors((0.5, 0.5))
     assert [entry.file.parent.name for entry in arithmetic[HEAD].inputs] == ["base", "e0", "e1"]
 
 
@@ -136,7 +139,7 @@ def test_a_tied_head_is_written_once_and_the_plan_says_so(tmp_path: Path) -> Non
     assert HEAD not in steps(plan)
     assert plan.parameters == PARAMETERS - 32 * 16
     assert any(HEAD in warning and "tied" in warning for warning in plan.warnings)
-    run(plan, tmp_path / "out", device="cpu")
+    run(plan, tmp_path / "out")
     assert HEAD not in load_output(tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
     # Not tied by config.json: both are written, though their values are equal.
@@ -162,9 +165,9 @@ def test_integer_buffers_are_copied_from_the_base(tmp_path: Path) -> None:
     plan = planned(tmp_path, "wudi", iterations=1, limits={"dtype": "bfloat16"})
     for name, dtype in (("model.position_ids", "I64"), ("model.mask", "BOOL")):
         step = steps(plan)[name]
-        assert (step.layer.kind, step.action, step.dtype, step.flops) == (Kind.BUFFER, Copy(), dtype, 0)
+        assert (step.layer.kind, step.action, step.dtype, step.flops) == (Kind.BUFFER, copy(), dtype, 0)
         assert step.inputs == (step.base,)
-    run(plan, tmp_path / "out", device="cpu")
+    run(plan, tmp_path / "out")
     found = load_output(tmp_path / "out")
     assert torch.equal(found["model.position_ids"], base["model.position_ids"])
     assert torch.equal(found["model.mask"], base["model.mask"])
@@ -176,7 +179,7 @@ def test_a_scalar_and_an_empty_tensor(tmp_path: Path) -> None:
     write_models(tmp_path, base, config=llama_config(base))
     plan = planned(tmp_path, "task_arithmetic")
     assert (steps(plan)["logit_scale"].nbytes, steps(plan)["unused.weight"].nbytes) == (4, 0)
-    run(plan, tmp_path / "out", device="cpu")
+    run(plan, tmp_path / "out")
     found = load_output(tmp_path / "out")
     experts = [fine_tuned(base, number)["logit_scale"] for number in range(2)]
     torch.testing.assert_close(found["logit_scale"], (experts[0] + experts[1]) / 2)
@@ -189,7 +192,7 @@ def test_a_rule_overrides_what_a_tensor_is(models: Path) -> None:
   - {pattern: '0\\.self_attn\\.q_', kind: linear, in_axis: 0}
 """
     found = steps(planned(models, "wudi", more=more))
-    assert isinstance(found[DOWN].action, AddTaskVectors)
+    assert found[DOWN].action == add_task_vectors((1.0, 1.0), 2.0)
     assert isinstance(found[QUERY.format(0)].action, SolveWudi)
     assert (found[QUERY.format(0)].layer.in_axis, found[QUERY.format(1)].layer.in_axis) == (0, 1)
     with pytest.raises(PlanError, match="layers: pattern 'nowhere' finds no tensor"):
@@ -204,9 +207,9 @@ def test_gradients_and_filters_reach_the_actions(models: Path) -> None:
     weight = [{"filter": "q_proj", "value": [0.0, 1.0]}, {"filter": "mlp", "value": 0.25}, {"value": 2}]
     found = steps(planned(models / "deep", "task_arithmetic", weight=weight))
     weights = [found[QUERY.format(block)].action for block in range(3)]
-    assert weights == [AddTaskVectors((w, w)) for w in (0.0, 0.5, 1.0)]
-    assert found[UP].action == AddTaskVectors((0.25, 0.25))
-    assert found[NORM].action == AddTaskVectors((2.0, 2.0))
+    assert weights == [add_task_vectors((w, w)) for w in (0.0, 0.5, 1.0)]
+    assert found[UP].action == add_task_vectors((0.25, 0.25))
+    assert found[NORM].action == add_task_vectors((2.0, 2.0))
     iterations = [{"filter": "q_proj", "value": 3}]
     found = steps(planned(models / "deep", "wudi", iterations=iterations, scale=[1.0, 0.0]))
     assert found[QUERY.format(1)].action == SolveWudi(0.5, "auto", 3, 1e-5)
@@ -223,8 +226,8 @@ def test_a_model_has_precedence_over_the_top_level(models: Path) -> None:
         "parameters": {"weight": 1, "normalize": False},
     }
     found = steps(api.plan(config))
-    assert found[UP].action == WeightedSum((3.0, 1.0))
-    assert found[NORM].action == WeightedSum((1.0, 1.0))
+    assert found[UP].action == Combine((3.0, 1.0))
+    assert found[NORM].action == Combine((1.0, 1.0))
 
 
 def test_a_required_parameter_without_a_value_for_some_tensor(models: Path) -> None:
@@ -252,8 +255,9 @@ def test_a_dtype_of_the_config_and_one_of_the_call(models: Path) -> None:
 
 
 def test_the_identity_changes_with_everything_that_changes_the_bytes(models: Path) -> None:
-    def identity(*place: str, **settings: Any) -> dict[str, str]:
-        return planned(models, "wudi", **settings).identity(*(place or ("auto", "cpu", "AVX2")))
+    def identity(target: Target | None = None, processor: str = "AVX2", **settings: Any) -> dict[str, str]:
+        plan = planned(models, "wudi", limits={"device": "cpu", **settings.pop("limits", {})}, **settings)
+        return replace(plan, target=target or plan.target).identity(processor)
 
     first = identity()
     assert identity() == first
@@ -264,9 +268,10 @@ def test_the_identity_changes_with_everything_that_changes_the_bytes(models: Pat
     assert changed(identity(iterations=2)) == ["config parameters.iterations"]
     assert changed(identity(limits={"dtype": "float16"})) == ["output dtype", "output files"]
     assert changed(identity(limits={"max_shard_size": "1KB"})) == ["output files"]
-    assert changed(identity("reference", "cpu", "AVX2")) == ["backend"]
-    assert changed(identity("auto", "cpu", "AVX512")) == ["processor"]
-    assert "device" in changed(identity("auto", "cuda", "AVX2"))
+    assert changed(identity(limits={"backend": "reference"})) == ["backend"]
+    assert changed(identity(processor="AVX512")) == ["processor"]
+    assert "device" in changed(identity(Target(Device("cuda", 0))))
+    assert changed(identity(Target(threads=64))) == []
     assert changed(identity(more="layers:\n  - {pattern: down, kind: other}\n")) == ["config layers"]
     for name in ("e0/model.safetensors", "base/config.json"):
         (models / name).touch()

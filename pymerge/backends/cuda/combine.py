@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pymerge.backends.cuda._arguments import stream_of
 from pymerge.backends.native._arguments import flat, numbers, optional
 from pymerge.backends.triton._arguments import output
 from pymerge.common.arrays import as_tensor
@@ -23,8 +24,7 @@ def compute(op: Combine, threads: int) -> Tensor:
     base = None if op.base is None else as_tensor(op.base).contiguous()
     inputs = [as_tensor(tensor).contiguous() for tensor in op.tensors]
     with torch.cuda.device(out.device):
-        stream = torch.cuda.current_stream(out.device).cuda_stream
         _cuda.combine(
-            flat(out), optional(base), [flat(each) for each in inputs], numbers(op.weights), op.divisor, stream
+            flat(out), optional(base), [flat(each) for each in inputs], numbers(op.weights), op.divisor, stream_of(out)
         )
     return out

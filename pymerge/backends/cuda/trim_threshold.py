@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pymerge.backends.native._arguments import flat
+from pymerge.backends.cuda._arguments import stream_of
+from pymerge.backends.native._arguments import address, flat
 from pymerge.backends.triton._masks import base_or_zeros
 from pymerge.common.arrays import as_tensor
 from pymerge.ops.trim_threshold import Thresholds, TrimThreshold
@@ -24,13 +25,13 @@ def compute(op: TrimThreshold, threads: int) -> Thresholds:
     found = torch.empty(2, tasks, dtype=torch.int64, device=device)
     with torch.cuda.device(device):
         _cuda.trim_threshold(
-            found[0].data_ptr(),
-            found[1].data_ptr(),
-            scratch.data_ptr(),
+            address(found[0]),
+            address(found[1]),
+            address(scratch),
             flat(base),
             [flat(expert) for expert in inputs],
             [op.counts[task] for task in searched],
-            torch.cuda.current_stream(device).cuda_stream,
+            stream_of(base),
         )
     thresholds.keys[searched], thresholds.ends[searched] = found.cpu().numpy()
     return thresholds

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from pymerge.common.arrays import Array, ArrayLike, dtype_of
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE, code_of, torch_dtype
 
 if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Matrix = tuple[int, int, int]
@@ -24,7 +28,13 @@ def flat(values: ArrayLike) -> Matrix:
     """A contiguous tensor as one row: (address, dtype, elements)."""
     if isinstance(values, Array):
         return values.address, NATIVE[values.dtype], math.prod(values.shape)
-    return values.data_ptr(), NATIVE[dtype_of(values)], values.numel()
+    return values.data_ptr(), _number(values.dtype), values.numel()
+
+
+@cache
+def _number(dtype: torch.dtype) -> int:
+    """The number that C++ knows a dtype by."""
+    return NATIVE[code_of(dtype)]
 
 
 def optional(values: ArrayLike | None) -> Matrix | None:
@@ -37,6 +47,11 @@ def address(values: ArrayLike) -> int:
     return values.address if isinstance(values, Array) else values.data_ptr()
 
 
+def numpy_address(values: NDArray[Any]) -> int:
+    """The address of a contiguous, writable numpy array; 0 of an empty one. Faster than values.ctypes.data."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(values.data)) if values.size else 0
+
+
 def output(out: ArrayLike | None, like: ArrayLike, out_dtype: str | None) -> ArrayLike:
     """Memory for a result: `out`, or new memory of the shape of `like`, of its kind, in `out_dtype` or its dtype."""
     if out is not None:
@@ -46,7 +61,8 @@ def output(out: ArrayLike | None, like: ArrayLike, out_dtype: str | None) -> Arr
         return Array.mapped(math.prod(like.shape) * ITEM_SIZES[code]).at(0, code, like.shape)
     import torch
 
-    return torch.empty(like.shape, dtype=torch_dtype(code))
+    # Faster than torch.empty, which takes longer than small sums.
+    return torch.empty_like(like, dtype=torch_dtype(code), memory_format=torch.contiguous_format)
 
 
 def rows_contiguous(matrix: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pymerge.backends.native._arguments import address
+from pymerge.backends.native._arguments import address, numpy_address
 from pymerge.common.arrays import Array, ArrayLike
 from pymerge.common.shapes import row_bytes
 from pymerge.ops._bitmask import TaskMasks
@@ -19,15 +19,15 @@ def no_masks(tasks: int, like: ArrayLike) -> TaskMasks:
 
 
 def mask_addresses(masks: TaskMasks, norms: bool = True) -> tuple[int, int, int]:
-    """Where masks are written; without `norms` nothing is summed."""
+    """Addresses of masks to be written; without `norms` nothing is summed."""
     if not norms:
         return address(masks.bits), 0, 0
-    return address(masks.bits), masks.before.ctypes.data, masks.after.ctypes.data
+    return address(masks.bits), numpy_address(masks.before), numpy_address(masks.after)
 
 
 def threshold_addresses(thresholds: Thresholds | None) -> tuple[int, int] | None:
-    """Where keys and ends are, if there are any."""
-    return None if thresholds is None else (thresholds.keys.ctypes.data, thresholds.ends.ctypes.data)
+    """Addresses of keys and ends, if there are any."""
+    return None if thresholds is None else (numpy_address(thresholds.keys), numpy_address(thresholds.ends))
 
 
 def _zeros(size: tuple[int, int], like: ArrayLike) -> ArrayLike:
@@ -35,4 +35,4 @@ def _zeros(size: tuple[int, int], like: ArrayLike) -> ArrayLike:
         return Array.of(np.zeros(size, np.uint8))
     import torch
 
-    return torch.zeros(size, dtype=torch.uint8)
+    return torch.zeros(*size, dtype=torch.uint8)

@@ -19,7 +19,7 @@ class FileTensor(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a call ended: `failed` is the number of the file that could not be read (the base first), or -1."""
+    """End of a call: `failed` is the number of the file that could not be read (the base first), or -1."""
 
     finite: bool
     failed: int
@@ -38,7 +38,7 @@ def combine_files(
     block: int,
     check_inputs: bool,
 ) -> Outcome:
-    """What `combine` gives for these tensors, bit for bit; without `tensors` the base, converted.
+    """Write the result of `combine` on these tensors, bit for bit; without `tensors` the base, converted.
 
     Args:
         out: memory for the result, in its dtype.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pymerge.backends.native._arguments import contiguous, flat, optional
+from pymerge.backends.native._arguments import contiguous, flat, numpy_address, optional
 from pymerge.ops.magnitude_counts import MagnitudeCounts
 
 
@@ -19,5 +19,5 @@ def compute(op: MagnitudeCounts, threads: int) -> NDArray[Any]:
     base = None if op.base is None else contiguous(op.base)
     inputs = [contiguous(expert) for expert in op.experts]
     experts, prefixes = [flat(expert) for expert in inputs], list(op.prefixes)
-    _C.magnitude_counts(counts.ctypes.data, optional(base), experts, prefixes, op.shift, op.bits, threads)
+    _C.magnitude_counts(numpy_address(counts), optional(base), experts, prefixes, op.shift, op.bits, threads)
     return counts

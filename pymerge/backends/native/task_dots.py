@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pymerge.backends.native._arguments import contiguous, flat, optional
+from pymerge.backends.native._arguments import contiguous, flat, numpy_address, optional
 from pymerge.common.arrays import as_tensor
 from pymerge.common.shapes import vector_shape
 from pymerge.ops.task_dots import TaskDots
@@ -25,5 +25,5 @@ def compute(op: TaskDots, threads: int) -> NDArray[Any]:
         base = None if base is None else as_tensor(base).reshape(rows, columns).T
         tensors = [as_tensor(tensor).reshape(rows, columns).T for tensor in tensors]
     base, inputs = None if base is None else contiguous(base), [contiguous(tensor) for tensor in tensors]
-    _C.task_dots(dots.ctypes.data, optional(base), [flat(tensor) for tensor in inputs], vectors, length, threads)
+    _C.task_dots(numpy_address(dots), optional(base), [flat(tensor) for tensor in inputs], vectors, length, threads)
     return dots

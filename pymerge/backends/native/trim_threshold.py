@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pymerge.backends.native._arguments import contiguous, flat, optional
+from pymerge.backends.native._arguments import contiguous, flat, numpy_address, optional
 from pymerge.ops.trim_threshold import Thresholds, TrimThreshold
 
 
@@ -18,7 +18,7 @@ def compute(op: TrimThreshold, threads: int) -> Thresholds:
     keys, ends = np.empty(len(searched), np.int64), np.empty(len(searched), np.int64)
     counts = [op.counts[task] for task in searched]
     _C.trim_threshold(
-        keys.ctypes.data, ends.ctypes.data, optional(base), [flat(expert) for expert in inputs], counts, threads
+        numpy_address(keys), numpy_address(ends), optional(base), [flat(expert) for expert in inputs], counts, threads
     )
     thresholds.keys[searched], thresholds.ends[searched] = keys, ends
     return thresholds

@@ -44,11 +44,11 @@ class DenseTasks:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """Dtype of the stored values."""
         return self.values.dtype
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by field."""
+        """Stored tensors, by field."""
         return {"values": self.values}
 
     def mix(self, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
@@ -103,11 +103,11 @@ class SparseTasks:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """Dtype of the stored values."""
         return self.values.dtype
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by field."""
+        """Stored tensors, by field."""
         return {"values": self.values, "columns": self.columns, "starts": self.starts}
 
     def _entries(self, task: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,11 +190,11 @@ class LowRankTasks:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """Dtype of the stored values."""
         return self.left.dtype
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by field."""
+        """Stored tensors, by field."""
         return {"left": self.left, "right": self.right, "owners": self.owners}
 
     def mix(self, out: Tensor, weight: Tensor, gates: Tensor, rows: slice) -> None:
