@@ -8,107 +8,81 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from logging import WARNING
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pymerge.backends.runner import Runner
-from pymerge.checkpoint.reader import Reader
-from pymerge.common.arrays import Array, ArrayLike
 from pymerge.common.events import event
-from pymerge.common.progress import ProgressSink
 from pymerge.engine.native_worker import NativeWorker
-from pymerge.engine.trace import StepLog, Times, Tracer
-from pymerge.engine.worker import Made, Reductions, Sink, first_line, is_out_of_memory
+from pymerge.engine.trace import StepLog, Times
+from pymerge.engine.worker import Context, Made, Reductions, Sink, Worker, first_line, is_out_of_memory
 from pymerge.errors import OutOfMemoryError
 from pymerge.planner import pieces
 from pymerge.planner.jobs import Batch, Job
-from pymerge.planner.window import NativeShare, Window, may_wait, most_output, native_share
+from pymerge.planner.steps import WorkerName
+from pymerge.planner.window import PoolShare, Window, may_wait, most_output, pool_share
 
-if TYPE_CHECKING:
-    from pymerge.engine.torch_worker import TorchWorker
+_NO_SHARE = PoolShare(0, 0, 0)
 
 
 class _Begun(NamedTuple):
-    """A batch that has been started: what is under way for each of its jobs, and a native job's memory."""
+    """A batch that has been begun, and what is under way for each of its jobs: nothing, if it is worked on later."""
 
     batch: Batch
     futures: list[Future[Any]]
-    room: Array | None
+
+
+class _Write(NamedTuple):
+    """What has been handed to the writer."""
+
+    future: Future[None]
+    worker: Worker
+    merged: Any
+    nbytes: int
+    native: bool
 
 
 class Executor:
-    """Carries out batches in their order: pools of threads read, and compute native jobs; one thread writes.
+    """Carries out batches in their order: pools of threads read, and compute pooled jobs; one thread writes.
 
-    The thread that calls `run` leads: it makes all decisions, so nothing here is locked, computes jobs of PyTorch,
-    which is imported if there are any, and takes what is made in its turn. `Window` says what may be in memory;
-    together with what waits for the writer it is never more than `limit` bytes.
+    The thread that calls `run` leads: it makes all decisions, so nothing here is locked, computes jobs that are not
+    pooled, and takes what is made in its turn. `Window` says what may be in memory; together with what waits for the
+    writer it is never more than the limit. PyTorch is imported if a job needs it.
 
     Args:
-        queue: batches of one plan, from pymerge.planner.jobs.
-        limit: bytes of all tensors held at once.
-        threads: most jobs of native code that are worked on at a time.
-        run: runs ops; its device is where tensors are computed.
-        sink: takes merged pieces.
+        context: what all workers share; ops run where its runner says.
+        sink: takes what is made.
+        threads: most pooled jobs that are worked on at a time.
     """
 
-    def __init__(
-        self,
-        queue: Sequence[Batch],
-        limit: int,
-        threads: int,
-        run: Runner,
-        reader: Reader,
-        sink: Sink,
-        tracer: Tracer,
-        progress: ProgressSink,
-        *,
-        allow_nonfinite: bool,
-        keeps_cache: bool,
-    ) -> None:
-        self._rest = deque(queue)  # not begun
-        self._line: deque[_Begun] = deque()  # begun, the next to have its turn first
-        self._writes: deque[tuple[Future[None], ArrayLike, int]] = deque()  # under way, with their bytes
-        self._write_failed = False
-        self._limit = limit
-        self._share = native_share(queue, limit, threads)
-        self._window = Window(limit, self._share)
-        self._run = run
-        self._reader = reader
+    def __init__(self, context: Context, sink: Sink, threads: int) -> None:
+        self._context = context
+        self._run = context.run
+        self._tracer = context.tracer
+        self._progress = context.progress
         self._sink = sink
-        self._tracer = tracer
-        self._progress = progress
+        self._threads = threads
+        self._rest: deque[Batch] = deque()  # not begun
+        self._line: deque[_Begun] = deque()  # begun, the next to have its turn first
+        self._writes: deque[_Write] = deque()  # under way
+        self._write_failed = False
+        self._workers: dict[WorkerName, Worker] = {}
+        self._share, self._limit = _NO_SHARE, 0
+        self._window = Window(0, _NO_SHARE)
         self._log = StepLog()
         self._reductions = Reductions()
-        self._reading = self._waited = 0  # nanoseconds: native jobs reading, added up; waiting for them
-        self._native = NativeWorker(
-            run,
-            reader,
-            self._reductions,
-            tracer,
-            progress,
-            output_bytes=most_output(queue),
-            allow_nonfinite=allow_nonfinite,
-            keeps_cache=keeps_cache,
-        )
-        self._torch: TorchWorker | None = None
-        if any(not batch.native for batch in queue):
-            from pymerge.engine.torch_worker import TorchWorker
+        self._reading = self._working = self._waited = 0  # nanoseconds: pooled jobs, added up; waiting for them
 
-            self._torch = TorchWorker(
-                run,
-                reader,
-                self._reductions,
-                [job for batch in queue if not batch.native for job in batch.jobs],
-                limit,
-                tracer,
-                progress,
-                allow_nonfinite=allow_nonfinite,
-                keeps_cache=keeps_cache,
-            )
-        self._pool = ThreadPoolExecutor(max(1, self._share.threads), thread_name_prefix="pymerge-native")
+    def run(self, queue: Sequence[Batch], limit: int) -> None:
+        """Work through batches (from pymerge.planner.jobs), with `limit` bytes of tensors in memory at once.
+
+        The first exception of any thread ends it.
+        """
+        self._rest.extend(queue)
+        self._limit = limit
+        self._share = pool_share(queue, limit, self._threads)
+        self._window = Window(limit, self._share)
+        self._workers = self._workers_of(queue)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
-
-    def run(self) -> None:
-        """Work through the queue. The first exception of any thread ends it."""
         try:
             while self._rest or self._line:
                 self._begin_ahead()
@@ -121,22 +95,20 @@ class Executor:
                 for job in batch.jobs:
                     self._log.ends(job)
                 self._window.pop()
-                if self._torch is not None:
-                    self._torch.freed(batch)
+                self._worker(batch).freed(batch)
             while self._writes:
                 self._wait_for_writer()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            for worker in self._workers.values():
+                worker.close()
+            self._workers = {}  # with the memory that they have kept
             self._writer.shutdown()  # what was handed to it is whole: the next run need not make it again
-            if self._torch is not None:
-                self._torch.close()
 
     @property
     def times(self) -> Times:
-        """Seconds of the leading thread; waiting for native jobs is reading and computing as they do both."""
-        seconds = self._tracer.seconds
-        busy, waited = seconds("combine"), self._waited / 1e9
-        share = min(1.0, self._reading / 1e9 / busy) if busy else 0.0
+        """Seconds of the leading thread; waiting for pooled jobs is reading and computing as they do both."""
+        seconds, waited = self._tracer.seconds, self._waited / 1e9
+        share = self._reading / self._working if self._working else 0.0
         reading = seconds("wait for inputs") + waited * share
         return Times(reading, seconds("compute") + waited * (1.0 - share), seconds("wait for the writer"))
 
@@ -145,13 +117,35 @@ class Executor:
         """Backend that computed each op."""
         return {op: choice.backend for op, choice in self._run.choices.items()}
 
+    def _workers_of(self, queue: Sequence[Batch]) -> dict[WorkerName, Worker]:
+        jobs: dict[WorkerName, list[Job]] = {}
+        for batch in queue:
+            jobs.setdefault(batch.jobs[0].step.worker, []).extend(batch.jobs)
+        found: dict[WorkerName, Worker] = {}
+        if "native" in jobs:
+            found["native"] = NativeWorker(self._context, self._reductions, self._share.threads, most_output(queue))
+        if "torch" in jobs:
+            from pymerge.engine.torch_worker import TorchWorker
+
+            found["torch"] = TorchWorker(self._context, self._reductions, jobs["torch"], self._limit)
+        if "encode" in jobs:
+            from pymerge.engine.encode_worker import EncodeWorker
+
+            found["encode"] = EncodeWorker(self._context, self._share.threads, jobs["encode"], self._limit)
+        return found
+
+    def _worker(self, batch: Batch) -> Worker:
+        return self._workers[batch.jobs[0].step.worker]
+
     def _begin_ahead(self) -> None:
         """Begin what the window admits; at least one batch, for which outputs may have to be written first."""
         while self._rest and self._window.admits(self._rest[0]):
             batch = self._rest[0]
             if any(batch.jobs[0].follows(begun.batch.jobs[0]) for begun in self._line):
                 return
-            if self._held() + self._window.entry(batch).held > self._limit and self._writes:
+            entry = self._window.entry(batch)
+            known = (self._window.first or entry).known
+            if self._held() + known + entry.held > self._limit and self._writes:
                 if self._line:
                     return
                 self._wait_for_writer()
@@ -162,26 +156,14 @@ class Executor:
 
     def _held(self) -> int:
         """Bytes of all inputs and outputs in memory."""
-        return self._share.working + self._window.held + sum(nbytes for _, _, nbytes in self._writes)
+        return self._share.working + self._window.held + sum(write.nbytes for write in self._writes)
 
     def _begin(self, batch: Batch) -> _Begun:
         for job in batch.jobs:
             self._reductions.start(job)
-        if not batch.native:
-            assert self._torch is not None
-            return _Begun(batch, [self._torch.start(job) for job in batch.jobs], None)
-        (job,) = batch.jobs
-        if not self._share.threads:
-            return _Begun(batch, [], None)  # worked on in its turn
-        try:
-            room = self._native.room(job)
-        except MemoryError as error:
-            failed: Future[Made] = Future()
-            failed.set_exception(error)  # raised in the job's turn
-            return _Begun(batch, [failed], None)
-        for entry in job.step.inputs if job.reads else ():
-            self._reader.announce(entry, job.piece.start, job.piece.stop)
-        return _Begun(batch, [self._pool.submit(self._native.work, job, room)], room)
+        if batch.pooled and not self._share.threads:
+            return _Begun(batch, [])
+        return _Begun(batch, [self._worker(batch).start(job) for job in batch.jobs])
 
     def _take_turn(self, begun: _Begun) -> None:
         """Conclude a batch; where memory runs out, each of its jobs alone."""
@@ -204,21 +186,18 @@ class Executor:
     def _made(self, begun: _Begun) -> list[Made]:
         """Results of the jobs of a batch, in its turn."""
         batch, futures = begun.batch, begun.futures
-        while self._writes and self._writes[0][0].done():
+        while self._writes and self._writes[0].future.done():
             self._wait_for_writer()
-        if not batch.native:
-            assert self._torch is not None
-            needed = batch.footprint.scratch + batch.footprint.output
-            while self._writes and self._held() + needed > self._limit:
-                self._wait_for_writer()
-            return self._torch.finish(batch, futures)
+        entry = self._window.entry(batch)
+        while self._writes and self._held() + entry.peak - entry.held > self._limit:
+            self._wait_for_writer()
         began = time.perf_counter_ns()
-        (job,) = batch.jobs
-        made: Made = futures[0].result() if futures else self._native.work(job, self._native.room(job))
-        futures.clear()
-        self._waited += time.perf_counter_ns() - began
-        self._reading += made.reading
-        return [made]
+        found = self._worker(batch).finish(batch, futures)
+        if batch.pooled:
+            self._waited += time.perf_counter_ns() - began
+            self._reading += sum(made.reading for made in found)
+            self._working += sum(made.reading + made.computing for made in found)
+        return found
 
     def _conclude(self, job: Job, made: Made) -> None:
         """Add what a job has mapped, or hand what it has merged to the writer."""
@@ -247,8 +226,7 @@ class Executor:
                     return
 
     def _once(self, job: Job) -> None:
-        batch = Batch((job,))
-        (made,) = self._made(_Begun(batch, [], None) if job.native else self._begin(batch))
+        (made,) = self._made(_Begun(Batch((job,)), []))
         self._conclude(job, made)
         del made
         while self._writes:
@@ -269,7 +247,7 @@ class Executor:
                     future.exception()  # waits; an error comes again with the second attempt
         self._line.clear()
         self._rest = deque(Batch((job,)) for waiting in self._rest for job in waiting.jobs)
-        self._share = NativeShare(0, 0, 0)
+        self._share = _NO_SHARE
         self._window = Window(0, self._share)
         self._window.push(batch)
         self._free()
@@ -277,47 +255,39 @@ class Executor:
     def _free(self) -> None:
         while self._writes:
             self._wait_for_writer()
-        self._native.free()
-        if self._torch is not None:
-            self._torch.free()
+        for worker in self._workers.values():
+            worker.free()
 
-    def _write(self, job: Job, merged: ArrayLike) -> None:
-        """Hand a merged piece to the writer; waits until no more than a few are with it."""
-        nbytes = merged.nbytes
-        self._writes.append((self._writer.submit(self._store, job, merged), merged, nbytes))
-        while not may_wait([(isinstance(each, Array), waiting) for _, each, waiting in self._writes]):
+    def _write(self, job: Job, merged: Any) -> None:
+        """Hand what a job has made to the writer; waits until no more than a few are with it."""
+        worker, nbytes = self._workers[job.step.worker], merged.nbytes
+        future = self._writer.submit(self._store, worker, job, merged, nbytes)
+        self._writes.append(_Write(future, worker, merged, nbytes, job.step.worker == "native"))
+        while not may_wait([(write.native, write.nbytes) for write in self._writes]):
             self._wait_for_writer()
 
-    def _store(self, job: Job, merged: ArrayLike) -> None:
-        """Give a merged piece to the sink, unless one before it could not be written; by the writer thread."""
-        name = job.step.name
+    def _store(self, worker: Worker, job: Job, merged: Any, nbytes: int) -> None:
+        """Give what a job has made to the sink, unless one before it could not be written; by the writer thread."""
         if self._write_failed:
             return
         try:
-            with self._tracer.span("write", name, merged.nbytes):
-                if isinstance(merged, Array):
-                    self._sink.write(name, merged.bytes)
-                else:
-                    assert self._torch is not None
-                    self._sink.write(name, self._torch.store(name, merged))
+            with self._tracer.span("write", job.step.name, nbytes):
+                worker.store(job, merged, self._sink)
         except BaseException:
             self._write_failed = True
             raise
-        self._progress.advance(merged.nbytes)
+        self._progress.advance(nbytes)
 
     def _wait_for_writer(self) -> None:
         """Wait for the oldest write."""
         with self._tracer.span("wait for the writer", ""):
-            writing, merged, _ = self._writes.popleft()
-            writing.result()
-        if isinstance(merged, Array):
-            self._native.reuse(merged)
-        elif self._torch is not None:
-            self._torch.reuse(merged)
+            write = self._writes.popleft()
+            write.future.result()
+        write.worker.reuse(write.merged)
 
 
 def _out_of_memory(job: Job, run: Runner, error: BaseException) -> OutOfMemoryError:
-    device = "cpu" if job.native else str(run.device)
+    device = "cpu" if job.pooled else str(run.device)
     remedy = "give --device cpu" if device.startswith("cuda") else "give a lower --memory, use a machine with more"
     return OutOfMemoryError(
         f"{job.step.name}: {job.step.action.label} on {list(job.piece.shape)} runs out of memory on {device}, with "

@@ -12,8 +12,8 @@ from pymerge.planner.plan import Plan
 RECIPE_NAME = "pymerge_config.yml"
 
 
-def model_card(plan: Plan, note: str = "") -> bytes:
-    """README.md of the output: how it was made, with the recipe, in the form that model hubs read; `note` is added."""
+def model_card(plan: Plan) -> bytes:
+    """README.md of the output: how it was made, with the recipe, in the form that model hubs read."""
     config = plan.config
     models = [str(entry.model) for entry in config.models]
     front: dict[str, Any] = {
@@ -38,7 +38,7 @@ Made with pymerge {env.version()} by `{plan.method.name}`: {plan.method.summary}
 
 {listed}
 
-{plan.parameters:,} parameters. {note}The recipe (also in `{RECIPE_NAME}`):
+{plan.parameters:,} parameters. {plan.extras.note}The recipe (also in `{RECIPE_NAME}`):
 
 ```yaml
 {config.source_text.strip()}

@@ -5,65 +5,69 @@ from __future__ import annotations
 import math
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from pymerge.backends.native.combine_files import FileTensor, combine_files, is_finite
-from pymerge.backends.runner import Runner
-from pymerge.checkpoint.reader import Reader, failed_read
+from pymerge.checkpoint.reader import failed_read
 from pymerge.common.arrays import Array
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE
-from pymerge.common.progress import ProgressSink
-from pymerge.engine.trace import Tracer
-from pymerge.engine.worker import Made, Reductions, raise_nonfinite
+from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, raise_nonfinite
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Combine, Elementwise
 from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
-from pymerge.planner.jobs import Job
+from pymerge.planner.jobs import Batch, Job
 from pymerge.planner.steps import BLOCK_ELEMENTS, CACHE_LINE
 
 
 class NativeWorker:
     """Reads pieces and combines, maps or merges them.
 
-    `room`, `reuse` and `free` are for the leading thread, `work` for any. Memory is used again: that of outputs, all of
-    the size of the largest, and that of inputs. A weighted sum needs none for its inputs: they are read and combined
-    block by block.
+    Memory is used again: that of outputs, all of the size of the largest (`output_bytes`), and that of inputs. A
+    weighted sum needs none for its inputs: they are read and combined block by block.
     """
 
-    def __init__(
-        self,
-        run: Runner,
-        reader: Reader,
-        reductions: Reductions,
-        tracer: Tracer,
-        progress: ProgressSink,
-        *,
-        output_bytes: int,
-        allow_nonfinite: bool,
-        keeps_cache: bool,
-    ) -> None:
-        self._run = run
-        self._reader = reader
+    def __init__(self, context: Context, reductions: Reductions, threads: int, output_bytes: int) -> None:
+        self._run = context.run
+        self._reader = context.reader
+        self._tracer = context.tracer
+        self._progress = context.progress
+        self._allow_nonfinite = context.allow_nonfinite
+        self._keeps_cache = context.keeps_cache
         self._reductions = reductions
-        self._tracer = tracer
-        self._progress = progress
         self._output_bytes = output_bytes
-        self._allow_nonfinite = allow_nonfinite
-        self._keeps_cache = keeps_cache
         self._outputs: list[Array] = []  # memory that nobody uses
         self._inputs: list[Array] = []
         self._held: dict[tuple[int, int], Array] = {}  # inputs between passes, by step and first row
         self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="pymerge-native")
 
-    def room(self, job: Job) -> Array | None:
-        """Memory for what a job merges; None in a pass that maps. Raises MemoryError."""
-        if not job.merges:
-            return None
-        return self._outputs.pop() if self._outputs else Array.mapped(self._output_bytes)
+    def start(self, job: Job) -> Future[Made]:
+        """Have a thread work on a job."""
+        try:
+            room = self._room(job)
+        except MemoryError as error:
+            return failed(error)
+        for entry in job.step.inputs if job.reads else ():
+            self._reader.announce(entry, job.piece.start, job.piece.stop)
+        return self._pool.submit(self.work, job, room)
 
-    def reuse(self, room: Array) -> None:
+    def finish(self, batch: Batch, started: list[Future[Made]]) -> list[Made]:
+        """Wait for a job, or work on it now."""
+        (job,) = batch.jobs
+        made = started[0].result() if started else self.work(job, self._room(job))
+        started.clear()  # futures keep their results
+        return [made]
+
+    def store(self, job: Job, merged: Array, sink: Sink) -> None:
+        """Give a merged piece to the sink."""
+        sink.write(job.step.name, merged.bytes)
+
+    def reuse(self, merged: Array) -> None:
         """Nobody uses the memory of a merged piece any more."""
-        self._outputs.append(room.whole())
+        self._outputs.append(merged.whole())
+
+    def freed(self, batch: Batch) -> None: ...
 
     def free(self) -> None:
         """Give back all memory that no job is using; inputs that were held are read again."""
@@ -72,8 +76,19 @@ class NativeWorker:
             self._inputs.clear()
             self._held.clear()
 
+    def close(self) -> None:
+        """End the threads, after the jobs that are worked on."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _room(self, job: Job) -> Array | None:
+        """Memory for what a job merges; None in a pass that maps. Raises MemoryError."""
+        if not job.merges:
+            return None
+        return self._outputs.pop() if self._outputs else Array.mapped(self._output_bytes)
+
     def work(self, job: Job, room: Array | None) -> Made:
-        """Read a piece, and combine, map or merge it. Raises MemoryError, CheckpointError, NonFiniteError."""
+        """Read a piece, and combine, map or merge it, by any thread. Raises as `finish`."""
+        began = time.perf_counter_ns()
         step, piece = job.step, job.piece
         nbytes = sum(math.prod(piece.shape) * ITEM_SIZES[entry.dtype] for entry in step.inputs)
         out = None if room is None else room.at(0, step.dtype, piece.shape)
@@ -94,7 +109,7 @@ class NativeWorker:
                     self._reader.release(entry, piece.start, piece.stop)
         if job.reads:
             self._progress.advance(nbytes)
-        return made
+        return made._replace(computing=time.perf_counter_ns() - began - made.reading)
 
     def _combine(self, job: Job, action: Combine, out: Array) -> tuple[int, bool]:
         """Write a weighted sum or a copy to `out`; returns nanoseconds of reading, and whether all is finite."""

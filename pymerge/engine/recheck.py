@@ -17,9 +17,11 @@ from pymerge.config.merge_config import load_config
 from pymerge.engine.executor import Executor
 from pymerge.engine.run import processor, resolve_target
 from pymerge.engine.trace import Tracer
+from pymerge.engine.worker import Context
 from pymerge.errors import BackendError, CheckpointError, ConfigError, OutputError, PlanError
 from pymerge.output.files import MANIFEST_NAME
 from pymerge.output.identity import differences
+from pymerge.output.layout import ShardLayout
 from pymerge.output.manifest import read_manifest
 from pymerge.planner.budget import budget
 from pymerge.planner.build import build_plan
@@ -147,18 +149,9 @@ def _digests(plan: Plan, names: Collection[str], progress: ProgressSink) -> dict
     sink = _Digests()
     try:
         with Tracer() as tracer, Reader(plan.inputs.stamps) as reader:
-            Executor(
-                queue,
-                plan.budget.tensors,
-                plan.target.threads,
-                Runner(plan.target.backend, plan.target.device),
-                reader,
-                sink,
-                tracer,
-                progress,
-                allow_nonfinite=plan.config.allow_nonfinite,
-                keeps_cache=plan.keeps_cache,
-            ).run()
+            runner = Runner(plan.target.backend, plan.target.device)
+            context = Context(runner, reader, tracer, progress, plan.config.allow_nonfinite, plan.keeps_cache)
+            Executor(context, sink, plan.target.threads).run(queue, plan.budget.tensors)
     finally:
         progress.close()
     return {name: sink.of(name) for name in names}
@@ -174,6 +167,9 @@ class _Digests:
         """Add the next bytes of a tensor."""
         digest = self._found.setdefault(tensor_name, hashlib.sha256())
         digest.update(data if isinstance(data, memoryview) else bytes_of(data.contiguous()))
+
+    def settle(self, layout: ShardLayout) -> None:
+        """Take the layout of a file; all of a merge's are planned."""
 
     def of(self, name: str) -> str:
         """The digest of a tensor; of one without elements nothing has come."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from logging import WARNING
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pymerge.backends import native
 from pymerge.backends.runner import Runner, check_backend
@@ -22,50 +22,17 @@ from pymerge.engine.memory import peak_resident_bytes
 from pymerge.engine.model_card import RECIPE_NAME, model_card
 from pymerge.engine.report import MergeReport
 from pymerge.engine.trace import Tracer
+from pymerge.engine.worker import Context
 from pymerge.errors import OutputError
 from pymerge.output.directory import OutputDirectory
-from pymerge.output.layout import ShardLayout
 from pymerge.output.manifest import build_manifest, read_manifest
 from pymerge.output.verify import verify
-from pymerge.planner.jobs import batches
+from pymerge.planner.jobs import Batch, batches
 from pymerge.planner.plan import Plan
 from pymerge.planner.workers import Target
 
 if TYPE_CHECKING:
     import torch
-
-
-class Supplement(Protocol):
-    """Files of an output beside the merged model: of tensors that are made from the same inputs.
-
-    `layouts` and `late` are its files as `OutputDirectory` takes them, `changeable` those that may get other values
-    later, `identity` what decides their bytes, `last` the file that makes the output whole, `note` what its model card
-    says about it.
-    """
-
-    @property
-    def layouts(self) -> Sequence[ShardLayout]: ...
-    @property
-    def late(self) -> Mapping[str, int]: ...
-    @property
-    def changeable(self) -> Sequence[str]: ...
-    @property
-    def identity(self) -> Mapping[str, str]: ...
-    @property
-    def last(self) -> str: ...
-    @property
-    def note(self) -> str: ...
-
-    def cost(self, finished: frozenset[str]) -> tuple[int, int]:
-        """Bytes that are still to be read and written when these files are finished."""
-
-    def make(
-        self, output: OutputDirectory, reader: Reader, tracer: Tracer, progress: ProgressSink, keeps_cache: bool
-    ) -> None:
-        """Write all unfinished files."""
-
-    def files(self, beside: Sequence[ShardLayout]) -> dict[str, bytes]:
-        """Small files, from the layouts of all that have been written; `last` among them."""
 
 
 def resolve_target(device: str | torch.device, backend: str) -> Target:
@@ -95,7 +62,6 @@ def run(
     plan: Plan,
     out: Path,
     *,
-    supplement: Supplement | None = None,
     overwrite: bool = False,
     progress: ProgressSink | None = None,
     profile: Path | None = None,
@@ -103,10 +69,9 @@ def run(
     """Carry out a plan.
 
     Args:
-        plan: from `build_plan`.
+        plan: from `build_plan`; its extras are made after the model.
         out: output directory; new, empty, or holding this very merge (unfinished: it goes on; finished: it is
             verified).
-        supplement: what is made beside the merged model, under the same lock.
         overwrite: replace another merge that is there.
         progress: told about bytes and tensors; default: nobody.
         profile: file for a trace of all reads, computations and writes (see pymerge.engine.trace).
@@ -118,16 +83,12 @@ def run(
     """
     started = time.perf_counter()
     progress = progress or NoProgress()
-    device = plan.target.device
+    device, extras = plan.target.device, plan.extras
     runner = Runner(plan.target.backend, device)
     _log_plan(plan)
     _refuse_inputs(plan, out)
     plan.check_inputs()
     identity = plan.identity(processor(plan))
-    keeps_cache = plan.keeps_cache
-    if supplement is not None:
-        identity |= supplement.identity
-        keeps_cache = plan.budget.keeps_cache(plan.bytes_input + plan.bytes_written + sum(supplement.cost(frozenset())))
     manifest = read_manifest(out)
     if manifest is not None and manifest["identity"] == identity and not overwrite:
         return _verified(plan, out, started, progress)
@@ -138,50 +99,34 @@ def run(
             out,
             plan.layouts,
             identity=identity,
-            beside=supplement.layouts if supplement else (),
-            late=supplement.late if supplement else None,
+            beside=extras.layouts,
+            late=extras.late,
             overwrite=overwrite,
-            keeps_cache=keeps_cache,
+            keeps_cache=plan.keeps_cache,
         ) as output,
         Reader(plan.inputs.stamps) as reader,
     ):
         kept = output.finished
-        resumed = len(kept)
-        if resumed:
-            event("resumed", f"kept {resumed} finished shards of an interrupted run", shards=sorted(kept))
-        queue = batches(plan.steps, plan.budget, kept)
-        read = sum(job.step.bytes_of(job.piece) for batch in queue for job in batch.jobs if job.reads)
-        written = sum(job.step.bytes_made(job.piece) for batch in queue for job in batch.jobs if job.merges)
-        if supplement is not None:
-            read += supplement.cost(kept)[0]
-        progress.start(read + written + (supplement.cost(kept)[1] if supplement else 0))
-        executor = Executor(
-            queue,
-            plan.budget.tensors,
-            plan.target.threads,
-            runner,
-            reader,
-            output,
-            tracer,
-            progress,
-            allow_nonfinite=plan.config.allow_nonfinite,
-            keeps_cache=keeps_cache,
-        )
+        if kept:
+            event("resumed", f"kept {len(kept)} finished shards of an interrupted run", shards=sorted(kept))
+        merging, beside = (batches(steps, plan.budget, kept) for steps in (plan.steps, extras.steps))
+        read, written = (sum(pair) for pair in zip(_bytes(merging), _bytes(beside), strict=True))
+        context = Context(runner, reader, tracer, progress, plan.config.allow_nonfinite, plan.keeps_cache)
+        executor = Executor(context, output, plan.target.threads)
+        progress.start(read + written)
         try:
-            executor.run()
-            if supplement is not None:
-                supplement.make(output, reader, tracer, progress, keeps_cache)
+            executor.run(merging, plan.budget.tensors)
+            executor.run(beside, plan.budget.host)
         finally:
             progress.close()
-        beside = [layout for layout in output.beside if layout.file not in kept]
-        written += sum(tensor.nbytes for layout in beside for tensor in layout.tensors)
-        _publish(plan, output, supplement)
+        _publish(plan, output)
+    made = [layout for layout in (*plan.layouts, *output.beside) if layout.file not in kept]
     report = MergeReport(
         output=out,
         tensors=plan.tensors,
         parameters=plan.parameters,
         bytes_read=read,
-        bytes_written=written,
+        bytes_written=sum(tensor.nbytes for layout in made for tensor in layout.tensors),
         seconds=time.perf_counter() - started,
         reading=executor.times.reading,
         computing=executor.times.computing,
@@ -193,10 +138,17 @@ def run(
         peak_device_memory=_peak_device_memory(device),
         backends=executor.backends,
         warnings=plan.warnings,
-        resumed_shards=resumed,
+        resumed_shards=len(kept),
     )
     event("finished", report.lines()[0], **asdict(report))
     return report
+
+
+def _bytes(queue: Sequence[Batch]) -> tuple[int, int]:
+    """Bytes that the jobs of a queue read, and write at most."""
+    jobs = [job for batch in queue for job in batch.jobs]
+    read = sum(job.step.bytes_of(job.piece) for job in jobs if job.reads)
+    return read, sum(job.step.bytes_made(job.piece) for job in jobs if job.merges)
 
 
 def _peak_device_memory(device: Device, *, reset: bool = False) -> int:
@@ -226,7 +178,7 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
             raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
 
 
-def _publish(plan: Plan, output: OutputDirectory, supplement: Supplement | None) -> None:
+def _publish(plan: Plan, output: OutputDirectory) -> None:
     """Put everything beside the weights in place, and make the output visible."""
     donor = plan.inputs.donor
     files: dict[str, bytes | Path] = {path.as_posix(): donor.path / path for path in donor.other_files}
@@ -235,14 +187,13 @@ def _publish(plan: Plan, output: OutputDirectory, supplement: Supplement | None)
     )
     if plan.config_json is not None:
         files["config.json"] = plan.config_json
-    files["README.md"] = model_card(plan, supplement.note if supplement else "")
+    files["README.md"] = model_card(plan)
     files[RECIPE_NAME] = plan.config.source_text.encode()
-    if supplement is not None:
-        files |= supplement.files(output.beside)
+    beside = plan.extras.files(output.beside)
     manifest = build_manifest(
         plan.layouts,
         output.checksums,
-        files,
+        files | beside,
         identity=output.identity,
         recipe={
             "config": RECIPE_NAME,
@@ -253,9 +204,9 @@ def _publish(plan: Plan, output: OutputDirectory, supplement: Supplement | None)
         },
         base_parameters=plan.base_parameters,
         beside=output.beside,
-        changeable=supplement.changeable if supplement else (),
+        changeable=plan.extras.changeable,
     )
-    output.publish(files, manifest, last=supplement.last if supplement else None)
+    output.publish(files | beside, manifest, last=next(reversed(beside), None))
 
 
 def _verified(plan: Plan, out: Path, started: float, progress: ProgressSink) -> MergeReport:

@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 
 from pymerge.architecture.roles import Layer
-from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_finite, is_finite
-from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.arrays import as_tensor
 from pymerge.common.dtypes import torch_dtype, upcast
-from pymerge.common.progress import ProgressSink
 from pymerge.engine.memory import Heap
-from pymerge.engine.trace import Tracer
 from pymerge.engine.transfer import transfer_to
-from pymerge.engine.worker import Made, Reductions, first_line, is_out_of_memory, raise_nonfinite
+from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, first_line, is_out_of_memory, raise_nonfinite
 from pymerge.errors import ArgumentError, BackendError
 from pymerge.methods.actions import Action, Combine, Elementwise, Run, Solve, SolveTogether
 from pymerge.methods.reduce import Reduce, merge_whole
@@ -38,29 +34,20 @@ _ONE_THREAD_FLOPS = 2**25
 
 
 class TorchWorker:
-    """Reads pieces to the device and computes them there. All but `_load` and `store` is for the leading thread."""
+    """Reads pieces to the device, by a few threads, and computes them there in their turn.
 
-    def __init__(
-        self,
-        run: Runner,
-        reader: Reader,
-        reductions: Reductions,
-        jobs: Sequence[Job],
-        limit: int,
-        tracer: Tracer,
-        progress: ProgressSink,
-        *,
-        allow_nonfinite: bool,
-        keeps_cache: bool,
-    ) -> None:
-        self._run = run
-        self._reader = reader
+    `jobs` are all that it will be given, `limit` is that of all tensors.
+    """
+
+    def __init__(self, context: Context, reductions: Reductions, jobs: Sequence[Job], limit: int) -> None:
+        self._run = context.run
+        self._reader = context.reader
+        self._tracer = context.tracer
+        self._progress = context.progress
+        self._allow_nonfinite = context.allow_nonfinite
+        self._keeps_cache = context.keeps_cache
         self._reductions = reductions
-        self._tracer = tracer
-        self._progress = progress
-        self._allow_nonfinite = allow_nonfinite
-        self._keeps_cache = keeps_cache
-        self._transfer = transfer_to(torch.device(str(run.device)), jobs, tracer, limit)
+        self._transfer = transfer_to(torch.device(str(self._run.device)), jobs, self._tracer, limit)
         self._heap = Heap(limit)
         self._inputs: dict[tuple[int, int], Future[list[Tensor]]] = {}  # of pieces between two passes
         # Elementwise work waits on memory, and readers need the processor beside it: a team of threads that does not
@@ -82,9 +69,7 @@ class TorchWorker:
         try:
             rooms = [self._transfer.prepare(entry, job.piece) for entry in job.step.inputs]
         except (MemoryError, RuntimeError) as error:
-            failed: Future[list[Tensor]] = Future()
-            failed.set_exception(error)  # raised in the job's turn
-            return failed
+            return failed(error)
         return self._readers.submit(self._load, job, rooms)
 
     def _load(self, job: Job, rooms: Sequence[Tensor | None]) -> list[Tensor]:
@@ -104,8 +89,9 @@ class TorchWorker:
         self._progress.advance(nbytes)
         return tensor
 
-    def finish(self, batch: Batch, loads: list[Future[list[Tensor]]]) -> list[Made]:
-        """Compute the jobs of a batch; `loads` is emptied."""
+    def finish(self, batch: Batch, started: list[Future[list[Tensor]]]) -> list[Made]:
+        """Compute the jobs of a batch."""
+        loads = started or [self.start(job) for job in batch.jobs]
         with self._tracer.span("wait for inputs", batch.name):
             inputs = [load.result() for load in loads]
         loads.clear()  # futures keep their results
@@ -113,13 +99,13 @@ class TorchWorker:
         made = self._compute(batch, inputs, room)
         held = _place(batch.jobs[0]) in self._inputs  # for another pass
         used = [*([] if held else chain.from_iterable(inputs)), *([] if room is None else [room])]
-        kept = {_address(as_tensor(each.merged)) for each in made if each.merged is not None}
+        kept = {_address(_tensor(each)) for each in made if each.merged is not None}
         self._transfer.reuse(each for each in used if _address(each) not in kept)
         return made
 
-    def store(self, name: str, merged: Tensor) -> Tensor:
-        """A merged tensor on the CPU, valid until the next call; by the writer thread."""
-        return self._transfer.store(name, merged)
+    def store(self, job: Job, merged: Tensor, sink: Sink) -> None:
+        """Give a merged tensor, on the CPU, to the sink."""
+        sink.write(job.step.name, self._transfer.store(job.step.name, merged))
 
     def reuse(self, merged: Tensor) -> None:
         """Nobody uses a merged tensor any more."""
@@ -177,7 +163,7 @@ class TorchWorker:
                     "try --backend reference, and report this"
                 ) from error
             for each, result in zip(batch.jobs, made, strict=True):
-                if result.merged is not None and not self._allow_nonfinite and not is_finite(as_tensor(result.merged)):
+                if result.merged is not None and not self._allow_nonfinite and not is_finite(_tensor(result)):
                     raise_nonfinite(each, self._reader)
             self._transfer.finish()
         return made
@@ -187,7 +173,7 @@ class TorchWorker:
         if not job.reduces:
             return Made(merge_rows(action, self._run, rows))
         state = self._reductions.of(job)
-        return Made(state.merge(self._run, rows)) if job.merges else Made(None, state.map(self._run, rows))
+        return Made(as_tensor(state.merge(self._run, rows))) if job.merges else Made(None, state.map(self._run, rows))
 
 
 def merge_rows(action: Action, run: Run, rows: Rows) -> Tensor:
@@ -241,6 +227,12 @@ def _solve_matrices(
         else:
             merged = [action.run(run, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
     return [matrix.mT.contiguous() for matrix in merged] if in_axis == 0 else merged
+
+
+def _tensor(made: Made) -> Tensor:
+    """The tensor that a job has merged."""
+    assert isinstance(made.merged, Tensor)
+    return made.merged
 
 
 def _place(job: Job) -> tuple[int, int]:

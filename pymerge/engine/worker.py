@@ -1,15 +1,21 @@
-"""Workers: what carries out jobs, in native code or in PyTorch; what they make, and how they say what went wrong."""
+"""Workers: what carries out the jobs of some steps; what they share and make, and how they say what went wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
+from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_finite, overflow
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.progress import ProgressSink
+from pymerge.engine.trace import Tracer
 from pymerge.errors import ArgumentError
 from pymerge.methods.reduce import Reduce, Reduction
-from pymerge.planner.jobs import Job
+from pymerge.output.layout import ShardLayout
+from pymerge.planner.jobs import Batch, Job
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,18 +24,75 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Taker of merged pieces: those of a tensor come in their order, by one thread."""
+    """Taker of what is made: pieces of a tensor come in their order, all by one thread."""
 
     def write(self, tensor_name: str, data: Tensor | memoryview) -> None:
         """Take the next bytes of a tensor, a contiguous tensor on the CPU or its memory; valid until this returns."""
 
+    def settle(self, layout: ShardLayout) -> None:
+        """Take the layout of a file that nobody could plan, before its first tensor."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that the workers of a run share: inputs, ops, who is told of the work, and the config's wishes."""
+
+    run: Runner
+    reader: Reader
+    tracer: Tracer
+    progress: ProgressSink
+    allow_nonfinite: bool
+    keeps_cache: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tensors that were made of one tensor, or all of a file, with its layout, where nobody could plan it."""
+
+    tensors: dict[str, Tensor]
+    layout: ShardLayout | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 class Made(NamedTuple):
-    """Result of one job: merged rows, or a contribution to a pass."""
+    """Result of one job: what is written, a contribution to a pass, or nothing yet."""
 
-    merged: ArrayLike | None
+    merged: ArrayLike | Encoded | None
     mapped: Any = None
-    reading: int = 0  # nanoseconds that a native job spent in reads
+    reading: int = 0  # nanoseconds that a pooled job spent in reads
+    computing: int = 0  # the others of a pooled job
+
+
+class Worker(Protocol):
+    """What carries out the jobs of some steps. The leading thread calls all but `store`, for batches in their order."""
+
+    def start(self, job: Job) -> Future[Any]:
+        """Start what may be done before the job's turn: reading, or all of it. An error waits for its turn."""
+
+    def finish(self, batch: Batch, started: list[Future[Any]]) -> list[Made]:
+        """Complete a batch in its turn; `started` is of each job, or empty where nothing was; it is emptied.
+
+        Raises MemoryError, RuntimeError of PyTorch where its memory runs out, CheckpointError, NonFiniteError.
+        """
+
+    def store(self, job: Job, merged: Any, sink: Sink) -> None:
+        """Give what a job has made to the sink; by the writer thread."""
+
+    def reuse(self, merged: Any) -> None:
+        """Nobody uses any more what a job has made."""
+
+    def freed(self, batch: Batch) -> None:
+        """A batch has had its turn."""
+
+    def free(self) -> None:
+        """Give back all memory that no job is using, as far as it can be made again."""
+
+    def close(self) -> None:
+        """End the worker's threads."""
 
 
 class Reductions:
@@ -80,6 +143,13 @@ def raise_nonfinite(job: Job, reader: Reader) -> NoReturn:
 def rows_read(job: Job) -> tuple[int, ...]:
     """First row of a job's piece, and the one behind its last, for a Reader; scalars have none."""
     return (job.piece.start, job.piece.stop) if job.step.shape else ()
+
+
+def failed(error: BaseException) -> Future[Any]:
+    """A job that could not be started: the error is raised in its turn."""
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Actions: what is done to one tensor, of four kinds. Combine is data; the others say which ops to run."""
+"""Actions: what is done to one tensor, of five kinds. Combine is data; the others say what to run."""
 
 from __future__ import annotations
 
@@ -117,6 +117,20 @@ class SolveTogether(Solve):
 
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
         return self.run_batch(run, [base], [experts], out_dtype)[0]
+
+
+class Encode(Action):
+    """Work on whole tensors that gives several others, whose sizes may depend on the values; for `Extras` of a plan.
+
+    On tensors of PyTorch on the CPU, by a thread of its own: the results do not depend on how many there are.
+    """
+
+    @abstractmethod
+    def run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The tensors that are written, by their names, from all that are read, the base first.
+
+        Raises NonFiniteError, which names file and tensor, for what must not be written.
+        """
 
 
 def copy() -> Combine:

@@ -42,7 +42,27 @@ def build_plan(
     dtype: str | None = None,
     planned: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
-    """Plan a merge from the config and the headers of its inputs.
+    """Plan a merge from the config and the headers of its inputs: a draft (see there), fitted into the budget.
+
+    Raises:
+        PlanError: with everything that is wrong: missing, extra or misshapen tensors, dtypes, memory.
+        ConfigError, CheckpointError: an input cannot be opened at all.
+        ArgumentError: an unknown `dtype`.
+    """
+    draft = draft_plan(config, budget, target, max_shard_bytes=max_shard_bytes, dtype=dtype, planned=planned)
+    return replace(draft, steps=fit(draft.steps, budget))
+
+
+def draft_plan(
+    config: MergeConfig,
+    budget: Budget,
+    target: Target | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: str | None = None,
+    planned: Mapping[str, Checkpoint] | None = None,
+) -> Plan:
+    """Plan all of a merge but the pieces of its steps, which `fit` cuts as the budget allows.
 
     Args:
         config: from `load_config`.
@@ -53,9 +73,7 @@ def build_plan(
         planned: models, by their names in the config, that will be written before the merge runs (`Plan.checkpoint`).
 
     Raises:
-        PlanError: with everything that is wrong: missing, extra or misshapen tensors, dtypes, memory.
-        ConfigError, CheckpointError: an input cannot be opened at all.
-        ArgumentError: an unknown `dtype`.
+        PlanError, ConfigError, CheckpointError, ArgumentError: as `build_plan`, but for the memory.
     """
     target = target or Target()
     method = get_method(config.merge_method).given(config.base_model is not None)
@@ -123,7 +141,7 @@ def build_plan(
         config=config,
         method=method,
         inputs=inputs,
-        steps=fit(_assigned(steps, config, target, aligned.sections), budget),
+        steps=tuple(_assigned(steps, config, target, aligned.sections)),
         layouts=placed,
         warnings=(*config.warnings, *warnings),
         budget=budget,
@@ -147,7 +165,7 @@ def _assigned(
     """
     groups: dict[tuple[int, Action], list[Step]] = {}
     for step in steps:
-        if isinstance(step.action, Reduce) and step.action.scope == "model" and math.prod(step.shape):
+        if isinstance(step.action, Reduce) and step.action.scope == "model" and 0 not in step.shape:
             groups.setdefault((id(sections[step.name]), step.action), []).append(step)
     found: dict[int, Group] = {}
     for number, unordered in enumerate(groups.values()):

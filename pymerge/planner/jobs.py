@@ -35,9 +35,9 @@ class Job:
     ends_pass: bool = True  # no piece of this pass comes after it
 
     @property
-    def native(self) -> bool:
-        """Whether native code carries it out, on arrays."""
-        return self.step.worker == "native"
+    def pooled(self) -> bool:
+        """Whether a thread of a pool carries it out, ahead of its turn; else it is computed in its turn."""
+        return self.step.worker != "torch"
 
     @property
     def reduces(self) -> bool:
@@ -101,9 +101,9 @@ class Batch:
         )
 
     @property
-    def native(self) -> bool:
-        """Whether native code carries it out; then it is one job."""
-        return self.jobs[0].native
+    def pooled(self) -> bool:
+        """Whether a thread of a pool carries it out; then it is one job."""
+        return self.jobs[0].pooled
 
     @property
     def name(self) -> str:

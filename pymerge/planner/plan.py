@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pymerge.errors import CheckpointError
 from pymerge.methods.base import Method
 from pymerge.output.layout import ShardLayout
 from pymerge.planner.budget import Budget
+from pymerge.planner.extras import Extras
 from pymerge.planner.inputs import Inputs
 from pymerge.planner.jobs import batches
 from pymerge.planner.steps import Step
@@ -44,6 +45,7 @@ class Plan:
     tokens: TokenPlan
     target: Target
     carried: Mapping[Path, str]  # sizes and times of the donor's other files, when the plan was made
+    extras: Extras = field(default_factory=Extras)  # files beside the model; sizes below are the model's alone
 
     @property
     def bytes_read(self) -> int:
@@ -85,12 +87,13 @@ class Plan:
     @property
     def needs_torch(self) -> bool:
         """Whether a step is carried out by PyTorch; otherwise it is not imported."""
-        return any(step.worker == "torch" for step in self.steps)
+        return any(step.worker != "native" for step in (*self.steps, *self.extras.steps))
 
     @property
     def keeps_cache(self) -> bool:
         """Whether inputs and output stay in the page cache; if not, their pages are dropped as soon as possible."""
-        return self.budget.keeps_cache(self.bytes_input + self.bytes_written)
+        beside = self.extras.bytes_read + self.extras.bytes_written
+        return self.budget.keeps_cache(self.bytes_input + self.bytes_written + beside)
 
     def summary(self) -> dict[str, Any]:
         """The plan in a few numbers: sizes in bytes, work in floating-point operations."""
@@ -164,7 +167,8 @@ class Plan:
         if self.tokens.digest:
             parts["tokenizer"] = self.tokens.digest
         parts |= {"output dtype": self.dtype or "as in the base", "output files": headers.hexdigest()}
-        return parts | {"backend": backend, "device": device, "processor": processor}
+        parts |= {"backend": backend, "device": device, "processor": processor}
+        return parts | dict(self.extras.identity)
 
 
 def _settled(checkpoint: Checkpoint) -> Checkpoint:

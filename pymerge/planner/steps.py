@@ -10,14 +10,14 @@ from typing import Literal
 from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
-from pymerge.methods.actions import Action, Combine, Solve
+from pymerge.methods.actions import Action, Combine, Encode, Solve
 from pymerge.methods.base import Values
 from pymerge.methods.reduce import Reduce
 from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
 
-# What carries out a step: native code on arrays, without PyTorch, or ops on PyTorch's tensors.
-WorkerName = Literal["native", "torch"]
+# Workers of a step: native code on arrays, ops on tensors of PyTorch, or threads of PyTorch that encode each tensor.
+WorkerName = Literal["native", "torch", "encode"]
 # Elements of each tensor that native code reads at once for a weighted sum: so many that a system call costs little
 # beside them, and so few that those of a base and several experts are still in a core's second-level cache when they
 # are combined.
@@ -63,12 +63,15 @@ class Step:
     reads_base: bool
     file: str
     offset: int  # of the first byte in the output file
-    nbytes: int
+    nbytes: int  # in the output file; at most, where that depends on the values
     pieces: tuple[Piece, ...]
     held: bool = False  # inputs that are read stay in memory until the last of several passes
     values: Values | None = None  # the parameters that the action was made from; None for a copy
     worker: WorkerName = "torch"
     group: Group | None = None
+    # Bytes of what was made before it for its file and waits in memory, because the layout of the file depends on the
+    # values; None where it does not.
+    gathered: int | None = None
 
     @property
     def inputs(self) -> tuple[TensorEntry, ...]:
@@ -91,7 +94,7 @@ class Step:
 
     def bytes_made(self, piece: Piece) -> int:
         """Bytes of a piece in the output."""
-        return math.prod(piece.shape) * ITEM_SIZES[self.dtype]
+        return self.nbytes if isinstance(self.action, Encode) else math.prod(piece.shape) * ITEM_SIZES[self.dtype]
 
     @property
     def in_passes(self) -> bool:
@@ -119,8 +122,8 @@ class Step:
     def footprint(self, piece: Piece) -> Footprint:
         """Bytes that a piece (of this step's pieces, or a smaller one) takes with this step's worker."""
         elements = math.prod(piece.shape)
-        output = elements * ITEM_SIZES[self.dtype]
-        scratch = self.scratch(piece)
+        output = self.bytes_made(piece)
+        scratch = self.scratch(piece) + (self.gathered or 0)
         if piece.shape != self.shape or self.group is not None:
             scratch += self._kept_bytes
         if self.worker == "native":

@@ -14,14 +14,14 @@ from pymerge.planner.jobs import READ_AHEAD, WRITE_BEHIND, Batch, Job
 # do not stop the reading.
 SMALL_BYTES = 16 * 2**20
 _MOST_PIECES = 16
-# Jobs of native code that may wait for their turn to be written or added, where passes only map: a disk now and then
-# stops for a moment, and they are done meanwhile.
+# Jobs of a pool that may wait for their turn to be written or added, where passes only map: a disk now and then stops
+# for a moment, and they are done meanwhile.
 MOST_WAITING = 30
 
 
 @dataclass(frozen=True)
-class NativeShare:
-    """Memory and threads of native code, beside the jobs that `Window` holds against each other.
+class PoolShare:
+    """Memory and threads of a pool, beside the jobs that `Window` holds against each other.
 
     `threads` jobs are worked on at a time, in `working` bytes together; 0 threads: each job in its turn, alone.
     `ahead` further ones may wait for their turn.
@@ -32,25 +32,25 @@ class NativeShare:
     ahead: int
 
 
-def native_share(queue: Sequence[Batch], limit: int, threads: int) -> NativeShare:
-    """The share of native code in a queue: as many threads as the machine has, if their memory fits the limit.
+def pool_share(queue: Sequence[Batch], limit: int, threads: int) -> PoolShare:
+    """The share of the pool in a queue: as many threads as the machine has, if their memory fits the limit.
 
-    Where PyTorch works on other steps, what its largest needs is left to it.
+    Where other steps are computed in their turn, what the largest needs is left to it.
     """
-    native = [batch.jobs[0] for batch in queue if batch.native]
-    if not native:
-        return NativeShare(0, 0, 0)
-    one = max(working_bytes(job) + job.footprint.output for job in native)
-    others = max((batch.footprint.peak for batch in queue if not batch.native), default=0)
-    known = max(known_bytes(job) for job in native)
+    pooled = [batch.jobs[0] for batch in queue if batch.pooled]
+    if not pooled:
+        return PoolShare(0, 0, 0)
+    one = max(working_bytes(job) + job.footprint.output for job in pooled)
+    others = max((batch.footprint.peak for batch in queue if not batch.pooled), default=0)
+    known = max(known_bytes(job) for job in pooled)
     fitting = max(0, limit - max(others, known)) // max(1, one)
     count = min(threads, fitting) if others else max(1, min(threads, fitting))
-    waits = MOST_WAITING if any(job.reduces for job in native) else WRITE_BEHIND
-    return NativeShare(count, count * max(working_bytes(job) for job in native), waits)
+    waits = MOST_WAITING if any(job.reduces for job in pooled) else WRITE_BEHIND
+    return PoolShare(count, count * max(working_bytes(job) for job in pooled), waits)
 
 
 def working_bytes(job: Job) -> int:
-    """Bytes that one native job needs while it is worked on: its inputs, and what is computed beside the output."""
+    """Bytes that one pooled job needs while it is worked on: its inputs, and what is computed beside the output."""
     step = job.step
     if isinstance(step.action, Combine):
         return step.footprint(job.piece).inputs
@@ -58,12 +58,13 @@ def working_bytes(job: Job) -> int:
 
 
 def known_bytes(job: Job) -> int:
-    """Bytes in memory beside the piece itself: of its tensor from earlier passes, and of others."""
-    return job.footprint.scratch - job.step.scratch(job.piece) if job.reduces else 0
+    """Bytes in memory beside the piece itself: of its tensor from earlier passes, of others, of its file."""
+    known = job.reduces or job.step.gathered is not None
+    return job.footprint.scratch - job.step.scratch(job.piece) if known else 0
 
 
 def waiting_bytes(job: Job) -> int:
-    """Bytes of what a native job has made, while it waits for its turn: a result, or a contribution to a pass."""
+    """Bytes of what a pooled job has made, while it waits for its turn: a result, or a contribution to a pass."""
     if job.merges:
         return job.footprint.output
     return job.step.scratch(job.piece)
@@ -72,26 +73,27 @@ def waiting_bytes(job: Job) -> int:
 class Waiting(NamedTuple):
     """A batch that has been admitted."""
 
-    native: bool
+    pooled: bool
     held: int  # bytes from its admission on
     peak: int  # in its turn
+    known: int = 0  # of the peak, what is in memory before it is admitted
 
 
 class Window:
     """Rule for starting jobs: in order, as far ahead as every one of them can still have its turn.
 
-    A job of PyTorch is computed in its turn, with the inputs of all jobs read ahead in memory. So a further one is
-    admitted if, for each job that waits before it, its peak and all that is held behind it stay within the limit. A
-    native job is worked on as soon as a thread is free; what the threads work in is set apart (`share`), and it holds
+    A job that is not pooled is computed in its turn, with the inputs of all jobs read ahead in memory. So a further one
+    is admitted if, for each job that waits before it, its peak and all that is held behind it stay within the limit. A
+    pooled job is worked on as soon as a thread is free; what the threads work in is set apart (`share`), and it holds
     what it made until its turn. Outputs that wait to be written are not counted here: the executor waits for the writer
     before it starts what does not fit.
     """
 
-    def __init__(self, limit: int, share: NativeShare) -> None:
+    def __init__(self, limit: int, share: PoolShare) -> None:
         self._limit = limit - share.working
         self._share = share
         self._waiting: deque[Waiting] = deque()
-        self._native = 0
+        self._pooled = 0
         self.held = 0  # bytes of all admitted jobs
 
     def __len__(self) -> int:
@@ -102,11 +104,11 @@ class Window:
         if not self._waiting:
             return True
         new = self.entry(batch)
-        if new.native:
-            if self._native >= self._share.threads + self._share.ahead:
+        if new.pooled:
+            if self._pooled >= self._share.threads + self._share.ahead:
                 return False
         else:
-            others = len(self) - self._native
+            others = len(self) - self._pooled
             ahead = self.held - self._waiting[0].held + new.held
             if others > _MOST_PIECES or (others > READ_AHEAD and ahead > SMALL_BYTES):
                 return False
@@ -121,25 +123,31 @@ class Window:
         """The batch is started."""
         new = self.entry(batch)
         self._waiting.append(new)
-        self._native += new.native
+        self._pooled += new.pooled
         self.held += new.held
 
     def pop(self) -> None:
         """The first batch has had its turn; what it held is free, or with the writer."""
         first = self._waiting.popleft()
-        self._native -= first.native
+        self._pooled -= first.pooled
         self.held -= first.held
+
+    @property
+    def first(self) -> Waiting | None:
+        """The batch whose turn comes next."""
+        return self._waiting[0] if self._waiting else None
 
     def entry(self, batch: Batch) -> Waiting:
         """Bytes that a batch holds from its admission on, and in its turn."""
         footprint = batch.footprint
-        if not batch.native:
+        if not batch.pooled:
             return Waiting(False, footprint.inputs, footprint.peak)
         job = batch.jobs[0]
+        known = known_bytes(job)
         if not self._share.threads:
-            return Waiting(True, 0, known_bytes(job) + working_bytes(job) + footprint.output)
+            return Waiting(True, 0, known + working_bytes(job) + footprint.output, known)
         held = waiting_bytes(job)
-        return Waiting(True, held, known_bytes(job) + held)
+        return Waiting(True, held, known + held, known)
 
 
 def may_wait(outputs: Sequence[tuple[bool, int]]) -> bool:
@@ -164,7 +172,7 @@ class Forecast:
 
 def forecast(queue: Sequence[Batch], limit: int, threads: int) -> Forecast:
     """Follow the executor's rules through all batches, with a writer that is as late as it may be."""
-    share = native_share(queue, limit, threads)
+    share = pool_share(queue, limit, threads)
     window = Window(limit, share)
     rest = iter(queue)
     following = next(rest, None)
@@ -183,13 +191,22 @@ def forecast(queue: Sequence[Batch], limit: int, threads: int) -> Forecast:
         if following or depth is None:
             depth = len(window) - 1 if depth is None else min(depth, len(window) - 1)
         window.pop()
-        if batch.footprint.output:
-            outputs.append((batch.native, batch.footprint.output))
+        if output := _handed_on(batch, line[0] if line else following):
+            outputs.append((batch.jobs[0].step.worker == "native", output))
         while not may_wait(outputs):
             outputs.popleft()
     return Forecast(peak, depth or 0)
 
 
+def _handed_on(batch: Batch, following: Batch | None) -> int:
+    """Bytes that go to the writer after the turn of a batch: of a file that is gathered all at once, with its last."""
+    step = batch.jobs[0].step
+    if step.gathered is None:
+        return batch.footprint.output
+    ends_file = following is None or following.jobs[0].step.file != step.file
+    return step.gathered + batch.footprint.output if ends_file else 0
+
+
 def most_output(queue: Iterable[Batch]) -> int:
     """Bytes of the largest output of a native job; rooms for outputs have this size, so that any fits any."""
-    return max((batch.footprint.output for batch in queue if batch.native), default=0)
+    return max((batch.footprint.output for batch in queue if batch.jobs[0].step.worker == "native"), default=0)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pymerge.checkpoint.checkpoint import read_header
+from pymerge.common.dtypes import code_of
 from pymerge.common.files import fsync_directory
 from pymerge.errors import CheckpointError
+from pymerge.output.layout import Described
+from pymerge.wemoe.router import make_router, router_count
 from pymerge.wemoe.spec import Spec
 
 ROUTER_NAME = "wemoe-router.safetensors"
@@ -31,6 +35,17 @@ def one_routers_tensors(spec: Spec, index: int, router: nn.Module) -> dict[str, 
     """Parameters of router number `index` by their stored names."""
     owner = SHARED if spec.router.shared else spec.modules[index].path
     return {f"{owner}::{name}": tensor.detach() for name, tensor in router.state_dict().items()}
+
+
+def described_routers(spec: Spec) -> list[list[Described]]:
+    """Stored names, dtypes and shapes of each router's parameters."""
+    found = []
+    for index in range(router_count(spec)):
+        with torch.device("meta"):
+            router = make_router(spec, index, None)
+        tensors = one_routers_tensors(spec, index, router).items()
+        found.append([(name, code_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors])
+    return found
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -1,202 +1,150 @@
-"""Makes the files of task vectors: a few threads read, some compute, one writes; in bounded memory."""
+"""Jobs of a build: the steps that make task vectors and routers, for the executor of the merge."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pymerge.architecture.roles import Kind, Layer
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.finite import check_finite, is_finite
-from pymerge.checkpoint.reader import Reader
-from pymerge.common.dtypes import code_of, upcast
-from pymerge.common.progress import ProgressSink
-from pymerge.engine.memory import Heap
-from pymerge.engine.trace import Tracer
+from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.errors import NonFiniteError
+from pymerge.methods.actions import Encode
 from pymerge.ops._op import compute_dtype, task_vector
-from pymerge.output.directory import OutputDirectory
-from pymerge.output.layout import layout_file
-from pymerge.planner.jobs import READ_THREADS
-from pymerge.planner.window import SMALL_BYTES
+from pymerge.planner.pieces import Piece
+from pymerge.planner.steps import Step
+from pymerge.wemoe.router import make_router
+from pymerge.wemoe.router_file import ROUTER_NAME, described_routers, one_routers_tensors
+from pymerge.wemoe.spec import Spec
 from pymerge.wemoe.task_vector_layout import CHUNK_ELEMENTS, Parameter, TaskVectorFile
 from pymerge.wemoe.task_vectors import compress, encode
 
-Loads = list[Future[Tensor]]
 # The axis along which the tasks of a stored tensor are joined: `left` holds columns of factors.
 _COLUMNS = "left"
 
 
-class TaskVectorRun:
-    """Writes files of task vectors into an output.
+@dataclass(frozen=True)
+class StoreTaskVectors(Encode):
+    """The task vectors of one parameter as they are stored, from W_0 and all W_t."""
 
-    What is held at any time are the inputs of the parameter at work and of the next one, scratch, what waits for the
-    writer, and, where sizes are not known before, the file at work; together never more than `limit` bytes.
-    """
+    parameter: Parameter
+    label: ClassVar[str] = "task vectors"
 
-    def __init__(
-        self,
-        files: Sequence[TaskVectorFile],
-        limit: int,
-        output: OutputDirectory,
-        reader: Reader,
-        tracer: Tracer,
-        progress: ProgressSink,
-        *,
-        keeps_cache: bool,
-    ) -> None:
-        self._queue = deque((file, parameter) for file in files for parameter in file.parameters)
-        self._limit = limit
-        self._output = output
-        self._reader = reader
-        self._tracer = tracer
-        self._progress = progress
-        self._keeps_cache = keeps_cache
-        self._held: dict[str, Tensor] = {}  # of the file at work
-        self._writes: deque[tuple[Future[None], int]] = deque()
-        self._heap = Heap(limit)
-        self._threads = torch.get_num_threads()
-        # Each computes one task on one thread: threads of a team would wait for each other at every small operation.
-        self._workers = ThreadPoolExecutor(self._threads, "pymerge-compute", torch.set_num_threads, (1,))
-        self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pymerge-read")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
+        """Differences alone; what compresses them depends on the storage."""
+        return experts * self.parameter.numel
 
-    def run(self) -> None:
-        """Make all files. The first exception of any thread ends it."""
-        loads: Loads | None = None
-        try:
-            while self._queue:
-                file, parameter = self._queue.popleft()
-                loads = self._start_reading(parameter) if loads is None else loads
-                following = self._queue[0][1] if self._queue else None
-                ahead = None
-                if following is not None and self._held_bytes + parameter.peak + following.inputs <= self._limit:
-                    ahead = self._start_reading(following)
-                needed = parameter.peak + (following.inputs if following is not None and ahead else 0)
-                self._make_room(needed, parameter.stored_bytes)
-                room = self._limit - needed - self._held_bytes - self._waiting_bytes
-                self._carry_out(file, parameter, loads, 1 + max(0, room // max(1, parameter.scratch)))
-                loads = ahead
-                self._heap.freed(parameter.peak)
-            while self._writes:
-                self._wait_for_writer()
-        finally:
-            self._readers.shutdown(cancel_futures=True)
-            self._workers.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._threads)  # what later threads start with
-            self._writer.shutdown(cancel_futures=True)
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        return self.parameter.scratch
 
-    @property
-    def _held_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._held.values())
+    def run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        base, *experts = inputs
+        tasks = list(zip(self.parameter.experts, experts, strict=True))
+        if self.parameter.dense:
+            return self._dense(base, tasks)
+        parts = [self._compressed(base, entry, expert) for entry, expert in tasks]
+        return {
+            name: torch.cat([part[name] for part in parts], 1 if name.endswith(f"::{_COLUMNS}") else 0)
+            for name in parts[0]
+        }
 
-    @property
-    def _waiting_bytes(self) -> int:
-        return sum(nbytes for _, nbytes in self._writes)
-
-    def _make_room(self, needed: int, results: int) -> None:
-        """Wait for the writer until `needed` bytes fit, and no more waits than one parameter's results are."""
-        least = max(results, SMALL_BYTES)
-        while self._writes and (
-            self._waiting_bytes > least or self._held_bytes + self._waiting_bytes + needed > self._limit
-        ):
-            self._wait_for_writer()
-
-    def _wait_for_writer(self) -> None:
-        with self._tracer.span("wait for the writer", ""):
-            self._writes.popleft()[0].result()
-
-    def _start_reading(self, parameter: Parameter) -> Loads:
-        return [self._readers.submit(self._load, entry) for entry in parameter.entries]
-
-    def _load(self, entry: TensorEntry) -> Tensor:
-        with self._tracer.span("read", entry.name, entry.nbytes):
-            self._reader.announce(entry)
-            tensor = upcast(self._reader.read(entry))
-            if not self._keeps_cache:
-                self._reader.release(entry)
-        self._progress.advance(entry.nbytes)
-        return tensor
-
-    def _carry_out(self, file: TaskVectorFile, parameter: Parameter, loads: Loads, at_once: int) -> None:
-        """Compute a parameter, `at_once` tasks at a time, and hand it to the writer or hold it."""
-        self._progress.tensor(parameter.name)
-        with self._tracer.span("wait for inputs", parameter.name):
-            base, *experts = [load.result() for load in loads]
-        loads.clear()  # futures keep their results
-        with self._tracer.span("compute", parameter.name):
-            tasks = list(zip(parameter.experts, experts, strict=True))
-            parts: list[dict[str, Tensor]] = []
-            for start in range(0, len(tasks), at_once):
-                group = tasks[start : start + at_once]
-                parts += self._workers.map(partial(_one_task, parameter, base), group)
-            found = _joined(parts) if not (parameter.dense and file.exact) else {}
-        if file.exact:
-            for part in [found] if found else parts:
-                for name, tensor in part.items():
-                    self._write(name, tensor)
-        else:
-            self._held |= found
-            if parameter is file.parameters[-1]:
-                self._write_held(file)
-
-    def _write(self, name: str, tensor: Tensor) -> None:
-        self._writes.append((self._writer.submit(self._store, name, tensor), tensor.nbytes))
-
-    def _write_held(self, file: TaskVectorFile) -> None:
-        """Give the file at work its layout, and its tensors to the writer."""
-        self._progress.advance(sum(parameter.stored_bytes for parameter in file.parameters) - self._held_bytes)
-        layout = layout_file(file.file, [(name, code_of(each.dtype), each.shape) for name, each in self._held.items()])
-        self._writes.append((self._writer.submit(self._output.settle, layout), 0))
-        for name, tensor in self._held.items():
-            self._write(name, tensor)
-        self._held = {}
-
-    def _store(self, name: str, tensor: Tensor) -> None:
-        with self._tracer.span("write", name, tensor.nbytes):
-            self._output.write(name, tensor)
-        self._progress.advance(tensor.nbytes)
-
-
-def _one_task(parameter: Parameter, base: Tensor, task: tuple[TensorEntry, Tensor]) -> dict[str, Tensor]:
-    """The stored tensors of one expert alone."""
-    entry, expert = task
-    dtype = compute_dtype(base)
-    if parameter.dense:
-        # By ranges of rows, whose float32 forms stay in the cache.
-        values = torch.empty((1, *base.shape), dtype=parameter.storage.torch_dtype)
+    def _dense(self, base: Tensor, tasks: Sequence[tuple[TensorEntry, Tensor]]) -> dict[str, Tensor]:
+        """Task vectors as they are, rounded; by ranges of rows, whose float32 forms stay in the cache."""
+        dtype = compute_dtype(base)
+        values = torch.empty((len(tasks), *base.shape), dtype=self.parameter.storage.torch_dtype)
         rows = max(1, CHUNK_ELEMENTS * base.shape[0] // max(1, base.numel()))
-        for start in range(0, base.shape[0], rows):
-            part = slice(start, start + rows)
-            values[0, part] = task_vector(base[part], expert[part], None, dtype)
-        found = {f"{parameter.name}::values": values}
-    else:
-        tau = task_vector(base, expert, None, dtype)
-        _check(parameter, entry, base, expert, tau)
-        found = encode(parameter.name, compress([tau], parameter.storage), parameter.storage)
-    for tensor in found.values():
-        _check(parameter, entry, base, expert, tensor)
-    return found
+        for task, (entry, expert) in zip(values, tasks, strict=True):
+            for start in range(0, base.shape[0], rows):
+                part = slice(start, start + rows)
+                task[part] = task_vector(base[part], expert[part], None, dtype)
+            self._check(entry, base, expert, task)
+        return {f"{self.parameter.name}::values": values}
+
+    def _compressed(self, base: Tensor, entry: TensorEntry, expert: Tensor) -> dict[str, Tensor]:
+        """The stored tensors of one expert alone."""
+        storage = self.parameter.storage
+        tau = task_vector(base, expert, None, compute_dtype(base))
+        self._check(entry, base, expert, tau)
+        found = encode(self.parameter.name, compress([tau], storage), storage)
+        for tensor in found.values():
+            self._check(entry, base, expert, tensor)
+        return found
+
+    def _check(self, entry: TensorEntry, base: Tensor, expert: Tensor, found: Tensor) -> None:
+        """Raise NonFiniteError, with file and tensor, unless what was made of an expert is finite."""
+        if is_finite(found):
+            return
+        for source, tensor in ((self.parameter.base, base), (entry, expert)):
+            check_finite(source, 0, tensor, "use a sound checkpoint: its task vectors are mixed into every output")
+        raise NonFiniteError(
+            f"{entry.file}: the task vector of {entry.name!r} has values that {self.parameter.storage.dtype} cannot "
+            "hold; choose storage dtype bfloat16 or float32"
+        )
 
 
-def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The stored tensors of all experts, from those of each in their order."""
-    return {
-        name: torch.cat([part[name] for part in parts], 1 if name.endswith(f"::{_COLUMNS}") else 0) for name in parts[0]
-    }
+@dataclass(frozen=True)
+class MakeRouter(Encode):
+    """The parameters of a new router, from the seed alone."""
+
+    spec: Spec
+    index: int
+    seed: int
+    label: ClassVar[str] = "new router"
+
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
+        """None: its numbers are random."""
+        return 0
+
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        """None: parameters are written as they are made."""
+        return 0
+
+    def run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        return one_routers_tensors(self.spec, self.index, make_router(self.spec, self.index, self.seed))
 
 
-def _check(parameter: Parameter, entry: TensorEntry, base: Tensor, expert: Tensor, found: Tensor) -> None:
-    """Raise NonFiniteError, with file and tensor, unless what was made of an expert is finite."""
-    if is_finite(found):
-        return
-    for source, tensor in ((parameter.base, base), (entry, expert)):
-        check_finite(source, 0, tensor, "use a sound checkpoint: its task vectors are mixed into every output")
-    raise NonFiniteError(
-        f"{entry.file}: the task vector of {entry.name!r} has values that {parameter.storage.dtype} cannot hold; "
-        "choose storage dtype bfloat16 or float32"
+def task_vector_steps(files: Sequence[TaskVectorFile]) -> Iterator[Step]:
+    """The steps that make files of task vectors, one for each parameter."""
+    for file in files:
+        gathered = 0
+        for parameter in file.parameters:
+            step = _step(parameter.base, file.file, StoreTaskVectors(parameter), parameter.stored_bytes)
+            step = replace(step, name=parameter.name, experts=parameter.experts, reads_base=True)
+            yield step if file.exact else replace(step, gathered=gathered)
+            gathered += parameter.stored_bytes
+
+
+def router_steps(spec: Spec, seed: int) -> Iterator[Step]:
+    """The steps that make the routers' file, one for each router; nothing is read."""
+    for index, tensors in enumerate(described_routers(spec)):
+        name = tensors[0][0].rpartition("::")[0] + "::router"
+        nbytes = sum(math.prod(shape) * ITEM_SIZES[dtype] for _, dtype, shape in tensors)
+        nothing = TensorEntry(name, "F32", (), Path(ROUTER_NAME), 0, 0)
+        yield _step(nothing, ROUTER_NAME, MakeRouter(spec, index, seed), nbytes)
+
+
+def _step(entry: TensorEntry, file: str, action: Encode, nbytes: int) -> Step:
+    """A step on a tensor like `entry`, which reads nothing."""
+    whole = Piece(0, entry.shape[0] if entry.shape else 1, entry.shape)
+    return Step(
+        name=entry.name,
+        layer=Layer(Kind.OTHER),
+        action=action,
+        shape=entry.shape,
+        dtype=entry.dtype,
+        base=entry,
+        experts=(),
+        reads_base=False,
+        file=file,
+        offset=0,
+        nbytes=nbytes,
+        pieces=(whole,),
+        worker="encode",
     )

@@ -1,4 +1,4 @@
-"""The files of task vectors before any tensor is read: what each holds, its size, and the memory it takes to make."""
+"""Files of task vectors before any tensor is read: what each holds, and its size, as far as headers tell it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pymerge.checkpoint.checkpoint import TensorEntry
-from pymerge.common.dtypes import ITEM_SIZES, code_of, memory_item_size
+from pymerge.common.dtypes import ITEM_SIZES, code_of
 from pymerge.ops.routed.task_storage import NARROW_COLUMNS
 from pymerge.output.layout import ShardLayout, layout_file
 from pymerge.wemoe.spec import StorageSpec
@@ -37,11 +37,6 @@ class Parameter:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
-
-    @property
-    def entries(self) -> tuple[TensorEntry, ...]:
-        """Entries that are read."""
-        return (self.base, *self.experts)
 
     @property
     def dense(self) -> bool:
@@ -81,13 +76,8 @@ class Parameter:
         return sum(math.prod(shape) * ITEM_SIZES[dtype] for _, dtype, shape in self.stored)
 
     @cached_property
-    def inputs(self) -> int:
-        """Bytes of W_0 and all W_t in memory."""
-        return self.numel * sum(memory_item_size(entry.dtype) for entry in self.entries)
-
-    @cached_property
     def scratch(self) -> int:
-        """Bytes that one task takes while it is computed, beside inputs and results."""
+        """Bytes that it takes to compute one task after the other, beside inputs and results."""
         n, item = self.numel, 8 if self.base.dtype == "F64" else 4
         if self.dense:
             return 3 * item * min(n, CHUNK_ELEMENTS)
@@ -100,13 +90,7 @@ class Parameter:
             small = min(rows, columns)
             # float64: two copies of tau, both factors twice, and what LAPACK's divide and conquer takes.
             work = 8 * (2 * n + 2 * small * (rows + columns) + 5 * small * small + 16 * small)
-        return max(tau, item * n + work)
-
-    @property
-    def peak(self) -> int:
-        """Bytes of tensors held at once while it is worked on, task after task."""
-        joined = 1 if self.dense else 2  # results of each task, and of all
-        return self.inputs + self.scratch + joined * self.stored_bytes
+        return max(tau, item * n + work) + self.stored_bytes  # results of each task, which are joined
 
 
 @dataclass(frozen=True)
@@ -135,16 +119,6 @@ class TaskVectorFile:
             else min(parameter.stored_bytes, parameter.dense_bytes)
             for parameter in self.parameters
         )
-
-    @cached_property
-    def peak(self) -> tuple[int, Parameter]:
-        """Bytes of tensors held at most, with the parameter that is then worked on."""
-        held, found = 0, []
-        for number, parameter in enumerate(self.parameters):
-            found.append((held + parameter.peak, -number))
-            held += 0 if self.exact else parameter.stored_bytes
-        most, number = max(found)
-        return max(most, held), self.parameters[-number]
 
 
 def task_vector_files(parameters: Iterable[Parameter], max_bytes: int) -> list[TaskVectorFile]:

@@ -64,9 +64,9 @@ def test_tables_for_people(models: Path) -> None:
 def test_the_plan_says_what_carries_out_each_tensor(models: Path, tmp_path: Path) -> None:
     native = pymerge("plan", models / "merge.yml")
     assert "carried out by native code, without PyTorch\n" in native.out
-    (tmp_path / "flow.yml").write_text(
-        f"merge_method: wudi_flow\nbase_model: {models}/base\nmodels: [{{model: {models}/e0}}, {{model: {models}/e1}}]\n"
-    )
+    experts = ", ".join(f"{{model: {models}/{name}}}" for name in ("e0", "e1"))
+    config = f"merge_method: wudi_flow\nbase_model: {models}/base\nmodels: [{experts}]\n"
+    (tmp_path / "flow.yml").write_text(config)
     solved = pymerge("plan", tmp_path / "flow.yml")
     assert solved.code == 0, solved
     assert "carried out by native code, and by PyTorch: model.layers.*.mlp.down_proj.weight" in solved.out

@@ -23,7 +23,7 @@ from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError, Ou
 from pymerge.output.directory import OutputDirectory
 from pymerge.planner.jobs import BETWEEN_PASSES, Job, batches
 from pymerge.planner.plan import Plan
-from pymerge.planner.window import native_share
+from pymerge.planner.window import pool_share
 from tests.helpers.checkpoints import (
     change,
     fine_tuned,
@@ -278,7 +278,7 @@ def test_a_tight_limit_leaves_the_memory_to_the_step_of_pytorch(
     if method == "ram":  # all rows are independent: native code takes what it can get
         assert {step.worker for step in tight.steps} == {"native"}
     else:
-        assert native_share(batches(tight.steps, tight.budget), least, 4).threads == 0
+        assert pool_share(batches(tight.steps, tight.budget), least, 4).threads == 0
         leading = threading.current_thread()
         turns = set()
         work = NativeWorker.work

@@ -14,11 +14,11 @@ from pymerge.methods.actions import copy
 from pymerge.planner.jobs import WRITE_BEHIND, Batch, Job
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Footprint, Step, WorkerName
-from pymerge.planner.window import SMALL_BYTES, NativeShare, Window, forecast, may_wait, native_share
+from pymerge.planner.window import SMALL_BYTES, PoolShare, Window, forecast, may_wait, pool_share
 
 MIB = 2**20
 PIECE = Piece(0, 4, (4,))
-NO_NATIVE = NativeShare(0, 0, 0)
+NO_SHARE = PoolShare(0, 0, 0)
 
 
 def step(worker: WorkerName) -> Step:
@@ -41,7 +41,7 @@ def in_native(output: int) -> Batch:
 
 
 def test_small_pieces_do_not_use_up_the_places_ahead() -> None:
-    window = Window(10**12, NO_NATIVE)
+    window = Window(10**12, NO_SHARE)
     large, small = in_torch(SMALL_BYTES), in_torch(1000)
     admitted = []
     for batch in (large, small, small, small, small, large, small, large):
@@ -64,7 +64,7 @@ NATIVE = st.builds(in_native, st.integers(0, 20 * MIB))
 @given(st.lists(TORCH, min_size=1, max_size=40), st.integers(0, 200 * MIB))
 def test_whatever_is_admitted_can_be_computed_in_its_turn(batches: list[Batch], extra: int) -> None:
     limit = max(batch.footprint.peak for batch in batches) + extra
-    window = Window(limit, NO_NATIVE)
+    window = Window(limit, NO_SHARE)
     following = 0
     for turn, batch in enumerate(batches):
         while following < len(batches) and window.admits(batches[following]):
@@ -82,7 +82,7 @@ def test_whatever_is_admitted_can_be_computed_in_its_turn(batches: list[Batch], 
 def test_native_jobs_and_those_of_pytorch_keep_to_one_limit(batches: list[Batch], extra: int, threads: int) -> None:
     """In each turn: what the threads work in, what waits, and what the turn takes."""
     limit = max(batch.footprint.peak for batch in batches) + extra
-    share = native_share(batches, limit, threads)
+    share = pool_share(batches, limit, threads)
     assert share.threads <= threads
     window = Window(limit, share)
     following = 0
@@ -92,13 +92,13 @@ def test_native_jobs_and_those_of_pytorch_keep_to_one_limit(batches: list[Batch]
             following += 1
         assert following > turn
         waiting = batches[turn:following]
-        held = sum(each.footprint.inputs for each in waiting if not each.native)
+        held = sum(each.footprint.inputs for each in waiting if not each.pooled)
         if share.threads:
-            held += sum(each.footprint.output for each in waiting if each.native)
+            held += sum(each.footprint.output for each in waiting if each.pooled)
         assert window.held == held
         others = held - window.entry(batch).held
         assert share.working + others + window.entry(batch).peak <= limit
-        assert sum(each.native for each in waiting) <= max(1, share.threads + share.ahead)
+        assert sum(each.pooled for each in waiting) <= max(1, share.threads + share.ahead)
         window.pop()
     assert window.held == 0
 
@@ -116,29 +116,29 @@ def test_a_larger_limit_never_means_less_reading_ahead(batches: list[Batch], ext
 def test_the_forecast_keeps_to_the_limit(batches: list[Batch], extra: int, threads: int) -> None:
     least = max(batch.footprint.peak for batch in batches)
     found = forecast(batches, least + extra, threads)
-    assert least <= found.peak <= least + extra or all(batch.native for batch in batches)
+    assert least <= found.peak <= least + extra or all(batch.pooled for batch in batches)
     assert found.peak <= least + extra
 
 
 @pytest.mark.parametrize(
     ("limit", "threads", "expected"),
     [
-        (10**9, 6, NativeShare(6, 6 * READ, WRITE_BEHIND)),  # as many as the machine has
-        (3 * (READ + 1000), 6, NativeShare(3, 3 * READ, WRITE_BEHIND)),  # as many as fit
-        (READ + 1000, 6, NativeShare(1, READ, WRITE_BEHIND)),
+        (10**9, 6, PoolShare(6, 6 * READ, WRITE_BEHIND)),  # as many as the machine has
+        (3 * (READ + 1000), 6, PoolShare(3, 3 * READ, WRITE_BEHIND)),  # as many as fit
+        (READ + 1000, 6, PoolShare(1, READ, WRITE_BEHIND)),
     ],
 )
-def test_native_threads_as_the_machine_and_the_memory_allow(limit: int, threads: int, expected: NativeShare) -> None:
+def test_native_threads_as_the_machine_and_the_memory_allow(limit: int, threads: int, expected: PoolShare) -> None:
     queue = [in_native(1000), in_native(10), in_native(0)]
-    assert native_share(queue, limit, threads) == expected
+    assert pool_share(queue, limit, threads) == expected
 
 
 def test_native_threads_leave_the_memory_to_the_largest_job_of_pytorch() -> None:
     one = READ + 1000
     queue = [in_native(1000), in_torch(5000, 600, 7), in_native(1)]
-    assert native_share(queue, 5607 + 2 * one, 6).threads == 2
-    assert native_share(queue, 5607 + one - 1, 6) == NativeShare(0, 0, WRITE_BEHIND)
-    assert native_share([in_torch(5000)], 10**9, 6) == NO_NATIVE
+    assert pool_share(queue, 5607 + 2 * one, 6).threads == 2
+    assert pool_share(queue, 5607 + one - 1, 6) == PoolShare(0, 0, WRITE_BEHIND)
+    assert pool_share([in_torch(5000)], 10**9, 6) == NO_SHARE
 
 
 def test_two_outputs_may_wait_or_more_if_they_are_small() -> None:
