@@ -11,7 +11,7 @@ help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 # What computes on the device, or decides what does.
-GPU_TESTS := tests/ops tests/methods tests/wemoe tests/engine/test_pipeline.py
+GPU_TESTS := tests/ops tests/methods tests/wemoe tests/engine/test_torch_worker.py tests/engine/test_batching.py
 GPU_TESTS += $(addprefix tests/backends/test_,runner.py measured.py batches.py)
 
 # pip builds the extensions in an environment of their own, as `pip install .` does for users.

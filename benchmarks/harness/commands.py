@@ -50,7 +50,7 @@ SUITES: Mapping[str, Mapping[str, Command]] = {
         "smoke": Command("benchmarks.quality.smoke", "two of the example's experts, in seconds"),
     },
     "tables": {
-        "": Command("benchmarks.tables.run", "write the numbers of README.md and the docs from benchmarks/results"),
+        "": Command("benchmarks.tables.run", "write the numbers and generated tables of README.md and the docs"),
         "take": Command("benchmarks.tables.take", "take a run into benchmarks/results, to be quoted"),
     },
 }

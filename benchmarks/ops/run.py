@@ -26,7 +26,8 @@ from torch import Tensor
 from benchmarks.harness import commands
 from benchmarks.harness.layers import SHAPES, Layer
 from benchmarks.harness.results import ResultsFile
-from benchmarks.ops.cases import CASES, Case
+from benchmarks.ops.case import Case
+from benchmarks.ops.cases import CASES
 from pymerge.backends.runner import BACKENDS, choose
 from pymerge.common.devices import resolve_device
 from pymerge.common.units import format_bytes

@@ -1,4 +1,4 @@
-"""Writes the numbers of README.md, the docs and other pages from benchmarks/results.
+"""Writes the numbers of README.md, the docs and other pages from benchmarks/results, and the table of methods.
 
     python -m benchmarks tables [--check]
 
@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.harness import commands
 from benchmarks.harness.results import ROOT
-from benchmarks.tables import checks, glyphs, language, merges, quality, solvers, wemoe
+from benchmarks.tables import checks, glyphs, language, merges, methods, quality, solvers, wemoe
 from benchmarks.tables.page import Part, written
 
-SUITES = (glyphs, quality, language, solvers, merges, wemoe, checks)
+SUITES = (methods, glyphs, quality, language, solvers, merges, wemoe, checks)
 
 
 def parts() -> Iterator[Part]:
@@ -29,7 +29,7 @@ def differences() -> str:
     """What `tables` would change, as a unified diff."""
     lines: list[str] = []
     for page, (now, then) in written(parts()).items():
-        lines += difflib.unified_diff(now.splitlines(), then.splitlines(), page, "benchmarks/results", n=0, lineterm="")
+        lines += difflib.unified_diff(now.splitlines(), then.splitlines(), page, "as it should be", n=0, lineterm="")
     return "\n".join(lines)
 
 

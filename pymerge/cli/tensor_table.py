@@ -23,7 +23,8 @@ def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
 
     `inputs` are {model, tensor} in the order in which the action takes them, the base first for a method that has one;
     `parameters` are those of the method for this tensor, where there is one for each expert as a list, without what has
-    no effect; `worker` is "native" or "torch". A table of tokens can have two steps: rows that all models have, and others.
+    no effect; `worker` is "native" or "torch". A table of tokens can have two steps: rows that all models have, and
+    others.
     """
     models = {file: checkpoint.path for checkpoint in plan.inputs.all for file in checkpoint.files}
     for step in plan.steps:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pymerge.architecture.roles import Kind, Layer, classify
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_values
-from pymerge.common.arrays import as_tensor, compute_code
+from pymerge.common.arrays import as_tensor, compute_code, join
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
 from pymerge.common.names import nearest
@@ -21,7 +21,7 @@ from pymerge.errors import ArgumentError
 from pymerge.methods import get_method
 from pymerge.methods.actions import Action, Solve
 from pymerge.methods.base import Method, Values
-from pymerge.methods.reduce import Reduce, Reduction
+from pymerge.methods.reduce import Reduce, Reduction, ranges
 from pymerge.methods.rows import Rows
 from pymerge.planner import pieces
 
@@ -156,8 +156,8 @@ class _Merger:
     def reduced(self, tensors: Sequence[_Tensor]) -> dict[str, tuple[Reduction, int]]:
         """For each tensor that is merged by what all tensors together tell: its state, and its first element there."""
         groups: dict[Action, list[_Tensor]] = {}
-        for tensor in tensors:
-            if isinstance(tensor.action, Reduce) and tensor.action.scope == "model":
+        for tensor in sorted(tensors, key=lambda tensor: tensor.name):  # of equal elements the first are taken
+            if isinstance(tensor.action, Reduce) and tensor.action.scope == "model" and tensor.base.numel():
                 groups.setdefault(tensor.action, []).append(tensor)
         found: dict[str, tuple[Reduction, int]] = {}
         for action, group in groups.items():
@@ -172,8 +172,8 @@ class _Merger:
                 first += tensor.base.numel()
             for _ in range(state.passes):
                 for tensor in group:
-                    rows = self._rows(tensor, found[tensor.name][1])
-                    state.add(rows.first, state.map(self._run, rows))
+                    for rows in self._pieces(tensor, found[tensor.name][1]):
+                        state.add(rows.first, state.map(self._run, rows))
                 state.end_pass()
         return found
 
@@ -185,7 +185,7 @@ class _Merger:
         try:
             if tensor.name in states:
                 state, first = states[tensor.name]
-                merged = as_tensor(state.merge(self._run, self._rows(tensor, first)))
+                merged = as_tensor(join([state.merge(self._run, rows) for rows in self._pieces(tensor, first)]))
             elif isinstance(action, Solve):
                 merged = self._solved(tensor, action)
             else:
@@ -197,6 +197,12 @@ class _Merger:
     def _rows(self, tensor: _Tensor, first: int = 0) -> Rows:
         base, *experts = self._moved(tensor)
         return Rows(base, experts, code_of(tensor.dtype), first)
+
+    def _pieces(self, tensor: _Tensor, first: int) -> list[Rows]:
+        """The rows as files are merged, whose sums are rounded the same."""
+        whole = self._rows(tensor, first)
+        several = ranges(whole.shape)
+        return [whole.cut(*rows) for rows in several] if len(several) > 1 else [whole]
 
     def _solved(self, tensor: _Tensor, action: Solve) -> Tensor:
         base, *experts = self._moved(tensor)

@@ -12,6 +12,7 @@ from pymerge.checkpoint.reader import failed_read
 from pymerge.common.arrays import Array
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE
 from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, raise_nonfinite
+from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Combine, Elementwise
 from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
@@ -97,7 +98,10 @@ class NativeWorker:
                 reading, finite = self._combine(job, step.action, out)
                 made = Made(out, None, reading)
             else:
-                made, finite = self._compute(job, out)
+                try:
+                    made, finite = self._compute(job, out)
+                except ArgumentError as error:
+                    raise ArgumentError(f"{step.name}: {error}") from error
             if not finite and not self._allow_nonfinite:
                 raise_nonfinite(job, self._reader)
             if job.reads_last and not self._keeps_cache:

@@ -12,6 +12,7 @@ from pymerge.checkpoint.finite import check_finite, overflow
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.progress import ProgressSink
 from pymerge.engine.trace import Tracer
+from pymerge.errors import ArgumentError
 from pymerge.methods.reduce import Reduce, Reduction
 from pymerge.output.layout import ShardLayout
 from pymerge.planner.jobs import Batch, Job
@@ -116,11 +117,14 @@ class Reductions:
         return self._states[job.reduction]
 
     def add(self, job: Job, mapped: Any) -> None:
-        """Take in what a job of a pass that maps has made."""
+        """Take in what a job of a pass that maps has made. Raises ArgumentError, which names its tensor."""
         state = self._states[job.reduction]
-        state.add(job.first, mapped)
-        if job.ends_pass:
-            state.end_pass()
+        try:
+            state.add(job.first, mapped)
+            if job.ends_pass:
+                state.end_pass()
+        except ArgumentError as error:
+            raise ArgumentError(f"{job.step.name}: {error}") from error
 
     def end(self, job: Job) -> None:
         """A job is done; the state of its tensor goes with the last one."""

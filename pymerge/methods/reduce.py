@@ -73,7 +73,8 @@ class Reduce(Action):
     def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
         """The state of a merge of one tensor of this shape, before its first pass.
 
-        With the scope "model" the tensors are one vector, in their order, of shape (their elements together,).
+        With the scope "model" the tensors are one vector, in the order of their names, of shape (their elements
+        together,).
         """
 
     @abstractmethod

@@ -102,7 +102,7 @@ class InnerProducts(Reduction):
         weights, action = self._weights, self._action
         assert weights is not None
         origin, tensors = rows.vectors(action.vectors)
-        if len(weights) > 1:
+        if len(weights) != 1:
             if self._by_rows:
                 weights = weights[rows.row * self._inner : (rows.row + rows.shape[0]) * self._inner]
             return run(CombineVectors(origin, tensors, weights, action.axis, rows.out_dtype, rows.out))

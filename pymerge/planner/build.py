@@ -157,16 +157,19 @@ def draft_plan(
 def _assigned(
     steps: Sequence[Step], config: MergeConfig, target: Target, sections: Mapping[str, Section]
 ) -> list[Step]:
-    """The steps with their workers, and those that are reduced together in groups.
+    """The steps with their workers, and those that are reduced together in groups; empty tensors are in none.
+
+    A group is in the order of its names, whatever the order in files: of equal elements the first are taken.
 
     Raises PlanError for float64 among the latter, whose selection would take more passes.
     """
     groups: dict[tuple[int, Action], list[Step]] = {}
     for step in steps:
-        if isinstance(step.action, Reduce) and step.action.scope == "model":
+        if isinstance(step.action, Reduce) and step.action.scope == "model" and 0 not in step.shape:
             groups.setdefault((id(sections[step.name]), step.action), []).append(step)
     found: dict[int, Group] = {}
-    for number, together in enumerate(groups.values()):
+    for number, unordered in enumerate(groups.values()):
+        together = sorted(unordered, key=lambda step: step.name)  # stable: rows of one tensor keep their order
         wide = [step.name for step in together if any(entry.dtype == "F64" for entry in step.inputs)]
         if wide:
             raise PlanError(

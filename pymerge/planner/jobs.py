@@ -135,6 +135,7 @@ def _model_passes(steps: Sequence[Step], unfinished: Sequence[Step]) -> Iterator
     wanted = {step.group.number for step in unfinished if step.group}
     for number in sorted(wanted):
         group = [step for step in steps if step.group and step.group.number == number]
+        group.sort(key=lambda step: step.group.first if step.group else 0)
         for count in range(group[0].passes - 1):
             for step in group:
                 found = list(_pass(step, count, 0))

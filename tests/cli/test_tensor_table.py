@@ -59,3 +59,18 @@ def test_tables_for_people(models: Path) -> None:
     assert rows.code == 0, rows
     assert rows.out.count("weighted sum") == 3 + 3 * 9
     assert "e1 model.layers.1.mlp.up_proj.weight" in rows.out
+
+
+def test_the_plan_says_what_carries_out_each_tensor(models: Path, tmp_path: Path) -> None:
+    native = pymerge("plan", models / "merge.yml")
+    assert "carried out by native code, without PyTorch\n" in native.out
+    experts = ", ".join(f"{{model: {models}/{name}}}" for name in ("e0", "e1"))
+    config = f"merge_method: wudi_flow\nbase_model: {models}/base\nmodels: [{experts}]\n"
+    (tmp_path / "flow.yml").write_text(config)
+    solved = pymerge("plan", tmp_path / "flow.yml")
+    assert solved.code == 0, solved
+    assert "carried out by native code, and by PyTorch: model.layers.*.mlp.down_proj.weight" in solved.out
+    found = json.loads(pymerge("plan", tmp_path / "flow.yml", "--json").out)
+    workers = {tensor["name"]: tensor["worker"] for tensor in found["tensors"]}
+    assert workers["model.norm.weight"] == "native"
+    assert workers["model.layers.0.mlp.up_proj.weight"] == "torch"

@@ -14,7 +14,7 @@ import torch
 from pymerge import api
 from pymerge.engine.memory import Heap
 from pymerge.planner import budget
-from tests.helpers.checkpoints import in_process, load_output, write_config, write_models
+from tests.helpers.checkpoints import change, in_process, load_output, write_config, write_models
 
 MIB = 2**20
 # 4 MiB in float32: base, two experts and the output of a layer are 16 MiB together.
@@ -106,6 +106,21 @@ def test_a_limit_is_kept(tmp_path: Path, limit: int, method: str) -> None:
     peak = measured(folder, memory=limit)
     assert peak.planned <= limit
     assert peak.grown <= 1.1 * limit + BESIDE_TENSORS
+
+
+@pytest.mark.parametrize("room", [0, 24 * MIB])
+def test_native_code_beside_one_step_of_pytorch(tmp_path: Path, room: int) -> None:
+    """The first of the layers is float64, and reduced by PyTorch; without room beside it no native thread works."""
+    folder = write_layers(tmp_path, FEW, "ties", weight=0.5, density=0.5)
+    name = "model.layers.00.mlp.up_proj.weight"
+    for place in (folder / "small", folder):
+        change(place / "base", lambda tensors: tensors.update({name: tensors[name].double()}))
+    steps = api.plan(folder / "merge.yml", device="cpu").steps
+    assert {step.name for step in steps if step.worker == "torch"} == {name}
+    least = max(step.footprint(step.smallest).peak for step in steps)
+    peak = measured(folder, memory=least + room)
+    assert peak.planned <= least + room
+    assert peak.grown <= peak.planned + BESIDE_TENSORS
 
 
 def test_solvers_keep_to_the_least_limit_that_the_plan_names(tmp_path: Path) -> None:

@@ -171,3 +171,34 @@ def sparse_delta(
     if normalize:
         total = total / np.where(share == 0, 1.0, share)
     return scale * total
+
+
+def in_one(model: dict[str, Matrix]) -> Matrix:
+    """All tensors of a model as one vector, in the order of their names."""
+    return np.concatenate([model[name].reshape(-1) for name in sorted(model)])
+
+
+def apart(vector: Matrix, like: dict[str, Matrix]) -> dict[str, Matrix]:
+    """The inverse of `in_one`."""
+    found, start = {}, 0
+    for name in sorted(like):
+        found[name] = vector[start : start + like[name].size].reshape(like[name].shape)
+        start += like[name].size
+    return found
+
+
+def fusion_bench_ties(
+    base: dict[str, Matrix], experts: list[dict[str, Matrix]], density: float, scale: float
+) -> dict[str, Matrix]:
+    """TIES as FusionBench has it: one vector for each model, whose elements from the k-th smallest magnitude on are
+    kept, k = n - int(density n) counted from 1; signs by the sum, where it is 0 by the majority; merged by `sum`."""
+    origin = in_one(base)
+    taus = np.stack([in_one(expert) - origin for expert in experts])
+    numel = origin.size
+    smallest = numel - int(numel * density)
+    thresholds = np.sort(np.abs(taus), axis=1)[:, max(smallest - 1, 0)]
+    kept = np.where(np.abs(taus) >= thresholds[:, None], taus, 0.0)
+    signs = np.sign(kept.sum(0))
+    signs = np.where(signs == 0, np.sign(signs.sum()), signs)
+    agrees = np.where(signs > 0, kept > 0, kept < 0)
+    return apart(origin + scale * (kept * agrees).sum(0), base)

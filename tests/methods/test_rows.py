@@ -1,132 +1,175 @@
-"""Parts in plain memory give what parts of PyTorch tensors give with the C++ backend, bit for bit."""
+"""Rows of arrays give what rows of tensors give with the C++ backend, bit for bit, for every action that takes both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pymerge.engine.raw_parts import Raw, RawPart
-from pymerge.methods.parts import Between, Limits, Models
-from pymerge.methods.tensor_parts import TensorPart
 from torch import Tensor
 
-from pymerge.backends.native import DTYPE_CODES
 from pymerge.backends.runner import Runner
+from pymerge.common.arrays import Array, ArrayLike, as_tensor
+from pymerge.common.dtypes import code_of
+from pymerge.methods import METHODS
+from pymerge.methods.actions import Action, Combine, Elementwise
+from pymerge.methods.base import Values
+from pymerge.methods.reduce import Reduce, merge_whole
+from pymerge.methods.rows import Rows, Vectors
+from pymerge.testing.compare import assert_same
 
-SHAPES = [(), (1,), (77,), (33, 65), (64, 128), (3, 5, 7)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KEPT = {"factors": [1.0, 0.5], "elect": True, "normalize": True, "scale": 0.7}
+SHAPES = [(), (1,), (77,), (33, 65), (64, 128), (3, 5, 7), (0, 4)]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+SPARSE = {"weight": 0.6, "density": 0.4}
+# Method, number of models, parameters.
+CASES: list[tuple[str, int, dict[str, Any]]] = [
+    ("linear", 3, {"weight": 0.3}),
+    ("task_arithmetic", 3, {"weight": 0.3}),
+    ("ties", 3, {"weight": 0.6}),
+    ("ties", 3, SPARSE),
+    ("ties", 5, {**SPARSE, "rescale": True}),
+    ("breadcrumbs", 2, {**SPARSE, "gamma": 0.1}),
+    ("breadcrumbs_ties", 2, {**SPARSE, "gamma": 0.1, "rescale": True}),
+    ("dare_linear", 2, {**SPARSE, "rescale": False}),
+    ("dare_ties", 2, SPARSE),
+    ("della", 2, SPARSE),
+    ("slerp", 1, {"t": 0.3}),
+    ("nuslerp", 2, {"weight": 0.4}),
+    ("multislerp", 2, {"weight": 0.4}),
+    ("karcher", 2, {}),
+    ("model_stock", 2, {}),
+    ("nearswap", 1, {"t": 0.01}),
+    ("ram", 3, {"epsilon": 1e-3}),
+    ("ramplus_tl", 3, {"epsilon": 1e-3}),
+    ("sce", 3, {}),
+    ("sce", 3, {"select_topk": 0.4}),
+    ("arcee_fusion", 1, {}),
+]
 
 
-def raw(tensor: Tensor) -> Raw:
-    return Raw(tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.numel())
+def action_of(method: str, models: int, parameters: dict[str, Any]) -> Action:
+    found = METHODS[method]
+    merge, model = dict(found.defaults(models).merge), dict(found.defaults(models).model)
+    for name, value in parameters.items():
+        if name in merge:
+            merge[name] = value
+        else:
+            model[name] = (value,) * models
+    return found.action("w", True, Values(merge, model), models)
 
 
-@pytest.fixture(params=[(shape, dtype) for shape in SHAPES for dtype in DTYPES], ids=str)
-def parts(request: pytest.FixtureRequest) -> tuple[TensorPart, RawPart, Tensor]:
-    """The same weights, with few magnitudes of the deltas, and where the second one puts results."""
-    shape, dtype = request.param
+def tensors(shape: tuple[int, ...], dtypes: Sequence[torch.dtype], models: int) -> tuple[Tensor, list[Tensor]]:
+    """A base and models with few magnitudes of the deltas, of these dtypes in turn."""
     generator = torch.Generator().manual_seed(1)
-    base = torch.randn(shape, generator=generator).to(dtype)
-    experts = [base + (torch.randint(-3, 4, shape, generator=generator) / 8).to(dtype) for _ in range(2)]
-    out = torch.empty_like(base)
-    plain = RawPart(raw(base), [raw(expert) for expert in experts], raw(out), tuple(shape), USED.add, first=128)
-    # What is in memory at those addresses lives as long as this.
-    return TensorPart(Runner("native"), base, experts, dtype, first=128), plain, out
+    base = torch.randn(shape, generator=generator)
+    moved = [base + torch.randint(-3, 4, shape, generator=generator) / 8 for _ in range(models)]
+    return base.to(dtypes[0]), [each.to(dtypes[(i + 1) % len(dtypes)]) for i, each in enumerate(moved)]
 
 
-USED: set[str] = set()
+def merged(action: Action, run: Runner, rows: Rows) -> ArrayLike:
+    if isinstance(action, (Combine, Elementwise)):
+        return run(action.op(rows))
+    assert isinstance(action, Reduce)
+    return merge_whole(action, run, rows)
 
 
-def same(a: Any, b: Any) -> bool:
-    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True))
+def in_pieces(action: Reduce, run: Runner, pieces: list[Rows]) -> list[ArrayLike]:
+    """Every pass over all pieces, and then the merge, as workers do it."""
+    elements = sum(rows.numel for rows in pieces)
+    columns = pieces[0].shape[1:]
+    shape = (elements // max(1, int(np.prod(columns))), *columns) if pieces[0].shape else ()
+    state = action.start(shape, len(pieces[0].experts))
+    for _ in range(state.passes):
+        for rows in pieces:
+            state.add(rows.first, state.map(run, rows))
+        state.end_pass()
+    return [state.merge(run, rows) for rows in pieces]
 
 
-def merged(out: Tensor, result: Tensor | None) -> Tensor:
-    """What a part gives, or has put into `out`."""
-    return out.clone() if result is None else result
+@pytest.mark.parametrize("dtypes", [*[[dtype] for dtype in FLOATS], FLOATS], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_arrays_and_tensors(shape: tuple[int, ...], dtypes: list[torch.dtype]) -> None:
+    for method, models, parameters in CASES:
+        action, run = action_of(method, models, parameters), Runner("native")
+        base, experts = tensors(shape, dtypes, models)
+        for out_dtype in (base.dtype, torch.float32):
+            code = code_of(out_dtype)
+            expected = as_tensor(merged(action, run, Rows(base, experts, code)))
+            assert expected.dtype == out_dtype
+            arrays = Array.of(base), [Array.of(expert) for expert in experts]
+            room = Array.mapped(expected.nbytes).at(0, code, tuple(shape))
+            found = merged(action, run, Rows(*arrays, code))
+            assert isinstance(found, Array)
+            label = f"{method} {parameters} {out_dtype}"
+            assert_same(label, found.tensor(), expected)
+            assert merged(action, run, Rows(*arrays, code, out=room)) is room
+            assert_same(label, room.tensor(), expected)
 
 
-def test_masks_and_selections(parts: tuple[TensorPart, RawPart, Tensor]) -> None:
-    ours, plain, out = parts
-    numel = out.numel()
-    for count in {0, numel // 3, numel}:
-        limits = ours.trim_threshold([count, numel])
-        assert same(plain.trim_threshold([count, numel]), limits)
-        dropped = Limits([2**31 - 1, 0], [0, numel // 2])
-        for above in (None, dropped):
-            between = Between(limits, above)
-            masks = ours.magnitude_mask(between)
-            assert same(plain.magnitude_mask(between), masks)
-            for mask in (between, masks.bits.numpy()):
-                assert torch.equal(
-                    merged(out, ours.sparse_combine([0.3, 0.6], mask=between, **KEPT)),
-                    merged(out, plain.sparse_combine([0.3, 0.6], mask=mask, **KEPT)),
-                )
-    for low, high in ((0.4, 0.4), (0.2, 0.6)):
-        draws = ([low, 0.5], [high, 0.5], [7, 2**63 + 5])
-        assert same(plain.random_mask(*draws, norms=True), ours.random_mask(*draws, norms=True))
-        assert same(plain.random_mask(*draws, norms=False)[:1], ours.random_mask(*draws, norms=True)[:1])
+@pytest.mark.parametrize("case", [case for case in CASES if isinstance(action_of(*case), Reduce)], ids=str)
+def test_pieces_of_arrays_and_tensors(case: tuple[str, int, dict[str, Any]]) -> None:
+    """Where ranks and sums are of the whole tensor, it is merged the same in pieces."""
+    method, models, _ = case
+    action, run = action_of(*case), Runner("native")
+    assert isinstance(action, Reduce)
+    base, experts = tensors((64, 96), FLOATS, models)
+    whole = Rows(base, experts, "F32")
+    arrays = Rows(Array.of(base), [Array.of(expert) for expert in experts], "F32")
+    found = []
+    for rows in (whole, arrays):
+        pieces = [rows.cut(*bounds) for bounds in ((0, 2), (2, 34), (34, 64))]
+        found.append(torch.cat([as_tensor(each) for each in in_pieces(action, run, pieces)]))
+    assert_same(method, found[1], found[0])
+    at_once = as_tensor(merged(action, run, whole))
+    if method in ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce", "della"):
+        # Sums in float64 are added up in another order; ranks of della are those of a row.
+        torch.testing.assert_close(found[0], at_once, rtol=1e-6, atol=1e-6)
+    else:
+        assert_same(method, found[0], at_once)
 
 
-def test_counts_and_places(parts: tuple[TensorPart, RawPart, Tensor]) -> None:
-    ours, plain, out = parts
-    for prefixes, shift, bits in (([0, 0], 15, 16), ([0x7C80, 0], 0, 15)):
-        counts = plain.magnitude_counts([1, 0], prefixes, shift, bits)
-        assert np.array_equal(counts, ours.magnitude_counts([1, 0], prefixes, shift, bits))
-        assert shift == 0 or counts.sum() == 2 * out.numel()
-    key = plain.trim_threshold([1, out.numel()]).keys[0] if out.numel() > 1 else 0
-    ties = int(plain.magnitude_counts([0], [key], 0, 0)[0, 0])
-    for count in {1, ties}:
-        if 0 < count <= ties:
-            assert plain.behind(0, key, count) == ours.behind(0, key, count)
+def test_pieces_know_where_they_lie() -> None:
+    base, experts = tensors((6, 4), FLOATS, 2)
+    for rows in (Rows(base, experts, "F32"), Rows(Array.of(base), [Array.of(each) for each in experts], "F32")):
+        piece = rows.cut(1, 5).cut(2, 4)
+        assert (piece.first, piece.row, piece.shape, piece.numel) == (12, 3, (2, 4), 8)
+        assert_same("base", as_tensor(piece.base), base[3:5])
+        for found, expert in zip(piece.experts, experts, strict=True):
+            assert_same("expert", as_tensor(found), expert[3:5])
+        known = {0: "a", 4: "b", 12: "c", 16: "d", 20: "e"}
+        assert piece.held(known) == ["c", "d"]
+        assert rows.held(known) == list("abcde")
 
 
-def test_merges(parts: tuple[TensorPart, RawPart, Tensor]) -> None:
-    ours, plain, out = parts
-    for options in (KEPT, {**KEPT, "elect": False}, {**KEPT, "normalize": False}):
-        found = []
-        for part in (ours, plain):
-            bits = part.random_mask([0.5] * 2, [0.5] * 2, [3, 4], norms=False).bits
-            found.append(merged(out, part.sparse_combine([0.3, 0.6], mask=bits, **options)))
-        assert torch.equal(*found)
-    for models in (Models(), Models(on_base=True), Models(with_base=True)):
-        dots = ours.task_dots(models, "whole")
-        assert np.array_equal(plain.task_dots(models, "whole"), dots)
-        for weights in ([0.25, 0.75, 0.5][: dots.shape[-1]], [1.0, 0.0, 0.0][: dots.shape[-1]]):
-            assert torch.equal(*(merged(out, part.combine(models, weights)) for part in (ours, plain)))
+def test_vectors_of_a_base_and_its_models() -> None:
+    base, experts = tensors((3,), FLOATS, 2)
+    rows = Rows(base, experts, "F32")
+    assert rows.vectors(Vectors()) == (None, experts)
+    assert rows.vectors(Vectors(on_base=True)) == (base, experts)
+    origin, vectors = rows.vectors(Vectors(with_base=True))
+    assert origin is None
+    assert [id(vector) for vector in vectors] == [id(base), *map(id, experts)]
 
 
-@pytest.mark.parametrize("experts", [2, 5])
-def test_selections_of_tensors_of_several_dtypes(experts: int) -> None:
-    """As bits that are made first: with ends within words and blocks, of nothing, and of everything."""
-    generator, numel, dtypes = torch.Generator().manual_seed(2), 3000, [torch.bfloat16, torch.float32, torch.float16]
-    base = torch.randn(numel, generator=generator).bfloat16()
-    deltas = [torch.randint(-3, 4, (numel,), generator=generator) / 8 for _ in range(experts)]
-    tensors = [(base + delta).to(dtypes[t % 3]) for t, delta in enumerate(deltas)]
-    out = torch.empty(numel)
-    part = RawPart(raw(base), [raw(tensor) for tensor in tensors], raw(out), (numel,), USED.add)
-    weights, options = [0.3, 0.6, -0.2, 0.5, 0.4][:experts], {**KEPT, "factors": [1.0] * experts}
-    half = part.trim_threshold([numel // 2, 1, 1700, 0, numel][:experts])
-    few = part.trim_threshold([0, numel, 20, 7, 900][:experts])
-    for between in (Between(half, None), Between(half, few)):
-        part.sparse_combine(weights, mask=part.magnitude_mask(between).bits, **options)
-        expected = out.clone()
-        part.sparse_combine(weights, mask=between, **options)
-        assert torch.equal(out, expected)
-        assert not torch.equal(out, base.float())
-
-
-def test_what_is_told_of_the_ops() -> None:
-    assert {"trim_threshold", "magnitude_counts", "magnitude_mask", "random_mask", "sparse_combine", "combine"} <= USED
-
-
-def test_vectors_of_rows_are_not_for_plain_memory() -> None:
-    tensor = torch.zeros(4, 4)
-    part = RawPart(raw(tensor), [raw(tensor)], raw(tensor), (4, 4), USED.add)
-    with pytest.raises(NotImplementedError, match=r"pymerge\.backends\.native"):
-        part.task_dots(Models(), "rows")
-    with pytest.raises(NotImplementedError, match=r"pymerge\.backends\.native"):
-        part.combine_vectors(Models(), np.ones((4, 1)), "rows")
+def test_the_backend_of_each_op_is_told() -> None:
+    run = Runner("native")
+    base, experts = tensors((128, 65), FLOATS, 2)
+    arrays = Rows(Array.of(base), [Array.of(each) for each in experts], "F32")
+    for method in ("ties", "dare_ties", "karcher", "linear"):
+        parameters = {} if method == "karcher" else {"weight": 0.5} if method == "linear" else SPARSE
+        action = action_of(method, 2, parameters)
+        if isinstance(action, Reduce):
+            in_pieces(action, run, [arrays.cut(0, 64), arrays.cut(64, 128)])
+        merged(action, run, arrays)
+    used = {op: choice.backend for op, choice in run.choices.items()}
+    assert set(used.values()) == {"native"}
+    assert used.keys() >= {
+        "trim_threshold",
+        "magnitude_counts",
+        "random_mask",
+        "sparse_combine",
+        "combine",
+        "task_dots",
+    }

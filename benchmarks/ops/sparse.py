@@ -1,14 +1,20 @@
-"""mergekit's forms of the ops on sparse task vectors: sorts of whole tensors, float masks, stacked deltas."""
+"""Ops on sparse task vectors; beside mergekit's forms: sorts of whole tensors, float masks, stacked deltas."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.layers import DENSITY, EPSILON, Layer
-from benchmarks.peers.peer import Peer
+from benchmarks.harness.layers import DENSITY, EPSILON, Layer, Size
+from benchmarks.ops.case import Case, Peer, weights_read
 from pymerge.common.shapes import row_bytes
 from pymerge.ops._bitmask import pack, unpack
+from pymerge.ops.magnitude_counts import MagnitudeCounts
+from pymerge.ops.magnitude_mask import MagnitudeMask
+from pymerge.ops.magnitude_place import MagnitudePlace
+from pymerge.ops.random_mask import RandomMask
+from pymerge.ops.sparse_combine import SparseCombine
+from pymerge.ops.trim_threshold import TrimThreshold
 
 
 def _deltas(layer: Layer) -> list[Tensor]:
@@ -125,3 +131,74 @@ SPARSE_COMBINE = Peer(
     memory=lambda size: 16 * (size.tasks + 1) * size.numel,
     tolerance=1e-2,
 )
+
+
+def _probabilities(size: Size, epsilon: float) -> tuple[list[float], list[float]]:
+    low, high = DENSITY - epsilon, DENSITY + epsilon
+    return [low] * size.tasks, [high] * size.tasks
+
+
+CASES = {
+    "trim_threshold": Case(
+        lambda layer: TrimThreshold(layer.base, layer.experts, layer.counts),
+        flops=lambda layer: layer.size.tasks * layer.size.numel,
+        bytes=weights_read,
+        work=lambda size: 2000 * size.tasks * size.numel,
+        settings=f"density {DENSITY:g}",
+        peer=TRIM_THRESHOLD,
+    ),
+    "magnitude_counts": Case(
+        lambda layer: MagnitudeCounts(layer.base, layer.experts, [0] * layer.size.tasks, 15, 16),
+        flops=lambda layer: layer.size.tasks * layer.size.numel,
+        bytes=weights_read,
+        work=lambda size: 700 * size.tasks * size.numel,
+        settings="first of two digits",
+        peer=MAGNITUDE_COUNTS,
+    ),
+    "magnitude_place": Case(
+        lambda layer: MagnitudePlace(layer.base, layer.experts[0], int(layer.thresholds.keys[0]), 1),
+        flops=lambda layer: layer.size.numel,
+        bytes=lambda size, item: 2 * size.numel * item,
+        work=lambda size: 700 * size.numel,
+        settings="last element of its magnitude",
+        peer=MAGNITUDE_PLACE,
+    ),
+    "magnitude_mask": Case(
+        lambda layer: MagnitudeMask(layer.base, layer.experts, layer.thresholds),
+        flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: weights_read(size, item) + size.tasks * size.numel // 8,
+        work=lambda size: 1500 * size.tasks * size.numel,
+        settings=f"density {DENSITY:g}",
+        peer=MAGNITUDE_MASK,
+    ),
+    "random_mask": Case(
+        lambda layer: RandomMask(layer.base, layer.experts, *_probabilities(layer.size, 0.0), range(layer.size.tasks)),
+        flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: weights_read(size, item) + size.tasks * size.numel // 8,
+        work=lambda size: 1500 * size.tasks * size.numel,
+        settings=f"density {DENSITY:g}",
+        peer=RANDOM_MASK,
+    ),
+    "random_mask-ranks": Case(
+        lambda layer: RandomMask(
+            layer.base,
+            layer.experts,
+            *_probabilities(layer.size, EPSILON),
+            range(layer.size.tasks),
+        ),
+        flops=lambda layer: 3 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: weights_read(size, item) + size.tasks * size.numel // 8,
+        work=lambda size: 6000 * size.tasks * size.numel,
+        settings=f"density {DENSITY:g}, epsilon {EPSILON:g}",
+        peer=RANDOM_MASK_RANKS,
+    ),
+    "sparse_combine": Case(
+        lambda layer: SparseCombine(
+            layer.base, layer.experts, [1.0] * layer.size.tasks, bits=layer.masks.bits, elect=True, normalize=True
+        ),
+        flops=lambda layer: 6 * layer.size.tasks * layer.size.numel,
+        bytes=lambda size, item: weights_read(size, item) + item * size.numel + size.tasks * size.numel // 8,
+        work=lambda size: 900 * size.tasks * size.numel,
+        peer=SPARSE_COMBINE,
+    ),
+}
