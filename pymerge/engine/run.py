@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from logging import WARNING
 from pathlib import Path
@@ -27,7 +26,7 @@ from pymerge.errors import OutputError
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.manifest import build_manifest, read_manifest
 from pymerge.output.verify import verify
-from pymerge.planner.jobs import Batch, batches
+from pymerge.planner.jobs import batches
 from pymerge.planner.plan import Plan
 from pymerge.planner.workers import Target
 
@@ -110,24 +109,38 @@ def run(
         if kept:
             event("resumed", f"kept {len(kept)} finished shards of an interrupted run", shards=sorted(kept))
         merging, beside = (batches(steps, plan.budget, kept) for steps in (plan.steps, extras.steps))
-        read, written = (sum(pair) for pair in zip(_bytes(merging), _bytes(beside), strict=True))
+        jobs = [job for batch in (*merging, *beside) for job in batch.jobs]
+        read = sum(job.step.bytes_of(job.piece) for job in jobs if job.reads)
+        progress.start(read + sum(job.step.bytes_made(job.piece) for job in jobs if job.merges))
         context = Context(runner, reader, tracer, progress, plan.config.allow_nonfinite, plan.keeps_cache)
         executor = Executor(context, output, plan.target.threads)
-        progress.start(read + written)
         try:
             executor.run(merging, plan.budget.tensors)
             executor.run(beside, plan.budget.host)
         finally:
             progress.close()
         _publish(plan, output)
-    made = [layout for layout in (*plan.layouts, *output.beside) if layout.file not in kept]
+    return _report(plan, output, kept, read, executor, tracer, time.perf_counter() - started)
+
+
+def _report(
+    plan: Plan,
+    output: OutputDirectory,
+    kept: frozenset[str],
+    read: int,
+    executor: Executor,
+    tracer: Tracer,
+    seconds: float,
+) -> MergeReport:
+    """The report of a run that read so many bytes, and wrote all files but those that were `kept`."""
+    written = [layout for layout in (*plan.layouts, *output.beside) if layout.file not in kept]
     report = MergeReport(
-        output=out,
+        output=output.path,
         tensors=plan.tensors,
         parameters=plan.parameters,
         bytes_read=read,
-        bytes_written=sum(tensor.nbytes for layout in made for tensor in layout.tensors),
-        seconds=time.perf_counter() - started,
+        bytes_written=sum(tensor.nbytes for layout in written for tensor in layout.tensors),
+        seconds=seconds,
         reading=executor.times.reading,
         computing=executor.times.computing,
         writing=executor.times.writing,
@@ -135,20 +148,13 @@ def run(
         slowest=tracer.slowest(),
         budget=plan.budget.tensors,
         peak_memory=peak_resident_bytes(),
-        peak_device_memory=_peak_device_memory(device),
+        peak_device_memory=_peak_device_memory(plan.target.device),
         backends=executor.backends,
         warnings=plan.warnings,
         resumed_shards=len(kept),
     )
     event("finished", report.lines()[0], **asdict(report))
     return report
-
-
-def _bytes(queue: Sequence[Batch]) -> tuple[int, int]:
-    """Bytes that the jobs of a queue read, and write at most."""
-    jobs = [job for batch in queue for job in batch.jobs]
-    read = sum(job.step.bytes_of(job.piece) for job in jobs if job.reads)
-    return read, sum(job.step.bytes_made(job.piece) for job in jobs if job.merges)
 
 
 def _peak_device_memory(device: Device, *, reset: bool = False) -> int:

@@ -156,11 +156,14 @@ def test_only_unfinished_files_are_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path, storage: str) -> None:
+def test_any_number_of_threads_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
     made = write(tmp_path, 96, 200, 1)
-    build(made, "one", storage)
-    build(made, "two", storage, threads=2, memory="64MiB")
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    for threads, memory in ((1, None), (2, "64MiB"), (5, None)):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        build(made, str(threads), storage, threads=threads, memory=memory)
+        assert tree(tmp_path / "1") == tree(tmp_path / str(threads))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
