@@ -151,10 +151,6 @@ def test_triton_kernels_import_nothing_of_ours() -> None:
                 assert module in {"triton", "torch", *sys.stdlib_module_names}, file
 
 
-def names_of_ops() -> set[str]:
-    return {file.stem for file in (PACKAGE / "ops").glob("*.py") if not file.stem.startswith("_")}
-
-
 def test_the_top_of_the_package_has_few_modules() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 8
 
@@ -172,16 +168,6 @@ def test_of_the_methods_only_solvers_import_pytorch_at_their_top() -> None:
         if "torch" in {name.split(".")[0] for name in imported_at_once(file)}
     }
     assert found <= {"solver", "ace", "wudi", "wudi_flow", "singular"}
-
-
-def test_every_op_has_its_test_and_every_adapter_its_op() -> None:
-    ops = names_of_ops()
-    assert ops
-    assert {op for op in ops if not (ROOT / "tests" / "ops" / f"test_{op}.py").is_file()} == set()
-    for backend in ("native", "triton", "cuda"):
-        modules = {file.stem for file in (PACKAGE / "backends" / backend).glob("*.py") if not file.stem.startswith("_")}
-        # Reads and combines in one: `combine` on tensors that lie in files.
-        assert modules - ops <= {"combine_files"}, backend
 
 
 def includes(file: Path) -> list[str]:
