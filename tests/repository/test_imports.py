@@ -47,8 +47,6 @@ ARROWS = {
     "cli": f"{_CARRIED_OUT} engine analysis api wemoe",
     "__main__": "cli",
 }
-# Imported by merges that need no PyTorch; of the methods the solvers do import it, and they by name.
-WITHOUT_TORCH = ("common", "ops", "config", "planner")
 # Compiled or Triton kernels: only backends import them, and only when they are called.
 KERNELS = ("_C", "_cuda", "kernels")
 
@@ -132,11 +130,6 @@ def test_kernels_and_triton_are_imported_only_when_used(file: Path) -> None:
     names = imported_at_once(file)
     assert "triton" not in {name.split(".")[0] for name in names}
     assert own_parts(names).isdisjoint(KERNELS)
-
-
-@pytest.mark.parametrize("file", [file for file in python_files(PACKAGE) if part_of(file) in WITHOUT_TORCH], ids=str)
-def test_what_plans_and_names_ops_imports_pytorch_only_when_used(file: Path) -> None:
-    assert "torch" not in {name.split(".")[0] for name in imported_at_once(file)}
 
 
 def test_triton_kernels_import_nothing_of_ours() -> None:
