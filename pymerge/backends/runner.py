@@ -15,7 +15,7 @@ from pymerge.common.devices import Device, check_device, resolve_device
 from pymerge.common.events import event
 from pymerge.errors import BackendError
 from pymerge.ops import OPS
-from pymerge.ops._op import Op, shape_of
+from pymerge.ops._op import Op, shape_of, torch_name
 
 if TYPE_CHECKING:
     import torch
@@ -32,16 +32,15 @@ _NOT_MEASURED = (
 class Backend(Protocol):
     """Interface of each package of this one, beside a module `<op>` with `compute(op, threads)` for each of its ops.
 
-    A module that computes batches of layers at once says so by `TAKES_BATCHES = True`.
+    A module that computes batches of layers at once says so by `TAKES_BATCHES = True`; one that knows other dtypes than
+    the backend's ops have, by `DTYPES` of its own.
     """
 
     NAME: str
+    DTYPES: frozenset[str]  # codes of the floating-point dtypes of inputs and results that its ops know
 
     def unavailable(self, device: Device) -> str | None:
         """Why the backend cannot compute on this device, with the remedy; None if it can."""
-
-    def refuses(self, op: str, dtypes: frozenset[str]) -> str | None:
-        """Why it does not compute this op in these dtypes; None if it does."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,11 @@ def _from(name: str, op: str, dtypes: frozenset[str], reason: str) -> Choice:
         return _reference(op, reason)
     if op not in implemented(name):
         return _reference(op, f"{name} has no {op} of its own: it is made of library calls")
-    refusal = load(name).refuses(op, dtypes)
-    if refusal is not None:
-        return _reference(op, f"{name} does not compute it: {refusal}")
     module = import_module(f"pymerge.backends.{name}.{op}")
+    known: frozenset[str] = getattr(module, "DTYPES", load(name).DTYPES)
+    if not dtypes <= known:
+        unknown, all_known = (", ".join(sorted(map(torch_name, codes))) for codes in (dtypes - known, known))
+        return _reference(op, f"{name} does not compute it: {unknown} is not one of {all_known}")
     batches = getattr(module, "TAKES_BATCHES", False)
     return Choice(op, name, module.compute if batches else _layer_by_layer(module.compute), reason)
 

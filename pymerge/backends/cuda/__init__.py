@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 
 from pymerge.common.devices import Device
-from pymerge.common.dtypes import DTYPES, NATIVE
+from pymerge.common.dtypes import NATIVE
 
 NAME = "cuda"
+DTYPES = frozenset(NATIVE)
 
 
 def unavailable(device: Device) -> str | None:
@@ -18,16 +19,4 @@ def unavailable(device: Device) -> str | None:
         return f"pymerge._cuda does not load ({error}); install where nvcc is: PYMERGE_CUDA=1 pip install ."
     if device.type != "cuda":
         return f"it computes on NVIDIA devices and the tensors are on {device}; use --device cuda"
-    return None
-
-
-def refuses(op: str, dtypes: frozenset[str]) -> str | None:
-    """A reason if the kernels do not know one of the dtypes."""
-    unknown = sorted(f"torch.{DTYPES[code].torch}" for code in dtypes - NATIVE.keys())
-    if unknown:
-        return f"{', '.join(unknown)} is not one of float32, float64, float16, bfloat16"
-    if "F64" in dtypes and op in ("task_gram", "wudi_adam"):
-        return "it computes in float32 on tensor cores, and float64 was given or asked for"
-    if "F64" in dtypes and op == "trim_threshold":
-        return "it compares float32 magnitudes, and float64 was given"
     return None

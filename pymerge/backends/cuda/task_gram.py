@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TAKES_BATCHES = True
+DTYPES = frozenset({"F32", "F16", "BF16"})  # it computes in float32, on tensor cores
 
 
 def compute(op: TaskGram, threads: int) -> Tensor:

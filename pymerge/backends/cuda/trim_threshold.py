@@ -8,6 +8,8 @@ from pymerge.backends.triton._masks import base_or_zeros
 from pymerge.common.arrays import as_tensor
 from pymerge.ops.trim_threshold import Thresholds, TrimThreshold
 
+DTYPES = frozenset({"F32", "F16", "BF16"})  # it compares float32 magnitudes
+
 
 def compute(op: TrimThreshold, threads: int) -> Thresholds:
     """The thresholds of all task vectors together."""

@@ -5,21 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 
 from pymerge.common.devices import Device
-from pymerge.common.dtypes import DTYPES, NATIVE
+from pymerge.common.dtypes import NATIVE
 
 NAME = "native"
-
-# Ops whose C++ knows float32 results only.
-_FLOAT32_OPS = (
-    "task_stats",
-    "routed_linear",
-    "mix_weights",
-    "trim_threshold",
-    "magnitude_counts",
-    "magnitude_place",
-    "magnitude_mask",
-    "random_mask",
-)
+DTYPES = frozenset(NATIVE)
 
 
 def missing() -> str | None:
@@ -36,13 +25,3 @@ def unavailable(device: Device) -> str | None:
     if device.type != "cpu":
         return f"it computes on the CPU, the tensors are on {device}; use --device cpu or --backend reference"
     return missing()
-
-
-def refuses(op: str, dtypes: frozenset[str]) -> str | None:
-    """A reason if the C++ code does not know one of the dtypes."""
-    unknown = sorted(f"torch.{DTYPES[code].torch}" for code in dtypes - NATIVE.keys())
-    if unknown:
-        return f"{', '.join(unknown)} is not one of float32, float64, float16, bfloat16"
-    if "F64" in dtypes and op in _FLOAT32_OPS:
-        return "its sums are float32, and float64 was given"
-    return None

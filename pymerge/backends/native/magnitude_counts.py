@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from pymerge.backends.native._arguments import contiguous, flat, numpy_address, optional
 from pymerge.ops.magnitude_counts import MagnitudeCounts
 
+DTYPES = frozenset({"F32", "F16", "BF16"})  # it computes in float32
+
 
 def compute(op: MagnitudeCounts, threads: int) -> NDArray[Any]:
     """The counts."""

@@ -12,6 +12,8 @@ from pymerge.ops.routed.task_storage import DenseTasks, SparseTasks
 if TYPE_CHECKING:
     from torch import Tensor
 
+DTYPES = frozenset({"F32", "F16", "BF16"})  # it computes in float32
+
 
 def compute(op: MixWeights, threads: int) -> Tensor:
     """The mixed weights."""

@@ -15,6 +15,8 @@ from pymerge.ops.routed_linear import RoutedLinear, run
 if TYPE_CHECKING:
     from torch import Tensor
 
+DTYPES = frozenset({"F32", "F16", "BF16"})  # it computes in float32
+
 
 def compute(op: RoutedLinear, threads: int) -> Tensor:
     """The layer's outputs."""

@@ -6,6 +6,8 @@ from pymerge.backends.native._arguments import address, matrix, rows_contiguous
 from pymerge.common.arrays import as_tensor
 from pymerge.ops.task_stats import Stats, TaskStats
 
+DTYPES = frozenset({"F32", "F16", "BF16"})  # it computes in float32
+
 
 def compute(op: TaskStats, threads: int) -> Stats:
     """Norms, traces and means."""

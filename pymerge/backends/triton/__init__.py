@@ -6,11 +6,9 @@ import os
 from importlib import import_module
 
 from pymerge.common.devices import Device
-from pymerge.common.dtypes import DTYPES
 
 NAME = "triton"
-
-_DTYPES = frozenset({"F32", "F16", "BF16"})
+DTYPES = frozenset({"F32", "F16", "BF16"})
 
 
 def interpreted() -> bool:
@@ -27,11 +25,3 @@ def unavailable(device: Device) -> str | None:
     if device.type != "cuda" and not interpreted():
         return f"Triton needs an NVIDIA device and the tensors are on {device}; use --device cuda"
     return None
-
-
-def refuses(op: str, dtypes: frozenset[str]) -> str | None:
-    """A reason if the kernels do not know one of the dtypes."""
-    if op == "spd_solve":
-        return None  # its check leaves float32 and float64, and the kernel takes both
-    unknown = sorted(f"torch.{DTYPES[code].torch}" for code in dtypes - _DTYPES)
-    return f"{', '.join(unknown)} is not one of float32, float16, bfloat16" if unknown else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pymerge.backends.triton._arguments import on
 from pymerge.ops.spd_solve import ITERATIONS, Solution, SpdSolve, settle, start_vector
 
+DTYPES = frozenset({"F32", "F64"})
+
 
 def compute(op: SpdSolve, threads: int) -> Solution:
     """X and condition numbers, of matrices or of a batch."""
