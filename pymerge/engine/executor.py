@@ -32,7 +32,7 @@ class _Begun(NamedTuple):
 
 
 class _Write(NamedTuple):
-    """What has been handed to the writer."""
+    """Result of a job that has been handed to the writer."""
 
     future: Future[None]
     worker: Worker

@@ -68,7 +68,7 @@ class Made(NamedTuple):
 
 
 class Worker(Protocol):
-    """What carries out the jobs of some steps. The leading thread calls all but `store`, for batches in their order."""
+    """Way to carry out the jobs of some steps. The leading thread calls all but `store`, for batches in their order."""
 
     def start(self, job: Job) -> Future[Any]:
         """Start what may be done before the job's turn: reading, or all of it. An error waits for its turn."""

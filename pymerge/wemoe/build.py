@@ -30,7 +30,7 @@ from pymerge.wemoe.extras import make_extras
 from pymerge.wemoe.find_mlps import empty_model, find_mlps
 from pymerge.wemoe.router import router_count
 from pymerge.wemoe.spec import Spec, read_spec
-from pymerge.wemoe.task_vector_layout import Parameter, TaskVectorFile, task_vector_files
+from pymerge.wemoe.task_vector_layout import StoredParameter, TaskVectorFile, task_vector_files
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,7 @@ def plan_build(
     model = empty_model(base, section.architecture) if model is None else model
     modules = find_mlps(base, model, section.modules)
     parameters = [
-        Parameter(name, tuple(shape), base.tensors[name], _entries(experts, name), section.storage)
+        StoredParameter(name, tuple(shape), base.tensors[name], _entries(experts, name), section.storage)
         for module in modules
         for name, shape in module.parameters.items()
     ]
@@ -196,7 +196,7 @@ def _entries(experts: Sequence[Checkpoint], name: str) -> tuple[TensorEntry, ...
     return tuple(expert.tensors[name] for expert in experts)
 
 
-def _with_base(plan: Plan, parameters: Sequence[Parameter]) -> list[Step]:
+def _with_base(plan: Plan, parameters: Sequence[StoredParameter]) -> list[Step]:
     """The steps of the static merge, with the base's tensor as the result for each of the parameters that are mixed."""
     mixed = {parameter.name for parameter in parameters}
     found = []

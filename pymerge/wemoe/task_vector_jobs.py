@@ -23,7 +23,7 @@ from pymerge.planner.steps import Step
 from pymerge.wemoe.router import make_router
 from pymerge.wemoe.router_file import ROUTER_NAME, described_routers, one_routers_tensors
 from pymerge.wemoe.spec import Spec
-from pymerge.wemoe.task_vector_layout import CHUNK_ELEMENTS, Parameter, TaskVectorFile
+from pymerge.wemoe.task_vector_layout import CHUNK_ELEMENTS, StoredParameter, TaskVectorFile
 from pymerge.wemoe.task_vectors import compress, encode
 
 # The axis along which the tasks of a stored tensor are joined: `left` holds columns of factors.
@@ -34,7 +34,7 @@ _COLUMNS = "left"
 class StoreTaskVectors(Encode):
     """The task vectors of one parameter as they are stored, from W_0 and all W_t."""
 
-    parameter: Parameter
+    parameter: StoredParameter
     label: ClassVar[str] = "task vectors"
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:

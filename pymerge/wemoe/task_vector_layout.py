@@ -21,7 +21,7 @@ Described = tuple[str, str, tuple[int, ...]]  # name, dtype code, shape
 
 
 @dataclass(frozen=True)
-class Parameter:
+class StoredParameter:
     """One parameter of an MLP, W_0 and W_t, and the tensors that its task vectors are stored as.
 
     `stored` are as `pymerge.wemoe.task_vectors.encode` gives them; pruned entries, and ranks by energy, are the most
@@ -72,7 +72,7 @@ class Parameter:
 
     @cached_property
     def stored_bytes(self) -> int:
-        """At most."""
+        """Bytes of its stored tensors, at most."""
         return sum(math.prod(shape) * ITEM_SIZES[dtype] for _, dtype, shape in self.stored)
 
     @cached_property
@@ -98,7 +98,7 @@ class TaskVectorFile:
     """One file; `exact` if its sizes are known from headers. Others are held in memory until they are whole."""
 
     file: str
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[StoredParameter, ...]
 
     @property
     def exact(self) -> bool:
@@ -121,9 +121,9 @@ class TaskVectorFile:
         )
 
 
-def task_vector_files(parameters: Iterable[Parameter], max_bytes: int) -> list[TaskVectorFile]:
+def task_vector_files(parameters: Iterable[StoredParameter], max_bytes: int) -> list[TaskVectorFile]:
     """Parameters in their order, in files of at most `max_bytes` (one parameter at least)."""
-    groups: list[list[Parameter]] = []
+    groups: list[list[StoredParameter]] = []
     used = 0
     for parameter in parameters:
         if not groups or used + parameter.stored_bytes > max_bytes:
@@ -138,5 +138,5 @@ def task_vector_files(parameters: Iterable[Parameter], max_bytes: int) -> list[T
 
 
 def weight_map(layouts: Sequence[ShardLayout]) -> dict[str, str]:
-    """Tensor -> file."""
+    """File of each tensor."""
     return {tensor.name: layout.file for layout in layouts for tensor in layout.tensors}
