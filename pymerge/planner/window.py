@@ -45,7 +45,7 @@ def pool_share(queue: Sequence[Batch], limit: int, threads: int) -> PoolShare:
     known = max(known_bytes(job) for job in pooled)
     fitting = max(0, limit - max(others, known)) // max(1, one)
     count = min(threads, fitting) if others else max(1, min(threads, fitting))
-    waits = MOST_WAITING if any(job.reduces for job in pooled) else WRITE_BEHIND
+    waits = MOST_WAITING if any(job.reduces for job in pooled) else WRITE_BEHIND - 1
     return PoolShare(count, count * max(working_bytes(job) for job in pooled), waits)
 
 
