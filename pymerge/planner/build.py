@@ -96,13 +96,13 @@ def draft_plan(
     names, warnings = matched.names, matched.warnings
     aligned = align(matched, layers, config, method)
     inputs, tokens = aligned.inputs, aligned.tokens
-    donor = inputs.donor  # gathered tables may have a wider dtype
+    stored, donor = donor, inputs.donor  # gathered tables may have a wider dtype
 
     wanted = dtype or config.out_dtype or config.dtype
     if wanted is not None and wanted not in MERGED:
         raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(MERGED)}")
     constants = find_constants(inputs, names, layers, aligned.sections)
-    dtypes = output_dtypes(matched, donor, layers, constants, wanted, warnings, keep_float32=config.keep_float32)
+    dtypes = output_dtypes(stored, names, layers, constants, wanted, warnings, keep_float32=config.keep_float32)
     config_json = _config_json(donor, wanted, tokens.config)
     warnings += check_configs(aligned, layers, config, config_json)
     placed = layout_shards([(name, dtypes[name], donor.tensors[name].shape) for name in names], max_shard_bytes)

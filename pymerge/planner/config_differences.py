@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymerge.architecture.config_facts import TOKEN_ID, Fact, facts, normal
+from pymerge.architecture.config_facts import TEXT_PARTS, TOKEN_ID, Fact, facts, normal
 from pymerge.architecture.configs import Difference, differences
 from pymerge.architecture.roles import Kind, Layer
 from pymerge.architecture.token_tables import has_tokens
@@ -23,6 +23,7 @@ from pymerge.tokenizers.planned import TokenPlan
 from pymerge.tokenizers.templates import TEMPLATE_FILE, own_template
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
+_FILES = (_CONFIG, _GENERATION, CONFIG_FILE)
 _SHOWN = 80  # characters of a value
 _TOKENS = ("bos_token", "eos_token")  # of tokenizer_config.json
 
@@ -69,6 +70,7 @@ def check_configs(
             add(_GENERATION, folder, _tokens(*(_read(each, _GENERATION) for each in (donor, theirs))))
             if config.tokenizer is None:
                 add(CONFIG_FILE, folder, _named_tokens(*(_read(each, CONFIG_FILE) for each in (donor, theirs))))
+    found = dict(sorted(found.items(), key=lambda item: _FILES.index(item[0][0])))  # those of one file together
     output = {_CONFIG: json.loads(config_json or b"{}"), _GENERATION: _output_file(donor, tokens, _GENERATION)}
     problems = [_said(donor, file, each, None) for (file, _, _), each in found.items() if each[0][0].breaks]
     if problems:
@@ -98,11 +100,13 @@ def _others(
 
 
 def _concerns(meaning: str, other: _Other) -> bool:
-    """Whether a key is about tensors that a model takes part in: vision_config about those of the vision tower."""
-    tower, dot, _ = meaning.partition("_config.")
-    if not dot:
-        return True
-    return any(tower[:3] in name for name in other.names)  # vision_tower, visual, audio_tower
+    """Whether a key is about tensors that a model takes part in: vision_config about those of the vision tower, what
+    stands in no tower's config about all others."""
+    towers = [key[:3] for key in other.checkpoint.config if key.endswith("_config") and key not in TEXT_PARTS]
+    tower, dot, _ = meaning.partition("_config.")  # vision: vision_tower, visual; audio: audio_tower
+    if dot:
+        return any(tower[:3] in name for name in other.names)
+    return any(not any(part in name for part in towers) for name in other.names)
 
 
 def _said(donor: Checkpoint, file: str, found: list[tuple[Difference, Path]], output: Any) -> str:
@@ -186,15 +190,12 @@ def _templates(donor: Checkpoint, others: Iterable[Checkpoint], tokens: TokenPla
         if theirs is not None and theirs != ours:
             differing.append(str(other.path / (TEMPLATE_FILE if TEMPLATE_FILE in files else CONFIG_FILE)))
     if differing and (ours is not None or _tokenizer_files(donor)):
-        text = (
-            "another chat template than the output, which has that of" if ours else "a chat template, the output none:"
-        )
+        what = f"another chat template than the output, which has that of {donor.path}"
+        if ours is None:
+            what = f"a chat template, {donor.path} and the output have none"
         has = "has" if len(differing) == 1 else "have"
-        tail = f"{donor.path}" if ours else f"{donor.path} has none"
-        yield (
-            f"{', '.join(differing)}: {has} {text} {tail}; "
-            "chat_template chooses one (auto: the most common of all models)"
-        )
+        remedy = "chat_template chooses one (auto: the most common of all models)"
+        yield f"{', '.join(differing)}: {has} {what}; {remedy}"
 
 
 def _template(files: Mapping[str, bytes]) -> str | None:

@@ -7,10 +7,11 @@ stored dtype holds would overflow; so these tensors are compared when the plan i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import struct
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pymerge.architecture.constants import may_be_constant
 from pymerge.architecture.roles import Kind, Layer
@@ -21,18 +22,16 @@ from pymerge.methods.actions import Action, Combine
 from pymerge.planner.inputs import Inputs
 from pymerge.planner.match import Section
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-# Of two tensors that differ, the first few bytes tell almost always.
-_FIRST_ELEMENTS, _ELEMENTS = 2**10, 2**20
+_FIRST_ELEMENTS, _ELEMENTS = 2**10, 2**18
+_FORMATS = {"F16": ("<H", "<e"), "F32": ("<I", "<f"), "F64": ("<Q", "<d")}  # bits and numbers, for struct
 _LARGEST = {"F16": 65504.0, "BF16": 2.0**128 - 2.0**120, "F32": 2.0**128 - 2.0**104, "F64": math.inf}
 
 
 @dataclass(frozen=True)
 class Constant:
-    """What is known of the values of a constant: its largest finite magnitude, and how many are infinite."""
+    """What is known of the values of a constant: its dtype, its largest finite magnitude, and how many are infinite."""
 
+    dtype: str
     largest: float
     infinite: int
 
@@ -82,74 +81,73 @@ def _constant(reader: Reader, base: TensorEntry, *others: TensorEntry) -> Consta
     """What is known of a tensor's values; None if the models differ, or there is NaN among them."""
     if not all(_same(reader, base, other) for other in others):
         return None
-    import numpy as np
-
-    values = _values(reader, base, 0, base.numel)
-    if np.isnan(values).any():
-        return None
-    finite = np.isfinite(values)
-    return Constant(float(np.abs(values, where=finite, out=np.zeros_like(values)).max()), int((~finite).sum()))
+    largest, infinite = 0.0, 0
+    for start, stop in _ranges(base.numel):
+        codes = _codes(reader, base, start, stop)
+        for code in set(codes):
+            value = _value(code, base.dtype)
+            if math.isnan(value):
+                return None
+            if math.isinf(value):
+                infinite += codes.count(code)
+            else:
+                largest = max(largest, abs(value))
+    return Constant(base.dtype, largest, infinite)
 
 
 def _same(reader: Reader, base: TensorEntry, other: TensorEntry) -> bool:
-    """Whether two tensors have the same values: bit for bit, or in another dtype, as that one rounds them."""
-    if other.shape != base.shape:
+    """Whether two tensors have the same values: bit for bit, or in another dtype, as the narrower one rounds them."""
+    if other.shape != base.shape or other.dtype not in _LARGEST:
         return False
-    start, stop = 0, min(_FIRST_ELEMENTS, base.numel)
-    while start < stop:
+    narrow = min(base.dtype, other.dtype, key=lambda dtype: ITEM_SIZES[dtype])
+    for start, stop in _ranges(base.numel):
+        ours, theirs = (_codes(reader, each, start, stop) for each in (base, other))
         if base.dtype == other.dtype:
-            same = _bytes(reader, base, start, stop) == _bytes(reader, other, start, stop)
-        elif other.dtype in _LARGEST:
-            same = _same_values(
-                base.dtype, other.dtype, *(_values(reader, each, start, stop) for each in (base, other))
-            )
-        else:
-            return False
-        if not same:
-            return False
-        start, stop = stop, min(stop + _ELEMENTS, base.numel)
+            if ours != theirs:
+                return False
+            continue
+        for one, two in set(zip(ours, theirs, strict=True)):
+            if _rounded(_value(one, base.dtype), narrow) != _rounded(_value(two, other.dtype), narrow):
+                return False
     return True
 
 
-def _same_values(one: str, two: str, ours: NDArray[Any], theirs: NDArray[Any]) -> bool:
-    """Whether float64 values of two dtypes are equal once they are rounded to the narrower one."""
-    import numpy as np
-
-    narrow = min(one, two, key=lambda dtype: ITEM_SIZES[dtype])
-    return bool(np.array_equal(_rounded(ours, narrow), _rounded(theirs, narrow)))
-
-
-def _rounded(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """float64 values, none NaN, as this dtype holds them."""
-    import numpy as np
-
-    with np.errstate(over="ignore"):
-        if dtype == "F16":
-            return values.astype(np.float16).astype(np.float64)
-        single = values.astype(np.float32) if dtype != "F64" else values
-    if dtype != "BF16":
-        return single.astype(np.float64)
-    bits = single.view(np.uint32)
-    bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to the nearest, ties to even
-    rounded: NDArray[Any] = (bits & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
-    return rounded
+def _ranges(elements: int) -> Iterator[tuple[int, int]]:
+    """A few elements, which tell almost always if tensors differ, then many at a time."""
+    start, stop = 0, min(_FIRST_ELEMENTS, elements)
+    while start < stop:
+        yield start, stop
+        start, stop = stop, min(stop + _ELEMENTS, elements)
 
 
-def _values(reader: Reader, entry: TensorEntry, start: int, stop: int) -> NDArray[Any]:
-    """Elements in row-major order, as float64."""
-    import numpy as np
-
-    data = _bytes(reader, entry, start, stop)
-    if entry.dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.frombuffer(data, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[entry.dtype]).astype(
-        np.float64
-    )
-
-
-def _bytes(reader: Reader, entry: TensorEntry, start: int, stop: int) -> bytearray:
-    """Elements in row-major order, as stored."""
-    if entry.contiguous:
-        return reader.read_bytes(replace(entry, shape=(entry.numel,)), start, stop)
+def _codes(reader: Reader, entry: TensorEntry, start: int, stop: int) -> array[int]:
+    """Bits of elements in row-major order. A mask has few values, and a plan without numpy: hence no floats."""
     size = ITEM_SIZES[entry.dtype]
-    return reader.read_bytes(entry)[start * size : stop * size]
+    if entry.contiguous:
+        data = reader.read_bytes(replace(entry, shape=(entry.numel,)), start, stop)
+    else:
+        data = reader.read_bytes(entry)[start * size : stop * size]
+    return array({2: "H", 4: "I", 8: "Q"}[size], bytes(data))
+
+
+def _value(code: int, dtype: str) -> float:
+    """The number that these bits are in a dtype."""
+    if dtype == "BF16":
+        code, dtype = code << 16, "F32"
+    bits, number = _FORMATS[dtype]
+    value: float = struct.unpack(number, struct.pack(bits, code))[0]
+    return value
+
+
+def _rounded(value: float, dtype: str) -> float:
+    """A number as a dtype holds it."""
+    bits, number = _FORMATS["F32" if dtype == "BF16" else dtype]
+    try:
+        packed = struct.pack(number, value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    if dtype == "BF16" and math.isfinite(value):
+        (code,) = struct.unpack(bits, packed)
+        return _value((code + 0x7FFF + ((code >> 16) & 1)) >> 16, "BF16")  # to the nearest, ties to even
+    rounded: float = struct.unpack(number, packed)[0]
+    return rounded

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pymerge.architecture.roles import Kind, Layer
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import CODES, ITEM_SIZES, is_float, is_float8
 from pymerge.planner.constants import Constant
-from pymerge.planner.match import Matched, listed
+from pymerge.planner.match import listed
 
 _NARROW_BYTES = 2  # of an element of a 16-bit model
 _NAMES = {code: name for name, code in CODES.items()}
@@ -18,8 +18,8 @@ _OTHER_PARTS = ("quantization_config",)  # whose dtypes are not those of the wei
 
 
 def output_dtypes(
-    matched: Matched,
     donor: Checkpoint,
+    names: Sequence[str],
     layers: Mapping[str, Layer],
     constants: Mapping[str, Constant],
     wanted: str | None,
@@ -33,28 +33,27 @@ def output_dtypes(
     constants with values beyond the wanted dtype. `warnings` get what people should know.
 
     Args:
-        donor: that of the aligned inputs, whose tables of tokens may be wider than those of `matched`.
+        donor: as it is stored: tables of tokens may be read wider, once they are gathered from several models.
     """
-    path, stored = donor.path, donor.tensors
-    own, names = matched.inputs.donor.tensors, matched.names
-    small = [name for name in names if is_float8(stored[name].dtype)]
+    path, tensors = donor.path, donor.tensors
+    small = [name for name in names if is_float8(tensors[name].dtype)]
     if small and wanted is None:
         warnings.append(f"{listed(small)}: 8-bit floats in {path}, written as bfloat16")
-    buffers = [name for name in names if layers[name].kind is Kind.BUFFER]
+    buffers = {name: tensors[name].dtype for name in names if layers[name].kind is Kind.BUFFER}
     if wanted is None:
-        return {name: _plain(stored[name]) for name in names} | {name: stored[name].dtype for name in buffers}
+        return {name: _plain(tensors[name]) for name in names} | buffers
     code = CODES[wanted]
-    wide = [name for name in _wide(own, names) if ITEM_SIZES[own[name].dtype] > ITEM_SIZES[code]]
+    wide = [name for name in _wide(tensors, names) if ITEM_SIZES[tensors[name].dtype] > ITEM_SIZES[code]]
     if wide and keep_float32:
-        kinds = " and ".join(sorted({_NAMES[own[name].dtype] for name in wide}))
+        kinds = " and ".join(sorted({_NAMES[tensors[name].dtype] for name in wide}))
         text = f"kept as {kinds}, as in {path}, whose other tensors have 16 bits"
         warnings.append(f"{listed(wide)}: {text}; set keep_float32: false to write {wanted}")
     beyond = [name for name, constant in constants.items() if not constant.fits(code)]
     if beyond:
         text = f"the same in all models, with values that {wanted} cannot hold; written as in {path}"
         warnings.append(f"{listed(beyond)}: {text}")
-    kept = {*buffers, *(wide if keep_float32 else ()), *beyond}
-    return {name: stored[name].dtype if name in kept else code for name in names}
+    kept = {name: tensors[name].dtype for name in wide if keep_float32}
+    return dict.fromkeys(names, code) | kept | {name: constants[name].dtype for name in beyond} | buffers
 
 
 def _plain(entry: TensorEntry) -> str:
