@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pymerge.architecture.roles import Kind, Layer
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE
 
-# Of a mask of 2048 x 2048 in float32: what is compared when a merge is planned.
-_MOST_BYTES = 16 << 20
+# Of a mask of 4096 x 4096 in float32: what is compared when a merge is planned.
+_MOST_BYTES = 64 << 20
 
 
 def may_be_constant(name: str, layer: Layer, dtype: str, shape: Sequence[int]) -> bool:

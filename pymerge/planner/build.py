@@ -119,6 +119,7 @@ def draft_plan(
             constant = constants.get(tensor.name)
             if constant is not None and constant.passes(action):
                 action, experts, values = copy(), (), None
+                layer = replace(layer, reason=f"{layer.reason}, the same in all models")
             for rows in rows_of(entry, experts):
                 action_here = action if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
