@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class Checkpoint:
     `files` are the weight files sorted by name; `tensors` are in the order of files and, inside a file, of a
     safetensors file; `other_files` are relative to `path`; `stamps` maps each weight file to its (size, mtime_ns) when
     its header was read; `notes` say what of the files is not used; `origin` is "org/name@commit" for a model of
-    the Hugging Face Hub.
+    the Hugging Face Hub. Of a model that is still to be written, which has no stamps, `copied` has the tensors that
+    will be copies of stored ones: by file and name, what they are copied from, with (size, mtime_ns) of its file.
     """
 
     path: Path
@@ -34,6 +36,7 @@ class Checkpoint:
     stamps: dict[Path, tuple[int, int]]
     notes: tuple[str, ...] = ()
     origin: str = ""
+    copied: Mapping[tuple[Path, str], tuple[TensorEntry, tuple[int, int]]] = field(default_factory=dict)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
