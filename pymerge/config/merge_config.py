@@ -119,7 +119,7 @@ def check_config(document: Document) -> MergeConfig:
     if not isinstance(document.data, dict):
         document.add((), "the config is not a mapping; start with 'merge_method: ...' and 'models:'")
         document.finish()
-    checker = Checker(document)
+    checker = Checker(document, (*MergeConfig.model_fields, "tokenizer_source"))
     raw = check_parts(checker.check(), checker, document)
     config = None
     try:

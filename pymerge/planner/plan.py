@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pymerge import env
+from pymerge.architecture.roles import Kind
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from pymerge.common.dtypes import is_float
 from pymerge.common.names import printable
 from pymerge.config.merge_config import MergeConfig, canonical
 from pymerge.errors import CheckpointError
@@ -118,6 +120,12 @@ class Plan:
             for layout in self.layouts
             for tensor in layout.tensors
         }
+        donor = self.inputs.donor
+        copies = {
+            step.name: donor.copies.get(step.name, step.base)
+            for step in self.steps
+            if step.layer.kind is Kind.BUFFER and not is_float(step.dtype)
+        }
         config = json.loads(self.config_json) if self.config_json else {}
         return Checkpoint(
             out,
@@ -126,6 +134,7 @@ class Plan:
             config=config,
             other_files=self.inputs.donor.other_files,
             stamps={},
+            copies=copies,
         )
 
     def settled(self) -> Plan:
