@@ -39,7 +39,8 @@ _TABLES = {
 }
 _TABLES |= {"table", "tables", "perm", "layout", "bias", "shape", "lookup", "order", "zero", "point", "zeros", "qzeros"}
 # Beside a weight in models of plain numbers: no scale, though it has the shape of one.
-_PLAIN = {"bias", "biases", "beta", "gamma", "g", "original0", "token", "running", "mean", "var", "mask", "eps"}
+_PLAIN = {"bias", "biases", "beta", "gamma", "g", "original0", "token", "embed", "embedding", "running", "mean", "var"}
+_PLAIN |= {"mask", "eps"}
 
 
 class Codes(NamedTuple):
@@ -82,14 +83,17 @@ def _is_weight_name(name: str) -> bool:
 
 
 class _Beside:
-    """The tensors that stand beside one: of the same module, under its own name, or its name under a prefix."""
+    """What may be scales: of the same module as a tensor, under its own name, or its name under a prefix."""
 
     def __init__(self, tensors: Described) -> None:
         self._tensors = tensors
         self._inside: dict[str, list[str]] = {}
         self._scales: dict[str, str] = {}  # name without the prefix that says "scale" -> whole name
-        for name in tensors:
-            self._inside.setdefault(name.rpartition(".")[0], []).append(name)
+        for name, (dtype, _) in tensors.items():
+            parent, _, last = name.rpartition(".")
+            # Scales of 8-bit floats, and bare exponents, are known by their names alone.
+            if (is_float(dtype) and not is_float8(dtype)) or not _SCALES.isdisjoint(words(last)):
+                self._inside.setdefault(parent, []).append(name)
             first, _, rest = name.partition(".")
             if rest and not _SCALES.isdisjoint(words(first)):
                 self._scales[rest] = name
@@ -103,25 +107,24 @@ class _Beside:
         if name in self._scales:
             return self._scales[name]
         beside = [*self._inside.get(name, ()), *self._inside.get(parent, ())]
-        found = [other for other in beside if other != name and self._is_number(other, name)]
-        # A bare "scale" is that of the weight of its module, or of integers; not of some other number beside it.
-        bare = not is_float8(self._tensors[name][0]) or _is_weight_name(name)
-        named = (other for other in found if self._is_named_after(other, name, own, bare))
+        found = [other for other in beside if other != name and self._may_scale(other, name)]
+        named = (other for other in found if self._is_named_after(other, name, own))
         unnamed = (other for other in found if self._has_scale_shape(other, name))
         return next(named, None) or next(unnamed, None)
 
-    def _is_number(self, other: str, name: str) -> bool:
-        """Whether a tensor may be a scale by its dtype: a float; of 8 bits, or bare exponents, only beside codes."""
+    def _may_scale(self, other: str, name: str) -> bool:
         dtype, _ = self._tensors[other]
-        if is_float8(dtype) or dtype == "U8":
-            return not _SCALES.isdisjoint(words(other.rpartition(".")[2])) and dtype != self._tensors[name][0]
-        return is_float(dtype)
+        return dtype != self._tensors[name][0] and (is_float(dtype) or dtype == "U8")
 
-    def _is_named_after(self, other: str, name: str, own: set[str], bare: bool) -> bool:
-        """Whether a name is that of a scale and, unless a `bare` one will do, of the scale of `name`."""
-        found = words(other.rpartition(".")[2])
-        inside = other.startswith(f"{name}.")
-        return _is_scale_name(found, own) and (bare or inside or not own.isdisjoint(found))
+    def _is_named_after(self, other: str, name: str, own: set[str]) -> bool:
+        """Whether a name is that of a scale, and of the scale of `name`, whose last words are `own`.
+
+        A bare "scale" is that of the weight of its module, or of integers; not of some other number beside it.
+        """
+        found = set(words(other.rpartition(".")[2]))
+        of = found - _SCALES - _OF_SCALES - _WEIGHTS
+        bare = not is_float8(self._tensors[name][0]) or _is_weight_name(name) or other.startswith(f"{name}.")
+        return not _SCALES.isdisjoint(found) and (of == own - _OF_SCALES - _WEIGHTS or (bare and not of))
 
     def _has_scale_shape(self, other: str, name: str) -> bool:
         """Whether a tensor beside an 8-bit weight has a number for all of it, each row, each column or each block."""
@@ -134,12 +137,6 @@ class _Beside:
             return not shape or shape[0] in (1, of[0], of[-1])
         blocks = len(shape) == len(of) and all(0 < count <= size for count, size in zip(shape, of, strict=True))
         return blocks and tuple(shape) != tuple(of)
-
-
-def _is_scale_name(other: Sequence[str], own: set[str]) -> bool:
-    """Whether a parameter's name is that of a scale, and says of nothing else than the tensor with the words `own`."""
-    rest = set(other) - _SCALES
-    return len(rest) < len(set(other)) and rest <= own | _OF_SCALES | _WEIGHTS
 
 
 def words(name: str) -> list[str]:
