@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.model_files import carried_files
+from pymerge.checkpoint.parts import part_note, refuse_empty
 from pymerge.checkpoint.quantised import refuse_by_config, refuse_by_file, refuse_by_tensors
 from pymerge.checkpoint.safetensors_file import Header, TensorEntry, read_header
-from pymerge.checkpoint.weight_files import CONVERT, check_index, find_weights, format_of, read_json
+from pymerge.checkpoint.weight_files import check_index, find_weights, format_of, how_to_convert, read_json
 from pymerge.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Header", "TensorEntry", "open_checkpoint", "read_header"]
@@ -40,7 +41,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a Hugging Face model directory or a single weight file (.safetensors, .bin, .pt, .pth) by headers only.
+    """Open a Hugging Face model directory or a single weight file (.safetensors, .bin, .pt, .pth, .ckpt) by headers.
 
     A directory holds `model.safetensors`, or an index with its shards, or exactly one .safetensors file; when
     several are there the order is this one, which is that of transformers. Without any, the same goes for
@@ -56,12 +57,16 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     form = format_of(path)
     if form is None:
         raise CheckpointError(
-            f"{path}: is neither a directory nor a .safetensors file (nor .bin, .pt, .pth of PyTorch); {CONVERT}"
+            f"{path}: is neither a directory nor a .safetensors file (nor .bin, .pt, .pth, .ckpt of PyTorch); "
+            f"{how_to_convert(path.name)}"
         )
     header = form.read(path)
     refuse_by_tensors(header.entries)
+    refuse_empty(header.entries)
     stamps = {path: (header.file_bytes, header.mtime_ns)}
-    return Checkpoint(path, (path,), header.entries, {}, (), stamps, header.notes)
+    note = part_note(path)
+    notes = (*header.notes, note) if note else header.notes
+    return Checkpoint(path, (path,), header.entries, {}, (), stamps, notes)
 
 
 def _open_directory(path: Path) -> Checkpoint:
@@ -76,6 +81,7 @@ def _open_directory(path: Path) -> Checkpoint:
         check_index(path / index, form, headers)
     tensors = {name: entry for header in headers.values() for name, entry in header.entries.items()}
     refuse_by_tensors(tensors)
+    refuse_empty(tensors)
     stamps = {file: (header.file_bytes, header.mtime_ns) for file, header in headers.items()}
     notes = tuple(note for header in headers.values() for note in header.notes)
     return Checkpoint(path, files, tensors, config, carried_files(path), stamps, notes)

@@ -26,6 +26,7 @@ from pymerge.planner.config_differences import check_configs
 from pymerge.planner.constants import find_constants
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.inputs import open_inputs
+from pymerge.planner.integers import check_integers
 from pymerge.planner.match import Section, listed, match_tensors
 from pymerge.planner.output_dtypes import output_dtypes, with_dtype
 from pymerge.planner.plan import Plan
@@ -91,6 +92,8 @@ def draft_plan(
         for pattern in unused_rules(layers, config.rules)
     ]
     matched = assembly.match(layers, problems) if assembly else match_tensors(inputs, layers, config, method, problems)
+    if not problems:
+        check_integers(matched, layers, config.rules, problems, matched.warnings)
     if problems:
         raise PlanError(problems)
     names, warnings = matched.names, matched.warnings
