@@ -70,7 +70,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
     A directory holds `model.safetensors`, or its index with shards, or `pytorch_model.bin`, or its index with shards:
     the first of these that is there, which is what transformers loads; else those of diffusers; else one variant or one
-    file of another name. `beside` says what lies there, too. A single file has no config and no other files. Raises CheckpointError, with what was found and what to do, for anything else, quantised weights among it.
+    file of another name. `beside` says what lies there, too. A single file has no config and no other files.
+
+    Raises CheckpointError, with what was found and what to do, for anything else, quantised weights among it.
     """
     path = Path(path).expanduser()
     if os.path.isdir(path):  # not Path.is_dir, which raises OSError for names that are too long
