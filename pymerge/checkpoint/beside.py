@@ -27,7 +27,7 @@ from pymerge.errors import CheckpointError
 # Stems of files that hold a whole model, in any format.
 _WHOLE = re.compile(
     r"(model|pytorch_model|diffusion_pytorch_model|tf_model|flax_model|rust_model|openvino_model|consolidated|"
-    r"wemoe-router|wemoe-tasks)([._-].*)?"
+    r"wemoe-router|wemoe-task-vectors)([._-].*)?"
 )
 # Folders with the whole model in the form that its makers use.
 _ORIGINALS = ("original", "metal")

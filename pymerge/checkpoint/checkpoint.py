@@ -28,6 +28,10 @@ from pymerge.errors import CheckpointError
 __all__ = ["Checkpoint", "Header", "TensorEntry", "open_checkpoint", "read_header"]
 
 
+# Whole models in the form of their makers, whose loader knows no other name.
+_MISTRAL = "consolidated.safetensors"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint.
@@ -149,5 +153,7 @@ def _read_weights(path: Path, folder: str) -> tuple[Checkpoint, set[Path]]:
     stamps = {file: (header.file_bytes, header.mtime_ns) for file, header in headers.items()}
     notes += tuple(note for header in headers.values() for note in header.notes)
     stem = form.stem if form.index_first else "model"
+    if files[0].name == _MISTRAL:
+        stem = files[0].stem
     used = {Path(folder, name) for name in (*(file.name for file in files), *([index] if index else []))}
     return Checkpoint(where, files, tensors, config, (), stamps, notes, stem=stem), used

@@ -86,7 +86,7 @@ def draft_plan(
     layers = classify(described, donor.config, config.rules)
     said = list(beside_warnings(inputs))
     modules = match_modules(inputs, config, method, problems, said)
-    known = [*layers, *(name for module in modules for name in module.layers)]
+    known = [*layers, *(name for module in modules for name in module.full().layers)]
     problems += [
         f"{config.name}: layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
         for pattern in unused_rules(known, config.rules)

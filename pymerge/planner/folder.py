@@ -3,11 +3,12 @@ lies there."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pymerge.architecture.roles import Layer, classify, positions
+from pymerge.architecture.roles import Layer, Rule, classify, positions
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.sentence_modules import MODULES_FILE, Module
 from pymerge.common.names import first_few
@@ -97,8 +98,7 @@ def match_modules(
         return []
     parts = []
     for folder, module in donor.modules.items():
-        described = {name: (entry.dtype, entry.shape) for name, entry in module.tensors.items()}
-        layers = classify(described, module.config, config.rules)
+        layers = _classified(module, folder, config.rules)
         if config.slices or config.modules:
             section = Section(config, (), (), positions(layers, module.config))
             parts.append(Part(folder, list(module.tensors), layers, module.tensors, dict.fromkeys(layers, section)))
@@ -128,6 +128,20 @@ def beside_warnings(inputs: Inputs) -> Iterator[str]:
             taken = first_few((file.relative_to(model.path).as_posix() for file in model.files), 1)
             what = f"its weights are {taken}; beside them, and not used" if taken else "not used"
             yield f"{model.path}: {what}: {first_few(map(str, unused), 8)}"
+
+
+def _classified(module: Checkpoint, folder: str, rules: Sequence[Rule]) -> dict[str, Layer]:
+    """Roles of a module's tensors, by their own names; rules are about full names."""
+    described = {name: (entry.dtype, entry.shape) for name, entry in module.tensors.items()}
+    layers = classify(described, module.config)
+    if rules:
+        whole = {f"{folder}/{name}": of for name, of in described.items()}
+        by_rule = classify(whole, module.config, rules)
+        for name in layers:
+            full = f"{folder}/{name}"
+            if any(re.search(rule.pattern, full) for rule in rules):
+                layers[name] = by_rule[full]
+    return layers
 
 
 def _module_of(expert: Checkpoint, donor: Checkpoint, folder: str) -> Checkpoint:

@@ -137,6 +137,14 @@ def test_the_file_that_config_json_names_is_taken(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_model_in_its_makers_form_keeps_the_name_that_their_loader_knows(tmp_path: Path) -> None:
+    put(tmp_path, "consolidated.safetensors")
+    (tmp_path / "params.json").write_text("{}")
+    assert open_checkpoint(tmp_path).stem == "consolidated"
+    put(tmp_path, SAFE)
+    assert open_checkpoint(tmp_path).stem == "model"
+
+
 def test_a_folder_of_the_cache_names_its_snapshots(tmp_path: Path) -> None:
     put(tmp_path / "models--org--name/snapshots/abc", SAFE)
     with pytest.raises(CheckpointError, match=r"is a folder of the Hub's cache.*models--org--name/snapshots/abc"):

@@ -110,6 +110,17 @@ def test_the_plan_lists_modules_and_filters_find_them(tmp_path: Path) -> None:
     assert not torch.equal(last["linear.bias"], dense(4, 4, 6)["linear.bias"])
 
 
+def test_rules_find_modules_by_their_full_names(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    rules = [{"pattern": "^2_Dense/linear.weight", "kind": "other"}]
+    write_config(tmp_path, "wudi", iterations=2, more=f"layers: {json.dumps(rules)}")
+    steps = {step.name: step for step in pymerge.plan(tmp_path / "merge.yml", device="cpu").steps}
+    assert not steps["2_Dense/linear.weight"].layer.solvable
+    assert steps["3_Dense/linear.weight"].layer.solvable
+    write_config(tmp_path, "wudi", iterations=2, more='layers: [{"pattern": "5_Dense", "kind": "other"}]')
+    assert "pattern '5_Dense' finds no tensor" in refusals(tmp_path)[0]
+
+
 def test_dtype_counts_for_modules_too(tmp_path: Path) -> None:
     write_all(tmp_path)
     write_config(tmp_path, "linear", more="dtype: bfloat16")
