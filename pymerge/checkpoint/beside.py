@@ -7,8 +7,9 @@ behind; without the latter the output could not be loaded.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -21,7 +22,7 @@ from pymerge.checkpoint.model_files import (
     replaced,
 )
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.checkpoint.weight_files import format_of
+from pymerge.checkpoint.weight_files import file_names, format_of, is_part
 from pymerge.errors import CheckpointError
 
 # Stems of files that hold a whole model, in any format.
@@ -31,6 +32,7 @@ _WHOLE = re.compile(
 )
 # Folders with the whole model in the form that its makers use.
 _ORIGINALS = ("original", "metal")
+_LEAST_SHARE = 20  # of 4-byte weights, codes of two bits and their scales take more
 _TORCH = (".bin", ".pt", ".pth")
 _READABLE = (".safetensors", *_TORCH)
 # Configs that make loaders look for weights that the output has not.
@@ -56,7 +58,7 @@ def files_beside(
         tensors: those of the model.
         owners: folders whose weights are read, that of the transformer first; "" is `folder` itself.
     """
-    files = list(model_files(folder))
+    files = sorted({*model_files(folder), *_linked_files(folder, owners)})
     unused: set[Path] = set()
     exports: set[PurePath] = set()
     groups: dict[PurePath | None, list[Path]] = {}
@@ -76,7 +78,26 @@ def files_beside(
         file for file in files if not (file in left or replaced(file, owners[0]) or _place(file, owners) in exports)
     )
     said = sorted(file for file in unused | misleading if not (is_leftover(file.name) and file.suffix in _TORCH))
+    said += _linked_folders(folder, owners)
     return taken, Beside(tuple(file for file in taken if is_weight_file(file.name)), tuple(said))
+
+
+def _linked_files(folder: Path, owners: Sequence[str]) -> Iterator[Path]:
+    """Files of folders whose weights are read and that are links, which `model_files` does not follow."""
+    for owner in owners:
+        if owner and os.path.islink(folder / owner):
+            yield from (Path(owner) / file for file in model_files(folder / owner))
+
+
+def _linked_folders(folder: Path, owners: Sequence[str]) -> list[Path]:
+    """Other folders with weights that are links; one around this folder is none of them."""
+    links = [name for name in file_names(folder) if os.path.islink(folder / name) and os.path.isdir(folder / name)]
+    others = [name for name in links if name not in owners and (folder / name).resolve() not in _around(folder)]
+    return [Path(name) for name in others if any(is_weight_file(file) for file in file_names(folder / name))]
+
+
+def _around(folder: Path) -> list[Path]:
+    return [folder.resolve(), *folder.resolve().parents]
 
 
 def is_other_form(file: PurePath, owners: Sequence[str]) -> bool:
@@ -99,7 +120,7 @@ def _place(file: PurePath, owners: Sequence[str]) -> PurePath | None:
 def _is_copy(file: Path, tensors: Mapping[str, TensorEntry]) -> bool:
     """Whether a file holds tensors of the model again: a matrix of the same name and shape, or most of its names."""
     form = format_of(file)
-    if form is None:
+    if form is None or (file.suffix in _TORCH and not is_part(file.name) and _is_small(file, tensors)):
         return False
     try:
         entries = form.read(file).entries
@@ -108,3 +129,8 @@ def _is_copy(file: Path, tensors: Mapping[str, TensorEntry]) -> bool:
     same = [name for name in entries if name in tensors]
     matrices = [name for name in same if len(tensors[name].shape) > 1 and tensors[name].shape == entries[name].shape]
     return bool(matrices) or 2 * len(same) > len(entries)
+
+
+def _is_small(file: Path, tensors: Mapping[str, TensorEntry]) -> bool:
+    """Whether a file is too small for the model in any dtype: then PyTorch need not be imported to look into it."""
+    return _LEAST_SHARE * file.stat().st_size < sum(entry.nbytes for entry in tensors.values())

@@ -16,6 +16,7 @@ WEIGHT_SUFFIXES = (
     ".pt",
     ".pth",
     ".ckpt",
+    ".distcp",
     ".h5",
     ".msgpack",
     ".gguf",

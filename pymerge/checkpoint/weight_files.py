@@ -154,7 +154,7 @@ def choose(path: Path, names: Sequence[str], named: object = None) -> Choice | N
         found = [name for name in names if _may_be_weights(name, form)]
         if found:
             return _only(path, found, form)
-        shards = [name for name in names if name.endswith(form.suffixes) and _is_part(name)]
+        shards = [name for name in names if name.endswith(form.suffixes) and is_part(name)]
         if shards:
             what = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
             raise CheckpointError(
@@ -178,10 +178,11 @@ def _may_be_weights(name: str, form: WeightFormat) -> bool:
     """Whether a file can be all weights of a model: no part of them, no leftover, no adapter."""
     if form.is_index(name):
         return True
-    return name.endswith(form.suffixes) and not (_is_part(name) or is_leftover(name) or is_adapter(name))
+    return name.endswith(form.suffixes) and not (is_part(name) or is_leftover(name) or is_adapter(name))
 
 
-def _is_part(name: str) -> bool:
+def is_part(name: str) -> bool:
+    """Whether a weight file is one of several shards, by its name."""
     found = _SHARD.search(name)
     return found is not None and int(found[2]) != 1
 

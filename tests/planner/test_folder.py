@@ -20,6 +20,7 @@ from pymerge.errors import CheckpointError, PlanError
 from pymerge.output.verify import verify
 from tests.helpers.checkpoints import pymerge as command
 from tests.helpers.checkpoints import refused, start, tree, write_config
+from tests.helpers.imports import modules_after
 from tests.helpers.sentences import bert, dense, put, random, write_modules, write_sentences
 
 LEGACY = {"word_embedding_dimension": 8, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
@@ -335,6 +336,35 @@ def test_stages_pass_modules_on(tmp_path: Path) -> None:
     assert (tmp_path / "out/colbert_linear.pt").read_bytes() == (tmp_path / "base/colbert_linear.pt").read_bytes()
     again = pymerge.multi(tmp_path / "multi.yml", tmp_path / "out", device="cpu", progress=False)
     assert all(report.already_done for report in again)
+
+
+def test_a_small_file_of_torch_beside_does_not_wait_for_pytorch(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "e0", "e1")):
+        put(tmp_path / name, random(seed, {"up.weight": (512, 256)}), {})
+        torch.save(beside(seed), tmp_path / name / "colbert_linear.pt")
+    write_config(tmp_path, "task_arithmetic")
+    code = f"import pymerge\npymerge.plan({str(tmp_path / 'merge.yml')!r}, device='cpu')"
+    assert "torch" not in modules_after(code)
+    assert b"PK" in merge(tmp_path)["colbert_linear.pt"]
+
+
+def test_folders_that_are_links(tmp_path: Path) -> None:
+    """A module's is read as if it were here; of others it is said that they are left out."""
+    write_all(tmp_path)
+    for name in ("2_Dense", "codec"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base/2_Dense").rename(tmp_path / "there")
+    (tmp_path / "base/2_Dense").symlink_to(tmp_path / "there")
+    save_file({"a": torch.ones(2)}, tmp_path / "codec/model.safetensors")
+    (tmp_path / "base/codec").symlink_to(tmp_path / "codec")
+    (tmp_path / "base/loop").symlink_to(tmp_path / "base")
+    write_config(tmp_path, "task_arithmetic")
+    found = merge(tmp_path)
+    assert_half_way(tmp_path / "out")
+    assert "2_Dense/config.json" in found
+    assert not any("codec" in name or "loop" in name for name in found)
+    (warning,) = pymerge.plan(tmp_path / "merge.yml", device="cpu").warnings
+    assert warning.endswith("beside them, and not used: 'codec'")
 
 
 def test_slices_copy_modules_of_the_base(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pymerge.config.merge_config import load_config
 from pymerge.config.references import KnownModels
 from pymerge.errors import ConfigError, PlanError
 from pymerge.planner.inputs import open_models
+from pymerge.wemoe.config import expert_names, load_build_config
 from tests.helpers.checkpoints import Tensors, fine_tuned, llama, llama_config, load_output, write_models
 
 
@@ -201,6 +202,16 @@ def test_the_tokenizer_of_a_model_by_another_name(where: Path) -> None:
     settings = load_config(path).tokenizer
     assert settings is not None
     assert settings.source == "base"  # the word, not the folder
+
+
+def test_a_build_knows_its_base_by_any_name(where: Path) -> None:
+    def experts(again: str) -> list[str]:
+        models = [{"model": str(where / "e0")}, {"model": again}]
+        return expert_names(load_build_config({"base_model": str(where / "base"), "models": models})[0])
+
+    assert experts(_link(where / "base")) == ["e0"]
+    with pytest.raises(ConfigError, match="is listed twice"):
+        experts(_link(where / "e0"))
 
 
 def test_names_that_turn_out_to_be_one_model_are_refused(where: Path) -> None:
