@@ -12,6 +12,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from pymerge.architecture.constants import constant
 from pymerge.errors import PlanError
 
 Tensors = Mapping[str, tuple[str, Sequence[int]]]
@@ -26,7 +27,7 @@ class Kind(str, Enum):
     NORM = "norm"
     BIAS = "bias"
     OTHER = "other"  # convolution kernels, learned positions and class tokens, scalars, state matrices
-    BUFFER = "buffer"  # integers and booleans: nothing to merge
+    BUFFER = "buffer"  # integers, booleans and constants: nothing to merge
 
 
 class Rule(NamedTuple):
@@ -222,6 +223,8 @@ def _by_evidence(name: str, facts: _Facts) -> Layer:
     axes = len(shape)
     if facts.dtypes[name].startswith(("I", "U", "BOOL")):
         return Layer(Kind.BUFFER, reason=f"dtype {facts.dtypes[name]}")
+    if what := constant(name, shape):
+        return Layer(Kind.BUFFER, reason=f"constant: {what}")
     if axes == 0:
         return Layer(Kind.OTHER, reason="scalar")
     if axes <= 2 and (parameter in ("bias", "beta") or parameter.endswith("_bias") or parameter.startswith("bias_")):

@@ -69,10 +69,9 @@ def _open_directory(path: Path) -> Checkpoint:
     refuse_by_file(path)
     form, files, index = find_weights(path)
     headers = {file: form.read(file) for file in files}
-    if index is not None:
-        check_index(path / index, form, headers)
+    remarks = check_index(path / index, form, headers) if index is not None else ()
     tensors = {name: entry for header in headers.values() for name, entry in header.entries.items()}
     refuse_by_tensors(tensors)
     stamps = {file: (header.file_bytes, header.mtime_ns) for file, header in headers.items()}
-    notes = tuple(note for header in headers.values() for note in header.notes)
+    notes = remarks + tuple(note for header in headers.values() for note in header.notes)
     return Checkpoint(path, files, tensors, config, carried_files(path), stamps, notes)

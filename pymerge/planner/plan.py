@@ -13,6 +13,7 @@ from typing import Any
 
 from pymerge import env
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from pymerge.checkpoint.composed import stored
 from pymerge.common.names import printable
 from pymerge.config.merge_config import MergeConfig, canonical
 from pymerge.errors import CheckpointError
@@ -175,8 +176,8 @@ def _settled(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.stamps:
         return checkpoint
     found = open_checkpoint(checkpoint.path)
-    for name, entry in checkpoint.tensors.items():
-        if entry.file not in checkpoint.files:  # of slices: another model's
+    for name, entry in ((name, part) for name, whole in checkpoint.tensors.items() for part in stored(whole)):
+        if entry.file not in checkpoint.files:  # another model's, of slices or in place of what this one lacks
             continue
         there = found.tensors.get(entry.name)
         if there is None or (there.dtype, there.shape, there.offset) != (entry.dtype, entry.shape, entry.offset):

@@ -1,0 +1,230 @@
+"""Experts of a mixture, one by one or in stacks: the one form seen as the other, for any architecture.
+
+One by one an expert has matrices of its own (experts.3.gate_proj.weight; in Mixtral w1, w3 and w2); in stacks all
+experts have one tensor (experts.down_proj, E x d_out x d_in), gate and up often above each other in gate_up_proj.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from pymerge.checkpoint.composed import can_be_cut, matrix_of, rows_of_matrix, stacked, transposed
+from pymerge.checkpoint.safetensors_file import TensorEntry
+
+Entries = Mapping[str, TensorEntry]
+Parts = tuple[str, ...]
+
+_PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+_JOINED: dict[str, Parts] = {"gate_up_proj": ("gate", "up"), "input_linear": ("gate", "up"), "output_linear": ("down",)}
+# Families whose stacks are E x d_in x d_out with gate and up side by side. In others they alternate (gpt-oss).
+_SIDE_BY_SIDE = ("llama4", "aria", "qwen3_vl_moe")
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """An expert model's experts in the base's form: entries under the base's names, instead of the `used` ones."""
+
+    entries: dict[str, TensorEntry] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Experts:
+    """Experts of one block: names of their matrices by number and part, and of stacks by their parts."""
+
+    singles: dict[tuple[int, str], str] = field(default_factory=dict)
+    stacks: dict[Parts, str] = field(default_factory=dict)
+
+
+def refit(base: Entries, theirs: Entries, family: str) -> Refitted:
+    """The experts of `theirs` that the base has in the other form, or under other words, in the same blocks.
+
+    Args:
+        family: the base's model_type.
+    """
+    ours, mine = _experts(base), _experts(theirs)
+    found = Refitted()
+    counts = {"split": 0, "stacked": 0, "renamed": 0}
+    for container, wanted in ours.items():
+        if container not in mine:
+            continue
+        given = mine[container]
+        lacking = [name for name in (*wanted.singles.values(), *wanted.stacks.values()) if name not in theirs]
+        built = _build(base, theirs, wanted, given, family) if lacking else {}
+        built = {name: entry for name, entry in built.items() if name not in theirs}
+        if not built:
+            continue
+        names = {*given.singles.values(), *given.stacks.values()} - base.keys()
+        found.entries.update(built)
+        found.used.update(names)
+        kind = (
+            "split" if wanted.singles and given.stacks else "stacked" if wanted.stacks and given.singles else "renamed"
+        )
+        counts[kind] += len(built)
+    if counts["split"]:
+        found.notes.append(f"{counts['split']} matrices of single experts are read out of its stacks of experts")
+    if counts["stacked"]:
+        found.notes.append(f"{counts['stacked']} stacks of experts are read out of its single experts")
+    if counts["renamed"]:
+        found.notes.append(f"{counts['renamed']} tensors of experts are matched by their place")
+    return found
+
+
+def mixture_stems(base: Entries, theirs: Entries) -> dict[str, str]:
+    """The base's name of each module with experts that an expert model calls otherwise: the only one of its block."""
+    stems: list[dict[str, set[str]]] = []
+    for one, other in ((base, theirs), (theirs, base)):
+        inside = {container.rpartition(".")[0] for container in _experts(one)}
+        alone = inside - {container.rpartition(".")[0] for container in _experts(other)}
+        blocks: dict[str, set[str]] = {}
+        for stem in alone:
+            blocks.setdefault(stem.rpartition(".")[0], set()).add(stem)
+        stems.append(blocks)
+    ours, mine = stems
+    pairs = {block: (mine[block], ours[block]) for block in ours.keys() & mine.keys()}
+    return {min(old): min(new) for old, new in pairs.values() if len(old) == len(new) == 1}
+
+
+def routers(base: Entries, theirs: Entries) -> dict[str, str]:
+    """The base's name for tensors beside experts that are spelt otherwise: the only ones of a shape on both sides."""
+    stems = {container.rpartition(".")[0] for container in _experts(base).keys() & _experts(theirs).keys()}
+    found = {}
+    for stem in stems:
+        missing = _beside(stem, base, theirs)
+        free = _beside(stem, theirs, base)
+        for key, names in missing.items():
+            if len(names) == 1 and len(free.get(key, ())) == 1:
+                found[free[key][0]] = names[0]
+    return found
+
+
+def _beside(stem: str, tensors: Entries, others: Entries) -> dict[tuple[object, ...], list[str]]:
+    """Tensors of a module that the other model has not by name, by parameter and shape, less those of experts."""
+    found: dict[tuple[object, ...], list[str]] = {}
+    for name in tensors.keys() - others.keys():
+        shape = tensors[name].shape
+        if name.startswith(f"{stem}.") and _place(name, len(shape)) is None and len(shape) <= 2:
+            found.setdefault((name.rpartition(".")[2], shape), []).append(name)
+    return found
+
+
+def _place(name: str, axes: int) -> tuple[str, int | None, Parts] | None:
+    """Path of the list of experts, number of the expert (None for a stack), and parts; None for other tensors."""
+    words = name.split(".")
+    if words[-1] == "weight":
+        words.pop()
+    if len(words) < 3:
+        return None
+    leaf = words[-1]
+    parts = _JOINED.get(leaf, (_PARTS.get(leaf, leaf),))
+    if axes == 2 and words[-2].isdecimal() and words[-3].endswith("experts"):
+        return ".".join(words[:-2]), int(words[-2]), parts
+    if axes == 3 and words[-2].endswith("experts"):
+        return ".".join(words[:-1]), None, parts
+    if axes == 3 and leaf in ("input_linear", "output_linear"):
+        return ".".join([*words[:-1], "experts"]), None, parts
+    return None
+
+
+def _experts(tensors: Entries) -> dict[str, _Experts]:
+    found: dict[str, _Experts] = {}
+    for name, entry in tensors.items():
+        if (place := _place(name, len(entry.shape))) is None:
+            continue
+        container, number, parts = place
+        experts = found.setdefault(container, _Experts())
+        if number is None:
+            experts.stacks[parts] = name
+        elif len(parts) == 1:
+            experts.singles[number, parts[0]] = name
+    return found
+
+
+def _build(base: Entries, theirs: Entries, wanted: _Experts, given: _Experts, family: str) -> dict[str, TensorEntry]:
+    """The base's tensors of one block that are to be had from the expert's; none if it is open how."""
+    if _matrix_keys(base, wanted) != _matrix_keys(theirs, given):
+        return {}  # other experts, or not all of them
+    turned = _turned(base, theirs, wanted, given)
+    if turned is None or (turned and not family.startswith(_SIDE_BY_SIDE) and _rejoins(wanted, given)):
+        return {}
+    singles = {key: theirs[name] for key, name in given.singles.items()}
+    for parts, name in given.stacks.items():
+        if parts not in wanted.stacks:
+            singles |= _cut(theirs[name], parts, _heights(base, wanted), turned)
+    built = {name: singles[key] for key, name in wanted.singles.items() if key in singles}
+    for parts, name in wanted.stacks.items():
+        if parts in given.stacks:
+            whole = theirs[given.stacks[parts]]
+            built[name] = transposed(whole) if whole.shape != base[name].shape and can_be_cut(whole) else whole
+        else:
+            keys = [[(number, part) for part in parts] for number in range(base[name].shape[0])]
+            if all(key in singles for some in keys for key in some):
+                built |= _stack(name, [[singles[key] for key in some] for some in keys], turned)
+    fits = all(entry.shape == base[name].shape for name, entry in built.items())
+    return built if fits else {}
+
+
+def _stack(name: str, matrices: list[list[TensorEntry]], turned: bool) -> dict[str, TensorEntry]:
+    """A stack of the matrices under this name; none if they have several dtypes, or cannot be turned."""
+    flat = [matrix for parts in matrices for matrix in parts]
+    if len({matrix.dtype for matrix in flat}) > 1 or (turned and not all(map(can_be_cut, flat))):
+        return {}
+    rows = [[transposed(matrix) if turned else matrix for matrix in parts] for parts in matrices]
+    return {name: stacked(f"{name} of {len(flat)} matrices", rows, axis=int(turned))}
+
+
+def _heights(base: Entries, wanted: _Experts) -> dict[str, int]:
+    """Rows (d_out) of the matrix of each part that the base has alone."""
+    stacks = {parts[0]: base[name].shape[1] for parts, name in wanted.stacks.items() if len(parts) == 1}
+    return stacks | {part: base[name].shape[0] for (_, part), name in wanted.singles.items()}
+
+
+def _matrix_keys(tensors: Entries, experts: _Experts) -> set[tuple[int, str]]:
+    """Number and part of every matrix, alone or in a stack."""
+    stacks = experts.stacks.items()
+    inside = {(i, part) for parts, name in stacks for part in parts for i in range(tensors[name].shape[0])}
+    return inside | experts.singles.keys()
+
+
+def _rejoins(wanted: _Experts, given: _Experts) -> bool:
+    """Whether tensors of several parts are cut or put together."""
+    return any(len(parts) > 1 for parts in wanted.stacks.keys() ^ given.stacks.keys())
+
+
+def _turned(base: Entries, theirs: Entries, wanted: _Experts, given: _Experts) -> bool | None:
+    """Whether stacks are d_in x d_out where single matrices are d_out x d_in; None if shapes do not tell, or neither
+    fits."""
+    pairs = [*_matrices(base, wanted, theirs, given), *_matrices(theirs, given, base, wanted)]
+    if not pairs:
+        return False
+    plain = all(one == two for one, two in pairs)
+    turned = all(one == two[::-1] for one, two in pairs)
+    return None if plain == turned else turned
+
+
+def _matrices(
+    tensors: Entries, stacks: _Experts, others: Entries, singles: _Experts
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes of a stack's matrix, and of what single matrices make above each other, for each stack."""
+    for parts, name in stacks.stacks.items():
+        shapes = [others[singles.singles[0, part]].shape for part in parts if (0, part) in singles.singles]
+        if len(shapes) == len(parts):
+            yield tensors[name].shape[1:], (sum(rows for rows, _ in shapes), shapes[0][1])
+
+
+def _cut(
+    stack: TensorEntry, parts: Parts, heights: Mapping[str, int], turned: bool
+) -> Iterator[tuple[tuple[int, str], TensorEntry]]:
+    """Single matrices of a stack, by expert and part."""
+    if not can_be_cut(stack) or not all(part in heights for part in parts):
+        return
+    for number in range(stack.shape[0]):
+        matrix = matrix_of(stack, number)
+        matrix = transposed(matrix) if turned else matrix
+        at = 0
+        for part in parts:
+            alone = len(parts) == 1
+            yield (number, part), matrix if alone else rows_of_matrix(matrix, at, at + heights[part])
+            at += heights[part]
