@@ -19,6 +19,12 @@ _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_
 _JOINED: dict[str, Parts] = {"gate_up_proj": ("gate", "up"), "input_linear": ("gate", "up"), "output_linear": ("down",)}
 # Families whose stacks are E x d_in x d_out with gate and up side by side. In others they alternate (gpt-oss).
 _SIDE_BY_SIDE = ("llama4", "aria", "qwen3_vl_moe")
+_NOTES = {
+    "split": "{} matrices of single experts are read out of its stacks of experts",
+    "stacked": "{} stacks of experts are put together from its experts",
+    "turned": "{} stacks of experts are read the other way round (d_in x d_out)",
+    "renamed": "{} tensors of experts are matched by their place",
+}
 
 
 @dataclass(frozen=True)
@@ -46,29 +52,22 @@ def refit(base: Entries, theirs: Entries, family: str) -> Refitted:
     """
     ours, mine = _experts(base), _experts(theirs)
     found = Refitted()
-    counts = {"split": 0, "stacked": 0, "renamed": 0}
+    counts = dict.fromkeys(_NOTES, 0)
     for container, wanted in ours.items():
         if container not in mine:
             continue
         given = mine[container]
-        lacking = [name for name in (*wanted.singles.values(), *wanted.stacks.values()) if name not in theirs]
+        ways = {name: "renamed" if key in given.singles else "split" for key, name in wanted.singles.items()}
+        for parts, name in wanted.stacks.items():
+            ways[name] = "turned" if name in theirs else "renamed" if parts in given.stacks else "stacked"
+        lacking = [name for name in ways if name not in theirs or theirs[name].shape != base[name].shape]
         built = _build(base, theirs, wanted, given, family) if lacking else {}
-        built = {name: entry for name, entry in built.items() if name not in theirs}
-        if not built:
-            continue
-        names = {*given.singles.values(), *given.stacks.values()} - base.keys()
-        found.entries.update(built)
-        found.used.update(names)
-        kind = (
-            "split" if wanted.singles and given.stacks else "stacked" if wanted.stacks and given.singles else "renamed"
-        )
-        counts[kind] += len(built)
-    if counts["split"]:
-        found.notes.append(f"{counts['split']} matrices of single experts are read out of its stacks of experts")
-    if counts["stacked"]:
-        found.notes.append(f"{counts['stacked']} stacks of experts are read out of its single experts")
-    if counts["renamed"]:
-        found.notes.append(f"{counts['renamed']} tensors of experts are matched by their place")
+        for name in lacking if built else ():
+            found.entries[name] = built[name]
+            counts[ways[name]] += 1
+        if built:
+            found.used.update({*given.singles.values(), *given.stacks.values()} - base.keys())
+    found.notes.extend(note.format(counts[way]) for way, note in _NOTES.items() if counts[way])
     return found
 
 
@@ -153,26 +152,28 @@ def _build(base: Entries, theirs: Entries, wanted: _Experts, given: _Experts, fa
     for parts, name in given.stacks.items():
         if parts not in wanted.stacks:
             singles |= _cut(theirs[name], parts, _heights(base, wanted), turned)
-    built = {name: singles[key] for key, name in wanted.singles.items() if key in singles}
+    built = {name: singles.get(key) for key, name in wanted.singles.items()}
     for parts, name in wanted.stacks.items():
         if parts in given.stacks:
             whole = theirs[given.stacks[parts]]
             built[name] = transposed(whole) if whole.shape != base[name].shape and can_be_cut(whole) else whole
         else:
-            keys = [[(number, part) for part in parts] for number in range(base[name].shape[0])]
-            if all(key in singles for some in keys for key in some):
-                built |= _stack(name, [[singles[key] for key in some] for some in keys], turned)
-    fits = all(entry.shape == base[name].shape for name, entry in built.items())
-    return built if fits else {}
+            numbers = range(base[name].shape[0])
+            built[name] = _stack(name, [[singles.get((i, part)) for part in parts] for i in numbers], turned)
+    found = {name: entry for name, entry in built.items() if entry is not None and entry.shape == base[name].shape}
+    return found if len(found) == len(built) else {}
 
 
-def _stack(name: str, matrices: list[list[TensorEntry]], turned: bool) -> dict[str, TensorEntry]:
-    """A stack of the matrices under this name; none if they have several dtypes, or cannot be turned."""
-    flat = [matrix for parts in matrices for matrix in parts]
-    if len({matrix.dtype for matrix in flat}) > 1 or (turned and not all(map(can_be_cut, flat))):
-        return {}
-    rows = [[transposed(matrix) if turned else matrix for matrix in parts] for parts in matrices]
-    return {name: stacked(f"{name} of {len(flat)} matrices", rows, axis=int(turned))}
+def _stack(name: str, matrices: list[list[TensorEntry | None]], turned: bool) -> TensorEntry | None:
+    """A stack of the matrices under this name; None if one is missing, or of another dtype, or cannot be turned."""
+    rows = [[matrix for matrix in parts if matrix is not None] for parts in matrices]
+    flat = [matrix for parts in rows for matrix in parts]
+    whole = len(flat) == sum(map(len, matrices)) > 0
+    if not whole or len({matrix.dtype for matrix in flat}) > 1 or (turned and not all(map(can_be_cut, flat))):
+        return None
+    if turned:
+        rows = [list(map(transposed, parts)) for parts in rows]
+    return stacked(f"{name} of {len(flat)} matrices", rows, axis=int(turned))
 
 
 def _heights(base: Entries, wanted: _Experts) -> dict[str, int]:
@@ -218,13 +219,14 @@ def _cut(
     stack: TensorEntry, parts: Parts, heights: Mapping[str, int], turned: bool
 ) -> Iterator[tuple[tuple[int, str], TensorEntry]]:
     """Single matrices of a stack, by expert and part."""
-    if not can_be_cut(stack) or not all(part in heights for part in parts):
+    if not can_be_cut(stack) or (len(parts) > 1 and not all(part in heights for part in parts)):
         return
     for number in range(stack.shape[0]):
-        matrix = matrix_of(stack, number)
-        matrix = transposed(matrix) if turned else matrix
+        matrix = transposed(matrix_of(stack, number)) if turned else matrix_of(stack, number)
+        if len(parts) == 1:
+            yield (number, parts[0]), matrix
+            continue
         at = 0
         for part in parts:
-            alone = len(parts) == 1
-            yield (number, part), matrix if alone else rows_of_matrix(matrix, at, at + heights[part])
+            yield (number, part), rows_of_matrix(matrix, at, at + heights[part])
             at += heights[part]

@@ -80,20 +80,25 @@ def find_renamings(base: Shapes, theirs: Shapes, wanted: Collection[str]) -> lis
             raise AmbiguousNames(f"{'.'.join(words)}: {ways}")
         chosen[best[0]] = None
     ordered = sorted(chosen, key=lambda each: (-len(each.old), each.old))
+    _check_targets(ordered, base, theirs)
     sound = _sound(ordered, base, theirs)
     _check_unique(sound, base, theirs)
     return sound
 
 
-def rename(renamings: Sequence[Renaming], name: str) -> str:
-    """A name of the expert with the beginning that the first renaming that fits gives it."""
-    return next((new for each in renamings if (new := each.apply(name)) is not None), name)
+def rename(renamings: Sequence[Renaming], name: str, base: Shapes) -> tuple[str, Renaming | None]:
+    """A name of the expert with another beginning, and the renaming: the first that brings it to one of the base, or
+    else the first that fits; the name itself where none does."""
+    moved = [(new, each) for each in renamings if (new := each.apply(name)) is not None]
+    return next((found for found in moved if found[0] in base), moved[0] if moved else (name, None))
 
 
 def nearest(base: Shapes, theirs: Shapes, missing: Iterable[str]) -> str:
     """Candidates for the first of the missing names that has any, for an error: of the same parameter and shape."""
     free = [name for name in theirs if name not in base]
     for name in missing:
+        if len(base[name]) < 2:
+            continue  # vectors of one length are many
         last = name.split(".")[-2:]
         same = [other for other in free if theirs[other] == base[name] and other.split(".")[-1] == last[-1]]
         alike = [other for other in same if other.split(".")[-2:] == last] or (same if len(same) <= 2 else [])
@@ -177,38 +182,36 @@ def _renaming(old: Words, new: Words, ours: _Role, theirs: _Role) -> Renaming | 
 def _sound(renamings: Sequence[Renaming], base: Shapes, theirs: Shapes) -> list[Renaming]:
     """Those that bring most of what begins as they say to the base, or a list of layers: one tensor of a module that is
     otherwise unlike is no evidence."""
-    moved: dict[Renaming, list[tuple[str, bool]]] = {renaming: [] for renaming in renamings}
+    moved: dict[Renaming, list[str]] = {renaming: [] for renaming in renamings}
     for name in theirs:
-        if name in base:
-            continue
-        for renaming in renamings:
-            if (new := renaming.apply(name)) is not None:
-                moved[renaming].append((new, new in base))
-                break
+        new, renaming = rename(renamings, name, base)
+        if name not in base and renaming is not None:
+            moved[renaming].append(new)
     sound = []
     for renaming in renamings:
-        landed = [new for new, there in moved[renaming] if there]
+        landed = [new for new in moved[renaming] if new in base]
         layers = any(word.isdecimal() for new in landed for word in new.split(".")[len(renaming.new) :])
         if 2 * len(landed) >= len(moved[renaming]) > 0 or layers:
             sound.append(renaming)
     return sound if len(sound) == len(renamings) else _sound(sound, base, theirs)
 
 
+def _check_targets(renamings: Sequence[Renaming], base: Shapes, theirs: Shapes) -> None:
+    """Raise AmbiguousNames where one beginning has two, of which each would bring a tensor to a name of the base."""
+    several = {one.old for one in renamings for other in renamings if one.old == other.old and one.new != other.new}
+    for name in theirs if several else ():
+        ways = {each.apply(name) for each in renamings if each.old in several} & base.keys()
+        if name not in base and len(ways) > 1:
+            raise AmbiguousNames(f"its {name} could be {', or '.join(sorted(map(str, ways)))}")
+
+
 def _check_unique(renamings: Sequence[Renaming], base: Shapes, theirs: Shapes) -> None:
     origins: dict[str, str] = {}
     for name in theirs:
-        if name in base:
+        new, renaming = rename(renamings, name, base)
+        if name in base or renaming is None or new not in base:
             continue
-        for renaming in renamings:
-            new = renaming.apply(name)
-            if new is None:
-                continue
-            if new in theirs and new in base:
-                raise AmbiguousNames(f"{renaming.describe()}, but it has {new!r} with and without")
-            if new in base and origins.setdefault(new, name) != name:
-                raise AmbiguousNames(f"{new}: its {origins[new]}, or its {name}")
-            same = (other.apply(name) for other in renamings if other.old == renaming.old)
-            ways = {way for way in same if way is not None and way in base}
-            if len(ways) > 1:
-                raise AmbiguousNames(f"its {name} could be {', or '.join(sorted(ways))}")
-            break
+        if new in theirs:
+            raise AmbiguousNames(f"{renaming.describe()}, but it has {new!r} with and without")
+        if origins.setdefault(new, name) != name:
+            raise AmbiguousNames(f"{new}: its {origins[new]}, or its {name}")

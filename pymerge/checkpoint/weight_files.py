@@ -143,8 +143,8 @@ def check_index(index: Path, form: WeightFormat, headers: dict[Path, Header]) ->
         for name in header.entries:
             if name in found:
                 raise CheckpointError(
-                    f"{index}: tensor {shorten(name)} is in two shards, {found[name]} and {file.name}; "
-                    "remove the shard that is of another model"
+                    f"{index}: tensor {shorten(name)} is in two shards, {found[name]} and {file.name}, and may differ "
+                    f"there; keep it in {weight_map.get(name, 'one')} alone: load the other, delete it, save again"
                 )
             found[name] = file.name
     moved = [name for name, file in weight_map.items() if name in found and found[name] != file]

@@ -26,7 +26,7 @@ def under_names_of(donor: Checkpoint, expert: Checkpoint, wanted: Collection[str
     Args:
         wanted: names of the donor that the expert should have.
     """
-    if all(name in expert.tensors for name in wanted):
+    if all(_is_there(name, donor, expert) for name in wanted):
         return Named(expert)
     naming = _Naming(donor, expert)
     try:
@@ -42,6 +42,12 @@ def under_names_of(donor: Checkpoint, expert: Checkpoint, wanted: Collection[str
     tensors = naming.result()
     notes = tuple(f"{expert.path}: {note}, as in {donor.path}" for note in naming.notes)
     return Named(replace(expert, tensors=tensors), notes) if notes else Named(expert)
+
+
+def _is_there(name: str, donor: Checkpoint, expert: Checkpoint) -> bool:
+    """Whether the expert has a tensor of the donor's name; a stack may lie otherwise."""
+    ours, theirs = donor.tensors[name], expert.tensors.get(name)
+    return theirs is not None and (len(ours.shape) != 3 or ours.shape == theirs.shape)
 
 
 class _Naming:
@@ -65,10 +71,9 @@ class _Naming:
         for name in self._expert:
             if name in self._base:
                 continue
-            new = rename(found, name)
-            if self._move(name, new) and new in self._base:
-                text = next(each.describe() for each in found if each.apply(name) == new)
-                done[text] = done.get(text, 0) + 1
+            new, renaming = rename(found, name, self._base)
+            if renaming is not None and self._move(name, new) and new in self._base:
+                done[renaming.describe()] = done.get(renaming.describe(), 0) + 1
         self.notes.append(", ".join(f"{text} ({_count(number)})" for text, number in done.items()))
 
     def find_mixtures(self) -> None:
@@ -91,8 +96,8 @@ class _Naming:
         self._respell(found)
         words = {(_last(old, new), _last(new, old)) for old, new in found.items()}
         if found:
-            text = ", ".join(f"{old} as {new}" for old, new in sorted(words))
-            self.notes.append(f"its parameters {text} ({_count(len(found))})")
+            text = ", ".join(f"{old} read as {new}" for old, new in sorted(words))
+            self.notes.append(f"{text} ({_count(len(found))})")
 
     def result(self) -> dict[str, TensorEntry]:
         """The expert's entries under the names that were found, and experts in the form that the donor has."""
