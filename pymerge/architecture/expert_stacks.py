@@ -6,7 +6,7 @@ experts have one tensor (experts.down_proj, E x d_out x d_in), gate and up often
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pymerge.checkpoint.composed import can_be_cut, matrix_of, rows_of_matrix, stacked, transposed
@@ -17,8 +17,9 @@ Parts = tuple[str, ...]
 
 _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _JOINED: dict[str, Parts] = {"gate_up_proj": ("gate", "up"), "input_linear": ("gate", "up"), "output_linear": ("down",)}
-# Families whose stacks are E x d_in x d_out with gate and up side by side. In others they alternate (gpt-oss).
+# Families whose stacks are E x d_in x d_out: gate and up are side by side, or their columns alternate.
 _SIDE_BY_SIDE = ("llama4", "aria", "qwen3_vl_moe")
+_ALTERNATING = ("gpt_oss", "openai_privacy_filter")
 _NOTES = {
     "split": "{} matrices of single experts are read out of its stacks of experts",
     "stacked": "{} stacks of experts are put together from its experts",
@@ -69,6 +70,23 @@ def refit(base: Entries, theirs: Entries, family: str) -> Refitted:
             found.used.update({*given.singles.values(), *given.stacks.values()} - base.keys())
     found.notes.extend(note.format(counts[way]) for way, note in _NOTES.items() if counts[way])
     return found
+
+
+def joined_parts(name: str, in_axis: int, outputs: int, families: Sequence[str]) -> tuple[int, bool]:
+    """Number of weights that each matrix of a stack holds along d_out, and whether their rows alternate.
+
+    Args:
+        in_axis: of the stack's matrices, as that of a Layer.
+        outputs: d_out of the whole matrix.
+        families: every model_type in config.json.
+    """
+    place = _place(name, 3)
+    parts = len(place[2]) if place else 1
+    if parts == 1 or outputs % parts:
+        return 1, False
+    if in_axis == 1 or any(family.startswith(_SIDE_BY_SIDE) for family in families):
+        return parts, False
+    return (parts, True) if any(family.startswith(_ALTERNATING) for family in families) else (1, False)
 
 
 def mixture_stems(base: Entries, theirs: Entries) -> dict[str, str]:

@@ -194,12 +194,15 @@ def mixture(stem: str = "mlp", words: tuple[str, str, str] = ("gate_proj", "up_p
     return drawn(shapes)
 
 
+ORDER = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+
+
 def stacked(tensors: Tensors, *, turned: bool = False, joined: bool = True, suffix: str = "") -> Tensors:
     """The experts of `mixture` in stacks, as transformers 5 has them."""
     found = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     for stem in sorted({name.split(".experts.")[0] for name in tensors if ".experts." in name}):
         inside = [name for name in tensors if name.startswith(f"{stem}.experts.")]
-        words = list(dict.fromkeys(name.split(".")[-2] for name in inside))
+        words = sorted({name.split(".")[-2] for name in inside}, key=ORDER.index)
         each = [torch.stack([tensors[f"{stem}.experts.{e}.{word}.weight"] for e in range(4)]) for word in words]
         stacks = dict(zip(("gate_proj", "up_proj", "down_proj"), each, strict=True))
         if joined:
@@ -335,3 +338,47 @@ def test_the_plan_names_what_each_tensor_is_made_of(tmp_path: Path) -> None:
     up, down = (rows[f"model.layers.1.mlp.experts.2.{word}_proj.weight"] for word in ("up", "down"))
     assert up[1] == {"model": str(tmp_path / "other/e1"), "tensor": "model.layers.1.mlp.experts.gate_up_proj[2][6:12]"}
     assert down[1]["tensor"] == "model.layers.1.mlp.experts.down_proj[2]"
+
+
+@pytest.mark.parametrize("method", ["wudi_flow", "ace", "task_arithmetic"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_are_merged_the_same_in_stacks_and_one_by_one(method: str, turned: bool, tmp_path: Path) -> None:
+    config = {"model_type": "llama4_text" if turned else "qwen3_moe", "hidden_size": 8, "num_local_experts": 4}
+    config["moe_intermediate_size"] = 6
+    base = mixture()
+    experts = [fine_tuned(base, number, 0.05) for number in range(2)]
+    outputs = []
+    for place, form in (("single", lambda one: one), ("stacked", lambda one: stacked(one, turned=turned))):
+        for name, tensors in (("base", base), ("e0", experts[0]), ("e1", experts[1])):
+            write_model(tmp_path / place / name, form(tensors), config=config)
+        write_config(tmp_path / place, method)
+        api.merge(tmp_path / place / "merge.yml", tmp_path / place / "out", device="cpu", progress=False)
+        outputs.append(load_output(tmp_path / place / "out"))
+    single, stacks = stacked(outputs[0], turned=turned), outputs[1]
+    assert single.keys() == stacks.keys()
+    assert all(torch.equal(stacks[name], tensor) for name, tensor in single.items())
+
+
+def test_gate_and_up_that_alternate(tmp_path: Path) -> None:
+    config = {"model_type": "gpt_oss", "hidden_size": 8, "intermediate_size": 6, "num_local_experts": 4}
+
+    def alternating(one: Tensors) -> Tensors:
+        found = stacked(one, turned=True)
+        for name in [name for name in found if name.endswith("gate_up_proj")]:
+            gate, up = found[name].chunk(2, dim=2)
+            found[name] = torch.stack([gate, up], dim=3).flatten(2)
+        return found
+
+    base = mixture()
+    models = {"base": base} | {f"e{number}": fine_tuned(base, number, 0.05) for number in range(2)}
+    for place, form in (("single", lambda one: one), ("stacked", alternating)):
+        for name, tensors in models.items():
+            write_model(tmp_path / place / name, form(tensors), config=config)
+        write_config(tmp_path / place, "wudi_flow")
+        api.merge(tmp_path / place / "merge.yml", tmp_path / place / "out", device="cpu", progress=False)
+    expected = alternating(load_output(tmp_path / "single/out"))
+    found = load_output(tmp_path / "stacked/out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    plan = api.plan(tmp_path / "stacked/merge.yml")
+    step = next(step for step in plan.steps if step.name.endswith("gate_up_proj"))
+    assert "2 weights in one, row by row" in step.layer.describe()
