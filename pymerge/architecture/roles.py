@@ -12,7 +12,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from pymerge.architecture.constants import constant
+from pymerge.architecture.buffers import constant
 from pymerge.architecture.expert_stacks import joined_parts
 from pymerge.errors import PlanError
 

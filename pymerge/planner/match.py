@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pymerge.architecture.constants import constant
+from pymerge.architecture.buffers import constant
 from pymerge.architecture.roles import Kind, Layer, classify, is_head_name, positions
 from pymerge.architecture.tied import embedding_of, same_values, says_tied, tied_tensors, ties
 from pymerge.architecture.token_tables import is_token_table

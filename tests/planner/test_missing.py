@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pymerge import api
-from pymerge.architecture.constants import constant
+from pymerge.architecture.buffers import constant
 from pymerge.architecture.roles import Kind, classify
 from pymerge.cli.tensor_table import tensor_rows
 from pymerge.errors import PlanError
