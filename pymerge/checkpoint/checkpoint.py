@@ -155,7 +155,7 @@ def _read_weights(path: Path, folder: str) -> tuple[Checkpoint, set[Path]]:
     form, files, index, notes = find_weights(where, config.get("transformers_weights"))
     headers = {file: form.read(file) for file in files}
     if index is not None:
-        check_index(where / index, form, headers)
+        notes += check_index(where / index, form, headers)
     tensors = {name: entry for header in headers.values() for name, entry in header.entries.items()}
     refuse_by_tensors(tensors)
     refuse_empty(tensors)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from pymerge.checkpoint.composed import StackedEntry, fill_stacked
 from pymerge.checkpoint.gathered import GatheredEntry, Run, fill_gathered
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
@@ -97,6 +98,9 @@ class Reader:
         if isinstance(entry, GatheredEntry):
             fill_gathered(self.read_runs_into, entry, out, start_row, start_row + shape[0])
             return
+        if isinstance(entry, StackedEntry):
+            fill_stacked(self.read_into, entry, out, start_row, start_row + shape[0])
+            return
         if entry.strides is None:
             self.read_bytes_into(entry, bytes_of(out), start_row, stop_row)
             return
@@ -156,7 +160,7 @@ class Reader:
 
     def announce(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are read next, so that it fetches them all at once."""
-        if isinstance(entry, GatheredEntry):
+        if isinstance(entry, (GatheredEntry, StackedEntry)):
             for source, first, last in _stored_rows(entry, start_row, stop_row):
                 self.announce(source, first, last)
             return
@@ -164,7 +168,7 @@ class Reader:
 
     def release(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are not needed again, so that inputs do not fill the page cache."""
-        if isinstance(entry, GatheredEntry):
+        if isinstance(entry, (GatheredEntry, StackedEntry)):
             for source, first, last in _stored_rows(entry, start_row, stop_row):
                 self.release(source, first, last)
             return
@@ -251,10 +255,17 @@ def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tup
     return shape, entry.offset + start_row * row_bytes, (stop - start_row) * row_bytes
 
 
-def _stored_rows(entry: GatheredEntry, start_row: int, stop_row: int | None) -> Iterator[tuple[TensorEntry, int, int]]:
-    """The row ranges of stored tables that rows of a gathered one are copies of, and that are worth a system call:
-    the pages of short ones hold rows for other pieces too."""
+def _stored_rows(
+    entry: GatheredEntry | StackedEntry, start_row: int, stop_row: int | None
+) -> Iterator[tuple[TensorEntry, int, int]]:
+    """The row ranges of stored tensors that rows of a gathered or stacked one are copies of, and that are worth a
+    system call: the pages of short ones hold rows for other pieces too."""
     stop = entry.shape[0] if stop_row is None else stop_row
+    if isinstance(entry, StackedEntry):
+        for part in entry.parts(start_row, stop):
+            if part.contiguous and part.nbytes >= _LARGEST_FOLIO:
+                yield part, 0, part.shape[0]
+        return
     for first, end, source, row in entry.rows_map.runs(start_row, stop):
         if source >= 0 and entry.nbytes // entry.shape[0] * (end - first) >= _LARGEST_FOLIO:
             yield entry.sources[source], row, row + end - first

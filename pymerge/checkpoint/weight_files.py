@@ -13,7 +13,7 @@ from pymerge.checkpoint.model_files import ADAPTER_CONFIG, WEIGHT_SUFFIXES, is_a
 from pymerge.checkpoint.parts import refuse_parts
 from pymerge.checkpoint.safetensors_file import Header, read_header
 from pymerge.common.files import parse_json_object, read_text_file
-from pymerge.common.names import first_few, shorten
+from pymerge.common.names import first_few, listed, shorten
 from pymerge.errors import CheckpointError
 
 _FLAGS = {".h5": "from_tf", ".msgpack": "from_flax"}
@@ -246,28 +246,34 @@ def read_weight_map(index: Path, form: WeightFormat) -> dict[str, str]:
     return weight_map
 
 
-def check_index(index: Path, form: WeightFormat, headers: dict[Path, Header]) -> None:
-    """Raise CheckpointError unless index and shards name exactly the same tensors in the same files."""
+def check_index(index: Path, form: WeightFormat, headers: dict[Path, Header]) -> tuple[str, ...]:
+    """Remarks on tensors that only the index, or only the shards name; they are what the shards have.
+
+    Raises CheckpointError where it is open which tensor is meant: one in two shards, or in another than the index says.
+    """
     weight_map = read_weight_map(index, form)
     found: dict[str, str] = {}
     for file, header in headers.items():
         for name in header.entries:
             if name in found:
                 raise CheckpointError(
-                    f"{index}: tensor {shorten(name)} is in two shards, {found[name]} and {file.name}; "
-                    "remove the shard that is of another model"
+                    f"{index}: tensor {shorten(name)} is in two shards, {found[name]} and {file.name}, and may differ "
+                    f"there; keep it in {weight_map.get(name, 'one')} alone: load the other, delete it, save again"
                 )
             found[name] = file.name
+    moved = [name for name, file in weight_map.items() if name in found and found[name] != file]
+    if moved:
+        raise CheckpointError(
+            f"{index}: {first_few(moved)} should be in {weight_map[moved[0]]} but is in {found[moved[0]]}; "
+            "download index and shards of the same revision"
+        )
     unlisted = [name for name in found if name not in weight_map]
-    if unlisted:
+    absent = [name for name in weight_map if name not in found]
+    if unlisted and absent:
         raise CheckpointError(
-            f"{index}: does not list {first_few(unlisted)}, found in {found[unlisted[0]]}; "
-            "download index and shards of the same revision"
+            f"{index}: does not list {first_few(unlisted)}, found in {found[unlisted[0]]}, but {first_few(absent)}, "
+            "found in no shard; download index and shards of the same revision"
         )
-    wrong = [name for name, file in weight_map.items() if found.get(name) != file]
-    if wrong:
-        raise CheckpointError(
-            f"{index}: {first_few(wrong)} should be in {weight_map[wrong[0]]} but "
-            f"{'is in ' + found[wrong[0]] if wrong[0] in found else 'is in no shard'}; "
-            "download index and shards of the same revision"
-        )
+    notes = [f"{index}: {listed(absent)}: in no shard, so the model is taken to be without"] if absent else []
+    notes += [f"{index}: does not list {listed(unlisted)}: read all the same"] if unlisted else []
+    return tuple(notes)

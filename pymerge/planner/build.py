@@ -12,6 +12,7 @@ from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, MERGED
+from pymerge.common.names import listed
 from pymerge.config.merge_config import MergeConfig, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
@@ -28,7 +29,7 @@ from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.integers import check_integers
-from pymerge.planner.match import Section, listed, match_tensors
+from pymerge.planner.match import Section, match_tensors
 from pymerge.planner.output_dtypes import output_dtypes, with_dtype
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Group, Step
@@ -218,7 +219,7 @@ def _action(
     section: Section, method: Method, name: str, layer: Layer
 ) -> tuple[Action, tuple[TensorEntry, ...], Values | None]:
     """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
-    if layer.kind is Kind.BUFFER or not section.experts:
+    if layer.kind is Kind.BUFFER or not section.experts or name in section.copied:
         return copy(), (), None
     names = section.input_names(name, layer)
     values = resolve(section.config, method, name, section.positions[name], section.participants, names)

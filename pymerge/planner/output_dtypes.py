@@ -9,9 +9,9 @@ from typing import Any
 from pymerge.architecture.roles import Kind
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.common.dtypes import CODES, ITEM_SIZES, is_float, is_float8
+from pymerge.common.names import listed
 from pymerge.planner.constants import Constant
 from pymerge.planner.folder import Part
-from pymerge.planner.match import listed
 
 _NARROW_BYTES = 2  # of an element of a 16-bit model
 _NAMES = {code: name for name, code in CODES.items()}

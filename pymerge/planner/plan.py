@@ -13,6 +13,7 @@ from typing import Any
 
 from pymerge import env
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from pymerge.checkpoint.composed import stored
 from pymerge.common.names import printable
 from pymerge.config.merge_config import MergeConfig, canonical
 from pymerge.errors import CheckpointError
@@ -203,8 +204,8 @@ def _settled(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _check_settled(planned: Checkpoint, found: Checkpoint) -> None:
-    for name, entry in planned.tensors.items():
-        if entry.file not in planned.files:  # of slices: another model's
+    for name, entry in ((name, part) for name, whole in planned.tensors.items() for part in stored(whole)):
+        if entry.file not in planned.files:  # another model's, of slices or in place of what this one lacks
             continue
         there = found.tensors.get(entry.name)
         if there is None or (there.dtype, there.shape, there.offset) != (entry.dtype, entry.shape, entry.offset):
