@@ -133,7 +133,7 @@ def draft_plan(
                 wrong.setdefault(str(error), []).append(name)
                 continue
             constant = constants.get(name)
-            if constant is not None and constant.passes(action):
+            if constant is not None and layer.kind is not Kind.BUFFER and constant.passes(action):
                 action, experts, values = copy(), (), None
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
             for rows in rows_of(entry, experts):

@@ -60,11 +60,13 @@ def find_constants(inputs: Inputs, whole: Part) -> dict[str, Constant]:
     candidates: dict[str, list[TensorEntry]] = {}
     for name in whole.names:
         base, experts, layer = whole.tensors[name], whole.sections[name].experts, whole.layers[name]
-        if layer.kind is Kind.BUFFER or not may_be_constant(name, layer, base.dtype, base.shape):
+        if not may_be_constant(name, layer, base.dtype, base.shape):
             continue
-        every = [base, *(expert.tensors[name] for expert in experts if name in expert.tensors)]
+        every = [base]  # of buffers, which are the base's whatever other models have
+        if layer.kind is not Kind.BUFFER:
+            every += [expert.tensors[name] for expert in experts if name in expert.tensors]
         stored = [origin for entry in every if (origin := inputs.stored(entry)) is not None]
-        if len(every) == len(stored) > 1:  # all are there, and not the base alone
+        if len(every) == len(stored) and (len(every) > 1 or layer.kind is Kind.BUFFER):  # all are there
             stamps |= {entry.file: stamp for entry, stamp in stored}
             candidates[name] = [entry for entry, _ in stored]
     with Reader(stamps) as reader:

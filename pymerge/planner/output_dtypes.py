@@ -51,7 +51,7 @@ def output_dtypes(
         kinds = " and ".join(sorted({_NAMES[tensors[name].dtype] for name in wide}))
         text = f"kept as {kinds}, as in {path}, whose other tensors have 16 bits"
         warnings.append(f"{listed(wide)}: {text}; set keep_float32: false to write {wanted}")
-    beyond = [name for name, constant in constants.items() if not constant.fits(code)]
+    beyond = [name for name, constant in constants.items() if name not in buffers and not constant.fits(code)]
     if beyond:
         text = f"the same in all models, with values that {wanted} cannot hold; written as in {path}"
         warnings.append(f"{listed(beyond)}: {text}")
