@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.beside import Beside, files_beside
+from pymerge.checkpoint.parts import part_note, refuse_empty
 from pymerge.checkpoint.pipelines import refuse_pipeline
 from pymerge.checkpoint.quantised import refuse_by_config, refuse_by_file, refuse_by_tensors
 from pymerge.checkpoint.safetensors_file import Header, TensorEntry, read_header
 from pymerge.checkpoint.sentence_modules import Module, read_modules
 from pymerge.checkpoint.weight_files import (
-    CONVERT,
     check_index,
     choose,
     file_names,
     find_weights,
     format_of,
     has_usual,
+    how_to_convert,
     read_json,
 )
 from pymerge.errors import CheckpointError
@@ -41,7 +42,9 @@ class Checkpoint:
     its header was read; `notes` say what of the files is not used; `origin` is "org/name@commit" for a model of
     the Hugging Face Hub. `folder` is where files and config.json lie inside `path` (of a sentence-transformers model
     not always at its top), `stem` how its loader wants the weight files to be named. `parts` are the modules of such a
-    model, `modules` the checkpoints of those that have weights, but for that of `tensors`, by their folders.
+    model, `modules` the checkpoints of those that have weights, but for that of `tensors`, by their folders. Of a model
+    that is still to be written, which has no stamps, `copied` has the tensors that will be copies of stored ones: by
+    file and name, what they are copied from, with (size, mtime_ns) of its file.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class Checkpoint:
     stamps: dict[Path, tuple[int, int]]
     notes: tuple[str, ...] = ()
     origin: str = ""
+    copied: Mapping[tuple[Path, str], tuple[TensorEntry, tuple[int, int]]] = field(default_factory=dict)
     folder: str = ""
     stem: str = "model"
     beside: Beside = field(default_factory=Beside)
@@ -70,7 +74,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a Hugging Face model directory or a single weight file (.safetensors, .bin, .pt, .pth) by headers only.
+    """Open a Hugging Face model directory or a single weight file (.safetensors, .bin, .pt, .pth, .ckpt) by headers.
 
     A directory holds `model.safetensors`, or its index with shards, or `pytorch_model.bin`, or its index with shards:
     the first of these that is there, which is what transformers loads; else those of diffusers; else one variant or one
@@ -87,12 +91,16 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     form = format_of(path)
     if form is None:
         raise CheckpointError(
-            f"{path}: is neither a directory nor a .safetensors file (nor .bin, .pt, .pth of PyTorch); {CONVERT}"
+            f"{path}: is neither a directory nor a .safetensors file (nor .bin, .pt, .pth, .ckpt of PyTorch); "
+            f"{how_to_convert(path.name)}"
         )
     header = form.read(path)
     refuse_by_tensors(header.entries)
+    refuse_empty(header.entries)
     stamps = {path: (header.file_bytes, header.mtime_ns)}
-    return Checkpoint(path, (path,), header.entries, {}, (), stamps, header.notes)
+    note = part_note(path)
+    notes = (*header.notes, note) if note else header.notes
+    return Checkpoint(path, (path,), header.entries, {}, (), stamps, notes)
 
 
 def weights_of(path: Path) -> list[Path]:
@@ -150,6 +158,7 @@ def _read_weights(path: Path, folder: str) -> tuple[Checkpoint, set[Path]]:
         check_index(where / index, form, headers)
     tensors = {name: entry for header in headers.values() for name, entry in header.entries.items()}
     refuse_by_tensors(tensors)
+    refuse_empty(tensors)
     stamps = {file: (header.file_bytes, header.mtime_ns) for file, header in headers.items()}
     notes += tuple(note for header in headers.values() for note in header.notes)
     stem = form.stem if form.index_first else "model"

@@ -216,6 +216,7 @@ def _publish(plan: Plan, output: OutputDirectory) -> None:
         modules=plan.modules,
         beside=layouts,
         changeable=plan.extras.changeable,
+        infinite={step.name: step.infinite for step in plan.steps if step.infinite},
     )
     output.publish(files | beside, manifest, last=next(reversed(beside), None))
 

@@ -119,19 +119,24 @@ class Plan:
         """The output as it will be in the folder `out`, for plans of what is merged from it."""
         donor = self.inputs.donor
         config = json.loads(self.config_json) if self.config_json else {}
+        copies = [step for step in self.steps if not step.experts and step.shape == step.base.shape]
+        origins = {(out / step.file, step.plain_name): self.inputs.stored(step.base) for step in copies}
+        copied = {place: origin for place, origin in origins.items() if origin is not None}
+        main = _written(out, self.layouts)
         modules = {
             folder: _written(out, [layout for layout in self.modules if Path(layout.file).parent.as_posix() == folder])
             for folder in donor.modules
         }
         return replace(
-            _written(out, self.layouts),
+            main,
             config=config,
             other_files=donor.other_files,
+            copied=copied,
             folder=donor.folder,
             stem=donor.stem,
             beside=replace(donor.beside, unused=()),
             parts=donor.parts,
-            modules={folder: replace(module, path=out / folder) for folder, module in modules.items()},
+            modules={folder: replace(each, path=out / folder, copied=copied) for folder, each in modules.items()},
         )
 
     def settled(self) -> Plan:

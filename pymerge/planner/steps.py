@@ -72,6 +72,12 @@ class Step:
     # Bytes of what was made before it for its file and waits in memory, because the layout of the file depends on the
     # values; None where it does not.
     gathered: int | None = None
+    infinite: int = 0  # infinite values of a constant, which all models have alike: they are written
+
+    @property
+    def plain_name(self) -> str:
+        """Name of the tensor in its file."""
+        return self.name.removeprefix(self.file.rpartition("/")[0]).removeprefix("/")
 
     @property
     def inputs(self) -> tuple[TensorEntry, ...]:
