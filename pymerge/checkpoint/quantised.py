@@ -102,7 +102,8 @@ def quantised(tensors: Described) -> tuple[str, str] | None:
     for codes in find_codes(tensors):
         kind = by_structure(codes, tensors)
         beside = f" with its scale {shorten(codes.scale)}" if codes.scale else ""
-        what = "holds 16-bit weights as integers" if kind == BITS_16 else "is quantised"
         place = f"by tensor {shorten(codes.name)} of dtype {codes.dtype}{beside}"
-        return codes.name, f"{what} ({kind}, {place}); {remedy_of(kind)}"
+        if kind == BITS_16:
+            return codes.name, f"has {kind} weights stored as {codes.dtype} ({place}); {remedy_of(kind)}"
+        return codes.name, f"is quantised ({kind}, {place}); {remedy_of(kind)}"
     return None

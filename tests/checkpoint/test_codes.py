@@ -66,9 +66,9 @@ CODES: dict[str, tuple[Shapes, str]] = {
     "int4 under a name of its own": ({"a.int4": ("U8", (8, 4)), "a.int4_scale": ("F16", (8, 1))}, "integer codes"),
     "bfloat16 as U16": (
         {"a.weight": ("U16", (8, 8)), "n.weight": ("U16", (8,))},
-        "bfloat16 or float16 stored as integers",
+        "bfloat16 or float16 weights stored as U16",
     ),
-    "bfloat16 as I16": ({"a.kernel": ("I16", (8, 8))}, "bfloat16 or float16 stored as integers"),
+    "bfloat16 as I16": ({"a.kernel": ("I16", (8, 8))}, "bfloat16 or float16 weights stored as I16"),
 }
 
 
