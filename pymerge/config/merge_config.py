@@ -36,6 +36,7 @@ class MergeConfig(Strict):
     parameters: dict[str, Setting] = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
+    keep_float32: StrictBool = True  # of tensors that a 16-bit model keeps so, whatever the dtypes say
     layers: tuple[LayerRule, ...] = ()
     allow_nonfinite: StrictBool = False
     extra_tensors: Literal["heads", "error", "ignore"] = "heads"

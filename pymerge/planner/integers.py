@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from pymerge.architecture.roles import Kind, Layer, Rule, Tensors, classify
-from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.compare import Relation, relation
 from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import is_float
 from pymerge.planner.match import Matched, listed
 
@@ -56,17 +55,19 @@ def check_integers(
         and name.rpartition(".")[2] not in COUNTERS
         and not _ruled(name, rules)
     ]
+    stored = matched.inputs.stored
     pairs = [
-        (name, _stored(donor, name), expert, _stored(expert, name))
+        (name, expert, ours, theirs)
         for name in names
         for expert in matched.sections[name].experts
         if name in expert.tensors
+        and (ours := stored(donor.tensors[name])) is not None
+        and (theirs := stored(expert.tensors[name])) is not None
     ]
     found: dict[tuple[str, str], list[str]] = {}
-    stamps = _stamps(entry.file for _, one, _, two in pairs for entry in (one, two))
-    with Reader(stamps) as reader:
-        for name, one, expert, two in pairs:
-            if {one.file, two.file} <= stamps.keys() and (how := _difference(reader, one, two)):
+    with Reader({entry.file: stamp for *_, ours, theirs in pairs for entry, stamp in (ours, theirs)}) as reader:
+        for name, expert, (one, _), (two, _) in pairs:
+            if how := _difference(reader, one, two):
                 found.setdefault((how, str(expert.path)), []).append(name)
     for (how, path), different in found.items():
         if how == "other":
@@ -77,18 +78,6 @@ def check_integers(
             )
         else:
             warnings.append(f"{path}: {listed(different)}: {how} than in {donor.path}, whose integers are kept")
-
-
-def _stored(checkpoint: Checkpoint, name: str) -> TensorEntry:
-    """Where the integers are, or are copied from if the model has yet to be written."""
-    entry = checkpoint.tensors[name]
-    return checkpoint.copies.get(entry.name, entry) if entry.file in checkpoint.files else entry
-
-
-def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int]]:
-    """Sizes and times of the files that exist, for a reader."""
-    status = {file: file.stat() for file in set(files) if file.exists()}
-    return {file: (found.st_size, found.st_mtime_ns) for file, found in status.items()}
 
 
 def _difference(reader: Reader, one: TensorEntry, two: TensorEntry) -> str:

@@ -103,6 +103,8 @@ def test_parameter_problem(line: str, expected: str) -> None:
         ),
         ("tokeniser_source: base", "unknown key 'tokeniser_source'; did you mean 'tokenizer_source'?"),
         ("chat_template: chatlm", "chat_template 'chatlm' is neither a known name nor a Jinja template; did you mean"),
+        ("keep_float32: 'no'", "keep_float32 is 'no'; it must be true or false"),
+        ("keep_fp32: false", "unknown key 'keep_fp32'; did you mean 'keep_float32'?"),
         ("dtype: auto", "'float64'; delete it to keep the dtypes of the base"),
         ("allow_nonfinite: 'yes'", "allow_nonfinite is 'yes'; it must be true or false"),
         ("extra_tensors: maybe", "extra_tensors is 'maybe'; it must be 'heads', 'error' or 'ignore'"),
