@@ -17,6 +17,7 @@ from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError
 
 MODELOPT_FILE = "hf_quant_config.json"
+_KEYS = ("quantization_config", "compression_config", "quant_config", "quantize_config")
 _PLAIN = "If its weights are plain numbers already, delete"
 
 
@@ -33,9 +34,11 @@ def refuse_by_config(file: Path, config: Mapping[str, Any]) -> None:
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The settings of a quantisation in a config and in those inside it, with their keys."""
     for key, value in config.items():
+        if key == "quantization_bit" and isinstance(value, int) and value > 0:
+            yield key, {"quant_method": f"{value} bits"}
         if not isinstance(value, Mapping):
             continue
-        if key in ("quantization_config", "compression_config"):
+        if key in _KEYS:
             switched_off = {"load_in_4bit", "load_in_8bit"} & set(value) and not (
                 value.get("load_in_4bit") or value.get("load_in_8bit")
             )
@@ -99,7 +102,8 @@ def quantised(tensors: Described) -> tuple[str, str] | None:
     for codes in find_codes(tensors):
         kind = by_structure(codes, tensors)
         beside = f" with its scale {shorten(codes.scale)}" if codes.scale else ""
-        what = "holds 16-bit weights as integers" if kind == BITS_16 else "is quantised"
         place = f"by tensor {shorten(codes.name)} of dtype {codes.dtype}{beside}"
-        return codes.name, f"{what} ({kind}, {place}); {remedy_of(kind)}"
+        if kind == BITS_16:
+            return codes.name, f"has {kind} weights stored as {codes.dtype} ({place}); {remedy_of(kind)}"
+        return codes.name, f"is quantised ({kind}, {place}); {remedy_of(kind)}"
     return None

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pymerge.checkpoint.magic import refuse_foreign
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.files import opened, parse_json_object, read_exactly
 from pymerge.common.names import shorten
@@ -98,7 +99,6 @@ def read_header(path: Path | str) -> Header:
     path = Path(path)
     with opened(path, ".safetensors") as (descriptor, status):
         prefix = read_exactly(descriptor, 8, 0)
-        check_no_pointer(path, prefix)
         _check_prefix(path, prefix, status.st_size)
         length = int.from_bytes(prefix, "little")
         text = read_exactly(descriptor, length, 8)
@@ -109,6 +109,7 @@ def read_header(path: Path | str) -> Header:
             raise ValueError("it does not start with '{'")
         raw = parse_json_object(text, unique=True)
     except ValueError as error:
+        refuse_foreign(path, prefix)
         raise CheckpointError(f"{path}: the header is not valid JSON ({error}); {AGAIN}") from error
     metadata = _check_metadata(path, raw.pop(METADATA_KEY, {}))
     start = 8 + length
@@ -119,16 +120,12 @@ def read_header(path: Path | str) -> Header:
     return Header(entries, metadata, length, status.st_size, status.st_mtime_ns)
 
 
-def check_no_pointer(path: Path, prefix: bytes) -> None:
-    """Raise CheckpointError for the text that Git LFS leaves where it has not fetched a file."""
-    if prefix.startswith(b"version "):
-        raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` there")
-
-
 def _check_prefix(path: Path, prefix: bytes, file_bytes: int) -> None:
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: has {len(prefix)} bytes, a safetensors file has at least 8; {AGAIN}")
     length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES or 8 + length > file_bytes:
+        refuse_foreign(path, prefix)
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path}: its header would have {length} bytes, more than the {MAX_HEADER_BYTES} allowed, so it "

@@ -10,6 +10,8 @@ from pymerge.architecture.roles import Kind, Layer, classify, is_head_name, posi
 from pymerge.architecture.tied import embedding_of, same_values, says_tied, tied_tensors, ties
 from pymerge.architecture.token_tables import is_token_table
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.compare import Relation, relation
+from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import is_float, is_float8
 from pymerge.common.names import listed
 from pymerge.config.merge_config import MergeConfig, participants
@@ -123,7 +125,7 @@ class Matcher:
 
     def match(self, expert: Checkpoint, base: Mapping[str, TensorEntry] | None) -> Fitted:
         """The expert under the donor's names, with tensors of `base` where it lacks one and the config says so."""
-        expert = self._with_heads(self._with_names(expert))
+        expert = self._with_numbers(self._with_heads(self._with_names(expert)))
         for name in self.merged:
             if name in expert.tensors:
                 _check_dtype(expert, name, self.problems)
@@ -165,6 +167,18 @@ class Matcher:
                 tensors[name] = tensors[embedding]
                 self.warnings.append(f"{expert.path}: {name} is tied there: its {embedding} stands for it")
         return replace(expert, tensors=tensors)
+
+    def _with_numbers(self, expert: Checkpoint) -> Checkpoint:
+        """The expert with the donor's tensors in place of integers of the same values: masks are stored as either."""
+        ours, theirs = self.donor.tensors, expert.tensors
+        odd = [
+            name for name in self.merged if name in theirs and is_float(ours[name].dtype) > is_float(theirs[name].dtype)
+        ]
+        if not odd or not self.donor.stamps or not expert.stamps:
+            return expert
+        with Reader(self.donor.stamps | expert.stamps) as reader:
+            same = [name for name in odd if relation(reader, ours[name], theirs[name]) is Relation.SAME]
+        return replace(expert, tensors=theirs | {name: ours[name] for name in same})
 
     def _check_extra(self, expert: Checkpoint) -> None:
         donor = self.donor

@@ -84,6 +84,7 @@ def test_mlx_by_config_alone(depth: int, tmp_path: Path) -> None:
     [
         {"quantization": "rvq"},
         {"quantization": None},
+        {"quantization_bit": 0},
         {"quantization": {"codebook_size": 1024}},
         {"quantization_config": {}},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}},
@@ -93,6 +94,14 @@ def test_a_quantisation_that_is_none(config: dict[str, Any], tmp_path: Path) -> 
     save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert set(open_checkpoint(tmp_path).tensors) == {"a.weight"}
+
+
+@pytest.mark.parametrize("config", [{"quantization_bit": 4}, {"text_config": {"quant_config": {"w_bit": 4}}}])
+def test_other_settings_of_a_quantisation(config: dict[str, Any], tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"the model is quantised .*by its quant.*; merge the original weights"):
+        open_checkpoint(tmp_path)
 
 
 def test_modelopt_by_its_file(tmp_path: Path) -> None:
