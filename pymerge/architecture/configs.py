@@ -14,7 +14,6 @@ _NULL_IS_NONE = re.compile(r"window|softcap|clip_qkv")  # where null says that t
 _SCALING = "rope_scaling."
 _ROPE_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 _OWN_SCALING = ("gpt_oss",)  # types of models that scale positions where config.json says nothing
-_SCALED_IF_TIED = ("t5", "mt5", "umt5")  # whose heads are scaled where they are tied
 _UNKNOWN = object()
 _DIGITS = 1e-6  # relative: numbers that have been float32 are the same
 
@@ -51,8 +50,6 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, per_layer
             continue
         if mine.default and other.default:
             continue  # that follows from other keys
-        if meaning.endswith("tie_word_embeddings") and ours.get("model_type") not in _SCALED_IF_TIED:
-            continue  # the heads that are stored tell, when tensors are matched
         if not per_layer and isinstance(mine.value, tuple) and not TOKEN_ID.search(meaning):
             continue
         name = meaning.rpartition(".")[2]
@@ -110,5 +107,5 @@ def _equal(one: Any, two: Any) -> bool:
     if isinstance(one, tuple) and isinstance(two, tuple):
         return len(one) == len(two) and all(map(_equal, one, two))
     if all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in (one, two)):
-        return bool(abs(one - two) <= _DIGITS * max(abs(one), abs(two)))
+        return bool(one == two or abs(one - two) <= _DIGITS * max(abs(one), abs(two)))
     return bool(one == two)
