@@ -162,8 +162,9 @@ def _named_tokens(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterato
 
 def _vocabularies(donor: Checkpoint, others: Iterable[Checkpoint]) -> Iterator[str]:
     ours = _tokenizer_files(donor)
+    known: dict[Path, dict[str, int] | None] = {}
     for other in others:
-        found = mismatch(donor.path, other.path, ours & _tokenizer_files(other))
+        found = mismatch(donor.path, other.path, ours & _tokenizer_files(other), known)
         if found is None:
             continue
         text = f"{other.path / found.file}: not the vocabulary of {donor.path}"

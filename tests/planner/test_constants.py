@@ -199,6 +199,27 @@ def test_stages_and_slices(tmp_path: Path) -> None:
     assert same(load_output(tmp_path / "sliced"), held)
 
 
+def test_layers_that_only_the_base_gives(tmp_path: Path) -> None:
+    """They are copied, masks with infinities among them."""
+    mask = torch.full((8, 8), -INF).triu(1)
+    tensors: Tensors = {}
+    for block in range(2):
+        tensors[f"model.layers.{block}.mlp.up_proj.weight"] = torch.randn(8, 8)
+        tensors[f"model.layers.{block}.self_attn.mask"] = mask.clone()
+    write_model(tmp_path / "base", tensors, config={"num_hidden_layers": 2})
+    tuned = fine_tuned(tensors, 0) | {name: mask.clone() for name in tensors if name.endswith("mask")}
+    write_model(tmp_path / "e0", tuned, config={"num_hidden_layers": 2})
+    text = "merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 1}\nslices:\n"
+    for block, models in enumerate((["base"], ["base", "e0"])):
+        sources = "".join(f"  - {{model: {name}, layer_range: [{block}, {block + 1}]}}\n" for name in models)
+        text += f"- sources:\n{sources}"
+    (tmp_path / "merge.yml").write_text(text)
+    api.merge(tmp_path / "merge.yml", tmp_path / "out", progress=False)
+    assert verify(tmp_path / "out").problems == []
+    found = load_output(tmp_path / "out")
+    assert all(torch.equal(found[name], mask) for name in tensors if name.endswith("mask"))
+
+
 def test_in_memory_it_is_the_same() -> None:
     held = {name: tensor for name, tensor in constants().items() if tensor.is_floating_point()}
     base: dict[str, Tensor] = {UP: torch.randn(8, 8, generator=torch.Generator().manual_seed(0))}
