@@ -94,7 +94,8 @@ def _default(said: Mapping[str, Fact], meaning: str, *, given: bool) -> Any:
     if name == "num_key_value_heads" and (given or known[name] is None):
         return heads.value if heads else _UNKNOWN
     if name == "head_dim" and (given or known[name] is None):
-        return size.value // heads.value if size and heads and size.value and heads.value else _UNKNOWN
+        counted = all(fact is not None and isinstance(fact.value, int) and fact.value for fact in (size, heads))
+        return size.value // heads.value if counted and size and heads else _UNKNOWN
     return known[name]
 
 
@@ -104,6 +105,10 @@ def _spelt(fact: Fact, other: Fact) -> Fact:
 
 
 def _equal(one: Any, two: Any) -> bool:
+    """Whether two values are the same; a number is the same as a list of it (image_size 224 and [224, 224])."""
+    if isinstance(one, tuple) != isinstance(two, tuple):
+        many, single = (one, two) if isinstance(one, tuple) else (two, one)
+        return len(many) > 0 and all(_equal(each, single) for each in many)
     if isinstance(one, tuple) and isinstance(two, tuple):
         return len(one) == len(two) and all(map(_equal, one, two))
     if all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in (one, two)):

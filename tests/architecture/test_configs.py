@@ -111,6 +111,8 @@ def test_what_no_weights_are_right_for(key: str, ours: Any, theirs: Any) -> None
         ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
         ({"head_dim": None}, {"head_dim": 16}),
         ({"time_step_limit": [0.0, float("inf")]}, {"time_step_limit": [0, {"__float__": "Infinity"}]}),
+        ({"image_size": 224}, {"image_size": [224, 224]}),
+        ({"num_attention_heads": 4}, {"num_attention_heads": [4, 4], "head_dim": 16}),
         ({"hidden_act": "swish"}, {"hidden_act": "silu"}),
         ({"attention_bias": None}, {"attention_bias": False}),
         ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}),  # said when tensors are matched

@@ -46,6 +46,7 @@ def constants(dtype: torch.dtype = torch.float32) -> Tensors:
         "transformer.h.0.attn.inv_freq": (1.0 / 10000 ** (torch.arange(0.0, 16, 2) / 16)).to(dtype),
         "transformer.h.0.attn.flags": torch.ones(8, 8).tril().bool(),
         "final_logits_bias": torch.tensor([[0.0, -INF, INF]]).to(dtype),
+        "suppressed_bias": torch.tensor([-INF, 0.0]).to(dtype),
     }
 
 
@@ -171,6 +172,7 @@ def test_a_damaged_mask_is_found(tmp_path: Path) -> None:
     assert {name: each["infinite"] for name, each in tensors.items() if "infinite" in each} == {
         MASK: 28,
         "final_logits_bias": 2,
+        "suppressed_bias": 1,
     }
     tensors[MASK]["infinite"] = 27
     (tmp_path / "out/pymerge_manifest.json").write_text(json.dumps(manifest))
