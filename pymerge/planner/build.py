@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
-from pymerge.common.dtypes import CODES, ITEM_SIZES, MERGED, is_float8
+from pymerge.common.dtypes import ITEM_SIZES, MERGED
 from pymerge.common.names import listed
 from pymerge.config.merge_config import MergeConfig, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
@@ -19,13 +20,18 @@ from pymerge.methods import get_method
 from pymerge.methods.actions import Action, Combine, copy
 from pymerge.methods.base import Method, Values
 from pymerge.methods.reduce import Reduce
-from pymerge.output.layout import layout_shards
+from pymerge.output.layout import ShardLayout, full_name, layout_file, layout_shards
 from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange
 from pymerge.planner.budget import Budget
+from pymerge.planner.config_differences import check_configs
+from pymerge.planner.constants import find_constants
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
+from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
+from pymerge.planner.integers import check_integers
 from pymerge.planner.match import Section, match_tensors
+from pymerge.planner.output_dtypes import output_dtypes, with_dtype
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
@@ -84,44 +90,62 @@ def draft_plan(
     donor = inputs.donor
     described = {name: (entry.dtype, entry.shape) for name, entry in donor.tensors.items()}
     layers = classify(described, donor.config, config.rules)
+    said = list(beside_warnings(inputs))
+    modules = match_modules(inputs, config, method, problems, said)
+    known = [*layers, *(name for module in modules for name in module.full().layers)]
     problems += [
         f"{config.name}: layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
-        for pattern in unused_rules(layers, config.rules)
+        for pattern in unused_rules(known, config.rules)
     ]
     matched = assembly.match(layers, problems) if assembly else match_tensors(inputs, layers, config, method, problems)
+    if not problems:
+        check_integers(matched, layers, config.rules, problems, matched.warnings)
     if problems:
         raise PlanError(problems)
-    names, warnings = matched.names, matched.warnings
+    names, warnings = matched.names, matched.warnings + said
     aligned = align(matched, layers, config, method)
     inputs, tokens = aligned.inputs, aligned.tokens
-    donor, stored = inputs.donor, donor.tensors  # gathered tables may have a wider dtype
+    stored, donor = donor, inputs.donor  # gathered tables may have a wider dtype
+    main = Part(donor.folder, names, layers, donor.tensors, aligned.sections)
+    whole, as_stored = joined(main, modules), joined(replace(main, tensors=stored.tensors), modules)
 
     wanted = dtype or config.out_dtype or config.dtype
     if wanted is not None and wanted not in MERGED:
         raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(MERGED)}")
-    small = [name for name in names if is_float8(stored[name].dtype)]
-    if small and wanted is None:
-        warnings.append(f"{listed(small)}: 8-bit floats in {donor.path}, written as bfloat16")
+    constants = find_constants(inputs, whole)
+    dtypes = output_dtypes(as_stored, donor.path, constants, wanted, warnings, keep_float32=config.keep_float32)
+    config_json = _config_json(donor, wanted, tokens.config)
+    warnings += check_configs(aligned, layers, config, config_json)
     placed = layout_shards(
-        [(name, _output_dtype(stored[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
+        [(name, dtypes[full], donor.tensors[name].shape) for name, full in zip(names, whole.names, strict=False)],
         max_shard_bytes,
+        stem=f"{donor.folder}/{donor.stem}".lstrip("/"),
     )
+    placed_modules = tuple(_module_layout(module, dtypes) for module in modules)
     steps = []
     wrong: dict[str, list[str]] = {}  # the same mistake is often made for many tensors
-    for shard in placed:
+    for shard in (*placed, *placed_modules):
         for tensor in shard.tensors:
-            layer, entry = layers[tensor.name], donor.tensors[tensor.name]
+            name = full_name(shard.file, tensor.name)
+            layer, entry = whole.layers[name], whole.tensors[name]
             try:
-                action, experts, values = _action(aligned.sections[tensor.name], method, tensor.name, layer)
+                action, experts, values = _action(whole.sections[name], method, name, layer)
             except (ArgumentError, ConfigError) as error:
-                wrong.setdefault(str(error), []).append(tensor.name)
+                wrong.setdefault(str(error), []).append(name)
                 continue
+            constant = constants.get(name)
+            what = named_constant(name, entry.shape)
+            if name in whole.sections[name].copied:
+                layer = replace(layer, reason=f"{layer.reason}; {what or 'in no expert'}: the base's")
+            elif constant is not None and (what or constant.passes(action)):
+                action, experts, values = copy(), (), None
+                layer = replace(layer, reason=f"{layer.reason}, the same in all models")
             for rows in rows_of(entry, experts):
                 action_here = action if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
-                        name=tensor.name,
+                        name=name,
                         layer=layer,
                         action=action_here,
                         shape=rows.base.shape,
@@ -134,6 +158,7 @@ def draft_plan(
                         nbytes=nbytes,
                         pieces=tuple(pieces.split(layer, action_here, rows.base.shape, CHUNK_ELEMENTS)),
                         values=values,
+                        infinite=constant.infinite if constant is not None else 0,
                     )
                 )
     if wrong:
@@ -142,13 +167,14 @@ def draft_plan(
         config=config,
         method=method,
         inputs=inputs,
-        steps=tuple(_assigned(steps, config, target, aligned.sections)),
+        steps=tuple(_assigned(steps, config, target, whole.sections)),
         layouts=placed,
+        modules=placed_modules,
         warnings=(*config.warnings, *warnings),
         budget=budget,
-        config_json=_config_json(donor, wanted, tokens.config),
+        config_json=config_json,
         dtype=wanted,
-        base_parameters=sum(donor.tensors[name].numel for name in names),
+        base_parameters=sum(whole.tensors[name].numel for name in whole.names),
         tokens=tokens,
         target=target,
         carried=inputs.carried if donor.stamps else {},
@@ -207,21 +233,19 @@ def _action(
     return action, tuple(expert.tensors[name] for expert in section.experts), values
 
 
-def _output_dtype(entry: TensorEntry, layer: Layer, wanted: str | None) -> str:
-    if layer.kind is Kind.BUFFER:
-        return entry.dtype
-    return CODES[wanted] if wanted else "BF16" if is_float8(entry.dtype) else entry.dtype
+def _module_layout(module: Part, dtypes: Mapping[str, str]) -> ShardLayout:
+    """The one file of a module, under the name that sentence-transformers looks for."""
+    described = [(name, dtypes[f"{module.folder}/{name}"], module.tensors[name].shape) for name in module.names]
+    return layout_file(f"{module.folder}/model.safetensors", described)
 
 
 def _config_json(donor: Checkpoint, wanted: str | None, keys: Mapping[str, Any]) -> bytes | None:
-    """The donor's config.json; its dtype field, under the name that it uses, follows the output, and so do
-    `keys`, in the config or in its text_config, whichever has them."""
+    """The donor's config.json; its dtypes follow the output, and so do `keys`, in the config or in its text_config,
+    whichever has them."""
     if not donor.config:
         return None
-    config = dict(donor.config)
-    for key in ("dtype", "torch_dtype"):
-        if key in config and (wanted or "float8" in str(config[key])):
-            config[key] = wanted or "bfloat16"
+    config = with_dtype(donor.config, wanted)
+    config.pop("transformers_weights", None)
     nested = config.get("text_config")
     if isinstance(nested, dict):
         config["text_config"] = {**nested, **{key: value for key, value in keys.items() if key in nested}}
