@@ -23,4 +23,4 @@ def may_be_constant(name: str, layer: Layer, dtype: str, shape: Sequence[int]) -
     parameter = name.rpartition(".")[2]
     if layer.kind is Kind.BIAS:
         return len(shape) > 1 or parameter not in ("bias", "beta")
-    return layer.kind is Kind.BUFFER or (layer.kind is Kind.OTHER and parameter != "weight")
+    return layer.kind is Kind.OTHER and parameter != "weight"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
@@ -134,7 +135,10 @@ def draft_plan(
                 wrong.setdefault(str(error), []).append(name)
                 continue
             constant = constants.get(name)
-            if constant is not None and layer.kind is not Kind.BUFFER and constant.passes(action):
+            what = named_constant(name, entry.shape)
+            if name in whole.sections[name].copied:
+                layer = replace(layer, reason=f"{layer.reason}; {what or 'in no expert'}: the base's")
+            elif constant is not None and (what or constant.passes(action)):
                 action, experts, values = copy(), (), None
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
             for rows in rows_of(entry, experts):

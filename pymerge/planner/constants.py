@@ -64,12 +64,10 @@ def find_constants(
     stamps: dict[Path, tuple[int, int]] = {}
     candidates: dict[str, list[TensorEntry]] = {}
     for name in names:
-        base, experts, layer = inputs.donor.tensors[name], sections[name].experts, layers[name]
-        if not may_be_constant(name, layer, base.dtype, base.shape):
+        base, experts = inputs.donor.tensors[name], sections[name].experts
+        if layers[name].kind is Kind.BUFFER or not may_be_constant(name, layers[name], base.dtype, base.shape):
             continue
-        every = [base]  # of buffers, which are the base's whatever other models have
-        if layer.kind is not Kind.BUFFER:
-            every += [expert.tensors[name] for expert in experts if name in expert.tensors]
+        every = [base, *(expert.tensors[name] for expert in experts if name in expert.tensors)]
         stored = [origin for entry in every if (origin := inputs.stored(entry)) is not None]
         if len(every) == len(stored):  # what the base alone has is copied anyway, and may have infinities
             stamps |= {entry.file: stamp for entry, stamp in stored}

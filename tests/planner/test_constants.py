@@ -18,7 +18,7 @@ from pymerge.planner.constants import _rounded
 from tests.helpers.checkpoints import Tensors, change, fine_tuned, load_output, write_config, write_model, write_models
 
 UP = "transformer.h.0.mlp.up_proj.weight"
-MASK, BIAS, MASKED = "window_mask", "transformer.h.0.attn.window", "transformer.h.0.attn.lowest"
+MASK, BIAS, MASKED = "attn_mask", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"
 INF = float("inf")
 LOWEST = torch.finfo(torch.float32).min
 METHODS: dict[str, dict[str, Any]] = {
@@ -150,7 +150,7 @@ def test_models_in_other_dtypes_and_files_of_pytorch(tmp_path: Path) -> None:
 def test_what_differs_is_merged_or_refused(tmp_path: Path, change_one: Any) -> None:
     write(tmp_path, {MASK: torch.full((8, 8), -INF).triu(1)})
     change(tmp_path / "e1", lambda tensors: change_one(tensors[MASK]))
-    with pytest.raises(NonFiniteError, match=r"base/model\.safetensors: tensor 'window_mask' has 28 values"):
+    with pytest.raises(NonFiniteError, match=r"base/model\.safetensors: tensor 'attn_mask' has 28 values"):
         merged(tmp_path)
     change(tmp_path / "base", lambda tensors: tensors.update({MASK: torch.zeros(8, 8)}))
     change(tmp_path / "e0", lambda tensors: tensors.update({MASK: torch.ones(8, 8)}))
@@ -160,7 +160,7 @@ def test_what_differs_is_merged_or_refused(tmp_path: Path, change_one: Any) -> N
 
 def test_nan_is_no_constant(tmp_path: Path) -> None:
     write(tmp_path, {MASKED: torch.tensor(float("nan"))})
-    with pytest.raises(NonFiniteError, match="lowest"):
+    with pytest.raises(NonFiniteError, match="masked_bias"):
         merged(tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_a_damaged_mask_is_found(tmp_path: Path) -> None:
     tensors[MASK]["infinite"] = 27
     (tmp_path / "out/pymerge_manifest.json").write_text(json.dumps(manifest))
     (problem,) = verify(tmp_path / "out").problems
-    assert "tensor 'window_mask' has 28 values that are NaN or infinite" in problem
+    assert "tensor 'attn_mask' has 28 values that are NaN or infinite" in problem
 
 
 def test_stages_and_slices(tmp_path: Path) -> None:
