@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.dequantise.recognise import dequantise, may_decode
 from pymerge.checkpoint.model_files import carried_files
 from pymerge.checkpoint.quantised import refuse_by_config, refuse_by_file, refuse_by_tensors
 from pymerge.checkpoint.safetensors_file import Header, TensorEntry, read_header
@@ -21,7 +22,7 @@ class Checkpoint:
     """An opened checkpoint.
 
     `files` are the weight files sorted by name; `tensors` are in the order of files and, inside a file, of a
-    safetensors file; `other_files` are relative to `path`; `stamps` maps each weight file to its (size, mtime_ns) when
+    safetensors file, under plain names where they are decoded; `config` says nothing of quantisation; `other_files` are relative to `path`; `stamps` maps each weight file to its (size, mtime_ns) when
     its header was read; `notes` say what of the files is not used; `origin` is "org/name@commit" for a model of
     the Hugging Face Hub.
     """
@@ -42,7 +43,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     A directory holds `model.safetensors`, or an index with its shards, or exactly one .safetensors file; when
     several are there the order is this one, which is that of transformers. Without any, the same goes for
     `pytorch_model.bin`. A single file has no config and no other files. Raises CheckpointError, with what was
-    found and what to do, for anything else, quantised weights among it.
+    found and what to do, for anything else, quantised weights among it whose values cannot be had exactly; others are
+    entries that are decoded when they are read.
     """
     path = Path(path).expanduser()
     if os.path.isdir(path):  # not Path.is_dir, which raises OSError for names that are too long
@@ -56,23 +58,26 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             f"{path}: is neither a directory nor a .safetensors file (nor .bin, .pt, .pth of PyTorch); {CONVERT}"
         )
     header = form.read(path)
-    refuse_by_tensors(header.entries)
     stamps = {path: (header.file_bytes, header.mtime_ns)}
-    return Checkpoint(path, (path,), header.entries, {}, (), stamps, header.notes)
+    found = dequantise(path, header.entries, {}, stamps)
+    refuse_by_tensors(found.tensors)
+    return Checkpoint(path, (path,), found.tensors, {}, (), stamps, (*header.notes, *found.notes))
 
 
 def _open_directory(path: Path) -> Checkpoint:
     config_file = path / "config.json"
     config = read_json(config_file, unique=False) if config_file.exists() else {}
-    # Before the headers: some formats have dtypes that no header here may have.
-    refuse_by_config(config_file, config)
+    if not may_decode(config):  # before the headers: some formats have dtypes that no header here may have
+        refuse_by_config(config_file, config)
     refuse_by_file(path)
     form, files, index = find_weights(path)
     headers = {file: form.read(file) for file in files}
     if index is not None:
         check_index(path / index, form, headers)
     tensors = {name: entry for header in headers.values() for name, entry in header.entries.items()}
-    refuse_by_tensors(tensors)
     stamps = {file: (header.file_bytes, header.mtime_ns) for file, header in headers.items()}
-    notes = tuple(note for header in headers.values() for note in header.notes)
-    return Checkpoint(path, files, tensors, config, carried_files(path), stamps, notes)
+    found = dequantise(path, tensors, config, stamps)
+    refuse_by_config(config_file, found.config)
+    refuse_by_tensors(found.tensors)
+    notes = (*(note for header in headers.values() for note in header.notes), *found.notes)
+    return Checkpoint(path, files, found.tensors, found.config, found.carried(carried_files(path)), stamps, notes)
