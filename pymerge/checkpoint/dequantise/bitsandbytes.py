@@ -209,9 +209,7 @@ def _add_four_bit(stored: Stored, weight: str, form: str, state: TensorEntry) ->
     stored.add(weight, weight, decoder, *parts)
 
 
-def _nested(
-    stored: Stored, state: TensorEntry, weight: str, maxima: TensorEntry, said: Mapping[str, Any]
-) -> Nested:
+def _nested(stored: Stored, state: TensorEntry, weight: str, maxima: TensorEntry, said: Mapping[str, Any]) -> Nested:
     outer = _needed(stored, state, f"{weight}.nested_absmax")
     levels = _needed(stored, state, f"{weight}.nested_quant_map")
     block, offset = _count(said.get("nested_blocksize")), said.get("nested_offset")

@@ -79,9 +79,7 @@ def _is_described(stored: Stored, weight: str) -> bool:
     return said.get("format") in _DESCRIBED and said.keys() <= _KNOWN_KEYS
 
 
-def _add(
-    stored: Stored, weight: str, codes: TensorEntry, scales: TensorEntry, block: tuple[int, int] | None
-) -> None:
+def _add(stored: Stored, weight: str, codes: TensorEntry, scales: TensorEntry, block: tuple[int, int] | None) -> None:
     inverse = scales.name.endswith(_INVERSE)
     packed = codes.dtype == "I8" and inverse
     if not codes.shape:
@@ -154,7 +152,8 @@ def _check_lacking(stored: Stored, lacking: Iterable[TensorEntry], scaled: set[s
 
     Others are plain numbers.
     """
-    wanting = [entry for entry in lacking if stored.method in _ALL_SCALED or role(entry.name) in scaled]
+    own = (entry for entry in lacking if entry.name not in stored.gone)  # scales of other weights may be FP8
+    wanting = [entry for entry in own if stored.method in _ALL_SCALED or role(entry.name) in scaled]
     if wanting:
         names = first_few(entry.name for entry in wanting)
         raise wrong(wanting[0], f"is FP8 and has no scale, as the others have ({len(wanting)} such: {names})")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint.dequantise import bitsandbytes, codes, mxfp4
-from pymerge.checkpoint.dequantise.stored import Stored
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.dtypes import CODES
+from pymerge.common.dtypes import CODES, ITEM_SIZES
 from pymerge.common.names import first_few
 
-_FORMATS = (bitsandbytes, mxfp4, codes)
+if TYPE_CHECKING:
+    from pymerge.checkpoint.dequantise.stored import Stored
+
 _METHODS = ("bitsandbytes", "mxfp4", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 _LEFT_OUT_KEYS = (*_CONFIG_KEYS, "quantization")
@@ -67,13 +67,17 @@ def dequantise(
         CheckpointError: a tensor that belongs to a quantised one is missing, does not fit, or stands for nothing.
     """
     said = list(_said(config))
-    if not all(_method(each) in _METHODS for each in said):
+    coded = any(ITEM_SIZES[entry.dtype] == 1 for entry in tensors.values())  # every format has some such
+    if not coded or not all(_method(each) in _METHODS for each in said):
         return Found(tensors, config)
+    from pymerge.checkpoint.dequantise import bitsandbytes, codes, mxfp4
+    from pymerge.checkpoint.dequantise.stored import Stored
+
     method, settings = (_method(said[0]), said[0]) if said else ("", {})
     with Reader(stamps) as reader:
         stored = Stored(tensors, method, settings, _output_dtype(config), reader)
-        for each in _FORMATS:
-            each.find(stored)
+        for form in (bitsandbytes, mxfp4, codes):
+            form.find(stored)
     if not stored.decoded:
         return Found(tensors, config)
     idle = _idle(stored)
