@@ -112,7 +112,6 @@ class FourBit(Decoder):
         """The maxima of some blocks."""
         import numpy as np
 
-        from pymerge.checkpoint.dequantise.numbers import numbers
 
         data = read(self.maxima, first, last)
         if self.nested is None:

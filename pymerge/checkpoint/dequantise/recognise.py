@@ -121,9 +121,7 @@ def _idle(stored: Stored) -> set[str]:
     found = set()
     for name, entry in stored.tensors.items():
         module, _, last = name.rpartition(".")
-        if last in _OF_INPUTS and module in weights:
-            found.add(name)
-        elif last in _OF_CACHE and len(entry.shape) < 2:
+        if (last in _OF_INPUTS and module in weights) or (last in _OF_CACHE and len(entry.shape) < 2):
             found.add(name)
         elif any(last.endswith(f"_{each}") and name.removesuffix(f"_{each}") in beside for each in _OF_INPUTS):
             found.add(name)  # of a parameter that is no module's `weight`

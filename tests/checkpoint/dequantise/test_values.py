@@ -19,7 +19,8 @@ from pymerge.checkpoint.dequantise import bitsandbytes, mxfp4, scaled
 from pymerge.checkpoint.dequantise.numbers import byte_values
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import torch_dtype
-from tests.helpers.quantised import FORMATS, Quantised, fp8, four_bit, mxfp4 as stored_mxfp4, random
+from tests.helpers.quantised import FORMATS, Quantised, four_bit, fp8, random
+from tests.helpers.quantised import mxfp4 as stored_mxfp4
 
 PLAIN = {"norm.weight": torch.linspace(0.5, 1.5, 11), "a.bias": torch.ones(5).bfloat16()}
 
