@@ -112,7 +112,6 @@ class FourBit(Decoder):
         """The maxima of some blocks."""
         import numpy as np
 
-
         data = read(self.maxima, first, last)
         if self.nested is None:
             return checked_scales(self.maxima, data, first, zero=True)

@@ -71,7 +71,8 @@ def byte_values(dtype: str) -> Floats:
         values[top] = np.where(fraction[top] == 0, np.where(codes[top] & 0x80, -np.inf, np.inf), np.nan)
     else:
         values[(codes & 0x7F) == 0x7F] = np.nan
-    return values.astype(np.float32)
+    found: Floats = values.astype(np.float32)
+    return found
 
 
 @lru_cache(maxsize=8)

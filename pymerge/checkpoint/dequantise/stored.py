@@ -55,7 +55,7 @@ class Stored:
         return self._reader.read_bytes(entry)
 
     def check_scales(self, entry: TensorEntry, *, zero: bool = False) -> None:
-        """Raise CheckpointError unless scales are finite and positive, or `zero` too. Large tensors wait for reading."""
+        """Raise CheckpointError unless scales are finite and positive, or `zero` too; large tensors wait for reading."""
         if entry.numel <= _CHECKED_ELEMENTS:
             checked_scales(entry, self.bytes_of(entry), 0, zero=zero)
 

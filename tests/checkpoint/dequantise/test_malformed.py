@@ -56,12 +56,12 @@ def say(**changes: Any) -> Callable[[Tensors], object]:
         ("rows", spoil("x.weight_scale", INFINITY), "'x.weight_scale' holds a scale that is inf"),
         ("one scale", spoil("x.weight_scale", 0.0), "'x.weight_scale' holds a scale that is 0"),
         ("blocks", spoil("x.weight_scale_inv", -1.0), "holds a scale that is -1"),
-        ("rows", put("x.weight_scale", torch.ones(36, 1)), r"has shape \[36, 1\], which does not fit 'x.weight' \[37, 51\]"),
+        ("rows", put("x.weight_scale", torch.ones(36, 1)), r"\[36, 1\], which does not fit 'x.weight' \[37, 51\]"),
         ("rows", put("x.weight_scale", torch.ones(51)), r"has shape \[51\], which does not fit"),
         ("blocks", put("x.weight_scale_inv", torch.ones(3, 7)), r"has shape \[3, 7\], which does not fit"),
         ("blocks", put("x.weight_scale_inv", torch.ones(3, 2, 1)), "which does not fit"),
-        ("rows", put("x.weight_scale", torch.ones(37, 1, dtype=torch.int32)), "has dtype I32, where scales are expected"),
-        ("rows", put("x.weight_scale", torch.ones(37, 1, dtype=torch.uint8)), "has dtype U8, where scales are expected"),
+        ("rows", put("x.weight_scale", torch.ones(37, 1, dtype=torch.int32)), "has dtype I32, where scales"),
+        ("rows", put("x.weight_scale", torch.ones(37, 1, dtype=torch.uint8)), "has dtype U8, where scales"),
         ("int8 with zero points", put("x.weight_zero_point", torch.zeros(3, 1, dtype=torch.int8)), "its scales are"),
         ("ComfyUI", put("x.comfy_quant", json_tensor({})[:1]), "'x.comfy_quant' is no JSON object"),
         ("MXFP4", put("mlp.experts.gate_up_proj_scales", torch.ones(3, 50, 3, dtype=torch.uint8)), "do not fit"),
@@ -80,10 +80,10 @@ def say(**changes: Any) -> Callable[[Tensors], object]:
         ("NF4", say(shape="37"), "has shape '37' and blocksize 64"),
         ("NF4", say(shape=[-37, 51]), r"has shape \[-37, 51\]"),
         ("NF4", say(quant_type="nf3"), "is of the type 'nf3', and nf4 and fp4 are known"),
-        ("NF4", put("x.weight.quant_map", torch.ones(15)), "'x.weight.quant_map' has 15 elements, and there are 16 codes"),
+        ("NF4", put("x.weight.quant_map", torch.ones(15)), "quant_map' has 15 elements, and there are 16 codes"),
         ("NF4", spoil("x.weight.quant_map", NAN), "'x.weight.quant_map' holds NaN or infinity"),
         ("NF4", put("x.weight.absmax", torch.ones(30, dtype=torch.int32)), "'x.weight.absmax' has dtype I32"),
-        ("NF4", put("x.weight.absmax", torch.ones(30, dtype=torch.uint8)), "nested_absmax', which belongs to it, is not"),
+        ("NF4", put("x.weight.absmax", torch.ones(30, dtype=torch.uint8)), "nested_absmax', which belongs"),
         ("NF4, nested", lambda tensors: tensors.pop("x.weight.nested_quant_map"), "nested_quant_map', which belongs"),
         ("NF4, nested", say(nested_offset="gone"), "nested_offset None, where a size and a number are expected"),
         ("NF4, nested", say(nested_blocksize=100), "'x.weight.nested_absmax' has 2 elements, and there are 4 blocks"),
@@ -133,7 +133,7 @@ def test_blocks_of_zeros_are_no_mistake_of_bitsandbytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "fbgemm_fp8"])
 def test_an_8_bit_float_without_scale_where_config_json_says_that_all_have_one(method: str, tmp_path: Path) -> None:
     tensors = fp8(random(8, 8)).stored | {"y.weight": random(8, 8).to(torch.float8_e4m3fn)}
-    with pytest.raises(CheckpointError, match="'y.weight' is FP8 and has no scale"):
+    with pytest.raises(CheckpointError, match=r"'y.weight' is FP8 and has no scale"):
         opened(tmp_path, tensors, {"quantization_config": {"quant_method": method}})
 
 
@@ -147,7 +147,7 @@ def test_without_config_those_of_other_kinds_are_plain_numbers(tmp_path: Path) -
     assert found["embed.weight"].dtype == "F8_E4M3"
     assert isinstance(found["h.1.up.weight"], DecodedEntry)
     del tensors["h.1.up.scale_weight"]
-    with pytest.raises(CheckpointError, match="'h.1.up.weight' is FP8 and has no scale"):
+    with pytest.raises(CheckpointError, match=r"'h.1.up.weight' is FP8 and has no scale"):
         opened(tmp_path, tensors)
 
 
@@ -183,7 +183,7 @@ def test_other_methods_are_refused_whatever_the_tensors_are(method: str, tmp_pat
 
 def test_what_is_left_of_a_model_in_two_formats_is_refused(tmp_path: Path) -> None:
     packed = {"y.weight_packed": torch.zeros(8, 1, dtype=torch.int32), "y.weight_scale": torch.ones(8, 1)}
-    with pytest.raises(CheckpointError, match="is quantised .*y.weight_packed"):
+    with pytest.raises(CheckpointError, match=r"is quantised .*y.weight_packed"):
         opened(
             tmp_path, fp8(random(8, 8)).stored | packed, {"quantization_config": {"quant_method": "compressed-tensors"}}
         )
