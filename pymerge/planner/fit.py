@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.units import format_bytes
 from pymerge.errors import PlanError
+from pymerge.methods.actions import Solve
 from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
 from pymerge.planner.jobs import READ_AHEAD, READ_THREADS, Job, jobs, room
@@ -33,11 +35,13 @@ def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
             if budget.device == "cuda"
             else f"give --memory {format_bytes(needed, round_up=True)} or more"
         )
+        if isinstance(largest.action, Solve):
+            remedy += f", or leave that tensor out of what is solved (exclude: ['{re.escape(largest.name)}'])"
         raise PlanError(
             [
                 f"memory: {largest.action.label} on {largest.name!r} {list(largest.shape)} holds "
                 f"{format_bytes(needed, round_up=True)} of tensors at once, the limit is "
-                f"{format_bytes(budget.tensors)} ({budget.origin}); {remedy}, or exclude that tensor"
+                f"{format_bytes(budget.tensors)} ({budget.origin}); {remedy}"
             ]
         )
     fitting = tuple(_fitted(step, budget) for step in steps)

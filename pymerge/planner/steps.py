@@ -72,6 +72,7 @@ class Step:
     # Bytes of what was made before it for its file and waits in memory, because the layout of the file depends on the
     # values; None where it does not.
     gathered: int | None = None
+    infinite: int = 0  # infinite values of a constant, which all models have alike: they are written
 
     @property
     def inputs(self) -> tuple[TensorEntry, ...]:
