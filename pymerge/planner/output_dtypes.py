@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from pymerge.architecture.roles import Kind, Layer
-from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.architecture.roles import Kind
+from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.common.dtypes import CODES, ITEM_SIZES, is_float, is_float8
+from pymerge.common.names import listed
 from pymerge.planner.constants import Constant
-from pymerge.planner.match import listed
+from pymerge.planner.folder import Part
 
 _NARROW_BYTES = 2  # of an element of a 16-bit model
 _NAMES = {code: name for name, code in CODES.items()}
@@ -18,9 +20,8 @@ _OTHER_PARTS = ("quantization_config",)  # whose dtypes are not those of the wei
 
 
 def output_dtypes(
-    donor: Checkpoint,
-    names: Sequence[str],
-    layers: Mapping[str, Layer],
+    stored: Part,
+    path: Path,
     constants: Mapping[str, Constant],
     wanted: str | None,
     warnings: list[str],
@@ -33,9 +34,11 @@ def output_dtypes(
     constants with values beyond the wanted dtype. `warnings` get what people should know.
 
     Args:
-        donor: as it is stored: tables of tokens may be read wider, once they are gathered from several models.
+        stored: the output's tensors as they are stored: tables of tokens may be read wider, once they are gathered from
+            several models.
+        path: of the donor.
     """
-    path, tensors = donor.path, donor.tensors
+    names, layers, tensors = stored.names, stored.layers, stored.tensors
     small = [name for name in names if is_float8(tensors[name].dtype)]
     if small and wanted is None:
         warnings.append(f"{listed(small)}: 8-bit floats in {path}, written as bfloat16")

@@ -47,9 +47,11 @@ class Found:
         """Whether any tensor is."""
         return bool(self.notes)
 
-    def carried(self, files: tuple[Path, ...]) -> tuple[Path, ...]:
-        """Those of the files beside the weights that are true of an output as well."""
-        return tuple(path for path in files if path.name not in _FILES) if self.decoded else files
+
+def true_of_plain(files: tuple[Path, ...], tensors: Mapping[str, TensorEntry]) -> tuple[Path, ...]:
+    """Those of the files beside these tensors that are true of an output as well, whose weights are plain."""
+    decoded = any(entry.decoded_from for entry in tensors.values())
+    return tuple(path for path in files if not decoded or path.name not in _FILES)
 
 
 def may_decode(config: Mapping[str, Any]) -> bool:
