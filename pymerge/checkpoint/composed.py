@@ -40,6 +40,26 @@ class StackedEntry(TensorEntry):
     def contiguous(self) -> bool:
         return False
 
+    @property
+    def needs_torch(self) -> bool:
+        return True
+
+    @property
+    def output_dtype(self) -> str:
+        return self.matrices[0][0].output_dtype if self.matrices else self.dtype
+
+    @property
+    def decoded_from(self) -> str:
+        return next((part.decoded_from for part in self.parts(0, len(self.matrices)) if part.decoded_from), "")
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(part.stored_bytes for part in self.parts(0, len(self.matrices)))
+
+    @property
+    def decoding_bytes(self) -> int:
+        return max((part.decoding_bytes for part in self.parts(0, len(self.matrices))), default=0)
+
     def rows(self, start: int, stop: int) -> TensorEntry:
         """The entry of matrices `start` to `stop` (exclusive)."""
         matrices = self.matrices[start:stop]

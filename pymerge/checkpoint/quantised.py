@@ -11,7 +11,7 @@ from typing import Any
 
 from pymerge.checkpoint.codes import Described, find_codes
 from pymerge.checkpoint.quantised_formats import BITS_16, by_method, by_name, by_structure, remedy_of
-from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.checkpoint.safetensors_file import TensorEntry, about_dtype
 from pymerge.common.files import parse_json_object, read_text_file
 from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError
@@ -51,11 +51,9 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
 
 
 def refuse_by_file(path: Path) -> None:
-    """Raise CheckpointError for a GGUF file, for a directory with GGUF files alone, and for one of ModelOpt."""
+    """Raise CheckpointError for a GGUF file, and for a directory with GGUF files alone."""
     if path.is_dir():
         names = [entry.name for entry in path.iterdir()] if _may_list(path) else []
-        if MODELOPT_FILE in names:
-            _refuse_modelopt(path / MODELOPT_FILE)
         files = [name for name in names if name.endswith(".gguf")]
         if not files or any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
             return
@@ -65,18 +63,23 @@ def refuse_by_file(path: Path) -> None:
     raise CheckpointError(f"{path}: is quantised (GGUF); {remedy_of('GGUF')}")
 
 
-def _refuse_modelopt(file: Path) -> None:
-    try:
-        settings = parse_json_object(read_text_file(file), unique=False).get("quantization")
-    except (OSError, ValueError):
-        return  # it is no part of the model: what its tensors are, they tell themselves
-    algorithm = settings.get("quant_algo") if isinstance(settings, Mapping) else None
-    if algorithm:  # none if only the cache is quantised
+def refuse_modelopt(folder: Path) -> None:
+    """Raise CheckpointError for a directory whose weights ModelOpt says that it has quantised."""
+    if algorithm := modelopt_algorithm(folder):
         name = f"ModelOpt {algorithm}"
         raise CheckpointError(
-            f"{file}: the model is quantised ({shorten(name)}, by its quant_algo); {remedy_of('ModelOpt')}. {_PLAIN} "
-            "the file"
+            f"{folder / MODELOPT_FILE}: the model is quantised ({shorten(name)}, by its quant_algo); "
+            f"{remedy_of('ModelOpt')}. {_PLAIN} the file"
         )
+
+
+def modelopt_algorithm(folder: Path) -> str | None:
+    """What ModelOpt's file in a directory says of its weights; None if it says nothing, or only of the cache."""
+    try:
+        settings = parse_json_object(read_text_file(folder / MODELOPT_FILE), unique=False).get("quantization")
+    except (OSError, ValueError):
+        return None  # it is no part of the model: what its tensors are, they tell themselves
+    return settings.get("quant_algo") if isinstance(settings, Mapping) else None
 
 
 def _may_list(path: Path) -> bool:
@@ -89,6 +92,9 @@ def _may_list(path: Path) -> bool:
 
 def refuse_by_tensors(tensors: Mapping[str, TensorEntry]) -> None:
     """Raise CheckpointError when names, dtypes and shapes are those of a quantised checkpoint."""
+    for name, entry in tensors.items():
+        if entry.dtype == "F8_E8M0":
+            raise CheckpointError(f"{entry.file}: tensor {shorten(name)}: {about_dtype(entry.dtype)}")
     found = quantised({name: (entry.dtype, entry.shape) for name, entry in tensors.items()})
     if found is not None:
         name, what = found
