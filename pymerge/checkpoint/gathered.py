@@ -52,6 +52,15 @@ class GatheredEntry(TensorEntry):
     def contiguous(self) -> bool:
         return False
 
+    @property
+    def needs_torch(self) -> bool:
+        return True
+
+    @property
+    def output_dtype(self) -> str:
+        tables = sorted(self.rows_map.tables)
+        return _common_dtype([self.sources[table].output_dtype for table in tables] or [self.dtype])
+
 
 def gathered(own: TensorEntry, rows_map: RowMap, sources: Sequence[TensorEntry]) -> GatheredEntry:
     """A table like `own` with gathered rows, in the smallest dtype that holds the rows of all sources."""

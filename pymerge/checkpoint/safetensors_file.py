@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.common.dtypes import ITEM_SIZES, is_float8
 from pymerge.common.files import opened, parse_json_object, read_exactly
 from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError
@@ -48,6 +48,31 @@ class TensorEntry:
     def contiguous(self) -> bool:
         """Whether the bytes of any rows lie in `file` as they are in memory, one after the other."""
         return self.strides is None
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether rows can be read as tensors of PyTorch alone, not as bytes."""
+        return self.strides is not None
+
+    @property
+    def output_dtype(self) -> str:
+        """The dtype of an output like it, where nobody chooses one."""
+        return "BF16" if is_float8(self.dtype) else self.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in files that all rows are made from."""
+        return self.nbytes
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Bytes of memory that reading takes beside the rows themselves."""
+        return 0
+
+    def stored_in(self, start: int, stop: int) -> int:
+        """Bytes in files that rows `start` to `stop` are made from; of all pieces together, `stored_bytes`."""
+        rows = max(1, self.shape[0]) if self.shape else 1
+        return self.stored_bytes * stop // rows - self.stored_bytes * start // rows
 
     def rows(self, start: int, stop: int) -> TensorEntry:
         """The entry of rows `start` to `stop` (exclusive) of a tensor with at least one axis."""
