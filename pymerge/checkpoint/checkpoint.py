@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.model_files import carried_files
-from pymerge.checkpoint.quantised import refuse_by_config, refuse_by_file, refuse_by_tensors
+from pymerge.checkpoint.quantised import refuse_by_config, refuse_by_tensors
 from pymerge.checkpoint.safetensors_file import Header, TensorEntry, read_header
 from pymerge.checkpoint.weight_files import CONVERT, check_index, find_weights, format_of, read_json
 from pymerge.errors import CheckpointError
@@ -22,8 +22,8 @@ class Checkpoint:
 
     `files` are the weight files sorted by name; `tensors` are in the order of files and, inside a file, of a
     safetensors file; `other_files` are relative to `path`; `stamps` maps each weight file to its (size, mtime_ns) when
-    its header was read; `notes` say what of the files is not used; `origin` is "org/name@commit" for a model of
-    the Hugging Face Hub.
+    its header was read; `notes` say what of the files is not used, `base_notes` what an output lacks that is made
+    after it; `origin` is "org/name@commit" for a model of the Hugging Face Hub.
     """
 
     path: Path
@@ -34,22 +34,23 @@ class Checkpoint:
     stamps: dict[Path, tuple[int, int]]
     notes: tuple[str, ...] = ()
     origin: str = ""
+    base_notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a Hugging Face model directory or a single weight file (.safetensors, .bin, .pt, .pth) by headers only.
+    """Open a Hugging Face model directory or a single weight file (.safetensors, .bin, .pt, .pth, .gguf) by headers only.
 
     A directory holds `model.safetensors`, or an index with its shards, or exactly one .safetensors file; when
     several are there the order is this one, which is that of transformers. Without any, the same goes for
-    `pytorch_model.bin`. A single file has no config and no other files. Raises CheckpointError, with what was
-    found and what to do, for anything else, quantised weights among it.
+    `pytorch_model.bin`, and then for a .gguf file. A single file has no other files, and no config but what a .gguf
+    file says of it. Raises CheckpointError, with what was found and what to do, for anything else, quantised weights
+    among it.
     """
     path = Path(path).expanduser()
     if os.path.isdir(path):  # not Path.is_dir, which raises OSError for names that are too long
         return _open_directory(path)
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such file or directory; give a model directory or a weight file")
-    refuse_by_file(path)
     form = format_of(path)
     if form is None:
         raise CheckpointError(
@@ -58,7 +59,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     header = form.read(path)
     refuse_by_tensors(header.entries)
     stamps = {path: (header.file_bytes, header.mtime_ns)}
-    return Checkpoint(path, (path,), header.entries, {}, (), stamps, header.notes)
+    return Checkpoint(
+        path, (path,), header.entries, header.config, (), stamps, header.notes, base_notes=header.base_notes
+    )
 
 
 def _open_directory(path: Path) -> Checkpoint:
@@ -66,7 +69,6 @@ def _open_directory(path: Path) -> Checkpoint:
     config = read_json(config_file, unique=False) if config_file.exists() else {}
     # Before the headers: some formats have dtypes that no header here may have.
     refuse_by_config(config_file, config)
-    refuse_by_file(path)
     form, files, index = find_weights(path)
     headers = {file: form.read(file) for file in files}
     if index is not None:
@@ -75,4 +77,8 @@ def _open_directory(path: Path) -> Checkpoint:
     refuse_by_tensors(tensors)
     stamps = {file: (header.file_bytes, header.mtime_ns) for file, header in headers.items()}
     notes = tuple(note for header in headers.values() for note in header.notes)
-    return Checkpoint(path, files, tensors, config, carried_files(path), stamps, notes)
+    found = Checkpoint(path, files, tensors, config, carried_files(path), stamps, notes)
+    said = next(iter(headers.values()))
+    if said.config and not config:
+        return replace(found, config=said.config, base_notes=said.base_notes)
+    return found

@@ -1,61 +1,94 @@
-"""GGUF's names of tensors as those of transformers, and what its converter has done to their values.
+"""GGUF's names of tensors as those of transformers, and what the conversion to GGUF has done to their values.
 
-llama.cpp's convert_hf_to_gguf.py renames, stacks experts, permutes the rows of q and k where its rotary embedding takes
-pairs of neighbours, adds 1 to norms that the model adds it to, and transposes Conv1D. Only architectures of which all
-of that is known are here; `tests/checkpoint/test_gguf_names.py` holds the names against gguf's own map.
+llama.cpp's converter renames tensors, stacks those of experts, puts the rows of q and k in another order where its
+rotary embedding turns neighbours, adds 1 to norms that the model adds it to, and transposes Conv1D. Only architectures
+of which all of this is known are here.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """One architecture of GGUF: `blocks` and `outside` map GGUF's names, without suffix, to those of transformers.
-
-    In names of transformers, {b} is the number of the block and {e} that of the expert, of which GGUF has one stacked
-    tensor. `permuted`, `shifted` and `transposed` are names of GGUF inside a block; `shifted` also the final norm.
-    """
-
-    prefix: str  # of a block in transformers
-    outside: dict[str, str]
-    blocks: dict[str, str]
-    permuted: frozenset[str] = frozenset()  # rows of each head in pairs of neighbours
-    shifted: bool = False  # norms have 1 more than in transformers
-    transposed: frozenset[str] = frozenset()
-    # Tensors without a parameter in transformers: made from the config, or from another tensor.
-    derived: frozenset[str] = field(default=frozenset({"rope_freqs.weight"}))
+_NAME = re.compile(r"(?:blk\.(?P<block>\d{1,5})\.)?(?P<stem>[a-z0-9_]+)\.(?P<suffix>weight|bias)", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of GGUF in transformers: its name there, with {e} for the number of an expert, and its changes."""
+    """A tensor of GGUF in transformers: `name` has {e} where GGUF stacks what experts have one by one.
+
+    Of a `paired` one, the rows of each head are in another order: rows i and i + half of a head became neighbours.
+    A `shifted` one has 1 more than in transformers, a `transposed` one the axes of nn.Linear where transformers has
+    Conv1D. `first_axis` is an axis of size 1 that GGUF does not have.
+    """
 
     name: str
-    permuted: bool = False
+    paired: bool = False
     shifted: bool = False
     transposed: bool = False
+    first_axis: bool = False
 
-    @property
-    def stacked(self) -> bool:
-        return "{e}" in self.name
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of one architecture, without suffix: outside of blocks, and in blocks, whose list is `blocks`.
+
+    `paired`, `transposed` and `first_axis` are stems of GGUF. `derived` are tensors that are no parameters in
+    transformers, which makes them from config.json or, an output head, from the embedding.
+    """
+
+    blocks: str
+    outside: Mapping[str, str]
+    inside: Mapping[str, str]
+    paired: frozenset[str] = frozenset()
+    shifts_norms: bool = False
+    transposed: frozenset[str] = frozenset()
+    first_axis: frozenset[str] = frozenset()
+    derived: frozenset[str] = field(default=frozenset({"rope_freqs.weight"}))
+
+    def target(self, name: str) -> Target | None:
+        """What a tensor of GGUF is in transformers; None for one that is not known."""
+        found = _NAME.fullmatch(name)
+        if found is None:
+            return None
+        block, stem, suffix = found.groups()
+        if block is None:
+            known = self.outside.get(stem)
+        else:
+            known = self.inside.get(stem)
+            known = known and f"{self.blocks}.{int(block)}.{known}"
+        if known is None:
+            return None
+        return Target(
+            f"{known}.{suffix}",
+            paired=stem in self.paired,
+            shifted=self.shifts_norms and stem.endswith("norm") and suffix == "weight",
+            transposed=stem in self.transposed and suffix == "weight",
+            first_axis=stem in self.first_axis,
+        )
 
 
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_ATTENTION = {f"attn_{ours}": f"self_attn.{theirs}_proj" for ours, theirs in zip(("q", "k", "v", "output"), "qkvo", strict=True)}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_MLP = {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_FOUR_NORMS = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+_OUTPUT_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_FOUR_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_OUTPUT_NORMS}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
 }
-_EXPERTS = {f"ffn_{part}_exps": f"mlp.experts.{{e}}.{part}_proj" for part in ("gate", "up", "down")}
-_SHARED_EXPERT = {f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")}
+_MLP = {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    **{f"ffn_{part}_exps": f"mlp.experts.{{e}}.{part}_proj" for part in ("gate", "up", "down")},
+}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+}
 _MIXTRAL = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.experts.{e}.w1",
@@ -63,8 +96,74 @@ _MIXTRAL = {
     "ffn_up_exps": "block_sparse_moe.experts.{e}.w3",
 }
 _PAIRED = frozenset({"attn_q", "attn_k"})
-_DENSE = {**_NORMS, **_ATTENTION, **_MLP}
 
 
-def _decoder(blocks: dict[str, str], **changes: Any) -> Architecture:
-    return Architecture("model.layers", _OUTSIDE, blocks, **changes)
+def _decoder(
+    *inside: Mapping[str, str],
+    paired: frozenset[str] = frozenset(),
+    shifts_norms: bool = False,
+    first_axis: frozenset[str] = frozenset(),
+    derived: frozenset[str] = frozenset({"rope_freqs.weight"}),
+) -> Architecture:
+    names = {stem: name for part in inside for stem, name in part.items()}
+    return Architecture(
+        "model.layers", _OUTSIDE, names, paired, shifts_norms, first_axis=first_axis, derived=derived
+    )
+
+
+# By general.architecture. Mistral's and Mixtral's files say llama.
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _decoder(_NORMS, _ATTENTION, _MLP, _MIXTRAL, paired=_PAIRED),
+    "smollm3": _decoder(_NORMS, _ATTENTION, _MLP, paired=_PAIRED),
+    "qwen2": _decoder(_NORMS, _ATTENTION, _MLP),
+    "qwen3": _decoder(_NORMS, _ATTENTION, _HEAD_NORMS, _MLP),
+    "qwen2moe": _decoder(
+        _NORMS, _ATTENTION, _MLP, _EXPERTS, _SHARED_EXPERT, first_axis=frozenset({"ffn_gate_inp_shexp"})
+    ),
+    "qwen3moe": _decoder(_NORMS, _ATTENTION, _HEAD_NORMS, _MLP, _EXPERTS),
+    "gemma": _decoder(_NORMS, _ATTENTION, _MLP, shifts_norms=True),
+    "gemma2": _decoder(_FOUR_NORMS, _ATTENTION, _MLP, shifts_norms=True),
+    "gemma3": _decoder(_FOUR_NORMS, _ATTENTION, _HEAD_NORMS, _MLP, shifts_norms=True),
+    "phi3": _decoder(
+        _NORMS,
+        {"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj"},
+        {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"},
+        derived=frozenset({"rope_factors_long.weight", "rope_factors_short.weight"}),
+    ),
+    "olmo2": _decoder(_OUTPUT_NORMS, _ATTENTION, _HEAD_NORMS, _MLP),
+    "command-r": _decoder({"attn_norm": "input_layernorm"}, _ATTENTION, _HEAD_NORMS, _MLP),
+    "starcoder2": _decoder(_NORMS, _ATTENTION, {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
+    "gpt2": Architecture(
+        "transformer.h",
+        {"token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f"},
+        {
+            "attn_norm": "ln_1",
+            "attn_qkv": "attn.c_attn",
+            "attn_output": "attn.c_proj",
+            "ffn_norm": "ln_2",
+            "ffn_up": "mlp.c_fc",
+            "ffn_down": "mlp.c_proj",
+        },
+        transposed=frozenset({"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
+        derived=frozenset({"output.weight"}),
+    ),
+    "bert": Architecture(
+        "encoder.layer",
+        {
+            "token_embd": "embeddings.word_embeddings",
+            "position_embd": "embeddings.position_embeddings",
+            "token_types": "embeddings.token_type_embeddings",
+            "token_embd_norm": "embeddings.LayerNorm",
+        },
+        {
+            "attn_q": "attention.self.query",
+            "attn_k": "attention.self.key",
+            "attn_v": "attention.self.value",
+            "attn_output": "attention.output.dense",
+            "attn_output_norm": "attention.output.LayerNorm",
+            "ffn_up": "intermediate.dense",
+            "ffn_down": "output.dense",
+            "layer_output_norm": "output.LayerNorm",
+        },
+    ),
+}

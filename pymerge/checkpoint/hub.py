@@ -55,10 +55,10 @@ def _cached(repository: str, revision: str | None) -> Path | None:
 
 def _has_weights(folder: Path) -> bool:
     try:
-        find_weights(folder)
+        form, *_ = find_weights(folder)
     except CheckpointError:
         return False
-    return True
+    return form in FORMATS  # a file of GGUF may be there because it was wanted once, beside the weights themselves
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""Quantised checkpoints, recognised by config.json, tensor names or file: they hold codes, not weights."""
+"""Quantised checkpoints, recognised by config.json or tensor names: they hold codes, not weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ _REMEDIES = {
     "compressed-tensors": f"{_ORIGINAL} (transformers: CompressedTensorsConfig(run_compressed=False))",
     "scaled FP8": f"{_ORIGINAL}: each FP8 weight times its scale, saved as bfloat16",
     "MXFP4": f"{_ORIGINAL} (transformers: Mxfp4Config(dequantize=True), then save_pretrained)",
-    "GGUF": f"{_ORIGINAL} (transformers: from_pretrained(..., gguf_file=...), then save_pretrained)",
 }
 # quant_method of config.json -> name above.
 _METHODS = {
@@ -50,27 +49,6 @@ def refuse_by_config(file: Path, config: Mapping[str, Any]) -> None:
             f"{file}: the model is quantised ({shorten(name)}, by its quantization_config); {remedy}. "
             "If its weights are plain numbers already, delete quantization_config from the file"
         )
-
-
-def refuse_by_file(path: Path) -> None:
-    """Raise CheckpointError for a GGUF file, and for a directory with GGUF files alone."""
-    if path.is_dir():
-        names = [entry.name for entry in path.iterdir()] if _may_list(path) else []
-        files = [name for name in names if name.endswith(".gguf")]
-        if not files or any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
-            return
-        path = path / min(files)
-    elif path.suffix != ".gguf":
-        return
-    raise CheckpointError(f"{path}: is quantised (GGUF); {_REMEDIES['GGUF']}")
-
-
-def _may_list(path: Path) -> bool:
-    try:
-        next(path.iterdir(), None)
-    except OSError:
-        return False  # said, with its reason, by those who need the list
-    return True
 
 
 def refuse_by_tensors(tensors: Mapping[str, TensorEntry]) -> None:

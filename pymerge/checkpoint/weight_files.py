@@ -1,4 +1,4 @@
-"""Weight files of a model directory: safetensors first, then those of torch.save."""
+"""Weight files of a model directory: safetensors first, then those of torch.save, then GGUF."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.gguf_folder import find_gguf
 from pymerge.checkpoint.model_files import WEIGHT_SUFFIXES, is_weight_file
 from pymerge.checkpoint.safetensors_file import Header, read_header
 from pymerge.common.files import parse_json_object, read_text_file
@@ -44,15 +45,29 @@ def _read_torch_header(path: Path) -> Header:
     return read_torch_header(path)
 
 
+def _read_gguf(path: Path) -> Header:
+    """Imports gguf, and numpy with it."""
+    try:
+        from pymerge.checkpoint.gguf_file import read_gguf
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "gguf":
+            raise
+        raise CheckpointError(f"{path}: is read with gguf, which is not here; pip install 'pymerge-engine[gguf]'") from error
+    return read_gguf(path)
+
+
+# Those that models are published in, the first one first.
 FORMATS = (
     WeightFormat("model", (".safetensors",), read_header),
     WeightFormat("pytorch_model", (".bin", ".pt", ".pth"), _read_torch_header),
 )
+# A file on this machine alone: a repository has one for each of its many encodings.
+_GGUF = WeightFormat("model", (".gguf",), _read_gguf)
 
 
 def format_of(path: Path) -> WeightFormat | None:
     """The format of a weight file by its suffix, None for one that cannot be read."""
-    return next((form for form in FORMATS if path.suffix in form.suffixes), None)
+    return next((form for form in (*FORMATS, _GGUF) if path.suffix in form.suffixes), None)
 
 
 def find_weights(path: Path) -> tuple[WeightFormat, tuple[Path, ...], str | None]:
@@ -68,6 +83,9 @@ def find_weights(path: Path) -> tuple[WeightFormat, tuple[Path, ...], str | None
         found = _find(path, names, form)
         if found is not None:
             return form, *found
+    gguf = find_gguf(path, names)
+    if gguf is not None:
+        return _GGUF, (gguf,), None
     if "adapter_config.json" in names:
         raise CheckpointError(
             f"{path}: is an adapter, without the model that it is for; "

@@ -1,0 +1,227 @@
+"""A GGUF file as a header: its tensors under the names of transformers, dequantised when they are read.
+
+Imports numpy and gguf; others import it only where there is such a file.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pymerge.checkpoint.decoded import decoded
+from pymerge.checkpoint.gguf_config import Said, config_of
+from pymerge.checkpoint.gguf_decoder import GGUFDecoder
+from pymerge.checkpoint.gguf_folder import MERGE
+from pymerge.checkpoint.gguf_header import GGUFHeader, read_gguf_header
+from pymerge.checkpoint.gguf_layout import ORIGINAL, Place, places
+from pymerge.checkpoint.gguf_names import ARCHITECTURES, Architecture, Target
+from pymerge.checkpoint.safetensors_file import AGAIN, Header, TensorEntry
+from pymerge.common.dtypes import DTYPES
+from pymerge.common.files import opened, read_exactly
+from pymerge.common.names import first_few, shorten
+from pymerge.errors import CheckpointError
+
+# Values that are computed with: numbers above 0 that are the same for all blocks.
+_COUNTS = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "rope.dimension_count", "rope.scaling.original_context_length",
+)  # fmt: skip
+_NUMBERS = (
+    "rope.freq_base", "rope.scaling.factor", "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
+    "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "attention.sliding_window", "expert_count",
+    "expert_used_count", "bos_token_id", "eos_token_id", "padding_token_id",
+)  # fmt: skip
+_MOST_FACTORS = 4096  # one for each pair of a head's elements
+
+
+def read_gguf(path: Path) -> Header:
+    """Read what a GGUF file holds. Of its tensors, only factors of rotary embeddings are read.
+
+    `config` of the header is what the file tells of config.json. Raises CheckpointError for an architecture or an
+    encoding that is not known exactly, for tensors that transformers does not have, and for a damaged file.
+    """
+    header = read_gguf_header(path)
+    name, values = _values(path, header)
+    architecture = ARCHITECTURES[name]
+    placed = places(path, header)
+    targets = _targets(path, name, architecture, placed)
+    written = _written(placed)
+    entries: dict[str, TensorEntry] = {}
+    for key, target in targets.items():
+        for entry in _entries(path, placed[key], target, values, written):
+            if entry.name in entries:
+                raise CheckpointError(f"{path}: has {shorten(entry.name)} twice, again as {shorten(key)}; {AGAIN}")
+            entries[entry.name] = entry
+    derived = {key: place for key, place in placed.items() if key not in targets}
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    config = config_of(name, Said(values, shapes, _factors(path, derived)), DTYPES[written].torch)
+    return Header(
+        entries,
+        {},
+        header.header_bytes,
+        header.file_bytes,
+        header.mtime_ns,
+        notes=(_dequantised(path, placed),),
+        base_notes=tuple(_base_notes(path, derived, config)),
+        config=config,
+    )
+
+
+def _values(path: Path, header: GGUFHeader) -> tuple[str, dict[str, Any]]:
+    """The architecture, and the values that it or the tokenizer has, without these prefixes."""
+    name = header.values.get("general.architecture")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path}: has no general.architecture, so it is no model or damaged; {AGAIN}")
+    parts = header.values.get("split.count", 0)
+    if parts not in (0, 1):
+        raise CheckpointError(
+            f"{path}: is one of {shorten(str(parts))} parts of a model; put them together first: {MERGE}"
+        )
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: is GGUF of architecture {shorten(name)}, whose weights pymerge cannot turn back into those of "
+            f"transformers (it can for {', '.join(ARCHITECTURES)}); {ORIGINAL}"
+        )
+    kept: dict[str, Any] = {}
+    for prefix in ("tokenizer.ggml.", f"{name}."):
+        kept |= {key.removeprefix(prefix): value for key, value in header.values.items() if key.startswith(prefix)}
+    for key in _COUNTS:
+        value = kept.get(key)
+        if isinstance(value, list) and value and all(each == value[0] for each in value):
+            kept[key] = value = value[0]
+        if key in kept and (type(value) is not int or value <= 0):
+            raise CheckpointError(
+                f"{path}: {name}.{key} is {shorten(str(value))}, not one number for all blocks; {ORIGINAL}"
+            )
+    for key in _NUMBERS:
+        if key in kept and type(kept[key]) not in (int, float):
+            raise CheckpointError(f"{path}: the value of {key} is {shorten(str(kept[key]))}, no number; {AGAIN}")
+    if name == "bert" and kept.get("model") != "bert":
+        raise CheckpointError(
+            f"{path}: is GGUF of a model like BERT whose tokenizer is not BERT's, such as RoBERTa, of which GGUF does "
+            f"not keep all positions; {ORIGINAL}"
+        )
+    return name, kept
+
+
+def _targets(
+    path: Path, name: str, architecture: Architecture, placed: Mapping[str, Place]
+) -> dict[str, Target]:
+    """What each tensor is in transformers, without those that are no parameters there."""
+    found = {key: architecture.target(key) for key in placed if key not in architecture.derived}
+    unknown = [key for key, target in found.items() if target is None]
+    if unknown:
+        raise CheckpointError(
+            f"{path}: has {first_few(unknown)}, of which pymerge does not know what transformers has for it in "
+            f"{name} models; {ORIGINAL}"
+        )
+    return {key: target for key, target in found.items() if target is not None}
+
+
+def _written(placed: Mapping[str, Place]) -> str:
+    """The dtype that an output gets where nobody chooses one: that of the matrices if they are F16 or F32, BF16 where
+    the file has been quantised. Norms and biases are F32 in every GGUF file, whatever they were."""
+    kinds = {place.encoding.name for place in placed.values() if len(place.stored.shape) > 1}
+    return kinds.pop() if len(kinds) == 1 and kinds <= {"F16", "F32"} else "BF16"
+
+
+def _entries(
+    path: Path, place: Place, target: Target, values: Mapping[str, Any], written: str
+) -> Iterator[TensorEntry]:
+    """The tensors of transformers that a stored one is: as many as there are experts of a stacked one."""
+    stored, stacked = place.stored, "{e}" in target.name
+    where = f"{path}: tensor {shorten(stored.name)}"
+    axes = (3,) if stacked else (1,) if target.shifted or stored.name.endswith(".bias") else (1, 2)
+    if len(stored.shape) not in axes:
+        raise CheckpointError(f"{where}: has shape {list(stored.shape)}, where the model has {axes[0]} axes; {AGAIN}")
+    heads = _heads(where, place, values) if target.paired else 0
+    if not stacked:
+        yield _entry(path, place, target, target.name, stored.shape, 0, heads, written)
+        return
+    shape = stored.shape[1:]
+    for expert in range(stored.shape[0]):
+        name = target.name.replace("{e}", str(expert))
+        yield _entry(path, place, target, name, shape, expert * place.bytes_of(shape), heads, written)
+
+
+def _heads(where: str, place: Place, values: Mapping[str, Any]) -> int:
+    """Number of heads of q or k, in each of which rows are in another order."""
+    key = "attention.head_count"
+    heads = values.get(key)
+    if ".attn_k." in place.stored.name:
+        heads = values.get(f"{key}_kv", heads)
+    rows = place.stored.shape[0]
+    if heads is None or rows % (2 * heads) or (len(place.stored.shape) == 1 and place.encoding.block > 1):
+        raise CheckpointError(
+            f"{where}: has {rows} rows ({place.encoding.name}), which are not {heads} heads of an even size; {AGAIN}"
+        )
+    return int(heads)
+
+
+def _entry(
+    path: Path,
+    place: Place,
+    target: Target,
+    name: str,
+    shape: tuple[int, ...],
+    start: int,
+    heads: int,
+    written: str,
+) -> TensorEntry:
+    """One tensor of transformers, which begins so many bytes behind the stored one's beginning."""
+    encoding, offset, nbytes = place.encoding, place.stored.offset + start, place.bytes_of(shape)
+    size = (1, *shape) if target.first_axis and len(shape) == 1 else shape
+    if encoding.name == written and not (heads or target.shifted or target.transposed):
+        return TensorEntry(name, written, size, path, offset, nbytes)
+    rows = shape[0] if len(shape) > 1 else 1 if len(size) > 1 else shape[0] // encoding.block
+    codes = TensorEntry(place.stored.name, "U8", (rows, nbytes // rows), path, offset, nbytes)
+    decoder = GGUFDecoder(
+        codes,
+        encoding.number,
+        size[::-1] if target.transposed else size,
+        heads=heads,
+        shift=-1.0 if target.shifted else 0.0,
+        transposed=target.transposed,
+    )
+    return decoded(name, decoder, written)
+
+
+def _factors(path: Path, derived: Mapping[str, Place]) -> dict[str, tuple[float, ...]]:
+    """The numbers of tensors that stand for settings of rotary embeddings."""
+    found = {}
+    for key, place in derived.items():
+        count = place.stored.shape[-1]
+        if not key.startswith("rope_") or place.encoding.name != "F32" or len(place.stored.shape) != 1:
+            continue
+        if count <= _MOST_FACTORS:
+            with opened(path, "GGUF") as (descriptor, _):
+                data = read_exactly(descriptor, place.nbytes, place.stored.offset)
+            if len(data) != place.nbytes:
+                raise CheckpointError(f"{path}: became shorter while {shorten(key)} was read; {AGAIN}")
+            found[key] = struct.unpack(f"<{count}f", data)
+    return found
+
+
+def _dequantised(path: Path, placed: Mapping[str, Place]) -> str:
+    kinds = {}
+    for place in placed.values():
+        kinds[place.encoding.name] = kinds.get(place.encoding.name, 0) + 1
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
+    return f"{path}: tensors of GGUF ({listed}) are dequantised, and have the names that transformers gives them"
+
+
+def _base_notes(path: Path, derived: Mapping[str, Place], config: Mapping[str, Any]) -> Iterator[str]:
+    """What an output that is made after this file lacks."""
+    yield (
+        f"{path}: GGUF has no config.json and no tokenizer of transformers: config.json is made from what the file says, "
+        "and the output has no tokenizer; to have the original's, put the file into a folder with them and give the "
+        "folder"
+    )
+    if any(key.startswith("rope_") for key in derived) and "rope_scaling" not in config:
+        names = first_few(key for key in derived if key.startswith("rope_"))
+        yield (
+            f"{path}: {names}: the settings of rotary embeddings behind these factors are not known; write rope_scaling "
+            "into config.json as the original has it"
+        )
