@@ -133,9 +133,11 @@ def _entries(
     """The tensors of transformers that a stored one is: as many as there are experts of a stacked one."""
     stored, stacked = place.stored, "{e}" in target.name
     where = f"{path}: tensor {shorten(stored.name)}"
-    axes = (3,) if stacked else (1,) if target.shifted or stored.name.endswith(".bias") else (1, 2)
-    if len(stored.shape) not in axes:
-        raise CheckpointError(f"{where}: has shape {list(stored.shape)}, where the model has {axes[0]} axes; {AGAIN}")
+    most = 3 if stacked else 1 if target.shifted or stored.name.endswith(".bias") else 2
+    if len(stored.shape) > most or (stacked and len(stored.shape) < most):
+        raise CheckpointError(
+            f"{where}: has shape {list(stored.shape)}, where {shorten(target.name)} has {most} axes; {AGAIN}"
+        )
     heads = _heads(where, place, values) if target.paired else 0
     if not stacked:
         yield _entry(path, place, target, target.name, stored.shape, 0, heads, written)
