@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.dequantise.recognise import dequantise, may_decode
 from pymerge.checkpoint.model_files import carried_files
 from pymerge.checkpoint.quantised import refuse_by_config, refuse_by_tensors
 from pymerge.checkpoint.safetensors_file import Header, TensorEntry, read_header
@@ -21,9 +22,10 @@ class Checkpoint:
     """An opened checkpoint.
 
     `files` are the weight files sorted by name; `tensors` are in the order of files and, inside a file, of a
-    safetensors file; `other_files` are relative to `path`; `stamps` maps each weight file to its (size, mtime_ns) when
-    its header was read; `notes` say what of the files is not used, `base_notes` what an output lacks that is made
-    after it; `origin` is "org/name@commit" for a model of the Hugging Face Hub.
+    safetensors file, under plain names where they are decoded; `config` says nothing of quantisation; `other_files` are
+    relative to `path`; `stamps` maps each weight file to its (size, mtime_ns) when its header was read; `notes` say
+    what of the files is not used, `base_notes` what an output lacks that is made after it; `origin` is
+    "org/name@commit" for a model of the Hugging Face Hub.
     """
 
     path: Path
@@ -44,7 +46,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     several are there the order is this one, which is that of transformers. Without any, the same goes for
     `pytorch_model.bin`, and then for a .gguf file. A single file has no other files, and no config but what a .gguf
     file says of it. Raises CheckpointError, with what was found and what to do, for anything else, quantised weights
-    among it.
+    among it whose values cannot be had exactly; others are entries that are decoded when they are read.
     """
     path = Path(path).expanduser()
     if os.path.isdir(path):  # not Path.is_dir, which raises OSError for names that are too long
@@ -57,28 +59,30 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             f"{path}: is neither a directory nor a .safetensors file (nor .bin, .pt, .pth of PyTorch); {CONVERT}"
         )
     header = form.read(path)
-    refuse_by_tensors(header.entries)
     stamps = {path: (header.file_bytes, header.mtime_ns)}
-    return Checkpoint(
-        path, (path,), header.entries, header.config, (), stamps, header.notes, base_notes=header.base_notes
-    )
+    found = dequantise(path, header.entries, header.config, stamps)
+    refuse_by_tensors(found.tensors)
+    notes = (*header.notes, *found.notes)
+    return Checkpoint(path, (path,), found.tensors, found.config, (), stamps, notes, base_notes=header.base_notes)
 
 
 def _open_directory(path: Path) -> Checkpoint:
     config_file = path / "config.json"
     config = read_json(config_file, unique=False) if config_file.exists() else {}
-    # Before the headers: some formats have dtypes that no header here may have.
-    refuse_by_config(config_file, config)
+    if not may_decode(config):  # before the headers: some formats have dtypes that no header here may have
+        refuse_by_config(config_file, config)
     form, files, index = find_weights(path)
     headers = {file: form.read(file) for file in files}
     if index is not None:
         check_index(path / index, form, headers)
     tensors = {name: entry for header in headers.values() for name, entry in header.entries.items()}
-    refuse_by_tensors(tensors)
     stamps = {file: (header.file_bytes, header.mtime_ns) for file, header in headers.items()}
-    notes = tuple(note for header in headers.values() for note in header.notes)
-    found = Checkpoint(path, files, tensors, config, carried_files(path), stamps, notes)
-    said = next(iter(headers.values()))
-    if said.config and not config:
-        return replace(found, config=said.config, base_notes=said.base_notes)
-    return found
+    base_notes: tuple[str, ...] = ()
+    if not config:  # but a file may say something of it
+        config, base_notes = next((header.config, header.base_notes) for header in headers.values())
+    found = dequantise(path, tensors, config, stamps)
+    refuse_by_config(config_file, found.config)
+    refuse_by_tensors(found.tensors)
+    notes = (*(note for header in headers.values() for note in header.notes), *found.notes)
+    others = found.carried(carried_files(path))
+    return Checkpoint(path, files, found.tensors, found.config, others, stamps, notes, base_notes=base_notes)

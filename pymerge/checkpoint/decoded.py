@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Elements that are decoded at once: so many that the interpreter costs little beside them, and so few that codes and
 # values are still in a core's second-level cache when they are multiplied.
-CHUNK_ELEMENTS = 2**17
+CHUNK_ELEMENTS = 2**18
 
 # Reads rows of a stored tensor, from one to before another, as row-major bytes: `Reader.read_bytes`. A tensor without
 # axes has one row.
@@ -92,6 +92,10 @@ class DecodedEntry(TensorEntry):
     @property
     def output_dtype(self) -> str:
         return self.written
+
+    @property
+    def decoded_from(self) -> str:
+        return self.decoder.kind
 
     @property
     def stored_bytes(self) -> int:

@@ -61,6 +61,19 @@ class GatheredEntry(TensorEntry):
         tables = sorted(self.rows_map.tables)
         return _common_dtype([self.sources[table].output_dtype for table in tables] or [self.dtype])
 
+    @property
+    def decoded_from(self) -> str:
+        return next((source.decoded_from for source in self.sources if source.decoded_from), "")
+
+    @property
+    def stored_bytes(self) -> int:
+        stored, plain = (sum(sizes) for sizes in zip(*((each.stored_bytes, each.nbytes) for each in self.sources)))
+        return self.nbytes * stored // max(1, plain)
+
+    @property
+    def decoding_bytes(self) -> int:
+        return max(source.decoding_bytes for source in self.sources)
+
 
 def gathered(own: TensorEntry, rows_map: RowMap, sources: Sequence[TensorEntry]) -> GatheredEntry:
     """A table like `own` with gathered rows, in the smallest dtype that holds the rows of all sources."""

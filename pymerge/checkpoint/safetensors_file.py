@@ -61,6 +61,11 @@ class TensorEntry:
         return "BF16" if is_float8(self.dtype) else self.dtype
 
     @property
+    def decoded_from(self) -> str:
+        """The quantised format that its values are made from; "" if they are stored as they are."""
+        return ""
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes in files that all rows are made from."""
         return self.nbytes

@@ -80,8 +80,7 @@ class TorchWorker:
 
     def _load_one(self, job: Job, entry: TensorEntry, room: Tensor | None) -> Tensor:
         piece = job.piece
-        rows = entry.shape[0] if entry.shape else 1
-        nbytes = entry.nbytes * (piece.stop - piece.start) // max(1, rows)
+        nbytes = entry.stored_in(piece.start, piece.stop)
         with self._tracer.span("read", entry.name, nbytes):
             tensor = upcast(self._transfer.load(self._reader, entry, piece, room))
             if job.reads_last and not self._keeps_cache:

@@ -329,7 +329,7 @@ def _other_dtypes(donor: Checkpoint, output: Checkpoint) -> list[str]:
     others = [
         name
         for name, entry in output.tensors.items()
-        if is_float(entry.dtype) and entry.dtype != donor.tensors[name].dtype
+        if is_float(entry.dtype) and entry.output_dtype != donor.tensors[name].output_dtype
     ]
     text = f"{listed(others)}: of another dtype than in {donor.path}, and written so; set dtype to have one for all"
     return [text] if others else []

@@ -209,7 +209,7 @@ def _action(
 def _output_dtype(entry: TensorEntry, layer: Layer, wanted: str | None) -> str:
     if layer.kind is Kind.BUFFER:
         return entry.dtype
-    return CODES[wanted] if wanted else "BF16" if is_float8(entry.dtype) else entry.dtype
+    return CODES[wanted] if wanted else entry.output_dtype
 
 
 def _config_json(donor: Checkpoint, wanted: str | None, keys: Mapping[str, Any]) -> bytes | None:
