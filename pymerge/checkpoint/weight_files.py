@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.gguf_folder import find_gguf
+from pymerge.checkpoint.gguf.folder import find_gguf
 from pymerge.checkpoint.model_files import WEIGHT_SUFFIXES, is_weight_file
 from pymerge.checkpoint.safetensors_file import Header, read_header
 from pymerge.common.files import parse_json_object, read_text_file
@@ -48,7 +48,7 @@ def _read_torch_header(path: Path) -> Header:
 def _read_gguf(path: Path) -> Header:
     """Imports gguf, and numpy with it."""
     try:
-        from pymerge.checkpoint.gguf_file import read_gguf
+        from pymerge.checkpoint.gguf.file import read_gguf
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "gguf":
             raise

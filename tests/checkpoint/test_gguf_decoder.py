@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from pymerge.checkpoint import decoded as decoded_module
 from pymerge.checkpoint.decoded import DecodedEntry, decoded
-from pymerge.checkpoint.gguf_decoder import GGUFDecoder
-from pymerge.checkpoint.gguf_layout import Encoding, encoding
+from pymerge.checkpoint.gguf.decoder import GGUFDecoder
+from pymerge.checkpoint.gguf.layout import Encoding, encoding
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from pymerge.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from pymerge.checkpoint.gguf_config import llama3_scaling
+from pymerge.checkpoint.gguf.config import llama3_scaling
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.weight_files import FORMATS
 from pymerge.errors import CheckpointError
@@ -324,7 +324,7 @@ def test_the_hub_is_not_asked_for_it() -> None:
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "gguf"]:
         monkeypatch.setitem(sys.modules, name, None)
-    for name in [name for name in sys.modules if name.startswith("pymerge.checkpoint.gguf_")]:
+    for name in [name for name in sys.modules if name.startswith("pymerge.checkpoint.gguf.")]:
         monkeypatch.delitem(sys.modules, name)
     file = tmp_path / "x.gguf"
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))

@@ -12,7 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from pymerge.checkpoint.checkpoint import open_checkpoint
-from pymerge.checkpoint.gguf_header import Passed, read_gguf_header
+from pymerge.checkpoint.gguf.header import Passed, read_gguf_header
 from pymerge.errors import CheckpointError
 from tests.helpers.gguf_files import converted, grouped_llama, llama_values, write_gguf
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import pytest
 
-from pymerge.checkpoint.gguf_names import ARCHITECTURES
+from pymerge.checkpoint.gguf.names import ARCHITECTURES
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

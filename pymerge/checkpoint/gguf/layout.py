@@ -12,7 +12,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from pymerge.checkpoint.gguf_header import GGUFHeader, StoredTensor
+from pymerge.checkpoint.gguf.header import GGUFHeader, StoredTensor
 from pymerge.checkpoint.safetensors_file import AGAIN
 from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.decoded import decoded
-from pymerge.checkpoint.gguf_config import Said, config_of
-from pymerge.checkpoint.gguf_decoder import GGUFDecoder
-from pymerge.checkpoint.gguf_folder import MERGE
-from pymerge.checkpoint.gguf_header import GGUFHeader, read_gguf_header
-from pymerge.checkpoint.gguf_layout import ORIGINAL, Place, places
-from pymerge.checkpoint.gguf_names import ARCHITECTURES, Architecture, Target
+from pymerge.checkpoint.gguf.config import Said, config_of
+from pymerge.checkpoint.gguf.decoder import GGUFDecoder
+from pymerge.checkpoint.gguf.folder import MERGE
+from pymerge.checkpoint.gguf.header import GGUFHeader, read_gguf_header
+from pymerge.checkpoint.gguf.layout import ORIGINAL, Place, places
+from pymerge.checkpoint.gguf.names import ARCHITECTURES, Architecture, Target
 from pymerge.checkpoint.safetensors_file import AGAIN, Header, TensorEntry
 from pymerge.common.dtypes import DTYPES
 from pymerge.common.files import opened, read_exactly
