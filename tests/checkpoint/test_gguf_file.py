@@ -28,6 +28,7 @@ BLOCKS, HIDDEN, INNER, ROWS = 2, 64, 96, 48
 SIZES: dict[str, Any] = {"block_count": BLOCKS, "embedding_length": HIDDEN, "feed_forward_length": INNER}
 SIZES |= {"attention.head_count": 4, "attention.head_count_kv": 2, "context_length": 128}
 SIZES |= {"attention.layer_norm_rms_epsilon": 1e-6, "attention.layer_norm_epsilon": 1e-12, "rope.freq_base": 1e6}
+SIZES |= {"tokenizer.ggml.padding_token_id": 0}
 
 
 def as_in_practice(name: str, array: NDArray[Any]) -> Type:
@@ -77,7 +78,7 @@ def shapes_of(architecture: str) -> dict[str, tuple[int, ...]]:
         },
         "olmo2": {
             **dict.fromkeys(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight"), (HIDDEN,)),
-            **attention, **of_heads, **mlp,
+            **attention, "self_attn.q_norm.weight": (HIDDEN,), "self_attn.k_norm.weight": (HIDDEN // 2,), **mlp,
         },
         "command-r": {"input_layernorm.weight": (HIDDEN,), **attention, **mlp},
         "starcoder2": {
@@ -211,7 +212,7 @@ def test_config_of_a_llama(tmp_path: Path) -> None:
             {"model_type": "olmo3", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}),
         ("command-r", {"logit_scale": 0.0625}, {"model_type": "cohere", "logit_scale": 0.0625, "use_qk_norm": False}),
         ("starcoder2", {}, {"use_bias": True, "norm_epsilon": 1e-12}),
-        ("gpt2", {}, {"n_embd": 64, "n_layer": 2, "n_positions": 128, "n_inner": 96}),
+        ("gpt2", {}, {"n_embd": 64, "n_layer": 2, "n_positions": 32, "n_inner": 96}),
         ("bert", {}, {"type_vocab_size": 2, "max_position_embeddings": 32, "layer_norm_eps": 1e-12}),
         ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}),

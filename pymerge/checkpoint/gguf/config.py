@@ -211,7 +211,7 @@ def _starcoder2(said: Said, config: dict[str, Any]) -> None:
 
 
 def _gpt2(said: Said, config: dict[str, Any]) -> None:
-    config["n_ctx"] = config.get("n_positions")
+    config["n_positions"] = config["n_ctx"] = said.rows("wpe.weight")
     if config.get("n_inner") == 4 * config.get("n_embd", 0):
         config["n_inner"] = None
 

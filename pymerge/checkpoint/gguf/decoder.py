@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from pymerge.checkpoint.decoded import Decoder, ReadRows, Span
 from pymerge.checkpoint.safetensors_file import TensorEntry
 
+# Encodings that are numbers as they are.
+PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 # Bytes that dequantising takes for each element: its result, the parts that this is put together from, and what a group
 # of rows is computed in.
 _WORK_BYTES = 24
@@ -38,7 +40,7 @@ class GGUFDecoder(Decoder):
 
     @property
     def kind(self) -> str:
-        return f"GGUF {GGMLQuantizationType(self.type).name}"
+        return "" if self.type in PLAIN else f"GGUF {GGMLQuantizationType(self.type).name}"
 
     @property
     def shape(self) -> tuple[int, ...]:

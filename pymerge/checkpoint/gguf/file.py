@@ -6,13 +6,14 @@ Imports numpy and gguf; others import it only where there is such a file.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.decoded import decoded
 from pymerge.checkpoint.gguf.config import Said, config_of
-from pymerge.checkpoint.gguf.decoder import GGUFDecoder
+from pymerge.checkpoint.gguf.decoder import PLAIN, GGUFDecoder
 from pymerge.checkpoint.gguf.folder import MERGE
 from pymerge.checkpoint.gguf.header import GGUFHeader, read_gguf_header
 from pymerge.checkpoint.gguf.layout import ORIGINAL, Place, places
@@ -63,7 +64,7 @@ def read_gguf(path: Path) -> Header:
         header.header_bytes,
         header.file_bytes,
         header.mtime_ns,
-        notes=(_dequantised(path, placed),),
+        notes=(_read_as(path, placed),),
         base_notes=tuple(_base_notes(path, derived, config)),
         config=config,
     )
@@ -206,12 +207,11 @@ def _factors(path: Path, derived: Mapping[str, Place]) -> dict[str, tuple[float,
     return found
 
 
-def _dequantised(path: Path, placed: Mapping[str, Place]) -> str:
-    kinds = {}
-    for place in placed.values():
-        kinds[place.encoding.name] = kinds.get(place.encoding.name, 0) + 1
-    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
-    return f"{path}: tensors of GGUF ({listed}) are dequantised, and have the names that transformers gives them"
+def _read_as(path: Path, placed: Mapping[str, Place]) -> str:
+    kinds = Counter(place.encoding.name for place in placed.values() if place.encoding.number not in PLAIN)
+    listed = ", ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items(), key=lambda each: (-each[1], each[0])))
+    text = f"{path}: is GGUF, read under the names of transformers"
+    return f"{text}; tensors that are dequantised: {listed}" if listed else text
 
 
 def _base_notes(path: Path, derived: Mapping[str, Place], config: Mapping[str, Any]) -> Iterator[str]:

@@ -70,6 +70,7 @@ class Architecture:
 
 
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_TIED = {name: known for name, known in _OUTSIDE.items() if name != "output"}  # which GGUF has no head for
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _OUTPUT_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _FOUR_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_OUTPUT_NORMS}
@@ -100,6 +101,7 @@ _PAIRED = frozenset({"attn_q", "attn_k"})
 
 def _decoder(
     *inside: Mapping[str, str],
+    outside: Mapping[str, str] = _OUTSIDE,
     paired: frozenset[str] = frozenset(),
     shifts_norms: bool = False,
     first_axis: frozenset[str] = frozenset(),
@@ -107,7 +109,7 @@ def _decoder(
 ) -> Architecture:
     names = {stem: name for part in inside for stem, name in part.items()}
     return Architecture(
-        "model.layers", _OUTSIDE, names, paired, shifts_norms, first_axis=first_axis, derived=derived
+        "model.layers", outside, names, paired, shifts_norms, first_axis=first_axis, derived=derived
     )
 
 
@@ -118,11 +120,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _decoder(_NORMS, _ATTENTION, _MLP),
     "qwen3": _decoder(_NORMS, _ATTENTION, _HEAD_NORMS, _MLP),
     "qwen2moe": _decoder(
-        _NORMS, _ATTENTION, _MLP, _EXPERTS, _SHARED_EXPERT, first_axis=frozenset({"ffn_gate_inp_shexp"})
+        _NORMS, _ATTENTION, _EXPERTS, _SHARED_EXPERT, first_axis=frozenset({"ffn_gate_inp_shexp"})
     ),
-    "qwen3moe": _decoder(_NORMS, _ATTENTION, _HEAD_NORMS, _MLP, _EXPERTS),
-    "gemma": _decoder(_NORMS, _ATTENTION, _MLP, shifts_norms=True),
-    "gemma2": _decoder(_FOUR_NORMS, _ATTENTION, _MLP, shifts_norms=True),
+    "qwen3moe": _decoder(_NORMS, _ATTENTION, _HEAD_NORMS, _EXPERTS),
+    "gemma": _decoder(_NORMS, _ATTENTION, _MLP, outside=_TIED, shifts_norms=True),
+    "gemma2": _decoder(_FOUR_NORMS, _ATTENTION, _MLP, outside=_TIED, shifts_norms=True),
     "gemma3": _decoder(_FOUR_NORMS, _ATTENTION, _HEAD_NORMS, _MLP, shifts_norms=True),
     "phi3": _decoder(
         _NORMS,
@@ -131,7 +133,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         derived=frozenset({"rope_factors_long.weight", "rope_factors_short.weight"}),
     ),
     "olmo2": _decoder(_OUTPUT_NORMS, _ATTENTION, _HEAD_NORMS, _MLP),
-    "command-r": _decoder({"attn_norm": "input_layernorm"}, _ATTENTION, _HEAD_NORMS, _MLP),
+    "command-r": _decoder({"attn_norm": "input_layernorm"}, _ATTENTION, _HEAD_NORMS, _MLP, outside=_TIED),
     "starcoder2": _decoder(_NORMS, _ATTENTION, {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
     "gpt2": Architecture(
         "transformer.h",
