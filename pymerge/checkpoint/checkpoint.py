@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a Hugging Face model directory or a single weight file (.safetensors, .bin, .pt, .pth, .gguf) by headers only.
+    """Open a Hugging Face model directory or one weight file (.safetensors, .bin, .pt, .pth, .gguf) by headers only.
 
     A directory holds `model.safetensors`, or an index with its shards, or exactly one .safetensors file; when
     several are there the order is this one, which is that of transformers. Without any, the same goes for

@@ -52,7 +52,9 @@ def _read_gguf(path: Path) -> Header:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "gguf":
             raise
-        raise CheckpointError(f"{path}: is read with gguf, which is not here; pip install 'pymerge-engine[gguf]'") from error
+        raise CheckpointError(
+            f"{path}: is read with gguf, which is not here; pip install 'pymerge-engine[gguf]'"
+        ) from error
     return read_gguf(path)
 
 

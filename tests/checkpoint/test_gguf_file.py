@@ -206,7 +206,8 @@ def test_config_of_a_llama(tmp_path: Path) -> None:
         ("qwen3moe", {}, {"model_type": "qwen3_moe", "norm_topk_prob": True, "moe_intermediate_size": 96}),
         ("gemma2", {"attn_logit_softcapping": 50.0}, {"attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 16}),
         ("gemma3", {"attention.sliding_window": 512}, {"model_type": "gemma3_text", "sliding_window": 512}),
-        ("phi3", {"attention.sliding_window": 0, "rope.dimension_count": 12}, {"partial_rotary_factor": 0.75, "sliding_window": None}),
+        ("phi3", {"attention.sliding_window": 0, "rope.dimension_count": 12},
+            {"partial_rotary_factor": 0.75, "sliding_window": None}),
         ("olmo2", {}, {"model_type": "olmo2"}),
         ("olmo2", {"attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False]},
             {"model_type": "olmo3", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}),
@@ -306,7 +307,9 @@ def test_folders(tmp_path: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "mine"}')
     assert (open_checkpoint(folder).config, open_checkpoint(folder).base_notes) == ({"model_type": "mine"}, ())
     (folder / "x-Q8_0.gguf").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"2 \.gguf files \('x-Q4_0.gguf', 'x-Q8_0.gguf'\); give one of the files"):
+    with pytest.raises(
+        CheckpointError, match=r"2 \.gguf files \('x-Q4_0.gguf', 'x-Q8_0.gguf'\); give one of the files"
+    ):
         open_checkpoint(folder)
     save_file({"a": torch.ones(2)}, folder / "model.safetensors")
     assert open_checkpoint(folder).tensors.keys() == {"a"}

@@ -66,7 +66,12 @@ def test_a_sum_is_that_of_the_values(
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("ties", {"weight": 0.7, "density": 0.5}), ("slerp", {"t": 0.3}), ("ace", {}), ("della", {"weight": 0.4, "density": 0.5})],
+    [
+        ("ties", {"weight": 0.7, "density": 0.5}),
+        ("slerp", {"t": 0.3}),
+        ("ace", {}),
+        ("della", {"weight": 0.4, "density": 0.5}),
+    ],
 )
 def test_other_methods_make_the_same_of_both(
     method: str, parameters: dict[str, Any], models: tuple[Path, dict[str, Tensors]]
@@ -97,7 +102,12 @@ def test_dtype_config_and_warnings_of_an_output(models: tuple[Path, dict[str, Te
     said = " ".join(done.out.split())
     assert "dequantised: 10 of Q4_0, 2 of Q5_1, 2 of Q8_0" in said
     assert "the output has no tokenizer" in said
-    config = {"merge_method": "linear", "base_model": "base", "models": [{"model": "e0.gguf"}], "parameters": {"weight": 1.0}}
+    config = {
+        "merge_method": "linear",
+        "base_model": "base",
+        "models": [{"model": "e0.gguf"}],
+        "parameters": {"weight": 1.0},
+    }
     (folder / "merge.yml").write_text(json.dumps(config))
     done = pymerge("plan", folder / "merge.yml")
     assert done.code == 0, done

@@ -65,8 +65,8 @@ def config_of(architecture: str, said: Said, dtype: str) -> dict[str, Any]:
         value = said.values.get(key)
         if value is not None:
             config[ours] = _number(value)
-    config["vocab_size"] = said.rows("embed_tokens.weight") or said.rows("wte.weight") or said.rows(
-        "word_embeddings.weight"
+    config["vocab_size"] = (
+        said.rows("embed_tokens.weight") or said.rows("wte.weight") or said.rows("word_embeddings.weight")
     )
     for key, ours in _TOKENS.items():
         if key in said.values:
@@ -108,7 +108,7 @@ def _rope_scaling(said: Said, config: dict[str, Any]) -> None:
 def _llama(said: Said, config: dict[str, Any]) -> None:
     _head_dim(said, config)
     _rope_scaling(said, config)
-    if "expert_count" in said.values and said.values["expert_count"]:
+    if said.values.get("expert_count"):
         config["model_type"], config["architectures"] = "mixtral", ["MixtralForCausalLM"]
         config["num_local_experts"] = said.values["expert_count"]
         config["num_experts_per_tok"] = said.values.get("expert_used_count", 2)
@@ -122,9 +122,9 @@ def _llama(said: Said, config: dict[str, Any]) -> None:
 
 def llama3_scaling(factors: Sequence[float], theta: float) -> dict[str, Any] | None:
     """The rope_scaling of Llama 3 that gives these factors of frequencies; None if its usual settings do not."""
-    if not factors:
+    factor = max(factors, default=0.0)
+    if factor < 1:
         return None
-    factor = max(factors)
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     context = _LLAMA3["original_max_position_embeddings"]
     for index, found in enumerate(factors):

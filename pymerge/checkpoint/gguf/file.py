@@ -5,6 +5,7 @@ Imports numpy and gguf; others import it only where there is such a file.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -97,8 +98,9 @@ def _values(path: Path, header: GGUFHeader) -> tuple[str, dict[str, Any]]:
                 f"{path}: {name}.{key} is {shorten(str(value))}, not one number for all blocks; {ORIGINAL}"
             )
     for key in _NUMBERS:
-        if key in kept and type(kept[key]) not in (int, float):
-            raise CheckpointError(f"{path}: the value of {key} is {shorten(str(kept[key]))}, no number; {AGAIN}")
+        value = kept.get(key, 1)
+        if type(value) not in (int, float) or not math.isfinite(value) or (key == "rope.freq_base" and value <= 0):
+            raise CheckpointError(f"{path}: the value of {key} is {shorten(str(value))}, which cannot be; {AGAIN}")
     if name == "bert" and kept.get("model") != "bert":
         raise CheckpointError(
             f"{path}: is GGUF of a model like BERT whose tokenizer is not BERT's, such as RoBERTa, of which GGUF does "
@@ -107,9 +109,7 @@ def _values(path: Path, header: GGUFHeader) -> tuple[str, dict[str, Any]]:
     return name, kept
 
 
-def _targets(
-    path: Path, name: str, architecture: Architecture, placed: Mapping[str, Place]
-) -> dict[str, Target]:
+def _targets(path: Path, name: str, architecture: Architecture, placed: Mapping[str, Place]) -> dict[str, Target]:
     """What each tensor is in transformers, without those that are no parameters there."""
     found = {key: architecture.target(key) for key in placed if key not in architecture.derived}
     unknown = [key for key, target in found.items() if target is None]
@@ -204,12 +204,16 @@ def _factors(path: Path, derived: Mapping[str, Place]) -> dict[str, tuple[float,
             if len(data) != place.nbytes:
                 raise CheckpointError(f"{path}: became shorter while {shorten(key)} was read; {AGAIN}")
             found[key] = struct.unpack(f"<{count}f", data)
+            if not all(map(math.isfinite, found[key])):
+                raise CheckpointError(f"{path}: tensor {shorten(key)} holds NaN or infinity; {AGAIN}")
     return found
 
 
 def _read_as(path: Path, placed: Mapping[str, Place]) -> str:
     kinds = Counter(place.encoding.name for place in placed.values() if place.encoding.number not in PLAIN)
-    listed = ", ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items(), key=lambda each: (-each[1], each[0])))
+    listed = ", ".join(
+        f"{count} of {kind}" for kind, count in sorted(kinds.items(), key=lambda each: (-each[1], each[0]))
+    )
     text = f"{path}: is GGUF, read under the names of transformers"
     return f"{text}; tensors that are dequantised: {listed}" if listed else text
 
@@ -217,13 +221,13 @@ def _read_as(path: Path, placed: Mapping[str, Place]) -> str:
 def _base_notes(path: Path, derived: Mapping[str, Place], config: Mapping[str, Any]) -> Iterator[str]:
     """What an output that is made after this file lacks."""
     yield (
-        f"{path}: GGUF has no config.json and no tokenizer of transformers: config.json is made from what the file says, "
-        "and the output has no tokenizer; to have the original's, put the file into a folder with them and give the "
-        "folder"
+        f"{path}: GGUF has no config.json and no tokenizer of transformers: config.json is made from what the file "
+        "says, and the output has no tokenizer; to have the original's, put the file into a folder with them and give "
+        "the folder"
     )
     if any(key.startswith("rope_") for key in derived) and "rope_scaling" not in config:
         names = first_few(key for key in derived if key.startswith("rope_"))
         yield (
-            f"{path}: {names}: the settings of rotary embeddings behind these factors are not known; write rope_scaling "
-            "into config.json as the original has it"
+            f"{path}: {names}: the settings of rotary embeddings behind these factors are not known; write "
+            "rope_scaling into config.json as the original has it"
         )

@@ -108,9 +108,7 @@ def _decoder(
     derived: frozenset[str] = frozenset({"rope_freqs.weight"}),
 ) -> Architecture:
     names = {stem: name for part in inside for stem, name in part.items()}
-    return Architecture(
-        "model.layers", outside, names, paired, shifts_norms, first_axis=first_axis, derived=derived
-    )
+    return Architecture("model.layers", outside, names, paired, shifts_norms, first_axis=first_axis, derived=derived)
 
 
 # By general.architecture. Mistral's and Mixtral's files say llama.
@@ -119,9 +117,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": _decoder(_NORMS, _ATTENTION, _MLP, paired=_PAIRED),
     "qwen2": _decoder(_NORMS, _ATTENTION, _MLP),
     "qwen3": _decoder(_NORMS, _ATTENTION, _HEAD_NORMS, _MLP),
-    "qwen2moe": _decoder(
-        _NORMS, _ATTENTION, _EXPERTS, _SHARED_EXPERT, first_axis=frozenset({"ffn_gate_inp_shexp"})
-    ),
+    "qwen2moe": _decoder(_NORMS, _ATTENTION, _EXPERTS, _SHARED_EXPERT, first_axis=frozenset({"ffn_gate_inp_shexp"})),
     "qwen3moe": _decoder(_NORMS, _ATTENTION, _HEAD_NORMS, _EXPERTS),
     "gemma": _decoder(_NORMS, _ATTENTION, _MLP, outside=_TIED, shifts_norms=True),
     "gemma2": _decoder(_FOUR_NORMS, _ATTENTION, _MLP, outside=_TIED, shifts_norms=True),
