@@ -22,10 +22,10 @@ class Checkpoint:
     """An opened checkpoint.
 
     `files` are the weight files sorted by name; `tensors` are in the order of files and, inside a file, of a
-    safetensors file, under plain names where they are decoded; `config` says nothing of quantisation; `other_files` are
-    relative to `path`; `stamps` maps each weight file to its (size, mtime_ns) when its header was read; `notes` say
-    what of the files is not used, `base_notes` what an output lacks that is made after it; `origin` is
-    "org/name@commit" for a model of the Hugging Face Hub.
+    safetensors file, under plain names where they are decoded; `config` says nothing of quantisation; `other_files`
+    are relative to `path`; `stamps` maps each weight file to its (size, mtime_ns) when its header was read; `notes` say
+    what of the files is not used, and what is decoded, `base_notes` what an output lacks that is made after it;
+    `origin` is "org/name@commit" for a model of the Hugging Face Hub.
     """
 
     path: Path

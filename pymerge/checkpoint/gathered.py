@@ -67,8 +67,8 @@ class GatheredEntry(TensorEntry):
 
     @property
     def stored_bytes(self) -> int:
-        stored, plain = (sum(sizes) for sizes in zip(*((each.stored_bytes, each.nbytes) for each in self.sources)))
-        return self.nbytes * stored // max(1, plain)
+        stored = sum(source.stored_bytes for source in self.sources)
+        return self.nbytes * stored // max(1, sum(source.nbytes for source in self.sources))
 
     @property
     def decoding_bytes(self) -> int:

@@ -62,7 +62,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
 
     folder = Path(str(snapshot_download(repository, revision=revision, ignore_patterns=_NOT_WEIGHTS)))
     for form in FORMATS:
@@ -70,6 +70,11 @@ def _download(repository: str, revision: str | None) -> Path:
             snapshot_download(repository, revision=folder.name, allow_patterns=patterns)
             if _has_weights(folder):
                 return folder
+    if any(name.endswith(".gguf") for name in list_repo_files(repository, revision=folder.name)):
+        raise CheckpointError(
+            f"{repository}: has weights in files of GGUF alone, one for each encoding; download one "
+            f"(`hf download {repository} FILE.gguf`) and give its path"
+        )
     find_weights(folder)  # says what is there instead
     return folder
 

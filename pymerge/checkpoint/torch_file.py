@@ -30,7 +30,7 @@ _LOCAL_HEADER_BYTES = 30
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 # The order of safetensors' own writer: the same weights give the same output from either format.
 _ORDER = (
-    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
     "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64",
 )  # fmt: skip
 

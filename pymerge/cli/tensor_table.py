@@ -106,7 +106,7 @@ def _inputs(row: dict[str, Any]) -> str:
 
 
 def _mark(found: dict[str, str]) -> str:
-    return f" (dequantised from {found['dequantised']})" if "dequantised" in found else ""
+    return " (dequantised)" if "dequantised" in found else ""
 
 
 def _short(model: str) -> str:

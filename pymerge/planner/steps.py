@@ -27,7 +27,7 @@ CACHE_LINE = 64  # bytes; inputs of a piece begin at multiples of it
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one piece needs: inputs in memory and what reading them takes, scratch while it is computed, the output."""
+    """Bytes that one piece needs: inputs and what reading them takes, scratch while it is computed, the output."""
 
     inputs: int
     scratch: int

@@ -21,15 +21,9 @@ SMALL = torch.zeros(4).to(torch.float8_e4m3fn)
     ("tensors", "kind"),
     [
         ({"a.weight": BYTES, "a.weight.absmax": HALF, "a.weight.quant_map": HALF}, "bitsandbytes"),
-        ({"a.weight": BYTES, "a.weight.quant_state.bitsandbytes__nf4": BYTES}, "bitsandbytes"),
-        ({"a.weight": BYTES.view(torch.int8), "a.SCB": HALF}, "bitsandbytes"),
         ({"a.qweight": INTS, "a.qzeros": INTS, "a.scales": HALF, "a.g_idx": INTS}, "GPTQ"),
         ({"a.qweight": INTS, "a.qzeros": INTS, "a.scales": HALF}, "AWQ"),
         ({"a.weight_packed": INTS, "a.weight_scale": HALF}, "compressed-tensors"),
-        ({"a.weight": BYTES.view(torch.int8), "a.weight_scale": HALF}, "compressed-tensors"),
-        ({"a.weight": SMALL, "a.weight_scale_inv": HALF}, "scaled FP8"),
-        ({"a.weight": SMALL, "a.weight_scale": HALF}, "scaled FP8"),
-        ({"experts.down_proj_blocks": BYTES, "experts.down_proj_scales": BYTES}, "MXFP4"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])

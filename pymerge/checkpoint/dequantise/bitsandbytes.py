@@ -112,8 +112,6 @@ class FourBit(Decoder):
         """The maxima of some blocks."""
         import numpy as np
 
-        from pymerge.checkpoint.dequantise.numbers import numbers
-
         data = read(self.maxima, first, last)
         if self.nested is None:
             return checked_scales(self.maxima, data, first, zero=True)
@@ -209,9 +207,7 @@ def _add_four_bit(stored: Stored, weight: str, form: str, state: TensorEntry) ->
     stored.add(weight, weight, decoder, *parts)
 
 
-def _nested(
-    stored: Stored, state: TensorEntry, weight: str, maxima: TensorEntry, said: Mapping[str, Any]
-) -> Nested:
+def _nested(stored: Stored, state: TensorEntry, weight: str, maxima: TensorEntry, said: Mapping[str, Any]) -> Nested:
     outer = _needed(stored, state, f"{weight}.nested_absmax")
     levels = _needed(stored, state, f"{weight}.nested_quant_map")
     block, offset = _count(said.get("nested_blocksize")), said.get("nested_offset")

@@ -27,7 +27,10 @@ _BLOCK_BYTES = _BLOCK // 2
 
 @dataclass(frozen=True)
 class Mxfp4(Decoder):
-    """Matrices of `size` = (experts, inputs, outputs); `codes` and `scales` have a row for each output of each expert."""
+    """Matrices of `size` = (experts, inputs, outputs).
+
+    `codes` and `scales` have a row for each output of each expert.
+    """
 
     size: tuple[int, int, int]
     codes: TensorEntry

@@ -43,9 +43,14 @@ def numbers(data: bytes | bytearray, dtype: str) -> Floats:
 
 def powers_of_two(data: bytes | bytearray) -> Floats:
     """Numbers of E8M0: byte b is 2^(b - 127), and 255 is NaN."""
-    exponents = np.frombuffer(data, np.uint8).astype(np.int32) - 127
-    values = np.ldexp(np.float32(1.0), exponents)
-    return np.where(exponents == 128, np.float32(np.nan), values).astype(np.float32)
+    return _powers()[np.frombuffer(data, np.uint8)]
+
+
+@cache
+def _powers() -> Floats:
+    found = np.ldexp(np.ones(256), np.arange(256) - 127)
+    found[255] = np.nan
+    return found.astype(np.float32)
 
 
 @cache
@@ -66,7 +71,8 @@ def byte_values(dtype: str) -> Floats:
         values[top] = np.where(fraction[top] == 0, np.where(codes[top] & 0x80, -np.inf, np.inf), np.nan)
     else:
         values[(codes & 0x7F) == 0x7F] = np.nan
-    return values.astype(np.float32)
+    found: Floats = values.astype(np.float32)
+    return found
 
 
 @lru_cache(maxsize=8)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint.dequantise import bitsandbytes, codes, mxfp4
-from pymerge.checkpoint.dequantise.stored import Stored
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.dtypes import CODES
+from pymerge.common.dtypes import CODES, ITEM_SIZES
 from pymerge.common.names import first_few
 
-_FORMATS = (bitsandbytes, mxfp4, codes)
+if TYPE_CHECKING:
+    from pymerge.checkpoint.dequantise.stored import Stored
+
 _METHODS = ("bitsandbytes", "mxfp4", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 _LEFT_OUT_KEYS = (*_CONFIG_KEYS, "quantization")
@@ -47,8 +47,11 @@ class Found:
 
 
 def may_decode(config: Mapping[str, Any]) -> bool:
-    """Whether all that a config.json says of quantisation, if anything, is of formats that are decoded here."""
-    return all(_method(said) in _METHODS for said in _said(config))
+    """Whether all that a config.json says of quantisation, if anything, is of formats that are decoded here.
+
+    Weights that are rotated as well are those of another model.
+    """
+    return all(_method(said) in _METHODS and not said.get("transform_config") for said in _said(config))
 
 
 def dequantise(
@@ -67,13 +70,17 @@ def dequantise(
         CheckpointError: a tensor that belongs to a quantised one is missing, does not fit, or stands for nothing.
     """
     said = list(_said(config))
-    if not all(_method(each) in _METHODS for each in said):
+    coded = any(ITEM_SIZES[entry.dtype] == 1 for entry in tensors.values())  # every format has some such
+    if not coded or not may_decode(config):
         return Found(tensors, config)
+    from pymerge.checkpoint.dequantise import bitsandbytes, codes, mxfp4, packed
+    from pymerge.checkpoint.dequantise.stored import Stored
+
     method, settings = (_method(said[0]), said[0]) if said else ("", {})
     with Reader(stamps) as reader:
         stored = Stored(tensors, method, settings, _output_dtype(config), reader)
-        for each in _FORMATS:
-            each.find(stored)
+        for form in (bitsandbytes, mxfp4, packed, codes):
+            form.find(stored)
     if not stored.decoded:
         return Found(tensors, config)
     idle = _idle(stored)
@@ -88,10 +95,11 @@ def dequantise(
 
 def _said(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What a config.json, or a config inside it, says of quantisation."""
-    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        for key in _CONFIG_KEYS:
-            if part.get(key):
-                yield part[key] if isinstance(part[key], Mapping) else {"quant_method": str(part[key])}
+    for key, value in config.items():
+        if key in _CONFIG_KEYS and value:
+            yield value if isinstance(value, Mapping) else {"quant_method": str(value)}
+        elif isinstance(value, Mapping):
+            yield from _said(value)
 
 
 def _method(said: Mapping[str, Any]) -> str:
@@ -117,9 +125,7 @@ def _idle(stored: Stored) -> set[str]:
     found = set()
     for name, entry in stored.tensors.items():
         module, _, last = name.rpartition(".")
-        if last in _OF_INPUTS and module in weights:
-            found.add(name)
-        elif last in _OF_CACHE and len(entry.shape) < 2:
+        if (last in _OF_INPUTS and module in weights) or (last in _OF_CACHE and len(entry.shape) < 2):
             found.add(name)
         elif any(last.endswith(f"_{each}") and name.removesuffix(f"_{each}") in beside for each in _OF_INPUTS):
             found.add(name)  # of a parameter that is no module's `weight`

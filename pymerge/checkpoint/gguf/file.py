@@ -81,6 +81,16 @@ def _values(path: Path, header: GGUFHeader) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(
             f"{path}: is one of {shorten(str(parts))} parts of a model; put them together first: {MERGE}"
         )
+    kind = header.values.get("general.type", "model")
+    if kind == "adapter":
+        raise CheckpointError(
+            f"{path}: is an adapter, without the model that it is for; merge it into its model first "
+            "(llama.cpp: `llama-export-lora`) and give the result"
+        )
+    if kind != "model" or not header.tensors:
+        raise CheckpointError(
+            f"{path}: holds no model ({shorten(str(kind))}, {len(header.tensors)} tensors); give the model's own file"
+        )
     if name not in ARCHITECTURES:
         raise CheckpointError(
             f"{path}: is GGUF of architecture {shorten(name)}, whose weights pymerge cannot turn back into those of "
