@@ -253,7 +253,10 @@ def test_a_download_takes_what_a_merge_needs_and_no_more(models: Path, hub: Hub)
         ("org/gated", "is gated; accept its terms at {address}/org/gated and run `hf auth login`"),
         ("org/none", "is no folder here and no model of the Hub that may be read"),
         ("org/e0@v7", "the model has no such revision"),
-        ("org/e0-GGUF", "has weights in files of GGUF alone, one for each encoding; download one (`hf download org/e0-GGUF"),
+        (
+            "org/e0-GGUF",
+            "has weights in files of GGUF alone, one for each encoding; download one (`hf download org/e0-GGUF",
+        ),
     ],
 )
 def test_what_the_hub_refuses(name: str, said: str, models: Path, hub: Hub) -> None:

@@ -15,26 +15,16 @@ from typing import Any
 from pymerge.checkpoint.decoded import decoded
 from pymerge.checkpoint.gguf.config import Said, config_of
 from pymerge.checkpoint.gguf.decoder import PLAIN, GGUFDecoder
-from pymerge.checkpoint.gguf.folder import MERGE
-from pymerge.checkpoint.gguf.header import GGUFHeader, read_gguf_header
+from pymerge.checkpoint.gguf.header import read_gguf_header
 from pymerge.checkpoint.gguf.layout import ORIGINAL, Place, places
 from pymerge.checkpoint.gguf.names import ARCHITECTURES, Architecture, Target
+from pymerge.checkpoint.gguf.values import read_values
 from pymerge.checkpoint.safetensors_file import AGAIN, Header, TensorEntry
 from pymerge.common.dtypes import DTYPES
 from pymerge.common.files import opened, read_exactly
 from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
 
-# Values that are computed with: numbers above 0 that are the same for all blocks.
-_COUNTS = (
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "rope.dimension_count", "rope.scaling.original_context_length",
-)  # fmt: skip
-_NUMBERS = (
-    "rope.freq_base", "rope.scaling.factor", "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
-    "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "attention.sliding_window", "expert_count",
-    "expert_used_count", "bos_token_id", "eos_token_id", "padding_token_id",
-)  # fmt: skip
 _MOST_FACTORS = 4096  # one for each pair of a head's elements
 
 
@@ -45,7 +35,7 @@ def read_gguf(path: Path) -> Header:
     encoding that is not known exactly, for tensors that transformers does not have, and for a damaged file.
     """
     header = read_gguf_header(path)
-    name, values = _values(path, header)
+    name, values = read_values(path, header)
     architecture = ARCHITECTURES[name]
     placed = places(path, header)
     targets = _targets(path, name, architecture, placed)
@@ -69,54 +59,6 @@ def read_gguf(path: Path) -> Header:
         base_notes=tuple(_base_notes(path, derived, config)),
         config=config,
     )
-
-
-def _values(path: Path, header: GGUFHeader) -> tuple[str, dict[str, Any]]:
-    """The architecture, and the values that it or the tokenizer has, without these prefixes."""
-    name = header.values.get("general.architecture")
-    if not isinstance(name, str):
-        raise CheckpointError(f"{path}: has no general.architecture, so it is no model or damaged; {AGAIN}")
-    parts = header.values.get("split.count", 0)
-    if parts not in (0, 1):
-        raise CheckpointError(
-            f"{path}: is one of {shorten(str(parts))} parts of a model; put them together first: {MERGE}"
-        )
-    kind = header.values.get("general.type", "model")
-    if kind == "adapter":
-        raise CheckpointError(
-            f"{path}: is an adapter, without the model that it is for; merge it into its model first "
-            "(llama.cpp: `llama-export-lora`) and give the result"
-        )
-    if kind != "model" or not header.tensors:
-        raise CheckpointError(
-            f"{path}: holds no model ({shorten(str(kind))}, {len(header.tensors)} tensors); give the model's own file"
-        )
-    if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{path}: is GGUF of architecture {shorten(name)}, whose weights pymerge cannot turn back into those of "
-            f"transformers (it can for {', '.join(ARCHITECTURES)}); {ORIGINAL}"
-        )
-    kept: dict[str, Any] = {}
-    for prefix in ("tokenizer.ggml.", f"{name}."):
-        kept |= {key.removeprefix(prefix): value for key, value in header.values.items() if key.startswith(prefix)}
-    for key in _COUNTS:
-        value = kept.get(key)
-        if isinstance(value, list) and value and all(each == value[0] for each in value):
-            kept[key] = value = value[0]
-        if key in kept and (type(value) is not int or value <= 0):
-            raise CheckpointError(
-                f"{path}: {name}.{key} is {shorten(str(value))}, not one number for all blocks; {ORIGINAL}"
-            )
-    for key in _NUMBERS:
-        value = kept.get(key, 1)
-        if type(value) not in (int, float) or not math.isfinite(value) or (key == "rope.freq_base" and value <= 0):
-            raise CheckpointError(f"{path}: the value of {key} is {shorten(str(value))}, which cannot be; {AGAIN}")
-    if name == "bert" and kept.get("model") != "bert":
-        raise CheckpointError(
-            f"{path}: is GGUF of a model like BERT whose tokenizer is not BERT's, such as RoBERTa, of which GGUF does "
-            f"not keep all positions; {ORIGINAL}"
-        )
-    return name, kept
 
 
 def _targets(path: Path, name: str, architecture: Architecture, placed: Mapping[str, Place]) -> dict[str, Target]:
