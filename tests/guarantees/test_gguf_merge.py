@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pymerge import api
 from tests.helpers.checkpoints import Tensors, fine_tuned, load_output, pymerge, write_model
 from tests.helpers.gguf_files import converted, dequantised, gguf_name, grouped_llama, llama_values, write_gguf
+from tests.helpers.vocabularies import word_piece
 
 MODELS = ("base", "e0", "e1")
 
@@ -94,10 +95,11 @@ def test_dtype_config_and_warnings_of_an_output(models: tuple[Path, dict[str, Te
     config = json.loads((folder / "out0/config.json").read_text())
     assert (config["model_type"], config["head_dim"], config["torch_dtype"]) == ("llama", 16, "bfloat16")
     assert pymerge("verify", folder / "out0", "--deep", "all").code == 0
-    done = pymerge("plan", folder / "merge.yml", "--tensors", env={"COLUMNS": "200"})
+    done = pymerge("plan", folder / "merge.yml", "--json")
     assert done.code == 0, done
-    assert "dequantised from GGUF Q4_0" in done.out
-    assert "dequantised from GGUF F32" not in done.out
+    made = {row["name"]: row["inputs"][0].get("dequantised") for row in json.loads(done.out)["tensors"]}
+    assert made["model.embed_tokens.weight"] == "GGUF Q4_0"
+    assert (made["model.norm.weight"], made["model.layers.0.mlp.up_proj.weight"]) == (None, None)
     done = pymerge("plan", folder / "merge.yml")
     said = " ".join(done.out.split())
     assert "dequantised: 10 of Q4_0, 2 of Q5_1, 2 of Q8_0" in said
@@ -122,3 +124,23 @@ def test_a_file_that_changes_is_noticed(models: tuple[Path, dict[str, Tensors]])
     (folder / "e0.gguf").write_bytes(content)
     done = pymerge("verify", folder / "out0", "--deep", "all")
     assert done.code != 0
+
+
+def test_tokens_are_matched_where_a_folder_has_a_tokenizer(models: tuple[Path, dict[str, Tensors]]) -> None:
+    folder, held = models
+    words = [f"w{number}" for number in range(45)]
+    word_piece(words).save(str(folder / "base/tokenizer.json"))
+    own = folder / "own"
+    own.mkdir()
+    (folder / "e0.gguf").rename(own / "e0.gguf")
+    word_piece(words[::-1]).save(str(own / "tokenizer.json"))
+    found = merged(
+        folder, "linear", "base", ["base", "own"], parameters={"weight": 0.5}, dtype="float32", tokenizer_source="base"
+    )
+    order = [0, 1, 2, *range(47, 2, -1)]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        wanted = (held["base"][name].double() + held["e0"][name][order].double()) / 2
+        torch.testing.assert_close(found[name].double(), wanted, rtol=1e-6, atol=1e-7)
+    (folder / "merge.yml").write_text((folder / "merge.yml").read_text().replace('"own"', '"own/e0.gguf"'))
+    done = pymerge("plan", folder / "merge.yml")
+    assert "own/e0.gguf: has no tokenizer.json; put it into a folder with" in done.errors[0]

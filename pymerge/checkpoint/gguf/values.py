@@ -16,11 +16,11 @@ from pymerge.errors import CheckpointError
 
 # Values that are computed with: numbers above 0 that are the same for all blocks.
 _COUNTS = (
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "rope.dimension_count", "rope.scaling.original_context_length",
+    "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
 )  # fmt: skip
 _NUMBERS = (
-    "rope.freq_base", "rope.scaling.factor", "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
+    "context_length", "rope.dimension_count", "rope.freq_base", "rope.scaling.factor",
+    "rope.scaling.original_context_length", "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
     "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "attention.sliding_window", "expert_count",
     "expert_used_count", "bos_token_id", "eos_token_id", "padding_token_id",
 )  # fmt: skip
