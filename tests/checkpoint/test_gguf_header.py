@@ -149,6 +149,14 @@ def test_the_rows_must_be_those_of_the_heads(tmp_path: Path) -> None:
         open_checkpoint(write_gguf(tmp_path / "none.gguf", "llama", tensors, values))
 
 
+def test_the_experts_must_be_counted(tmp_path: Path) -> None:
+    tensors = {"blk.0.ffn_up_exps.weight": np.zeros((3, 4, 4), np.float32)}
+    for values in ({}, {"expert_count": 4}):
+        file = write_gguf(tmp_path / f"{len(values)}.gguf", "qwen3moe", tensors, values)
+        with pytest.raises(CheckpointError, match=r"has 3 experts, the file (None|4)"):
+            open_checkpoint(file)
+
+
 def test_any_damage_is_refused_or_harmless(tmp_path: Path) -> None:
     """Cut anywhere, and with any bytes in place of others: an error that names the file, or a file that is read."""
     state = grouped_llama(blocks=1)

@@ -102,7 +102,7 @@ def test_dtype_config_and_warnings_of_an_output(models: tuple[Path, dict[str, Te
     assert (made["model.norm.weight"], made["model.layers.0.mlp.up_proj.weight"]) == (None, None)
     done = pymerge("plan", folder / "merge.yml")
     said = " ".join(done.out.split())
-    assert "dequantised: 10 of Q4_0, 2 of Q5_1, 2 of Q8_0" in said
+    assert "dequantised from GGUF: 10 of Q4_0, 2 of Q5_1, 2 of Q8_0" in said
     assert "the output has no tokenizer" in said
     config = {
         "merge_method": "linear",

@@ -55,7 +55,7 @@ def read_gguf(path: Path) -> Header:
         header.header_bytes,
         header.file_bytes,
         header.mtime_ns,
-        notes=(_read_as(path, placed),),
+        notes=tuple(_notes(path, placed)),
         base_notes=tuple(_base_notes(path, derived, config)),
         config=config,
     )
@@ -74,10 +74,12 @@ def _targets(path: Path, name: str, architecture: Architecture, placed: Mapping[
 
 
 def _written(placed: Mapping[str, Place]) -> str:
-    """The dtype that an output gets where nobody chooses one: that of the matrices if they are F16 or F32, BF16 where
-    the file has been quantised. Norms and biases are F32 in every GGUF file, whatever they were."""
+    """The dtype that an output gets where nobody chooses one: F32 or F16 if that is what the matrices are, else BF16.
+
+    Norms, biases, routers and tables of positions are F32 in every GGUF file, whatever they were.
+    """
     kinds = {place.encoding.name for place in placed.values() if len(place.stored.shape) > 1}
-    return kinds.pop() if len(kinds) == 1 and kinds <= {"F16", "F32"} else "BF16"
+    return next((each for each in ("F32", "F16") if kinds <= {each, "F32"}), "BF16")
 
 
 def _entries(
@@ -96,6 +98,10 @@ def _entries(
         yield _entry(path, place, target, target.name, stored.shape, 0, heads, written)
         return
     shape = stored.shape[1:]
+    if stored.shape[0] != values.get("expert_count"):
+        raise CheckpointError(
+            f"{where}: has {stored.shape[0]} experts, the file {values.get('expert_count')} (expert_count); {AGAIN}"
+        )
     for expert in range(stored.shape[0]):
         name = target.name.replace("{e}", str(expert))
         yield _entry(path, place, target, name, shape, expert * place.bytes_of(shape), heads, written)
@@ -161,13 +167,13 @@ def _factors(path: Path, derived: Mapping[str, Place]) -> dict[str, tuple[float,
     return found
 
 
-def _read_as(path: Path, placed: Mapping[str, Place]) -> str:
+def _notes(path: Path, placed: Mapping[str, Place]) -> Iterator[str]:
     kinds = Counter(place.encoding.name for place in placed.values() if place.encoding.number not in PLAIN)
     listed = ", ".join(
         f"{count} of {kind}" for kind, count in sorted(kinds.items(), key=lambda each: (-each[1], each[0]))
     )
-    text = f"{path}: is GGUF, read under the names of transformers"
-    return f"{text}; tensors that are dequantised: {listed}" if listed else text
+    if listed:
+        yield f"{path}: tensors that are dequantised from GGUF: {listed}"
 
 
 def _base_notes(path: Path, derived: Mapping[str, Place], config: Mapping[str, Any]) -> Iterator[str]:
