@@ -30,13 +30,15 @@ def build_manifest(
     identity: Identity,
     recipe: Mapping[str, str | None],
     base_parameters: int,
+    modules: Sequence[ShardLayout] = (),
     beside: Sequence[ShardLayout] = (),
     changeable: Collection[str] = (),
 ) -> dict[str, Any]:
     """The manifest of an output whose shards are all written.
 
     `checksums` (shard file -> tensor -> sha256) is `OutputDirectory.checksums`; `files` is what `publish`
-    gets, to which the index is added here; `beside` are files of tensors that are not the model's own weights, and
+    gets, to which the index is added here; `modules` are files of weights of the model's that stand in no index;
+    `beside` are files of tensors that are not the model's own weights, and
     those of them that are `changeable` may get other values later; `identity` is what the merge is made of,
     `recipe` how to compute a tensor of it again; `base_parameters` counts the elements of the base checkpoint, tied
     weights once.
@@ -56,7 +58,7 @@ def build_manifest(
                 for tensor in layout.tensors
             },
         }
-        for layout in (*layouts, *beside)
+        for layout in (*layouts, *modules, *beside)
     }
     for layout in beside:
         shards[layout.file] |= {"beside": True, "changeable": layout.file in changeable}
@@ -69,7 +71,7 @@ def build_manifest(
         "format": _FORMAT,
         "identity": dict(identity),
         "recipe": dict(recipe),
-        "parameters": sum(math.prod(tensor.shape) for layout in layouts for tensor in layout.tensors),
+        "parameters": sum(math.prod(tensor.shape) for layout in (*layouts, *modules) for tensor in layout.tensors),
         "base": {"parameters": base_parameters},
         "shards": shards,
         "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in digests.items()},

@@ -18,11 +18,12 @@ from pymerge.methods import get_method
 from pymerge.methods.actions import Action, Combine, copy
 from pymerge.methods.base import Method, Values
 from pymerge.methods.reduce import Reduce
-from pymerge.output.layout import layout_shards
+from pymerge.output.layout import ShardLayout, full_name, layout_file, layout_shards
 from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange
 from pymerge.planner.budget import Budget
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
+from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.match import Section, listed, match_tensors
 from pymerge.planner.plan import Plan
@@ -83,17 +84,21 @@ def draft_plan(
     donor = inputs.donor
     described = {name: (entry.dtype, entry.shape) for name, entry in donor.tensors.items()}
     layers = classify(described, donor.config, config.rules)
+    said = list(beside_warnings(inputs))
+    modules = match_modules(inputs, config, method, problems, said)
+    known = [*layers, *(name for module in modules for name in module.full().layers)]
     problems += [
         f"{config.name}: layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
-        for pattern in unused_rules(layers, config.rules)
+        for pattern in unused_rules(known, config.rules)
     ]
     matched = assembly.match(layers, problems) if assembly else match_tensors(inputs, layers, config, method, problems)
     if problems:
         raise PlanError(problems)
-    names, warnings = matched.names, matched.warnings
+    names, warnings = matched.names, matched.warnings + said
     aligned = align(matched, layers, config, method)
     inputs, tokens = aligned.inputs, aligned.tokens
     donor, stored = inputs.donor, donor.tensors  # gathered tables may have a wider dtype
+    whole = joined(Part(donor.folder, names, layers, donor.tensors, aligned.sections), modules)
 
     wanted = dtype or config.out_dtype or config.dtype
     if wanted is not None and wanted not in MERGED:
@@ -104,23 +109,26 @@ def draft_plan(
     placed = layout_shards(
         [(name, _output_dtype(stored[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
         max_shard_bytes,
+        stem=f"{donor.folder}/{donor.stem}".lstrip("/"),
     )
+    placed_modules = tuple(_module_layout(module, wanted) for module in modules)
     steps = []
     wrong: dict[str, list[str]] = {}  # the same mistake is often made for many tensors
-    for shard in placed:
+    for shard in (*placed, *placed_modules):
         for tensor in shard.tensors:
-            layer, entry = layers[tensor.name], donor.tensors[tensor.name]
+            name = full_name(shard.file, tensor.name)
+            layer, entry = whole.layers[name], whole.tensors[name]
             try:
-                action, experts, values = _action(aligned.sections[tensor.name], method, tensor.name, layer)
+                action, experts, values = _action(whole.sections[name], method, name, layer)
             except (ArgumentError, ConfigError) as error:
-                wrong.setdefault(str(error), []).append(tensor.name)
+                wrong.setdefault(str(error), []).append(name)
                 continue
             for rows in rows_of(entry, experts):
                 action_here = action if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
-                        name=tensor.name,
+                        name=name,
                         layer=layer,
                         action=action_here,
                         shape=rows.base.shape,
@@ -141,13 +149,14 @@ def draft_plan(
         config=config,
         method=method,
         inputs=inputs,
-        steps=tuple(_assigned(steps, config, target, aligned.sections)),
+        steps=tuple(_assigned(steps, config, target, whole.sections)),
         layouts=placed,
+        modules=placed_modules,
         warnings=(*config.warnings, *warnings),
         budget=budget,
         config_json=_config_json(donor, wanted, tokens.config),
         dtype=wanted,
-        base_parameters=sum(donor.tensors[name].numel for name in names),
+        base_parameters=sum(whole.tensors[name].numel for name in whole.names),
         tokens=tokens,
         target=target,
         carried=inputs.carried if donor.stamps else {},
@@ -212,12 +221,21 @@ def _output_dtype(entry: TensorEntry, layer: Layer, wanted: str | None) -> str:
     return CODES[wanted] if wanted else entry.output_dtype
 
 
+def _module_layout(module: Part, wanted: str | None) -> ShardLayout:
+    """The one file of a module, under the name that sentence-transformers looks for."""
+    described = [
+        (name, _output_dtype(entry, module.layers[name], wanted), entry.shape)
+        for name, entry in ((name, module.tensors[name]) for name in module.names)
+    ]
+    return layout_file(f"{module.folder}/model.safetensors", described)
+
+
 def _config_json(donor: Checkpoint, wanted: str | None, keys: Mapping[str, Any]) -> bytes | None:
     """The donor's config.json; its dtype field, under the name that it uses, follows the output, and so do
     `keys`, in the config or in its text_config, whichever has them."""
     if not donor.config:
         return None
-    config = dict(donor.config)
+    config = {key: value for key, value in donor.config.items() if key != "transformers_weights"}
     for key in ("dtype", "torch_dtype"):
         if key in config and (wanted or "float8" in str(config[key])):
             config[key] = wanted or "bfloat16"

@@ -9,7 +9,7 @@ from pathlib import Path
 from pymerge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from pymerge.checkpoint.hub import fetch
 from pymerge.config.merge_config import MergeConfig, participants
-from pymerge.config.references import hub_reference, model_path
+from pymerge.config.references import file_ids, hub_reference, model_path
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.methods.base import Method
 
@@ -33,7 +33,7 @@ class Inputs:
         Raises CheckpointError when a file has vanished since it was listed.
         """
         found = {}
-        for name in (Path("config.json"), *self.donor.other_files):
+        for name in (Path(self.donor.folder, "config.json"), *self.donor.other_files):
             path = self.donor.path / name
             try:
                 status = path.stat()
@@ -49,7 +49,7 @@ class Inputs:
     @property
     def stamps(self) -> dict[Path, tuple[int, int]]:
         """(size, mtime_ns) of every weight file, as seen when the headers were read."""
-        return {path: stamp for checkpoint in self.all for path, stamp in checkpoint.stamps.items()}
+        return {path: stamp for checkpoint in self.all for path, stamp in checkpoint.all_stamps.items()}
 
 
 def open_inputs(config: MergeConfig, method: Method, planned: Mapping[str, Checkpoint] | None = None) -> Inputs:
@@ -86,7 +86,22 @@ def open_models(
                 problems.append(str(error))
         if problems:
             raise PlanError(problems)
+    _refuse_twice(config, opened)
     return opened
+
+
+def _refuse_twice(config: MergeConfig, opened: Mapping[str, Checkpoint]) -> None:
+    """Raise PlanError where two names turn out to be one model: of the Hub, downloaded only now."""
+    known: dict[frozenset[tuple[int, int]], str] = {}
+    for name, checkpoint in opened.items():
+        found = file_ids(checkpoint.all_files)
+        if found and known.setdefault(found, name) != name:
+            raise PlanError(
+                [
+                    f"{config.name}: {name!r} and {known[found]!r} are one model ({checkpoint.path}); "
+                    "run the same command again, or write one of the names in both places"
+                ]
+            )
 
 
 def _open(config: MergeConfig, name: str) -> Checkpoint:

@@ -125,7 +125,7 @@ def _shard(name: str, *tensors: str) -> Callable[[Path], None]:
         (_text(SECOND, "x"), "has 1 bytes"),
         (_text("config.json", "{,}"), "config.json: is not valid JSON"),
         (_text("config.json", "[]"), "config.json: is not valid JSON .*a list"),
-        (_remove(INDEX), f"has 2 .safetensors files \\('{FIRST}', '{SECOND}'\\) but no model"),
+        (_remove(INDEX), f"has 2 shards \\('{FIRST}', '{SECOND}'\\) but no model"),
     ],
 )
 def test_directories_that_do_not_agree_are_refused(change: Callable[[Path], None], reason: str, sharded: Path) -> None:
@@ -139,7 +139,9 @@ def test_directories_that_do_not_agree_are_refused(change: Callable[[Path], None
 def test_two_foreign_indexes_are_refused(sharded: Path) -> None:
     (sharded / INDEX).rename(sharded / "a.safetensors.index.json")
     write_index(sharded, {"a": FIRST}, "b.safetensors.index.json")
-    with pytest.raises(CheckpointError, match="several indexes"):
+    with pytest.raises(
+        CheckpointError, match=r"several files that may be its weights: 'a\.safetensors\.index\.json', 'b\."
+    ):
         open_checkpoint(sharded)
 
 
@@ -169,6 +171,7 @@ def test_home_is_expanded(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_other_files_are_what_an_output_takes_over(sharded: Path) -> None:
     carried = {
         "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
         "LICENSE",
         "chat_template.jinja",
         "generation_config.json",
@@ -180,14 +183,18 @@ def test_other_files_are_what_an_output_takes_over(sharded: Path) -> None:
     left = {
         ".cache/huggingface/x.json",
         ".gitattributes",
-        "1_Pooling/model.safetensors",
         "README.md",
+        "adapter_config.json",
         "checkpoint-500/trainer_state.json",
         "flax_model.msgpack",
         "model.onnx",
+        "model.safetensors.index.fp16.json",
         "onnx/config.json",
         "openvino/config.json",
+        "openvino_model.xml",
         "optimizer.pt",
+        "original/params.json",
+        "original/consolidated.00.pth",
         "pymerge_manifest.json",
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",

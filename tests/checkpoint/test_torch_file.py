@@ -269,7 +269,7 @@ def test_what_a_directory_may_hold(tmp_path: Path) -> None:
         torch.save({name: torch.ones(2)}, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
     torch.save({"x": 1}, tmp_path / "training_args.bin")
     torch.save({"x": torch.ones(1)}, tmp_path / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"has 2 \.bin files .* but no pytorch_model\.bin\.index\.json"):
+    with pytest.raises(CheckpointError, match=r"has 2 shards .* but no pytorch_model\.bin\.index\.json"):
         open_checkpoint(tmp_path)
     weight_map = {"b": "pytorch_model-00001-of-00002.bin", "a": "pytorch_model-00002-of-00002.bin"}
     index = tmp_path / "pytorch_model.bin.index.json"
