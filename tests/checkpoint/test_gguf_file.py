@@ -200,6 +200,8 @@ def test_config_of_a_llama(tmp_path: Path) -> None:
     ("architecture", "values", "wanted"),
     [
         ("mixtral", {}, {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}),
+        ("llama", {"general.name": "OpenHermes 2.5 Mistral 7B"}, {"model_type": "mistral", "sliding_window": None}),
+        ("llama", {"general.name": "Ministral"}, {"model_type": "llama", "attention_bias": True}),
         ("qwen2", {}, {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6, "rms_norm_eps": 1e-6}),
         ("qwen3", {}, {"head_dim": 16, "attention_bias": False}),
         ("qwen2moe", {}, {"num_experts": 3, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 96}),

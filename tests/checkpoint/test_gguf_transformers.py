@@ -15,8 +15,7 @@ from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.checkpoint.reader import Reader
 from tests.checkpoint.test_gguf_file import ALL, as_in_practice, write_tiny
 
-# Those whose files transformers reads as the converter writes them. It does not take 1 off Gemma's first norms, and
-# has Mixtral's experts under names of its own.
+# Those that transformers reads, under the names that it saves: experts have others, and the rest it does not know.
 READ_BY_TRANSFORMERS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "gpt2"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def test_dtype_config_and_warnings_of_an_output(models: tuple[Path, dict[str, Te
     config = json.loads((folder / "out0/config.json").read_text())
     assert (config["model_type"], config["head_dim"], config["torch_dtype"]) == ("llama", 16, "bfloat16")
     assert pymerge("verify", folder / "out0", "--deep", "all").code == 0
+    assert api.plan(folder / "merge.yml", device="cpu").identity("")["gguf version"] == version("gguf")
     done = pymerge("plan", folder / "merge.yml", "--json")
     assert done.code == 0, done
     made = {row["name"]: row["inputs"][0].get("dequantised") for row in json.loads(done.out)["tensors"]}

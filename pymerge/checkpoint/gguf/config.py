@@ -34,7 +34,7 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 
 
 class Said(NamedTuple):
-    """What a file tells: its values without the architecture's prefix, shapes under the names of transformers, and the
+    """What a file tells: its values (of `read_values`), shapes under the names of transformers, and the
     numbers of the tensors that stand for settings of rotary embeddings."""
 
     values: Mapping[str, Any]
@@ -57,7 +57,7 @@ class _Recipe(NamedTuple):
 
 
 def config_of(architecture: str, said: Said, dtype: str) -> dict[str, Any]:
-    """The config.json of one of the architectures of `gguf_names`. What GGUF does not hold is left to the defaults of
+    """The config.json of one of the architectures of `names`. What GGUF does not hold is left to the defaults of
     transformers."""
     recipe = _RECIPES[architecture]
     config: dict[str, Any] = {"model_type": recipe.model_type, "architectures": [recipe.architecture]}
@@ -112,6 +112,10 @@ def _llama(said: Said, config: dict[str, Any]) -> None:
         config["model_type"], config["architectures"] = "mixtral", ["MixtralForCausalLM"]
         config["num_local_experts"] = said.values["expert_count"]
         config["num_experts_per_tok"] = said.values.get("expert_used_count", 2)
+    elif any("mistral" in str(said.values.get(key)).lower() for key in ("general.name", "general.basename")):
+        # The same architecture in GGUF, and but for its config in transformers. All its blocks look at all tokens.
+        config["model_type"], config["architectures"] = "mistral", ["MistralForCausalLM"]
+        config["sliding_window"] = None
     else:
         config["attention_bias"], config["mlp_bias"] = said.has("q_proj.bias"), said.has("up_proj.bias")
     if "rope_freqs.weight" in said.factors:

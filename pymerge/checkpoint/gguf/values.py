@@ -14,6 +14,7 @@ from pymerge.checkpoint.safetensors_file import AGAIN
 from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError
 
+_NAME, _BASE = "general.name", "general.basename"
 # Values that are computed with: numbers above 0 that are the same for all blocks.
 _COUNTS = (
     "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
@@ -27,7 +28,7 @@ _NUMBERS = (
 
 
 def read_values(path: Path, header: GGUFHeader) -> tuple[str, dict[str, Any]]:
-    """The architecture, and the values that it or the tokenizer has, without these prefixes.
+    """The architecture, and the values that it or the tokenizer has, without these prefixes, and the model's name.
 
     Raises CheckpointError for what is no model, or of an architecture that is not known, and for values that cannot be.
     """
@@ -52,7 +53,7 @@ def read_values(path: Path, header: GGUFHeader) -> tuple[str, dict[str, Any]]:
             f"{path}: is GGUF of architecture {shorten(name)}, whose weights pymerge cannot turn back into those of "
             f"transformers (it can for {', '.join(ARCHITECTURES)}); {ORIGINAL}"
         )
-    kept: dict[str, Any] = {}
+    kept: dict[str, Any] = {_NAME: header.values.get(_NAME), _BASE: header.values.get(_BASE)}
     for prefix in ("tokenizer.ggml.", f"{name}."):
         kept |= {key.removeprefix(prefix): value for key, value in header.values.items() if key.startswith(prefix)}
     for key in _COUNTS:
