@@ -1,6 +1,6 @@
 """The guard against quantised checkpoints, which hold codes and scales where weights should be, and are refused.
 
-They are recognised by config.json, by file, and by tensors: first by the names of each format, then by structure.
+They are recognised by config.json, by a file of ModelOpt, and by tensors: by names of each format, then by structure.
 """
 
 from __future__ import annotations
@@ -50,19 +50,6 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
             yield from _settings(value)
 
 
-def refuse_by_file(path: Path) -> None:
-    """Raise CheckpointError for a GGUF file, and for a directory with GGUF files alone."""
-    if path.is_dir():
-        names = [entry.name for entry in path.iterdir()] if _may_list(path) else []
-        files = [name for name in names if name.endswith(".gguf")]
-        if not files or any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
-            return
-        path = path / min(files)
-    elif path.suffix != ".gguf":
-        return
-    raise CheckpointError(f"{path}: is quantised (GGUF); {remedy_of('GGUF')}")
-
-
 def refuse_modelopt(folder: Path) -> None:
     """Raise CheckpointError for a directory whose weights ModelOpt says that it has quantised."""
     if algorithm := modelopt_algorithm(folder):
@@ -80,14 +67,6 @@ def modelopt_algorithm(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None  # it is no part of the model: what its tensors are, they tell themselves
     return settings.get("quant_algo") if isinstance(settings, Mapping) else None
-
-
-def _may_list(path: Path) -> bool:
-    try:
-        next(path.iterdir(), None)
-    except OSError:
-        return False  # said, with its reason, by those who need the list
-    return True
 
 
 def refuse_by_tensors(tensors: Mapping[str, TensorEntry]) -> None:

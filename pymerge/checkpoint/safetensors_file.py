@@ -7,8 +7,9 @@ before anything is computed from it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pymerge.checkpoint.magic import refuse_foreign
 from pymerge.common.dtypes import ITEM_SIZES, is_float8
@@ -109,7 +110,8 @@ class TensorEntry:
 @dataclass(frozen=True)
 class Header:
     """Header of a weight file: `entries` in the order in which safetensors stores them; `mtime_ns` is that of the read
-    file; `notes` tell what of the file is not used."""
+    file; `notes` tell what of the file is not used, `base_notes` what an output lacks that is made after it; `config`
+    is what the file itself says of config.json."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -117,6 +119,8 @@ class Header:
     file_bytes: int
     mtime_ns: int
     notes: tuple[str, ...] = ()
+    base_notes: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def read_header(path: Path | str) -> Header:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pymerge.checkpoint.gguf.folder import find_gguf
 from pymerge.checkpoint.model_files import ADAPTER_CONFIG, WEIGHT_SUFFIXES, is_adapter, is_leftover, is_weight_file
 from pymerge.checkpoint.parts import refuse_parts
 from pymerge.checkpoint.safetensors_file import Header, read_header
@@ -54,6 +55,19 @@ def _read_torch_header(path: Path) -> Header:
     return read_torch_header(path)
 
 
+def _read_gguf(path: Path) -> Header:
+    """Imports gguf, and numpy with it."""
+    try:
+        from pymerge.checkpoint.gguf.file import read_gguf
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "gguf":
+            raise
+        raise CheckpointError(
+            f"{path}: is read with gguf, which is not here; pip install 'pymerge-engine[gguf]'"
+        ) from error
+    return read_gguf(path)
+
+
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # In the order of transformers, and then of diffusers.
 LOADED = (
@@ -64,6 +78,8 @@ LOADED = (
 )
 # Formats in which a file may have any name; the last is PyTorch Lightning's.
 _NAMELESS = (*LOADED[:2], WeightFormat("model", (".ckpt",), _read_torch_header))
+# A file on this machine alone: a repository has one for each of its many encodings.
+_GGUF = WeightFormat("model", (".gguf",), _read_gguf)
 
 
 def how_to_convert(name: str) -> str:
@@ -95,7 +111,7 @@ class Weights(NamedTuple):
 
 def format_of(path: Path) -> WeightFormat | None:
     """The format of a weight file by its suffix, None for one that cannot be read."""
-    return next((form for form in _NAMELESS if path.suffix in form.suffixes), None)
+    return next((form for form in (*_NAMELESS, _GGUF) if path.suffix in form.suffixes), None)
 
 
 def find_weights(path: Path, named: object = None) -> Weights:
@@ -106,6 +122,9 @@ def find_weights(path: Path, named: object = None) -> Weights:
     names = file_names(path)
     choice = choose(path, names, named)
     if choice is None:
+        gguf = find_gguf(path, names)
+        if gguf is not None:
+            return Weights(_GGUF, (gguf,), None, ())
         raise no_weights(path, names)
     notes: tuple[str, ...] = ()
     if not (choice.usual or choice.name == named):

@@ -58,7 +58,8 @@ class Assembly:
     def match(self, layers: Mapping[str, Layer], problems: list[str]) -> Matched:
         """Hold the models of each section against the donor; what does not fit is added to `problems`."""
         donor = self.inputs.donor
-        warnings = [note for checkpoint in self.inputs.all for note in checkpoint.notes] + list(self.warnings)
+        warnings = [note for checkpoint in self.inputs.all for note in checkpoint.notes]
+        warnings += [*donor.base_notes, *self.warnings]
         tied = find_tied(donor, layers, warnings)
         tensors: dict[str, TensorEntry] = {}
         sections: dict[str, Section] = {}

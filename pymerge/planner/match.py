@@ -66,7 +66,7 @@ def match_tensors(
 ) -> Matched:
     """Hold the experts against the donor, tensor by tensor; what does not fit is added to `problems`."""
     donor = inputs.donor
-    warnings = [note for checkpoint in inputs.all for note in checkpoint.notes]
+    warnings = [note for checkpoint in inputs.all for note in checkpoint.notes] + list(donor.base_notes)
     tied = find_tied(donor, layers, warnings)
     names = [name for name in donor.tensors if name not in tied]
     merged = [name for name in names if layers[name].kind is not Kind.BUFFER]

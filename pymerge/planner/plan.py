@@ -170,6 +170,7 @@ class Plan:
         versions = env.package_versions()
         decisive = ["pymerge-engine", *(["torch"] if self.needs_torch else [])]
         decisive += ["triton"] if device.startswith("cuda") else []
+        decisive += ["gguf"] if any(path.suffix == ".gguf" for path in self.inputs.stamps) else []
         parts = {f"{name} version": versions[name] for name in decisive}
         parts |= {f"config {key}": json.dumps(value) for key, value in _flat(canonical(self.config))}
         parts |= {

@@ -128,16 +128,6 @@ def test_dtypes_that_cannot_be_read(dtype: str, nbytes: int, said: str, tmp_path
         open_checkpoint(file)
 
 
-def test_gguf(tmp_path: Path) -> None:
-    file = tmp_path / "model-Q4_K_M.gguf"
-    file.write_bytes(b"GGUF")
-    for path in (file, tmp_path):
-        with pytest.raises(CheckpointError, match=r"model-Q4_K_M\.gguf: is quantised \(GGUF\); merge the original"):
-            open_checkpoint(path)
-    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert set(open_checkpoint(tmp_path).tensors) == {"a"}
-
-
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     save_file({"base_model.model.a.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
