@@ -190,7 +190,7 @@ def _sound(renamings: Sequence[Renaming], base: Shapes, theirs: Shapes) -> list[
     sound = []
     for renaming in renamings:
         landed = [new for new in moved[renaming] if new in base]
-        layers = any(word.isdecimal() for new in landed for word in new.split(".")[len(renaming.new) :])
+        layers = any(word.isdecimal() for new in landed for word in new.split("."))
         if 2 * len(landed) >= len(moved[renaming]) > 0 or layers:
             sound.append(renaming)
     return sound if len(sound) == len(renamings) else _sound(sound, base, theirs)

@@ -6,29 +6,30 @@ from collections.abc import Mapping
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Last words of two parameters of one module, and those that they have elsewhere. One gamma alone is the scale of a
-# layer, unless its module is called a norm.
+# Last words of two parameters of one module, and those that they have elsewhere.
 _NORM = ((".gamma", ".beta"), (".weight", ".bias"))
-_WEIGHT_NORM = (
-    (".weight_g", ".weight_v"),
-    (".parametrizations.weight.original0", ".parametrizations.weight.original1"),
-)
+_PARAMETRIZED = (".parametrizations.weight.original0", ".parametrizations.weight.original1")
+_WEIGHT_NORM = ((".weight_g", ".weight_v"), _PARAMETRIZED)
 
 
 def respelt(base: Shapes, theirs: Shapes) -> dict[str, str]:
-    """The base's name for each of the expert's names that is spelt otherwise: of the same module, and shape."""
+    """The base's name for each of the expert's names that is spelt otherwise: of the same module, and shape.
+
+    A gamma alone may be the scale of a layer: it is a norm's weight beside its beta, or in a module that is called a
+    norm.
+    """
     found: dict[str, str] = {}
     for one, two in (_NORM, _WEIGHT_NORM):
         for old, new in ((one, two), (two, one)):
             for name in theirs:
-                stem = name.removesuffix(old[0])
-                if stem == name or not _same(stem, old[0], new[0], base, theirs):
+                which = next((i for i in (0, 1) if name.endswith(old[i])), None)
+                if which is None:
                     continue
-                partner = stem + old[1] in theirs or (stem + new[1] in base and stem + new[1] not in theirs)
-                if partner and _same(stem, old[1], new[1], base, theirs):
-                    found |= {stem + old[0]: stem + new[0], stem + old[1]: stem + new[1]}
-                elif not partner and one in _NORM and "norm" in stem.rpartition(".")[2].lower():
-                    found[stem + old[0]] = stem + new[0]
+                stem = name.removesuffix(old[which])
+                known = one is _WEIGHT_NORM[0] or "norm" in stem.rpartition(".")[2].lower()
+                both = known or _same(stem, old[1 - which], new[1 - which], base, theirs)
+                if both and _same(stem, old[which], new[which], base, theirs):
+                    found[name] = stem + new[which]
     return found
 
 

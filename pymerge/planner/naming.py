@@ -88,7 +88,7 @@ class _Naming:
         found = routers(self._donor, self._current())
         self._respell(found)
         if found:
-            self.notes.append(f"{_count(len(found))} beside experts matched by their shape: {next(iter(found))}, ...")
+            self.notes.append(f"{_count(len(found))} of routers matched by their shape: {min(found)} and others")
 
     def find_spellings(self) -> None:
         """Parameters that are spelt otherwise in modules of the same name."""

@@ -121,7 +121,8 @@ def test_both_forms_of_weight_norm(method: str, tmp_path: Path) -> None:
 def test_half_of_a_weight_norm_is_missing(tmp_path: Path) -> None:
     base = drawn({"conv.weight_g": (1, 1, 4), "conv.weight_v": (8, 2, 4), "a.weight": (4, 4)})
     expert = renamed(base, (".weight_g", ".parametrizations.weight.original0"))
-    assert "lacks 1 tensor: conv.weight_g" in refusal(tmp_path, base, expert)
+    del expert["conv.weight_v"]
+    assert "lacks 1 tensor: conv.weight_v;" in refusal(tmp_path, base, expert)
 
 
 def vision_language(text: str, vision: str, head: str) -> Tensors:
@@ -263,7 +264,7 @@ def test_routers_and_stacks_under_other_words(tmp_path: Path) -> None:
         ("moe.gate.weight", "moe.router.layer.weight"),
     )
     warnings = same_merge(tmp_path / "granite", base, lambda one: renamed(one, *granite))
-    assert any("2 tensors beside experts matched by their shape" in warning for warning in warnings)
+    assert any("2 tensors of routers matched by their shape" in warning for warning in warnings)
     same_merge(tmp_path / "back", renamed(base, *granite), lambda one: renamed(one, *((b, a) for a, b in granite)))
 
 
