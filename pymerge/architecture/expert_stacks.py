@@ -163,7 +163,7 @@ def _experts(tensors: Entries) -> dict[str, _Experts]:
 
 def _build(base: Entries, theirs: Entries, wanted: _Experts, given: _Experts, family: str) -> dict[str, TensorEntry]:
     """The base's tensors of one block that are to be had from the expert's; none if it is open how."""
-    if _matrix_keys(base, wanted) != _matrix_keys(theirs, given):
+    if _matrix_keys(base, wanted) != _matrix_keys(theirs, given) or _has_twice(theirs, given):
         return {}  # other experts, or not all of them
     turned = _turned(base, theirs, wanted, given)
     if turned is None or (turned and not family.startswith(_SIDE_BY_SIDE) and _rejoins(wanted, given)):
@@ -207,6 +207,12 @@ def _matrix_keys(tensors: Entries, experts: _Experts) -> set[tuple[int, str]]:
     stacks = experts.stacks.items()
     inside = {(i, part) for parts, name in stacks for part in parts for i in range(tensors[name].shape[0])}
     return inside | experts.singles.keys()
+
+
+def _has_twice(tensors: Entries, experts: _Experts) -> bool:
+    """Whether a matrix is there alone and in a stack, or in two of them."""
+    inside = sum(len(parts) * tensors[name].shape[0] for parts, name in experts.stacks.items())
+    return inside + len(experts.singles) > len(_matrix_keys(tensors, experts))
 
 
 def _rejoins(wanted: _Experts, given: _Experts) -> bool:

@@ -6,34 +6,41 @@ from collections.abc import Mapping
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Last words of two parameters of one module, and those that they have elsewhere.
-_NORM = ((".gamma", ".beta"), (".weight", ".bias"))
-_PARAMETRIZED = (".parametrizations.weight.original0", ".parametrizations.weight.original1")
-_WEIGHT_NORM = ((".weight_g", ".weight_v"), _PARAMETRIZED)
+# A norm's parameters as TensorFlow calls them, and weight norm's as PyTorch calls them now, each with the usual words.
+_NORM = {"gamma": "weight", "beta": "bias"}
+_WEIGHT_NORM = {
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
 
 
-def respelt(base: Shapes, theirs: Shapes) -> dict[str, str]:
-    """The base's name for each of the expert's names that is spelt otherwise: of the same module, and shape.
+def usual(shapes: Shapes) -> dict[str, str]:
+    """The usual name for each of a model's names, most of which have it already.
 
     A gamma alone may be the scale of a layer: it is a norm's weight beside its beta, or in a module that is called a
     norm.
     """
-    found: dict[str, str] = {}
-    for one, two in (_NORM, _WEIGHT_NORM):
-        for old, new in ((one, two), (two, one)):
-            for name in theirs:
-                which = next((i for i in (0, 1) if name.endswith(old[i])), None)
-                if which is None:
-                    continue
-                stem = name.removesuffix(old[which])
-                known = one is _WEIGHT_NORM[0] or "norm" in stem.rpartition(".")[2].lower()
-                both = known or _same(stem, old[1 - which], new[1 - which], base, theirs)
-                if both and _same(stem, old[which], new[which], base, theirs):
-                    found[name] = stem + new[which]
+    found = {}
+    for name in shapes:
+        new = _usual(name, shapes)
+        found[name] = name if new in shapes else new
     return found
 
 
-def _same(stem: str, old: str, new: str, base: Shapes, theirs: Shapes) -> bool:
-    """Whether a parameter is the expert's by one name alone and the base's by the other alone, in one shape."""
-    ours, mine = stem + new, stem + old
-    return mine in theirs and mine not in base and ours in base and ours not in theirs and base[ours] == theirs[mine]
+def spelling(name: str, other: str) -> str:
+    """The last words of a name that differ from those of another one of the same module, for people."""
+    words, others = name.split("."), other.split(".")
+    same = next((i for i, (one, two) in enumerate(zip(words, others, strict=False)) if one != two), len(words))
+    return ".".join(words[same:])
+
+
+def _usual(name: str, shapes: Shapes) -> str:
+    for old, new in _WEIGHT_NORM.items():
+        if name.endswith(f".{old}"):
+            return name.removesuffix(old) + new
+    stem, _, last = name.rpartition(".")
+    if last not in _NORM:
+        return name
+    partner = f"{stem}.{'beta' if last == 'gamma' else 'gamma'}"
+    norm = "norm" in stem.rpartition(".")[2].lower() or shapes.get(partner) == shapes[name]
+    return f"{stem}.{_NORM[last]}" if norm else name

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from pymerge.architecture.expert_stacks import mixture_stems, refit, routers
-from pymerge.architecture.renaming import AmbiguousNames, find_renamings, rename
-from pymerge.architecture.spellings import respelt
+from pymerge.architecture.renaming import AmbiguousNames, find_renamings
+from pymerge.architecture.spellings import spelling, usual
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 
 
@@ -31,14 +31,13 @@ def under_names_of(donor: Checkpoint, expert: Checkpoint, wanted: Collection[str
     naming = _Naming(donor, expert)
     try:
         naming.find_beginnings(wanted)
+        naming.find_mixtures()
     except AmbiguousNames as error:
         text = (
             f"{expert.path}: its names match those of {donor.path} in more than one way: {error}; "
             "save the part that is to be merged as a model of its own"
         )
         return Named(expert, problem=text)
-    naming.find_mixtures()
-    naming.find_spellings()
     tensors = naming.result()
     notes = tuple(f"{expert.path}: {note}, as in {donor.path}" for note in naming.notes)
     return Named(replace(expert, tensors=tensors), notes) if notes else Named(expert)
@@ -51,73 +50,81 @@ def _is_there(name: str, donor: Checkpoint, expert: Checkpoint) -> bool:
 
 
 class _Naming:
-    """Finds the names step by step: `_names` has the present one of each of the expert's."""
+    """Finds the names step by step. `_names` has the present one of each of the expert's; both models are seen under
+    usual spellings meanwhile."""
 
     def __init__(self, donor: Checkpoint, expert: Checkpoint) -> None:
-        self._donor = donor.tensors
-        self._family = str(donor.config.get("model_type", ""))
         self._expert = expert.tensors
-        self._names = {name: name for name in expert.tensors}
-        self._taken = set(expert.tensors)
-        self._base = {name: entry.shape for name, entry in donor.tensors.items()}
+        self._family = str(donor.config.get("model_type", ""))
+        self._usual = usual({name: entry.shape for name, entry in expert.tensors.items()})
+        self._names = dict(self._usual)
+        self._taken = set(self._names.values())
+        spelt = usual({name: entry.shape for name, entry in donor.tensors.items()})
+        self._donor = {spelt[name]: entry for name, entry in donor.tensors.items()}
+        self._donor_names = {new: name for name, new in spelt.items()}
+        self._base = {name: entry.shape for name, entry in self._donor.items()}
         self.notes: list[str] = []
 
     def find_beginnings(self, wanted: Collection[str]) -> None:
         """Names that differ by their beginnings. Raises AmbiguousNames."""
-        found = find_renamings(self._base, {name: entry.shape for name, entry in self._expert.items()}, wanted)
-        if not found:
-            return
+        needed = set(wanted)
+        lacking = [name for name, own in self._donor_names.items() if own in needed]
+        theirs = {name: entry.shape for name, entry in self._current().items()}
+        found = find_renamings(self._base, theirs, lacking)
         done: dict[str, int] = {}
-        for name in self._expert:
-            if name in self._base:
+        for name, now in list(self._names.items()) if found.each else ():
+            if now in self._base:
                 continue
-            new, renaming = rename(found, name, self._base)
+            new, renaming = found.of(now)
             if renaming is not None and self._move(name, new) and new in self._base:
                 done[renaming.describe()] = done.get(renaming.describe(), 0) + 1
-        self.notes.append(", ".join(f"{text} ({_count(number)})" for text, number in done.items()))
+        if done:
+            self.notes.append(", ".join(f"{text} ({_count(number)})" for text, number in done.items()))
 
     def find_mixtures(self) -> None:
-        """Modules with experts under another name, and what is beside the experts in them."""
+        """Modules with experts under another name, and their routers. Raises AmbiguousNames."""
         stems = mixture_stems(self._donor, self._current())
         for old, new in stems.items():
             for name, now in list(self._names.items()):
-                if now not in self._base and now.startswith(f"{old}."):
-                    self._move(name, new + now[len(old) :])
+                if now in self._base or not now.startswith(f"{old}."):
+                    continue
+                there = new + now[len(old) :]
+                if not self._move(name, there) and there in self._base:
+                    raise AmbiguousNames(f"{there}: its {name}, or another")
         last = {(old.rpartition(".")[2], new.rpartition(".")[2]) for old, new in stems.items()}
         self.notes += [f"its {old!r} with experts is {new!r} ({len(stems)} modules)" for old, new in sorted(last)]
         found = routers(self._donor, self._current())
-        self._respell(found)
+        for name, now in list(self._names.items()):
+            self._move(name, found.get(now, now))
         if found:
             self.notes.append(f"{_count(len(found))} of routers matched by their shape: {min(found)} and others")
-
-    def find_spellings(self) -> None:
-        """Parameters that are spelt otherwise in modules of the same name."""
-        found = respelt(self._base, {name: entry.shape for name, entry in self._current().items()})
-        self._respell(found)
-        words = {(_last(old, new), _last(new, old)) for old, new in found.items()}
-        if found:
-            text = ", ".join(f"{old} read as {new}" for old, new in sorted(words))
-            self.notes.append(f"{text} ({_count(len(found))})")
 
     def result(self) -> dict[str, TensorEntry]:
         """The expert's entries under the names that were found, and experts in the form that the donor has."""
         current = self._current()
         refitted = refit(self._donor, current, self._family)
+        found: dict[str, TensorEntry] = {}
+        spelt: dict[tuple[str, str], int] = {}
+        for name, now in self._names.items():
+            if now in refitted.used:
+                continue
+            ours = self._donor_names.get(now, name)
+            found[ours] = self._expert[name]
+            if now in self._base:
+                words = self._spellings(name, ours)
+                spelt[words] = spelt.get(words, 0) + (words[0] != words[1])
+        differing = [f"{one} read as {two} ({_count(number)})" for (one, two), number in spelt.items() if number]
+        self.notes += [", ".join(differing)] if differing else []
         self.notes += refitted.notes
-        names = {now: name for name, now in self._names.items()}
-        tensors = {
-            (now if now in self._base else names[now]): entry
-            for now, entry in current.items()
-            if now not in refitted.used
-        }
-        return tensors | refitted.entries
+        return found | {self._donor_names[name]: entry for name, entry in refitted.entries.items()}
+
+    def _spellings(self, name: str, ours: str) -> tuple[str, str]:
+        """The last words of one of the expert's names and of the donor's for it, where one is not the usual one."""
+        usually, now = self._usual[name], self._names[name]
+        return spelling(name, usually) or spelling(now, ours), spelling(ours, now) or spelling(usually, name)
 
     def _current(self) -> dict[str, TensorEntry]:
         return {self._names[name]: entry for name, entry in self._expert.items()}
-
-    def _respell(self, found: dict[str, str]) -> None:
-        for name, now in list(self._names.items()):
-            self._move(name, found.get(now, now))
 
     def _move(self, name: str, new: str) -> bool:
         """Give one of the expert's tensors another name; a name that is taken stays as it is."""
@@ -128,13 +135,6 @@ class _Naming:
         self._taken.add(new)
         self._names[name] = new
         return True
-
-
-def _last(name: str, other: str) -> str:
-    """The words in which a name differs from another behind what both begin with."""
-    words, others = name.split("."), other.split(".")
-    same = next((i for i, (one, two) in enumerate(zip(words, others, strict=False)) if one != two), len(words))
-    return ".".join(words[same:])
 
 
 def _count(number: int) -> str:

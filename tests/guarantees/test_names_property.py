@@ -102,7 +102,8 @@ class Case:
             self.certain &= self.ignore
         elif accident == "twice":
             self.certain = False
-            model.others |= {f"copy.{name}": 9 * torch.ones_like(weights[name]) for name in chosen}
+            copy = draw(st.sampled_from(["copy.", "ema.", "teacher.model.", "module."]))
+            model.others |= {f"{copy}{name}": 9 * torch.ones_like(weights[name]) for name in chosen}
         return model
 
     def write(self, folder: Path) -> Path:
