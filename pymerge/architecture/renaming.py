@@ -92,9 +92,11 @@ def find_renamings(base: Shapes, theirs: Shapes, wanted: Collection[str]) -> Ren
     free = {name: shape for name, shape in theirs.items() if name not in base}
     found: dict[Words, dict[Renaming, None]] = {}  # of each role of the base: what brings a role there
     covers: dict[Renaming, set[Words]] = {}
-    for role, renaming in _candidates(_roles(lacking), _roles(free)):
-        found.setdefault(role.words, {})[renaming] = None
-        covers.setdefault(renaming, set()).add(role.words)
+    takes: dict[Renaming, set[Words]] = {}
+    for words, renaming, origin in _candidates(_roles(lacking), _roles(free)):
+        found.setdefault(words, {})[renaming] = None
+        covers.setdefault(renaming, set()).add(words)
+        takes.setdefault(renaming, set()).add(origin)
     chosen: dict[Renaming, None] = {}
     for words, candidates in found.items():
         best = [one for one in candidates if not any(covers[one] < covers[other] for other in candidates)]
@@ -102,8 +104,10 @@ def find_renamings(base: Shapes, theirs: Shapes, wanted: Collection[str]) -> Ren
             ways = ", or ".join(sorted(renaming.describe() for renaming in best))
             raise AmbiguousNames(f"{'.'.join(words)}: {ways}")
         chosen[best[0]] = None
-    _check_targets(list(chosen), base, free)
-    sound = _sound(Renamings(list(chosen), base), base, lacking, free)
+    # Of two that begin alike, one that takes all that the other does, and more, is the one that is meant.
+    meant = [one for one in chosen if not any(one.old == other.old and takes[one] < takes[other] for other in chosen)]
+    _check_targets(meant, base, free)
+    sound = _sound(Renamings(meant, base), base, lacking, free)
     _check_unique(sound, base, theirs, free)
     return sound
 
@@ -137,16 +141,16 @@ def _roles(shapes: Shapes) -> list[_Role]:
     return list(found.values())
 
 
-def _candidates(missing: Sequence[_Role], free: Sequence[_Role]) -> Iterator[tuple[_Role, Renaming]]:
-    """Roles of the base, with what could bring one of the expert's there."""
+def _candidates(missing: Sequence[_Role], free: Sequence[_Role]) -> Iterator[tuple[Words, Renaming, Words]]:
+    """Roles of the base, with what could bring one of the expert's there, and that one."""
     by_parameter: dict[str, list[_Role]] = {}
     for role in free:
         by_parameter.setdefault(role.words[-1], []).append(role)
     for role in missing:
-        alike = [pair for other in by_parameter.get(role.words[-1], ()) if (pair := _pair(role, other))]
-        exact = [pair for pair in alike if pair[1]]
-        for renaming, _ in exact or alike:
-            yield role, renaming
+        alike = [(pair, other) for other in by_parameter.get(role.words[-1], ()) if (pair := _pair(role, other))]
+        exact = [each for each in alike if each[0][1]]
+        for (renaming, _), other in exact or alike:
+            yield role.words, renaming, other.words
 
 
 def _pair(ours: _Role, theirs: _Role) -> tuple[Renaming, bool] | None:

@@ -128,6 +128,11 @@ def test_one_tensor_for_two_of_the_base_is_refused() -> None:
         find_renamings(base, BASE, base)
 
 
+def test_the_beginning_that_takes_more_is_meant() -> None:
+    base = put("model.", BASE) | {"mtp.norm.weight": (4,), "mtp.layers.0.weight": (4, 4)}
+    assert found(base, BASE) == {f"model.{name}": name for name in BASE}
+
+
 def test_a_name_with_and_without_the_prefix_is_refused() -> None:
     with pytest.raises(AmbiguousNames, match=r"has 'embed\.weight' with and without"):
         find_renamings(BASE, put("model.", BASE) | {"embed.weight": (9, 4)}, BASE)

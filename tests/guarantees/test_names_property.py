@@ -29,7 +29,7 @@ from tests.helpers.renamed_models import (
     shapes_of,
 )
 
-EXAMPLES = 1500 if os.environ.get("PYMERGE_TORTURE") == "1" else 60
+EXAMPLES = 2000 if os.environ.get("PYMERGE_TORTURE") == "1" else 120
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
