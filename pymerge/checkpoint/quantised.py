@@ -1,6 +1,6 @@
 """The guard against quantised checkpoints, which hold codes and scales where weights should be, and are refused.
 
-They are recognised by config.json, by file, and by tensors: first by the names of each format, then by structure.
+They are recognised by config.json, by a file of ModelOpt, and by tensors: by names of each format, then by structure.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Any
 
 from pymerge.checkpoint.codes import Described, find_codes
 from pymerge.checkpoint.quantised_formats import BITS_16, by_method, by_name, by_structure, remedy_of
-from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.checkpoint.safetensors_file import TensorEntry, about_dtype
 from pymerge.common.files import parse_json_object, read_text_file
 from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError
 
 MODELOPT_FILE = "hf_quant_config.json"
+_KEYS = ("quantization_config", "compression_config", "quant_config", "quantize_config")
 _PLAIN = "If its weights are plain numbers already, delete"
 
 
@@ -33,9 +34,11 @@ def refuse_by_config(file: Path, config: Mapping[str, Any]) -> None:
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The settings of a quantisation in a config and in those inside it, with their keys."""
     for key, value in config.items():
+        if key == "quantization_bit" and isinstance(value, int) and value > 0:
+            yield key, {"quant_method": f"{value} bits"}
         if not isinstance(value, Mapping):
             continue
-        if key in ("quantization_config", "compression_config"):
+        if key in _KEYS:
             switched_off = {"load_in_4bit", "load_in_8bit"} & set(value) and not (
                 value.get("load_in_4bit") or value.get("load_in_8bit")
             )
@@ -47,45 +50,30 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
             yield from _settings(value)
 
 
-def refuse_by_file(path: Path) -> None:
-    """Raise CheckpointError for a GGUF file, for a directory with GGUF files alone, and for one of ModelOpt."""
-    if path.is_dir():
-        names = [entry.name for entry in path.iterdir()] if _may_list(path) else []
-        if MODELOPT_FILE in names:
-            _refuse_modelopt(path / MODELOPT_FILE)
-        files = [name for name in names if name.endswith(".gguf")]
-        if not files or any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
-            return
-        path = path / min(files)
-    elif path.suffix != ".gguf":
-        return
-    raise CheckpointError(f"{path}: is quantised (GGUF); {remedy_of('GGUF')}")
-
-
-def _refuse_modelopt(file: Path) -> None:
-    try:
-        settings = parse_json_object(read_text_file(file), unique=False).get("quantization")
-    except (OSError, ValueError):
-        return  # it is no part of the model: what its tensors are, they tell themselves
-    algorithm = settings.get("quant_algo") if isinstance(settings, Mapping) else None
-    if algorithm:  # none if only the cache is quantised
+def refuse_modelopt(folder: Path) -> None:
+    """Raise CheckpointError for a directory whose weights ModelOpt says that it has quantised."""
+    if algorithm := modelopt_algorithm(folder):
         name = f"ModelOpt {algorithm}"
         raise CheckpointError(
-            f"{file}: the model is quantised ({shorten(name)}, by its quant_algo); {remedy_of('ModelOpt')}. {_PLAIN} "
-            "the file"
+            f"{folder / MODELOPT_FILE}: the model is quantised ({shorten(name)}, by its quant_algo); "
+            f"{remedy_of('ModelOpt')}. {_PLAIN} the file"
         )
 
 
-def _may_list(path: Path) -> bool:
+def modelopt_algorithm(folder: Path) -> str | None:
+    """What ModelOpt's file in a directory says of its weights; None if it says nothing, or only of the cache."""
     try:
-        next(path.iterdir(), None)
-    except OSError:
-        return False  # said, with its reason, by those who need the list
-    return True
+        settings = parse_json_object(read_text_file(folder / MODELOPT_FILE), unique=False).get("quantization")
+    except (OSError, ValueError):
+        return None  # it is no part of the model: what its tensors are, they tell themselves
+    return settings.get("quant_algo") if isinstance(settings, Mapping) else None
 
 
 def refuse_by_tensors(tensors: Mapping[str, TensorEntry]) -> None:
     """Raise CheckpointError when names, dtypes and shapes are those of a quantised checkpoint."""
+    for name, entry in tensors.items():
+        if entry.dtype == "F8_E8M0":
+            raise CheckpointError(f"{entry.file}: tensor {shorten(name)}: {about_dtype(entry.dtype)}")
     found = quantised({name: (entry.dtype, entry.shape) for name, entry in tensors.items()})
     if found is not None:
         name, what = found
@@ -99,7 +87,8 @@ def quantised(tensors: Described) -> tuple[str, str] | None:
     for codes in find_codes(tensors):
         kind = by_structure(codes, tensors)
         beside = f" with its scale {shorten(codes.scale)}" if codes.scale else ""
-        what = "holds 16-bit weights as integers" if kind == BITS_16 else "is quantised"
         place = f"by tensor {shorten(codes.name)} of dtype {codes.dtype}{beside}"
-        return codes.name, f"{what} ({kind}, {place}); {remedy_of(kind)}"
+        if kind == BITS_16:
+            return codes.name, f"has {kind} weights stored as {codes.dtype} ({place}); {remedy_of(kind)}"
+        return codes.name, f"is quantised ({kind}, {place}); {remedy_of(kind)}"
     return None

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pymerge.checkpoint.gguf.folder import find_gguf
 from pymerge.checkpoint.model_files import ADAPTER_CONFIG, WEIGHT_SUFFIXES, is_adapter, is_leftover, is_weight_file
 from pymerge.checkpoint.parts import refuse_parts
 from pymerge.checkpoint.safetensors_file import Header, read_header
 from pymerge.common.files import parse_json_object, read_text_file
-from pymerge.common.names import first_few, shorten
+from pymerge.common.names import first_few, listed, shorten
 from pymerge.errors import CheckpointError
 
 _FLAGS = {".h5": "from_tf", ".msgpack": "from_flax"}
@@ -54,6 +55,19 @@ def _read_torch_header(path: Path) -> Header:
     return read_torch_header(path)
 
 
+def _read_gguf(path: Path) -> Header:
+    """Imports gguf, and numpy with it."""
+    try:
+        from pymerge.checkpoint.gguf.file import read_gguf
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "gguf":
+            raise
+        raise CheckpointError(
+            f"{path}: is read with gguf, which is not here; pip install 'pymerge-engine[gguf]'"
+        ) from error
+    return read_gguf(path)
+
+
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # In the order of transformers, and then of diffusers.
 LOADED = (
@@ -64,6 +78,8 @@ LOADED = (
 )
 # Formats in which a file may have any name; the last is PyTorch Lightning's.
 _NAMELESS = (*LOADED[:2], WeightFormat("model", (".ckpt",), _read_torch_header))
+# A file on this machine alone: a repository has one for each of its many encodings.
+_GGUF = WeightFormat("model", (".gguf",), _read_gguf)
 
 
 def how_to_convert(name: str) -> str:
@@ -95,7 +111,7 @@ class Weights(NamedTuple):
 
 def format_of(path: Path) -> WeightFormat | None:
     """The format of a weight file by its suffix, None for one that cannot be read."""
-    return next((form for form in _NAMELESS if path.suffix in form.suffixes), None)
+    return next((form for form in (*_NAMELESS, _GGUF) if path.suffix in form.suffixes), None)
 
 
 def find_weights(path: Path, named: object = None) -> Weights:
@@ -106,6 +122,9 @@ def find_weights(path: Path, named: object = None) -> Weights:
     names = file_names(path)
     choice = choose(path, names, named)
     if choice is None:
+        gguf = find_gguf(path, names)
+        if gguf is not None:
+            return Weights(_GGUF, (gguf,), None, ())
         raise no_weights(path, names)
     notes: tuple[str, ...] = ()
     if not (choice.usual or choice.name == named):
@@ -251,28 +270,34 @@ def read_weight_map(index: Path, form: WeightFormat) -> dict[str, str]:
     return weight_map
 
 
-def check_index(index: Path, form: WeightFormat, headers: dict[Path, Header]) -> None:
-    """Raise CheckpointError unless index and shards name exactly the same tensors in the same files."""
+def check_index(index: Path, form: WeightFormat, headers: dict[Path, Header]) -> tuple[str, ...]:
+    """Remarks on tensors that only the index, or only the shards name; they are what the shards have.
+
+    Raises CheckpointError where it is open which tensor is meant: one in two shards, or in another than the index says.
+    """
     weight_map = read_weight_map(index, form)
     found: dict[str, str] = {}
     for file, header in headers.items():
         for name in header.entries:
             if name in found:
                 raise CheckpointError(
-                    f"{index}: tensor {shorten(name)} is in two shards, {found[name]} and {file.name}; "
-                    "remove the shard that is of another model"
+                    f"{index}: tensor {shorten(name)} is in two shards, {found[name]} and {file.name}, and may differ "
+                    f"there; keep it in {weight_map.get(name, 'one')} alone: load the other, delete it, save again"
                 )
             found[name] = file.name
+    moved = [name for name, file in weight_map.items() if name in found and found[name] != file]
+    if moved:
+        raise CheckpointError(
+            f"{index}: {first_few(moved)} should be in {weight_map[moved[0]]} but is in {found[moved[0]]}; "
+            "download index and shards of the same revision"
+        )
     unlisted = [name for name in found if name not in weight_map]
-    if unlisted:
+    absent = [name for name in weight_map if name not in found]
+    if unlisted and absent:
         raise CheckpointError(
-            f"{index}: does not list {first_few(unlisted)}, found in {found[unlisted[0]]}; "
-            "download index and shards of the same revision"
+            f"{index}: does not list {first_few(unlisted)}, found in {found[unlisted[0]]}, but {first_few(absent)}, "
+            "found in no shard; download index and shards of the same revision"
         )
-    wrong = [name for name, file in weight_map.items() if found.get(name) != file]
-    if wrong:
-        raise CheckpointError(
-            f"{index}: {first_few(wrong)} should be in {weight_map[wrong[0]]} but "
-            f"{'is in ' + found[wrong[0]] if wrong[0] in found else 'is in no shard'}; "
-            "download index and shards of the same revision"
-        )
+    notes = [f"{index}: {listed(absent)}: in no shard, so the model is taken to be without"] if absent else []
+    notes += [f"{index}: does not list {listed(unlisted)}: read all the same"] if unlisted else []
+    return tuple(notes)

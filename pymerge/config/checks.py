@@ -257,8 +257,8 @@ class Checker:
             if parameter.required and parameter.scope == "merge" and parameter.name not in given:
                 document.add(around, f"{method.name!r} requires {parameter.name!r}; add it under 'parameters'")
         if read and all(isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry, _ in read):
-            if not merged and location[-1] == "sources":
-                return  # a slice of the base alone is a copy of its layers
+            if not merged and (location[-1] == "sources" or location[0] == "modules"):
+                return  # a slice or module of the base alone is a copy
             if not merged:
                 document.add(location, f"{show(location)} lists only the base; add the models to merge")
             elif wrong := method.wrong_count(merged):

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, MERGED
+from pymerge.common.names import listed
 from pymerge.config.merge_config import MergeConfig, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
@@ -28,7 +30,7 @@ from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.integers import check_integers
-from pymerge.planner.match import Section, listed, match_tensors
+from pymerge.planner.match import Section, match_tensors
 from pymerge.planner.output_dtypes import output_dtypes, with_dtype
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Group, Step
@@ -134,7 +136,10 @@ def draft_plan(
                 wrong.setdefault(str(error), []).append(name)
                 continue
             constant = constants.get(name)
-            if constant is not None and constant.passes(action):
+            what = named_constant(name, entry.shape)
+            if name in whole.sections[name].copied:
+                layer = replace(layer, reason=f"{layer.reason}; {what or 'in no expert'}: the base's")
+            elif constant is not None and (what or constant.passes(action)):
                 action, experts, values = copy(), (), None
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
             for rows in rows_of(entry, experts):
@@ -220,7 +225,7 @@ def _action(
     section: Section, method: Method, name: str, layer: Layer
 ) -> tuple[Action, tuple[TensorEntry, ...], Values | None]:
     """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
-    if layer.kind is Kind.BUFFER or not section.experts:
+    if layer.kind is Kind.BUFFER or not section.experts or name in section.copied:
         return copy(), (), None
     names = section.input_names(name, layer)
     values = resolve(section.config, method, name, section.positions[name], section.participants, names)

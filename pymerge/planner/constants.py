@@ -54,7 +54,7 @@ def reproduces(action: Action) -> bool:
 def find_constants(
     inputs: Inputs, names: Iterable[str], layers: Mapping[str, Layer], sections: Mapping[str, Section]
 ) -> dict[str, Constant]:
-    """The constants among the tensors of an output that are merged. Reads those that may be one.
+    """The constants among the tensors of an output. Reads those that may be one.
 
     Args:
         inputs: the donor has the tensors under their names in the output.
@@ -69,7 +69,7 @@ def find_constants(
             continue
         every = [base, *(expert.tensors[name] for expert in experts if name in expert.tensors)]
         stored = [origin for entry in every if (origin := inputs.stored(entry)) is not None]
-        if len(every) == len(stored) > 1:  # all are there, and not the base alone
+        if len(every) == len(stored):  # what the base alone has is copied anyway, and may have infinities
             stamps |= {entry.file: stamp for entry, stamp in stored}
             candidates[name] = [entry for entry, _ in stored]
     with Reader(stamps) as reader:

@@ -13,7 +13,7 @@ from pymerge.errors import PlanError
 from pymerge.methods.actions import Solve
 from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
-from pymerge.planner.jobs import READ_THREADS, Job, jobs, room
+from pymerge.planner.jobs import READ_AHEAD, READ_THREADS, Job, jobs, room
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Step
 
@@ -81,7 +81,8 @@ def _fitted(step: Step, budget: Budget) -> Step:
         return replace(ranged, held=holds and ranged.passes > 1)
     if not pieces.by_rows(step.action) or not step.shape or step.shape[0] == 0:
         return step
-    needed = room(step.footprint(step.smallest))
+    decoding = (1 + READ_AHEAD) * step.decoding_bytes  # which larger pieces do not need more of
+    needed = room(step.footprint(step.smallest)) - decoding
     elements = math.prod(step.smallest.shape)
-    most = min(CHUNK_ELEMENTS, max(1, budget.tensors // max(1, needed)) * elements)
+    most = min(CHUNK_ELEMENTS, max(1, (budget.tensors - decoding) // max(1, needed)) * elements)
     return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))

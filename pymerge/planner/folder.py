@@ -60,7 +60,8 @@ class Part:
             if id(section) not in renamed:
                 experts = (replace(expert, tensors=self._full(expert.tensors)) for expert in section.experts)
                 places = self._full(section.positions)
-                renamed[id(section)] = replace(section, experts=tuple(experts), positions=places)
+                copied = frozenset(map(self.full_name, section.copied))
+                renamed[id(section)] = replace(section, experts=tuple(experts), positions=places, copied=copied)
         sections = {name: renamed[id(section)] for name, section in self.sections.items()}
         names = [self.full_name(name) for name in self.names]
         return Whole(names, self._full(self.layers), self._full(donor.tensors), self._full(sections))

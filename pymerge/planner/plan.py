@@ -13,6 +13,7 @@ from typing import Any
 
 from pymerge import env
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from pymerge.checkpoint.composed import stored
 from pymerge.common.names import printable
 from pymerge.config.merge_config import MergeConfig, canonical
 from pymerge.errors import CheckpointError
@@ -169,6 +170,7 @@ class Plan:
         versions = env.package_versions()
         decisive = ["pymerge-engine", *(["torch"] if self.needs_torch else [])]
         decisive += ["triton"] if device.startswith("cuda") else []
+        decisive += ["gguf"] if any(path.suffix == ".gguf" for path in self.inputs.stamps) else []
         parts = {f"{name} version": versions[name] for name in decisive}
         parts |= {f"config {key}": json.dumps(value) for key, value in _flat(canonical(self.config))}
         parts |= {
@@ -205,8 +207,8 @@ def _settled(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _check_settled(planned: Checkpoint, found: Checkpoint) -> None:
-    for name, entry in planned.tensors.items():
-        if entry.file not in planned.files:  # of slices: another model's
+    for name, entry in ((name, part) for name, whole in planned.tensors.items() for part in stored(whole)):
+        if entry.file not in planned.files:  # another model's, of slices or in place of what this one lacks
             continue
         there = found.tensors.get(entry.name)
         if there is None or (there.dtype, there.shape, there.offset) != (entry.dtype, entry.shape, entry.offset):
