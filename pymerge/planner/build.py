@@ -102,7 +102,8 @@ def draft_plan(
         check_integers(matched, layers, config.rules, problems, matched.warnings)
     if problems:
         raise PlanError(problems)
-    names, warnings = matched.names, matched.warnings + said
+    names, warnings = matched.names, matched.warnings
+    warnings += said
     aligned = align(matched, layers, config, method)
     inputs, tokens = aligned.inputs, aligned.tokens
     stored, donor = donor, inputs.donor  # gathered tables may have a wider dtype
