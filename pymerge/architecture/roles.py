@@ -12,7 +12,6 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from pymerge.architecture.buffers import constant
 from pymerge.architecture.expert_stacks import joined_parts
 from pymerge.errors import PlanError
 
@@ -28,7 +27,7 @@ class Kind(str, Enum):
     NORM = "norm"
     BIAS = "bias"
     OTHER = "other"  # convolution kernels, learned positions and class tokens, scalars, state matrices
-    BUFFER = "buffer"  # integers, booleans and constants: nothing to merge
+    BUFFER = "buffer"  # integers and booleans: nothing to merge
 
 
 class Rule(NamedTuple):
@@ -234,8 +233,6 @@ def _by_evidence(name: str, facts: _Facts) -> Layer:
     axes = len(shape)
     if facts.dtypes[name].startswith(("I", "U", "BOOL")):
         return Layer(Kind.BUFFER, reason=f"dtype {facts.dtypes[name]}")
-    if what := constant(name, shape):
-        return Layer(Kind.BUFFER, reason=f"constant: {what}")
     if axes == 0:
         return Layer(Kind.OTHER, reason="scalar")
     if axes <= 2 and (parameter in ("bias", "beta") or parameter.endswith("_bias") or parameter.startswith("bias_")):

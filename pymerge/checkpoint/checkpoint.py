@@ -12,7 +12,7 @@ from pymerge.checkpoint.beside import Beside, files_beside
 from pymerge.checkpoint.dequantise.recognise import dequantise, may_decode, true_of_plain
 from pymerge.checkpoint.parts import part_note, refuse_empty
 from pymerge.checkpoint.pipelines import refuse_pipeline
-from pymerge.checkpoint.quantised import refuse_by_config, refuse_by_file, refuse_by_tensors, refuse_modelopt
+from pymerge.checkpoint.quantised import refuse_by_config, refuse_by_tensors, refuse_modelopt
 from pymerge.checkpoint.safetensors_file import Header, TensorEntry, read_header
 from pymerge.checkpoint.sentence_modules import Module, read_modules
 from pymerge.checkpoint.weight_files import (
@@ -41,12 +41,13 @@ class Checkpoint:
     `files` are the weight files sorted by name; `tensors` are in the order of files and, inside a file, of a
     safetensors file, under plain names where they are decoded; `config` says nothing of quantisation; `other_files`
     are relative to `path`; `stamps` maps each weight file to its (size, mtime_ns) when its header was read; `notes` say
-    what of the files is not used, and what is decoded; `origin` is "org/name@commit" for a model of the Hugging Face
-    Hub. `folder` is where files and config.json lie inside `path` (of a sentence-transformers model
-    not always at its top), `stem` how its loader wants the weight files to be named. `parts` are the modules of such a
-    model, `modules` the checkpoints of those that have weights, but for that of `tensors`, by their folders.
-    Of a model that is still to be written, which has no stamps, `copied` has the tensors that will be copies of stored
-    ones: by file and name, what they are copied from, with (size, mtime_ns) of its file.
+    what of the files is not used, and what is decoded, `base_notes` what an output lacks that is made after it;
+    `origin` is "org/name@commit" for a model of the Hugging Face Hub. `folder` is where files and config.json lie
+    inside `path` (of a sentence-transformers model not always at its top), `stem` how its loader wants the weight files
+    to be named. `parts` are the modules of such a model, `modules` the checkpoints of those that have weights, but for
+    that of `tensors`, by their folders. Of a model that is
+    still to be written, which has no stamps, `copied` has the tensors that will be copies of stored ones: by file and
+    name, what they are copied from, with (size, mtime_ns) of its file.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Checkpoint:
     stamps: dict[Path, tuple[int, int]]
     notes: tuple[str, ...] = ()
     origin: str = ""
+    base_notes: tuple[str, ...] = ()
     copied: Mapping[tuple[Path, str], tuple[TensorEntry, tuple[int, int]]] = field(default_factory=dict)
     folder: str = ""
     stem: str = "model"
@@ -76,21 +78,21 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a Hugging Face model directory or a single weight file (.safetensors, .bin, .pt, .pth, .ckpt) by headers.
+    """Open a Hugging Face model directory or one weight file (.safetensors, .bin, .pt, .pth, .ckpt, .gguf) by headers.
 
     A directory holds `model.safetensors`, or its index with shards, or `pytorch_model.bin`, or its index with shards:
     the first of these that is there, which is what transformers loads; else those of diffusers; else one variant or one
-    file of another name. `beside` says what lies there, too. A single file has no config and no other files.
+    file of another name; else a .gguf file. `beside` says what lies there, too. A single file has no other files, and
+    no config but what a .gguf file says of it.
 
-    Raises CheckpointError, with what was found and what to do, for anything else, quantised weights among it
-    whose values cannot be had exactly; others are decoded when they are read.
+    Raises CheckpointError, with what was found and what to do, for anything else, quantised weights among it whose
+    values cannot be had exactly; others are entries that are decoded when they are read.
     """
     path = Path(path).expanduser()
     if os.path.isdir(path):  # not Path.is_dir, which raises OSError for names that are too long
         return _open_directory(path)
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such file or directory; give a model directory or a weight file")
-    refuse_by_file(path)
     form = format_of(path)
     if form is None:
         raise CheckpointError(
@@ -99,12 +101,12 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         )
     header = form.read(path)
     stamps = {path: (header.file_bytes, header.mtime_ns)}
-    found = dequantise(path, header.entries, {}, stamps)
+    found = dequantise(path, header.entries, header.config, stamps)
     refuse_by_tensors(found.tensors)
     refuse_empty(found.tensors)
     note = part_note(path)
     notes = (*header.notes, *found.notes, *([note] if note else []))
-    return Checkpoint(path, (path,), found.tensors, {}, (), stamps, notes)
+    return Checkpoint(path, (path,), found.tensors, found.config, (), stamps, notes, base_notes=header.base_notes)
 
 
 def weights_of(path: Path) -> list[Path]:
@@ -116,7 +118,6 @@ def weights_of(path: Path) -> list[Path]:
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    refuse_by_file(path)
     refuse_pipeline(path)
     parts = read_modules(path)
     main, *folders = weight_folders(path, parts)
@@ -163,15 +164,19 @@ def _read_weights(path: Path, folder: str) -> tuple[Checkpoint, set[Path]]:
         notes += check_index(where / index, form, headers)
     tensors = {name: entry for header in headers.values() for name, entry in header.entries.items()}
     stamps = {file: (header.file_bytes, header.mtime_ns) for file, header in headers.items()}
-    found = dequantise(where, tensors, config, stamps)
-    refuse_by_config(config_file, found.config)
-    refuse_by_tensors(found.tensors)
-    refuse_empty(found.tensors)
-    if not found.decoded:
+    base_notes: tuple[str, ...] = ()
+    if not config:  # but a file may say something of it
+        config, base_notes = next((header.config, header.base_notes) for header in headers.values())
+    plain = dequantise(where, tensors, config, stamps)
+    refuse_by_config(config_file, plain.config)
+    refuse_by_tensors(plain.tensors)
+    refuse_empty(plain.tensors)
+    if not plain.decoded:
         refuse_modelopt(where)
-    notes += tuple(note for header in headers.values() for note in header.notes) + found.notes
+    notes += (*(note for header in headers.values() for note in header.notes), *plain.notes)
     stem = form.stem if form.index_first else "model"
     if files[0].name == _MISTRAL:
         stem = files[0].stem
     used = {Path(folder, name) for name in (*(file.name for file in files), *([index] if index else []))}
-    return Checkpoint(where, files, found.tensors, found.config, (), stamps, notes, stem=stem), used
+    found = Checkpoint(where, files, plain.tensors, plain.config, (), stamps, notes, base_notes=base_notes, stem=stem)
+    return found, used

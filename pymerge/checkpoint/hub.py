@@ -62,10 +62,10 @@ def cached_folder(repository: str, revision: str | None) -> Path | None:
 def _is_whole(folder: Path) -> bool:
     """Whether a model's weights are all there, those of its modules too."""
     try:
-        weights_of(folder)
+        # A file of GGUF may be there because it was wanted once, beside the weights themselves.
+        return all(file.suffix != ".gguf" for file in weights_of(folder))
     except CheckpointError:
         return False
-    return True
 
 
 def _download(repository: str, revision: str | None) -> Path:
@@ -105,6 +105,11 @@ def _weights_wanted(folder: Path, repository: str, names: Sequence[str]) -> list
                 found = sorted(set(read_weight_map(folder / where / choice.name, choice.form).values()))
             wanted += [Path(where, name).as_posix() for name in found]
             owners.append(where)
+    if not wanted and any(name.endswith(".gguf") for name in names):
+        raise CheckpointError(
+            f"{repository}: has weights in files of GGUF alone, one for each encoding; download one "
+            f"(`hf download {repository} FILE.gguf`) and give its path"
+        )
     if not wanted:
         raise no_weights(folder, top)
     beside = [name for name in names if name not in wanted and is_weight_file(name)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pymerge.checkpoint.gguf.folder import find_gguf
 from pymerge.checkpoint.model_files import ADAPTER_CONFIG, WEIGHT_SUFFIXES, is_adapter, is_leftover, is_weight_file
 from pymerge.checkpoint.parts import refuse_parts
 from pymerge.checkpoint.safetensors_file import Header, read_header
@@ -54,15 +55,31 @@ def _read_torch_header(path: Path) -> Header:
     return read_torch_header(path)
 
 
+def _read_gguf(path: Path) -> Header:
+    """Imports gguf, and numpy with it."""
+    try:
+        from pymerge.checkpoint.gguf.file import read_gguf
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "gguf":
+            raise
+        raise CheckpointError(
+            f"{path}: is read with gguf, which is not here; pip install 'pymerge-engine[gguf]'"
+        ) from error
+    return read_gguf(path)
+
+
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # In the order of transformers, and then of diffusers.
-FORMATS = (
+LOADED = (
     WeightFormat("model", (".safetensors",), read_header),
     WeightFormat("pytorch_model", _TORCH_SUFFIXES, _read_torch_header),
-    WeightFormat("model", (".ckpt",), _read_torch_header),  # of PyTorch Lightning
     WeightFormat("diffusion_pytorch_model", (".safetensors",), read_header, index_first=True),
     WeightFormat("diffusion_pytorch_model", _TORCH_SUFFIXES, _read_torch_header, index_first=True),
 )
+# Formats in which a file may have any name; the last is PyTorch Lightning's.
+_NAMELESS = (*LOADED[:2], WeightFormat("model", (".ckpt",), _read_torch_header))
+# A file on this machine alone: a repository has one for each of its many encodings.
+_GGUF = WeightFormat("model", (".gguf",), _read_gguf)
 
 
 def how_to_convert(name: str) -> str:
@@ -94,7 +111,7 @@ class Weights(NamedTuple):
 
 def format_of(path: Path) -> WeightFormat | None:
     """The format of a weight file by its suffix, None for one that cannot be read."""
-    return next((form for form in FORMATS if path.suffix in form.suffixes), None)
+    return next((form for form in (*_NAMELESS, _GGUF) if path.suffix in form.suffixes), None)
 
 
 def find_weights(path: Path, named: object = None) -> Weights:
@@ -105,10 +122,14 @@ def find_weights(path: Path, named: object = None) -> Weights:
     names = file_names(path)
     choice = choose(path, names, named)
     if choice is None:
+        gguf = find_gguf(path, names)
+        if gguf is not None:
+            return Weights(_GGUF, (gguf,), None, ())
         raise no_weights(path, names)
     notes: tuple[str, ...] = ()
     if not (choice.usual or choice.name == named):
-        notes = (f"{path}: has no {choice.form.single}; its weights are taken from {choice.name}",)
+        wanted = choice.form if choice.form in LOADED else LOADED[0]
+        notes = (f"{path}: has no {wanted.single}; its weights are taken from {choice.name}",)
     if not choice.is_index:
         return Weights(choice.form, (path / choice.name,), None, notes)
     shards = sorted(set(read_weight_map(path / choice.name, choice.form).values()))
@@ -130,7 +151,7 @@ def file_names(path: Path) -> list[str]:
 
 def has_usual(names: Collection[str]) -> bool:
     """Whether a directory has weights under a name that loaders look for."""
-    return any(form.single in names or form.index in names for form in FORMATS)
+    return any(form.single in names or form.index in names for form in LOADED)
 
 
 def choose(path: Path, names: Sequence[str], named: object = None) -> Choice | None:
@@ -141,16 +162,16 @@ def choose(path: Path, names: Sequence[str], named: object = None) -> Choice | N
     """
     if named is not None:
         return _named(path, names, named)
-    for form in FORMATS:
+    for form in LOADED:
         usual = [name for name in (form.single, form.index) if name in names]
         if usual:
             name = usual[-1] if form.index_first else usual[0]
             return Choice(form, name, name == form.index, usual=True)
-    for form in FORMATS:
+    for form in LOADED:
         variants = [name for name in names if name.startswith(f"{form.stem}.") and _may_be_weights(name, form)]
         if variants:
             return _only(path, variants, form)
-    for form in FORMATS[:3]:
+    for form in _NAMELESS:
         found = [name for name in names if _may_be_weights(name, form)]
         if found:
             return _only(path, found, form)
@@ -165,7 +186,7 @@ def choose(path: Path, names: Sequence[str], named: object = None) -> Choice | N
 
 def _named(path: Path, names: Sequence[str], named: object) -> Choice:
     """The file that config.json names."""
-    form = FORMATS[0]
+    form = LOADED[0]
     if isinstance(named, str) and named in names and (named.endswith(form.suffixes) or form.is_index(named)):
         return Choice(form, named, form.is_index(named), named in (form.single, form.index))
     raise CheckpointError(
@@ -198,7 +219,10 @@ def _only(path: Path, found: Sequence[str], form: WeightFormat) -> Choice:
 
 
 def no_weights(path: Path, names: Sequence[str]) -> CheckpointError:
-    """What is wrong with a directory of these names, none of which can be its weights."""
+    """What is wrong with a directory of these names, none of which can be its weights.
+
+    Raises CheckpointError itself where they are parts of a model.
+    """
     if "snapshots" in names and ("blobs" in names or path.name.startswith("models--")):
         commits = [str(path / "snapshots" / name) for name in file_names(path / "snapshots")]
         return CheckpointError(

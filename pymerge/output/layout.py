@@ -48,11 +48,6 @@ def full_name(file: str, tensor: str) -> str:
     return f"{folder}/{tensor}" if folder else tensor
 
 
-def own_name(file: str, full: str) -> str:
-    """Name of a tensor in its file, of that among those of all files."""
-    return full.removeprefix(file.rpartition("/")[0]).removeprefix("/") if "/" in file else full
-
-
 def layout_shards(
     tensors: Sequence[tuple[str, str, Sequence[int]]], max_shard_bytes: int, *, stem: str = "model"
 ) -> tuple[ShardLayout, ...]:

@@ -26,7 +26,7 @@ from pymerge.config.settings import Setting
 from pymerge.errors import PlanError
 from pymerge.methods.base import Method
 from pymerge.planner.inputs import Inputs, open_models
-from pymerge.planner.match import Matched, Matcher, Section, find_tied, lacked_by_all
+from pymerge.planner.match import Matched, Matcher, Section, copied, find_tied
 from pymerge.planner.naming import under_names_of
 from pymerge.planner.sources import Source, classified, read_source
 
@@ -58,7 +58,8 @@ class Assembly:
     def match(self, layers: Mapping[str, Layer], problems: list[str]) -> Matched:
         """Hold the models of each section against the donor; what does not fit is added to `problems`."""
         donor = self.inputs.donor
-        warnings = [note for checkpoint in self.inputs.all for note in checkpoint.notes] + list(self.warnings)
+        warnings = [note for checkpoint in self.inputs.all for note in checkpoint.notes]
+        warnings += [*donor.base_notes, *self.warnings]
         tied = find_tied(donor, layers, warnings)
         tensors: dict[str, TensorEntry] = {}
         sections: dict[str, Section] = {}
@@ -76,8 +77,8 @@ class Assembly:
             chosen = participants(draft.config, self.method)
             experts = tuple(matched[index].checkpoint for index in chosen)
             shifts = tuple(draft.shifts[index] for index in chosen)
-            copied = lacked_by_all([matched[index] for index in chosen if index != draft.origin])
-            section = Section(draft.config, chosen, experts, draft.positions, shifts, copied)
+            kept = copied([matched[index] for index in chosen if index != draft.origin])
+            section = Section(draft.config, chosen, experts, draft.positions, shifts, kept)
             sections |= dict.fromkeys(own, section)
         names = [name for name in donor.tensors if name not in tied]
         output = says_tied(replace(donor, tensors={name: tensors[name] for name in names}), tied, layers)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
@@ -24,7 +25,7 @@ from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange
 from pymerge.planner.budget import Budget
 from pymerge.planner.config_differences import check_configs
-from pymerge.planner.constants import find_constants
+from pymerge.planner.constants import Constant, find_constants
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
@@ -91,7 +92,7 @@ def draft_plan(
     layers = classify(described, donor.config, config.rules)
     said = list(beside_warnings(inputs))
     modules = match_modules(inputs, config, method, problems, said)
-    known = [*layers, *(name for module in modules for name in module.full().layers)]
+    known = [*layers, *(module.full_name(name) for module in modules for name in module.layers)]
     problems += [
         f"{config.name}: layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
         for pattern in unused_rules(known, config.rules)
@@ -105,22 +106,23 @@ def draft_plan(
     aligned = align(matched, layers, config, method)
     inputs, tokens = aligned.inputs, aligned.tokens
     stored, donor = donor, inputs.donor  # gathered tables may have a wider dtype
-    main = Part(donor.folder, names, layers, donor.tensors, aligned.sections)
-    whole, as_stored = joined(main, modules), joined(replace(main, tensors=stored.tensors), modules)
+    main = Part(donor.folder, inputs, names, layers, aligned.sections)
+    whole = joined(main, modules)
 
     wanted = dtype or config.out_dtype or config.dtype
     if wanted is not None and wanted not in MERGED:
         raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(MERGED)}")
-    constants = find_constants(inputs, whole)
-    dtypes = output_dtypes(as_stored, donor.path, constants, wanted, warnings, keep_float32=config.keep_float32)
+    constants = find_constants(inputs, names, layers, aligned.sections)
+    dtypes = output_dtypes(stored, names, layers, constants, wanted, warnings, keep_float32=config.keep_float32)
     config_json = _config_json(donor, wanted, tokens.config)
     warnings += check_configs(aligned, layers, config, config_json)
     placed = layout_shards(
-        [(name, dtypes[full], donor.tensors[name].shape) for name, full in zip(names, whole.names, strict=False)],
+        [(name, dtypes[name], donor.tensors[name].shape) for name in names],
         max_shard_bytes,
-        stem=f"{donor.folder}/{donor.stem}".lstrip("/"),
+        stem=main.full_name(donor.stem),
     )
-    placed_modules = tuple(_module_layout(module, dtypes) for module in modules)
+    constants = {main.full_name(name): constant for name, constant in constants.items()}
+    placed_modules = tuple(_placed_module(module, constants, wanted, warnings, config) for module in modules)
     steps = []
     wrong: dict[str, list[str]] = {}  # the same mistake is often made for many tensors
     for shard in (*placed, *placed_modules):
@@ -133,7 +135,10 @@ def draft_plan(
                 wrong.setdefault(str(error), []).append(name)
                 continue
             constant = constants.get(name)
-            if constant is not None and constant.passes(action):
+            what = named_constant(name, entry.shape)
+            if name in whole.sections[name].copied:
+                layer = replace(layer, reason=f"{layer.reason}; {what or 'in no expert'}: the base's")
+            elif constant is not None and (what or constant.passes(action)):
                 action, experts, values = copy(), (), None
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
             for rows in rows_of(entry, experts):
@@ -229,10 +234,17 @@ def _action(
     return action, tuple(expert.tensors[name] for expert in section.experts), values
 
 
-def _module_layout(module: Part, dtypes: Mapping[str, str]) -> ShardLayout:
-    """The one file of a module, under the name that sentence-transformers looks for."""
-    described = [(name, dtypes[f"{module.folder}/{name}"], module.tensors[name].shape) for name in module.names]
-    return layout_file(f"{module.folder}/model.safetensors", described)
+def _placed_module(
+    module: Part, constants: dict[str, Constant], wanted: str | None, warnings: list[str], config: MergeConfig
+) -> ShardLayout:
+    """The one file of a module, under the name that sentence-transformers looks for; its constants are added."""
+    donor = module.inputs.donor
+    own = find_constants(module.inputs, module.names, module.layers, module.sections)
+    keep = config.keep_float32
+    dtypes = output_dtypes(donor, module.names, module.layers, own, wanted, warnings, keep_float32=keep)
+    constants |= {module.full_name(name): constant for name, constant in own.items()}
+    described = [(name, dtypes[name], donor.tensors[name].shape) for name in module.names]
+    return layout_file(module.full_name("model.safetensors"), described)
 
 
 def _config_json(donor: Checkpoint, wanted: str | None, keys: Mapping[str, Any]) -> bytes | None:
@@ -240,8 +252,7 @@ def _config_json(donor: Checkpoint, wanted: str | None, keys: Mapping[str, Any])
     whichever has them."""
     if not donor.config:
         return None
-    config = with_dtype(donor.config, wanted)
-    config.pop("transformers_weights", None)
+    config = {key: value for key, value in with_dtype(donor.config, wanted).items() if key != "transformers_weights"}
     nested = config.get("text_config")
     if isinstance(nested, dict):
         config["text_config"] = {**nested, **{key: value for key, value in keys.items() if key in nested}}

@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pymerge.architecture.constants import may_be_constant
-from pymerge.architecture.roles import Kind
+from pymerge.architecture.roles import Kind, Layer
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.methods.actions import Action, Combine
-from pymerge.planner.folder import Part
 from pymerge.planner.inputs import Inputs
+from pymerge.planner.match import Section
 
 _FIRST_ELEMENTS, _ELEMENTS = 2**10, 2**18
 _FORMATS = {"F16": ("<H", "<e"), "F32": ("<I", "<f"), "F64": ("<Q", "<d")}  # bits and numbers, for struct
@@ -51,20 +51,25 @@ def reproduces(action: Action) -> bool:
     return math.isclose(math.fsum(action.weights), action.divisor, rel_tol=1e-6)
 
 
-def find_constants(inputs: Inputs, whole: Part) -> dict[str, Constant]:
-    """The constants among all tensors of an output that are merged. Reads those that may be one.
+def find_constants(
+    inputs: Inputs, names: Iterable[str], layers: Mapping[str, Layer], sections: Mapping[str, Section]
+) -> dict[str, Constant]:
+    """The constants among the tensors of an output. Reads those that may be one.
+
+    Args:
+        inputs: the donor has the tensors under their names in the output.
 
     Raises CheckpointError if a file cannot be read.
     """
     stamps: dict[Path, tuple[int, int]] = {}
     candidates: dict[str, list[TensorEntry]] = {}
-    for name in whole.names:
-        base, experts, layer = whole.tensors[name], whole.sections[name].experts, whole.layers[name]
-        if layer.kind is Kind.BUFFER or not may_be_constant(name, layer, base.dtype, base.shape):
+    for name in names:
+        base, experts = inputs.donor.tensors[name], sections[name].experts
+        if layers[name].kind is Kind.BUFFER or not may_be_constant(name, layers[name], base.dtype, base.shape):
             continue
         every = [base, *(expert.tensors[name] for expert in experts if name in expert.tensors)]
         stored = [origin for entry in every if (origin := inputs.stored(entry)) is not None]
-        if len(every) == len(stored) > 1:  # all are there, and not the base alone
+        if len(every) == len(stored):  # what the base alone has is copied anyway, and may have infinities
             stamps |= {entry.file: stamp for entry, stamp in stored}
             candidates[name] = [entry for entry, _ in stored]
     with Reader(stamps) as reader:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pymerge.architecture.roles import Layer, Rule, classify, positions
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
@@ -15,7 +15,10 @@ from pymerge.common.names import first_few
 from pymerge.config.merge_config import MergeConfig
 from pymerge.methods.base import Method
 from pymerge.planner.inputs import Inputs
+from pymerge.planner.integers import check_integers
 from pymerge.planner.match import Section, match_tensors
+
+Value = TypeVar("Value")
 
 # Modules without weights that may stand anywhere: an output without them gives the same directions.
 _HARMLESS = ("Normalize", "Dropout")
@@ -34,45 +37,55 @@ _RENAMED = {"word_embedding_dimension": "embedding_dimension"}
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors of the output's files in one folder: their names, in the donor's order, with what each is merged from."""
+    """What the output's files in one folder are merged from: `inputs` under the donor's names, which tensors are
+    written, in the donor's order, their roles and sections."""
 
     folder: str
+    inputs: Inputs
     names: list[str]
     layers: Mapping[str, Layer]
-    tensors: Mapping[str, TensorEntry]  # the donor's
     sections: Mapping[str, Section]
 
-    def full(self) -> Part:
-        """The same under full names: with the folder before them, where there is one."""
+    def full_name(self, name: str) -> str:
+        """A name of the folder among those of all: with the folder before it, where there is one."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+    def whole(self) -> Whole:
+        """This part alone as the whole output."""
+        donor = self.inputs.donor
         if not self.folder:
-            return self
-        name_of = {name: f"{self.folder}/{name}" for name in self.tensors}
+            return Whole(self.names, self.layers, donor.tensors, self.sections)
         renamed: dict[int, Section] = {}
         for section in self.sections.values():
             if id(section) not in renamed:
-                experts = (replace(expert, tensors=self._renamed(expert.tensors)) for expert in section.experts)
-                places = {name_of[name]: place for name, place in section.positions.items() if name in name_of}
-                renamed[id(section)] = replace(section, experts=tuple(experts), positions=places)
-        return Part(
-            self.folder,
-            [name_of[name] for name in self.names],
-            {name_of[name]: layer for name, layer in self.layers.items() if name in name_of},
-            self._renamed(self.tensors),
-            {name_of[name]: renamed[id(section)] for name, section in self.sections.items()},
-        )
+                experts = (replace(expert, tensors=self._full(expert.tensors)) for expert in section.experts)
+                places = self._full(section.positions)
+                copied = frozenset(map(self.full_name, section.copied))
+                renamed[id(section)] = replace(section, experts=tuple(experts), positions=places, copied=copied)
+        sections = {name: renamed[id(section)] for name, section in self.sections.items()}
+        names = [self.full_name(name) for name in self.names]
+        return Whole(names, self._full(self.layers), self._full(donor.tensors), self._full(sections))
 
-    def _renamed(self, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-        return {f"{self.folder}/{name}": entry for name, entry in tensors.items()}
+    def _full(self, found: Mapping[str, Value]) -> dict[str, Value]:
+        return {self.full_name(name): value for name, value in found.items()}
 
 
-def joined(main: Part, modules: Sequence[Part]) -> Part:
-    """All tensors of the output as one part, under full names."""
-    whole = main.full()
+@dataclass(frozen=True)
+class Whole:
+    """All tensors of an output under full names: the donor's, with their roles and sections; `names` are written."""
+
+    names: list[str]
+    layers: Mapping[str, Layer]
+    tensors: Mapping[str, TensorEntry]
+    sections: Mapping[str, Section]
+
+
+def joined(main: Part, modules: Sequence[Part]) -> Whole:
+    """The output of a transformer and its modules."""
     if not modules:
-        return whole
-    parts = [whole, *(module.full() for module in modules)]
-    return Part(
-        "",
+        return main.whole()
+    parts = [part.whole() for part in (main, *modules)]
+    return Whole(
         [name for part in parts for name in part.names],
         {name: layer for part in parts for name, layer in part.layers.items()},
         {name: entry for part in parts for name, entry in part.tensors.items()},
@@ -100,16 +113,19 @@ def match_modules(
     for folder, module in donor.modules.items():
         layers = _classified(module, folder, config.rules)
         if config.slices or config.modules:
-            section = Section(config, (), (), positions(layers, module.config))
-            parts.append(Part(folder, list(module.tensors), layers, module.tensors, dict.fromkeys(layers, section)))
+            sections = dict.fromkeys(layers, Section(config, (), (), positions(layers, module.config)))
+            parts.append(Part(folder, Inputs(module, ()), list(module.tensors), layers, sections))
             warnings.append(f"{module.path}: is copied as it is: the config puts layers of transformers together")
             continue
         theirs = tuple(_module_of(expert, donor, folder) for expert in inputs.experts)
-        matched = match_tensors(
-            Inputs(module, theirs), layers, config.model_copy(update={"tokenizer": None}), method, problems
-        )
+        own: list[str] = []
+        alone = config.model_copy(update={"tokenizer": None})
+        matched = match_tensors(Inputs(module, theirs), layers, alone, method, own)
+        if not own:
+            check_integers(matched, layers, config.rules, own, matched.warnings)
+        problems += own
         warnings += matched.warnings
-        parts.append(Part(folder, matched.names, layers, matched.inputs.donor.tensors, matched.sections))
+        parts.append(Part(folder, matched.inputs, matched.names, layers, matched.sections))
     return parts
 
 

@@ -54,8 +54,8 @@ class Inputs:
     def stored(self, entry: TensorEntry) -> tuple[TensorEntry, tuple[int, int]] | None:
         """A tensor in a file that is there, with size and time of the file: an entry itself, or, of a model that is
         still to be written, what it will be a copy of; None for what is to be merged."""
-        for checkpoint in self.all:
-            if stamp := checkpoint.all_stamps.get(entry.file):
+        for checkpoint in (each for model in self.all for each in (model, *model.modules.values())):
+            if stamp := checkpoint.stamps.get(entry.file):
                 return entry, stamp
             if found := checkpoint.copied.get((entry.file, entry.name)):
                 return found

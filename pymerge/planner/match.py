@@ -10,6 +10,8 @@ from pymerge.architecture.roles import Kind, Layer, classify, is_head_name, posi
 from pymerge.architecture.tied import embedding_of, same_values, says_tied, tied_tensors, ties
 from pymerge.architecture.token_tables import is_token_table
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.compare import Relation, relation
+from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import is_float, is_float8
 from pymerge.common.names import listed
 from pymerge.config.merge_config import MergeConfig, participants
@@ -28,7 +30,8 @@ class Section:
     `config` has the section's own models, base and parameters. `participants` are the numbers, among config.models, of
     the models that take part, and `experts` these models, with their tensors under the output's names. `positions` has
     t in [0, 1] for each tensor of the section, for gradients. Layer i of the output is layer i + shift of an expert, if
-    there are `shifts`. `copied` are tensors that no model but the base has.
+    there are `shifts`. `copied` are tensors that are the base's whatever the models have: those that no other has, and
+    constants that one lacks.
     """
 
     config: MergeConfig
@@ -63,7 +66,7 @@ def match_tensors(
 ) -> Matched:
     """Hold the experts against the donor, tensor by tensor; what does not fit is added to `problems`."""
     donor = inputs.donor
-    warnings = [note for checkpoint in inputs.all for note in checkpoint.notes]
+    warnings = [note for checkpoint in inputs.all for note in checkpoint.notes] + list(donor.base_notes)
     tied = find_tied(donor, layers, warnings)
     names = [name for name in donor.tensors if name not in tied]
     merged = [name for name in names if layers[name].kind is not Kind.BUFFER]
@@ -79,7 +82,7 @@ def match_tensors(
     others = {each.checkpoint.path: each.checkpoint for each in fitted}
     experts = tuple(others.get(expert.path, expert) for expert in inputs.experts)
     section = Section(
-        config, participants(config, method), experts, positions(layers, donor.config), copied=lacked_by_all(fitted)
+        config, participants(config, method), experts, positions(layers, donor.config), copied=copied(fitted)
     )
     said = says_tied(donor, tied, layers)
     return Matched(Inputs(said, experts), names, list(dict.fromkeys(warnings)), dict.fromkeys(names, section))
@@ -98,15 +101,18 @@ def find_tied(donor: Checkpoint, layers: Mapping[str, Layer], warnings: list[str
 
 @dataclass(frozen=True)
 class Fitted:
-    """An expert that has been fitted to the donor, and what it lacks: the base's tensors stand there."""
+    """An expert that has been fitted to the donor, and what it lacks: the base's tensors stand there. `constants` are
+    those that it lacks, or has otherwise."""
 
     checkpoint: Checkpoint
     lacking: frozenset[str] = frozenset()
+    constants: frozenset[str] = frozenset()
 
 
-def lacked_by_all(fitted: Sequence[Fitted]) -> frozenset[str]:
-    """What each of these models lacks."""
-    return frozenset.intersection(*(each.lacking for each in fitted)) if fitted else frozenset()
+def copied(fitted: Sequence[Fitted]) -> frozenset[str]:
+    """What is taken from the base where it is merged with these models: what all of them lack, and constants."""
+    lacking = frozenset.intersection(*(each.lacking for each in fitted)) if fitted else frozenset()
+    return lacking.union(*(each.constants for each in fitted))
 
 
 @dataclass
@@ -124,6 +130,9 @@ class Matcher:
     def match(self, expert: Checkpoint, base: Mapping[str, TensorEntry] | None) -> Fitted:
         """The expert under the donor's names, with tensors of `base` where it lacks one and the config says so."""
         expert = self._with_heads(self._with_names(expert))
+        constants = self._constants(expert) if base is not None else frozenset()
+        expert = replace(expert, tensors=expert.tensors | {name: (base or {})[name] for name in constants})
+        expert = self._with_numbers(expert)
         for name in self.merged:
             if name in expert.tensors:
                 _check_dtype(expert, name, self.problems)
@@ -131,15 +140,25 @@ class Matcher:
         self._check_extra(expert)
         missing = [name for name in self.merged if name not in expert.tensors]
         if not missing:
-            return Fitted(expert)
+            return Fitted(expert, constants=constants)
         problem = refusal(expert, missing, self.donor, self.layers, self.config, stand_in=base is not None)
         if problem or base is None:
             self.problems.append(problem)
-            return Fitted(expert)
+            return Fitted(expert, constants=constants)
         text = f"{expert.path} lacks {listed(missing)}: merged as if it had those of {self.donor.path}"
         self.warnings.append(f"{text} (missing_tensors: base)")
         tensors = expert.tensors | {name: base[name] for name in missing}
-        return Fitted(replace(expert, tensors=tensors), frozenset(missing))
+        return Fitted(replace(expert, tensors=tensors), frozenset(missing), constants)
+
+    def _constants(self, expert: Checkpoint) -> frozenset[str]:
+        """Constants of the donor that the expert lacks, or has in another shape, or as integers."""
+        found = set()
+        for name in self.merged:
+            ours, theirs = self.donor.tensors[name], expert.tensors.get(name)
+            differs = theirs is None or theirs.shape != ours.shape or not is_float(theirs.dtype)
+            if differs and constant(name, ours.shape):
+                found.add(name)
+        return frozenset(found)
 
     def _with_names(self, expert: Checkpoint) -> Checkpoint:
         """The expert under the donor's names; it may lack heads that it ties."""
@@ -165,6 +184,18 @@ class Matcher:
                 tensors[name] = tensors[embedding]
                 self.warnings.append(f"{expert.path}: {name} is tied there: its {embedding} stands for it")
         return replace(expert, tensors=tensors)
+
+    def _with_numbers(self, expert: Checkpoint) -> Checkpoint:
+        """The expert with the donor's tensors in place of integers of the same values: masks are stored as either."""
+        ours, theirs = self.donor.tensors, expert.tensors
+        odd = [
+            name for name in self.merged if name in theirs and is_float(ours[name].dtype) > is_float(theirs[name].dtype)
+        ]
+        if not odd or not self.donor.stamps or not expert.stamps:
+            return expert
+        with Reader(self.donor.stamps | expert.stamps) as reader:
+            same = [name for name in odd if relation(reader, ours[name], theirs[name]) is Relation.SAME]
+        return replace(expert, tensors=theirs | {name: ours[name] for name in same})
 
     def _check_extra(self, expert: Checkpoint) -> None:
         donor = self.donor

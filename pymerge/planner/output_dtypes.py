@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pymerge.architecture.roles import Kind
-from pymerge.checkpoint.checkpoint import TensorEntry
+from pymerge.architecture.roles import Kind, Layer
+from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import CODES, ITEM_SIZES, is_float, is_float8
 from pymerge.common.names import listed
 from pymerge.planner.constants import Constant
-from pymerge.planner.folder import Part
 
 _NARROW_BYTES = 2  # of an element of a 16-bit model
 _NAMES = {code: name for name, code in CODES.items()}
@@ -20,8 +18,9 @@ _OTHER_PARTS = ("quantization_config",)  # whose dtypes are not those of the wei
 
 
 def output_dtypes(
-    stored: Part,
-    path: Path,
+    donor: Checkpoint,
+    names: Sequence[str],
+    layers: Mapping[str, Layer],
     constants: Mapping[str, Constant],
     wanted: str | None,
     warnings: list[str],
@@ -34,11 +33,9 @@ def output_dtypes(
     constants with values beyond the wanted dtype. `warnings` get what people should know.
 
     Args:
-        stored: the output's tensors as they are stored: tables of tokens may be read wider, once they are gathered from
-            several models.
-        path: of the donor.
+        donor: as it is stored: tables of tokens may be read wider, once they are gathered from several models.
     """
-    names, layers, tensors = stored.names, stored.layers, stored.tensors
+    path, tensors = donor.path, donor.tensors
     small = [name for name in names if is_float8(tensors[name].dtype)]
     if small and wanted is None:
         warnings.append(f"{listed(small)}: 8-bit floats in {path}, written as bfloat16")
@@ -51,7 +48,7 @@ def output_dtypes(
         kinds = " and ".join(sorted({_NAMES[tensors[name].output_dtype] for name in wide}))
         text = f"kept as {kinds}, as in {path}, whose other tensors have 16 bits"
         warnings.append(f"{listed(wide)}: {text}; set keep_float32: false to write {wanted}")
-    beyond = [name for name, constant in constants.items() if not constant.fits(code)]
+    beyond = [name for name, constant in constants.items() if name not in buffers and not constant.fits(code)]
     if beyond:
         text = f"the same in all models, with values that {wanted} cannot hold; written as in {path}"
         warnings.append(f"{listed(beyond)}: {text}")

@@ -18,7 +18,7 @@ from pymerge.common.names import printable
 from pymerge.config.merge_config import MergeConfig, canonical
 from pymerge.errors import CheckpointError
 from pymerge.methods.base import Method
-from pymerge.output.layout import ShardLayout, own_name
+from pymerge.output.layout import ShardLayout
 from pymerge.planner.budget import Budget
 from pymerge.planner.extras import Extras
 from pymerge.planner.inputs import Inputs
@@ -121,21 +121,23 @@ class Plan:
         donor = self.inputs.donor
         config = json.loads(self.config_json) if self.config_json else {}
         copies = [step for step in self.steps if not step.experts and step.shape == step.base.shape]
-        origins = {(out / step.file, own_name(step.file, step.name)): self.inputs.stored(step.base) for step in copies}
+        origins = {(out / step.file, step.plain_name): self.inputs.stored(step.base) for step in copies}
+        copied = {place: origin for place, origin in origins.items() if origin is not None}
+        main = _written(out, self.layouts)
         modules = {
             folder: _written(out, [layout for layout in self.modules if Path(layout.file).parent.as_posix() == folder])
             for folder in donor.modules
         }
         return replace(
-            _written(out, self.layouts),
+            main,
             config=config,
             other_files=donor.other_files,
+            copied=copied,
             folder=donor.folder,
             stem=donor.stem,
             beside=replace(donor.beside, unused=()),
             parts=donor.parts,
-            copied={place: origin for place, origin in origins.items() if origin is not None},
-            modules={folder: replace(module, path=out / folder) for folder, module in modules.items()},
+            modules={folder: replace(each, path=out / folder, copied=copied) for folder, each in modules.items()},
         )
 
     def settled(self) -> Plan:
@@ -168,6 +170,7 @@ class Plan:
         versions = env.package_versions()
         decisive = ["pymerge-engine", *(["torch"] if self.needs_torch else [])]
         decisive += ["triton"] if device.startswith("cuda") else []
+        decisive += ["gguf"] if any(path.suffix == ".gguf" for path in self.inputs.stamps) else []
         parts = {f"{name} version": versions[name] for name in decisive}
         parts |= {f"config {key}": json.dumps(value) for key, value in _flat(canonical(self.config))}
         parts |= {

@@ -75,6 +75,11 @@ class Step:
     infinite: int = 0  # infinite values of a constant, which all models have alike: they are written
 
     @property
+    def plain_name(self) -> str:
+        """Name of the tensor in its file."""
+        return self.name.removeprefix(self.file.rpartition("/")[0]).removeprefix("/")
+
+    @property
     def inputs(self) -> tuple[TensorEntry, ...]:
         """All tensors read, the base first."""
         return (self.base, *self.experts) if self.reads_base else self.experts

@@ -93,8 +93,6 @@ def expected(model: nn.Module, name: str, shape: tuple[int, ...], heads: str) ->
         return Kind.BIAS, 1, False
     if isinstance(module, nn.Embedding):
         return Kind.EMBEDDING, 1, False
-    if parameter == "inv_freq":
-        return Kind.BUFFER, 1, False
     if isinstance(module, (nn.Linear, Conv1D)):
         is_head = re.search(heads, name) is not None
         return (Kind.HEAD if is_head else Kind.LINEAR), int(is_head or isinstance(module, nn.Linear)), False
@@ -198,7 +196,7 @@ def test_experts_as_they_are_stored_one_by_one() -> None:
         ("pos_embed", (1, 17, 32), Kind.OTHER),
         ("mixer.conv1d.weight", (64, 1, 4), Kind.OTHER),
         ("logit_scale", (), Kind.OTHER),
-        ("layers.0.attn.bias", (1, 1, 40, 40), Kind.BUFFER),
+        ("layers.0.attn.bias", (1, 1, 40, 40), Kind.OTHER),
         ("layers.0.q_norm.weight", (4, 8), Kind.NORM),
         ("layers.0.norm.gamma", (32,), Kind.NORM),
         ("wte.weight", (100, 32), Kind.EMBEDDING),

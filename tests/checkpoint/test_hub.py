@@ -219,7 +219,10 @@ def hub(models: Path) -> Iterator[Hub]:
     bare.mkdir()
     torch.save(fine_tuned(base, 0), bare / "pytorch_model.bin")
     torch.save(fine_tuned(base, 0), bare / "optimizer.pt")
-    served = Hub({"org/base": sharded, "org/e0": bare})
+    of_gguf = models / "of_gguf"
+    of_gguf.mkdir()
+    (of_gguf / "x-Q4_0.gguf").write_bytes(b"GGUF")
+    served = Hub({"org/base": sharded, "org/e0": bare, "org/e0-GGUF": of_gguf})
     yield served
     served.server.shutdown()
 
@@ -252,6 +255,10 @@ def test_a_download_takes_what_a_merge_needs_and_no_more(models: Path, hub: Hub)
         ("org/gated", "is gated; accept its terms at {address}/org/gated and run `hf auth login`"),
         ("org/none", "is no folder here and no model of the Hub that may be read"),
         ("org/e0@v7", "the model has no such revision"),
+        (
+            "org/e0-GGUF",
+            "has weights in files of GGUF alone, one for each encoding; download one (`hf download org/e0-GGUF",
+        ),
     ],
 )
 def test_what_the_hub_refuses(name: str, said: str, models: Path, hub: Hub) -> None:

@@ -46,6 +46,7 @@ def constants(dtype: torch.dtype = torch.float32) -> Tensors:
         "transformer.h.0.attn.inv_freq": (1.0 / 10000 ** (torch.arange(0.0, 16, 2) / 16)).to(dtype),
         "transformer.h.0.attn.flags": torch.ones(8, 8).tril().bool(),
         "final_logits_bias": torch.tensor([[0.0, -INF, INF]]).to(dtype),
+        "suppressed_bias": torch.tensor([-INF, 0.0]).to(dtype),
     }
 
 
@@ -171,6 +172,7 @@ def test_a_damaged_mask_is_found(tmp_path: Path) -> None:
     assert {name: each["infinite"] for name, each in tensors.items() if "infinite" in each} == {
         MASK: 28,
         "final_logits_bias": 2,
+        "suppressed_bias": 1,
     }
     tensors[MASK]["infinite"] = 27
     (tmp_path / "out/pymerge_manifest.json").write_text(json.dumps(manifest))
@@ -197,6 +199,27 @@ def test_stages_and_slices(tmp_path: Path) -> None:
     (tmp_path / "slices.yml").write_text(sliced)
     api.merge(tmp_path / "slices.yml", tmp_path / "sliced", progress=False)
     assert same(load_output(tmp_path / "sliced"), held)
+
+
+def test_layers_that_only_the_base_gives(tmp_path: Path) -> None:
+    """They are copied, masks with infinities among them."""
+    mask = torch.full((8, 8), -INF).triu(1)
+    tensors: Tensors = {}
+    for block in range(2):
+        tensors[f"model.layers.{block}.mlp.up_proj.weight"] = torch.randn(8, 8)
+        tensors[f"model.layers.{block}.self_attn.mask"] = mask.clone()
+    write_model(tmp_path / "base", tensors, config={"num_hidden_layers": 2})
+    tuned = fine_tuned(tensors, 0) | {name: mask.clone() for name in tensors if name.endswith("mask")}
+    write_model(tmp_path / "e0", tuned, config={"num_hidden_layers": 2})
+    text = "merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 1}\nslices:\n"
+    for block, models in enumerate((["base"], ["base", "e0"])):
+        sources = "".join(f"  - {{model: {name}, layer_range: [{block}, {block + 1}]}}\n" for name in models)
+        text += f"- sources:\n{sources}"
+    (tmp_path / "merge.yml").write_text(text)
+    api.merge(tmp_path / "merge.yml", tmp_path / "out", progress=False)
+    assert verify(tmp_path / "out").problems == []
+    found = load_output(tmp_path / "out")
+    assert all(torch.equal(found[name], mask) for name in tensors if name.endswith("mask"))
 
 
 def test_in_memory_it_is_the_same() -> None:
