@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pymerge
 from pymerge.checkpoint.checkpoint import open_checkpoint
@@ -100,6 +100,19 @@ def test_rules_find_modules_by_their_full_names(tmp_path: Path) -> None:
     assert steps["3_Dense/linear.weight"].layer.solvable
     write_config(tmp_path, "wudi", iterations=2, more='layers: [{"pattern": "5_Dense", "kind": "other"}]')
     assert "pattern '5_Dense' finds no tensor" in refusals(tmp_path)[0]
+
+
+def test_a_selection_of_the_whole_model_is_of_its_modules_too(tmp_path: Path) -> None:
+    """Of all elements of a task vector the larger half is kept, wherever they are."""
+    write_all(tmp_path)
+    change = {name: 100 * tensor for name, tensor in dense(1 + 6, 6, 8).items()}
+    save_file(change, tmp_path / "e0/2_Dense/model.safetensors")
+    write_config(tmp_path, "ties", experts=1, weight=1.0, density=0.1, scope="model")
+    merge_all(tmp_path)
+    found = load_file(tmp_path / "out/2_Dense/model.safetensors")["linear.weight"]
+    assert (found != dense(6, 6, 8)["linear.weight"]).sum() > 24  # far more than a tenth of 48
+    for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
+        assert torch.equal(tensor, bert(0)[name])
 
 
 def test_dtype_counts_for_modules_too(tmp_path: Path) -> None:
