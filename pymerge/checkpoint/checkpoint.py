@@ -20,11 +20,10 @@ from pymerge.checkpoint.weight_files import (
     choose,
     file_names,
     find_weights,
-    format_of,
     has_usual,
-    how_to_convert,
     read_json,
 )
+from pymerge.checkpoint.weight_formats import format_of, how_to_convert
 from pymerge.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Header", "TensorEntry", "open_checkpoint", "read_header"]
@@ -45,9 +44,9 @@ class Checkpoint:
     `origin` is "org/name@commit" for a model of the Hugging Face Hub. `folder` is where files and config.json lie
     inside `path` (of a sentence-transformers model not always at its top), `stem` how its loader wants the weight files
     to be named. `parts` are the modules of such a model, `modules` the checkpoints of those that have weights, but for
-    that of `tensors`, by their folders. Of a model that is
-    still to be written, which has no stamps, `copied` has the tensors that will be copies of stored ones: by file and
-    name, what they are copied from, with (size, mtime_ns) of its file.
+    that of `tensors`, by their folders. Of a model that is still to be written, which has no stamps, `copied` has the
+    tensors that will be copies of stored ones: by file and name, what they are copied from, with (size, mtime_ns) of
+    its file.
     """
 
     path: Path

@@ -192,10 +192,11 @@ def _assigned(
 
     Raises PlanError for float64 among the latter, whose selection would take more passes.
     """
+    assembled = bool(config.slices or config.modules)  # otherwise all is merged from the same models, in all folders
     groups: dict[tuple[int, Action], list[Step]] = {}
     for step in steps:
         if isinstance(step.action, Reduce) and step.action.scope == "model" and 0 not in step.shape:
-            groups.setdefault((id(sections[step.name]), step.action), []).append(step)
+            groups.setdefault((id(sections[step.name]) if assembled else 0, step.action), []).append(step)
     found: dict[int, Group] = {}
     for number, unordered in enumerate(groups.values()):
         together = sorted(unordered, key=lambda step: step.name)  # stable: rows of one tensor keep their order
