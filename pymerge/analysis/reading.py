@@ -78,7 +78,7 @@ def survey(plan: Plan, spectra: int | None = 12, progress: ProgressSink | None =
 
 
 def _bytes(step: Step) -> int:
-    return step.base.nbytes + sum(entry.nbytes for entry in step.experts)
+    return step.base.stored_bytes + sum(entry.stored_bytes for entry in step.experts)
 
 
 def _measures(steps: Sequence[Step], reader: Reader, progress: ProgressSink) -> Iterator[TensorMeasures]:
@@ -167,6 +167,6 @@ def _spectrum(step: Step, reader: Reader, progress: ProgressSink) -> Spectrum:
         gram = tau @ tau.mT if tau.shape[0] <= tau.shape[1] else tau.mT @ tau
         values = torch.linalg.eigvalsh(gram).clamp_(min=0.0).sqrt_().flip(0)
         found.append(tuple(values.tolist()))
-        progress.advance(entry.nbytes)
-    progress.advance(step.base.nbytes)
+        progress.advance(entry.stored_bytes)
+    progress.advance(step.base.stored_bytes)
     return Spectrum(step.name + ("[0]" if step.layer.stacked else ""), _matrix(step), tuple(found))

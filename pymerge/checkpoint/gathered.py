@@ -52,6 +52,23 @@ class GatheredEntry(TensorEntry):
     def contiguous(self) -> bool:
         return False
 
+    @property
+    def needs_torch(self) -> bool:
+        return True
+
+    @property
+    def decoded_from(self) -> str:
+        return next((source.decoded_from for source in self.sources if source.decoded_from), "")
+
+    @property
+    def stored_bytes(self) -> int:
+        stored = sum(source.stored_bytes for source in self.sources)
+        return self.nbytes * stored // max(1, sum(source.nbytes for source in self.sources))
+
+    @property
+    def decoding_bytes(self) -> int:
+        return max(source.decoding_bytes for source in self.sources)
+
 
 def gathered(own: TensorEntry, rows_map: RowMap, sources: Sequence[TensorEntry]) -> GatheredEntry:
     """A table like `own` with gathered rows, in the smallest dtype that holds the rows of all sources."""

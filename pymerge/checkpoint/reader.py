@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from pymerge.checkpoint.composed import StackedEntry, fill_stacked
+from pymerge.checkpoint.decoded import DecodedEntry, Span, fill_decoded
 from pymerge.checkpoint.gathered import GatheredEntry, Run, fill_gathered
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
@@ -97,6 +99,9 @@ class Reader:
         if isinstance(entry, GatheredEntry):
             fill_gathered(self.read_runs_into, entry, out, start_row, start_row + shape[0])
             return
+        if isinstance(entry, StackedEntry):
+            fill_stacked(self.read_into, entry, out, start_row, start_row + shape[0])
+            return
         if entry.strides is None:
             self.read_bytes_into(entry, bytes_of(out), start_row, stop_row)
             return
@@ -108,7 +113,7 @@ class Reader:
         """Read as `read` does, but give row-major bytes."""
         shape, _, _ = _span(entry, start_row, stop_row)
         out = bytearray(math.prod(shape) * ITEM_SIZES[entry.dtype])
-        if entry.contiguous:
+        if not entry.needs_torch:
             self.read_bytes_into(entry, memoryview(out), start_row, stop_row)
         else:
             from pymerge.common.dtypes import bytes_of
@@ -119,7 +124,11 @@ class Reader:
     def read_bytes_into(
         self, entry: TensorEntry, out: memoryview, start_row: int = 0, stop_row: int | None = None
     ) -> None:
-        """Read as `read_into` does, a contiguous entry into bytes (format "B") of the slice's size."""
+        """Read as `read_into` does, what does not need PyTorch into bytes (format "B") of the slice's size."""
+        if isinstance(entry, DecodedEntry):
+            shape, _, _ = _span(entry, start_row, stop_row)
+            fill_decoded(self.read_bytes, entry, out, start_row, start_row + shape[0])
+            return
         with self.places([entry], start_row, stop_row) as [(descriptor, offset)]:
             _fill(entry, descriptor, out, offset, out.nbytes)
 
@@ -140,7 +149,7 @@ class Reader:
 
     def read_runs_into(self, entry: TensorEntry, out: torch.Tensor, runs: Sequence[Run]) -> None:
         """Runs of rows of a stored tensor into those of a contiguous CPU tensor of its dtype and row shape."""
-        if entry.strides is not None:
+        if not entry.contiguous:
             for at, row, count in runs:
                 self.read_into(entry, out[at : at + count], row, row + count)
             return
@@ -156,17 +165,17 @@ class Reader:
 
     def announce(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are read next, so that it fetches them all at once."""
-        if isinstance(entry, GatheredEntry):
-            for source, first, last in _stored_rows(entry, start_row, stop_row):
-                self.announce(source, first, last)
+        if isinstance(entry, (GatheredEntry, StackedEntry, DecodedEntry)):
+            for span in _stored_rows(entry, start_row, stop_row):
+                self.announce(*span)
             return
         self._advise(entry, start_row, stop_row, "POSIX_FADV_WILLNEED", 1)
 
     def release(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are not needed again, so that inputs do not fill the page cache."""
-        if isinstance(entry, GatheredEntry):
-            for source, first, last in _stored_rows(entry, start_row, stop_row):
-                self.release(source, first, last)
+        if isinstance(entry, (GatheredEntry, StackedEntry, DecodedEntry)):
+            for span in _stored_rows(entry, start_row, stop_row):
+                self.release(*span)
             return
         # Pages that the range covers in part stay; those at its start belong to rows that have been read before.
         self._advise(entry, start_row, stop_row, "POSIX_FADV_DONTNEED", _LARGEST_FOLIO)
@@ -251,13 +260,24 @@ def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tup
     return shape, entry.offset + start_row * row_bytes, (stop - start_row) * row_bytes
 
 
-def _stored_rows(entry: GatheredEntry, start_row: int, stop_row: int | None) -> Iterator[tuple[TensorEntry, int, int]]:
-    """The row ranges of stored tables that rows of a gathered one are copies of, and that are worth a system call:
-    the pages of short ones hold rows for other pieces too."""
+def _stored_rows(
+    entry: GatheredEntry | StackedEntry | DecodedEntry, start_row: int, stop_row: int | None
+) -> Iterator[Span]:
+    """The row ranges of stored tensors that rows are made from, if they are worth a system call: of gathered and
+    stacked rows, the pages of short ranges hold rows for other pieces too; of decoded ones, codes are, and scales are
+    small beside them."""
     stop = entry.shape[0] if stop_row is None else stop_row
+    if isinstance(entry, DecodedEntry):
+        yield from (span for span in entry.spans(start_row, stop) if span.entry is entry.decoder.parts[0])
+        return
+    if isinstance(entry, StackedEntry):
+        for part in entry.parts(start_row, stop):
+            if part.contiguous and part.nbytes >= _LARGEST_FOLIO:
+                yield Span(part, 0, part.shape[0])
+        return
     for first, end, source, row in entry.rows_map.runs(start_row, stop):
         if source >= 0 and entry.nbytes // entry.shape[0] * (end - first) >= _LARGEST_FOLIO:
-            yield entry.sources[source], row, row + end - first
+            yield Span(entry.sources[source], row, row + end - first)
 
 
 def _fill(entry: TensorEntry, descriptor: int, view: memoryview, offset: int, nbytes: int) -> None:

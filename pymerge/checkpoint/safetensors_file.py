@@ -7,10 +7,12 @@ before anything is computed from it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.checkpoint.magic import refuse_foreign
+from pymerge.common.dtypes import ITEM_SIZES, is_float8
 from pymerge.common.files import opened, parse_json_object, read_exactly
 from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError
@@ -19,6 +21,13 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_ELEMENTS = 2**63  # sizes are int64 in torch and in the kernels
 METADATA_KEY = "__metadata__"
 AGAIN = "download or copy the file again"
+# Types of safetensors that no weight has that can be merged, and what a tensor of them is.
+_REFUSED_DTYPES = {
+    "F4": "4-bit floats, the codes of MXFP4 or NVFP4",
+    "F6_E2M3": "6-bit floats, the codes of MXFP6",
+    "F6_E3M2": "6-bit floats, the codes of MXFP6",
+    "F8_E8M0": "powers of two, the scales of MXFP4 or MXFP8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,36 @@ class TensorEntry:
         """Whether the bytes of any rows lie in `file` as they are in memory, one after the other."""
         return self.strides is None
 
+    @property
+    def needs_torch(self) -> bool:
+        """Whether rows can be read as tensors of PyTorch alone, not as bytes."""
+        return self.strides is not None
+
+    @property
+    def output_dtype(self) -> str:
+        """The dtype of an output like it, where nobody chooses one."""
+        return "BF16" if is_float8(self.dtype) else self.dtype
+
+    @property
+    def decoded_from(self) -> str:
+        """The quantised format that its values are made from; "" if they are stored as they are."""
+        return ""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in files that all rows are made from."""
+        return self.nbytes
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Bytes of memory that reading takes beside the rows themselves."""
+        return 0
+
+    def stored_in(self, start: int, stop: int) -> int:
+        """Bytes in files that rows `start` to `stop` are made from; of all pieces together, `stored_bytes`."""
+        rows = max(1, self.shape[0]) if self.shape else 1
+        return self.stored_bytes * stop // rows - self.stored_bytes * start // rows
+
     def rows(self, start: int, stop: int) -> TensorEntry:
         """The entry of rows `start` to `stop` (exclusive) of a tensor with at least one axis."""
         size = ITEM_SIZES[self.dtype]
@@ -71,7 +110,8 @@ class TensorEntry:
 @dataclass(frozen=True)
 class Header:
     """Header of a weight file: `entries` in the order in which safetensors stores them; `mtime_ns` is that of the read
-    file; `notes` tell what of the file is not used."""
+    file; `notes` tell what of the file is not used, `base_notes` what an output lacks that is made after it; `config`
+    is what the file itself says of config.json."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -79,6 +119,8 @@ class Header:
     file_bytes: int
     mtime_ns: int
     notes: tuple[str, ...] = ()
+    base_notes: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def read_header(path: Path | str) -> Header:
@@ -91,7 +133,6 @@ def read_header(path: Path | str) -> Header:
     path = Path(path)
     with opened(path, ".safetensors") as (descriptor, status):
         prefix = read_exactly(descriptor, 8, 0)
-        check_no_pointer(path, prefix)
         _check_prefix(path, prefix, status.st_size)
         length = int.from_bytes(prefix, "little")
         text = read_exactly(descriptor, length, 8)
@@ -102,6 +143,7 @@ def read_header(path: Path | str) -> Header:
             raise ValueError("it does not start with '{'")
         raw = parse_json_object(text, unique=True)
     except ValueError as error:
+        refuse_foreign(path, prefix)
         raise CheckpointError(f"{path}: the header is not valid JSON ({error}); {AGAIN}") from error
     metadata = _check_metadata(path, raw.pop(METADATA_KEY, {}))
     start = 8 + length
@@ -112,16 +154,12 @@ def read_header(path: Path | str) -> Header:
     return Header(entries, metadata, length, status.st_size, status.st_mtime_ns)
 
 
-def check_no_pointer(path: Path, prefix: bytes) -> None:
-    """Raise CheckpointError for the text that Git LFS leaves where it has not fetched a file."""
-    if prefix.startswith(b"version "):
-        raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` there")
-
-
 def _check_prefix(path: Path, prefix: bytes, file_bytes: int) -> None:
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: has {len(prefix)} bytes, a safetensors file has at least 8; {AGAIN}")
     length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES or 8 + length > file_bytes:
+        refuse_foreign(path, prefix)
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path}: its header would have {length} bytes, more than the {MAX_HEADER_BYTES} allowed, so it "
@@ -149,9 +187,7 @@ def _check_entry(path: Path, name: str, fields: object, start: int) -> TensorEnt
         raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets; {AGAIN}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise CheckpointError(
-            f"{where}: unknown dtype {shorten(str(dtype))}; convert it to one of {', '.join(ITEM_SIZES)}"
-        )
+        raise CheckpointError(f"{where}: {about_dtype(str(dtype))}")
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
         raise CheckpointError(f"{where}: shape {shorten(str(shape))} is not a list of sizes; {AGAIN}")
     bound = ITEM_SIZES[dtype]
@@ -170,6 +206,18 @@ def _check_entry(path: Path, name: str, fields: object, start: int) -> TensorEnt
             f"{shorten(str(shape))}; {AGAIN}"
         )
     return TensorEntry(name, dtype, tuple(shape), path, start + begin, nbytes)
+
+
+def about_dtype(dtype: str) -> str:
+    """What is to be said of a dtype that cannot be read."""
+    if dtype in _REFUSED_DTYPES:
+        return f"has dtype {dtype} ({_REFUSED_DTYPES[dtype]}): is quantised; merge the original weights instead"
+    if dtype in ("C32", "C64", "C128"):
+        return (
+            f"has dtype {dtype}, complex numbers, which cannot be merged; leave it out if the model computes it (as "
+            "rotary frequencies), or store real and imaginary part as two tensors (torch.view_as_real)"
+        )
+    return f"unknown dtype {shorten(dtype)}; convert it to one of {', '.join(ITEM_SIZES)}"
 
 
 def _check_no_gaps(path: Path, entries: list[TensorEntry], start: int, file_bytes: int) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.magic import refuse_foreign
+from pymerge.checkpoint.quantised_formats import ORIGINAL
 from pymerge.checkpoint.safetensors_file import (
     AGAIN,
     MAX_ELEMENTS,
     MAX_HEADER_BYTES,
     Header,
     TensorEntry,
-    check_no_pointer,
+    about_dtype,
 )
-from pymerge.checkpoint.torch_pickle import RefusedPickle, View, read_pickle
+from pymerge.checkpoint.torch_pickle import Opaque, RefusedPickle, View, read_pickle
 from pymerge.common.dtypes import ITEM_SIZES, code_of
 from pymerge.common.files import opened, read_exactly
 from pymerge.common.names import first_few, shorten
@@ -28,9 +30,11 @@ _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LOCAL_HEADER_BYTES = 30
 # Where training scripts put the weights inside of a checkpoint that holds more.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+# In names of what libraries of quantised weights put into pickles.
+_QUANTISED = ("qint", "quint", "_qtensor", "torchao", "quanto", "hqq", "bitsandbytes", "gptq", "awq", "quantized")
 # The order of safetensors' own writer: the same weights give the same output from either format.
 _ORDER = (
-    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
     "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64",
 )  # fmt: skip
 
@@ -48,14 +52,11 @@ def read_torch_header(path: Path | str) -> Header:
             with open(descriptor, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
                 records, pickle = _records(path, archive)
                 found = read_pickle(archive.read(pickle))
+            views, notes = _tensors(path, found)
         except RefusedPickle as error:
-            raise CheckpointError(
-                f"{path}: holds {shorten(str(error))}, which is no plain tensor, and pymerge runs no code of a file; "
-                f"{CONVERT}"
-            ) from error
+            raise CheckpointError(f"{path}: holds {shorten(str(error))}, {_about_object(str(error))}") from error
         except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
             raise CheckpointError(f"{path}: is damaged or not a file of torch.save ({error}); {AGAIN}") from error
-        views, notes = _tensors(path, found)
         places = {key: _place(path, descriptor, info) for key, info in records.items()}
     entries = [_entry(path, name, view, places) for name, view in views.items()]
     entries.sort(key=lambda entry: (-_ORDER.index(entry.dtype), entry.name))
@@ -63,14 +64,21 @@ def read_torch_header(path: Path | str) -> Header:
     return Header(by_name, {}, pickle.file_size, status.st_size, status.st_mtime_ns, notes)
 
 
+def _about_object(name: str) -> str:
+    """What is to be said of an object where tensors should be."""
+    if any(word in name.lower() for word in _QUANTISED):
+        return f"so its weights are quantised; {ORIGINAL}, or dequantise() them where the file was made"
+    return f"which is no plain tensor, and pymerge runs no code of a file; {CONVERT}"
+
+
 def _check_magic(path: Path, start: bytes) -> None:
-    check_no_pointer(path, start)
     if start.startswith(_LEGACY):
         raise CheckpointError(
             f"{path}: is in the format of PyTorch before 1.6, which cannot be read in parts; save it again: "
             f"torch.save(torch.load(FILE, weights_only=True), FILE)"
         )
     if not start.startswith(b"PK\x03\x04"):
+        refuse_foreign(path, start)
         raise CheckpointError(f"{path}: is not a file of torch.save (it starts with {start[:8]!r}); {AGAIN}")
 
 
@@ -84,7 +92,10 @@ def _records(path: Path, archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.Zi
         raise ValueError("it has no data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in infos:
-        raise CheckpointError(f"{path}: is a TorchScript archive, a program and not a dictionary of tensors; {CONVERT}")
+        raise CheckpointError(
+            f"{path}: is a TorchScript archive, a program and not a dictionary of tensors; save "
+            "torch.jit.load(FILE).state_dict() instead"
+        )
     order = infos.get(f"{root}byteorder")
     if order is not None and (order.file_size != len(b"little") or archive.read(order) != b"little"):
         raise CheckpointError(f"{path}: was written on a big-endian machine; {CONVERT}")
@@ -109,9 +120,11 @@ def _place(path: Path, descriptor: int, info: zipfile.ZipInfo) -> tuple[int, int
 def _tensors(path: Path, found: Any) -> tuple[dict[str, View], tuple[str, ...]]:
     """The tensors by name, and what was left out."""
     notes = []
+    _check_no_opaque([found])
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds no dictionary of tensors; save the model's state_dict()")
     inside = [key for key in _WRAPPERS if isinstance(found.get(key), dict) and _views(found[key])]
+    _check_no_opaque(found[key] for key in _WRAPPERS if key in found and not inside)
     if len(inside) > 1:
         raise CheckpointError(
             f"{path}: has tensors in {first_few(inside)}; pymerge does not choose: save the wanted one in its own file"
@@ -121,6 +134,7 @@ def _tensors(path: Path, found: Any) -> tuple[dict[str, View], tuple[str, ...]]:
         rest = f"; left out: {first_few(others, 5)}" if others else ""
         notes.append(f"{path}: the weights are those under {inside[0]!r}{rest}")
         found = found[inside[0]]
+    _check_no_opaque(found.values())
     views = _views(found)
     others = [str(key) for key in found if key not in views]
     if not views:
@@ -130,6 +144,13 @@ def _tensors(path: Path, found: Any) -> tuple[dict[str, View], tuple[str, ...]]:
     return views, tuple(notes)
 
 
+def _check_no_opaque(values: Iterable[Any]) -> None:
+    """Raise RefusedPickle for an object that may be a tensor, or hold tensors, of which nothing is known."""
+    for value in values:
+        if isinstance(value, Opaque):
+            raise RefusedPickle(value.name)
+
+
 def _views(found: Mapping[Any, Any]) -> dict[str, View]:
     return {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, View)}
 
@@ -137,6 +158,8 @@ def _views(found: Mapping[Any, Any]) -> dict[str, View]:
 def _entry(path: Path, name: str, view: View, places: Mapping[str, tuple[int, int]]) -> TensorEntry:
     where = f"{path}: tensor {shorten(name)}"
     try:
+        if view.dtype.is_complex:
+            raise CheckpointError(f"{where}: {about_dtype(f'C{8 * view.dtype.itemsize}')}")
         name.encode()
         dtype = code_of(view.dtype)
     except (UnicodeEncodeError, ArgumentError) as error:

@@ -32,7 +32,7 @@ def plan_view(plan: Plan) -> RenderableType:
             Text(name),
             " x ".join(map(str, first.shape)) or "scalar",
             _kind(first.layer),
-            first.action.label,
+            first.action.label + (", dequantised" if _decoded(first) else ""),
             first.dtype,
             str(len(steps)),
             format_bytes(sum(step.bytes_read for step in steps)),
@@ -40,7 +40,7 @@ def plan_view(plan: Plan) -> RenderableType:
             format_flops(sum(step.flops for step in steps)),
         )
         reasons.setdefault(role(first.layer.describe()), []).append(name)
-    files = _count(len(plan.layouts), "file")
+    files = _count(len(plan.files), "file")
     largest = max(math.prod(piece.shape) for step in plan.steps for piece in step.pieces)
     lines = [
         f"base    {plan.inputs.donor.path}",
@@ -81,6 +81,11 @@ def _kind(layer: Layer) -> str:
     return "stacked " * layer.stacked + layer.kind.value + " (transposed)" * (layer.in_axis == 0)
 
 
+def _decoded(step: Step) -> bool:
+    """Whether a step reads a tensor whose values are made from codes."""
+    return any(entry.decoded_from for entry in step.inputs)
+
+
 def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
     """Steps that are alike but for the block number, under their name with * for it."""
     groups: dict[str, dict[tuple[object, ...], list[Step]]] = {}
@@ -88,7 +93,8 @@ def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
         name = role(step.name)
         reason = role(step.layer.describe())
         alike = groups.setdefault(name, {})
-        alike.setdefault((step.shape, reason, step.action, step.dtype, step.worker), []).append(step)
+        key = (step.shape, reason, step.action, step.dtype, step.worker, _decoded(step))
+        alike.setdefault(key, []).append(step)
     return {
         name if len(kinds) == 1 else f"{name} ({members[0].name}, ...)": members
         for name, kinds in groups.items()

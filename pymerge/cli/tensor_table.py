@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.common.names import role
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
@@ -21,12 +23,13 @@ _NAMES = 3  # names of each of them
 def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
     """One JSON-able mapping for each step: name, shape, dtype, kind, method, action, inputs, parameters, file, worker.
 
-    `inputs` are {model, tensor} in the order in which the action takes them, the base first for a method that has one;
+    `inputs` are {model, tensor} in the order in which the action takes them, the base first for a method that has one,
+    with `dequantised`, the format's name, where the values are made from codes;
     `parameters` are those of the method for this tensor, where there is one for each expert as a list, without what has
     no effect; `worker` is "native" or "torch". A table of tokens can have two steps: rows that all models have, and
     others.
     """
-    models = {file: checkpoint.path for checkpoint in plan.inputs.all for file in checkpoint.files}
+    models = {file: checkpoint.path for checkpoint in plan.inputs.all for file in checkpoint.all_files}
     for step in plan.steps:
         yield {
             "name": step.name,
@@ -35,13 +38,16 @@ def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
             "kind": step.layer.describe(),
             "method": plan.method.name,
             "action": step.action.label,
-            "inputs": [
-                {"model": str(models.get(entry.file, entry.file)), "tensor": entry.name} for entry in step.inputs
-            ],
+            "inputs": [_input(models, entry) for entry in step.inputs],
             "parameters": _parameters(plan, step),
             "file": step.file,
             "worker": step.worker,
         }
+
+
+def _input(models: Mapping[Path, Path], entry: TensorEntry) -> dict[str, str]:
+    found = {"model": str(models.get(entry.file, entry.file)), "tensor": entry.name}
+    return found | ({"dequantised": entry.decoded_from} if entry.decoded_from else {})
 
 
 def plan_json(plan: Plan) -> str:
@@ -64,7 +70,7 @@ def group_view(plan: Plan) -> RenderableType:
     """A line for the tensors that are made alike: from the same models, by the same parameters."""
     groups: dict[str, list[str]] = {}
     for row in tensor_rows(plan):
-        models = " + ".join(_short(each["model"]) for each in row["inputs"])
+        models = " + ".join(_short(each["model"]) + _mark(each) for each in row["inputs"])
         text = f"{row['action']} of {models}" + (f", {_text(row['parameters'])}" if row["parameters"] else "")
         groups.setdefault(text, []).append(row["name"])
     lines = [f"{text}: {_count(names)}" for text, names in groups.items()]
@@ -93,10 +99,14 @@ def _number(value: Any) -> str:
 def _inputs(row: dict[str, Any]) -> str:
     """The models, with the tensor where it has another name there."""
     shown = (
-        _short(each["model"]) + (f" {each['tensor']}" if each["tensor"] != row["name"] else "")
+        _short(each["model"]) + (f" {each['tensor']}" if each["tensor"] != row["name"] else "") + _mark(each)
         for each in row["inputs"]
     )
     return " + ".join(shown)
+
+
+def _mark(found: dict[str, str]) -> str:
+    return " (dequantised)" if "dequantised" in found else ""
 
 
 def _short(model: str) -> str:

@@ -29,6 +29,7 @@ DTYPES: dict[str, _Row] = {
     "F8_E5M2": _Row(1, "float8_e5m2"),
     "F8_E4M3FNUZ": _Row(1, "float8_e4m3fnuz"),
     "F8_E5M2FNUZ": _Row(1, "float8_e5m2fnuz"),
+    "F8_E8M0": _Row(1, "float8_e8m0fnu"),
     "I64": _Row(8, "int64"),
     "I32": _Row(4, "int32"),
     "I16": _Row(2, "int16"),
@@ -55,8 +56,11 @@ def is_float(code: str) -> bool:
 
 
 def is_float8(code: str) -> bool:
-    """Whether a code is an 8-bit float: read and upcast, never computed in or written."""
-    return is_float(code) and ITEM_SIZES[code] == 1
+    """Whether a code is an 8-bit float: read and upcast, never computed in or written.
+
+    E8M0 is none: it has powers of two alone, for scales of other tensors.
+    """
+    return is_float(code) and ITEM_SIZES[code] == 1 and code != "F8_E8M0"
 
 
 def memory_item_size(code: str) -> int:

@@ -40,6 +40,7 @@ class MergeConfig(Strict):
     layers: tuple[LayerRule, ...] = ()
     allow_nonfinite: StrictBool = False
     extra_tensors: Literal["heads", "error", "ignore"] = "heads"
+    missing_tensors: Literal["error", "base"] = "error"
     vocabulary: Literal["strict", "base"] = "strict"
     tokenizer: TokenizerSettings | None = None  # tokenizer_source is read into it too
     chat_template: StrictStr | None = None
@@ -120,7 +121,7 @@ def check_config(document: Document) -> MergeConfig:
     if not isinstance(document.data, dict):
         document.add((), "the config is not a mapping; start with 'merge_method: ...' and 'models:'")
         document.finish()
-    checker = Checker(document)
+    checker = Checker(document, (*MergeConfig.model_fields, "tokenizer_source"))
     raw = check_parts(checker.check(), checker, document)
     config = None
     try:
@@ -235,8 +236,14 @@ def _describe(detail: Mapping[str, Any], method: Method | None) -> str:
     expected = _EXPECTED.get(kind, detail["msg"])
     if kind in ("literal_error", "enum"):
         expected = detail["ctx"]["expected"]
+        if value in ("auto", "same", "default") and location[-1] in ("dtype", "out_dtype"):
+            expected += "; delete it to keep the dtypes of the base"
     elif kind == "value_error":
         expected = str(detail["ctx"]["error"])
+    elif kind == "model_type" and isinstance(value, str) and around[-1:] in (("models",), ("sources",)):
+        expected += f": write '- model: {value}'"
+    elif kind == "tuple_type" and location[-1] in ("models", "sources"):
+        expected += ": write '- model: ...' for each of them"
     verb = "" if kind == "value_error" and isinstance(value, dict) else f"is {value!r}; it "
     return f"{show(location)} {verb}must be {expected}"
 

@@ -78,11 +78,11 @@ class EncodeWorker:
         return Made(Encoded(tensors), None, read - began, time.perf_counter_ns() - read)
 
     def _read(self, entry: TensorEntry) -> Tensor:
-        with self._tracer.span("read", entry.name, entry.nbytes):
+        with self._tracer.span("read", entry.name, entry.stored_bytes):
             tensor = upcast(self._reader.read(entry))
             if not self._keeps_cache:
                 self._reader.release(entry)
-        self._progress.advance(entry.nbytes)
+        self._progress.advance(entry.stored_bytes)
         return tensor
 
     def store(self, job: Job, merged: Encoded, sink: Sink) -> None:

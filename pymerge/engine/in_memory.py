@@ -17,6 +17,7 @@ from pymerge.common.arrays import as_tensor, compute_code, join
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
 from pymerge.common.names import nearest
+from pymerge.engine.state_dicts import check_integers, check_plain
 from pymerge.engine.torch_worker import merge_rows, solve
 from pymerge.errors import ArgumentError
 from pymerge.methods import get_method
@@ -89,11 +90,12 @@ def merge_state_dicts(
         method, device, backend, parameters: as in `merge_tensors`.
 
     Returns:
-        The base's names with merged tensors, in the base's dtypes and on its devices. Integer buffers are the base's,
-        and so are masks and other small tensors that are no weights, where all models have the same.
+        The base's names with merged tensors, in the base's dtypes and on its devices. Integers are the base's, and so
+        are masks and other small tensors that are no weights, where all models have the same.
 
     Raises:
-        ArgumentError: names, shapes, dtypes or parameters that do not fit.
+        ArgumentError: names, shapes, dtypes or parameters that do not fit; quantised weights; integers that
+            differ between the models, but for counters of training (num_batches_tracked).
         NonFiniteError: an input holds NaN or infinity; the message names the tensor.
     """
     for index, expert in enumerate(experts):
@@ -104,8 +106,12 @@ def merge_state_dicts(
                 f"expert {index} has other tensors than the base: missing {missing[:3]}, extra {extra[:3]}; "
                 "pass state dicts of the same architecture"
             )
+    check_plain("the base", base)
+    for index, expert in enumerate(experts):
+        check_plain(f"expert {index}", expert)
     described = {name: (code_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in base.items()}
     layers = classify(described, {})
+    check_integers(base, experts, layers)
     where = device or next((tensor.device for tensor in base.values()), torch.device("cpu"))
     merger = _Merger(method, parameters, len(experts), where, backend)
     tensors = [

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pymerge.backends.native.combine import convert
 from pymerge.backends.native.combine_files import FileTensor, combine_files, is_finite
 from pymerge.checkpoint.reader import failed_read
 from pymerge.common.arrays import Array
@@ -24,7 +25,7 @@ class NativeWorker:
     """Reads pieces and combines, maps or merges them.
 
     Memory is used again: that of outputs, all of the size of the largest (`output_bytes`), and that of inputs. A
-    weighted sum needs none for its inputs: they are read and combined block by block.
+    weighted sum needs none for its inputs: they are read and combined block by block, unless they must be decoded.
     """
 
     def __init__(self, context: Context, reductions: Reductions, threads: int, output_bytes: int) -> None:
@@ -90,10 +91,10 @@ class NativeWorker:
         """Read a piece, and combine, map or merge it, by any thread. Raises as `finish`."""
         began = time.perf_counter_ns()
         step, piece = job.step, job.piece
-        nbytes = sum(math.prod(piece.shape) * ITEM_SIZES[entry.dtype] for entry in step.inputs)
+        nbytes = step.bytes_of(piece)
         out = None if room is None else room.at(0, step.dtype, piece.shape)
         with self._tracer.span("combine", step.name, nbytes):
-            if isinstance(step.action, Combine):
+            if isinstance(step.action, Combine) and step.by_blocks:
                 assert out is not None
                 reading, finite = self._combine(job, step.action, out)
                 made = Made(out, None, reading)
@@ -155,7 +156,11 @@ class NativeWorker:
     def _run_ops(self, job: Job, rows: Rows) -> object:
         """Merge rows into their memory, or return their contribution to a pass."""
         action, run = job.step.action, self._run
-        if isinstance(action, Elementwise):
+        if isinstance(action, Combine) and not action.weights:
+            assert rows.out is not None
+            convert(rows.base if action.on_base else rows.experts[0], rows.out)
+            return None
+        if isinstance(action, (Combine, Elementwise)):
             run(action.op(rows))
             return None
         assert isinstance(action, Reduce)

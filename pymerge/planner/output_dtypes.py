@@ -8,8 +8,8 @@ from typing import Any
 from pymerge.architecture.roles import Kind, Layer
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import CODES, ITEM_SIZES, is_float, is_float8
+from pymerge.common.names import listed
 from pymerge.planner.constants import Constant
-from pymerge.planner.match import listed
 
 _NARROW_BYTES = 2  # of an element of a 16-bit model
 _NAMES = {code: name for name, code in CODES.items()}
@@ -41,24 +41,19 @@ def output_dtypes(
         warnings.append(f"{listed(small)}: 8-bit floats in {path}, written as bfloat16")
     buffers = {name: tensors[name].dtype for name in names if layers[name].kind is Kind.BUFFER}
     if wanted is None:
-        return {name: _plain(tensors[name]) for name in names} | buffers
+        return {name: tensors[name].output_dtype for name in names} | buffers
     code = CODES[wanted]
-    wide = [name for name in _wide(tensors, names) if ITEM_SIZES[tensors[name].dtype] > ITEM_SIZES[code]]
+    wide = [name for name in _wide(tensors, names) if ITEM_SIZES[tensors[name].output_dtype] > ITEM_SIZES[code]]
     if wide and keep_float32:
-        kinds = " and ".join(sorted({_NAMES[tensors[name].dtype] for name in wide}))
+        kinds = " and ".join(sorted({_NAMES[tensors[name].output_dtype] for name in wide}))
         text = f"kept as {kinds}, as in {path}, whose other tensors have 16 bits"
         warnings.append(f"{listed(wide)}: {text}; set keep_float32: false to write {wanted}")
-    beyond = [name for name, constant in constants.items() if not constant.fits(code)]
+    beyond = [name for name, constant in constants.items() if name not in buffers and not constant.fits(code)]
     if beyond:
         text = f"the same in all models, with values that {wanted} cannot hold; written as in {path}"
         warnings.append(f"{listed(beyond)}: {text}")
-    kept = {name: tensors[name].dtype for name in wide if keep_float32}
+    kept = {name: tensors[name].output_dtype for name in wide if keep_float32}
     return dict.fromkeys(names, code) | kept | {name: constants[name].dtype for name in beyond} | buffers
-
-
-def _plain(entry: TensorEntry) -> str:
-    """Code of the dtype in which a tensor is written where nobody chooses one."""
-    return "BF16" if is_float8(entry.dtype) else entry.dtype
 
 
 def _wide(tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> list[str]:
@@ -68,7 +63,7 @@ def _wide(tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> list[str]
     floats. What it has as float32 (biases of routers, A_log, inverse frequencies, norms) has a reason to be so.
     """
     floats = [name for name in names if is_float(tensors[name].dtype)]
-    wide = [name for name in floats if ITEM_SIZES[_plain(tensors[name])] > _NARROW_BYTES]
+    wide = [name for name in floats if ITEM_SIZES[tensors[name].output_dtype] > _NARROW_BYTES]
     if 2 * sum(tensors[name].numel for name in wide) >= sum(tensors[name].numel for name in floats):
         return []
     return wide

@@ -27,7 +27,7 @@ CACHE_LINE = 64  # bytes; inputs of a piece begin at multiples of it
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one piece needs: inputs as stored, scratch while it is computed, the output."""
+    """Bytes that one piece needs: inputs and what reading them takes, scratch while it is computed, the output."""
 
     inputs: int
     scratch: int
@@ -75,6 +75,11 @@ class Step:
     infinite: int = 0  # infinite values of a constant, which all models have alike: they are written
 
     @property
+    def plain_name(self) -> str:
+        """Name of the tensor in its file."""
+        return self.name.removeprefix(self.file.rpartition("/")[0]).removeprefix("/")
+
+    @property
     def inputs(self) -> tuple[TensorEntry, ...]:
         """All tensors read, the base first."""
         return (self.base, *self.experts) if self.reads_base else self.experts
@@ -82,7 +87,7 @@ class Step:
     @property
     def bytes_input(self) -> int:
         """Bytes of the inputs on the disk."""
-        return sum(entry.nbytes for entry in self.inputs)
+        return sum(entry.stored_bytes for entry in self.inputs)
 
     @property
     def bytes_read(self) -> int:
@@ -90,8 +95,8 @@ class Step:
         return self.bytes_input * (1 if self.held else self.passes)
 
     def bytes_of(self, piece: Piece) -> int:
-        """Bytes of a piece in all inputs."""
-        return math.prod(piece.shape) * sum(ITEM_SIZES[entry.dtype] for entry in self.inputs)
+        """Bytes of a piece in all inputs, on the disk."""
+        return sum(entry.stored_in(piece.start, piece.stop) for entry in self.inputs)
 
     def bytes_made(self, piece: Piece) -> int:
         """Bytes of a piece in the output."""
@@ -115,7 +120,18 @@ class Step:
     @cached_property
     def flops(self) -> int:
         """Floating-point operations, a multiply-add counted as two."""
-        return sum(self.action.flops(self._worked(piece), len(self.experts)) for piece in self.pieces)
+        parts = self.layer.parts if isinstance(self.action, Solve) else 1
+        return sum(parts * self.action.flops(self._worked(piece), len(self.experts)) for piece in self.pieces)
+
+    @cached_property
+    def by_blocks(self) -> bool:
+        """Whether native code reads and combines the inputs block by block, without memory for them."""
+        return isinstance(self.action, Combine) and all(entry.contiguous for entry in self.inputs)
+
+    @cached_property
+    def decoding_bytes(self) -> int:
+        """Bytes that reading takes beside the inputs, whatever the piece: a thread reads them one after the other."""
+        return max((entry.decoding_bytes for entry in self.inputs), default=0)
 
     def _worked(self, piece: Piece) -> tuple[int, ...]:
         return pieces.worked_shape(self.layer, self.action, piece.shape)
@@ -129,9 +145,11 @@ class Step:
             scratch += self._kept_bytes
         if self.worker == "native":
             return Footprint(self._native_inputs(elements), scratch, output)
-        inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs)
+        inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self.decoding_bytes
         if isinstance(self.action, Solve) and self.layer.in_axis == 0:
             scratch += inputs + output  # transposed copies
+        if isinstance(self.action, Solve) and self.layer.parts > 1:
+            scratch += output + inputs * self.layer.alternating  # of one part, before it is put to the others
         return Footprint(inputs, scratch, output)
 
     def scratch(self, piece: Piece) -> int:
@@ -140,9 +158,9 @@ class Step:
 
     def _native_inputs(self, elements: int) -> int:
         sizes = [ITEM_SIZES[entry.dtype] for entry in self.inputs]
-        if isinstance(self.action, Combine):
-            return min(BLOCK_ELEMENTS, elements) * sum(sizes)  # read and combined block by block
-        return sum(elements * size + CACHE_LINE for size in sizes)
+        if self.by_blocks:
+            return min(BLOCK_ELEMENTS, elements) * sum(sizes)
+        return sum(elements * size + CACHE_LINE for size in sizes) + self.decoding_bytes
 
     @cached_property
     def held_bytes(self) -> int:

@@ -30,10 +30,10 @@ class Target:
 def worker_of(step: Step, target: Target, *, allow_nonfinite: bool) -> WorkerName:
     """The worker of a step on this target.
 
-    Native code takes tensors that lie in one place of a file, in the dtypes that it computes in. One of another kind
+    Native code takes tensors that can be read without PyTorch, in the dtypes that it computes in. One of another kind
     goes to PyTorch, alone.
     """
-    if not target.takes_arrays or not all(entry.contiguous for entry in step.inputs):
+    if not target.takes_arrays or any(entry.needs_torch for entry in step.inputs):
         return "torch"
     action, dtypes = step.action, {step.dtype, *(entry.dtype for entry in step.inputs)}
     known = dtypes <= NATIVE.keys()

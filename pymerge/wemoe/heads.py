@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pymerge.architecture.roles import is_head_name
 from pymerge.checkpoint.checkpoint import open_checkpoint, read_header
+from pymerge.checkpoint.reader import Reader
 from pymerge.errors import CheckpointError
 from pymerge.wemoe.load import model_names
 
@@ -71,13 +71,11 @@ def read_checkpoint_head(path: Path, model: nn.Module, device: torch.device) -> 
             f"{path}: no tensor is the head of a {type(model).__name__} (looked for classifier, score, head, ...); "
             "give a .safetensors file with the head's weight"
         )
-    found = {}
-    for file in checkpoint.files:
-        with safe_open(file, "pt") as tensors:
-            for name in sorted(set(names) & set(tensors.keys())):
-                own = names[name]
-                found[own] = tensors.get_tensor(name).to(device, model.get_parameter(own).dtype)
-    return found
+    with Reader(checkpoint.stamps) as reader:
+        return {
+            own: reader.read(checkpoint.tensors[name]).to(device, model.get_parameter(own).dtype)
+            for name, own in names.items()
+        }
 
 
 def logits_of(heads: Mapping[str, FeatureHead]) -> Callable[[str, Any], Tensor]:

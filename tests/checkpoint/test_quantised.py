@@ -21,15 +21,9 @@ SMALL = torch.zeros(4).to(torch.float8_e4m3fn)
     ("tensors", "kind"),
     [
         ({"a.weight": BYTES, "a.weight.absmax": HALF, "a.weight.quant_map": HALF}, "bitsandbytes"),
-        ({"a.weight": BYTES, "a.weight.quant_state.bitsandbytes__nf4": BYTES}, "bitsandbytes"),
-        ({"a.weight": BYTES.view(torch.int8), "a.SCB": HALF}, "bitsandbytes"),
         ({"a.qweight": INTS, "a.qzeros": INTS, "a.scales": HALF, "a.g_idx": INTS}, "GPTQ"),
         ({"a.qweight": INTS, "a.qzeros": INTS, "a.scales": HALF}, "AWQ"),
         ({"a.weight_packed": INTS, "a.weight_scale": HALF}, "compressed-tensors"),
-        ({"a.weight": BYTES.view(torch.int8), "a.weight_scale": HALF}, "compressed-tensors"),
-        ({"a.weight": SMALL, "a.weight_scale_inv": HALF}, "scaled FP8"),
-        ({"a.weight": SMALL, "a.weight_scale": HALF}, "scaled FP8"),
-        ({"experts.down_proj_blocks": BYTES, "experts.down_proj_scales": BYTES}, "MXFP4"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
@@ -53,6 +47,8 @@ def test_by_tensors(tensors: dict[str, torch.Tensor], kind: str, suffix: str, tm
         ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "scaled FP8"),
         ({"quant_method": "quark"}, "quark"),
+        ({"quant_method": "eetq"}, "EETQ"),
+        ({"bits": 4}, "a format that it does not name"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
@@ -66,14 +62,70 @@ def test_by_config(config: dict[str, Any], kind: str, nested: bool, tmp_path: Pa
     assert "delete quantization_config" in str(caught.value)
 
 
-def test_gguf(tmp_path: Path) -> None:
-    file = tmp_path / "model-Q4_K_M.gguf"
-    file.write_bytes(b"GGUF")
-    for path in (file, tmp_path):
-        with pytest.raises(CheckpointError, match=r"model-Q4_K_M\.gguf: is quantised \(GGUF\); merge the original"):
-            open_checkpoint(path)
-    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert set(open_checkpoint(tmp_path).tensors) == {"a"}
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_mlx_by_config_alone(depth: int, tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    config: dict[str, Any] = {"quantization": {"group_size": 32, "bits": 4}}
+    for name in ("text_config", "thinker_config")[:depth]:
+        config = {"model_type": "x", name: config}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"is quantised \('MLX', by its quantization\); .*mlx_lm.convert .*--deq"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quantization": "rvq"},
+        {"quantization": None},
+        {"quantization_bit": 0},
+        {"quantization": {"codebook_size": 1024}},
+        {"quantization_config": {}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}},
+    ],
+)
+def test_a_quantisation_that_is_none(config: dict[str, Any], tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert set(open_checkpoint(tmp_path).tensors) == {"a.weight"}
+
+
+@pytest.mark.parametrize("config", [{"quantization_bit": 4}, {"text_config": {"quant_config": {"w_bit": 4}}}])
+def test_other_settings_of_a_quantisation(config: dict[str, Any], tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"the model is quantised .*by its quant.*; merge the original weights"):
+        open_checkpoint(tmp_path)
+
+
+def test_modelopt_by_its_file(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    file = tmp_path / "hf_quant_config.json"
+    file.write_text('{"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}')
+    with pytest.raises(
+        CheckpointError, match=r"is quantised \('ModelOpt NVFP4'.*If its weights are plain .*delete the"
+    ):
+        open_checkpoint(tmp_path)
+    for cache_alone in ('{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}', "[]", "no JSON"):
+        file.write_text(cache_alone)
+        assert set(open_checkpoint(tmp_path).tensors) == {"a.weight"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nbytes", "said"),
+    [
+        ("F4", 2, "MXFP4 or NVFP4.*is quantised; merge the original weights instead"),
+        ("F8_E8M0", 4, "scales of MXFP4.*is quantised"),
+        ("C64", 32, "complex numbers, which cannot be merged; leave it out .*view_as_real"),
+        ("X7", 4, "unknown dtype 'X7'; convert it to one of"),
+    ],
+)
+def test_dtypes_that_cannot_be_read(dtype: str, nbytes: int, said: str, tmp_path: Path) -> None:
+    header = json.dumps({"a.weight": {"dtype": dtype, "shape": [4], "data_offsets": [0, nbytes]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(nbytes))
+    with pytest.raises(CheckpointError, match=f"tensor 'a.weight': .*{said}"):
+        open_checkpoint(file)
 
 
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:

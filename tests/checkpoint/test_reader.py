@@ -26,7 +26,7 @@ def equal_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
 def checkpoint(tmp_path: Path) -> Checkpoint:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for code, dtype in ((code, torch_dtype(code)) for code in DTYPES):
+    for code, dtype in ((code, torch_dtype(code)) for code in DTYPES if code != "F8_E8M0"):  # which alone is no weight
         raw = torch.randint(0, 2 if code == "BOOL" else 256, (6 * 5 * dtype.itemsize,), generator=generator)
         tensors[f"{code}.matrix"] = raw.to(torch.uint8).view(dtype).reshape(6, 5)
         tensors[f"{code}.scalar"] = tensors[f"{code}.matrix"][0, 0].clone()

@@ -39,7 +39,7 @@ def test_both_tables_have_the_same_codes() -> None:
 def test_floats() -> None:
     floats = {code for code in DTYPES if is_float(code)}
     small = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-    assert floats == {"F64", "F32", "F16", "BF16"} | small
+    assert floats == {"F64", "F32", "F16", "BF16", "F8_E8M0"} | small
     assert {code for code in DTYPES if is_float8(code)} == small
     assert not is_float("F4")
 
