@@ -205,6 +205,19 @@ def test_a_plain_base_leaves_modules_of_experts_out_and_says_so(tmp_path: Path) 
     assert not (tmp_path / "out/2_Dense").exists()
 
 
+def test_the_bases_modules_stand_for_those_of_a_plain_expert_if_it_is_said(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    put(tmp_path / "plain", bert(1), {"model_type": "bert"})
+    write_config(tmp_path, "task_arithmetic", weight=1.0, more="missing_tensors: base")
+    (tmp_path / "merge.yml").write_text((tmp_path / "merge.yml").read_text().replace("e0", "plain"))
+    (warning,) = pymerge.plan(tmp_path / "merge.yml", device="cpu").warnings
+    assert "plain: has no modules.json, and " in warning
+    assert warning.endswith("those stand for its own (missing_tensors: base)")
+    merge_all(tmp_path)
+    found = load_file(tmp_path / "out/2_Dense/model.safetensors")
+    assert all(torch.allclose(found[name], tensor) for name, tensor in dense(2 + 6, 6, 8).items())
+
+
 def test_routers_have_modules_inside(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "e0", "e1")):
         folder = tmp_path / name
