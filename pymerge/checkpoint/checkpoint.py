@@ -21,6 +21,7 @@ from pymerge.checkpoint.weight_files import (
     file_names,
     find_weights,
     has_usual,
+    named_weights,
     read_json,
 )
 from pymerge.checkpoint.weight_formats import format_of, how_to_convert
@@ -113,7 +114,7 @@ def weights_of(path: Path) -> list[Path]:
     if not os.path.isdir(path):
         return [path]
     folders = weight_folders(path, read_modules(path))
-    return [file for folder in folders for file in find_weights(path / folder).files]
+    return [file for folder in folders for file in find_weights(path / folder, named_weights(path / folder)).files]
 
 
 def _open_directory(path: Path) -> Checkpoint:
