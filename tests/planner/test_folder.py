@@ -178,6 +178,17 @@ def test_a_module_without_its_weights_is_an_error(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "e0")
 
 
+@pytest.mark.parametrize("transformer", ["", "0_Transformer"])
+def test_a_module_is_not_taken_for_a_transformer_without_weights(transformer: str, tmp_path: Path) -> None:
+    folder = write_sentences(tmp_path / "base", 0, transformer=transformer)
+    (folder / transformer / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        open_checkpoint(folder)
+    save_file({"lora_A.weight": torch.zeros(2, 2)}, folder / transformer / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is an adapter|has no weights"):
+        open_checkpoint(folder)
+
+
 def test_experts_modules_are_matched_by_their_place(tmp_path: Path) -> None:
     """Older folders have the transformer in one of its own, and other numbers."""
     write_all(tmp_path)
