@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.decoded import CHUNK_ELEMENTS, DecodedEntry, Decoder, ReadRows, Span
 from pymerge.checkpoint.safetensors_file import TensorEntry
@@ -50,8 +50,7 @@ def matrix(entry: TensorEntry) -> Matrix:
 
 @dataclass(frozen=True)
 class Term:
-    """`scale` x `left` @ `right`, added to the rows from `first` on of a matrix: of the tensor, or of matrix `number` of
-    a stack."""
+    """`scale` x `left` @ `right`, added to the rows from `first` on of the tensor, or of matrix `number` of a stack."""
 
     left: Matrix
     right: Matrix
@@ -119,7 +118,7 @@ class LowRank(Decoder):
         return "F64" if any(part.dtype == "F64" for part in self.parts) else "F32"
 
     @cached_property
-    def parts(self) -> tuple[TensorEntry, ...]:  # type: ignore[override]
+    def parts(self) -> tuple[TensorEntry, ...]:
         factors = [side.entry for term in self.terms for side in (term.left, term.right)]
         lengths = [self.magnitude.entry] if self.magnitude else []
         return (self.base, *dict.fromkeys([*factors, *lengths]))
@@ -170,7 +169,6 @@ class LowRank(Decoder):
 
     def _fill_matrix(self, loader: _Loader, out: Array, number: int) -> None:
         """Fill `out` with one matrix of a stack."""
-        rows, width = out.shape
         out.reshape(-1)[:] = loader.rows(self.base, number, number + 1).reshape(-1)
         for term in self._numbered.get(number, []):
             _add(loader, term, loader.values(term.right, kept=True), out, 0)
@@ -207,10 +205,10 @@ class LowRank(Decoder):
                 rows, width = self.base.shape[0], math.prod(self.base.shape[1:])
                 step, squares = max(1, CHUNK_ELEMENTS // max(1, width)), np.zeros(width)
                 for first in range(0, rows, step):
-                    block = np.empty((min(step, rows - first), width), loader.kind)
+                    block: Array = np.empty((min(step, rows - first), width), loader.kind)
                     self._fill_sums(loader, rights, block, first)
                     squares += column_squares(block)
-                norms = np.sqrt(squares).astype(loader.kind)
+                norms: Array = np.sqrt(squares).astype(loader.kind)
                 self.kept.columns = loader.flat(self.magnitude.entry) / norms
             return self.kept.columns
 

@@ -57,7 +57,8 @@ def add_product(out: Array, left: Array, right: Array, scale: float, skipped: in
 def _tile(block: Array, columns: Array, room: Array) -> Array:
     """block @ columns, a few terms of each sum at a time."""
     shape = (block.shape[0], columns.shape[1])
-    total, part = (each[: shape[0] * shape[1]].reshape(shape) for each in room)
+    total: Array = room[0, : shape[0] * shape[1]].reshape(shape)
+    part: Array = room[1, : shape[0] * shape[1]].reshape(shape)
     np.matmul(block[:, :_TILE_DEPTH], columns[:_TILE_DEPTH], out=total)
     for at in range(_TILE_DEPTH, block.shape[1], _TILE_DEPTH):
         np.matmul(block[:, at : at + _TILE_DEPTH], columns[at : at + _TILE_DEPTH], out=part)

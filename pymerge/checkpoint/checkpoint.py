@@ -36,6 +36,7 @@ class Checkpoint:
     stamps: dict[Path, tuple[int, int]]
     notes: tuple[str, ...] = ()
     origin: str = ""
+    base: Checkpoint | None = None
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
