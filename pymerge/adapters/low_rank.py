@@ -72,7 +72,7 @@ class Magnitude:
 
 
 class _Kept:
-    """Factors of columns, once they are known: they follow from all rows."""
+    """Norms of columns, once they are known: they follow from all rows."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -116,6 +116,10 @@ class LowRank(Decoder):
     @property
     def dtype(self) -> str:
         return "F64" if any(part.dtype == "F64" for part in self.parts) else "F32"
+
+    @property
+    def needs_torch(self) -> bool:
+        return self.magnitude is not None and self.magnitude.of_rows
 
     @cached_property
     def parts(self) -> tuple[TensorEntry, ...]:
@@ -176,17 +180,17 @@ class LowRank(Decoder):
     def _fill_rows(self, loader: _Loader, rights: list[Array], out: Array, start: int) -> None:
         import numpy as np
 
+        from pymerge.adapters.products import row_norms
+
         self._fill_sums(loader, rights, out, start)
         if self.magnitude is None:
             return
+        lengths = loader.flat(self.magnitude.entry)
         with np.errstate(divide="ignore", invalid="ignore"):
             if self.magnitude.of_rows:
-                from pymerge.adapters.products import row_squares
-
-                lengths = loader.flat(self.magnitude.entry)[start : start + len(out)]
-                out *= (lengths / np.sqrt(row_squares(out)).astype(out.dtype))[:, None]
+                out *= (lengths[start : start + len(out)] / row_norms(out))[:, None]
             else:
-                out *= self._column_factors(loader, rights)[None, :]
+                out *= (lengths / self._column_norms(loader, rights))[None, :]
 
     def _fill_sums(self, loader: _Loader, rights: list[Array], out: Array, start: int) -> None:
         """W_0 and all terms, rows from `start` on."""
@@ -194,22 +198,21 @@ class LowRank(Decoder):
         for term, right in zip(self.terms, rights, strict=True):
             _add(loader, term, right, out, start)
 
-    def _column_factors(self, loader: _Loader, rights: list[Array]) -> Array:
+    def _column_norms(self, loader: _Loader, rights: list[Array]) -> Array:
         import numpy as np
 
-        from pymerge.adapters.products import column_squares
+        from pymerge.adapters.products import add_column_squares
 
-        assert self.magnitude is not None
         with self.kept.lock:
             if self.kept.columns is None:
                 rows, width = self.base.shape[0], math.prod(self.base.shape[1:])
-                step, squares = max(1, CHUNK_ELEMENTS // max(1, width)), np.zeros(width)
+                step = max(1, CHUNK_ELEMENTS // max(1, width))
+                squares: Array = np.zeros(width, loader.kind)
                 for first in range(0, rows, step):
                     block: Array = np.empty((min(step, rows - first), width), loader.kind)
                     self._fill_sums(loader, rights, block, first)
-                    squares += column_squares(block)
-                norms: Array = np.sqrt(squares).astype(loader.kind)
-                self.kept.columns = loader.flat(self.magnitude.entry) / norms
+                    add_column_squares(squares, block)
+                self.kept.columns = np.sqrt(squares)
             return self.kept.columns
 
     def scratch(self, elements: int) -> int:

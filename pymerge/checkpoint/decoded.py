@@ -55,6 +55,11 @@ class Decoder(ABC):
         return "F32"
 
     @property
+    def needs_torch(self) -> bool:
+        """Whether decoding imports PyTorch."""
+        return False
+
+    @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of all that is decoded; one axis at least."""
@@ -105,7 +110,7 @@ class DecodedEntry(TensorEntry):
 
     @property
     def needs_torch(self) -> bool:
-        return any(part.needs_torch for part in self.decoder.parts)
+        return self.decoder.needs_torch or any(part.needs_torch for part in self.decoder.parts)
 
     @property
     def output_dtype(self) -> str:
