@@ -12,7 +12,10 @@ from pymerge.errors import NonFiniteError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_REMEDY = "use a sound checkpoint, or set allow_nonfinite: true in the config to merge it all the same"
+_REMEDY = (
+    "use a sound checkpoint; with allow_nonfinite: true in the config it is merged all the same, and what is computed "
+    "from these values is NaN or infinite too"
+)
 
 
 def is_finite(tensor: Tensor) -> bool:

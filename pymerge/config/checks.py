@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pymerge.common.names import nearest
@@ -34,8 +34,10 @@ _UNSUPPORTED_OF_MODEL = {
 class Checker:
     """Checks one document; problems and warnings land in the document."""
 
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, keys: Collection[str]) -> None:
+        """`keys` are those of the top level."""
         self._document = document
+        self._keys = keys
         self._raw: dict[str, Any] = dict(document.data)
         self.method = self._find_method()
         self.given: set[str] = set()  # names of the top-level parameters
@@ -162,7 +164,9 @@ class Checker:
         own = self.method.name if self.method else ""
         owners = [m for m in METHODS if any(p.name == name for p in METHODS[m].parameters)]
         near = nearest(name, known)
-        if owners:
+        if name in self._keys:
+            hint = "it is a key of the top level: write it beside 'merge_method', indented less"
+        elif owners:
             hint = f"it belongs to {', '.join(owners)}: delete it, or change merge_method"
         elif near:
             hint = f"did you mean {near!r}?"

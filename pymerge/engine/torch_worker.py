@@ -162,7 +162,8 @@ class TorchWorker:
                     "try --backend reference, and report this"
                 ) from error
             for each, result in zip(batch.jobs, made, strict=True):
-                if result.merged is not None and not self._allow_nonfinite and not is_finite(_tensor(result)):
+                checked = result.merged is not None and not (self._allow_nonfinite or each.step.infinite)
+                if checked and not is_finite(_tensor(result)):
                     raise_nonfinite(each, self._reader)
             self._transfer.finish()
         return made

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pymerge.adapters.folder import AdapterFiles, is_adapter, open_adapter
-from pymerge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from pymerge.checkpoint.hub import fetch
 from pymerge.config.merge_config import MergeConfig, participants
 from pymerge.config.references import hub_reference, model_path, split_adapter
@@ -56,6 +56,16 @@ class Inputs:
     def stamps(self) -> dict[Path, tuple[int, int]]:
         """(size, mtime_ns) of every weight file, as seen when the headers were read."""
         return {path: stamp for checkpoint in self.all for path, stamp in checkpoint.stamps.items()}
+
+    def stored(self, entry: TensorEntry) -> tuple[TensorEntry, tuple[int, int]] | None:
+        """A tensor in a file that is there, with size and time of the file: an entry itself, or, of a model that is
+        still to be written, what it will be a copy of; None for what is to be merged."""
+        for checkpoint in self.all:
+            if stamp := checkpoint.stamps.get(entry.file):
+                return entry, stamp
+            if found := checkpoint.copied.get((entry.file, entry.name)):
+                return found
+        return None
 
 
 def open_inputs(config: MergeConfig, method: Method, planned: Mapping[str, Checkpoint] | None = None) -> Inputs:

@@ -72,6 +72,7 @@ class Step:
     # Bytes of what was made before it for its file and waits in memory, because the layout of the file depends on the
     # values; None where it does not.
     gathered: int | None = None
+    infinite: int = 0  # infinite values of a constant, which all models have alike: they are written
 
     @property
     def inputs(self) -> tuple[TensorEntry, ...]:
@@ -122,8 +123,8 @@ class Step:
         return isinstance(self.action, Combine) and all(entry.contiguous for entry in self.inputs)
 
     @cached_property
-    def _decoding_bytes(self) -> int:
-        """Bytes that reading takes beside the inputs, which a thread reads one after the other."""
+    def decoding_bytes(self) -> int:
+        """Bytes that reading takes beside the inputs, whatever the piece: a thread reads them one after the other."""
         return max((entry.decoding_bytes for entry in self.inputs), default=0)
 
     def _worked(self, piece: Piece) -> tuple[int, ...]:
@@ -138,7 +139,7 @@ class Step:
             scratch += self._kept_bytes
         if self.worker == "native":
             return Footprint(self._native_inputs(elements), scratch, output)
-        inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self._decoding_bytes
+        inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self.decoding_bytes
         if isinstance(self.action, Solve) and self.layer.in_axis == 0:
             scratch += inputs + output  # transposed copies
         return Footprint(inputs, scratch, output)
@@ -151,7 +152,7 @@ class Step:
         sizes = [ITEM_SIZES[entry.dtype] for entry in self.inputs]
         if self.by_blocks:
             return min(BLOCK_ELEMENTS, elements) * sum(sizes)
-        return sum(elements * size + CACHE_LINE for size in sizes) + self._decoding_bytes
+        return sum(elements * size + CACHE_LINE for size in sizes) + self.decoding_bytes
 
     @cached_property
     def held_bytes(self) -> int:

@@ -206,7 +206,10 @@ def _token_models(
         rows = min(lengths.values())
         if rows != max(lengths.values()):
             said = ", ".join(f"{name} {length}" for name, length in lengths.items())
-            problems.append(f"{model.checkpoint.path}: has token tables of different lengths ({said}); pad the shorter")
+            problems.append(
+                f"{model.checkpoint.path}: has token tables of different lengths ({said}); give them one length "
+                f"(transformers: resize_token_embeddings, then save_pretrained), or delete {settings.key}"
+            )
         beyond = [token for token, number in vocabulary.ids.items() if number >= rows]
         if beyond:
             warnings.append(
