@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 
+from pymerge.adapters.decoders import AddedBias, TokenRows
 from pymerge.adapters.experts import NUMBERED, Parameter, assign, in_stack, parameters_of, terms
 from pymerge.adapters.folder import CONFIG_NAME, AdapterFiles
 from pymerge.adapters.keys import Module, read_keys
 from pymerge.adapters.low_rank import LowRank, Magnitude, Matrix, Term, matrix
 from pymerge.adapters.names import Placed
-from pymerge.adapters.parts import AddedBias, TokenRows
 from pymerge.adapters.placing import may_be, place_modules
 from pymerge.adapters.settings import merged_by_peft, read_settings
 from pymerge.adapters.ties import drop_tied_heads

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from pymerge.checkpoint.decoded import CHUNK_ELEMENTS, DecodedEntry, Decoder, ReadRows, Span
+from pymerge.adapters.decoders import OfAdapter
+from pymerge.checkpoint.decoded import CHUNK_ELEMENTS, DecodedEntry, ReadRows
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 
@@ -80,7 +80,7 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class LowRank(Decoder):
+class LowRank(OfAdapter):
     """W_0 + the sum of all terms, rows and columns of a stored tensor (of `stacked` ones of each of its matrices).
 
     A tensor of more axes counts as a matrix with its first axis as rows. With a `magnitude`, rows or columns of the
@@ -98,24 +98,12 @@ class LowRank(Decoder):
         return f"adapter, rank {self.rank}" + (", DoRA" if self.magnitude else "")
 
     @property
-    def quantised(self) -> str:
-        return self.base.decoded_from
-
-    @property
     def rank(self) -> int:
         """The largest rank of what is added to a matrix."""
         ranks: dict[int, int] = {}
         for term in self.terms:
             ranks[term.number] = ranks.get(term.number, 0) + term.rank
         return max(ranks.values())
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> str:
-        return "F64" if any(part.dtype == "F64" for part in self.parts) else "F32"
 
     @property
     def needs_torch(self) -> bool:
@@ -126,9 +114,6 @@ class LowRank(Decoder):
         factors = [side.entry for term in self.terms for side in (term.left, term.right)]
         lengths = [self.magnitude.entry] if self.magnitude else []
         return (self.base, *dict.fromkeys([*factors, *lengths]))
-
-    def spans(self, start: int, stop: int) -> Iterator[Span]:
-        yield Span(self.base, start, stop)
 
     @cached_property
     def _numbered(self) -> dict[int, list[Term]]:

@@ -10,12 +10,11 @@ from pymerge.adapters.settings import merged_by_peft
 from pymerge.architecture.roles import Kind, Layer, is_head_name
 from pymerge.architecture.token_tables import has_tokens
 from pymerge.checkpoint.checkpoint import Checkpoint
+from pymerge.checkpoint.compare import Relation, relation
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.errors import CheckpointError
-
-_COMPARED_BYTES = 16 << 20
 
 
 def drop_tied_heads(
@@ -47,7 +46,7 @@ def drop_tied_heads(
         values = [name for name in keys.values if name.rpartition(".")[0].rpartition(".")[2] == word]
         if values and not keeps_tie and not any(_is_head(name.rpartition(".")[0]) for name in keys.values):
             own, other = keys.values[values[0]], base.tensors[table]
-            if not _same(reader, own, other):
+            if relation(reader, own, other) is not Relation.SAME:
                 raise _untied(base, files, values[0])
 
 
@@ -80,13 +79,3 @@ def _transposed_values(reader: Reader, one: TensorEntry, other: TensorEntry) -> 
     kind = np.dtype(f"u{ITEM_SIZES[one.dtype]}")
     first, second = (np.frombuffer(reader.read_bytes(each), kind).reshape(each.shape) for each in (one, other))
     return bool(np.array_equal(first, second.T))
-
-
-def _same(reader: Reader, one: TensorEntry, other: TensorEntry) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    step = max(1, _COMPARED_BYTES // max(1, one.nbytes // max(1, one.shape[0])))
-    return all(
-        reader.read_bytes(one, start, stop) == reader.read_bytes(other, start, stop)
-        for start, stop in ((at, min(at + step, one.shape[0])) for at in range(0, one.shape[0], step))
-    )

@@ -60,6 +60,11 @@ class Decoder(ABC):
         return False
 
     @property
+    def adapter(self) -> TensorEntry | None:
+        """Of an adapter's tensor, what of the adapter's file is in it first; None for others."""
+        return None
+
+    @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of all that is decoded; one axis at least."""
@@ -121,8 +126,12 @@ class DecodedEntry(TensorEntry):
         return self.decoder.quantised
 
     @property
+    def adapter(self) -> TensorEntry | None:
+        return self.decoder.adapter
+
+    @property
     def stored_bytes(self) -> int:
-        whole = sum(part.nbytes for part in self.decoder.parts)
+        whole = sum(part.stored_bytes for part in self.decoder.parts)
         return whole * self.shape[0] // max(1, self.decoder.shape[0])
 
     @property

@@ -72,6 +72,11 @@ class TensorEntry:
         return ""
 
     @property
+    def adapter(self) -> TensorEntry | None:
+        """What of an adapter's file is in it first, if its values are made by an adapter."""
+        return None
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes in files that all rows are made from."""
         return self.nbytes

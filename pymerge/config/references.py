@@ -46,7 +46,6 @@ def model_path(name: str, directory: Path | None, config: str) -> Path:
     )
 
 
-<<<<<<< HEAD
 def split_adapter(name: str, directory: Path | None) -> tuple[str, str] | None:
     """Base and adapter of `base+adapter`; None for the name of one thing.
 
@@ -61,7 +60,8 @@ def split_adapter(name: str, directory: Path | None) -> tuple[str, str] | None:
 
 def _exists(name: str, directory: Path | None) -> bool:
     return bool(name) and any(os.path.exists(path) for path in places(name, directory))
-=======
+
+
 def _how_to_name(name: str) -> str:
     """What may be wrong with the name of a model that is not found."""
     on_the_hub = _HUB_URL.match(name)
@@ -72,7 +72,6 @@ def _how_to_name(name: str) -> str:
     if "\\" in name:
         return "write / for \\ in paths"
     return "correct the path, or download the model to a folder first"
->>>>>>> dequant
 
 
 def hub_reference(name: str, directory: Path | None) -> tuple[str, str | None] | None:

@@ -176,6 +176,8 @@ class Plan:
 
 
 def _settled(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.base is not None:
+        checkpoint = replace(checkpoint, base=_settled(checkpoint.base))
     if checkpoint.stamps:
         return checkpoint
     found = open_checkpoint(checkpoint.path)

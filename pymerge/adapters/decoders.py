@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     from pymerge.adapters.products import Array
 
 
-class _OfBase(Decoder):
+class OfAdapter(Decoder):
     """A tensor of the base with something of an adapter."""
 
     base: TensorEntry
-    added: TensorEntry
 
     @property
     def quantised(self) -> str:
@@ -30,14 +29,24 @@ class _OfBase(Decoder):
 
     @property
     def dtype(self) -> str:
-        return "F64" if "F64" in (self.base.dtype, self.added.dtype) else "F32"
+        return "F64" if any(part.dtype == "F64" for part in self.parts) else "F32"
+
+    @property
+    def adapter(self) -> TensorEntry:
+        return self.parts[1]
+
+    def spans(self, start: int, stop: int) -> Iterator[Span]:
+        yield Span(self.base, start, stop)
+
+
+class _WithOne(OfAdapter):
+    """A tensor of the base with another, of as many rows or fewer."""
+
+    added: TensorEntry
 
     @property
     def parts(self) -> tuple[TensorEntry, ...]:
         return (self.base, self.added)
-
-    def spans(self, start: int, stop: int) -> Iterator[Span]:
-        yield Span(self.base, start, stop)
 
     def scratch(self, elements: int) -> int:
         sizes = sum(ITEM_SIZES[entry.dtype] + ITEM_SIZES[self.dtype] for entry in self.parts)
@@ -45,7 +54,7 @@ class _OfBase(Decoder):
 
 
 @dataclass(frozen=True)
-class AddedBias(_OfBase):
+class AddedBias(_WithOne):
     """A bias of the base + `scale` x that of lora_B."""
 
     base: TensorEntry
@@ -64,7 +73,7 @@ class AddedBias(_OfBase):
 
 
 @dataclass(frozen=True)
-class TokenRows(_OfBase):
+class TokenRows(_WithOne):
     """A table of the base, in which row i of `added` stands for row `indices[i]`."""
 
     base: TensorEntry
