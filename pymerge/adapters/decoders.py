@@ -32,8 +32,8 @@ class OfAdapter(Decoder):
         return "F64" if any(part.dtype == "F64" for part in self.parts) else "F32"
 
     @property
-    def adapter(self) -> TensorEntry:
-        return self.parts[1]
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        return self.parts[1:]
 
     def spans(self, start: int, stop: int) -> Iterator[Span]:
         yield Span(self.base, start, stop)
@@ -63,7 +63,7 @@ class AddedBias(_WithOne):
 
     @property
     def kind(self) -> str:
-        return "adapter, lora_bias"
+        return "lora_bias"
 
     def decode(self, read: ReadRows, out: Array, start: int, stop: int) -> None:
         from pymerge.adapters.products import as_array
@@ -82,7 +82,7 @@ class TokenRows(_WithOne):
 
     @property
     def kind(self) -> str:
-        return f"adapter, {len(self.indices)} trained rows"
+        return f"{len(self.indices)} trained rows"
 
     def decode(self, read: ReadRows, out: Array, start: int, stop: int) -> None:
         from pymerge.adapters.products import as_array

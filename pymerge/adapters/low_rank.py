@@ -95,7 +95,7 @@ class LowRank(OfAdapter):
 
     @property
     def kind(self) -> str:
-        return f"adapter, rank {self.rank}" + (", DoRA" if self.magnitude else "")
+        return f"rank {self.rank}" + (", DoRA" if self.magnitude else "")
 
     @property
     def rank(self) -> int:

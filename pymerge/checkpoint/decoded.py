@@ -60,9 +60,9 @@ class Decoder(ABC):
         return False
 
     @property
-    def adapter(self) -> TensorEntry | None:
-        """Of an adapter's tensor, what of the adapter's file is in it first; None for others."""
-        return None
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        """Those of the parts that are of an adapter, which changes a model's tensor."""
+        return ()
 
     @property
     @abstractmethod
@@ -126,8 +126,8 @@ class DecodedEntry(TensorEntry):
         return self.decoder.quantised
 
     @property
-    def adapter(self) -> TensorEntry | None:
-        return self.decoder.adapter
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        return self.decoder.adapter_parts
 
     @property
     def stored_bytes(self) -> int:

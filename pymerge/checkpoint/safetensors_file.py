@@ -72,9 +72,9 @@ class TensorEntry:
         return ""
 
     @property
-    def adapter(self) -> TensorEntry | None:
-        """What of an adapter's file is in it first, if its values are made by an adapter."""
-        return None
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        """Tensors of an adapter that its values are made with; none if they are a model's own."""
+        return ()
 
     @property
     def stored_bytes(self) -> int:

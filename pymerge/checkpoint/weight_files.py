@@ -81,7 +81,7 @@ def find_weights(path: Path) -> tuple[WeightFormat, tuple[Path, ...], str | None
     if "adapter_config.json" in names:
         raise CheckpointError(
             f"{path}: is an adapter, without the model that it is for; "
-            "merge it into its model first (PEFT's merge_and_unload) and give the result"
+            "name it under models, with its model as base_model or as BASE+ADAPTER"
         )
     others = [name for name in names if is_weight_file(name) and not _LEFTOVERS.fullmatch(name)]
     if others:

@@ -60,7 +60,7 @@ class Inputs:
     def stored(self, entry: TensorEntry) -> tuple[TensorEntry, tuple[int, int]] | None:
         """A tensor in a file that is there, with size and time of the file: an entry itself, or, of a model that is
         still to be written, what it will be a copy of; None for what is to be merged, or made when it is read."""
-        if entry.decoded_from or entry.adapter is not None:
+        if entry.decoded_from or entry.adapter_parts:
             return None
         for checkpoint in self.all:
             if stamp := checkpoint.stamps.get(entry.file):
