@@ -124,7 +124,7 @@ def draft_plan(
             if constant is not None and constant.passes(action):
                 action, experts, values = copy(), (), None
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
-            elif untouched(entry, experts, aligned.sections[tensor.name], action):
+            elif untouched(method, action, entry, experts, aligned.sections[tensor.name]):
                 action, experts, values = copy(), (), None
             for rows in rows_of(entry, experts):
                 action_here = action if rows.experts else copy()

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.methods.actions import Action
+from pymerge.methods.base import Method
 from pymerge.methods.reduce import Reduce
-from pymerge.planner.constants import reproduces
 from pymerge.planner.match import Section
 
 
-def untouched(base: TensorEntry, experts: Sequence[TensorEntry], section: Section, action: Action) -> bool:
-    """Whether no adapter changes a tensor, and no other model is merged into it: then it is the base's, unread."""
-    if not experts or not reproduces(action) or (isinstance(action, Reduce) and action.scope == "model"):
+def untouched(
+    method: Method, action: Action, base: TensorEntry, experts: Sequence[TensorEntry], section: Section
+) -> bool:
+    """Whether a method on task vectors gets none of a tensor: no adapter changes it, and there are no other models.
+
+    What is selected over the whole model counts its zeros.
+    """
+    if not experts or not method.needs_base or (isinstance(action, Reduce) and action.scope == "model"):
         return False
     adapters = all(expert.base is not None for expert in section.experts)
     return adapters and all(entry.same_bytes(base) for entry in experts)
