@@ -56,6 +56,7 @@ class Keys:
     modules: dict[tuple[str, int], Module] = field(default_factory=dict)
     values: dict[str, TensorEntry] = field(default_factory=dict)
     tokens: dict[str, TensorEntry] = field(default_factory=dict)  # rows of tables, by module
+    saved: list[tuple[str, list[str], _Key]] = field(default_factory=list)  # below modules_to_save
 
 
 def read_keys(folder: Path, tensors: Mapping[str, TensorEntry]) -> Keys:
@@ -63,6 +64,8 @@ def read_keys(folder: Path, tensors: Mapping[str, TensorEntry]) -> Keys:
     keys, adapters = Keys(), dict[str, str]()
     for key, entry in tensors.items():
         _Key(key, entry, keys, adapters).take()
+    for module, rest, key_below in keys.saved:
+        key_below.take_saved(module, rest)
     if len(adapters) > 1:
         raise CheckpointError(
             f"{folder}: holds several adapters ({first_few(adapters)}); save each of them with save_pretrained in a "
@@ -98,8 +101,7 @@ class _Key:
                 self._put(self._keys.tokens, ".".join(module))
                 return
             elif word == "modules_to_save":
-                self._name_of(rest[:1], ())
-                self._put(self._keys.values, ".".join([*module, *rest[1:]]))
+                self._keys.saved.append((".".join(module), rest, self))
                 return
             elif word.startswith(_OTHERS):
                 raise CheckpointError(
@@ -111,6 +113,13 @@ class _Key:
                     outer, depth = ".".join(module), 0
                 module.append(word)
         self._put(self._keys.values, ".".join(module))
+
+    def take_saved(self, module: str, rest: list[str]) -> None:
+        """A tensor of a module that was trained whole: in raw dumps behind the name of an adapter, which PEFT takes
+        away when it saves. With bias: all it saves the bias a second time, which it then leaves unread."""
+        if not {".".join([module, *rest]), ".".join([module, *rest[1:]])} & self._keys.values.keys():
+            self._name_of(rest[:-1][:1], ())
+            self._put(self._keys.values, ".".join([module, *(rest[1:] if len(rest) > 1 else rest)]))
 
     def _factor(self, module: str, depth: int, outer: str, word: str, rest: list[str]) -> None:
         parameter = self._name_of(rest, ("weight", "bias"))
