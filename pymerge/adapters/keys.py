@@ -64,8 +64,8 @@ def read_keys(folder: Path, tensors: Mapping[str, TensorEntry]) -> Keys:
     keys, adapters = Keys(), dict[str, str]()
     for key, entry in tensors.items():
         _Key(key, entry, keys, adapters).take()
-    for module, rest, key_below in keys.saved:
-        key_below.take_saved(module, rest)
+    for around, rest, saved in keys.saved:
+        saved.take_saved(around, rest)
     if len(adapters) > 1:
         raise CheckpointError(
             f"{folder}: holds several adapters ({first_few(adapters)}); save each of them with save_pretrained in a "
