@@ -51,7 +51,7 @@ class _Builder:
         self._base = base
         self._files = files
         self.settings = read_settings(files.path / CONFIG_NAME, files.config)
-        self._keys = read_keys(files.path, files.tensors)
+        self._keys = read_keys(files.tensors)
         self.tensors: dict[str, TensorEntry] = dict(base.tensors)
         self._terms: dict[str, list[tuple[Module, Term]]] = {}
         self._magnitudes: dict[str, Magnitude] = {}

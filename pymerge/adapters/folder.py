@@ -43,7 +43,8 @@ def is_adapter(path: Path) -> bool:
     if not os.path.isdir(path):
         return path.name in WEIGHT_NAMES and os.path.isfile(path.parent / CONFIG_NAME)
     names = _names(path)
-    if CONFIG_NAME not in names and not set(WEIGHT_NAMES) & names:
+    own = CONFIG_NAME in names or bool(set(WEIGHT_NAMES) & names)
+    if not own and not _inside(path, names):
         return False
     try:
         form, files, _ = find_weights(path)
@@ -59,6 +60,8 @@ def open_adapter(path: Path) -> AdapterFiles:
     folder = path if os.path.isdir(path) else path.parent
     config_file = folder / CONFIG_NAME
     names = _names(folder)
+    if CONFIG_NAME not in names and (inside := _inside(folder, names)):
+        raise CheckpointError(f"{folder}: has adapters in {first_few(inside)}; name one of these folders")
     if CONFIG_NAME not in names:
         raise CheckpointError(
             f"{folder}: has weights of an adapter and no {CONFIG_NAME}, which says how they are scaled; save it with "
@@ -85,9 +88,14 @@ def _weights(folder: Path, names: set[str]) -> Path:
         return files[0]
     except CheckpointError:
         pass
-    inside = sorted(name for name in names if os.path.isfile(folder / name / CONFIG_NAME))
+    inside = _inside(folder, names)
     found = f"; adapters lie in {first_few(inside)}: name one of them" if inside else "; download it whole"
     raise CheckpointError(f"{folder}: has {CONFIG_NAME} and none of {', '.join(WEIGHT_NAMES)}{found}")
+
+
+def _inside(folder: Path, names: set[str]) -> list[str]:
+    """Folders in a folder that hold an adapter each."""
+    return sorted(name for name in names if os.path.isfile(folder / name / CONFIG_NAME))
 
 
 def _has_factors(tensors: Mapping[str, TensorEntry]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pymerge.adapters.settings import merged_by_peft
 from pymerge.checkpoint.safetensors_file import TensorEntry
@@ -59,18 +58,13 @@ class Keys:
     saved: list[tuple[str, list[str], _Key]] = field(default_factory=list)  # below modules_to_save
 
 
-def read_keys(folder: Path, tensors: Mapping[str, TensorEntry]) -> Keys:
+def read_keys(tensors: Mapping[str, TensorEntry]) -> Keys:
     """Sort the tensors of an adapter. Raises CheckpointError for what is of no LoRA, incomplete, or there twice."""
     keys, adapters = Keys(), dict[str, str]()
     for key, entry in tensors.items():
         _Key(key, entry, keys, adapters).take()
     for around, rest, saved in keys.saved:
         saved.take_saved(around, rest)
-    if len(adapters) > 1:
-        raise CheckpointError(
-            f"{folder}: holds several adapters ({first_few(adapters)}); save each of them with save_pretrained in a "
-            "folder of its own"
-        )
     for module in keys.modules.values():
         _check(module)
     return keys
@@ -148,6 +142,11 @@ class _Key:
             raise self._unknown()
         if names:
             self._adapters.setdefault(names[0], self._key)
+        if len(self._adapters) > 1:
+            raise CheckpointError(
+                f"{self._entry.file}: holds several adapters ({first_few(self._adapters)}); save each of them with "
+                "save_pretrained in a folder of its own"
+            )
         return parameter
 
     def _put(self, found: dict[str, TensorEntry], name: str) -> None:
