@@ -37,19 +37,20 @@ COMMON = {
     "max_position_embeddings": 16,
     "tie_word_embeddings": False,
     "num_experts_per_tok": 2,
+    "head_dim": 8,
 }
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "Mixtral": (MixtralConfig, MixtralForCausalLM, {"intermediate_size": 24, "num_local_experts": 4}),
     "Mixtral, square": (MixtralConfig, MixtralForCausalLM, {"intermediate_size": 8, "num_local_experts": 4}),
-    "Qwen3-MoE": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {"moe_intermediate_size": 12, "num_experts": 4, "head_dim": 8}),
-    "gpt-oss": (GptOssConfig, GptOssForCausalLM, {"intermediate_size": 24, "num_local_experts": 4, "head_dim": 8}),
-    "gpt-oss, square": (GptOssConfig, GptOssForCausalLM, {"intermediate_size": 8, "num_local_experts": 4, "head_dim": 8}),
+    "Qwen3-MoE": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {"moe_intermediate_size": 12, "num_experts": 4}),
+    "gpt-oss": (GptOssConfig, GptOssForCausalLM, {"intermediate_size": 24, "num_local_experts": 4}),
+    "gpt-oss, square": (GptOssConfig, GptOssForCausalLM, {"intermediate_size": 8, "num_local_experts": 4}),
     "Llama 4": (
         Llama4TextConfig,
         Llama4ForCausalLM,
-        {"intermediate_size": 24, "intermediate_size_mlp": 20, "num_local_experts": 4, "head_dim": 8, "num_experts_per_tok": 1},
+        {"intermediate_size": 24, "intermediate_size_mlp": 20, "num_local_experts": 4, "num_experts_per_tok": 1},
     ),
-}  # fmt: skip
+}
 UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 
 

@@ -182,8 +182,8 @@ def test_dora_without_lengths_is_refused(base: Path, tmp_path: Path) -> None:
 
 KEYS = (
     f"{K}.lora_A.weight", f"{K}.lora_C.weight", f"{K}.lora_magnitude_vector", f"{K}.weight", f"{K}.base_layer.weight",
-    f"{K}.lora_embedding_A", f"{K}.token_adapter.trainable_tokens_delta", f"{K}.oft_r", "lm_head.weight", "score.weight",
-    f"{K}.modules_to_save.weight", f"{K}.base_layer.lora_A.weight", f"{K}.lora_A.deep.weight",
+    f"{K}.lora_embedding_A", f"{K}.token_adapter.trainable_tokens_delta", f"{K}.oft_r", "lm_head.weight",
+    "score.weight", f"{K}.modules_to_save.weight", f"{K}.base_layer.lora_A.weight", f"{K}.lora_A.deep.weight",
 )  # fmt: skip
 
 
