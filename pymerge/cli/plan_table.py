@@ -42,7 +42,7 @@ def plan_view(plan: Plan) -> RenderableType:
             format_flops(sum(step.flops for step in steps)),
         )
         reasons.setdefault(role(first.layer.describe()), []).append(name)
-    files = _count(len(plan.layouts), "file")
+    files = _count(len(plan.files), "file")
     largest = max(math.prod(piece.shape) for step in plan.steps for piece in step.pieces)
     lines = [
         f"base    {plan.inputs.donor.path}",
