@@ -143,7 +143,7 @@ def draft_plan(
             elif constant is not None and (what or constant.passes(action)):
                 action, experts, values = copy(), (), None
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
-            elif untouched(method, action, entry, experts, aligned.sections[tensor.name]):
+            elif untouched(method, action, entry, experts, whole.sections[name]):
                 action, experts, values = copy(), (), None
             for rows in rows_of(entry, experts):
                 action_here = action if rows.experts else copy()

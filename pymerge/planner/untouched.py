@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.methods.actions import Action
-from pymerge.methods.base import Method
+from pymerge.methods.base import BaseOptional, Method
 from pymerge.methods.reduce import Reduce
 from pymerge.planner.match import Section
 
@@ -16,9 +16,11 @@ def untouched(
 ) -> bool:
     """Whether a method on task vectors gets none of a tensor: no adapter changes it, and there are no other models.
 
-    What is selected over the whole model counts its zeros.
+    What is selected over the whole model counts its zeros, and what can do without a base works on the models.
     """
-    if not experts or not method.needs_base or (isinstance(action, Reduce) and action.scope == "model"):
+    if not experts or not method.needs_base or isinstance(method, BaseOptional):
+        return False
+    if isinstance(action, Reduce) and action.scope == "model":
         return False
     adapters = all(expert.base is not None for expert in section.experts)
     return adapters and all(entry.same_bytes(base) for entry in experts)
