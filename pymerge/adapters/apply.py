@@ -17,7 +17,7 @@ from pymerge.adapters.placing import may_be, place_modules
 from pymerge.adapters.settings import merged_by_peft, read_settings
 from pymerge.adapters.ties import drop_tied_heads
 from pymerge.architecture.roles import Kind, Layer, classify
-from pymerge.architecture.tied import ties
+from pymerge.architecture.tied import tied_tensors, ties
 from pymerge.checkpoint.beside import Beside
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.decoded import Decoder, decoded
@@ -80,6 +80,15 @@ class _Builder:
             self._put(name, LowRank(self.tensors[name], own, stacked, self._magnitudes.get(name)))
         for module, entry in keys.tokens.items():
             self._add_tokens(placed, module, entry)
+        if ties(self._base.config):
+            self._leave_out_tied_heads()
+
+    def _leave_out_tied_heads(self) -> None:
+        """Leave out heads that the base has stored a second time: the embedding, which has changed, stands for them."""
+        own, theirs = self.tensors, self._base.tensors
+        for head, embedding in tied_tensors(self._base, self._layers).items():
+            if own[head] is theirs[head] and own[embedding] is not theirs[embedding]:
+                del own[head]
 
     def notes(self) -> Iterable[str]:
         """What people should know of it."""

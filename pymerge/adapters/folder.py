@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from pymerge.checkpoint.weight_formats import format_of
 from pymerge.common.names import first_few
 from pymerge.errors import CheckpointError
 
-_FACTORS = (".lora_A.", ".lora_embedding_A", ".lora_magnitude_vector", ".token_adapter.", ".modules_to_save.")
+_FACTORS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
+_OTHERS = (".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".hada_w", ".lokr_w", ".lora_a", ".lora_b")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def is_adapter(path: Path) -> bool:
         found = find_weights(path)
     except CheckpointError:
         return True
-    if "config.json" in names or ADAPTER_CONFIG not in names or len(found.files) > 1:
+    if ADAPTER_CONFIG not in names or len(found.files) > 1:
         return False
     return _has_factors(found.form.read(found.files[0]).entries)
 
@@ -93,6 +94,15 @@ def _weights(folder: Path, names: set[str]) -> Path:
 def _inside(folder: Path, names: set[str]) -> list[str]:
     """Folders in a folder that hold an adapter each."""
     return sorted(name for name in names if os.path.isfile(folder / name / ADAPTER_CONFIG))
+
+
+def unmerged(tensors: Iterable[str]) -> list[str]:
+    """Names that adapters have for factors, of PEFT and of others: in a model they are not merged into its weights."""
+    return [name for name in tensors if any(part in name for part in _FACTORS) or _is_other(name)]
+
+
+def _is_other(name: str) -> bool:
+    return any(part in name for part in _OTHERS[:-2]) or name.endswith(_OTHERS[-2:])
 
 
 def _has_factors(tensors: Mapping[str, TensorEntry]) -> bool:

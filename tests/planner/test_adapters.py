@@ -295,6 +295,13 @@ class TestTables:
         expected = llama(tied=True)[EMBEDDING].double() + 2 * (b.double() @ a.double()).T
         torch.testing.assert_close(found[EMBEDDING].double(), expected, rtol=1e-5, atol=1e-5)
 
+    def test_a_tied_table_that_is_stored_twice(self, tmp_path: Path) -> None:
+        base, tensors = llama(), self.both()
+        base[HEAD] = base[EMBEDDING].clone()
+        twice = merged(self.write(tmp_path / "twice", tensors, base=base))
+        del base[HEAD]
+        same(twice, merged(self.write(tmp_path / "once", tensors, base=base)))
+
     def test_tied_tables_that_are_changed_differently(self, tmp_path: Path) -> None:
         tensors = self.both()
         tensors["lm_head.lora_B.weight"][0, 0] += 1
@@ -365,6 +372,17 @@ class TestTables:
         path = self.write(tmp_path, {}, tied=False)
         write_adapter(tmp_path / "a", factors(llama(), MODULES) | {f"{STEM}model.extra.weight": torch.ones(16, 16)})
         assert "model.extra.weight, which" in refusal(path)
+
+
+@pytest.mark.parametrize("more", [{}, {"extra_tensors": "ignore", "missing_tensors": "base"}], ids=["plain", "ignored"])
+@pytest.mark.parametrize("stem", ["", "base_model.model."])
+def test_factors_inside_a_model_are_not_left_out(models: Path, stem: str, more: dict[str, str]) -> None:
+    """A model that was saved while its adapter was on it."""
+    tensors = llama(hidden=24, inner=40)
+    found = {key.removeprefix(STEM): tensor for key, tensor in factors(tensors, MODULES).items()}
+    wrapped = {f"{stem}{name}": tensor for name, tensor in (tensors | found).items()}
+    write_model(models / "wrapped", wrapped, config=llama_config(tensors))
+    assert "factors of an adapter that is not merged into its weights" in refusal(config(models, "wrapped", **more))
 
 
 def test_outputs_hold_nothing_of_the_adapter_s_folder(models: Path) -> None:
