@@ -22,7 +22,6 @@ from pymerge.methods.base import Method, Values
 from pymerge.methods.reduce import Reduce
 from pymerge.output.layout import ShardLayout, full_name, layout_file, layout_shards
 from pymerge.planner import pieces
-from pymerge.planner.assemble import arrange
 from pymerge.planner.budget import Budget
 from pymerge.planner.config_differences import check_configs
 from pymerge.planner.constants import Constant, find_constants
@@ -85,7 +84,11 @@ def draft_plan(
     """
     target = target or Target()
     method = get_method(config.merge_method).given(config.base_model is not None)
-    assembly = arrange(config, method, planned) if config.slices or config.modules else None
+    assembly = None
+    if config.slices or config.modules:
+        from pymerge.planner.assemble import arrange
+
+        assembly = arrange(config, method, planned)
     inputs = assembly.inputs if assembly else open_inputs(config, method, planned)
     problems: list[str] = []
     donor = inputs.donor
