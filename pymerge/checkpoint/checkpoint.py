@@ -47,7 +47,8 @@ class Checkpoint:
     to be named. `parts` are the modules of such a model, `modules` the checkpoints of those that have weights, but for
     that of `tensors`, by their folders. Of a model that is still to be written, which has no stamps, `copied` has the
     tensors that will be copies of stored ones: by file and name, what they are copied from, with (size, mtime_ns) of
-    its file.
+    its file. An adapter has all tensors of its `base`, the model that it is for (see pymerge.adapters), and the stamps
+    of both; its files are its own alone.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Checkpoint:
     beside: Beside = field(default_factory=Beside)
     parts: tuple[Module, ...] = ()
     modules: Mapping[str, Checkpoint] = field(default_factory=dict)
+    base: Checkpoint | None = None
 
     @property
     def all_files(self) -> tuple[Path, ...]:

@@ -153,7 +153,7 @@ def no_weights(path: Path, names: Sequence[str]) -> CheckpointError:
     if ADAPTER_CONFIG in names or any(is_adapter(name) for name in names):
         return CheckpointError(
             f"{path}: is an adapter, without the model that it is for; "
-            "merge it into its model first (PEFT's merge_and_unload) and give the result"
+            "name it under models, with its model as base_model or as BASE+ADAPTER"
         )
     refuse_parts(path, names)
     others = [name for name in names if is_weight_file(name) and not is_leftover(name)]

@@ -34,6 +34,7 @@ from pymerge.planner.output_dtypes import output_dtypes, with_dtype
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
+from pymerge.planner.untouched import untouched
 from pymerge.planner.workers import Target, worker_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -145,6 +146,8 @@ def draft_plan(
             elif constant is not None and (what or constant.passes(action)):
                 action, experts, values = copy(), (), None
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
+            elif untouched(method, action, entry, experts, whole.sections[name]):
+                action, experts, values = copy(), (), None
             for rows in rows_of(entry, experts):
                 action_here = action if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
