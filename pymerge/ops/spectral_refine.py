@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import Op, check_matrix
-from pymerge.ops._singular import leading_triplets
+from pymerge.ops._singular import numerical_triplets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 class SpectralRefine(Op["Tensor"]):
     """X + mean(s_1..s_k) U_k V_k^T with U S V^T the singular value decomposition of D + X.
 
-    Computed in float64: the truncated polar factor amplifies errors by 1 / (s_k - s_{k+1}).
+    Computed in float64: the truncated polar factor amplifies errors by 1 / (s_k - s_{k+1}). The mean is over k values,
+    and directions whose singular value is rounding are left out of U_k V_k^T: where the rank is below k, the published
+    form adds arbitrary directions there, so that it is not defined.
+
     Source: ACE-Merging, arXiv 2603.02945, spectral refinement.
     """
 
@@ -39,5 +42,5 @@ class SpectralRefine(Op["Tensor"]):
     def reference(self) -> Tensor:
         """X in its own dtype, the term rounded to it once."""
         X = self.X
-        U, s, V = leading_triplets(self.D.double() + X.double(), self.k)
-        return X + (s.mean() * (U @ V.mT)).to(X.dtype)
+        U, s, V = numerical_triplets(self.D.double() + X.double(), self.k)
+        return X + (s.sum() / self.k * (U @ V.mT)).to(X.dtype)

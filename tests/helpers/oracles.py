@@ -35,7 +35,10 @@ def ace_delta(
     k_frac: float = 0.3,
     variant: str = "released",
 ) -> Matrix:
-    """Return X of ACE, released code or paper, with an explicit inverse and a full SVD."""
+    """Return X of ACE, released code or paper, with an explicit inverse and a full SVD.
+
+    The refinement is restricted to the numerical rank; its mean is over k singular values, as published.
+    """
     released = variant == "released"
     taus = [expert - base for expert in experts]
     taus = [tau for tau in taus if np.any(tau)]
@@ -71,7 +74,8 @@ def ace_delta(
         residual = sum(tau @ (cov - mean_cov) for tau, cov in zip(taus, scaled, strict=True))
         U, s, Vh = np.linalg.svd(residual + X, full_matrices=False)
         k = max(1, int(min(base.shape) * k_frac))
-        X = X + s[:k].mean() * U[:, :k] @ Vh[:k]
+        rank = min(k, int((s > max(base.shape) * 2.0**-23 * s[0]).sum()))
+        X = X + s[:k].mean() * U[:, :rank] @ Vh[:rank]
     return X
 
 

@@ -39,6 +39,31 @@ def test_reference(shape: tuple[int, int], k: int, dtype: torch.dtype) -> None:
     np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-6)
 
 
+@pytest.mark.parametrize(("shape", "rank", "k"), [((20, 12), 2, 5), ((12, 30), 3, 12), ((16, 16), 1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_directions_of_rounding_are_left_out(shape: tuple[int, int], rank: int, k: int, dtype: torch.dtype) -> None:
+    """Below the rank k counts in the mean alone, and a tiny perturbation changes next to nothing."""
+    generator = torch.Generator().manual_seed(rank)
+    left, right = (
+        torch.linalg.qr(torch.randn(side, rank, generator=generator, dtype=torch.float64))[0] for side in shape
+    )
+    s = torch.linspace(3, 2, rank, dtype=torch.float64)
+    X = (left * s @ right.mT).to(dtype)
+    D = torch.zeros_like(X)
+    expected = X.double() + s.sum() / k * (left @ right.mT)
+    found = SpectralRefine(X, D, k).reference().double()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    noise = 1e-13 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    moved = SpectralRefine(X, (D + noise).to(dtype), k).reference().double()
+    torch.testing.assert_close(moved, found, rtol=0, atol=tolerance)
+
+
+def test_nothing_is_added_to_zeros() -> None:
+    X = torch.zeros(5, 4)
+    assert_same("zeros", SpectralRefine(X, X, 3).reference(), X)
+
+
 def test_a_backend_without_it_takes_the_reference() -> None:
     X, D = matrices(20, 12)
     run, op = Runner("native"), SpectralRefine(X, D, 4)
