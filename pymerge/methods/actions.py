@@ -15,6 +15,7 @@ from pymerge.ops._op import Op
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pymerge.methods.core.factors import Factors, Product
     from pymerge.methods.rows import Rows
 
 Result = TypeVar("Result")
@@ -100,6 +101,15 @@ class Solve(Action):
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
         """The merged matrix, in the dtype of this code."""
 
+    @property
+    def has_core(self) -> bool:
+        """Whether it can be solved in the space that factors span: by `run_core`, for `InCore`."""
+        return False
+
+    def run_core(self, tasks: Sequence[Factors]) -> Product:
+        """scale * X from task vectors that are products of factors (finite, of one shape), on one thread."""
+        raise NotImplementedError(f"{self.label} has no form for factors")
+
 
 class SolveTogether(Solve):
     """Work on matrices that is cheaper for several of one shape at once."""
@@ -117,6 +127,33 @@ class SolveTogether(Solve):
 
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
         return self.run_batch(run, [base], [experts], out_dtype)[0]
+
+
+@dataclass(frozen=True)
+class InCore(Action):
+    """A Solve whose task vectors are products of factors: W_0 + P K on any rows, P and K from the factors alone."""
+
+    solve: Solve
+    shape: tuple[int, int]  # d_out x d_in of a matrix
+    rank: int  # R, that of all factors of a matrix together
+
+    @property
+    def label(self) -> str:
+        return self.solve.label
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return True  # the factors are looked at by themselves
+
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
+        (rows, columns), rank, elements = self.shape, self.rank, math.prod(shape)
+        core = 4 * (rows + columns) * rank**2 + 30 * rank**3
+        return 2 * elements * rank + core * elements // max(1, rows * columns)
+
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        # Factors as they are read, joined and orthonormal, P and K; cores; the rows in float64, and what is added.
+        rows, columns = self.shape
+        return 8 * (6 * (rows + columns) * self.rank + 12 * self.rank**2 + 2 * math.prod(shape))
 
 
 class Encode(Action):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pymerge.methods.actions import Action, Run, Solve
 from pymerge.methods.base import Parameter, Values
+from pymerge.methods.core.factors import Factors, Product
+from pymerge.methods.core.singular import isotropic, orthogonal
 from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, add_to_base, not_a_number
 from pymerge.ops._op import Op
 from pymerge.ops.isotropic import Isotropic
@@ -35,6 +37,10 @@ class SolveSingular(Solve):
         if not all(map(math.isfinite, norms)):
             return not_a_number(base, out_dtype)
         return add_to_base(base, run(self.op(base, experts)), self.scale, out_dtype)
+
+    @property
+    def has_core(self) -> bool:
+        return True
 
     def decompositions(self, experts: int) -> int:
         """Number of decompositions, of matrices of the smaller side."""
@@ -59,6 +65,9 @@ class SumOrthogonal(SolveSingular):
     def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
         return SingularSum(base, experts)
 
+    def run_core(self, tasks: Sequence[Factors]) -> Product:
+        return orthogonal(tasks).times(self.scale)
+
 
 @dataclass(frozen=True)
 class MakeIsotropic(SolveSingular):
@@ -69,6 +78,9 @@ class MakeIsotropic(SolveSingular):
 
     def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
         return Isotropic(base, experts, self.common)
+
+    def run_core(self, tasks: Sequence[Factors]) -> Product:
+        return isotropic(tasks, self.common).times(self.scale)
 
     def decompositions(self, experts: int) -> int:
         return 1 if self.common == 1 else experts + 3

@@ -45,15 +45,22 @@ class Isotropic(Op["Tensor"]):
         import torch
 
         base, experts = as_tensor(self.base), [as_tensor(expert) for expert in self.experts]
-        dtype, size, tasks = compute_dtype(base, *experts), min(base.shape), len(experts)
-        specific = min(round((size - int(size * self.common)) / tasks), size // tasks)  # triplets of each task
         taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
-        total = taus[0].clone()
-        for tau in taus[1:]:
-            total += tau
-        U, s, V = numerical_triplets(total, size - specific * tasks)
-        if specific > 0:
-            parts = [numerical_triplets(tau - U @ (U.mT @ tau), specific, tau.norm()) for tau in taus]
-            U, s, V = (torch.cat(part, dim=-1) for part in zip(*parts, (U, s, V), strict=True))
-            U, V = orthogonalised(U), orthogonalised(V)
-        return (s.sum() / max(1, size) * U @ V.mT).to(dtype)
+        return equalised(taus, self.common, (base.shape[0], base.shape[1])).to(compute_dtype(base, *experts))
+
+
+def equalised(taus: Sequence[Tensor], common: float, shape: tuple[int, int]) -> Tensor:
+    """X of task vectors, or of their cores between orthonormal bases, in float64; `shape` is that of the weight."""
+    import torch
+
+    size, larger, tasks = min(shape), max(shape), len(taus)
+    specific = min(round((size - int(size * common)) / tasks), size // tasks)  # triplets of each task
+    total = taus[0].clone()
+    for tau in taus[1:]:
+        total += tau
+    U, s, V = numerical_triplets(total, size - specific * tasks, larger=larger)
+    if specific > 0:
+        parts = [numerical_triplets(tau - U @ (U.mT @ tau), specific, tau.norm(), larger) for tau in taus]
+        U, s, V = (torch.cat(part, dim=-1) for part in zip(*parts, (U, s, V), strict=True))
+        U, V = orthogonalised(U), orthogonalised(V)
+    return s.sum() / max(1, size) * U @ V.mT
