@@ -62,7 +62,7 @@ def plan_view(plan: Plan) -> RenderableType:
 
 def _workers(plan: Plan) -> str:
     """Line on what carries out the tensors: native code, or PyTorch, which is imported only if it does any."""
-    by_torch = [name for name, steps in _grouped(plan.steps).items() if steps[0].worker == "torch"]
+    by_torch = [name for name, steps in _grouped(plan.steps).items() if steps[0].worker != "native"]
     if not by_torch:
         return "carried out by native code, without PyTorch"
     more = len(by_torch) - _NAMES

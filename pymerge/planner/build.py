@@ -26,6 +26,7 @@ from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.match import Section, listed, match_tensors
 from pymerge.planner.plan import Plan
+from pymerge.planner.routes import routed
 from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
 from pymerge.planner.workers import Target, worker_of
@@ -116,7 +117,8 @@ def draft_plan(
                 wrong.setdefault(str(error), []).append(tensor.name)
                 continue
             for rows in rows_of(entry, experts):
-                action_here = action if rows.experts else copy()
+                action_here = routed(action, layer, rows.base, rows.experts) if rows.experts else copy()
+                read = () if _copies(action_here) else rows.experts
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
@@ -126,7 +128,7 @@ def draft_plan(
                         shape=rows.base.shape,
                         dtype=tensor.dtype,
                         base=rows.base,
-                        experts=rows.experts,
+                        experts=read,
                         reads_base=method.needs_base or _copies(action_here),
                         file=shard.file,
                         offset=tensor.offset + (tensor.nbytes - nbytes if rows.start else 0),

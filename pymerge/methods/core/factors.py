@@ -78,8 +78,8 @@ class RowSpace:
 
     def only(self, kept: Sequence[int]) -> RowSpace:
         """The same space with some of its tasks."""
-        B, L, norms = (tuple(part[t] for t in kept) for part in (self.B, self.L, self.norms))
-        return replace(self, B=B, L=L, norms=norms)
+        B, L = (tuple(part[t] for t in kept) for part in (self.B, self.L))
+        return replace(self, B=B, L=L, norms=tuple(self.norms[t] for t in kept))
 
 
 def row_space(tasks: Sequence[Factors], beside: Tensor | None = None) -> RowSpace:

@@ -1,0 +1,173 @@
+"""Core worker: weights whose task vectors are products of factors, solved from these and added to the base's rows."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pymerge.checkpoint.factored import factor_parts, factored
+from pymerge.checkpoint.finite import check_finite, is_finite
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.dtypes import torch_dtype, upcast
+from pymerge.engine.memory import Heap
+from pymerge.engine.worker import Context, Made, Sink, first_line, is_out_of_memory, raise_nonfinite
+from pymerge.errors import ArgumentError, BackendError
+from pymerge.methods.actions import InCore
+from pymerge.methods.core.factors import Factors
+from pymerge.ops._op import one_thread
+from pymerge.planner.jobs import Batch, Job
+from pymerge.planner.steps import Step
+
+
+class _Added(NamedTuple):
+    """What is added to a matrix as it is stored: left @ right, in the dtype of the sum."""
+
+    left: Tensor
+    right: Tensor
+
+
+class CoreWorker:
+    """Solves each weight once, by the first thread that needs it, and adds the result to the base row range by row
+    range.
+
+    Each job is computed on one thread: then no result depends on how many there are.
+    """
+
+    def __init__(self, context: Context, threads: int, limit: int) -> None:
+        self._reader = context.reader
+        self._tracer = context.tracer
+        self._progress = context.progress
+        self._allow_nonfinite = context.allow_nonfinite
+        self._keeps_cache = context.keeps_cache
+        self._solved: dict[int, Future[_Added]] = {}  # by step
+        self._lock = threading.Lock()
+        self._heap = Heap(limit)
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(max(1, threads), "pymerge-core", torch.set_num_threads, (1,))
+
+    def start(self, job: Job) -> Future[Made]:
+        """Have a thread work on a job."""
+        self._reader.announce(job.step.base, job.piece.start, job.piece.stop)
+        return self._pool.submit(self._work, job)
+
+    def finish(self, batch: Batch, started: list[Future[Made]]) -> list[Made]:
+        """Wait for a job, or work on it now."""
+        (job,) = batch.jobs
+        if started:
+            made = started[0].result()
+        else:
+            with one_thread():
+                made = self._work(job)
+        started.clear()  # futures keep their results
+        if job.ends_step:
+            with self._lock:
+                self._solved.pop(id(job.step), None)
+        return [made]
+
+    def store(self, job: Job, merged: Tensor, sink: Sink) -> None:
+        """Give merged rows to the sink."""
+        sink.write(job.step.name, merged)
+
+    def reuse(self, merged: Tensor) -> None: ...
+
+    def freed(self, batch: Batch) -> None:
+        """A batch has had its turn."""
+        self._heap.freed(batch.footprint.peak)
+
+    def free(self) -> None:
+        """Give back memory that no job is using; what was solved is solved again."""
+        with self._lock:
+            self._solved.clear()
+        self._heap.trim()
+
+    def close(self) -> None:
+        """End the threads, after the jobs that are worked on."""
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # what later threads start with
+
+    def _work(self, job: Job) -> Made:
+        step, piece, began = job.step, job.piece, time.perf_counter_ns()
+        nbytes = step.base.stored_in(piece.start, piece.stop)
+        with self._tracer.span("read", step.base.name, nbytes):
+            rows = upcast(self._reader.read(step.base, piece.start, piece.stop))
+            if not self._keeps_cache:
+                self._reader.release(step.base, piece.start, piece.stop)
+        read = time.perf_counter_ns()
+        with self._tracer.span("core", step.name):
+            merged = self._merged(step, piece.start, rows)
+            if not self._allow_nonfinite and not is_finite(merged):
+                raise_nonfinite(job, self._reader)
+        self._progress.advance(step.bytes_of(piece))
+        return Made(merged, None, read - began, time.perf_counter_ns() - read)
+
+    def _merged(self, step: Step, first: int, rows: Tensor) -> Tensor:
+        """Rows of the base from `first` on, and what is added to them; of a stack, whole matrices."""
+        dtype = torch_dtype(step.dtype)
+        if step.layer.stacked:
+            return torch.stack([self._sum(self._solve(step, first + i), 0, rows[i], dtype) for i in range(len(rows))])
+        return self._sum(self._once(step), first, rows, dtype)
+
+    @staticmethod
+    def _sum(added: _Added, first: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return (added.left[first : first + len(rows)] @ added.right).add_(rows).to(dtype)
+
+    def _once(self, step: Step) -> _Added:
+        """What is added to a weight, from the thread that solves it."""
+        with self._lock:
+            solved = self._solved.get(id(step))
+            mine = solved is None
+            if solved is None:
+                solved = self._solved[id(step)] = Future()
+        if mine:
+            try:
+                solved.set_result(self._solve(step, 0))
+            except BaseException as error:
+                solved.set_exception(error)
+        return solved.result()
+
+    def _solve(self, step: Step, matrix: int) -> _Added:
+        """Solve one matrix from its factors."""
+        action = step.action
+        assert isinstance(action, InCore)
+        tasks = [self._factors(entry, step.layer.in_axis, matrix, action.shape) for entry in step.experts]
+        wide = "F64" in (step.dtype, *(entry.dtype for entry in step.inputs))
+        dtype = torch.float64 if wide else torch.float32
+        if not all(task.finite for task in tasks):
+            if not self._allow_nonfinite:
+                self._refuse(step)
+            left, right = torch.full((action.shape[0], 1), math.nan), torch.ones(1, action.shape[1])
+        else:
+            try:
+                left, right = action.solve.run_core(tasks)
+            except ArgumentError as error:
+                raise ArgumentError(f"{step.name}: {error}") from error
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise BackendError(
+                    f"{step.name}: {action.label} failed on the factors ({first_line(error)}); report this"
+                ) from error
+        if step.layer.in_axis == 0:
+            left, right = right.mT, left.mT
+        return _Added(left.to(dtype).contiguous(), right.to(dtype).contiguous())
+
+    def _factors(self, entry: TensorEntry, in_axis: int, matrix: int, shape: tuple[int, int]) -> Factors:
+        """tau of an expert, d_out x d_in; none where the tensor is the base's own."""
+        decoder = factored(entry)
+        if decoder is None:
+            return Factors(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
+        with self._tracer.span("read", entry.name):
+            left, right = (torch.from_numpy(part) for part in decoder.factors(self._reader.read_bytes, matrix))
+        return Factors(right.mT, left.mT) if in_axis == 0 else Factors(left, right)
+
+    def _refuse(self, step: Step) -> None:
+        """Raise NonFiniteError, which names file and key of what an adapter stores."""
+        for entry in step.experts:
+            for part in factor_parts(entry):
+                check_finite(part, 0, self._reader.read(part))

@@ -1,0 +1,40 @@
+"""Routes of tensors: which way a merge takes where experts are adapters, and by which tensors that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pymerge.architecture.roles import Layer
+from pymerge.checkpoint.factored import rank_over
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.methods.actions import Action, InCore, Solve, copy
+from pymerge.planner import pieces
+
+# "core": solved in the space of all factors, and added to the base's rows. "tiles": on rows, those of adapters made as
+# they are read. "dense": on whole matrices.
+Route = Literal["core", "tiles", "dense"]
+
+
+def routed(action: Action, layer: Layer, base: TensorEntry, experts: Sequence[TensorEntry]) -> Action:
+    """The action, or what does the same with less work: in the core where R is at most half of a matrix's smaller side.
+
+    A weight that nobody has touched is the base's.
+    """
+    if not isinstance(action, Solve) or not experts:
+        return action
+    ranks = [rank_over(base, entry) for entry in experts]
+    known = [rank for rank in ranks if rank is not None]
+    if len(known) < len(ranks):
+        return action
+    rank, shape = sum(known), pieces.worked_shape(layer, action, base.shape)
+    if rank == 0:
+        return copy()
+    if not action.has_core or 2 * rank > min(shape):
+        return action
+    return InCore(action, (shape[0], shape[1]), rank)
+
+
+def route_of(action: Action) -> Route:
+    """The way that an action takes."""
+    return "core" if isinstance(action, InCore) else "dense" if isinstance(action, Solve) else "tiles"

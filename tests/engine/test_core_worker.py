@@ -1,0 +1,146 @@
+"""Merges of factored experts: solved by their factors, the same as of the sums, for any threads and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pymerge
+from pymerge.config.merge_config import load_config
+from pymerge.engine.run import resolve_target, run
+from pymerge.errors import NonFiniteError
+from pymerge.planner import pieces
+from pymerge.planner.budget import Budget
+from pymerge.planner.build import build_plan
+from pymerge.planner.plan import Plan
+from tests.helpers.checkpoints import Tensors, checksums, llama, llama_config, load_output, write_config, write_model
+from tests.helpers.factored import adapter, moved
+
+UP, Q, CONV, STACK = (
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.layers.0.mlp.down_proj.weight",  # taken for a Conv1D, by a rule
+    "model.layers.1.mlp.experts.down_proj",
+)
+RULES = """layers:
+  - {pattern: "layers\\\\.0\\\\.mlp\\\\.down_proj", kind: linear, in_axis: 0}
+"""
+LARGE = Budget("cpu", 2**30, 2**30, 2**33, "here")
+METHODS = ["wudi_flow", "swudi_a", "ace", "tsv_m", "iso_c", "iso_cts"]
+
+
+def base_model(dtype: torch.dtype) -> Tensors:
+    tensors = llama(hidden=24, inner=40)
+    tensors[STACK] = 0.1 * torch.randn(3, 24, 20, generator=torch.Generator().manual_seed(3))
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def factors_of(seed: int, rank: int, names: list[str], base: Tensors) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name in names:
+        *stack, rows, columns = base[name].shape
+        left = torch.randn(*stack, rows, rank, generator=generator) * 0.02
+        found[name] = left, torch.randn(*stack, rank, columns, generator=generator)
+    return found
+
+
+EXPERTS = [(2, [UP, Q, CONV, STACK]), (3, [UP, CONV, STACK]), (1, [UP, Q])]
+
+
+def planned(folder: Path, method: str, dtype: torch.dtype = torch.float32, more: str = RULES, **settings: Any) -> Plan:
+    """The plan of three experts of different ranks, which do not all touch the same tensors."""
+    base = base_model(dtype)
+    if not (folder / "base").exists():
+        write_model(folder / "base", base, config=llama_config(base))
+    models = {}
+    for number, (rank, names) in enumerate(EXPERTS):
+        made = folder / f"e{number}-{len(list(folder.iterdir()))}"
+        models[f"e{number}"] = adapter(made, folder / "base", factors_of(number, rank, names, base), **settings)
+    config = load_config(write_config(folder, method, experts=len(EXPERTS), more=more))
+    return build_plan(config, LARGE, resolve_target("cpu", "auto"), planned=models)
+
+
+def step_of(plan: Plan, name: str) -> Any:
+    return next(step for step in plan.steps if step.name == name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_merges_are_those_of_the_sums(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    plan = planned(tmp_path, method, dtype)
+    routes = {step.name: step.route for step in plan.steps}
+    assert {name for name, route in routes.items() if route == "core"} == {UP, Q, CONV, STACK}
+    report = run(plan, tmp_path / "out")
+    assert report.bytes_read == plan.bytes_read
+    found, base = load_output(tmp_path / "out"), base_model(dtype)
+    sums = [moved(base, factors_of(number, rank, names, base)) for number, (rank, names) in enumerate(EXPERTS)]
+    for name, tensor in base.items():
+        if routes[name] != "core":
+            assert torch.equal(found[name], tensor)
+            continue
+        extra = {"precision": "float64"} if method in ("wudi_flow", "swudi_a", "ace") else {}
+        axis = 0 if name == CONV else 1
+        experts = [model[name] for model in sums]
+        expected = pymerge.merge_tensors(tensor.double(), experts, method, in_axis=axis, **extra)
+        rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
+        assert found[name].dtype == dtype
+        assert not torch.equal(found[name], tensor)
+        torch.testing.assert_close(found[name].double(), expected, rtol=rounding, atol=5e-8)
+
+
+def test_the_plan_takes_the_core_where_all_experts_allow_it(tmp_path: Path) -> None:
+    assert step_of(planned(tmp_path, "wudi_flow"), UP).worker == "core"
+    assert step_of(planned(tmp_path, "wudi_flow"), UP).action.rank == 6
+    assert step_of(planned(tmp_path, "wudi"), UP).route == "dense"  # has no reduced form
+    assert step_of(planned(tmp_path, "wudi_flow", low=False), UP).route == "dense"
+    assert step_of(planned(tmp_path, "linear"), UP).route == "tiles"
+    untouched = step_of(planned(tmp_path, "wudi_flow"), "model.layers.1.self_attn.k_proj.weight")
+    assert (untouched.route, untouched.experts, untouched.worker) == ("tiles", (), "native")
+
+
+def test_only_the_base_and_the_factors_are_read(tmp_path: Path) -> None:
+    step = step_of(planned(tmp_path, "wudi_flow"), UP)
+    rows, columns = step.shape
+    assert step.bytes_input == 4 * (rows * columns + 6 * (rows + columns))
+    assert sum(step.bytes_of(piece) for piece in step.pieces) == step.bytes_input
+
+
+def test_the_same_bytes_for_any_threads_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    monkeypatch.setattr(pieces, "_CORE_ELEMENTS", 200)  # several ranges of rows
+    found = []
+    for number, (threads, limit) in enumerate([(1, 2**30), (3, 2**30), (2, 2**17)]):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        plan = planned(tmp_path, "ace", torch.bfloat16)
+        assert len(step_of(plan, UP).pieces) > 3
+        fitting = build_plan(
+            plan.config,
+            Budget("cpu", limit, limit, 2**33, "here"),
+            resolve_target("cpu", "auto"),
+            planned={f"e{i}": expert for i, expert in enumerate(plan.inputs.experts)},
+        )
+        assert fitting.target.threads == threads
+        run(fitting, tmp_path / f"out{number}")
+        found.append(checksums(tmp_path / f"out{number}")["model.safetensors"])
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_names_file_and_key(value: float, tmp_path: Path) -> None:
+    base = base_model(torch.float32)
+    write_model(tmp_path / "base", base, config=llama_config(base))
+    factors = factors_of(0, 2, [UP], base)
+    factors[UP][1][1, 2] = value
+    models = {"e0": adapter(tmp_path / "e0", tmp_path / "base", factors)}
+
+    def plan(more: str) -> Plan:
+        config = load_config(write_config(tmp_path, "wudi_flow", experts=1, more=more))
+        return build_plan(config, LARGE, resolve_target("cpu", "auto"), planned=models)
+
+    with pytest.raises(NonFiniteError, match=rf"e0/model.safetensors: tensor '{UP}.R' .*\[1, 2\]"):
+        run(plan(""), tmp_path / "out")
+    run(plan("allow_nonfinite: true"), tmp_path / "allowed")
+    assert load_output(tmp_path / "allowed")[UP].isnan().all()
