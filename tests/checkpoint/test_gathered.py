@@ -16,6 +16,7 @@ from pymerge.checkpoint.gathered import gathered
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.row_map import AVERAGE, MEAN, ZERO, RowMap
 from pymerge.errors import CheckpointError
+from tests.helpers.quantised import fp8, random
 
 
 def stored(folder: Path, *tables: torch.Tensor) -> tuple[list[TensorEntry], Reader]:
@@ -105,3 +106,26 @@ def test_a_map_says_what_it_is() -> None:
     assert list(found.runs(0, 7)) == [(0, 2, 0, 0), (2, 4, ZERO, 0), (4, 6, 1, 4), (6, 7, 1, 7)]
     assert list(found.runs(1, 5)) == [(1, 2, 0, 1), (2, 4, ZERO, 0), (4, 5, 1, 4)]
     assert found.digest() != row_map([(0, 0), (0, 1), (ZERO, 0), (ZERO, 0), (1, 4), (1, 5), (1, 6)]).digest()
+
+
+def test_rows_of_tables_that_are_decoded(tmp_path: Path) -> None:
+    quantised = fp8(random(9, 6), name="table", scale="table_scale", blocks=(1, 6))
+    other = random(7, 6, seed=1).bfloat16()
+    entries, stamps = [], {}
+    for number, tensors in enumerate((quantised.stored, {"table": other})):
+        save_file(tensors, tmp_path / f"{number}.safetensors")
+        checkpoint = open_checkpoint(tmp_path / f"{number}.safetensors")
+        entries.append(checkpoint.tensors["table"])
+        stamps |= checkpoint.stamps
+    pairs = [(0, 3), (0, 4), (1, 2), (ZERO, 0), (AVERAGE, 0), (0, 8), (MEAN, 0)]
+    entry = gathered(entries[0], row_map(pairs, (((0, 1), (1, 2)),)), entries)
+    assert (entry.dtype, entry.output_dtype) == ("F32", "BF16")
+    assert entry.decoded_from == "FP8 (E4M3), a scale for each row"
+    plain = quantised.values["table"]
+    average = (plain[1].double() + other[2].double()) / 2
+    own = torch.stack([plain[3], plain[4], other[2].float(), torch.zeros(6), average.float(), plain[8]])
+    expected = torch.cat([own, own.double().mean(0, keepdim=True).float()])
+    with Reader(stamps) as reader:
+        torch.testing.assert_close(reader.read(entry), expected, rtol=1e-6, atol=0)
+        assert torch.equal(reader.read(entry, 0, 6), own)
+        assert torch.equal(reader.read(entry, 1, 3), own[1:3])

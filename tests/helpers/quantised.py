@@ -79,6 +79,37 @@ def mxfp4(
     return Quantised({f"{name}_blocks": blocks, f"{name}_scales": scales}, {name: values})
 
 
+def packed_fp4(
+    rows: int, columns: int, block: int, *, name: str, scales: Mapping[str, Tensor], factor: Tensor, seed: int = 0
+) -> Quantised:
+    """Random 4-bit floats, two in a byte; `factor` is what the scales of blocks come to."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
+    numbers = torch.tensor(E2M1)
+    values = torch.stack([numbers[(codes & 15).long()], numbers[(codes >> 4).long()]], dim=-1).flatten(-2)
+    return Quantised({name: codes, **scales}, {"x.weight": values * factor.repeat_interleave(block, 1)})
+
+
+def nvfp4(rows: int, columns: int, *, modelopt: bool) -> Quantised:
+    """NVFP4: 8-bit scales of 16 elements, times a scale of all, or divided by one."""
+    generator = torch.Generator().manual_seed(1)
+    small = (torch.rand((rows, columns // 16), generator=generator) * 400).to(torch.float8_e4m3fn)
+    overall = torch.tensor([0.00037 if modelopt else 2700.0])
+    factor = small.float() * overall if modelopt else small.float() / overall
+    scales = {"x.weight_scale": small, "x.weight_scale_2" if modelopt else "x.weight_global_scale": overall}
+    return packed_fp4(
+        rows, columns, 16, name="x.weight" if modelopt else "x.weight_packed", scales=scales, factor=factor
+    )
+
+
+def mxfp4_linear(rows: int, columns: int) -> Quantised:
+    """MXFP4 of compressed-tensors."""
+    generator = torch.Generator().manual_seed(1)
+    exponents = torch.randint(100, 130, (rows, columns // 32), generator=generator, dtype=torch.uint8)
+    factor = torch.pow(2.0, exponents.float() - 127)
+    return packed_fp4(rows, columns, 32, name="x.weight_packed", scales={"x.weight_scale": exponents}, factor=factor)
+
+
 def four_bit(
     shape: tuple[int, ...],
     form: str = "nf4",

@@ -23,7 +23,7 @@ _COMMON = "errors env common"
 _READ = f"{_COMMON} checkpoint"
 _COMPUTED = f"{_COMMON} ops"
 _SAID = f"{_READ} ops methods architecture tokenizers"
-_PLANNED = f"{_SAID} output config"
+_PLANNED = f"{_SAID} output config adapters"
 _CARRIED_OUT = f"{_PLANNED} planner backends"
 ARROWS = {
     "errors": "",
@@ -35,6 +35,7 @@ ARROWS = {
     "methods": _COMPUTED,
     "architecture": _READ,
     "tokenizers": _READ,
+    "adapters": f"{_READ} architecture",
     "output": _READ,
     "config": _SAID,
     "planner": _PLANNED,

@@ -29,7 +29,7 @@ _KNOWN_KEYS = {"format", "full_precision_matrix_mult"}
 
 def find(stored: Stored) -> None:
     """Add 8-bit floats and integers with scales. Raises CheckpointError where a scale is missing or does not fit."""
-    block = _config_block(stored.settings)
+    blocks = _config_blocks(stored.settings) or [_USUAL_BLOCK]
     lacking: list[TensorEntry] = []
     scaled: set[str] = set()  # patterns of names
     for name, codes in stored.tensors.items():
@@ -44,7 +44,7 @@ def find(stored: Stored) -> None:
             continue
         if not _is_described(stored, weight) or f"{weight}_g_idx" in stored.tensors:
             continue
-        _add(stored, weight, codes, scales, block)
+        _add(stored, weight, codes, scales, blocks)
         scaled.add(role(name))
     _check_lacking(stored, lacking, scaled)
     stored.gone.update(name for name in stored.tensors if scaled and _is_mark(name))
@@ -79,15 +79,20 @@ def _is_described(stored: Stored, weight: str) -> bool:
     return said.get("format") in _DESCRIBED and said.keys() <= _KNOWN_KEYS
 
 
-def _add(stored: Stored, weight: str, codes: TensorEntry, scales: TensorEntry, block: tuple[int, int] | None) -> None:
+def _add(
+    stored: Stored, weight: str, codes: TensorEntry, scales: TensorEntry, blocks: Iterable[tuple[int, int]]
+) -> None:
     inverse = scales.name.endswith(_INVERSE)
     packed = codes.dtype == "I8" and inverse
     if not codes.shape:
         raise wrong(codes, "has no axes")
     size = (*codes.shape[:-1], codes.shape[-1] * 2) if packed else codes.shape
-    if scales.dtype not in _SCALE_DTYPES or (scales.dtype == "U8" and not inverse):
+    exponents = scales.dtype in ("U8", "F8_E8M0")  # ComfyUI has such in another order
+    if scales.dtype not in _SCALE_DTYPES or (exponents and not (inverse or stored.method == "compressed-tensors")):
         raise wrong(scales, f"has dtype {scales.dtype}, where scales are expected")
-    grid = grid_of(size, _scale_shape(stored, codes, scales), block or _USUAL_BLOCK, divides=inverse)
+    shape = _scale_shape(stored, codes, scales)
+    grids = (grid_of(size, shape, block, divides=inverse) for block in blocks)
+    grid = next((grid for grid in grids if grid is not None), None)
     if grid is None or 0 in size:
         raise wrong(scales, f"has shape {list(scales.shape)}, which does not fit {shorten(codes.name)} {list(size)}")
     flat_codes = as_rows(codes, grid.matrices * grid.rows)
@@ -130,7 +135,7 @@ def _zeros_of(stored: Stored, weight: str, scales: TensorEntry, grid: Grid) -> T
     return flat
 
 
-def _config_block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+def _config_blocks(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Height and width of the blocks that config.json names: of fp8, or of compressed-tensors."""
     groups = settings.get("config_groups")
     found = [settings.get("weight_block_size")]
@@ -139,8 +144,8 @@ def _config_block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
         if isinstance(weights, Mapping):
             size = weights.get("group_size")
             found.append(weights.get("block_structure") or ([1, size] if _is_size(size) else None))
-    sizes = [each for each in found if isinstance(each, list) and len(each) == 2 and all(map(_is_size, each))]
-    return (sizes[0][0], sizes[0][1]) if sizes else None
+    sizes = (each for each in found if isinstance(each, list) and len(each) == 2 and all(map(_is_size, each)))
+    return [(height, width) for height, width in sizes]
 
 
 def _is_size(value: object) -> bool:

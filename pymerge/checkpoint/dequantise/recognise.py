@@ -47,8 +47,11 @@ class Found:
 
 
 def may_decode(config: Mapping[str, Any]) -> bool:
-    """Whether all that a config.json says of quantisation, if anything, is of formats that are decoded here."""
-    return all(_method(said) in _METHODS for said in _said(config))
+    """Whether all that a config.json says of quantisation, if anything, is of formats that are decoded here.
+
+    Weights that are rotated as well are those of another model.
+    """
+    return all(_method(said) in _METHODS and not said.get("transform_config") for said in _said(config))
 
 
 def dequantise(
@@ -68,15 +71,15 @@ def dequantise(
     """
     said = list(_said(config))
     coded = any(ITEM_SIZES[entry.dtype] == 1 for entry in tensors.values())  # every format has some such
-    if not coded or not all(_method(each) in _METHODS for each in said):
+    if not coded or not may_decode(config):
         return Found(tensors, config)
-    from pymerge.checkpoint.dequantise import bitsandbytes, codes, mxfp4
+    from pymerge.checkpoint.dequantise import bitsandbytes, codes, mxfp4, packed
     from pymerge.checkpoint.dequantise.stored import Stored
 
     method, settings = (_method(said[0]), said[0]) if said else ("", {})
     with Reader(stamps) as reader:
         stored = Stored(tensors, method, settings, _output_dtype(config), reader)
-        for form in (bitsandbytes, mxfp4, codes):
+        for form in (bitsandbytes, mxfp4, packed, codes):
             form.find(stored)
     if not stored.decoded:
         return Found(tensors, config)
@@ -92,10 +95,11 @@ def dequantise(
 
 def _said(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What a config.json, or a config inside it, says of quantisation."""
-    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        for key in _CONFIG_KEYS:
-            if part.get(key):
-                yield part[key] if isinstance(part[key], Mapping) else {"quant_method": str(part[key])}
+    for key, value in config.items():
+        if key in _CONFIG_KEYS and value:
+            yield value if isinstance(value, Mapping) else {"quant_method": str(value)}
+        elif isinstance(value, Mapping):
+            yield from _said(value)
 
 
 def _method(said: Mapping[str, Any]) -> str:

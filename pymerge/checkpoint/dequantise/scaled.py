@@ -53,7 +53,8 @@ class Scaled(Decoder):
     """(code - zero point) * scale, in float32.
 
     `size` is the shape of the values, `numbers` the type of a code: a dtype of one byte, or PACKED. `codes` has the
-    rows of all matrices, `scales` and `zeros` (zero points, one for each scale) those of all grids.
+    rows of all matrices, `scales` and `zeros` (zero points, one for each scale) those of all grids. All scales are
+    multiplied by the number `overall`, if there is one, or divided.
     """
 
     format: str
@@ -63,6 +64,8 @@ class Scaled(Decoder):
     scales: TensorEntry
     grid: Grid
     zeros: TensorEntry | None = None
+    overall: float | None = None
+    divides: bool = False
 
     @property
     def kind(self) -> str:
@@ -116,7 +119,10 @@ class Scaled(Decoder):
             zeros = numbers(read(self.zeros, first, last), self.zeros.dtype)
             self._spread(np.subtract, out, zeros, skipped)
         data = read(self.scales, first, last)
-        scales = checked_scales(self.scales, data, first * self.grid.shape[2])
+        # Of 8-bit floats small scales are rounded to 0.
+        scales = checked_scales(self.scales, data, first * self.grid.shape[2], zero=self.overall is not None)
+        if self.overall is not None:
+            scales = (np.divide if self.divides else np.multiply)(scales, np.float32(self.overall))
         self._spread(np.multiply, out, scales, skipped)
 
     def _blocks(self, line: int, count: int) -> tuple[int, int, int]:

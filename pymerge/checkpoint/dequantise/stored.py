@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pymerge.checkpoint.dequantise.numbers import Floats
 
 AGAIN = "download or quantise the model again"
+_ORIGINAL = "merge the original weights instead"
 # Scales of larger tensors are looked at when they are read.
 _CHECKED_ELEMENTS = 2**16
 
@@ -44,9 +45,16 @@ class Stored:
         self._reader = reader
 
     def add(self, name: str, codes: str, decoder: Decoder, *parts: str) -> None:
-        """A tensor of this name is decoded, from `codes` and `parts`. Raises CheckpointError if it is there as well."""
+        """A tensor of this name is decoded, from `codes` and `parts`.
+
+        Raises CheckpointError if it is there as well, or if a plain model has no place for what belongs to it.
+        """
         if name != codes and name in self.tensors:
             raise wrong(self.tensors[name], f"is there beside {shorten(codes)}, which is its quantised form")
+        smoothed = self.tensors.get(f"{name.rpartition('.')[0]}.pre_quant_scale")
+        if smoothed is not None:
+            text = f"scales what {shorten(name)} is multiplied with, and the quantised weight is made for that"
+            raise wrong(smoothed, text, _ORIGINAL)
         self.decoded[codes] = decoded(name, decoder, self._written)
         self.gone.update(parts)
 
@@ -55,9 +63,15 @@ class Stored:
         return self._reader.read_bytes(entry)
 
     def check_scales(self, entry: TensorEntry, *, zero: bool = False) -> None:
-        """Raise CheckpointError unless scales are finite and positive, or `zero` too; large tensors wait for reading."""
+        """Raise CheckpointError unless scales are finite and positive, or `zero`. Large tensors wait for reading."""
         if entry.numel <= _CHECKED_ELEMENTS:
             checked_scales(entry, self.bytes_of(entry), 0, zero=zero)
+
+    def one_scale(self, entry: TensorEntry) -> float:
+        """The number in a tensor of one element. Raises CheckpointError unless it is finite and positive."""
+        if entry.numel != 1 or entry.dtype not in ("F32", "F16", "BF16"):
+            raise wrong(entry, f"is {entry.dtype} {list(entry.shape)}, where one number is expected")
+        return float(checked_scales(entry, self.bytes_of(entry), 0)[0])
 
 
 def scale_numbers(entry: TensorEntry, data: bytes | bytearray) -> Floats:
@@ -79,6 +93,6 @@ def checked_scales(entry: TensorEntry, data: bytes | bytearray, first: int, *, z
     return values
 
 
-def wrong(entry: TensorEntry, text: str) -> CheckpointError:
+def wrong(entry: TensorEntry, text: str, remedy: str = AGAIN) -> CheckpointError:
     """The error of a quantised tensor that is not as its format says."""
-    return CheckpointError(f"{entry.file}: tensor {shorten(entry.name)} {text}; {AGAIN}")
+    return CheckpointError(f"{entry.file}: tensor {shorten(entry.name)} {text}; {remedy}")

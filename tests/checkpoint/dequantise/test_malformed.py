@@ -181,6 +181,35 @@ def test_other_methods_are_refused_whatever_the_tensors_are(method: str, tmp_pat
         opened(tmp_path, fp8(random(8, 8)).stored, {"quantization_config": {"quant_method": method}})
 
 
+def test_weights_that_are_made_for_other_inputs_are_refused(tmp_path: Path) -> None:
+    tensors = fp8(random(8, 8)).stored
+    with pytest.raises(CheckpointError, match=r"config.json: the model is quantised"):
+        opened(
+            tmp_path,
+            tensors,
+            {"quantization_config": {"quant_method": "compressed-tensors", "transform_config": {"a": 1}}},
+        )
+    with pytest.raises(CheckpointError, match=r"'x.pre_quant_scale' scales .*; merge the original weights instead"):
+        opened(tmp_path, tensors | {"x.pre_quant_scale": torch.ones(8)}, {})
+
+
+@pytest.mark.parametrize("scales", [torch.float8_e4m3fn, torch.float8_e8m0fnu])
+def test_scales_in_an_order_that_nothing_tells_are_refused(scales: torch.dtype, tmp_path: Path) -> None:
+    """ComfyUI stores scales of small blocks in the order of a GPU's kernels, under names that others have too."""
+    if scales == torch.float8_e4m3fn:
+        codes = torch.zeros(128, 32, dtype=torch.uint8)
+        tensors = {
+            "x.weight": codes,
+            "x.weight_scale": torch.ones(128, 4).to(scales),
+            "x.weight_scale_2": torch.ones(1),
+        }
+        assert not isinstance(opened(tmp_path, tensors).get("x.weight"), DecodedEntry)
+        return
+    tensors = {"x.weight": random(128, 128).to(torch.float8_e4m3fn), "x.weight_scale": torch.ones(128, 4).to(scales)}
+    with pytest.raises(CheckpointError, match="has dtype F8_E8M0, where scales are expected"):
+        opened(tmp_path, tensors)
+
+
 def test_what_is_left_of_a_model_in_two_formats_is_refused(tmp_path: Path) -> None:
     packed = {"y.weight_packed": torch.zeros(8, 1, dtype=torch.int32), "y.weight_scale": torch.ones(8, 1)}
     with pytest.raises(CheckpointError, match=r"is quantised .*y.weight_packed"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from pymerge.checkpoint.dequantise import bitsandbytes, mxfp4, scaled
 from pymerge.checkpoint.dequantise.numbers import byte_values
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import torch_dtype
-from tests.helpers.quantised import FORMATS, Quantised, four_bit, fp8, random
+from tests.helpers.quantised import FORMATS, Quantised, four_bit, fp8, mxfp4_linear, nvfp4, random
 from tests.helpers.quantised import mxfp4 as stored_mxfp4
 
 PLAIN = {"norm.weight": torch.linspace(0.5, 1.5, 11), "a.bias": torch.ones(5).bfloat16()}
@@ -130,6 +131,41 @@ def test_transformers_decodes_mxfp4_alike(tmp_path: Path) -> None:
     entries, reader = opened(tmp_path, flat)
     with reader:
         assert same(reader.read(entries["e.down_proj"]), expected)
+
+
+def in_folder(folder: Path, quantised: Quantised, said: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """All decoded tensors of a folder whose config.json says so of quantisation."""
+    save_file({name: each.clone() for name, each in quantised.stored.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": said}))
+    checkpoint = open_checkpoint(folder)
+    with Reader(checkpoint.stamps) as reader:
+        return {name: reader.read(entry) for name, entry in checkpoint.tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("quantised", "method"),
+    [
+        (nvfp4(24, 96, modelopt=True), "modelopt"),
+        (nvfp4(24, 96, modelopt=False), "compressed-tensors"),
+        (mxfp4_linear(24, 96), "compressed-tensors"),
+    ],
+)
+def test_4_bit_floats_of_linear_weights(quantised: Quantised, method: str, tmp_path: Path) -> None:
+    found = in_folder(tmp_path, quantised, {"quant_method": method})
+    assert found.keys() == {"x.weight"}
+    assert same(found["x.weight"], quantised.values["x.weight"])
+
+
+def test_blocks_are_those_of_any_group_of_the_config(tmp_path: Path) -> None:
+    one = fp8(random(64, 96), blocks=(1, 32), scale_dtype=torch.bfloat16)
+    two = fp8(random(64, 96), name="y.weight", scale="y.weight_scale", blocks=(32, 48))
+    groups = {
+        "group_0": {"weights": {"strategy": "block", "block_structure": [32, 48]}},
+        "group_1": {"weights": {"strategy": "group", "group_size": 32}, "input_activations": None},
+    }
+    both = Quantised(one.stored | two.stored, one.values | two.values)
+    found = in_folder(tmp_path, both, {"quant_method": "compressed-tensors", "config_groups": groups})
+    assert all(same(found[name], value) for name, value in both.values.items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
