@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pymerge.checkpoint.factored import factor_parts, factored
+from pymerge.adapters.low_rank import low_rank_of
+from pymerge.adapters.ranks import factor_parts
 from pymerge.checkpoint.finite import check_finite, is_finite
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import torch_dtype, upcast
@@ -159,11 +160,11 @@ class CoreWorker:
 
     def _factors(self, entry: TensorEntry, in_axis: int, matrix: int, shape: tuple[int, int]) -> Factors:
         """tau of an expert, d_out x d_in; none where the tensor is the base's own."""
-        decoder = factored(entry)
-        if decoder is None:
+        found = low_rank_of(entry)
+        if found is None:
             return Factors(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
         with self._tracer.span("read", entry.name):
-            left, right = (torch.from_numpy(part) for part in decoder.factors(self._reader.read_bytes, matrix))
+            left, right = (torch.from_numpy(part) for part in found.factors(self._reader.read_bytes, matrix))
         return Factors(right.mT, left.mT) if in_axis == 0 else Factors(left, right)
 
     def _refuse(self, step: Step) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from pymerge.adapters.ranks import rank_over
 from pymerge.architecture.roles import Layer
-from pymerge.checkpoint.factored import rank_over
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.methods.actions import Action, InCore, Solve, copy
 from pymerge.planner import pieces

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from pymerge.adapters.ranks import factor_parts
 from pymerge.architecture.roles import Layer
-from pymerge.checkpoint.factored import factor_parts
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
 from pymerge.methods.actions import Action, Combine, Encode, InCore, Solve

@@ -95,7 +95,7 @@ def test_the_plan_takes_the_core_where_all_experts_allow_it(tmp_path: Path) -> N
     assert step_of(planned(tmp_path, "wudi_flow"), UP).worker == "core"
     assert step_of(planned(tmp_path, "wudi_flow"), UP).action.rank == 6
     assert step_of(planned(tmp_path, "wudi"), UP).route == "dense"  # has no reduced form
-    assert step_of(planned(tmp_path, "wudi_flow", low=False), UP).route == "dense"
+    assert step_of(planned(tmp_path, "wudi_flow", dora=True), UP).route == "dense"
     assert step_of(planned(tmp_path, "linear"), UP).route == "tiles"
     untouched = step_of(planned(tmp_path, "wudi_flow"), "model.layers.1.self_attn.k_proj.weight")
     assert (untouched.route, untouched.experts, untouched.worker) == ("tiles", (), "native")
