@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pymerge.adapters.ranks import factor_parts
 from pymerge.architecture.roles import Layer
 from pymerge.common.names import role
 from pymerge.common.units import format_bytes, format_flops
@@ -19,12 +20,18 @@ _NAMES = 3  # of tensors that PyTorch carries out
 
 
 def plan_view(plan: Plan) -> RenderableType:
-    """Inputs and totals, one row for the tensors that differ in block numbers only, the reasons, and warnings."""
+    """Inputs and totals, one row for the tensors that differ in block numbers only, the reasons, and warnings.
+
+    Where experts are adapters, the rows say which route is taken (pymerge.planner.routes).
+    """
     table = Table(title=f"{plan.method.name}: {plan.method.summary}", title_justify="left", pad_edge=False)
     for heading in ("tensors", "shape", "kind", "action", "dtype"):
         table.add_column(heading, overflow="fold")
     for heading in ("count", "read", "write", "compute"):
         table.add_column(heading, justify="right", no_wrap=True)
+    adapters = any(_adapted(step) for step in plan.steps)
+    if adapters:
+        table.add_column("route", no_wrap=True)
     reasons: dict[str, list[str]] = {}
     for name, steps in _grouped(plan.steps).items():
         first = steps[0]
@@ -38,6 +45,7 @@ def plan_view(plan: Plan) -> RenderableType:
             format_bytes(sum(step.bytes_read for step in steps)),
             format_bytes(sum(step.nbytes for step in steps)),
             format_flops(sum(step.flops for step in steps)),
+            *([first.route] if adapters else []),
         )
         reasons.setdefault(role(first.layer.describe()), []).append(name)
     files = _count(len(plan.layouts), "file")
@@ -86,6 +94,11 @@ def _decoded(step: Step) -> bool:
     return any(entry.decoded_from for entry in step.inputs)
 
 
+def _adapted(step: Step) -> bool:
+    """Whether an expert of a step is made from factors."""
+    return any(factor_parts(entry) for entry in step.experts)
+
+
 def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
     """Steps that are alike but for the block number, under their name with * for it."""
     groups: dict[str, dict[tuple[object, ...], list[Step]]] = {}
@@ -93,7 +106,7 @@ def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
         name = role(step.name)
         reason = role(step.layer.describe())
         alike = groups.setdefault(name, {})
-        key = (step.shape, reason, step.action, step.dtype, step.worker, _decoded(step))
+        key = (step.shape, reason, step.action, step.dtype, step.worker, step.route, _decoded(step))
         alike.setdefault(key, []).append(step)
     return {
         name if len(kinds) == 1 else f"{name} ({members[0].name}, ...)": members

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import pymerge
+from pymerge.cli.plan_table import plan_view
+from pymerge.cli.tensor_table import tensor_rows
 from pymerge.config.merge_config import load_config
 from pymerge.engine.run import resolve_target, run
 from pymerge.errors import NonFiniteError
@@ -144,3 +149,15 @@ def test_what_is_not_finite_names_file_and_key(value: float, tmp_path: Path) -> 
         run(plan(""), tmp_path / "out")
     run(plan("allow_nonfinite: true"), tmp_path / "allowed")
     assert load_output(tmp_path / "allowed")[UP].isnan().all()
+
+
+def test_plans_show_the_routes(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "wudi_flow")
+    rows = {row["name"]: row["route"] for row in tensor_rows(plan)}
+    assert rows[UP] == "core"
+    assert rows["model.norm.weight"] == "tiles"
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(plan_view(plan))
+    table = console.export_text()
+    assert re.search(r"mlp.up_proj.weight .*wudi_flow.* core", table)
+    assert "without PyTorch" not in table
