@@ -110,6 +110,14 @@ class Solve(Action):
         """scale * X from task vectors that are products of factors (finite, of one shape), on one thread."""
         raise NotImplementedError(f"{self.label} has no form for factors")
 
+    def core_remark(self, shape: tuple[int, int], rank: int) -> str | None:
+        """What a user should know of this merge of factors of rank R together, with the remedy."""
+        return None
+
+    def core_scratch(self, shape: tuple[int, int], rank: int, experts: int) -> int:
+        """Bytes that `run_core` takes beside factors and cores, and results that are factors."""
+        return 0
+
 
 class SolveTogether(Solve):
     """Work on matrices that is cheaper for several of one shape at once."""
@@ -153,7 +161,8 @@ class InCore(Action):
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         # Factors as they are read, joined and orthonormal, P and K; cores; the rows in float64, and what is added.
         rows, columns = self.shape
-        return 8 * (6 * (rows + columns) * self.rank + 12 * self.rank**2 + 2 * math.prod(shape))
+        elements = 6 * (rows + columns) * self.rank + 12 * self.rank**2 + 2 * math.prod(shape)
+        return 8 * elements + self.solve.core_scratch(self.shape, self.rank, experts)
 
 
 class Encode(Action):

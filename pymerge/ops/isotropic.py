@@ -20,7 +20,7 @@ class Isotropic(Op["Tensor"]):
     """X = mean(s) U V^T, d_out x d_in, float32 (float64 if any input is), computed in float64.
 
     Iso-C (`common` 1): U diag(s) V^T is the singular value decomposition of sum_t tau_t; the mean is over all
-    r = min(d_out, d_in) singular values. Iso-CTS: only the leading triplets of the sum, about the share `common` of r,
+    r = min(d_out, d_in) singular values, unless `over_rank`. Iso-CTS: only the leading triplets of the sum, about the share `common` of r,
     and equally many leading ones of each task's residual tau_t - U_c U_c^T tau_t for the rest; U and V are then made
     orthogonal. Directions whose singular value is rounding are left out: the published form, which gives them the same
     weight as all others, is not defined there.
@@ -33,6 +33,7 @@ class Isotropic(Op["Tensor"]):
     base: ArrayLike  # W_0, d_out x d_in, floating point
     experts: Sequence[ArrayLike]  # T matrices W_t of the same shape; each may have its own floating dtype
     common: float = 1.0  # share of the common space; the number of task-specific triplets is a multiple of T
+    over_rank: bool = False  # whether the mean is over the directions that are left, and not over all r
 
     def check(self) -> None:
         """Raise ArgumentError unless base and experts are matrices of one shape and `common` a share, 0 to 1."""
@@ -46,10 +47,12 @@ class Isotropic(Op["Tensor"]):
 
         base, experts = as_tensor(self.base), [as_tensor(expert) for expert in self.experts]
         taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
-        return equalised(taus, self.common, (base.shape[0], base.shape[1])).to(compute_dtype(base, *experts))
+        return equalised(taus, self.common, (base.shape[0], base.shape[1]), self.over_rank).to(
+            compute_dtype(base, *experts)
+        )
 
 
-def equalised(taus: Sequence[Tensor], common: float, shape: tuple[int, int]) -> Tensor:
+def equalised(taus: Sequence[Tensor], common: float, shape: tuple[int, int], over_rank: bool = False) -> Tensor:
     """X of task vectors, or of their cores between orthonormal bases, in float64; `shape` is that of the weight."""
     import torch
 
@@ -63,4 +66,4 @@ def equalised(taus: Sequence[Tensor], common: float, shape: tuple[int, int]) -> 
         parts = [numerical_triplets(tau - U @ (U.mT @ tau), specific, tau.norm(), larger) for tau in taus]
         U, s, V = (torch.cat(part, dim=-1) for part in zip(*parts, (U, s, V), strict=True))
         U, V = orthogonalised(U), orthogonalised(V)
-    return s.sum() / max(1, size) * U @ V.mT
+    return s.sum() / max(1, len(s) if over_rank else size) * U @ V.mT

@@ -26,7 +26,7 @@ from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.match import Section, listed, match_tensors
 from pymerge.planner.plan import Plan
-from pymerge.planner.routes import routed
+from pymerge.planner.routes import remarks, routed
 from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
 from pymerge.planner.workers import Target, worker_of
@@ -145,7 +145,7 @@ def draft_plan(
         inputs=inputs,
         steps=tuple(_assigned(steps, config, target, aligned.sections)),
         layouts=placed,
-        warnings=(*config.warnings, *warnings),
+        warnings=(*config.warnings, *warnings, *remarks((step.name, step.action) for step in steps)),
         budget=budget,
         config_json=_config_json(donor, wanted, tokens.config),
         dtype=wanted,

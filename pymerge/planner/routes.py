@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pymerge.adapters.ranks import rank_over
@@ -10,6 +10,7 @@ from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.methods.actions import Action, InCore, Solve, copy
 from pymerge.planner import pieces
+from pymerge.planner.match import listed
 
 # "core": solved in the space of all factors, and added to the base's rows. "tiles": on rows, those of adapters made as
 # they are read. "dense": on whole matrices.
@@ -33,6 +34,15 @@ def routed(action: Action, layer: Layer, base: TensorEntry, experts: Sequence[Te
     if not action.has_core or 2 * rank > min(shape):
         return action
     return InCore(action, (shape[0], shape[1]), rank)
+
+
+def remarks(actions: Iterable[tuple[str, Action]]) -> list[str]:
+    """What users should know of merges in the core, from all tensors' names and actions: each kind of remark once."""
+    found: dict[str, list[str]] = {}
+    for name, action in actions:
+        if isinstance(action, InCore) and (remark := action.solve.core_remark(action.shape, action.rank)):
+            found.setdefault(remark, []).append(name)
+    return [f"{listed(names)}: {remark}" for remark, names in found.items()]
 
 
 def route_of(action: Action) -> Route:

@@ -34,7 +34,7 @@ RULES = """layers:
   - {pattern: "layers\\\\.0\\\\.mlp\\\\.down_proj", kind: linear, in_axis: 0}
 """
 LARGE = Budget("cpu", 2**30, 2**30, 2**33, "here")
-METHODS = ["wudi_flow", "swudi_a", "ace", "tsv_m", "iso_c", "iso_cts"]
+METHODS = ["wudi_flow", "swudi_a", "ace", "tsv_m", "iso_c", "iso_cts", "knots"]
 
 
 def base_model(dtype: torch.dtype) -> Tensors:
@@ -104,6 +104,18 @@ def test_the_plan_takes_the_core_where_all_experts_allow_it(tmp_path: Path) -> N
     assert step_of(planned(tmp_path, "linear"), UP).route == "tiles"
     untouched = step_of(planned(tmp_path, "wudi_flow"), "model.layers.1.self_attn.k_proj.weight")
     assert (untouched.route, untouched.experts, untouched.worker) == ("tiles", (), "native")
+
+
+def test_plans_of_iso_c_warn_of_the_mean_over_all_directions(tmp_path: Path) -> None:
+    warned = [text for text in planned(tmp_path, "iso_c").warnings if "mean_over: rank" in text]
+    found = [re.findall("all [0-9]+ directions|at most [0-9]+|[0-9]+ times", text) for text in warned]
+    assert sorted(found) == [
+        ["all 20 directions", "at most 5", "4 times"],
+        ["all 24 directions", "at most 3", "8 times"],
+        ["all 24 directions", "at most 5", "5 times"],
+        ["all 24 directions", "at most 6", "4 times"],
+    ]
+    assert not [text for text in planned(tmp_path, "wudi_flow").warnings if "mean_over" in text]
 
 
 def test_only_the_base_and_the_factors_are_read(tmp_path: Path) -> None:

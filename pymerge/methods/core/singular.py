@@ -32,6 +32,6 @@ def orthogonal(tasks: Sequence[Factors]) -> Product:
     return on_cores(tasks, lambda cores, shape: orthogonal_sum(cores, len(cores), shape))
 
 
-def isotropic(tasks: Sequence[Factors], common: float) -> Product:
-    """Iso-C (`common` 1) and Iso-CTS, as `isotropic` has them: the mean is over all min(d_out, d_in) values."""
-    return on_cores(tasks, lambda cores, shape: equalised(cores, common, shape))
+def isotropic(tasks: Sequence[Factors], common: float, over_rank: bool) -> Product:
+    """Iso-C (`common` 1) and Iso-CTS, as `isotropic` has them: a mean over all is one over min(d_out, d_in) values."""
+    return on_cores(tasks, lambda cores, shape: equalised(cores, common, shape, over_rank))

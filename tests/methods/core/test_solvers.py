@@ -31,7 +31,9 @@ SOLVERS = [
     ("ace", {"gamma_threshold": -1.0, "eps": 1e-2, "k_frac": 1.0}),
     ("tsv_m", {"scale": 0.5}),
     ("iso_c", {}),
+    ("iso_c", {"mean_over": "rank"}),
     ("iso_cts", {"common_space_fraction": 0.5}),
+    ("iso_cts", {"common_space_fraction": 0.5, "mean_over": "rank"}),
     ("iso_cts", {"common_space_fraction": 0.97}),
 ]
 
