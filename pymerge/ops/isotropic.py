@@ -20,10 +20,10 @@ class Isotropic(Op["Tensor"]):
     """X = mean(s) U V^T, d_out x d_in, float32 (float64 if any input is), computed in float64.
 
     Iso-C (`common` 1): U diag(s) V^T is the singular value decomposition of sum_t tau_t; the mean is over all
-    r = min(d_out, d_in) singular values, unless `over_rank`. Iso-CTS: only the leading triplets of the sum, about the share `common` of r,
-    and equally many leading ones of each task's residual tau_t - U_c U_c^T tau_t for the rest; U and V are then made
-    orthogonal. Directions whose singular value is rounding are left out: the published form, which gives them the same
-    weight as all others, is not defined there.
+    r = min(d_out, d_in) singular values, unless `over_rank`. Iso-CTS: only the leading triplets of the sum, about the
+    share `common` of r, and equally many leading ones of each task's residual tau_t - U_c U_c^T tau_t for the rest; U
+    and V are then made orthogonal. Directions whose singular value is rounding are left out: the published form, which
+    gives them the same weight as all others, is not defined there.
 
     Source: Isotropic model merging, arXiv 2502.04959, equations 5 to 7 (Iso-C) and algorithm 2 (Iso-CTS).
     """
