@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pymerge.checkpoint.decoded import CHUNK_ELEMENTS, DecodedEntry, Decoder, ReadRows, Span
+from pymerge.adapters.decoders import OfAdapter
+from pymerge.checkpoint.decoded import CHUNK_ELEMENTS, DecodedEntry, ReadRows
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 
@@ -50,8 +50,7 @@ def matrix(entry: TensorEntry) -> Matrix:
 
 @dataclass(frozen=True)
 class Term:
-    """`scale` x `left` @ `right`, added to the rows from `first` on of a matrix: of the tensor, or of matrix `number` of
-    a stack."""
+    """`scale` x `left` @ `right`, added to the rows from `first` on of the tensor, or of matrix `number` of a stack."""
 
     left: Matrix
     right: Matrix
@@ -73,7 +72,7 @@ class Magnitude:
 
 
 class _Kept:
-    """Factors of columns, once they are known: they follow from all rows."""
+    """Norms of columns, once they are known: they follow from all rows."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -81,7 +80,7 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class LowRank(Decoder):
+class LowRank(OfAdapter):
     """W_0 + the sum of all terms, rows and columns of a stored tensor (of `stacked` ones of each of its matrices).
 
     A tensor of more axes counts as a matrix with its first axis as rows. With a `magnitude`, rows or columns of the
@@ -96,11 +95,7 @@ class LowRank(Decoder):
 
     @property
     def kind(self) -> str:
-        return f"adapter, rank {self.rank}" + (", DoRA" if self.magnitude else "")
-
-    @property
-    def quantised(self) -> str:
-        return self.base.decoded_from
+        return f"rank {self.rank}" + (", DoRA" if self.magnitude else "")
 
     @property
     def rank(self) -> int:
@@ -111,21 +106,14 @@ class LowRank(Decoder):
         return max(ranks.values())
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> str:
-        return "F64" if any(part.dtype == "F64" for part in self.parts) else "F32"
+    def needs_torch(self) -> bool:
+        return self.magnitude is not None and self.magnitude.of_rows
 
     @cached_property
-    def parts(self) -> tuple[TensorEntry, ...]:  # type: ignore[override]
+    def parts(self) -> tuple[TensorEntry, ...]:
         factors = [side.entry for term in self.terms for side in (term.left, term.right)]
         lengths = [self.magnitude.entry] if self.magnitude else []
         return (self.base, *dict.fromkeys([*factors, *lengths]))
-
-    def spans(self, start: int, stop: int) -> Iterator[Span]:
-        yield Span(self.base, start, stop)
 
     @cached_property
     def _numbered(self) -> dict[int, list[Term]]:
@@ -170,7 +158,6 @@ class LowRank(Decoder):
 
     def _fill_matrix(self, loader: _Loader, out: Array, number: int) -> None:
         """Fill `out` with one matrix of a stack."""
-        rows, width = out.shape
         out.reshape(-1)[:] = loader.rows(self.base, number, number + 1).reshape(-1)
         for term in self._numbered.get(number, []):
             _add(loader, term, loader.values(term.right, kept=True), out, 0)
@@ -178,17 +165,17 @@ class LowRank(Decoder):
     def _fill_rows(self, loader: _Loader, rights: list[Array], out: Array, start: int) -> None:
         import numpy as np
 
+        from pymerge.adapters.products import row_norms
+
         self._fill_sums(loader, rights, out, start)
         if self.magnitude is None:
             return
+        lengths = loader.flat(self.magnitude.entry)
         with np.errstate(divide="ignore", invalid="ignore"):
             if self.magnitude.of_rows:
-                from pymerge.adapters.products import row_squares
-
-                lengths = loader.flat(self.magnitude.entry)[start : start + len(out)]
-                out *= (lengths / np.sqrt(row_squares(out)).astype(out.dtype))[:, None]
+                out *= (lengths[start : start + len(out)] / row_norms(out))[:, None]
             else:
-                out *= self._column_factors(loader, rights)[None, :]
+                out *= (lengths / self._column_norms(loader, rights))[None, :]
 
     def _fill_sums(self, loader: _Loader, rights: list[Array], out: Array, start: int) -> None:
         """W_0 and all terms, rows from `start` on."""
@@ -196,22 +183,21 @@ class LowRank(Decoder):
         for term, right in zip(self.terms, rights, strict=True):
             _add(loader, term, right, out, start)
 
-    def _column_factors(self, loader: _Loader, rights: list[Array]) -> Array:
+    def _column_norms(self, loader: _Loader, rights: list[Array]) -> Array:
         import numpy as np
 
-        from pymerge.adapters.products import column_squares
+        from pymerge.adapters.products import add_column_squares
 
-        assert self.magnitude is not None
         with self.kept.lock:
             if self.kept.columns is None:
                 rows, width = self.base.shape[0], math.prod(self.base.shape[1:])
-                step, squares = max(1, CHUNK_ELEMENTS // max(1, width)), np.zeros(width)
+                step = max(1, CHUNK_ELEMENTS // max(1, width))
+                squares: Array = np.zeros(width, loader.kind)
                 for first in range(0, rows, step):
-                    block = np.empty((min(step, rows - first), width), loader.kind)
+                    block: Array = np.empty((min(step, rows - first), width), loader.kind)
                     self._fill_sums(loader, rights, block, first)
-                    squares += column_squares(block)
-                norms = np.sqrt(squares).astype(loader.kind)
-                self.kept.columns = loader.flat(self.magnitude.entry) / norms
+                    add_column_squares(squares, block)
+                self.kept.columns = np.sqrt(squares)
             return self.kept.columns
 
     def scratch(self, elements: int) -> int:

@@ -5,7 +5,6 @@ Imported when tensors of adapters are read, not before: plans of plain models ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,8 @@ def add_product(out: Array, left: Array, right: Array, scale: float, skipped: in
 def _tile(block: Array, columns: Array, room: Array) -> Array:
     """block @ columns, a few terms of each sum at a time."""
     shape = (block.shape[0], columns.shape[1])
-    total, part = (each[: shape[0] * shape[1]].reshape(shape) for each in room)
+    total: Array = room[0, : shape[0] * shape[1]].reshape(shape)
+    part: Array = room[1, : shape[0] * shape[1]].reshape(shape)
     np.matmul(block[:, :_TILE_DEPTH], columns[:_TILE_DEPTH], out=total)
     for at in range(_TILE_DEPTH, block.shape[1], _TILE_DEPTH):
         np.matmul(block[:, at : at + _TILE_DEPTH], columns[at : at + _TILE_DEPTH], out=part)
@@ -74,18 +74,15 @@ def block_diagonal(stacked: Array, blocks: int) -> Array:
     return whole
 
 
-def row_squares(rows: Array) -> NDArray[np.float64]:
-    """Sum of squares of each row, in float64."""
-    return np.array([np.dot(row, row) for row in _wide(rows)])
+def row_norms(rows: Array) -> Array:
+    """Norm of each row, summed up in the order in which PEFT's DoRA does it. Imports PyTorch."""
+    import torch
+
+    norms: Array = torch.linalg.norm(torch.from_numpy(rows), dim=1).numpy()
+    return norms
 
 
-def column_squares(rows: Array) -> NDArray[np.float64]:
-    """Sum of squares of each column of these rows, in float64."""
-    total = np.zeros(rows.shape[1])
-    for row in _wide(rows):
-        total += row * row
-    return total
-
-
-def _wide(rows: Array) -> Iterator[NDArray[np.float64]]:
-    return (row.astype(np.float64) for row in rows)
+def add_column_squares(squares: Array, rows: Array) -> None:
+    """Add the squares of each column, row after row, which is the order of PEFT's DoRA where weights are transposed."""
+    for row in rows:
+        squares += row * row

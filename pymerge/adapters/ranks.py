@@ -1,4 +1,4 @@
-"""What solvers in the space of factors must know of an expert's tensor: its rank over the base, and what is stored."""
+"""What solvers in the space of factors must know of an expert's tensor: its rank over the base."""
 
 from __future__ import annotations
 
@@ -17,9 +17,3 @@ def rank_over(base: TensorEntry, entry: TensorEntry) -> int | None:
     if found is None or found.magnitude is not None or not found.base.same_bytes(base):
         return None
     return found.rank
-
-
-def factor_parts(entry: TensorEntry) -> tuple[TensorEntry, ...]:
-    """What is stored of an adapter for a tensor, beside the base's; of other tensors nothing."""
-    found = low_rank_of(entry)
-    return found.parts[1:] if found else ()

@@ -8,10 +8,8 @@ from typing import Any
 from pymerge.architecture.roles import Kind, Layer
 from pymerge.architecture.token_tables import has_tokens
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.compare import same_bytes
 from pymerge.checkpoint.reader import Reader
-from pymerge.common.dtypes import ITEM_SIZES
-
-_COMPARED_BYTES = 16 << 20
 
 
 def ties(config: Mapping[str, Any]) -> bool | None:
@@ -67,11 +65,5 @@ def same_values(checkpoint: Checkpoint, name: str, other: str) -> bool:
         return True
     if (one.dtype, one.shape) != (two.dtype, two.shape) or not one.shape or not one.nbytes:
         return False
-    row = one.nbytes // one.shape[0]
-    step = max(1, _COMPARED_BYTES // max(row, ITEM_SIZES[one.dtype]))
     with Reader(checkpoint.stamps) as reader:
-        for start in range(0, one.shape[0], step):
-            stop = min(start + step, one.shape[0])
-            if reader.read_bytes(one, start, stop) != reader.read_bytes(two, start, stop):
-                return False
-    return True
+        return same_bytes(reader, one, two)

@@ -28,8 +28,8 @@ def is_token_table(
 ) -> bool:
     """Whether a tensor of the base, of another length in an expert, has a row for each token on both sides.
 
-    Embeddings have, but those of positions and segments. A head, or its bias, has if it is as long as such an
-    embedding on both sides: classifiers have rows for labels.
+    Embeddings have, but those of positions and segments, and heads of language models, which may be padded. Another
+    head, or its bias, has if it is as long as such an embedding on both sides: classifiers have rows for labels.
     """
     ours, other, kind = base[name].shape, theirs[name].shape, layers[name].kind
     if not ours or not other or ours[1:] != other[1:]:
@@ -38,6 +38,8 @@ def is_token_table(
         return has_tokens(name)
     if kind is not Kind.HEAD and not (kind is Kind.BIAS and is_head_name(name)):
         return False
+    if _is_language_head(name):
+        return True
     tables = [table for table in layers if layers[table].kind is Kind.EMBEDDING and has_tokens(table)]
     lengths = [(base[table].shape[0], theirs[table].shape[0]) for table in tables if table in theirs]
     return (ours[0], other[0]) in lengths
@@ -74,9 +76,13 @@ def token_tables(
             return fits and has_tokens(name)
         if kind is not Kind.HEAD and not (kind is Kind.BIAS and is_head_name(name)):
             return False
-        return fits or not _LANGUAGE_HEADS.isdisjoint(name.split(".")[-2:-1])
+        return fits or _is_language_head(name)
 
     return [name for name in shapes if has(name)]
+
+
+def _is_language_head(name: str) -> bool:
+    return not _LANGUAGE_HEADS.isdisjoint(name.split(".")[-2:-1])
 
 
 def has_tokens(embedding: str) -> bool:

@@ -55,6 +55,16 @@ class Decoder(ABC):
         return "F32"
 
     @property
+    def needs_torch(self) -> bool:
+        """Whether decoding imports PyTorch."""
+        return False
+
+    @property
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        """Those of the parts that are of an adapter, which changes a model's tensor."""
+        return ()
+
+    @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of all that is decoded; one axis at least."""
@@ -105,7 +115,7 @@ class DecodedEntry(TensorEntry):
 
     @property
     def needs_torch(self) -> bool:
-        return any(part.needs_torch for part in self.decoder.parts)
+        return self.decoder.needs_torch or any(part.needs_torch for part in self.decoder.parts)
 
     @property
     def output_dtype(self) -> str:
@@ -116,8 +126,12 @@ class DecodedEntry(TensorEntry):
         return self.decoder.quantised
 
     @property
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        return self.decoder.adapter_parts
+
+    @property
     def stored_bytes(self) -> int:
-        whole = sum(part.nbytes for part in self.decoder.parts)
+        whole = sum(part.stored_bytes for part in self.decoder.parts)
         return whole * self.shape[0] // max(1, self.decoder.shape[0])
 
     @property

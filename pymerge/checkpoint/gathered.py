@@ -57,13 +57,12 @@ class GatheredEntry(TensorEntry):
         return True
 
     @property
-    def output_dtype(self) -> str:
-        tables = sorted(self.rows_map.tables)
-        return _common_dtype([self.sources[table].output_dtype for table in tables] or [self.dtype])
-
-    @property
     def decoded_from(self) -> str:
         return next((source.decoded_from for source in self.sources if source.decoded_from), "")
+
+    @property
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        return next((source.adapter_parts for source in self.sources if source.adapter_parts), ())
 
     @property
     def stored_bytes(self) -> int:

@@ -1,4 +1,7 @@
-"""Quantised checkpoints, recognised by config.json, tensor names or file: they hold codes, not weights."""
+"""The guard against quantised checkpoints, which hold codes and scales where weights should be, and are refused.
+
+They are recognised by config.json, by file, and by tensors: first by the names of each format, then by structure.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,42 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.dtypes import is_float8
+from pymerge.checkpoint.codes import Described, find_codes
+from pymerge.checkpoint.quantised_formats import BITS_16, by_method, by_name, by_structure, remedy_of
+from pymerge.checkpoint.safetensors_file import TensorEntry, about_dtype
+from pymerge.common.files import parse_json_object, read_text_file
 from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError
 
-_ORIGINAL = "merge the original weights instead, or dequantise first"
-_REMEDIES = {
-    "bitsandbytes": f"{_ORIGINAL} (transformers: model.dequantize(), then save_pretrained)",
-    "GPTQ": _ORIGINAL,
-    "AWQ": _ORIGINAL,
-    "compressed-tensors": f"{_ORIGINAL} (transformers: CompressedTensorsConfig(run_compressed=False))",
-    "scaled FP8": f"{_ORIGINAL}: each FP8 weight times its scale, saved as bfloat16",
-    "MXFP4": f"{_ORIGINAL} (transformers: Mxfp4Config(dequantize=True), then save_pretrained)",
-    "GGUF": f"{_ORIGINAL} (transformers: from_pretrained(..., gguf_file=...), then save_pretrained)",
-}
-# quant_method of config.json -> name above.
-_METHODS = {
-    "bitsandbytes": "bitsandbytes",
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "compressed-tensors": "compressed-tensors",
-    "fp8": "scaled FP8",
-    "fbgemm_fp8": "scaled FP8",
-    "mxfp4": "MXFP4",
-}
-# Beside weight `x.weight` (FP8 or packed): the scales without which its numbers mean nothing.
-_SCALES = ("_scale_inv", "_scale", ".scale_weight")
+MODELOPT_FILE = "hf_quant_config.json"
+_PLAIN = "If its weights are plain numbers already, delete"
 
 
 def refuse_by_config(file: Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError when config.json, or a config inside it, has a quantization_config."""
-    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        found = part.get("quantization_config", part.get("compression_config"))
-        if not found:
-            continue
-        method = found.get("quant_method") if isinstance(found, Mapping) else None
-        if method is None and isinstance(found, Mapping) and {"load_in_4bit", "load_in_8bit"} & set(found):
-            method = "bitsandbytes"
-        name = _METHODS.get(str(method), str(method))
-        remedy = _REMEDIES.get(name, _ORIGINAL)
+    """Raise CheckpointError when config.json, or a config inside it at any depth, says that weights are quantised."""
+    for key, settings in _settings(config):
+        name = "MLX" if key == "quantization" else by_method(settings)
         raise CheckpointError(
-            f"{file}: the model is quantised ({shorten(name)}, by its quantization_config); {remedy}. "
-            "If its weights are plain numbers already, delete quantization_config from the file"
+            f"{file}: the model is quantised ({shorten(name)}, by its {key}); {remedy_of(name)}. {_PLAIN} {key} from "
+            "the file"
         )
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The settings of a quantisation in a config and in those inside it, with their keys."""
+    for key, value in config.items():
+        if not isinstance(value, Mapping):
+            continue
+        if key in ("quantization_config", "compression_config"):
+            switched_off = {"load_in_4bit", "load_in_8bit"} & set(value) and not (
+                value.get("load_in_4bit") or value.get("load_in_8bit")
+            )
+            if value and not switched_off:
+                yield key, value
+        elif key == "quantization" and {"bits", "group_size", "mode"} & set(value):
+            yield key, value
+        else:
+            yield from _settings(value)
 
 
 def refuse_by_file(path: Path) -> None:
@@ -62,7 +57,26 @@ def refuse_by_file(path: Path) -> None:
         path = path / min(files)
     elif path.suffix != ".gguf":
         return
-    raise CheckpointError(f"{path}: is quantised (GGUF); {_REMEDIES['GGUF']}")
+    raise CheckpointError(f"{path}: is quantised (GGUF); {remedy_of('GGUF')}")
+
+
+def refuse_modelopt(folder: Path) -> None:
+    """Raise CheckpointError for a directory whose weights ModelOpt says that it has quantised."""
+    if algorithm := modelopt_algorithm(folder):
+        name = f"ModelOpt {algorithm}"
+        raise CheckpointError(
+            f"{folder / MODELOPT_FILE}: the model is quantised ({shorten(name)}, by its quant_algo); "
+            f"{remedy_of('ModelOpt')}. {_PLAIN} the file"
+        )
+
+
+def modelopt_algorithm(folder: Path) -> str | None:
+    """What ModelOpt's file in a directory says of its weights; None if it says nothing, or only of the cache."""
+    try:
+        settings = parse_json_object(read_text_file(folder / MODELOPT_FILE), unique=False).get("quantization")
+    except (OSError, ValueError):
+        return None  # it is no part of the model: what its tensors are, they tell themselves
+    return settings.get("quant_algo") if isinstance(settings, Mapping) else None
 
 
 def _may_list(path: Path) -> bool:
@@ -74,25 +88,24 @@ def _may_list(path: Path) -> bool:
 
 
 def refuse_by_tensors(tensors: Mapping[str, TensorEntry]) -> None:
-    """Raise CheckpointError when names and dtypes are those of a quantised checkpoint."""
-    for name, kind in _quantised(tensors):
-        raise CheckpointError(
-            f"{tensors[name].file}: is quantised ({kind}, by tensor {shorten(name)}); {_REMEDIES[kind]}"
-        )
-
-
-def _quantised(tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, str]]:
+    """Raise CheckpointError when names, dtypes and shapes are those of a quantised checkpoint."""
     for name, entry in tensors.items():
-        stem, _, last = name.rpartition(".")
-        if last in ("absmax", "quant_map", "nested_absmax", "SCB") or ".quant_state." in name:
-            yield name, "bitsandbytes"
-        elif last == "qweight" and {f"{stem}.qzeros", f"{stem}.scales"} & tensors.keys():
-            yield name, "GPTQ" if f"{stem}.g_idx" in tensors else "AWQ"
-        elif last == "weight_packed":
-            yield name, "compressed-tensors"
-        elif name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors:
-            yield name, "MXFP4"
-        elif is_float8(entry.dtype) and any(f"{name}{scale}" in tensors for scale in _SCALES):
-            yield name, "scaled FP8"
-        elif entry.dtype == "I8" and last == "weight" and f"{name}_scale" in tensors:
-            yield name, "compressed-tensors"
+        if entry.dtype == "F8_E8M0":
+            raise CheckpointError(f"{entry.file}: tensor {shorten(name)}: {about_dtype(entry.dtype)}")
+    found = quantised({name: (entry.dtype, entry.shape) for name, entry in tensors.items()})
+    if found is not None:
+        name, what = found
+        raise CheckpointError(f"{tensors[name].file}: {what}")
+
+
+def quantised(tensors: Described) -> tuple[str, str] | None:
+    """The first tensor of codes, or beside codes, and what to say of it; None if all tensors are plain."""
+    for name, kind in by_name(tensors):
+        return name, f"is quantised ({kind}, by tensor {shorten(name)}); {remedy_of(kind)}"
+    for codes in find_codes(tensors):
+        kind = by_structure(codes, tensors)
+        beside = f" with its scale {shorten(codes.scale)}" if codes.scale else ""
+        what = "holds 16-bit weights as integers" if kind == BITS_16 else "is quantised"
+        place = f"by tensor {shorten(codes.name)} of dtype {codes.dtype}{beside}"
+        return codes.name, f"{what} ({kind}, {place}); {remedy_of(kind)}"
+    return None

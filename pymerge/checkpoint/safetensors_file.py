@@ -19,6 +19,13 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_ELEMENTS = 2**63  # sizes are int64 in torch and in the kernels
 METADATA_KEY = "__metadata__"
 AGAIN = "download or copy the file again"
+# Types of safetensors that no weight has that can be merged, and what a tensor of them is.
+_REFUSED_DTYPES = {
+    "F4": "4-bit floats, the codes of MXFP4 or NVFP4",
+    "F6_E2M3": "6-bit floats, the codes of MXFP6",
+    "F6_E3M2": "6-bit floats, the codes of MXFP6",
+    "F8_E8M0": "powers of two, the scales of MXFP4 or MXFP8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,11 @@ class TensorEntry:
     def decoded_from(self) -> str:
         """The quantised format that its values are made from; "" if they are stored as they are."""
         return ""
+
+    @property
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        """Tensors of an adapter that its values are made with; none if they are a model's own."""
+        return ()
 
     @property
     def stored_bytes(self) -> int:
@@ -179,9 +191,7 @@ def _check_entry(path: Path, name: str, fields: object, start: int) -> TensorEnt
         raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets; {AGAIN}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise CheckpointError(
-            f"{where}: unknown dtype {shorten(str(dtype))}; convert it to one of {', '.join(ITEM_SIZES)}"
-        )
+        raise CheckpointError(f"{where}: {about_dtype(str(dtype))}")
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
         raise CheckpointError(f"{where}: shape {shorten(str(shape))} is not a list of sizes; {AGAIN}")
     bound = ITEM_SIZES[dtype]
@@ -200,6 +210,18 @@ def _check_entry(path: Path, name: str, fields: object, start: int) -> TensorEnt
             f"{shorten(str(shape))}; {AGAIN}"
         )
     return TensorEntry(name, dtype, tuple(shape), path, start + begin, nbytes)
+
+
+def about_dtype(dtype: str) -> str:
+    """What is to be said of a dtype that cannot be read."""
+    if dtype in _REFUSED_DTYPES:
+        return f"has dtype {dtype} ({_REFUSED_DTYPES[dtype]}): is quantised; merge the original weights instead"
+    if dtype in ("C32", "C64", "C128"):
+        return (
+            f"has dtype {dtype}, complex numbers, which cannot be merged; leave it out if the model computes it (as "
+            "rotary frequencies), or store real and imaginary part as two tensors (torch.view_as_real)"
+        )
+    return f"unknown dtype {shorten(dtype)}; convert it to one of {', '.join(ITEM_SIZES)}"
 
 
 def _check_no_gaps(path: Path, entries: list[TensorEntry], start: int, file_bytes: int) -> None:

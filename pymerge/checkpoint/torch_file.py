@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.quantised_formats import ORIGINAL
 from pymerge.checkpoint.safetensors_file import (
     AGAIN,
     MAX_ELEMENTS,
     MAX_HEADER_BYTES,
     Header,
     TensorEntry,
+    about_dtype,
     check_no_pointer,
 )
-from pymerge.checkpoint.torch_pickle import RefusedPickle, View, read_pickle
+from pymerge.checkpoint.torch_pickle import Opaque, RefusedPickle, View, read_pickle
 from pymerge.common.dtypes import ITEM_SIZES, code_of
 from pymerge.common.files import opened, read_exactly
 from pymerge.common.names import first_few, shorten
@@ -28,6 +30,8 @@ _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LOCAL_HEADER_BYTES = 30
 # Where training scripts put the weights inside of a checkpoint that holds more.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+# In names of what libraries of quantised weights put into pickles.
+_QUANTISED = ("qint", "quint", "_qtensor", "torchao", "quanto", "hqq", "bitsandbytes", "gptq", "awq", "quantized")
 # The order of safetensors' own writer: the same weights give the same output from either format.
 _ORDER = (
     "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
@@ -48,19 +52,23 @@ def read_torch_header(path: Path | str) -> Header:
             with open(descriptor, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
                 records, pickle = _records(path, archive)
                 found = read_pickle(archive.read(pickle))
+            views, notes = _tensors(path, found)
         except RefusedPickle as error:
-            raise CheckpointError(
-                f"{path}: holds {shorten(str(error))}, which is no plain tensor, and pymerge runs no code of a file; "
-                f"{CONVERT}"
-            ) from error
+            raise CheckpointError(f"{path}: holds {shorten(str(error))}, {_about_object(str(error))}") from error
         except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
             raise CheckpointError(f"{path}: is damaged or not a file of torch.save ({error}); {AGAIN}") from error
-        views, notes = _tensors(path, found)
         places = {key: _place(path, descriptor, info) for key, info in records.items()}
     entries = [_entry(path, name, view, places) for name, view in views.items()]
     entries.sort(key=lambda entry: (-_ORDER.index(entry.dtype), entry.name))
     by_name = {entry.name: entry for entry in entries}
     return Header(by_name, {}, pickle.file_size, status.st_size, status.st_mtime_ns, notes)
+
+
+def _about_object(name: str) -> str:
+    """What is to be said of an object where tensors should be."""
+    if any(word in name.lower() for word in _QUANTISED):
+        return f"so its weights are quantised; {ORIGINAL}, or dequantise() them where the file was made"
+    return f"which is no plain tensor, and pymerge runs no code of a file; {CONVERT}"
 
 
 def _check_magic(path: Path, start: bytes) -> None:
@@ -109,9 +117,11 @@ def _place(path: Path, descriptor: int, info: zipfile.ZipInfo) -> tuple[int, int
 def _tensors(path: Path, found: Any) -> tuple[dict[str, View], tuple[str, ...]]:
     """The tensors by name, and what was left out."""
     notes = []
+    _check_no_opaque([found])
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds no dictionary of tensors; save the model's state_dict()")
     inside = [key for key in _WRAPPERS if isinstance(found.get(key), dict) and _views(found[key])]
+    _check_no_opaque(found[key] for key in _WRAPPERS if key in found and not inside)
     if len(inside) > 1:
         raise CheckpointError(
             f"{path}: has tensors in {first_few(inside)}; pymerge does not choose: save the wanted one in its own file"
@@ -121,6 +131,7 @@ def _tensors(path: Path, found: Any) -> tuple[dict[str, View], tuple[str, ...]]:
         rest = f"; left out: {first_few(others, 5)}" if others else ""
         notes.append(f"{path}: the weights are those under {inside[0]!r}{rest}")
         found = found[inside[0]]
+    _check_no_opaque(found.values())
     views = _views(found)
     others = [str(key) for key in found if key not in views]
     if not views:
@@ -130,6 +141,13 @@ def _tensors(path: Path, found: Any) -> tuple[dict[str, View], tuple[str, ...]]:
     return views, tuple(notes)
 
 
+def _check_no_opaque(values: Iterable[Any]) -> None:
+    """Raise RefusedPickle for an object that may be a tensor, or hold tensors, of which nothing is known."""
+    for value in values:
+        if isinstance(value, Opaque):
+            raise RefusedPickle(value.name)
+
+
 def _views(found: Mapping[Any, Any]) -> dict[str, View]:
     return {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, View)}
 
@@ -137,6 +155,8 @@ def _views(found: Mapping[Any, Any]) -> dict[str, View]:
 def _entry(path: Path, name: str, view: View, places: Mapping[str, tuple[int, int]]) -> TensorEntry:
     where = f"{path}: tensor {shorten(name)}"
     try:
+        if view.dtype.is_complex:
+            raise CheckpointError(f"{where}: {about_dtype(f'C{8 * view.dtype.itemsize}')}")
         name.encode()
         dtype = code_of(view.dtype)
     except (UnicodeEncodeError, ArgumentError) as error:

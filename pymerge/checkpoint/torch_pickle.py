@@ -37,8 +37,15 @@ class Global:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """An object that only code could make, which is not run: `name` says what it would be. What is put in is lost."""
+
+    name: str
+
+
 class RefusedPickle(ValueError):
-    """The pickle wants something called that is no part of a plain dictionary of tensors."""
+    """Something where tensors should be is no part of a plain dictionary of tensors."""
 
 
 _STORAGES: dict[str, torch.dtype | None] = {
@@ -91,11 +98,14 @@ def _dictionary(arguments: tuple[Any, ...]) -> Any:
 
 
 def _updated(target: Any, pairs: Iterable[tuple[Any, Any]] = ()) -> Any:
+    if isinstance(target, Opaque):
+        return target
     for key, value in pairs:
-        # The hash of a tuple that holds itself many times over takes for ever.
-        if not isinstance(key, (str, int, float, bytes)):
-            raise RefusedPickle(f"a dictionary whose keys are of {type(key)}")
-        target[key] = value
+        if isinstance(key, (str, int, float, bytes)):
+            target[key] = value
+        else:  # the hash of a tuple that holds itself many times over takes for ever
+            odd = f"a dictionary whose keys are of {type(key)}"
+            target[odd] = Opaque(odd)
     return target
 
 
@@ -183,12 +193,13 @@ class _Machine:
     def _call(self, opcode: str) -> None:
         argument, target = self.stack.pop(), self.stack.pop()
         if opcode == "BUILD":
-            if not isinstance(target, (dict, View)):
-                raise RefusedPickle(_named(target))
+            if not isinstance(target, (dict, View, Opaque)):
+                target = Opaque(_named(target))
             self.stack.append(target)  # attributes of a dictionary or a parameter: versions of modules, and the like
             return
         if not isinstance(target, Global) or target.name not in _CALLS or opcode == "NEWOBJ":
-            raise RefusedPickle(_named(target))
+            self.stack.append(Opaque(_named(target)))
+            return
         self.stack.append(_CALLS[target.name](tuple(argument)))
 
     def _container(self, opcode: str) -> None:
@@ -207,10 +218,10 @@ class _Machine:
             stack.append(_updated({}, zip(items[::2], items[1::2], strict=True)))
         elif opcode == "APPEND":
             item = stack.pop()
-            stack[-1].append(item)
+            _extend(stack[-1], [item])
         elif opcode in ("APPENDS", "ADDITEMS"):
             items = self._marked()
-            stack[-1].extend(items)
+            _extend(stack[-1], items)
         elif opcode == "SETITEM":
             value, key = stack.pop(), stack.pop()
             _updated(stack[-1], [(key, value)])
@@ -221,8 +232,13 @@ class _Machine:
             raise RefusedPickle(f"opcode {opcode}")
 
 
+def _extend(target: Any, items: list[Any]) -> None:
+    if not isinstance(target, Opaque):
+        target.extend(items)
+
+
 def _named(target: Any) -> str:
-    return target.name if isinstance(target, Global) else f"an object made of {type(target)}"
+    return target.name if isinstance(target, (Global, Opaque)) else f"an object made of {type(target)}"
 
 
 def _storage(identity: Any) -> Storage:
@@ -236,10 +252,11 @@ def _storage(identity: Any) -> Storage:
 
 
 def read_pickle(data: bytes) -> Any:
-    """The object that a pickle describes, with View for tensors and Global for names.
+    """The object that a pickle describes, with View for tensors, Global for names, and Opaque for anything that would
+    have to be called beside what plain dictionaries of tensors are made of.
 
-    Raises RefusedPickle, with the name, for anything that would have to be called beside what plain dictionaries of
-    tensors are made of; ValueError for what is no pickle.
+    Raises RefusedPickle, with the name, for tensors and storages of a kind that is not known; ValueError for what is no
+    pickle.
     """
     machine = _Machine()
     try:

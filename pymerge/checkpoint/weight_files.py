@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.model_files import WEIGHT_SUFFIXES, is_weight_file
+from pymerge.checkpoint.parts import refuse_parts
 from pymerge.checkpoint.safetensors_file import Header, read_header
 from pymerge.common.files import parse_json_object, read_text_file
 from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
 
-CONVERT = "convert it with transformers (from_pretrained, then save_pretrained, which writes safetensors)"
+_FLAGS = {".h5": "from_tf", ".msgpack": "from_flax"}
 # What training leaves beside a model: no weights of it.
 _LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model)([._-].*)?")
 
@@ -47,7 +48,16 @@ def _read_torch_header(path: Path) -> Header:
 FORMATS = (
     WeightFormat("model", (".safetensors",), read_header),
     WeightFormat("pytorch_model", (".bin", ".pt", ".pth"), _read_torch_header),
+    WeightFormat("model", (".ckpt",), _read_torch_header),  # of PyTorch Lightning
 )
+
+
+def how_to_convert(name: str) -> str:
+    """What to do with a weight file that cannot be read, by its suffix."""
+    flag = _FLAGS.get(Path(name.removesuffix(".index.json")).suffix)
+    if flag:  # the last version that reads them
+        return f"convert it with transformers 4 (from_pretrained(..., {flag}=True), then save_pretrained)"
+    return "give the model that it was made of, in safetensors or as a file of torch.save"
 
 
 def format_of(path: Path) -> WeightFormat | None:
@@ -71,11 +81,14 @@ def find_weights(path: Path) -> tuple[WeightFormat, tuple[Path, ...], str | None
     if "adapter_config.json" in names:
         raise CheckpointError(
             f"{path}: is an adapter, without the model that it is for; "
-            "merge it into its model first (PEFT's merge_and_unload) and give the result"
+            "name it under models, with its model as base_model or as BASE+ADAPTER"
         )
     others = [name for name in names if is_weight_file(name) and not _LEFTOVERS.fullmatch(name)]
     if others:
-        raise CheckpointError(f"{path}: has no .safetensors file, only {first_few(others)}; {CONVERT}")
+        raise CheckpointError(
+            f"{path}: has no .safetensors file, only {first_few(others)}; {how_to_convert(others[0])}"
+        )
+    refuse_parts(path, names)
     raise CheckpointError(
         f"{path}: has no weights (no file ending in {', '.join(WEIGHT_SUFFIXES)}); give the directory of a model"
     )
@@ -99,6 +112,7 @@ def _find(path: Path, names: list[str], form: WeightFormat) -> tuple[tuple[Path,
         return tuple(path / shard for shard in shards), indexes[0]
     single = [name for name in names if name.endswith(form.suffixes) and not _LEFTOVERS.fullmatch(name)]
     if len(single) > 1:
+        refuse_parts(path, single)
         raise CheckpointError(
             f"{path}: has {len(single)} {form.suffixes[0]} files ({first_few(single)}) but no "
             f"{form.stem}{form.index_suffix}; download the index too, or give one of the files"

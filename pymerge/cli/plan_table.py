@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pymerge.adapters.ranks import factor_parts
 from pymerge.architecture.roles import Layer
+from pymerge.checkpoint.checkpoint import Checkpoint
+from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.common.names import role
 from pymerge.common.units import format_bytes, format_flops
 from pymerge.planner.plan import Plan
@@ -39,7 +40,7 @@ def plan_view(plan: Plan) -> RenderableType:
             Text(name),
             " x ".join(map(str, first.shape)) or "scalar",
             _kind(first.layer),
-            first.action.label + (", dequantised" if _decoded(first) else ""),
+            first.action.label + _marks(first),
             first.dtype,
             str(len(steps)),
             format_bytes(sum(step.bytes_read for step in steps)),
@@ -52,7 +53,7 @@ def plan_view(plan: Plan) -> RenderableType:
     largest = max(math.prod(piece.shape) for step in plan.steps for piece in step.pieces)
     lines = [
         f"base    {plan.inputs.donor.path}",
-        *(f"expert  {expert.path}" for expert in plan.inputs.experts),
+        *(f"expert  {expert.path}{_applied(expert)}" for expert in plan.inputs.experts),
         *plan.tokens.lines,
         f"{plan.tensors} tensors, {plan.parameters:,} parameters",
         f"read {format_bytes(plan.bytes_read)}, write {format_bytes(plan.bytes_written)} in {files}, "
@@ -89,6 +90,18 @@ def _kind(layer: Layer) -> str:
     return "stacked " * layer.stacked + layer.kind.value + " (transposed)" * (layer.in_axis == 0)
 
 
+def _marks(step: Step) -> str:
+    """What is special about the values that a step reads."""
+    ranks = [entry.decoder.kind for entry in step.inputs if isinstance(entry, DecodedEntry) and entry.adapter_parts]
+    adapters = f", {_count(len(ranks), 'adapter')}, {max(ranks)}" if ranks else ""
+    return adapters + (", dequantised" if _decoded(step) else "")
+
+
+def _applied(expert: Checkpoint) -> str:
+    """What an expert is applied to, if it is an adapter."""
+    return f" (adapter, on {expert.base.path})" if expert.base is not None else ""
+
+
 def _decoded(step: Step) -> bool:
     """Whether a step reads a tensor whose values are made from codes."""
     return any(entry.decoded_from for entry in step.inputs)
@@ -96,7 +109,7 @@ def _decoded(step: Step) -> bool:
 
 def _adapted(step: Step) -> bool:
     """Whether an expert of a step is made from factors."""
-    return any(factor_parts(entry) for entry in step.experts)
+    return any(entry.adapter_parts for entry in step.experts)
 
 
 def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
@@ -106,7 +119,7 @@ def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
         name = role(step.name)
         reason = role(step.layer.describe())
         alike = groups.setdefault(name, {})
-        key = (step.shape, reason, step.action, step.dtype, step.worker, step.route, _decoded(step))
+        key = (step.shape, reason, step.action, step.dtype, step.worker, step.route, _marks(step))
         alike.setdefault(key, []).append(step)
     return {
         name if len(kinds) == 1 else f"{name} ({members[0].name}, ...)": members

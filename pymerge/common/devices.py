@@ -46,7 +46,8 @@ def check_device(device: Device | torch.device) -> None:
     if device.type not in ("cpu", "cuda"):
         raise BackendError(f"device {str(device)!r} is not supported; choose cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= (count := _cuda_devices()):
-        raise BackendError(f"device {str(device)!r} was asked for and PyTorch sees {count}; use --device cpu")
+        remedy = f"choose one of cuda:0 to cuda:{count - 1}, or cpu" if count else "use --device cpu"
+        raise BackendError(f"device {str(device)!r} was asked for and PyTorch sees {count}; {remedy}")
 
 
 def _cuda_devices() -> int:

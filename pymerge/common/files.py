@@ -99,7 +99,9 @@ def opened(path: Path, kind: str) -> Iterator[tuple[int, os.stat_result]]:
     try:
         descriptor, status = open_regular(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); give a {kind} file") from error
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        remedy = "check its rights" if denied else f"give a {kind} file"
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); {remedy}") from error
     try:
         yield descriptor, status
     except OSError as error:

@@ -153,6 +153,10 @@ def _reason(error: yaml.MarkedYAMLError) -> str:
         return "more than one YAML document; run them with `pymerge multi`, or keep one"
     if isinstance(error, yaml.constructor.ConstructorError):
         return f"{problem}; use plain YAML without tags"
+    if "'\\t'" in problem:
+        return f"not valid YAML: {problem}; replace tabs by blanks"
+    if "escape" in problem:
+        return f"not valid YAML: {problem}; write / for \\, or use single quotes, in which \\ is itself"
     return f"not valid YAML: {problem}; check indentation, colons and quotes"
 
 

@@ -60,13 +60,16 @@ class ModelEntry(Strict):
 
 def _layer_range(value: Any) -> Any:
     whole = isinstance(value, (list, tuple)) and all(type(bound) is int for bound in value)
-    if not whole or len(value) != 2 or not 0 <= value[0] < value[1]:
+    if not whole or len(value) != 2 or not 0 <= value[0] <= value[1]:
         raise ValueError("two whole numbers, the first layer and the one behind the last, as in [0, 16]")
     return tuple(value)
 
 
 class SourceEntry(ModelEntry):
-    """One model of a slice, and which of its layers: from layer_range[0] to before layer_range[1]."""
+    """One model of a slice, and which of its layers: from layer_range[0] to before layer_range[1].
+
+    No layers in the first or last slice: only what stands before or behind all layers is taken from it.
+    """
 
     layer_range: Annotated[tuple[int, int], BeforeValidator(_layer_range)]
 

@@ -36,6 +36,7 @@ class MergeConfig(Strict):
     parameters: dict[str, Setting] = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
+    keep_float32: StrictBool = True  # of tensors that a 16-bit model keeps so, whatever the dtypes say
     layers: tuple[LayerRule, ...] = ()
     allow_nonfinite: StrictBool = False
     extra_tensors: Literal["heads", "error", "ignore"] = "heads"
@@ -71,11 +72,16 @@ class MergeConfig(Strict):
         return f"{self.name}:{line}" if line else f"{self.name}: {show(location)}"
 
     @property
-    def donor(self) -> str:
-        """The model that gives config.json, tokenizer and the names of tensors."""
+    def named_base(self) -> str | None:
+        """The base, of the first slice that has one if the config has none."""
         slices = [*self.slices, *(entry for module in self.modules.values() for entry in module.slices)]
         bases = [self.base_model, *(entry.base_model for entry in slices)]
-        return next((base for base in bases if base is not None), None) or self.models[0].model
+        return next((base for base in bases if base is not None), None)
+
+    @property
+    def donor(self) -> str:
+        """The model that gives config.json, tokenizer and the names of tensors."""
+        return self.named_base or self.models[0].model
 
     def at(self, *location: str | int) -> str:
         """The place of a key or item, for messages: file, line, and path inside."""
@@ -119,7 +125,7 @@ def check_config(document: Document) -> MergeConfig:
     if not isinstance(document.data, dict):
         document.add((), "the config is not a mapping; start with 'merge_method: ...' and 'models:'")
         document.finish()
-    checker = Checker(document)
+    checker = Checker(document, (*MergeConfig.model_fields, "tokenizer_source"))
     raw = check_parts(checker.check(), checker, document)
     config = None
     try:
@@ -234,8 +240,14 @@ def _describe(detail: Mapping[str, Any], method: Method | None) -> str:
     expected = _EXPECTED.get(kind, detail["msg"])
     if kind in ("literal_error", "enum"):
         expected = detail["ctx"]["expected"]
+        if value in ("auto", "same", "default") and location[-1] in ("dtype", "out_dtype"):
+            expected += "; delete it to keep the dtypes of the base"
     elif kind == "value_error":
         expected = str(detail["ctx"]["error"])
+    elif kind == "model_type" and isinstance(value, str) and around[-1:] in (("models",), ("sources",)):
+        expected += f": write '- model: {value}'"
+    elif kind == "tuple_type" and location[-1] in ("models", "sources"):
+        expected += ": write '- model: ...' for each of them"
     verb = "" if kind == "value_error" and isinstance(value, dict) else f"is {value!r}; it "
     return f"{show(location)} {verb}must be {expected}"
 

@@ -49,6 +49,10 @@ class _Parts:
     def slices(self, entries: list[Any], location: Location, base: Any, given: set[str]) -> list[Any]:
         if not entries:
             self._document.add(location, f"{show(location)} is empty; list the slices of the output")
+        for i, entry in enumerate(entries):
+            if _is_empty(entry) and (0 < i < len(entries) - 1 or all(map(_is_empty, entries))):
+                text = f"{show((*location, i))} has no layers, and is not the first or last of slices that have some"
+                self._document.add((*location, i), f"{text}; delete it, or correct its layer_range")
         return [self._slice(entry, (*location, i), base, given) for i, entry in enumerate(entries)]
 
     def _slice(self, entry: Any, location: Location, base: Any, given: set[str]) -> Any:
@@ -85,3 +89,12 @@ class _Parts:
             found = "is none of" if count == 0 else "stands more than once in"
             problem = f"the base {base!r} {found} {show(location)}; list it once, with the layer_range of its layers"
             self._document.add(location, problem)
+
+
+def _is_empty(entry: Any) -> bool:
+    """Whether a slice as it was read has a source whose layer_range is [n, n]."""
+    sources = entry.get("sources") if isinstance(entry, dict) else None
+    ranges = (
+        [each.get("layer_range") for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
+    )
+    return any(isinstance(bounds, list) and len(bounds) == 2 and bounds[0] == bounds[1] for bounds in ranges)

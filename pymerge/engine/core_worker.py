@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pymerge.adapters.low_rank import low_rank_of
-from pymerge.adapters.ranks import factor_parts
 from pymerge.checkpoint.finite import check_finite, is_finite
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import torch_dtype, upcast
@@ -170,5 +169,5 @@ class CoreWorker:
     def _refuse(self, step: Step) -> None:
         """Raise NonFiniteError, which names file and key of what an adapter stores."""
         for entry in step.experts:
-            for part in factor_parts(entry):
+            for part in entry.adapter_parts:
                 check_finite(part, 0, self._reader.read(part))

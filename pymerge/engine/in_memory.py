@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymerge.architecture.constants import may_be_constant
 from pymerge.architecture.roles import Kind, Layer, classify
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_values
@@ -16,6 +17,7 @@ from pymerge.common.arrays import as_tensor, compute_code, join
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
 from pymerge.common.names import nearest
+from pymerge.engine.state_dicts import check_integers, check_plain
 from pymerge.engine.torch_worker import merge_rows, solve
 from pymerge.errors import ArgumentError
 from pymerge.methods import get_method
@@ -24,6 +26,7 @@ from pymerge.methods.base import Method, Values
 from pymerge.methods.reduce import Reduce, Reduction, ranges
 from pymerge.methods.rows import Rows
 from pymerge.planner import pieces
+from pymerge.planner.constants import reproduces
 
 
 def merge_tensors(
@@ -87,10 +90,12 @@ def merge_state_dicts(
         method, device, backend, parameters: as in `merge_tensors`.
 
     Returns:
-        The base's names with merged tensors, in the base's dtypes and on its devices. Integer buffers are the base's.
+        The base's names with merged tensors, in the base's dtypes and on its devices. Integers are the base's, and so
+        are masks and other small tensors that are no weights, where all models have the same.
 
     Raises:
-        ArgumentError: names, shapes, dtypes or parameters that do not fit.
+        ArgumentError: names, shapes, dtypes or parameters that do not fit; quantised weights; integers that
+            differ between the models, but for counters of training (num_batches_tracked).
         NonFiniteError: an input holds NaN or infinity; the message names the tensor.
     """
     for index, expert in enumerate(experts):
@@ -101,8 +106,12 @@ def merge_state_dicts(
                 f"expert {index} has other tensors than the base: missing {missing[:3]}, extra {extra[:3]}; "
                 "pass state dicts of the same architecture"
             )
+    check_plain("the base", base)
+    for index, expert in enumerate(experts):
+        check_plain(f"expert {index}", expert)
     described = {name: (code_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in base.items()}
     layers = classify(described, {})
+    check_integers(base, experts, layers)
     where = device or next((tensor.device for tensor in base.values()), torch.device("cpu"))
     merger = _Merger(method, parameters, len(experts), where, backend)
     tensors = [
@@ -139,8 +148,8 @@ class _Merger:
     def prepared(
         self, name: str, layer: Layer, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
     ) -> _Tensor:
-        """A tensor with its action, checked; None as action stands for a buffer, which is copied."""
-        if layer.kind is Kind.BUFFER:
+        """A tensor with its action, checked; None as action stands for a buffer or a constant, which is copied."""
+        if layer.kind is Kind.BUFFER or self._is_constant(name, layer, base, experts, dtype):
             return _Tensor(name, layer, None, base, experts, base.dtype)
         for index, tensor in enumerate([base, *experts]):
             owner = "the base" if index == 0 else f"expert {index - 1}"
@@ -152,6 +161,17 @@ class _Merger:
                 )
         action = self._method.action(name, layer.solvable, self._values, len(experts))
         return _Tensor(name, layer, action, base, experts, dtype or base.dtype)
+
+    def _is_constant(
+        self, name: str, layer: Layer, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
+    ) -> bool:
+        """Whether all models have the same values, as in a merge of files (pymerge.planner.constants)."""
+        if dtype not in (None, base.dtype) or not may_be_constant(name, layer, code_of(base.dtype), base.shape):
+            return False
+        if not all(each.dtype == base.dtype and torch.equal(each.to(base.device), base) for each in experts):
+            return False
+        action = self._method.action(name, layer.solvable, self._values, len(experts))
+        return reproduces(action) or not bool(torch.isfinite(base).all())
 
     def reduced(self, tensors: Sequence[_Tensor]) -> dict[str, tuple[Reduction, int]]:
         """For each tensor that is merged by what all tensors together tell: its state, and its first element there."""

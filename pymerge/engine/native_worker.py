@@ -103,7 +103,7 @@ class NativeWorker:
                     made, finite = self._compute(job, out)
                 except ArgumentError as error:
                     raise ArgumentError(f"{step.name}: {error}") from error
-            if not finite and not self._allow_nonfinite:
+            if not (finite or self._allow_nonfinite or step.infinite):
                 raise_nonfinite(job, self._reader)
             if job.reads_last and not self._keeps_cache:
                 for entry in step.inputs:

@@ -211,6 +211,7 @@ def _publish(plan: Plan, output: OutputDirectory) -> None:
         base_parameters=plan.base_parameters,
         beside=output.beside,
         changeable=plan.extras.changeable,
+        infinite={step.name: step.infinite for step in plan.steps if step.infinite},
     )
     output.publish(files | beside, manifest, last=next(reversed(beside), None))
 

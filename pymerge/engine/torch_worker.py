@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 
 from pymerge.architecture.roles import Layer
-from pymerge.checkpoint.finite import check_finite, is_finite
+from pymerge.checkpoint.finite import is_finite
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.arrays import as_tensor
 from pymerge.common.dtypes import torch_dtype, upcast
 from pymerge.engine.memory import Heap
 from pymerge.engine.transfer import transfer_to
-from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, first_line, is_out_of_memory, raise_nonfinite
+from pymerge.engine.worker import (
+    Context,
+    Made,
+    Reductions,
+    Sink,
+    check_input,
+    failed,
+    first_line,
+    is_out_of_memory,
+    raise_nonfinite,
+)
 from pymerge.errors import ArgumentError, BackendError
 from pymerge.methods.actions import Action, Combine, Elementwise, Run, Solve, SolveTogether
 from pymerge.methods.reduce import Reduce, merge_whole
@@ -142,7 +152,7 @@ class TorchWorker:
                 # What is found in one piece shows in the result of others.
                 for each, tensors in zip(batch.jobs, inputs, strict=True):
                     for entry, tensor in zip(each.step.inputs, tensors, strict=True):
-                        check_finite(entry, each.piece.start, tensor)
+                        check_input(self._reader, entry, each.piece.start, tensor)
             bases = [tensors[0] for tensors in inputs]
             experts = [tensors[1:] if step.reads_base else tensors for tensors in inputs]
             try:
@@ -162,7 +172,8 @@ class TorchWorker:
                     "try --backend reference, and report this"
                 ) from error
             for each, result in zip(batch.jobs, made, strict=True):
-                if result.merged is not None and not self._allow_nonfinite and not is_finite(_tensor(result)):
+                checked = result.merged is not None and not (self._allow_nonfinite or each.step.infinite)
+                if checked and not is_finite(_tensor(result)):
                     raise_nonfinite(each, self._reader)
             self._transfer.finish()
         return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,24 @@ class Parameter:
             raise self._wrong(value, "a number that fits a float") from None
 
     def _wrong(self, value: Any, expected: str) -> ArgumentError:
-        return ArgumentError(f"parameter {self.name!r} is {reprlib.repr(value)}; it must be {expected}")
+        written = _as_meant(value, flag=self.kind == "flag") if isinstance(value, str) else None
+        hint = f": write {written}" if written else ""
+        return ArgumentError(f"parameter {self.name!r} is {reprlib.repr(value)}; it must be {expected}{hint}")
+
+
+def _as_meant(text: str, *, flag: bool) -> str | None:
+    """How YAML has what a text seems to mean: numbers and flags stand without quotes, with a point; None if unknown."""
+    text = text.strip()
+    if flag:
+        return f"{text.lower()} without quotes" if text.lower() in ("true", "false") else None
+    part = re.fullmatch(r"([-+]?[\d.]+) *(%|/ *([\d.]+))", text)
+    try:
+        if part:
+            return f"{float(part[1]) / (100.0 if part[2] == '%' else float(part[3])):.12g}"
+        number = float(text.replace(",", "."))
+    except (ValueError, ZeroDivisionError):
+        return None
+    return f"{number:.12g} without quotes" if "," not in text else f"{number:.12g}"
 
 
 COMPAT = Parameter(

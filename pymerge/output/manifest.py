@@ -32,12 +32,14 @@ def build_manifest(
     base_parameters: int,
     beside: Sequence[ShardLayout] = (),
     changeable: Collection[str] = (),
+    infinite: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The manifest of an output whose shards are all written.
 
     `checksums` (shard file -> tensor -> sha256) is `OutputDirectory.checksums`; `files` is what `publish`
     gets, to which the index is added here; `beside` are files of tensors that are not the model's own weights, and
-    those of them that are `changeable` may get other values later; `identity` is what the merge is made of,
+    those of them that are `changeable` may get other values later; `infinite` says how many values of a tensor are
+    so by right, where any are; `identity` is what the merge is made of,
     `recipe` how to compute a tensor of it again; `base_parameters` counts the elements of the base checkpoint, tied
     weights once.
     Raises CheckpointError when a file to be copied cannot be read.
@@ -60,6 +62,10 @@ def build_manifest(
     }
     for layout in beside:
         shards[layout.file] |= {"beside": True, "changeable": layout.file in changeable}
+    for layout in layouts:
+        for tensor in layout.tensors:
+            if infinite and tensor.name in infinite:
+                shards[layout.file]["tensors"][tensor.name]["infinite"] = infinite[tensor.name]
     sources = dict(files)
     index = index_name(layouts)
     if index is not None:
@@ -123,7 +129,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         if not all(type(shard.get(flag, False)) is bool for flag in ("beside", "changeable")):
             raise ValueError("a field has the wrong type")
         for tensor in shard["tensors"].values():
-            integers += [tensor["offset"], tensor["nbytes"], *tensor["shape"]]
+            integers += [tensor["offset"], tensor["nbytes"], *tensor["shape"], tensor.get("infinite", 0)]
             texts += [tensor["dtype"], tensor["sha256"]]
     for file in manifest["files"].values():
         integers.append(file["size"])

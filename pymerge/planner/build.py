@@ -11,7 +11,7 @@ from typing import Any
 from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
-from pymerge.common.dtypes import CODES, ITEM_SIZES, MERGED, is_float8
+from pymerge.common.dtypes import ITEM_SIZES, MERGED
 from pymerge.config.merge_config import MergeConfig, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
@@ -22,9 +22,13 @@ from pymerge.output.layout import layout_shards
 from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange
 from pymerge.planner.budget import Budget
+from pymerge.planner.config_differences import check_configs
+from pymerge.planner.constants import find_constants
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.inputs import open_inputs
+from pymerge.planner.integers import check_integers
 from pymerge.planner.match import Section, listed, match_tensors
+from pymerge.planner.output_dtypes import output_dtypes, with_dtype
 from pymerge.planner.plan import Plan
 from pymerge.planner.routes import remarks, routed
 from pymerge.planner.steps import Group, Step
@@ -89,23 +93,23 @@ def draft_plan(
         for pattern in unused_rules(layers, config.rules)
     ]
     matched = assembly.match(layers, problems) if assembly else match_tensors(inputs, layers, config, method, problems)
+    if not problems:
+        check_integers(matched, layers, config.rules, problems, matched.warnings)
     if problems:
         raise PlanError(problems)
     names, warnings = matched.names, matched.warnings
     aligned = align(matched, layers, config, method)
     inputs, tokens = aligned.inputs, aligned.tokens
-    donor, stored = inputs.donor, donor.tensors  # gathered tables may have a wider dtype
+    stored, donor = donor, inputs.donor  # gathered tables may have a wider dtype
 
     wanted = dtype or config.out_dtype or config.dtype
     if wanted is not None and wanted not in MERGED:
         raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(MERGED)}")
-    small = [name for name in names if is_float8(stored[name].dtype)]
-    if small and wanted is None:
-        warnings.append(f"{listed(small)}: 8-bit floats in {donor.path}, written as bfloat16")
-    placed = layout_shards(
-        [(name, _output_dtype(stored[name], layers[name], wanted), donor.tensors[name].shape) for name in names],
-        max_shard_bytes,
-    )
+    constants = find_constants(inputs, names, layers, aligned.sections)
+    dtypes = output_dtypes(stored, names, layers, constants, wanted, warnings, keep_float32=config.keep_float32)
+    config_json = _config_json(donor, wanted, tokens.config)
+    warnings += check_configs(aligned, layers, config, config_json)
+    placed = layout_shards([(name, dtypes[name], donor.tensors[name].shape) for name in names], max_shard_bytes)
     steps = []
     wrong: dict[str, list[str]] = {}  # the same mistake is often made for many tensors
     for shard in placed:
@@ -116,6 +120,10 @@ def draft_plan(
             except (ArgumentError, ConfigError) as error:
                 wrong.setdefault(str(error), []).append(tensor.name)
                 continue
+            constant = constants.get(tensor.name)
+            if constant is not None and constant.passes(action):
+                action, experts, values = copy(), (), None
+                layer = replace(layer, reason=f"{layer.reason}, the same in all models")
             for rows in rows_of(entry, experts):
                 action_here = routed(action, layer, rows.base, rows.experts) if rows.experts else copy()
                 read = () if _copies(action_here) else rows.experts
@@ -135,6 +143,7 @@ def draft_plan(
                         nbytes=nbytes,
                         pieces=tuple(pieces.split(layer, action_here, rows.base.shape, CHUNK_ELEMENTS)),
                         values=values,
+                        infinite=constant.infinite if constant is not None else 0,
                     )
                 )
     if wrong:
@@ -147,7 +156,7 @@ def draft_plan(
         layouts=placed,
         warnings=(*config.warnings, *warnings, *remarks((step.name, step.action) for step in steps)),
         budget=budget,
-        config_json=_config_json(donor, wanted, tokens.config),
+        config_json=config_json,
         dtype=wanted,
         base_parameters=sum(donor.tensors[name].numel for name in names),
         tokens=tokens,
@@ -208,21 +217,12 @@ def _action(
     return action, tuple(expert.tensors[name] for expert in section.experts), values
 
 
-def _output_dtype(entry: TensorEntry, layer: Layer, wanted: str | None) -> str:
-    if layer.kind is Kind.BUFFER:
-        return entry.dtype
-    return CODES[wanted] if wanted else entry.output_dtype
-
-
 def _config_json(donor: Checkpoint, wanted: str | None, keys: Mapping[str, Any]) -> bytes | None:
-    """The donor's config.json; its dtype field, under the name that it uses, follows the output, and so do
-    `keys`, in the config or in its text_config, whichever has them."""
+    """The donor's config.json; its dtypes follow the output, and so do `keys`, in the config or in its text_config,
+    whichever has them."""
     if not donor.config:
         return None
-    config = dict(donor.config)
-    for key in ("dtype", "torch_dtype"):
-        if key in config and (wanted or "float8" in str(config[key])):
-            config[key] = wanted or "bfloat16"
+    config = with_dtype(donor.config, wanted)
     nested = config.get("text_config")
     if isinstance(nested, dict):
         config["text_config"] = {**nested, **{key: value for key, value in keys.items() if key in nested}}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.units import format_bytes
 from pymerge.errors import PlanError
+from pymerge.methods.actions import Solve
 from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
-from pymerge.planner.jobs import READ_THREADS, Job, jobs, room
+from pymerge.planner.jobs import READ_AHEAD, READ_THREADS, Job, jobs, room
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Step
 
@@ -33,11 +35,13 @@ def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
             if budget.device == "cuda"
             else f"give --memory {format_bytes(needed, round_up=True)} or more"
         )
+        if isinstance(largest.action, Solve):
+            remedy += f", or leave that tensor out of what is solved (exclude: ['{re.escape(largest.name)}'])"
         raise PlanError(
             [
                 f"memory: {largest.action.label} on {largest.name!r} {list(largest.shape)} holds "
                 f"{format_bytes(needed, round_up=True)} of tensors at once, the limit is "
-                f"{format_bytes(budget.tensors)} ({budget.origin}); {remedy}, or exclude that tensor"
+                f"{format_bytes(budget.tensors)} ({budget.origin}); {remedy}"
             ]
         )
     fitting = tuple(_fitted(step, budget) for step in steps)
@@ -77,7 +81,8 @@ def _fitted(step: Step, budget: Budget) -> Step:
         return replace(ranged, held=holds and ranged.passes > 1)
     if not pieces.by_rows(step.action) or not step.shape or step.shape[0] == 0:
         return step
-    needed = room(step.footprint(step.smallest))
+    decoding = (1 + READ_AHEAD) * step.decoding_bytes  # which larger pieces do not need more of
+    needed = room(step.footprint(step.smallest)) - decoding
     elements = math.prod(step.smallest.shape)
-    most = min(CHUNK_ELEMENTS, max(1, budget.tensors // max(1, needed)) * elements)
+    most = min(CHUNK_ELEMENTS, max(1, (budget.tensors - decoding) // max(1, needed)) * elements)
     return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))

@@ -235,8 +235,8 @@ def _check_dtype(checkpoint: Checkpoint, name: str, problems: list[str]) -> None
     entry = checkpoint.tensors[name]
     if entry.dtype not in _MERGED_DTYPES and not is_float8(entry.dtype):
         problems.append(
-            f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, which cannot be merged; "
-            "convert the model to bfloat16 or float32 first"
+            f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, and integers cannot be merged with numbers; if "
+            "they are codes of a quantised model, merge the original weights instead; if not, save them as float32"
         )
 
 

@@ -119,6 +119,9 @@ class Plan:
             for tensor in layout.tensors
         }
         config = json.loads(self.config_json) if self.config_json else {}
+        copies = [step for step in self.steps if not step.experts and step.shape == step.base.shape]
+        origins = {(out / step.file, step.name): self.inputs.stored(step.base) for step in copies}
+        copied = {place: origin for place, origin in origins.items() if origin is not None}
         return Checkpoint(
             out,
             files=tuple(out / layout.file for layout in self.layouts),
@@ -126,6 +129,7 @@ class Plan:
             config=config,
             other_files=self.inputs.donor.other_files,
             stamps={},
+            copied=copied,
         )
 
     def settled(self) -> Plan:
@@ -172,6 +176,8 @@ class Plan:
 
 
 def _settled(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.base is not None:
+        checkpoint = replace(checkpoint, base=_settled(checkpoint.base))
     if checkpoint.stamps:
         return checkpoint
     found = open_checkpoint(checkpoint.path)

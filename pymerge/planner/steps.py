@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from pymerge.adapters.ranks import factor_parts
 from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
@@ -75,6 +74,7 @@ class Step:
     # Bytes of what was made before it for its file and waits in memory, because the layout of the file depends on the
     # values; None where it does not.
     gathered: int | None = None
+    infinite: int = 0  # infinite values of a constant, which all models have alike: they are written
 
     @property
     def inputs(self) -> tuple[TensorEntry, ...]:
@@ -96,7 +96,7 @@ class Step:
     @cached_property
     def _factor_bytes(self) -> int:
         """Bytes of all factors, which are read instead of the experts."""
-        return sum(part.stored_bytes for entry in self.experts for part in factor_parts(entry))
+        return sum(part.stored_bytes for entry in self.experts for part in entry.adapter_parts)
 
     @property
     def bytes_read(self) -> int:
@@ -140,8 +140,8 @@ class Step:
         return isinstance(self.action, Combine) and all(entry.contiguous for entry in self.inputs)
 
     @cached_property
-    def _decoding_bytes(self) -> int:
-        """Bytes that reading takes beside the inputs, which a thread reads one after the other."""
+    def decoding_bytes(self) -> int:
+        """Bytes that reading takes beside the inputs, whatever the piece: a thread reads them one after the other."""
         return max((entry.decoding_bytes for entry in self.inputs), default=0)
 
     def _worked(self, piece: Piece) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ class Step:
             return Footprint(inputs, scratch, output)
         if self.worker == "native":
             return Footprint(self._native_inputs(elements), scratch, output)
-        inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self._decoding_bytes
+        inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self.decoding_bytes
         if isinstance(self.action, Solve) and self.layer.in_axis == 0:
             scratch += inputs + output  # transposed copies
         return Footprint(inputs, scratch, output)
@@ -172,7 +172,7 @@ class Step:
         sizes = [ITEM_SIZES[entry.dtype] for entry in self.inputs]
         if self.by_blocks:
             return min(BLOCK_ELEMENTS, elements) * sum(sizes)
-        return sum(elements * size + CACHE_LINE for size in sizes) + self._decoding_bytes
+        return sum(elements * size + CACHE_LINE for size in sizes) + self.decoding_bytes
 
     @cached_property
     def held_bytes(self) -> int:

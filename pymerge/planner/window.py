@@ -17,6 +17,8 @@ _MOST_PIECES = 16
 # Jobs of a pool that may wait for their turn to be written or added, where passes only map: a disk now and then stops
 # for a moment, and they are done meanwhile.
 MOST_WAITING = 30
+# Pieces that are merged before the turn of those that threads work on. The writer holds one more.
+DONE_AHEAD = 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def pool_share(queue: Sequence[Batch], limit: int, threads: int) -> PoolShare:
     known = max(known_bytes(job) for job in pooled)
     fitting = max(0, limit - max(others, known)) // max(1, one)
     count = min(threads, fitting) if others else max(1, min(threads, fitting))
-    waits = MOST_WAITING if any(job.reduces for job in pooled) else WRITE_BEHIND
+    waits = MOST_WAITING if any(job.reduces for job in pooled) else DONE_AHEAD
     return PoolShare(count, count * max(working_bytes(job) for job in pooled), waits)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from pymerge.engine.state_dicts import check_plain
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import compute_dtype, task_vector
 from pymerge.ops.combine import Combine
@@ -56,7 +57,9 @@ def upscale(
     if not experts:
         raise ArgumentError("upscale: no experts were given; pass at least one")
     state = base.state_dict()
+    check_plain("upscale: the base", state)
     for name, expert in experts.items():
+        check_plain(f"upscale: expert {name!r}", expert)
         check_expert(name, expert, state)
     found = list(find_modules(base, modules))
     spec = Spec.model_validate(

@@ -119,7 +119,7 @@ def test_rows_of_tables_that_are_decoded(tmp_path: Path) -> None:
         stamps |= checkpoint.stamps
     pairs = [(0, 3), (0, 4), (1, 2), (ZERO, 0), (AVERAGE, 0), (0, 8), (MEAN, 0)]
     entry = gathered(entries[0], row_map(pairs, (((0, 1), (1, 2)),)), entries)
-    assert (entry.dtype, entry.output_dtype) == ("F32", "BF16")
+    assert entry.dtype == "F32"
     assert entry.decoded_from == "FP8 (E4M3), a scale for each row"
     plain = quantised.values["table"]
     average = (plain[1].double() + other[2].double()) / 2

@@ -47,6 +47,8 @@ def test_by_tensors(tensors: dict[str, torch.Tensor], kind: str, suffix: str, tm
         ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "scaled FP8"),
         ({"quant_method": "quark"}, "quark"),
+        ({"quant_method": "eetq"}, "EETQ"),
+        ({"bits": 4}, "a format that it does not name"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
@@ -58,6 +60,63 @@ def test_by_config(config: dict[str, Any], kind: str, nested: bool, tmp_path: Pa
         open_checkpoint(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / "config.json"))
     assert "delete quantization_config" in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_mlx_by_config_alone(depth: int, tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    config: dict[str, Any] = {"quantization": {"group_size": 32, "bits": 4}}
+    for name in ("text_config", "thinker_config")[:depth]:
+        config = {"model_type": "x", name: config}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"is quantised \('MLX', by its quantization\); .*mlx_lm.convert .*--deq"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quantization": "rvq"},
+        {"quantization": None},
+        {"quantization": {"codebook_size": 1024}},
+        {"quantization_config": {}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}},
+    ],
+)
+def test_a_quantisation_that_is_none(config: dict[str, Any], tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert set(open_checkpoint(tmp_path).tensors) == {"a.weight"}
+
+
+def test_modelopt_by_its_file(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    file = tmp_path / "hf_quant_config.json"
+    file.write_text('{"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}')
+    with pytest.raises(
+        CheckpointError, match=r"is quantised \('ModelOpt NVFP4'.*If its weights are plain .*delete the"
+    ):
+        open_checkpoint(tmp_path)
+    for cache_alone in ('{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}', "[]", "no JSON"):
+        file.write_text(cache_alone)
+        assert set(open_checkpoint(tmp_path).tensors) == {"a.weight"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nbytes", "said"),
+    [
+        ("F4", 2, "MXFP4 or NVFP4.*is quantised; merge the original weights instead"),
+        ("F8_E8M0", 4, "scales of MXFP4.*is quantised"),
+        ("C64", 32, "complex numbers, which cannot be merged; leave it out .*view_as_real"),
+        ("X7", 4, "unknown dtype 'X7'; convert it to one of"),
+    ],
+)
+def test_dtypes_that_cannot_be_read(dtype: str, nbytes: int, said: str, tmp_path: Path) -> None:
+    header = json.dumps({"a.weight": {"dtype": dtype, "shape": [4], "data_offsets": [0, nbytes]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(nbytes))
+    with pytest.raises(CheckpointError, match=f"tensor 'a.weight': .*{said}"):
+        open_checkpoint(file)
 
 
 def test_gguf(tmp_path: Path) -> None:

@@ -210,10 +210,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "sparse": (lambda: _saved({"a": torch.eye(2).to_sparse()}), "holds 'torch._utils._rebuild_sparse_tensor'"),
     "quantised": (
         lambda: _rewritten(b"FloatStorage", b"QInt8Storage"),
-        "holds 'torch.QInt8Storage'",
+        "holds 'torch.QInt8Storage', so its weights are quantised; merge the original weights instead",
     ),
     "conjugate": (lambda: _saved({"a": torch.ones(2, dtype=torch.complex64).conj()}), "a tensor with conj set"),
-    "complex": (lambda: _saved({"a": torch.ones(2, dtype=torch.complex64)}), "torch.complex64 cannot be stored"),
+    "complex": (
+        lambda: _saved({"a": torch.ones(2, dtype=torch.complex64)}),
+        "has dtype C64, complex numbers, which cannot be merged; leave it out",
+    ),
     "list": (lambda: _saved([torch.ones(2)]), "holds no dictionary of tensors"),
     "nothing": (lambda: _saved({"a": 1, "b": {"c": torch.ones(2)}}), "has no tensors at its top level, only 'a', 'b'"),
     "two": (

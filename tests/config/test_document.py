@@ -18,7 +18,8 @@ from tests.helpers.configs import WUDI, problems
         (WUDI + "1: x\n", "config:6: a key is not a text; put it in quotes"),
         (WUDI + "---\nmerge_method: ace\n", "config:6: more than one YAML document"),
         ("a: [1\nb: 2\n", "config:2: not valid YAML"),
-        ("a:\n\t- b\n", "config:2: not valid YAML"),
+        ("a:\n\t- b\n", "config:2: not valid YAML: found character '\\t' that cannot start any token; replace tabs"),
+        ('a: "C:\\Users"\nb: 1\n', "; write / for \\, or use single quotes"),
         (
             "a: !!python/object/apply:os.system [ls]\nb: 1\n",
             "config:1: tag 'tag:yaml.org,2002:python/object/apply:os.system' is not",

@@ -146,6 +146,21 @@ def test_model_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         model_path("org/x", config.directory, config.name)
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("https://huggingface.co/org/name", "write org/name for that model of the Hugging Face Hub"),
+        ("https://huggingface.co/org/name/tree/main", "write org/name for that model"),
+        ("$HOME/model", "variables are not replaced in a config: write the path itself"),
+        (".\\models\\a", "write / for \\ in paths"),
+    ],
+)
+def test_names_that_are_no_paths(name: str, remedy: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        model_path(name, tmp_path, "merge.yml")
+    assert f"; {remedy}" in str(caught.value)
+
+
 def test_names_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     (tmp_path / "local/model").mkdir()

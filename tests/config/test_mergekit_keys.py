@@ -169,6 +169,14 @@ REFUSED = {
         LINEAR | {"models": [{"model": "a", "parameters": {"normalize": True}}]},
         "move it to the top-level 'parameters'",
     ),
+    "dtype under parameters": (
+        LINEAR | {"parameters": {"dtype": "bfloat16"}},
+        "unknown parameter 'dtype' of 'linear'; it is a key of the top level: write it beside 'merge_method'",
+    ),
+    "tokenizer_source under a model's parameters": (
+        LINEAR | {"models": [{"model": "a", "parameters": {"tokenizer_source": "union"}}]},
+        "'tokenizer_source' of 'linear'; it is a key of the top level",
+    ),
     "merge_method of a slice": (changed(merge_method="linear"), "it belongs to the top level: indent it less"),
     "a misspelt key of a source": (
         changed(sources=[{"model": "a", "layer_rnge": [0, 2]}]),

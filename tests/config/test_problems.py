@@ -47,6 +47,13 @@ def test_misindented_weight_is_pointed_at() -> None:
         ("scale: .inf", "parameter 'scale' is inf; it must be a finite number"),
         ("scale: [1, .nan]", "parameters.scale[1]: parameter 'scale' is nan; it must be a finite number"),
         ("scale: 1" + 400 * "0", "it must be a number that fits a float"),
+        ("scale: '0.5'", "parameter 'scale' is '0.5'; it must be a number: write 0.5 without quotes"),
+        ("scale: ' -1e-3 '", "it must be a number: write -0.001 without quotes"),
+        ("scale: 50%", "parameter 'scale' is '50%'; it must be a number: write 0.5"),
+        ("scale: 1/4", "it must be a number: write 0.25"),
+        ("scale: 1/0", "parameter 'scale' is '1/0'; it must be a number"),
+        ("scale: '0,25'", "it must be a number: write 0.25"),
+        ("scale: half", "parameter 'scale' is 'half'; it must be a number"),
         ("scale: ", "parameters.scale is empty"),
         ("scale: []", "parameters.scale is an empty list"),
         ("scale: {filter: a}", "parameters.scale has no 'value'; add one"),
@@ -96,6 +103,9 @@ def test_parameter_problem(line: str, expected: str) -> None:
         ),
         ("tokeniser_source: base", "unknown key 'tokeniser_source'; did you mean 'tokenizer_source'?"),
         ("chat_template: chatlm", "chat_template 'chatlm' is neither a known name nor a Jinja template; did you mean"),
+        ("keep_float32: 'no'", "keep_float32 is 'no'; it must be true or false"),
+        ("keep_fp32: false", "unknown key 'keep_fp32'; did you mean 'keep_float32'?"),
+        ("dtype: auto", "'float64'; delete it to keep the dtypes of the base"),
         ("allow_nonfinite: 'yes'", "allow_nonfinite is 'yes'; it must be true or false"),
         ("extra_tensors: maybe", "extra_tensors is 'maybe'; it must be 'heads', 'error' or 'ignore'"),
         (
@@ -185,3 +195,20 @@ def test_merge_parameter_of_a_model_is_refused() -> None:
         "config:13: parameter 'lambda' in models[2].parameters is one of the whole merge; "
         "move it to the top-level 'parameters'"
     ]
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ("[a]", "models[0] is 'a'; it must be a mapping: write '- model: a'"),
+        ("{a: {weight: 1}}", "it must be a list: write '- model: ...' for each of them"),
+    ],
+)
+def test_models_written_otherwise(models: str, expected: str) -> None:
+    assert expected in problems(f"merge_method: linear\nmodels: {models}\n")[-1]
+
+
+def test_a_flag_in_quotes() -> None:
+    text = "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1, normalize: 'True'}\n"
+    (problem,) = problems(text)
+    assert problem.endswith("'normalize' is 'True'; it must be true or false: write true without quotes")

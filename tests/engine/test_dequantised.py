@@ -29,7 +29,7 @@ from tests.helpers.checkpoints import (
     write_model,
 )
 from tests.helpers.imports import modules_after
-from tests.helpers.quantised import MODELS, ModelFormat, quantised_model
+from tests.helpers.quantised import MODELS, ModelFormat, mxfp4, quantised_model, random
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NAMES = ("base", "e0", "e1")
@@ -118,6 +118,38 @@ def test_names_with_another_prefix(tmp_path: Path) -> None:
 def _rename(tensors: Tensors, prefix: str) -> None:
     for name in list(tensors):
         tensors[prefix + name] = tensors.pop(name)
+
+
+def gpt_oss(seed: int) -> tuple[Tensors, Tensors]:
+    """Two blocks of experts in MXFP4, and in plain numbers, with biases and a router."""
+    plain = {"model.embed_tokens.weight": random(16, 64, seed=seed).bfloat16()}
+    small = dict(plain)
+    for number in range(2):
+        mlp = f"model.layers.{number}.mlp"
+        for name, inputs, outputs in (("gate_up_proj", 64, 40), ("down_proj", 32, 64)):
+            experts = mxfp4(3, inputs, outputs, name=f"{mlp}.experts.{name}", seed=10 * seed + number)
+            small |= experts.stored
+            bias = {f"{mlp}.experts.{name}_bias": random(3, outputs, seed=seed).bfloat16()}
+            small |= bias
+            plain |= experts.values | bias
+        plain[f"{mlp}.router.weight"] = small[f"{mlp}.router.weight"] = random(3, 64, seed=seed).bfloat16()
+    return small, plain
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "wudi_flow"])
+def test_experts_of_gpt_oss(method: str, tmp_path: Path) -> None:
+    config = {"model_type": "gpt_oss", "num_hidden_layers": 2, "dtype": "bfloat16"}
+    for seed, name in enumerate(NAMES):
+        small, plain = gpt_oss(seed)
+        write_model(
+            tmp_path / "small" / name, small, config=config | {"quantization_config": {"quant_method": "mxfp4"}}
+        )
+        write_model(tmp_path / "plain" / name, plain, config=config)
+    parameters = {"weight": 0.5, "density": 0.4} if method == "ties" else {}
+    _, found = merged(tmp_path / "small", method, **parameters)
+    _, expected = merged(tmp_path / "plain", method, **parameters)
+    assert equal(found, expected)
+    assert found["model.layers.1.mlp.experts.gate_up_proj"].shape == (3, 64, 40)
 
 
 def test_slices_of_quantised_models(tmp_path: Path) -> None:

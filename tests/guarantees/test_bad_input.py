@@ -28,6 +28,7 @@ from tests.helpers.checkpoints import (
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.norm.weight"
+INPUT_NORM = "model.layers.0.input_layernorm.weight"
 LINE_BREAK = "\n"
 
 
@@ -63,7 +64,7 @@ def test_a_wrong_shape(models: Path) -> None:
 
 def test_an_integer_tensor_where_the_base_has_weights(models: Path) -> None:
     change(models / "e0", lambda tensors: tensors.update({UP: torch.ones(24, 16, dtype=torch.int8)}))
-    refused(models, 4, models / "e0/model.safetensors", UP, "dtype I8", "convert the model")
+    refused(models, 4, models / "e0/model.safetensors", UP, "dtype I8", "is quantised", "merge the original weights")
 
 
 def test_all_problems_of_all_models_are_listed(models: Path) -> None:
@@ -73,7 +74,7 @@ def test_all_problems_of_all_models_are_listed(models: Path) -> None:
         tensors[UP] = torch.ones(2, 2)
 
     change(models / "e0", damage)
-    change(models / "e1", lambda tensors: tensors.update({UP: torch.ones(24, 16, dtype=torch.int32)}))
+    change(models / "e1", lambda tensors: tensors.update({INPUT_NORM: torch.ones(16, dtype=torch.int32)}))
     message = refused(models, 4, "4 problems found", NORM, "more.weight", "[2, 2]", "I32")
     assert message.count(LINE_BREAK + "- ") == 4
 

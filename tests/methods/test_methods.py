@@ -72,7 +72,7 @@ def test_state_dicts_treat_each_tensor_as_what_it_is():
     base["position_ids"] = torch.arange(4)
     experts = [
         {
-            k: v + 1e-3 * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v + 1
+            k: v + 1e-3 * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v
             for k, v in base.items()
         }
         for _ in range(3)

@@ -246,7 +246,7 @@ def test_problems_of_slices_name_line_value_and_remedy(models: Path, tmp_path: P
     assert "(model.layers.0 to .3); correct the range" in text
     text = problem(models, [part(source("a", 0, 4), source("b", 1, 4))])
     assert "slices[0] must be of sources with equally many layers, not 4 and 3; correct a layer_range" in text
-    for bad in ([3, 1], [2, 2], [-1, 2], [0], "0-2", [0, 1.5], [False, True]):
+    for bad in ([3, 1], [-1, 2], [0], "0-2", [0, 1.5], [False, True]):
         text = problem(models, [{"sources": [{"model": "a", "layer_range": bad}]}])
         assert "it must be two whole numbers, the first layer and the one behind the last, as in [0, 16]" in text, bad
     assert "'layer_range' is missing in slices[0].sources[0]" in problem(models, [part({"model": "a"})])
@@ -298,3 +298,25 @@ def test_what_has_no_effect_is_said(models: Path) -> None:
     assert [warning for warning in plan.warnings if "residual_weight" in warning] == [
         "config:3: 'residual_weight' in slices[0] has no effect, nor has it in mergekit"
     ]
+
+
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_a_slice_without_layers_gives_what_stands_outside_of_them(
+    end: str, models: Path, weights: dict[str, Tensors], tmp_path: Path
+) -> None:
+    """At the end: norm and head of one model alone, behind averaged layers. At the start: embeddings."""
+    both = part(source("a", 0, 4, weight=0.5), source("b", 0, 4, weight=0.5))
+    slices = [part(source("b", 0, 0, weight=1)), both] if end == "first" else [both, part(source("b", 4, 4, weight=1))]
+    found = merged(models, tmp_path / "out", merge_method="linear", slices=slices)
+    mean = {name: (weights["a"][name] + weights["b"][name]) / 2 for name in weights["a"]}
+    alone = ["model.embed_tokens.weight"] if end == "first" else ["model.norm.weight", "lm_head.weight"]
+    assert_same(found, mean | {name: weights["b"][name] for name in alone})
+    assert all(torch.equal(found[name], weights["b"][name]) for name in alone)
+    assert layers_of(found) == BLOCKS
+
+
+def test_slices_without_layers_elsewhere_are_refused(models: Path) -> None:
+    slices = [part(source("a", 0, 2)), part(source("b", 2, 2)), part(source("a", 2, 4))]
+    text = problem(models, slices)
+    assert "slices[1] has no layers, and is not the first or last of slices that have some; delete it" in text
+    assert "slices[0] has no layers" in problem(models, [part(source("a", 2, 2))])

@@ -14,7 +14,7 @@ from pymerge.methods.actions import copy
 from pymerge.planner.jobs import WRITE_BEHIND, Batch, Job
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Footprint, Step, WorkerName
-from pymerge.planner.window import SMALL_BYTES, PoolShare, Window, forecast, may_wait, pool_share
+from pymerge.planner.window import DONE_AHEAD, SMALL_BYTES, PoolShare, Window, forecast, may_wait, pool_share
 
 MIB = 2**20
 PIECE = Piece(0, 4, (4,))
@@ -123,9 +123,9 @@ def test_the_forecast_keeps_to_the_limit(batches: list[Batch], extra: int, threa
 @pytest.mark.parametrize(
     ("limit", "threads", "expected"),
     [
-        (10**9, 6, PoolShare(6, 6 * READ, WRITE_BEHIND)),  # as many as the machine has
-        (3 * (READ + 1000), 6, PoolShare(3, 3 * READ, WRITE_BEHIND)),  # as many as fit
-        (READ + 1000, 6, PoolShare(1, READ, WRITE_BEHIND)),
+        (10**9, 6, PoolShare(6, 6 * READ, DONE_AHEAD)),  # as many as the machine has
+        (3 * (READ + 1000), 6, PoolShare(3, 3 * READ, DONE_AHEAD)),  # as many as fit
+        (READ + 1000, 6, PoolShare(1, READ, DONE_AHEAD)),
     ],
 )
 def test_native_threads_as_the_machine_and_the_memory_allow(limit: int, threads: int, expected: PoolShare) -> None:
@@ -137,7 +137,7 @@ def test_native_threads_leave_the_memory_to_the_largest_job_of_pytorch() -> None
     one = READ + 1000
     queue = [in_native(1000), in_torch(5000, 600, 7), in_native(1)]
     assert pool_share(queue, 5607 + 2 * one, 6).threads == 2
-    assert pool_share(queue, 5607 + one - 1, 6) == PoolShare(0, 0, WRITE_BEHIND)
+    assert pool_share(queue, 5607 + one - 1, 6) == PoolShare(0, 0, DONE_AHEAD)
     assert pool_share([in_torch(5000)], 10**9, 6) == NO_SHARE
 
 

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pymerge import wemoe
 from pymerge.errors import ArgumentError, CheckpointError, NonFiniteError
 from pymerge.testing.compare import assert_same
 from pymerge.wemoe.adapt import entropy
+from pymerge.wemoe.heads import read_checkpoint_head
+from tests.helpers.quantised import fp8
 
 QUIET: dict[str, Any] = {"progress": False, "lr": 0.01}
 
@@ -133,6 +136,16 @@ def test_heads_stand_for_the_models_own(tiny: Callable[[str], Any]) -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             wemoe.adapt(routed, batches, steps=1, heads=heads, **QUIET)
+
+
+def test_heads_of_checkpoints_are_read_as_merges_read_them(tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    model, _, experts = tiny("vit")
+    weight = fp8(experts[0]["classifier.weight"], name="classifier.weight", scale="classifier.weight_scale")
+    save_file({**experts[0], **weight.stored}, tmp_path / "model.safetensors")
+    found = read_checkpoint_head(tmp_path, model, torch.device("cpu"))
+    assert found.keys() == {"classifier.weight", "classifier.bias"}
+    assert torch.equal(found["classifier.weight"], weight.values["classifier.weight"])
+    assert torch.equal(found["classifier.bias"], experts[0]["classifier.bias"])
 
 
 def test_patience_stops(tiny: Callable[[str], Any]) -> None:

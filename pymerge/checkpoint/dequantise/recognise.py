@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pymerge.checkpoint.quantised import modelopt_algorithm
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import CODES, ITEM_SIZES
@@ -41,9 +42,14 @@ class Found:
     config: dict[str, Any]
     notes: tuple[str, ...] = ()
 
+    @property
+    def decoded(self) -> bool:
+        """Whether any tensor is."""
+        return bool(self.notes)
+
     def carried(self, files: tuple[Path, ...]) -> tuple[Path, ...]:
         """Those of the files beside the weights that are true of an output as well."""
-        return tuple(path for path in files if path.name not in _FILES) if self.notes else files
+        return tuple(path for path in files if path.name not in _FILES) if self.decoded else files
 
 
 def may_decode(config: Mapping[str, Any]) -> bool:
@@ -69,7 +75,7 @@ def dequantise(
     Raises:
         CheckpointError: a tensor that belongs to a quantised one is missing, does not fit, or stands for nothing.
     """
-    said = list(_said(config))
+    said = list(_said(config)) or ([{"quant_method": "modelopt"}] if modelopt_algorithm(path) else [])
     coded = any(ITEM_SIZES[entry.dtype] == 1 for entry in tensors.values())  # every format has some such
     if not coded or not may_decode(config):
         return Found(tensors, config)

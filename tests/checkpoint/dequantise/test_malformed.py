@@ -16,7 +16,7 @@ from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.errors import CheckpointError
-from tests.helpers.quantised import FORMATS, Tensors, fp8, json_tensor, random
+from tests.helpers.quantised import FORMATS, Tensors, fp8, json_tensor, nvfp4, random
 
 NAN, INFINITY = float("nan"), float("inf")
 STATE = "x.weight.quant_state.bitsandbytes__nf4"
@@ -193,21 +193,27 @@ def test_weights_that_are_made_for_other_inputs_are_refused(tmp_path: Path) -> N
         opened(tmp_path, tensors | {"x.pre_quant_scale": torch.ones(8)}, {})
 
 
-@pytest.mark.parametrize("scales", [torch.float8_e4m3fn, torch.float8_e8m0fnu])
-def test_scales_in_an_order_that_nothing_tells_are_refused(scales: torch.dtype, tmp_path: Path) -> None:
+def test_scales_in_an_order_that_nothing_tells_are_refused(tmp_path: Path) -> None:
     """ComfyUI stores scales of small blocks in the order of a GPU's kernels, under names that others have too."""
-    if scales == torch.float8_e4m3fn:
-        codes = torch.zeros(128, 32, dtype=torch.uint8)
-        tensors = {
-            "x.weight": codes,
-            "x.weight_scale": torch.ones(128, 4).to(scales),
-            "x.weight_scale_2": torch.ones(1),
-        }
-        assert not isinstance(opened(tmp_path, tensors).get("x.weight"), DecodedEntry)
-        return
-    tensors = {"x.weight": random(128, 128).to(torch.float8_e4m3fn), "x.weight_scale": torch.ones(128, 4).to(scales)}
-    with pytest.raises(CheckpointError, match="has dtype F8_E8M0, where scales are expected"):
+    small = torch.ones(128, 4).to(torch.float8_e4m3fn)
+    codes = torch.zeros(128, 32, dtype=torch.uint8)
+    tensors = {"x.weight": codes, "x.weight_scale": small, "x.weight_scale_2": torch.ones(1)}
+    with pytest.raises(CheckpointError, match=r"is quantised \(NVFP4"):
         opened(tmp_path, tensors)
+    exponents = torch.ones(128, 4).to(torch.float8_e8m0fnu)
+    with pytest.raises(CheckpointError, match="has dtype F8_E8M0, where scales are expected"):
+        opened(tmp_path, {"x.weight": random(128, 128).to(torch.float8_e4m3fn), "x.weight_scale": exponents})
+
+
+def test_models_of_modelopt_that_say_so_in_a_file_of_their_own(tmp_path: Path) -> None:
+    quantised = nvfp4(24, 96, modelopt=True)
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    entry = opened(tmp_path, quantised.stored, {"model_type": "x"})["x.weight"]
+    checkpoint = open_checkpoint(tmp_path)
+    assert [path.name for path in checkpoint.other_files] == ["tokenizer_config.json"]
+    with Reader(checkpoint.stamps) as reader:
+        assert torch.equal(reader.read(entry), quantised.values["x.weight"])
 
 
 def test_what_is_left_of_a_model_in_two_formats_is_refused(tmp_path: Path) -> None:

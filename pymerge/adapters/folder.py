@@ -1,0 +1,101 @@
+"""The files of an adapter: which they are, and their headers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pymerge.checkpoint.model_files import carried_files
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.checkpoint.weight_files import find_weights, format_of, read_json
+from pymerge.common.names import first_few
+from pymerge.errors import CheckpointError
+
+CONFIG_NAME = "adapter_config.json"
+# As PEFT looks for them, and then vLLM.
+WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+_FACTORS = (".lora_A.", ".lora_embedding_A", ".lora_magnitude_vector", ".token_adapter.", ".modules_to_save.")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An opened adapter: adapter_config.json, and the tensors of its one file, under the names that they have there.
+
+    `stamps` has the size and time of both; `other_files`, relative to `path`, are what else lies there, a tokenizer
+    among it.
+    """
+
+    path: Path
+    file: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorEntry]
+    stamps: dict[Path, tuple[int, int]]
+    other_files: tuple[Path, ...]
+    notes: tuple[str, ...]
+    origin: str = ""
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder, or a file, is that of an adapter alone. Adapters beside whole weights are left to those."""
+    if not os.path.isdir(path):
+        return path.name in WEIGHT_NAMES and os.path.isfile(path.parent / CONFIG_NAME)
+    names = _names(path)
+    if CONFIG_NAME not in names and not set(WEIGHT_NAMES) & names:
+        return False
+    try:
+        form, files, _ = find_weights(path)
+    except CheckpointError:
+        return True
+    if "config.json" in names or CONFIG_NAME not in names or len(files) > 1:
+        return False
+    return _has_factors(form.read(files[0]).entries)
+
+
+def open_adapter(path: Path) -> AdapterFiles:
+    """Open an adapter by its headers. Raises CheckpointError, with what was found and what to do."""
+    folder = path if os.path.isdir(path) else path.parent
+    config_file = folder / CONFIG_NAME
+    names = _names(folder)
+    if CONFIG_NAME not in names:
+        raise CheckpointError(
+            f"{folder}: has weights of an adapter and no {CONFIG_NAME}, which says how they are scaled; save it with "
+            "PEFT's save_pretrained"
+        )
+    file = path if path != folder else _weights(folder, names)
+    form = format_of(file)
+    if form is None:
+        raise CheckpointError(f"{file}: is neither safetensors nor of torch.save; save the adapter with safetensors")
+    header = form.read(file)
+    config = read_json(config_file, unique=True)
+    status = config_file.stat()
+    stamps = {file: (header.file_bytes, header.mtime_ns), config_file: (status.st_size, status.st_mtime_ns)}
+    others = tuple(name for name in carried_files(folder) if name.name != CONFIG_NAME)
+    return AdapterFiles(folder, file, config, header.entries, stamps, others, header.notes)
+
+
+def _weights(folder: Path, names: set[str]) -> Path:
+    for name in WEIGHT_NAMES:
+        if name in names:
+            return folder / name
+    try:
+        _, files, _ = find_weights(folder)
+        return files[0]
+    except CheckpointError:
+        pass
+    inside = sorted(name for name in names if os.path.isfile(folder / name / CONFIG_NAME))
+    found = f"; adapters lie in {first_few(inside)}: name one of them" if inside else "; download it whole"
+    raise CheckpointError(f"{folder}: has {CONFIG_NAME} and none of {', '.join(WEIGHT_NAMES)}{found}")
+
+
+def _has_factors(tensors: Mapping[str, TensorEntry]) -> bool:
+    return any(part in name for name in tensors for part in _FACTORS)
+
+
+def _names(path: Path) -> set[str]:
+    try:
+        return set(os.listdir(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be listed ({error.strerror}); check its rights") from error

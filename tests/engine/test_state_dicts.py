@@ -1,0 +1,54 @@
+"""State dicts in memory: quantised ones are refused, and integers must be the same in all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pymerge import merge_state_dicts
+from pymerge.errors import ArgumentError
+from pymerge.wemoe import upscale
+
+WEIGHT = torch.eye(4)
+PLAIN = {"a.weight": WEIGHT, "position_ids": torch.arange(4)[None], "bn.num_batches_tracked": torch.tensor(3)}
+QUANTISED = {
+    "int8": {"a.weight": torch.ones(4, 4, dtype=torch.int8), "a.scale": torch.ones(4, 1)},
+    "fp8": {"a.weight": WEIGHT.to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(1)},
+    "mlx": {"a.weight": torch.ones(4, 1, dtype=torch.uint32), "a.scales": torch.ones(4, 1)},
+    "bfloat16 as uint16": {"a.weight": WEIGHT.bfloat16().view(torch.uint16)},
+    "experts": {"mlp.experts.down_proj": torch.ones(2, 4, 4, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_refused(kind: str) -> None:
+    state = QUANTISED[kind]
+    with pytest.raises(ArgumentError, match=r"the base .*(quantised|as integers).*; (merge the original|view each)"):
+        merge_state_dicts(state, [state], "linear", weight=1.0)
+    name = next(iter(state))
+    plain = {each: torch.ones(tensor.shape) for each, tensor in state.items()}
+    with pytest.raises(ArgumentError, match=rf"expert 1 .*'{name}'"):
+        merge_state_dicts(plain, [plain, state], "linear", weight=1.0)
+
+
+def test_integers_must_agree() -> None:
+    expert = PLAIN | {"a.weight": WEIGHT + 1, "bn.num_batches_tracked": torch.tensor(9)}
+    merged = merge_state_dicts(PLAIN, [expert], "linear", weight=1.0)
+    assert torch.equal(merged["a.weight"], WEIGHT + 1)
+    assert torch.equal(merged["position_ids"], PLAIN["position_ids"])
+    assert merged["bn.num_batches_tracked"] == 3
+    same = expert | {"position_ids": PLAIN["position_ids"].to(torch.int32)}
+    merge_state_dicts(PLAIN, [same], "linear", weight=1.0)
+    for changed in (torch.arange(1, 5)[None], torch.arange(5)[None], torch.arange(4).float()[None] + 0.5):
+        with pytest.raises(ArgumentError, match="position_ids: expert 0 has other integers than the base"):
+            merge_state_dicts(PLAIN, [expert | {"position_ids": changed}], "linear", weight=1.0)
+
+
+def test_upscale_refuses_quantised_experts() -> None:
+    base = nn.Sequential()
+    base.add_module("mlp", nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    expert = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    expert |= {"mlp.0.weight": torch.ones(4, 4, dtype=torch.int8), "mlp.0.weight_scale": torch.ones(4)}
+    with pytest.raises(ArgumentError, match=r"upscale: expert 'a' is quantised \(compressed-tensors"):
+        upscale(base, {"a": expert})
