@@ -33,6 +33,7 @@ from pymerge.planner.plan import Plan
 from pymerge.planner.routes import remarks, routed
 from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
+from pymerge.planner.untouched import untouched
 from pymerge.planner.workers import Target, worker_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -124,6 +125,8 @@ def draft_plan(
             if constant is not None and constant.passes(action):
                 action, experts, values = copy(), (), None
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
+            elif untouched(method, action, entry, experts, aligned.sections[tensor.name]):
+                action, experts, values = copy(), (), None
             for rows in rows_of(entry, experts):
                 action_here = routed(action, layer, rows.base, rows.experts) if rows.experts else copy()
                 read = () if _copies(action_here) else rows.experts
