@@ -129,7 +129,6 @@ def draft_plan(
                 action, experts, values = copy(), (), None
             for rows in rows_of(entry, experts):
                 action_here = routed(action, layer, rows.base, rows.experts) if rows.experts else copy()
-                read = () if _copies(action_here) else rows.experts
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
@@ -139,7 +138,7 @@ def draft_plan(
                         shape=rows.base.shape,
                         dtype=tensor.dtype,
                         base=rows.base,
-                        experts=read,
+                        experts=rows.experts,
                         reads_base=method.needs_base or _copies(action_here),
                         file=shard.file,
                         offset=tensor.offset + (tensor.nbytes - nbytes if rows.start else 0),

@@ -8,7 +8,7 @@ from typing import Literal
 from pymerge.adapters.ranks import rank_over
 from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.methods.actions import Action, InCore, Solve, copy
+from pymerge.methods.actions import Action, InCore, Solve
 from pymerge.planner import pieces
 from pymerge.planner.match import listed
 
@@ -18,22 +18,17 @@ Route = Literal["core", "tiles", "dense"]
 
 
 def routed(action: Action, layer: Layer, base: TensorEntry, experts: Sequence[TensorEntry]) -> Action:
-    """The action, or what does the same with less work: in the core where R is at most half of a matrix's smaller side.
-
-    A weight that nobody has touched is the base's.
+    """The action, or the same in the core: where all task vectors are known by factors, and R is at most half of a
+    matrix's smaller side. A weight that nobody has touched is left to others.
     """
-    if not isinstance(action, Solve) or not experts:
+    if not isinstance(action, Solve) or not action.has_core:
         return action
     ranks = [rank_over(base, entry) for entry in experts]
     known = [rank for rank in ranks if rank is not None]
     if len(known) < len(ranks):
         return action
     rank, shape = sum(known), pieces.worked_shape(layer, action, base.shape)
-    if rank == 0:
-        return copy()
-    if not action.has_core or 2 * rank > min(shape):
-        return action
-    return InCore(action, (shape[0], shape[1]), rank)
+    return InCore(action, (shape[0], shape[1]), rank) if 0 < 2 * rank <= min(shape) else action
 
 
 def remarks(actions: Iterable[tuple[str, Action]]) -> list[str]:

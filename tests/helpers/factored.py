@@ -29,7 +29,8 @@ def adapter(folder: Path, base: Path, factors: Pairs, dora: bool = False) -> Che
         terms = [Term(_matrix(left, number), _matrix(right, number), 1.0, 0, number) for number in range(count or 1)]
         made = LowRank(own, tuple(terms), bool(count), Magnitude(left) if dora else None)
         tensors[name] = decoded(name, made, own.dtype)
-    return replace(parts, tensors=tensors, config=model.config, stamps={**model.stamps, **parts.stamps})
+    stamps = {**model.stamps, **parts.stamps}
+    return replace(parts, tensors=tensors, config=model.config, stamps=stamps, base=model)
 
 
 def _matrix(entry: TensorEntry, number: int) -> Matrix:
