@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pymerge.planner.budget import Budget
 from pymerge.planner.build import build_plan
 from pymerge.planner.plan import Plan
 from tests.helpers.checkpoints import Tensors, checksums, llama, llama_config, load_output, write_config, write_model
-from tests.helpers.factored import adapter, moved
+from tests.helpers.factored import moved, write_adapter
 
 UP, Q, CONV, STACK = (
     "model.layers.0.mlp.up_proj.weight",
@@ -33,7 +34,6 @@ UP, Q, CONV, STACK = (
 RULES = """layers:
   - {pattern: "layers\\\\.0\\\\.mlp\\\\.down_proj", kind: linear, in_axis: 0}
 """
-LARGE = Budget("cpu", 2**30, 2**30, 2**33, "here")
 METHODS = ["wudi_flow", "swudi_a", "ace", "tsv_m", "iso_c", "iso_cts", "knots"]
 
 
@@ -55,17 +55,22 @@ def factors_of(seed: int, rank: int, names: list[str], base: Tensors) -> dict[st
 EXPERTS = [(2, [UP, Q, CONV, STACK]), (3, [UP, CONV, STACK]), (1, [UP, Q])]
 
 
-def planned(folder: Path, method: str, dtype: torch.dtype = torch.float32, more: str = RULES, **settings: Any) -> Plan:
-    """The plan of three experts of different ranks, which do not all touch the same tensors."""
+def planned(folder: Path, method: str, dtype: torch.dtype = torch.float32, dora: bool = False) -> Plan:
+    """The plan of three adapters of different ranks, which do not all touch the same tensors."""
     base = base_model(dtype)
     if not (folder / "base").exists():
         write_model(folder / "base", base, config=llama_config(base))
-    models = {}
     for number, (rank, names) in enumerate(EXPERTS):
-        made = folder / f"e{number}-{len(list(folder.iterdir()))}"
-        models[f"e{number}"] = adapter(made, folder / "base", factors_of(number, rank, names, base), **settings)
-    config = load_config(write_config(folder, method, experts=len(EXPERTS), more=more))
-    return build_plan(config, LARGE, resolve_target("cpu", "auto"), planned=models)
+        if dora or not (folder / f"e{number}").exists():
+            shutil.rmtree(folder / f"e{number}", ignore_errors=True)
+            factors = factors_of(number, rank, [name for name in names if not (dora and name == STACK)], base)
+            write_adapter(folder / f"e{number}", folder / "base", factors, dora)
+    return plan_of(folder, method)
+
+
+def plan_of(folder: Path, method: str, experts: int = len(EXPERTS), limit: int = 2**30, more: str = RULES) -> Plan:
+    config = load_config(write_config(folder, method, experts=experts, more=more))
+    return build_plan(config, Budget("cpu", limit, limit, 2**33, "here"), resolve_target("cpu", "auto"))
 
 
 def step_of(plan: Plan, name: str) -> Any:
@@ -100,10 +105,10 @@ def test_the_plan_takes_the_core_where_all_experts_allow_it(tmp_path: Path) -> N
     assert step_of(planned(tmp_path, "wudi_flow"), UP).worker == "core"
     assert step_of(planned(tmp_path, "wudi_flow"), UP).action.rank == 6
     assert step_of(planned(tmp_path, "wudi"), UP).route == "dense"  # has no reduced form
-    assert step_of(planned(tmp_path, "wudi_flow", dora=True), UP).route == "dense"
     assert step_of(planned(tmp_path, "linear"), UP).route == "tiles"
     untouched = step_of(planned(tmp_path, "wudi_flow"), "model.layers.1.self_attn.k_proj.weight")
     assert (untouched.route, untouched.experts, untouched.worker) == ("tiles", (), "native")
+    assert step_of(planned(tmp_path, "wudi_flow", dora=True), UP).route == "dense"
 
 
 def test_plans_of_iso_c_warn_of_the_mean_over_all_directions(tmp_path: Path) -> None:
@@ -131,14 +136,9 @@ def test_the_same_bytes_for_any_threads_and_memory(tmp_path: Path, monkeypatch: 
     found = []
     for number, (threads, limit) in enumerate([(1, 2**30), (3, 2**30), (2, 2**18)]):
         monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-        plan = planned(tmp_path, "ace", torch.bfloat16)
-        assert len(step_of(plan, UP).pieces) > 3
-        fitting = build_plan(
-            plan.config,
-            Budget("cpu", limit, limit, 2**33, "here"),
-            resolve_target("cpu", "auto"),
-            planned={f"e{i}": expert for i, expert in enumerate(plan.inputs.experts)},
-        )
+        planned(tmp_path, "ace", torch.bfloat16)
+        fitting = plan_of(tmp_path, "ace", limit=limit)
+        assert len(step_of(fitting, UP).pieces) > 3
         assert fitting.target.threads == threads
         run(fitting, tmp_path / f"out{number}")
         found.append(checksums(tmp_path / f"out{number}")["model.safetensors"])
@@ -151,15 +151,10 @@ def test_what_is_not_finite_names_file_and_key(value: float, tmp_path: Path) -> 
     write_model(tmp_path / "base", base, config=llama_config(base))
     factors = factors_of(0, 2, [UP], base)
     factors[UP][1][1, 2] = value
-    models = {"e0": adapter(tmp_path / "e0", tmp_path / "base", factors)}
-
-    def plan(more: str) -> Plan:
-        config = load_config(write_config(tmp_path, "wudi_flow", experts=1, more=more))
-        return build_plan(config, LARGE, resolve_target("cpu", "auto"), planned=models)
-
-    with pytest.raises(NonFiniteError, match=rf"e0/model.safetensors: tensor '{UP}.R' .*\[1, 2\]"):
-        run(plan(""), tmp_path / "out")
-    run(plan("allow_nonfinite: true"), tmp_path / "allowed")
+    write_adapter(tmp_path / "e0", tmp_path / "base", factors)
+    with pytest.raises(NonFiniteError, match=r"e0/adapter_model.safetensors: .*up_proj.lora_A.* \[1, 2\]"):
+        run(plan_of(tmp_path, "wudi_flow", 1, more=""), tmp_path / "out")
+    run(plan_of(tmp_path, "wudi_flow", 1, more="allow_nonfinite: true"), tmp_path / "allowed")
     assert load_output(tmp_path / "allowed")[UP].isnan().all()
 
 

@@ -1,45 +1,43 @@
-"""Experts of low rank as entries of plans, made from a file of factors; and the same models with their sums."""
+"""Adapters of given products of factors, in PEFT's form; and the models that they make, as sums."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from pymerge.adapters.low_rank import LowRank, Magnitude, Matrix, Term, matrix
-from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from pymerge.checkpoint.decoded import decoded
 from tests.helpers.checkpoints import Tensors
 
-Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]  # left and right of a tensor; of a stack, stacks
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]  # left and right of a tensor as it is stored; of a stack, stacks
 
 
-def adapter(folder: Path, base: Path, factors: Pairs, dora: bool = False) -> Checkpoint:
-    """The base with some of its tensors moved by left @ right, which are written to a file in `folder`."""
+def write_adapter(folder: Path, base: Path, factors: Pairs, dora: bool = False) -> Path:
+    """A folder with an adapter that adds left @ right to some tensors of a base."""
     folder.mkdir(parents=True)
-    stored = {f"{name}.{side}": part for name, pair in factors.items() for side, part in zip("LR", pair, strict=True)}
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")
-    parts, model = open_checkpoint(folder), open_checkpoint(base)
-    tensors = dict(model.tensors)
-    for name in factors:
-        left, right, own = parts.tensors[f"{name}.L"], parts.tensors[f"{name}.R"], tensors[name]
-        count = left.shape[0] if len(left.shape) == 3 else 0
-        terms = [Term(_matrix(left, number), _matrix(right, number), 1.0, 0, number) for number in range(count or 1)]
-        made = LowRank(own, tuple(terms), bool(count), Magnitude(left) if dora else None)
-        tensors[name] = decoded(name, made, own.dtype)
-    stamps = {**model.stamps, **parts.stamps}
-    return replace(parts, tensors=tensors, config=model.config, stamps=stamps, base=model)
-
-
-def _matrix(entry: TensorEntry, number: int) -> Matrix:
-    """All of a factor, or of a stack one matrix, picked out of all their rows."""
-    if len(entry.shape) == 2:
-        return matrix(entry)
-    count, rows, columns = entry.shape
-    flat = replace(entry, shape=(count * rows, columns))
-    return Matrix(flat, (number * rows, (number + 1) * rows, 1), (0, columns, 1))
+    stored = {}
+    for name, (left, right) in factors.items():
+        module = name.removesuffix(".weight") if left.ndim == 2 else name.rpartition(".")[0]
+        key = f"base_model.model.{module}"
+        if left.ndim == 3:  # rows e * r + k of A, columns k * E + e of B
+            left, right = left.permute(1, 2, 0).flatten(1), right.flatten(0, 1)
+        stored |= {f"{key}.lora_A.weight": right, f"{key}.lora_B.weight": left}
+        if dora:
+            stored[f"{key}.lora_magnitude_vector"] = torch.ones(len(left))
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "adapter_model.safetensors")
+    plain = {name: left.shape[-1] for name, (left, _) in factors.items()}
+    rank = max(plain.values())
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({name.split(".")[-2] for name in factors}),
+        "use_dora": dora,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def moved(base: Tensors, factors: Pairs) -> Tensors:
