@@ -15,14 +15,18 @@ from pymerge.adapters.low_rank import low_rank_of
 from pymerge.checkpoint.finite import check_finite, is_finite
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import torch_dtype, upcast
+from pymerge.engine.buffers import Buffers
 from pymerge.engine.memory import Heap
-from pymerge.engine.worker import Context, Made, Sink, first_line, is_out_of_memory, raise_nonfinite
+from pymerge.engine.worker import Context, Made, Sink, failed, first_line, is_out_of_memory, raise_nonfinite
 from pymerge.errors import ArgumentError, BackendError
-from pymerge.methods.actions import InCore
+from pymerge.methods.actions import TILE_ELEMENTS, InCore
 from pymerge.methods.core.factors import Factors
 from pymerge.ops._op import one_thread
 from pymerge.planner.jobs import Batch, Job
 from pymerge.planner.steps import Step
+
+# Memory that stays idle between rows of different sizes.
+_MOST_IDLE = 2**25
 
 
 class _Added(NamedTuple):
@@ -47,6 +51,8 @@ class CoreWorker:
         self._keeps_cache = context.keeps_cache
         self._solved: dict[int, Future[_Added]] = {}  # by step
         self._lock = threading.Lock()
+        self._buffers = Buffers(min(limit // 16, _MOST_IDLE))  # for rows; of the leading thread
+        self._sums = threading.local()  # memory of each thread for products
         self._heap = Heap(limit)
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(max(1, threads), "pymerge-core", torch.set_num_threads, (1,))
@@ -54,7 +60,11 @@ class CoreWorker:
     def start(self, job: Job) -> Future[Made]:
         """Have a thread work on a job."""
         self._reader.announce(job.step.base, job.piece.start, job.piece.stop)
-        return self._pool.submit(self._work, job)
+        try:
+            rooms = self._rooms(job)
+        except MemoryError as error:
+            return failed(error)
+        return self._pool.submit(self._work, job, rooms)
 
     def finish(self, batch: Batch, started: list[Future[Made]]) -> list[Made]:
         """Wait for a job, or work on it now."""
@@ -63,18 +73,21 @@ class CoreWorker:
             made = started[0].result()
         else:
             with one_thread():
-                made = self._work(job)
+                made = self._work(job, self._rooms(job))
         started.clear()  # futures keep their results
         if job.ends_step:
             with self._lock:
                 self._solved.pop(id(job.step), None)
-        return [made]
+        self._buffers.give(made.mapped)
+        return [made._replace(mapped=None)]
 
     def store(self, job: Job, merged: Tensor, sink: Sink) -> None:
         """Give merged rows to the sink."""
         sink.write(job.step.name, merged)
 
-    def reuse(self, merged: Tensor) -> None: ...
+    def reuse(self, merged: Tensor) -> None:
+        """Nobody uses the memory of merged rows any more."""
+        self._buffers.give(merged)
 
     def freed(self, batch: Batch) -> None:
         """A batch has had its turn."""
@@ -84,6 +97,7 @@ class CoreWorker:
         """Give back memory that no job is using; what was solved is solved again."""
         with self._lock:
             self._solved.clear()
+        self._buffers.settle(0)
         self._heap.trim()
 
     def close(self) -> None:
@@ -91,31 +105,49 @@ class CoreWorker:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads)  # what later threads start with
 
-    def _work(self, job: Job) -> Made:
+    def _rooms(self, job: Job) -> tuple[Tensor, Tensor]:
+        """Memory for rows of the base and for those of the result. Raises MemoryError."""
+        codes = job.step.base.dtype, job.step.dtype
+        rows, out = (self._buffers.take(job.piece.shape, torch_dtype(code)) for code in codes)
+        return rows, out
+
+    def _work(self, job: Job, rooms: tuple[Tensor, Tensor]) -> Made:
+        """Add what is solved to rows; `mapped` hands back the memory that these were in."""
         step, piece, began = job.step, job.piece, time.perf_counter_ns()
-        nbytes = step.base.stored_in(piece.start, piece.stop)
-        with self._tracer.span("read", step.base.name, nbytes):
-            rows = upcast(self._reader.read(step.base, piece.start, piece.stop))
+        rows, out = rooms
+        with self._tracer.span("read", step.base.name, step.base.stored_in(piece.start, piece.stop)):
+            self._reader.read_into(step.base, rows, piece.start, piece.stop)
             if not self._keeps_cache:
                 self._reader.release(step.base, piece.start, piece.stop)
         read = time.perf_counter_ns()
         with self._tracer.span("core", step.name):
-            merged = self._merged(step, piece.start, rows)
-            if not self._allow_nonfinite and not is_finite(merged):
+            self._merge(step, piece.start, upcast(rows), out)
+            if not self._allow_nonfinite and not is_finite(out):
                 raise_nonfinite(job, self._reader)
         self._progress.advance(step.bytes_of(piece))
-        return Made(merged, None, read - began, time.perf_counter_ns() - read)
+        return Made(out, rows, read - began, time.perf_counter_ns() - read)
 
-    def _merged(self, step: Step, first: int, rows: Tensor) -> Tensor:
+    def _merge(self, step: Step, first: int, rows: Tensor, out: Tensor) -> None:
         """Rows of the base from `first` on, and what is added to them; of a stack, whole matrices."""
-        dtype = torch_dtype(step.dtype)
-        if step.layer.stacked:
-            return torch.stack([self._sum(self._solve(step, first + i), 0, rows[i], dtype) for i in range(len(rows))])
-        return self._sum(self._once(step), first, rows, dtype)
+        if not step.layer.stacked:
+            self._add(self._once(step), first, rows, out)
+            return
+        for number, (matrix, room) in enumerate(zip(rows, out, strict=True), first):
+            self._add(self._solve(step, number), 0, matrix, room)
 
-    @staticmethod
-    def _sum(added: _Added, first: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        return (added.left[first : first + len(rows)] @ added.right).add_(rows).to(dtype)
+    def _add(self, added: _Added, first: int, rows: Tensor, out: Tensor) -> None:
+        """A few rows at a time, which stay in the cache."""
+        count, width = rows.shape
+        step = max(1, TILE_ELEMENTS // max(1, width))
+        size = min(step, count) * width
+        room: Tensor | None = getattr(self._sums, "room", None)
+        if room is None or room.numel() < size or room.dtype != added.left.dtype:
+            room = self._sums.room = torch.empty(size, dtype=added.left.dtype)
+        for top in range(0, count, step):
+            tile = rows[top : top + step]
+            total = room[: tile.numel()].view(tile.shape)
+            torch.mm(added.left[first + top : first + top + len(tile)], added.right, out=total)
+            out[top : top + step] = total.add_(tile)
 
     def _once(self, step: Step) -> _Added:
         """What is added to a weight, from the thread that solves it."""

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+# Elements of the rows that a product is added to at once.
+TILE_ELEMENTS = 2**18
+
 
 class Run(Protocol):
     """Runs an op on the chosen backend (pymerge.backends.runner)."""
@@ -106,6 +109,11 @@ class Solve(Action):
         """Whether it can be solved in the space that factors span: by `run_core`, for `InCore`."""
         return False
 
+    @property
+    def minds_factors(self) -> bool:
+        """Whether it is defined by factors: then those that are known are taken whatever their rank."""
+        return False
+
     def run_core(self, tasks: Sequence[Factors]) -> Product:
         """scale * X from task vectors that are products of factors (finite, of one shape), on one thread."""
         raise NotImplementedError(f"{self.label} has no form for factors")
@@ -159,9 +167,10 @@ class InCore(Action):
         return 2 * elements * rank + core * elements // max(1, rows * columns)
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
-        # Factors as they are read, joined and orthonormal, P and K; cores; the rows in float64, and what is added.
+        # Factors as they are read, joined and orthonormal, P and K; cores; and a product for some rows, in float64.
         rows, columns = self.shape
-        elements = 6 * (rows + columns) * self.rank + 12 * self.rank**2 + 2 * math.prod(shape)
+        tile = max(columns, rows, min(TILE_ELEMENTS, math.prod(shape)))
+        elements = 6 * (rows + columns) * self.rank + 12 * self.rank**2 + 2 * tile
         return 8 * elements + self.solve.core_scratch(self.shape, self.rank, experts)
 
 

@@ -36,6 +36,10 @@ class SolveAligned(Solve):
     def has_core(self) -> bool:
         return True
 
+    @property
+    def minds_factors(self) -> bool:
+        return True
+
     @abstractmethod
     def product(self, tasks: Sequence[Factors]) -> Product:
         """X."""

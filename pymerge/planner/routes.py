@@ -19,7 +19,7 @@ Route = Literal["core", "tiles", "dense"]
 
 def routed(action: Action, layer: Layer, base: TensorEntry, experts: Sequence[TensorEntry]) -> Action:
     """The action, or the same in the core: where all task vectors are known by factors, and R is at most half of a
-    matrix's smaller side. A weight that nobody has touched is left to others.
+    matrix's smaller side, or the method is defined by them. A weight that nobody has touched is left to others.
     """
     if not isinstance(action, Solve) or not action.has_core:
         return action
@@ -28,7 +28,8 @@ def routed(action: Action, layer: Layer, base: TensorEntry, experts: Sequence[Te
     if len(known) < len(ranks):
         return action
     rank, shape = sum(known), pieces.worked_shape(layer, action, base.shape)
-    return InCore(action, (shape[0], shape[1]), rank) if 0 < 2 * rank <= min(shape) else action
+    takes = rank > 0 if action.minds_factors else 0 < 2 * rank <= min(shape)
+    return InCore(action, (shape[0], shape[1]), rank) if takes else action
 
 
 def remarks(actions: Iterable[tuple[str, Action]]) -> list[str]:

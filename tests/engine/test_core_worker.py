@@ -22,7 +22,16 @@ from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
 from pymerge.planner.build import build_plan
 from pymerge.planner.plan import Plan
-from tests.helpers.checkpoints import Tensors, checksums, llama, llama_config, load_output, write_config, write_model
+from tests.helpers.checkpoints import (
+    Tensors,
+    checksums,
+    fine_tuned,
+    llama,
+    llama_config,
+    load_output,
+    write_config,
+    write_model,
+)
 from tests.helpers.factored import moved, write_adapter
 
 UP, Q, CONV, STACK = (
@@ -106,6 +115,7 @@ def test_the_plan_takes_the_core_where_all_experts_allow_it(tmp_path: Path) -> N
     assert step_of(planned(tmp_path, "wudi_flow"), UP).action.rank == 6
     assert step_of(planned(tmp_path, "wudi"), UP).route == "dense"  # has no reduced form
     assert step_of(planned(tmp_path, "linear"), UP).route == "tiles"
+    assert step_of(planned(tmp_path, "core_space"), UP).route == "core"
     untouched = step_of(planned(tmp_path, "wudi_flow"), "model.layers.1.self_attn.k_proj.weight")
     assert (untouched.route, untouched.experts, untouched.worker) == ("tiles", (), "native")
     assert step_of(planned(tmp_path, "wudi_flow", dora=True), UP).route == "dense"
@@ -143,6 +153,33 @@ def test_the_same_bytes_for_any_threads_and_memory(tmp_path: Path, monkeypatch: 
         run(fitting, tmp_path / f"out{number}")
         found.append(checksums(tmp_path / f"out{number}")["model.safetensors"])
     assert len(set(found)) == 1
+
+
+def test_methods_that_are_defined_by_factors_take_them_whatever_their_rank(tmp_path: Path) -> None:
+    base = base_model(torch.float32)
+    write_model(tmp_path / "base", base, config=llama_config(base))
+    for number in range(2):
+        write_adapter(tmp_path / f"e{number}", tmp_path / "base", factors_of(number, 14, [UP], base))
+    assert step_of(plan_of(tmp_path, "wudi_flow", 2, more=""), UP).route == "dense"
+    plan = plan_of(tmp_path, "core_space", 2, more="")
+    assert step_of(plan, UP).route == "core"
+    run(plan, tmp_path / "out")
+    sums = [moved(base, factors_of(number, 14, [UP], base))[UP] for number in range(2)]
+    torch.testing.assert_close(load_output(tmp_path / "out")[UP].double(), sum(sums) / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_an_adapter_beside_a_model_is_merged_as_a_model(tmp_path: Path) -> None:
+    base = base_model(torch.float32)
+    write_model(tmp_path / "base", base, config=llama_config(base))
+    factors = factors_of(0, 2, [UP], base)
+    write_adapter(tmp_path / "e0", tmp_path / "base", factors)
+    model = fine_tuned(base, 1)
+    write_model(tmp_path / "e1", model, config=llama_config(base))
+    plan = plan_of(tmp_path, "wudi_flow", 2, more="")
+    assert step_of(plan, UP).route == "dense"
+    run(plan, tmp_path / "out")
+    expected = pymerge.merge_tensors(base[UP], [moved(base, factors)[UP].float(), model[UP]], "wudi_flow")
+    torch.testing.assert_close(load_output(tmp_path / "out")[UP], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -20,9 +20,10 @@ def flow(tasks: Sequence[Factors], time: float) -> Product:
     space = row_space(tasks)
     if not len(space):
         return nothing(space.shape)
-    values, vectors = torch.linalg.eigh(_system(space))
+    parts = _parts(space)
+    values, vectors = torch.linalg.eigh(torch.stack(parts).sum(dim=0))
     x = (values * time).clamp(min=_STANDING)
-    return _moved(space, vectors, time * (-torch.expm1(-x) / x))
+    return _moved(space, parts, vectors, time * (-torch.expm1(-x) / x))
 
 
 def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product:
@@ -33,7 +34,8 @@ def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product:
     space = row_space(tasks)
     if not len(space):
         return nothing(space.shape)
-    values, vectors = torch.linalg.eigh(_system(space))
+    parts = _parts(space)
+    values, vectors = torch.linalg.eigh(torch.stack(parts).sum(dim=0))
     d_in = space.shape[1]
     count = min(len(values), kept(torch.cat([values.new_zeros(d_in - len(values)), values]), rank))
     if math.isinf(time):
@@ -41,22 +43,20 @@ def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product:
         count = min(count, int((values > noise).sum()))
     leading = values[len(values) - count :].clamp(min=FLOOR)
     gain = 1.0 / leading if math.isinf(time) else -torch.expm1(-leading * time) / leading
-    return _moved(space, vectors[:, len(values) - count :], gain)
+    return _moved(space, parts, vectors[:, len(values) - count :], gain)
 
 
-def _system(space: RowSpace) -> Tensor:
-    """A = Q (sum_t G_t / n_t) Q^T in its core, q x q."""
-    parts = [gram / norm for gram, norm in zip(space.grams(space.B), space.norms, strict=True)]
-    return torch.stack(parts).sum(dim=0)
+def _parts(space: RowSpace) -> list[Tensor]:
+    """G_t / n_t of A = Q (sum_t G_t / n_t) Q^T, q x q."""
+    return [gram / norm for gram, norm in zip(space.grams(space.B), space.norms, strict=True)]
 
 
-def _moved(space: RowSpace, basis: Tensor, gain: Tensor) -> Product:
+def _moved(space: RowSpace, parts: Sequence[Tensor], basis: Tensor, gain: Tensor) -> Product:
     """X_0 + B_0 V diag(gain) V^T with V = Q basis.
 
     B_0 = sum_t (tau_t - X_0) G_t / n_t has the rows -L_s sum_{t != s} G_t / n_t to B_s: task t moves all but itself,
     which is summed without it and not by a difference.
     """
-    parts = [gram / norm for gram, norm in zip(space.grams(space.B), space.norms, strict=True)]
     rows = []
     for s, L in enumerate(space.L):
         others = [part for t, part in enumerate(parts) if t != s]
