@@ -44,5 +44,5 @@ def moved(base: Tensors, factors: Pairs) -> Tensors:
     """The sums, in float64."""
     found = {name: tensor.double() for name, tensor in base.items()}
     for name, (left, right) in factors.items():
-        found[name] += left.double() @ right.double()
+        found[name] = found[name] + left.double() @ right.double()
     return found
