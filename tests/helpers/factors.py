@@ -30,7 +30,7 @@ class Layer:
         for task, rank in enumerate(self.ranks):
             B = torch.randn(self.d_out, rank, generator=generator, dtype=torch.float64)
             A = torch.randn(rank, self.d_in, generator=generator, dtype=torch.float64)
-            size = self.rms * (1.0 + task) / rank**0.5
+            size = self.rms * (1.0 + task) / max(1, rank) ** 0.5
             factors = Factors(B * (size * 1e3), A * 1e-3)
             if task in self.copies and found:
                 factors = found[0]
@@ -45,10 +45,10 @@ def dense(factors: list[Factors]) -> list[Tensor]:
 
 @st.composite
 def layers(draw: st.DrawFn, most_tasks: int = 8) -> Layer:
-    """Tall, wide and square layers with R from 1 to half of the smaller side, or a little more."""
+    """Tall, wide and square layers with R from 0 to half of the smaller side, or a little more."""
     d_out, d_in = draw(st.integers(2, 40)), draw(st.integers(2, 40))
     tasks = draw(st.integers(1, most_tasks))
     most = max(1, (min(d_out, d_in) // 2) // tasks)
-    ranks = tuple(draw(st.lists(st.integers(1, most), min_size=tasks, max_size=tasks)))
+    ranks = tuple(draw(st.lists(st.integers(0, most), min_size=tasks, max_size=tasks)))
     chosen = st.lists(st.integers(1, tasks), max_size=2).map(tuple)
     return Layer(d_out, d_in, ranks, draw(chosen), draw(chosen), seed=draw(st.integers(0, 99)))

@@ -12,6 +12,7 @@ from pymerge.backends.runner import Runner
 from pymerge.methods import METHODS
 from pymerge.methods.actions import Solve
 from pymerge.methods.base import Values
+from pymerge.methods.core.factors import Factors
 from tests.helpers.factors import Layer, dense, layers
 
 # Method and parameters; those of ACE force both of its branches, with a ridge for which its system is well conditioned.
@@ -72,6 +73,7 @@ def agree(found, expected, tolerance: float = 1e-12) -> None:
 @example(layer=Layer(9, 33, (1,)))
 @example(layer=Layer(12, 12, (2, 2, 2), zeros=(0,), copies=(2,)))
 @example(layer=Layer(12, 12, (2, 2), zeros=(0, 1)))
+@example(layer=Layer(12, 10, (2, 0, 2)))
 @example(layer=Layer(6, 8, (4, 5, 6)))  # more than either side
 def test_the_core_gives_what_the_whole_matrices_give(method, parameters, layer):
     agree(core(layer, method, **parameters), whole(layer, method, **parameters))
@@ -82,3 +84,30 @@ def test_the_core_gives_what_the_whole_matrices_give(method, parameters, layer):
 def test_a_small_ridge_costs_the_digits_that_the_condition_takes(variant, threshold):
     layer, parameters = Layer(40, 60, (4, 4, 4)), {"variant": variant, "gamma_threshold": threshold}
     agree(core(layer, "ace", **parameters), whole(layer, "ace", **parameters), 1e-10)
+
+
+@pytest.mark.parametrize("method", ["wudi_flow", "swudi_a", "ace", "tsv_m", "iso_c", "iso_cts"])
+def test_only_the_task_vectors_matter(method):
+    """Other factors of the same task vectors, ranks in another order, and ranks of zeros change nothing."""
+    layer, action = Layer(30, 22, (3, 2, 3)), action_of(method, 3)
+    expected = action.run_core(layer.factors()).whole()
+    generator = torch.Generator().manual_seed(1)
+    turned = []
+    for B, A in layer.factors():
+        M = torch.randn(len(A), len(A), generator=generator, dtype=torch.float64)
+        turned.append(Factors(B @ M * 1e3, torch.linalg.inv(M) @ A * 1e-3))
+    reordered = [Factors(B.flip(1), A.flip(0)) for B, A in layer.factors()]
+    padded = [Factors(torch.cat([B, B], 1), torch.cat([A, 0 * A])) for B, A in layer.factors()]
+    for tasks in (turned, reordered, padded):
+        agree(action.run_core(tasks).whole(), expected, 1e-10)
+
+
+def test_columns_that_cancel_are_no_task():
+    """B A is 0 but for rounding: dividing by its norm would make noise of it."""
+    layer = Layer(20, 16, (2, 2))
+    B, A = torch.rand(20, 1, dtype=torch.float64), torch.rand(1, 16, dtype=torch.float64)
+    nothing = Factors(torch.cat([B, -B], 1), torch.cat([A, A]))
+    tasks = layer.factors()
+    for method in ("wudi_flow", "swudi_a"):
+        action = action_of(method, 3)
+        agree(action.run_core([*tasks, nothing]).whole(), action.run_core(tasks).whole(), 1e-11)
