@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from pymerge.adapters.low_rank import low_rank_of
-from pymerge.checkpoint.finite import check_finite, is_finite
+from pymerge.checkpoint.finite import check_finite, is_finite, overflow
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import torch_dtype, upcast
 from pymerge.engine.buffers import Buffers
@@ -20,20 +21,13 @@ from pymerge.engine.memory import Heap
 from pymerge.engine.worker import Context, Made, Sink, failed, first_line, is_out_of_memory, raise_nonfinite
 from pymerge.errors import ArgumentError, BackendError
 from pymerge.methods.actions import TILE_ELEMENTS, InCore
-from pymerge.methods.core.factors import Factors
+from pymerge.methods.core.factors import Delta, Factors, Product
 from pymerge.ops._op import one_thread
 from pymerge.planner.jobs import Batch, Job
 from pymerge.planner.steps import Step
 
 # Memory that stays idle between rows of different sizes.
 _MOST_IDLE = 2**25
-
-
-class _Added(NamedTuple):
-    """What is added to a matrix as it is stored: left @ right, in the dtype of the sum."""
-
-    left: Tensor
-    right: Tensor
 
 
 class CoreWorker:
@@ -44,12 +38,13 @@ class CoreWorker:
     """
 
     def __init__(self, context: Context, threads: int, limit: int) -> None:
+        self._run = context.run
         self._reader = context.reader
         self._tracer = context.tracer
         self._progress = context.progress
         self._allow_nonfinite = context.allow_nonfinite
         self._keeps_cache = context.keeps_cache
-        self._solved: dict[int, Future[_Added]] = {}  # by step
+        self._solved: dict[int, Future[Delta]] = {}  # by step
         self._lock = threading.Lock()
         self._buffers = Buffers(min(limit // 16, _MOST_IDLE))  # for rows; of the leading thread
         self._sums = threading.local()  # memory of each thread for products
@@ -129,27 +124,27 @@ class CoreWorker:
 
     def _merge(self, step: Step, first: int, rows: Tensor, out: Tensor) -> None:
         """Rows of the base from `first` on, and what is added to them; of a stack, whole matrices."""
+        dtype = _sum_dtype(step)
         if not step.layer.stacked:
-            self._add(self._once(step), first, rows, out)
+            self._add(self._once(step), first, rows, out, dtype)
             return
         for number, (matrix, room) in enumerate(zip(rows, out, strict=True), first):
-            self._add(self._solve(step, number), 0, matrix, room)
+            self._add(self._solve(step, number), 0, matrix, room, dtype)
 
-    def _add(self, added: _Added, first: int, rows: Tensor, out: Tensor) -> None:
+    def _add(self, delta: Delta, first: int, rows: Tensor, out: Tensor, dtype: torch.dtype) -> None:
         """A few rows at a time, which stay in the cache."""
         count, width = rows.shape
         step = max(1, TILE_ELEMENTS // max(1, width))
         size = min(step, count) * width
         room: Tensor | None = getattr(self._sums, "room", None)
-        if room is None or room.numel() < size or room.dtype != added.left.dtype:
-            room = self._sums.room = torch.empty(size, dtype=added.left.dtype)
+        if room is None or room.numel() < size or room.dtype != dtype:
+            room = self._sums.room = torch.empty(size, dtype=dtype)
         for top in range(0, count, step):
             tile = rows[top : top + step]
             total = room[: tile.numel()].view(tile.shape)
-            torch.mm(added.left[first + top : first + top + len(tile)], added.right, out=total)
-            out[top : top + step] = total.add_(tile)
+            out[top : top + step] = delta.rows(self._run, first + top, first + top + len(tile), total).add_(tile)
 
-    def _once(self, step: Step) -> _Added:
+    def _once(self, step: Step) -> Delta:
         """What is added to a weight, from the thread that solves it."""
         with self._lock:
             solved = self._solved.get(id(step))
@@ -163,31 +158,31 @@ class CoreWorker:
                 solved.set_exception(error)
         return solved.result()
 
-    def _solve(self, step: Step, matrix: int) -> _Added:
+    def _solve(self, step: Step, matrix: int) -> Delta:
         """Solve one matrix from its factors."""
         action = step.action
         assert isinstance(action, InCore)
         tasks = [self._factors(entry, step.layer.in_axis, matrix, action.shape) for entry in step.experts]
-        wide = "F64" in (step.dtype, *(entry.dtype for entry in step.inputs))
-        dtype = torch.float64 if wide else torch.float32
-        if not all(task.finite for task in tasks):
-            if not self._allow_nonfinite:
-                self._refuse(step)
-            left, right = torch.full((action.shape[0], 1), math.nan), torch.ones(1, action.shape[1])
+        if all(task.finite for task in tasks):
+            delta = self._run_core(step, action, tasks)
+        elif self._allow_nonfinite:
+            delta = Product(torch.full((action.shape[0], 1), math.nan), torch.ones(1, action.shape[1]))
         else:
-            try:
-                left, right = action.solve.run_core(tasks)
-            except ArgumentError as error:
-                raise ArgumentError(f"{step.name}: {error}") from error
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                raise BackendError(
-                    f"{step.name}: {action.label} failed on the factors ({first_line(error)}); report this"
-                ) from error
-        if step.layer.in_axis == 0:
-            left, right = right.mT, left.mT
-        return _Added(left.to(dtype).contiguous(), right.to(dtype).contiguous())
+            self._refuse(step)
+        return delta.prepared(_sum_dtype(step), step.layer.in_axis)
+
+    @staticmethod
+    def _run_core(step: Step, action: InCore, tasks: Sequence[Factors]) -> Delta:
+        try:
+            return action.solve.run_core(tasks)
+        except ArgumentError as error:
+            raise ArgumentError(f"{step.name}: {error}") from error
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise BackendError(
+                f"{step.name}: {action.label} failed on the factors ({first_line(error)}); report this"
+            ) from error
 
     def _factors(self, entry: TensorEntry, in_axis: int, matrix: int, shape: tuple[int, int]) -> Factors:
         """tau of an expert, d_out x d_in; none where the tensor is the base's own."""
@@ -198,8 +193,14 @@ class CoreWorker:
             left, right = (torch.from_numpy(part) for part in found.factors(self._reader.read_bytes, matrix))
         return Factors(right.mT, left.mT) if in_axis == 0 else Factors(left, right)
 
-    def _refuse(self, step: Step) -> None:
+    def _refuse(self, step: Step) -> NoReturn:
         """Raise NonFiniteError, which names file and key of what an adapter stores."""
         for entry in step.experts:
             for part in entry.adapter_parts:
                 check_finite(part, 0, self._reader.read(part))
+        raise overflow(step.name, "F64")  # by a scale
+
+
+def _sum_dtype(step: Step) -> torch.dtype:
+    """The dtype in which W_0 and what is added to it are summed."""
+    return torch.float64 if "F64" in (step.dtype, *(entry.dtype for entry in step.inputs)) else torch.float32

@@ -15,7 +15,7 @@ from pymerge.ops._op import Op
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.methods.core.factors import Factors, Product
+    from pymerge.methods.core.factors import Delta, Factors
     from pymerge.methods.rows import Rows
 
 Result = TypeVar("Result")
@@ -114,7 +114,12 @@ class Solve(Action):
         """Whether it is defined by factors: then those that are known are taken whatever their rank."""
         return False
 
-    def run_core(self, tasks: Sequence[Factors]) -> Product:
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether its core takes rows of outputs, and so no weights that are stored d_in x d_out."""
+        return False
+
+    def run_core(self, tasks: Sequence[Factors]) -> Delta:
         """scale * X from task vectors that are products of factors (finite, of one shape), on one thread."""
         raise NotImplementedError(f"{self.label} has no form for factors")
 
@@ -123,7 +128,11 @@ class Solve(Action):
         return None
 
     def core_scratch(self, shape: tuple[int, int], rank: int, experts: int) -> int:
-        """Bytes that `run_core` takes beside factors and cores, and results that are factors."""
+        """Bytes that the core takes beside factors and cores of them, and one product for rows."""
+        return 0
+
+    def core_flops(self, shape: tuple[int, int], rank: int) -> int:
+        """Operations of a matrix beside those of cores and one product."""
         return 0
 
 
@@ -163,7 +172,7 @@ class InCore(Action):
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         (rows, columns), rank, elements = self.shape, self.rank, math.prod(shape)
-        core = 4 * (rows + columns) * rank**2 + 30 * rank**3
+        core = 4 * (rows + columns) * rank**2 + 30 * rank**3 + self.solve.core_flops(self.shape, rank)
         return 2 * elements * rank + core * elements // max(1, rows * columns)
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:

@@ -21,7 +21,7 @@ def routed(action: Action, layer: Layer, base: TensorEntry, experts: Sequence[Te
     """The action, or the same in the core: where all task vectors are known by factors, and R is at most half of a
     matrix's smaller side, or the method is defined by them. A weight that nobody has touched is left to others.
     """
-    if not isinstance(action, Solve) or not action.has_core:
+    if not isinstance(action, Solve) or not action.has_core or (action.needs_outputs and layer.in_axis == 0):
         return action
     ranks = [rank_over(base, entry) for entry in experts]
     known = [rank for rank in ranks if rank is not None]

@@ -113,7 +113,8 @@ def test_merges_are_those_of_the_sums(method: str, dtype: torch.dtype, tmp_path:
 def test_the_plan_takes_the_core_where_all_experts_allow_it(tmp_path: Path) -> None:
     assert step_of(planned(tmp_path, "wudi_flow"), UP).worker == "core"
     assert step_of(planned(tmp_path, "wudi_flow"), UP).action.rank == 6
-    assert step_of(planned(tmp_path, "wudi"), UP).route == "dense"  # has no reduced form
+    wudi = planned(tmp_path, "wudi")
+    assert (step_of(wudi, UP).route, step_of(wudi, CONV).route) == ("core", "dense")  # by rows of outputs
     assert step_of(planned(tmp_path, "linear"), UP).route == "tiles"
     assert step_of(planned(tmp_path, "core_space"), UP).route == "core"
     untouched = step_of(planned(tmp_path, "wudi_flow"), "model.layers.1.self_attn.k_proj.weight")

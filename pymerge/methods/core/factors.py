@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from pymerge.ops._op import Op
+
+# Runs an op on the chosen backend.
+Run = Callable[[Op[Tensor]], Tensor]
 
 # A product whose norm is below this share of its factors' is rounding: its columns cancel each other.
 _ROUNDING = 1e-14
@@ -30,8 +35,21 @@ class Factors(NamedTuple):
         return bool(self.B.isfinite().all()) and bool(self.A.isfinite().all())
 
 
+class Delta(Protocol):
+    """scale * X of a weight, which nobody forms as a whole."""
+
+    def prepared(self, dtype: torch.dtype, in_axis: int) -> Delta:
+        """It in the dtype of the sum with W_0, for rows as they are stored."""
+
+    def rows(self, run: Run, first: int, last: int, out: Tensor) -> Tensor:
+        """Write rows `first` to `last` to `out`, contiguous and of that dtype, which is returned; of what is prepared.
+
+        Whoever asks for the same rows at once gets the same bits.
+        """
+
+
 class Product(NamedTuple):
-    """A merged delta X = P K, which nobody forms as a whole."""
+    """X = P K, scales in K."""
 
     P: Tensor  # d_out x k
     K: Tensor  # k x d_in
@@ -43,6 +61,15 @@ class Product(NamedTuple):
     def whole(self) -> Tensor:
         """X, d_out x d_in."""
         return self.P @ self.K
+
+    def prepared(self, dtype: torch.dtype, in_axis: int) -> Product:
+        """See `Delta`."""
+        left, right = (self.K.mT, self.P.mT) if in_axis == 0 else (self.P, self.K)
+        return Product(left.to(dtype).contiguous(), right.to(dtype).contiguous())
+
+    def rows(self, run: Run, first: int, last: int, out: Tensor) -> Tensor:
+        """See `Delta`."""
+        return torch.mm(self.P[first:last], self.K, out=out)
 
 
 @dataclass(frozen=True, eq=False)

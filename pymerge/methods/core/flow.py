@@ -20,7 +20,7 @@ def flow(tasks: Sequence[Factors], time: float) -> Product:
     space = row_space(tasks)
     if not len(space):
         return nothing(space.shape)
-    parts = _parts(space)
+    parts = shares(space)
     values, vectors = torch.linalg.eigh(torch.stack(parts).sum(dim=0))
     x = (values * time).clamp(min=_STANDING)
     return _moved(space, parts, vectors, time * (-torch.expm1(-x) / x))
@@ -34,7 +34,7 @@ def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product:
     space = row_space(tasks)
     if not len(space):
         return nothing(space.shape)
-    parts = _parts(space)
+    parts = shares(space)
     values, vectors = torch.linalg.eigh(torch.stack(parts).sum(dim=0))
     d_in = space.shape[1]
     count = min(len(values), kept(torch.cat([values.new_zeros(d_in - len(values)), values]), rank))
@@ -46,20 +46,24 @@ def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product:
     return _moved(space, parts, vectors[:, len(values) - count :], gain)
 
 
-def _parts(space: RowSpace) -> list[Tensor]:
+def shares(space: RowSpace) -> list[Tensor]:
     """G_t / n_t of A = Q (sum_t G_t / n_t) Q^T, q x q."""
     return [gram / norm for gram, norm in zip(space.grams(space.B), space.norms, strict=True)]
 
 
-def _moved(space: RowSpace, parts: Sequence[Tensor], basis: Tensor, gain: Tensor) -> Product:
-    """X_0 + B_0 V diag(gain) V^T with V = Q basis.
+def moves(space: RowSpace, parts: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of B_0 = sum_t (tau_t - X_0) G_t / n_t in the core, to each B_s: -L_s sum_{t != s} G_t / n_t.
 
-    B_0 = sum_t (tau_t - X_0) G_t / n_t has the rows -L_s sum_{t != s} G_t / n_t to B_s: task t moves all but itself,
-    which is summed without it and not by a difference.
+    Task t moves all but itself, which is summed without it and not by a difference.
     """
-    rows = []
+    found = []
     for s, L in enumerate(space.L):
         others = [part for t, part in enumerate(parts) if t != s]
-        moved = -L @ torch.stack(others).sum(dim=0) if others else torch.zeros_like(L)
-        rows.append(L + (moved @ basis * gain) @ basis.mT)
+        found.append(-L @ torch.stack(others).sum(dim=0) if others else torch.zeros_like(L))
+    return found
+
+
+def _moved(space: RowSpace, parts: Sequence[Tensor], basis: Tensor, gain: Tensor) -> Product:
+    """X_0 + B_0 V diag(gain) V^T with V = Q basis."""
+    rows = [L + (move @ basis * gain) @ basis.mT for L, move in zip(space.L, moves(space, parts), strict=True)]
     return space.product(space.joined, torch.cat(rows))
