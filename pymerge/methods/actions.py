@@ -170,6 +170,13 @@ class InCore(Action):
     def shows_nonfinite(self) -> bool:
         return True  # the factors are looked at by themselves
 
+    @property
+    def minds_delta_size(self) -> bool:
+        return self.solve.minds_delta_size
+
+    def remark(self, delta_rms: float) -> str | None:
+        return self.solve.remark(delta_rms)
+
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         (rows, columns), rank, elements = self.shape, self.rank, math.prod(shape)
         core = 4 * (rows + columns) * rank**2 + 30 * rank**3 + self.solve.core_flops(self.shape, rank)

@@ -86,6 +86,41 @@ def test_a_small_ridge_costs_the_digits_that_the_condition_takes(variant, thresh
     agree(core(layer, "ace", **parameters), whole(layer, "ace", **parameters), 1e-10)
 
 
+def rows_of(delta, layer: Layer, dtype=torch.float64, step: int = 7):
+    """X row range by row range, as it is added to a base."""
+    prepared, found = delta.prepared(dtype, 1), []
+    for first in range(0, layer.d_out, step):
+        out = torch.empty(min(step, layer.d_out - first), layer.d_in, dtype=dtype)
+        found.append(prepared.rows(Runner(), first, first + len(out), out))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"lr": "auto", "scale": 0.7}, {"iterations": 0}, {"iterations": 11}], ids=str)
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(layer=layers(most_tasks=4))
+@example(layer=Layer(12, 12, (2, 2, 2), zeros=(0,), copies=(2,)))
+@example(layer=Layer(12, 12, (2, 2), zeros=(0, 1)))
+def test_wudi_takes_the_same_steps_by_factors(parameters, layer):
+    delta = action_of("wudi", len(layer.ranks), **parameters).run_core(layer.factors())
+    agree(rows_of(delta, layer), whole(layer, "wudi", **parameters), 1e-10)
+
+
+@pytest.mark.parametrize("rms", [5e-4, 1e-2])
+def test_wudi_by_factors_in_float32_is_no_worse_than_with_whole_matrices(rms):
+    """Of the displacement; the steps of both are float32."""
+    layer = Layer(96, 128, (8, 8, 8), rms=rms)
+    parameters = {"lr": "auto", "precision": "auto"}
+    total = torch.stack(dense(layer.factors())).sum(dim=0)
+    exact = whole(layer, "wudi", lr="auto") - total
+    base = torch.zeros(96, 128)
+    experts = [tau.float() for tau in dense(layer.factors())]
+    usual = action_of("wudi", 3, **parameters).run(Runner(), base, experts, "F64").double() - total
+    delta = action_of("wudi", 3, **parameters).run_core(layer.factors())
+    found = rows_of(delta, layer, torch.float32).double() - total
+    assert float((found - exact).norm()) <= float((usual - exact).norm())
+    assert float((found - exact).norm()) < 1e-5 * float(exact.norm())
+
+
 @pytest.mark.parametrize("method", ["wudi_flow", "swudi_a", "ace", "tsv_m", "iso_c", "iso_cts"])
 def test_only_the_task_vectors_matter(method):
     """Other factors of the same task vectors, ranks in another order, and ranks of zeros change nothing."""
