@@ -13,7 +13,7 @@ VARIABLES = {
     "PYMERGE_CUDA_ARCHS": "at build time: CUDA architectures, default 80;90",
 }
 
-_PACKAGES = ("torch", "triton", "safetensors", "numpy", "pydantic", "transformers")
+_PACKAGES = ("torch", "triton", "safetensors", "numpy", "pydantic", "transformers", "gguf")
 
 
 def default_backend() -> str:

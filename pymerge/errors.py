@@ -24,15 +24,19 @@ class CheckpointError(PymergeError):
 
 
 class PlanError(PymergeError):
-    """The merge cannot be done as asked; `problems` lists everything that is wrong, not only the first."""
+    """The merge cannot be done as asked; `problems` lists everything that is wrong, the message what fits a screen."""
 
     exit_code = 4
+    shown = 30
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(problems)
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
-        super().__init__(f"{head} found before anything was read:\n" + "\n".join(f"- {p}" for p in self.problems))
+        lines = [f"- {problem}" for problem in self.problems[: self.shown]]
+        if count > self.shown:
+            lines.append(f"- and {count - self.shown} more of such problems")
+        super().__init__(f"{head} found before anything was read:\n" + "\n".join(lines))
 
 
 class ArgumentError(PymergeError, ValueError):

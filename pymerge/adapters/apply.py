@@ -9,7 +9,7 @@ from functools import cached_property
 
 from pymerge.adapters.decoders import AddedBias, TokenRows
 from pymerge.adapters.experts import NUMBERED, Parameter, assign, in_stack, parameters_of, terms
-from pymerge.adapters.folder import CONFIG_NAME, AdapterFiles
+from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Module, read_keys
 from pymerge.adapters.low_rank import LowRank, Magnitude, Matrix, Term, matrix
 from pymerge.adapters.names import Placed
@@ -18,8 +18,10 @@ from pymerge.adapters.settings import merged_by_peft, read_settings
 from pymerge.adapters.ties import drop_tied_heads
 from pymerge.architecture.roles import Kind, Layer, classify
 from pymerge.architecture.tied import ties
+from pymerge.checkpoint.beside import Beside
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.decoded import Decoder, decoded
+from pymerge.checkpoint.model_files import ADAPTER_CONFIG
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
@@ -33,15 +35,18 @@ def adapted(base: Checkpoint, files: AdapterFiles) -> Checkpoint:
     """
     builder = _Builder(base, files)
     builder.build()
-    return Checkpoint(
-        files.path,
+    return replace(
+        base,
+        path=files.path,
         files=(files.file,),
         tensors=builder.tensors,
-        config=base.config,
         other_files=files.other_files,
-        stamps=files.stamps,
+        stamps=files.stamps | base.all_stamps,
         notes=(*files.notes, *builder.settings.notes, *builder.notes()),
         origin=files.origin,
+        base_notes=(),
+        copied={},
+        beside=Beside(),
         base=base,
     )
 
@@ -50,8 +55,8 @@ class _Builder:
     def __init__(self, base: Checkpoint, files: AdapterFiles) -> None:
         self._base = base
         self._files = files
-        self.settings = read_settings(files.path / CONFIG_NAME, files.config)
-        self._keys = read_keys(files.path, files.tensors)
+        self.settings = read_settings(files.path / ADAPTER_CONFIG, files.config)
+        self._keys = read_keys(files.tensors)
         self.tensors: dict[str, TensorEntry] = dict(base.tensors)
         self._terms: dict[str, list[tuple[Module, Term]]] = {}
         self._magnitudes: dict[str, Magnitude] = {}
@@ -83,13 +88,13 @@ class _Builder:
             yield f"{path}: was trained on {shorten(said)}, and is applied to {self._base.path}"
         for several, module in self._several.items():
             yield (
-                f"{path / CONFIG_NAME}: the patterns {first_few(several)} all fit {module}; the first is taken, as "
+                f"{path / ADAPTER_CONFIG}: the patterns {first_few(several)} all fit {module}; the first is taken, as "
                 "PEFT does, which sorts them when it saves"
             )
         if self._other_ranks:
             yield (
                 f"{path}: {len(self._other_ranks)} modules ({first_few(self._other_ranks)}) have another rank than "
-                f"{CONFIG_NAME} says, by which they are scaled; PEFT itself cannot load it"
+                f"{ADAPTER_CONFIG} says, by which they are scaled; PEFT itself cannot load it"
             )
         if self._twice:
             yield f"{path}: {first_few(self._twice)} is added twice, as PEFT adds it in nn.MultiheadAttention"
@@ -231,8 +236,8 @@ class _Builder:
         if (entry is not None) != self.settings.dora:
             has, said = "has no" if entry is None else "has a", str(self.settings.dora).lower()
             raise CheckpointError(
-                f"{self._files.file}: {has} lora_magnitude_vector of {module.name}, and {CONFIG_NAME} says use_dora: "
-                f"{said}; correct it, or save the adapter again"
+                f"{self._files.file}: {has} lora_magnitude_vector of {module.name}, and {ADAPTER_CONFIG} says "
+                f"use_dora: {said}; correct it, or save the adapter again"
             )
         if entry is None:
             return
@@ -250,7 +255,7 @@ class _Builder:
         where = f"{entry.file}: tensor {shorten(entry.name)}"
         if indices is None or len(indices) != entry.shape[0]:
             raise CheckpointError(
-                f"{where} has {entry.shape[0]} rows, and trainable_token_indices of {CONFIG_NAME} does not give as "
+                f"{where} has {entry.shape[0]} rows, and trainable_token_indices of {ADAPTER_CONFIG} does not give as "
                 f"many for {module}; save the adapter again"
             )
         if table is None or len(table.shape) != 2 or table.shape[1:] != entry.shape[1:]:

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.model_files import carried_files
+from pymerge.checkpoint.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, plain_files
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.checkpoint.weight_files import find_weights, format_of, read_json
+from pymerge.checkpoint.weight_files import find_weights, read_json
+from pymerge.checkpoint.weight_formats import format_of
 from pymerge.common.names import first_few
 from pymerge.errors import CheckpointError
 
-CONFIG_NAME = "adapter_config.json"
-# As PEFT looks for them, and then vLLM.
-WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 _FACTORS = (".lora_A.", ".lora_embedding_A", ".lora_magnitude_vector", ".token_adapter.", ".modules_to_save.")
 
 
@@ -41,28 +39,31 @@ class AdapterFiles:
 def is_adapter(path: Path) -> bool:
     """Whether a folder, or a file, is that of an adapter alone. Adapters beside whole weights are left to those."""
     if not os.path.isdir(path):
-        return path.name in WEIGHT_NAMES and os.path.isfile(path.parent / CONFIG_NAME)
+        return path.name in ADAPTER_WEIGHTS and os.path.isfile(path.parent / ADAPTER_CONFIG)
     names = _names(path)
-    if CONFIG_NAME not in names and not set(WEIGHT_NAMES) & names:
+    own = ADAPTER_CONFIG in names or bool(set(ADAPTER_WEIGHTS) & names)
+    if not own and not _inside(path, names):
         return False
     try:
-        form, files, _ = find_weights(path)
+        found = find_weights(path)
     except CheckpointError:
         return True
-    if "config.json" in names or CONFIG_NAME not in names or len(files) > 1:
+    if "config.json" in names or ADAPTER_CONFIG not in names or len(found.files) > 1:
         return False
-    return _has_factors(form.read(files[0]).entries)
+    return _has_factors(found.form.read(found.files[0]).entries)
 
 
 def open_adapter(path: Path) -> AdapterFiles:
     """Open an adapter by its headers. Raises CheckpointError, with what was found and what to do."""
     folder = path if os.path.isdir(path) else path.parent
-    config_file = folder / CONFIG_NAME
+    config_file = folder / ADAPTER_CONFIG
     names = _names(folder)
-    if CONFIG_NAME not in names:
+    if ADAPTER_CONFIG not in names and (inside := _inside(folder, names)):
+        raise CheckpointError(f"{folder}: has adapters in {first_few(inside)}; name one of these folders")
+    if ADAPTER_CONFIG not in names:
         raise CheckpointError(
-            f"{folder}: has weights of an adapter and no {CONFIG_NAME}, which says how they are scaled; save it with "
-            "PEFT's save_pretrained"
+            f"{folder}: has weights of an adapter and no {ADAPTER_CONFIG}, which says how they are scaled; save it "
+            "with PEFT's save_pretrained"
         )
     file = path if path != folder else _weights(folder, names)
     form = format_of(file)
@@ -72,22 +73,26 @@ def open_adapter(path: Path) -> AdapterFiles:
     config = read_json(config_file, unique=True)
     status = config_file.stat()
     stamps = {file: (header.file_bytes, header.mtime_ns), config_file: (status.st_size, status.st_mtime_ns)}
-    others = tuple(name for name in carried_files(folder) if name.name != CONFIG_NAME)
+    others = tuple(name for name in plain_files(folder) if name.name != ADAPTER_CONFIG)
     return AdapterFiles(folder, file, config, header.entries, stamps, others, header.notes)
 
 
 def _weights(folder: Path, names: set[str]) -> Path:
-    for name in WEIGHT_NAMES:
+    for name in ADAPTER_WEIGHTS:
         if name in names:
             return folder / name
     try:
-        _, files, _ = find_weights(folder)
-        return files[0]
+        return find_weights(folder).files[0]
     except CheckpointError:
         pass
-    inside = sorted(name for name in names if os.path.isfile(folder / name / CONFIG_NAME))
+    inside = _inside(folder, names)
     found = f"; adapters lie in {first_few(inside)}: name one of them" if inside else "; download it whole"
-    raise CheckpointError(f"{folder}: has {CONFIG_NAME} and none of {', '.join(WEIGHT_NAMES)}{found}")
+    raise CheckpointError(f"{folder}: has {ADAPTER_CONFIG} and none of {', '.join(ADAPTER_WEIGHTS)}{found}")
+
+
+def _inside(folder: Path, names: set[str]) -> list[str]:
+    """Folders in a folder that hold an adapter each."""
+    return sorted(name for name in names if os.path.isfile(folder / name / ADAPTER_CONFIG))
 
 
 def _has_factors(tensors: Mapping[str, TensorEntry]) -> bool:

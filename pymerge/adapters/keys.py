@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pymerge.adapters.settings import merged_by_peft
 from pymerge.checkpoint.safetensors_file import TensorEntry
@@ -56,18 +55,16 @@ class Keys:
     modules: dict[tuple[str, int], Module] = field(default_factory=dict)
     values: dict[str, TensorEntry] = field(default_factory=dict)
     tokens: dict[str, TensorEntry] = field(default_factory=dict)  # rows of tables, by module
+    saved: list[tuple[str, list[str], _Key]] = field(default_factory=list)  # below modules_to_save
 
 
-def read_keys(folder: Path, tensors: Mapping[str, TensorEntry]) -> Keys:
+def read_keys(tensors: Mapping[str, TensorEntry]) -> Keys:
     """Sort the tensors of an adapter. Raises CheckpointError for what is of no LoRA, incomplete, or there twice."""
     keys, adapters = Keys(), dict[str, str]()
     for key, entry in tensors.items():
         _Key(key, entry, keys, adapters).take()
-    if len(adapters) > 1:
-        raise CheckpointError(
-            f"{folder}: holds several adapters ({first_few(adapters)}); save each of them with save_pretrained in a "
-            "folder of its own"
-        )
+    for around, rest, saved in keys.saved:
+        saved.take_saved(around, rest)
     for module in keys.modules.values():
         _check(module)
     return keys
@@ -98,8 +95,7 @@ class _Key:
                 self._put(self._keys.tokens, ".".join(module))
                 return
             elif word == "modules_to_save":
-                self._name_of(rest[:1], ())
-                self._put(self._keys.values, ".".join([*module, *rest[1:]]))
+                self._keys.saved.append((".".join(module), rest, self))
                 return
             elif word.startswith(_OTHERS):
                 raise CheckpointError(
@@ -111,6 +107,13 @@ class _Key:
                     outer, depth = ".".join(module), 0
                 module.append(word)
         self._put(self._keys.values, ".".join(module))
+
+    def take_saved(self, module: str, rest: list[str]) -> None:
+        """A tensor of a module that was trained whole: in raw dumps behind the name of an adapter, which PEFT takes
+        away when it saves. With bias: all it saves the bias a second time, which it then leaves unread."""
+        if not {".".join([module, *rest]), ".".join([module, *rest[1:]])} & self._keys.values.keys():
+            self._name_of(rest[:-1][:1], ())
+            self._put(self._keys.values, ".".join([module, *(rest[1:] if len(rest) > 1 else rest)]))
 
     def _factor(self, module: str, depth: int, outer: str, word: str, rest: list[str]) -> None:
         parameter = self._name_of(rest, ("weight", "bias"))
@@ -139,6 +142,11 @@ class _Key:
             raise self._unknown()
         if names:
             self._adapters.setdefault(names[0], self._key)
+        if len(self._adapters) > 1:
+            raise CheckpointError(
+                f"{self._entry.file}: holds several adapters ({first_few(self._adapters)}); save each of them with "
+                "save_pretrained in a folder of its own"
+            )
         return parameter
 
     def _put(self, found: dict[str, TensorEntry], name: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from pymerge.adapters.experts import NUMBERED
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Keys, modules_of
+from pymerge.adapters.memory_names import modules_in_memory
 from pymerge.adapters.names import AmbiguousModule, Placed, place
 from pymerge.adapters.settings import merged_by_peft
 from pymerge.checkpoint.checkpoint import Checkpoint
@@ -35,9 +36,23 @@ def place_modules(base: Checkpoint, files: AdapterFiles, keys: Keys) -> Placed:
         if experts in stacks.modules:
             modules[name] = f"{stacks.modules[experts]}.{name[len(experts) + 1 :]}"
     lost = [name for name in placed.lost if name not in modules]
-    if keys.modules or keys.tokens:
-        _refuse_lost(base, files, keys, lost)
-    return Placed(modules, tuple(lost), placed.beginning)
+    if lost and (keys.modules or keys.tokens):
+        others = [name.rpartition(".")[0] for name in keys.values]
+        modules |= _by_memory(base, [*lost, *(name for name in others if name not in known)])
+        _refuse_lost(base, files, keys, [name for name in lost if name not in modules])
+    return Placed(modules, (), placed.beginning)
+
+
+def _by_memory(base: Checkpoint, lost: list[str]) -> dict[str, str]:
+    """Modules under the names that transformers has for them in memory; what is in no or in several places is left."""
+    memory = modules_in_memory(base)
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(lost):
+        try:
+            found |= {old: memory[new] for old, new in place([name], memory).modules.items()}
+        except AmbiguousModule:
+            continue
+    return found
 
 
 def _refuse_lost(base: Checkpoint, files: AdapterFiles, keys: Keys, lost: list[str]) -> None:

@@ -157,6 +157,10 @@ def _refuse_kind(file: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind is None and "fine_tune_type" in config:
         raise CheckpointError(f"{file}: is of mlx-lm, not of PEFT; fuse it there (mlx_lm.fuse), and name the result")
+    if kind is None:
+        raise CheckpointError(
+            f"{file}: names no peft_type, so that it is of no adapter of PEFT; give one that PEFT has saved"
+        )
     kind = str(kind).rpartition(".")[2].upper()
     if kind == "LORA":
         return

@@ -16,11 +16,10 @@ _LLAMA = {
     "rms_norm_eps": 1e-6,
     "num_key_value_heads": None,
     "head_dim": None,
-    "tie_word_embeddings": False,
 }
 _BIASES = {"attention_bias": False, "mlp_bias": False}
 _QWEN = {**_LLAMA, "num_key_value_heads": 32, "use_sliding_window": False}
-_GEMMA = {**_LLAMA, "hidden_act": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
+_GEMMA = {**_LLAMA, "hidden_act": "gelu_pytorch_tanh", "attention_bias": False}
 _GPT = {"hidden_act": "gelu_new", "layer_norm_epsilon": 1e-5}
 _BERT = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 _CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
@@ -78,7 +77,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu_new",
         "layer_norm_eps": 1e-5,
         "num_key_value_heads": None,
-        "tie_word_embeddings": False,
         "qk_layernorm": False,
     },
     "phi3": {**_LLAMA, "rms_norm_eps": 1e-5, "sliding_window": None},
@@ -88,7 +86,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
         "layer_norm_eps": 1e-5,
         "num_key_value_heads": 32,
-        "tie_word_embeddings": False,
         "use_qkv_bias": False,
         "qk_layernorm": False,
         "use_parallel_residual": False,
@@ -100,7 +97,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "sliding_window": None,
         "use_bias": True,
-        "tie_word_embeddings": True,
     },
     "gpt_neox": {
         **_ROPE,
@@ -109,19 +105,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "layer_norm_eps": 1e-5,
         "use_parallel_residual": True,
         "attention_bias": True,
-        "tie_word_embeddings": False,
     },
-    "gpt2": {**_GPT, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True},
-    "gptj": {**_GPT, "rotary_dim": 64, "tie_word_embeddings": False},
-    "gpt_neo": {**_GPT, "window_size": 256, "tie_word_embeddings": True},
-    "opt": {"hidden_act": "relu", "tie_word_embeddings": True},
+    "gpt2": {**_GPT, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    "gptj": {**_GPT, "rotary_dim": 64},
+    "gpt_neo": {**_GPT, "window_size": 256},
+    "opt": {"hidden_act": "relu"},
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "electra": _BERT,
     "distilbert": {"hidden_act": "gelu"},
     "vit": {**_BERT, "qkv_bias": True},
-    "t5": {"feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6, "d_kv": 64, "tie_word_embeddings": True},
+    "t5": {"feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6, "d_kv": 64},
     "clip_text_model": _CLIP,
     "clip_vision_model": _CLIP,
     "siglip_text_model": _SIGLIP,

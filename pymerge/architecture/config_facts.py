@@ -2,6 +2,7 @@
 
 A rule on names of keys, not a table of architectures. transformers 5 has `rope_parameters.rope_theta` where 4 had
 `rope_theta`; a language model inside another one stands under `text_config`; what is null, or not used, says nothing.
+Shapes and tied heads are not here: the tensors tell.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SKIPPED_PARTS = (
     *("rope_parameters", "rope_scaling"),
 )
 
-HEADS = re.compile(r"(^|_)(heads?|head_kv|head_dim|head_size|d_kv|kv_channels)$")
+HEADS = re.compile(r"(^|_)(heads|(n|num|d|dim)_head|n_head_kv|head_dim|attention_head_size|d_kv|kv_channels)$")
 ACTIVATION = re.compile(r"(^|_)(act|act_fn|activation|activation_fn|activation_function)$|^feed_forward_proj$")
 TOKEN_ID = re.compile(r"_token_id$")
 _MATTERS = re.compile(
@@ -30,26 +31,27 @@ _MATTERS = re.compile(
             ACTIVATION.pattern,
             TOKEN_ID.pattern,
             # positions
-            r"rope|rotary|alibi|position_embedding_type|max_position|max_seq|relative|pos_att_type",
+            r"rope|rotary|alibi|position_embeddings?_type|sinusoidal|max_position|max_seq|relative|pos_att_type",
             # norms, and the path around blocks
             r"(^|_)(eps|epsilon)$|(pre|post)_?(layer)?norm|norm_(type|position|before|after)|normalize_before",
-            r"layer_norm_before|(^|_)residual(_|$)|parallel_attn|qk_?(layer)?norm|qk_ln|gated_act|decoder_architecture",
+            r"layer_norm_before|(^|_)residual(_|$)|parallel_attn|qk_?(layer)?norm|qk_ln|sandwich|decoder_architecture",
             # attention
-            r"window|layer_types|attention_types|attention_chunk|multi_query|(^|_)bias$|is_(causal|decoder)|clip_qkv",
+            r"window|layer_types|layers_block_type|attention_types|attention_chunk|bidirectional|multi_query|clip_qkv",
+            r"(^|_)bias$|is_(causal|decoder)$|gated_act|swiglu",
             # factors
             r"multiplier|scaling|(^|_)scale(_|$)|softcap|logit|pre_attn_scalar|temperature_tuning|(^|_)mup|model_base",
             # experts
             r"expert|topk|moe_|scoring_func|n_group|decoder_sparse_step|mlp_only_layers|first_k_dense",
             # towers
             r"patch_size|^image_size$|spatial_merge|feature_layer|select_strategy|downsample_ratio|pixel_shuffle|fullatt",
-            r"^tie_(word_embeddings|encoder_decoder)$|^model_type$|^hidden_size$|time_step_limit",
+            r"^tie_encoder_decoder$|^model_type$|^hidden_size$|time_step_limit",
         ]
     )
 )
 # Of training, of heads of tasks, of generation, of how things are computed.
 _NOISE = re.compile(
-    r"init|drop|loss|coef|classifier|summary|jitter|quant|label|forced|suppress|gradient|^max_window_|"
-    r"^output_(router|att|hid|scores)|^return_"
+    r"init|drop|loss|coef|classifier|summary|jitter|quant|label|forced|suppress|gradient|contrastive|capacity|fp32|"
+    r"_to_keep$|^max_window_|^output_(router|att|aux|hid|scores)|^return_"
 )
 _ALIASES = {
     "n_head": "num_attention_heads",
@@ -189,6 +191,9 @@ def normal(name: str, value: Any) -> Any:
         return _SAME_ACTIVATIONS.get(value.lower(), value.lower())
     if isinstance(value, list):
         return tuple(normal("", item) for item in value)
-    if isinstance(value, Mapping):
-        return tuple(sorted((str(key), normal("", item)) for key, item in value.items()))
+    if isinstance(value, Mapping):  # in a list; {"__float__": "Infinity"} is transformers 5's infinity
+        infinite = value.get("__float__") in ("Infinity", "-Infinity")
+        return (
+            float(value["__float__"]) if infinite else tuple(sorted((str(k), normal("", v)) for k, v in value.items()))
+        )
     return value

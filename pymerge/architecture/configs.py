@@ -14,7 +14,6 @@ _NULL_IS_NONE = re.compile(r"window|softcap|clip_qkv")  # where null says that t
 _SCALING = "rope_scaling."
 _ROPE_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 _OWN_SCALING = ("gpt_oss",)  # types of models that scale positions where config.json says nothing
-_SCALED_IF_TIED = ("t5", "mt5", "umt5")  # whose heads are scaled where they are tied
 _UNKNOWN = object()
 _DIGITS = 1e-6  # relative: numbers that have been float32 are the same
 
@@ -51,8 +50,6 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, per_layer
             continue
         if mine.default and other.default:
             continue  # that follows from other keys
-        if meaning.endswith("tie_word_embeddings") and ours.get("model_type") not in _SCALED_IF_TIED:
-            continue  # the heads that are stored tell, when tensors are matched
         if not per_layer and isinstance(mine.value, tuple) and not TOKEN_ID.search(meaning):
             continue
         name = meaning.rpartition(".")[2]
@@ -88,7 +85,8 @@ def _default(said: Mapping[str, Fact], meaning: str, *, given: bool) -> Any:
     model_type = said.get(f"{within}model_type")
     if path.endswith(_SCALING[:-1]):
         if name == "rope_type":
-            return "default" if model_type and model_type.value not in _OWN_SCALING else _UNKNOWN
+            own = within or (model_type and model_type.value in _OWN_SCALING)  # as towers have that turn in two axes
+            return _UNKNOWN if own else "default"
         return _ROPE_DEFAULTS.get(name, _UNKNOWN) if f"{path}.rope_type" in said else _UNKNOWN
     known = DEFAULTS.get(str(model_type.value), {}) if model_type else {}
     if name not in known:
@@ -97,7 +95,8 @@ def _default(said: Mapping[str, Fact], meaning: str, *, given: bool) -> Any:
     if name == "num_key_value_heads" and (given or known[name] is None):
         return heads.value if heads else _UNKNOWN
     if name == "head_dim" and (given or known[name] is None):
-        return size.value // heads.value if size and heads and size.value and heads.value else _UNKNOWN
+        counted = all(fact is not None and isinstance(fact.value, int) and fact.value for fact in (size, heads))
+        return size.value // heads.value if counted and size and heads else _UNKNOWN
     return known[name]
 
 
@@ -107,8 +106,12 @@ def _spelt(fact: Fact, other: Fact) -> Fact:
 
 
 def _equal(one: Any, two: Any) -> bool:
+    """Whether two values are the same; a number is the same as a list of it (image_size 224 and [224, 224])."""
+    if isinstance(one, tuple) != isinstance(two, tuple):
+        many, single = (one, two) if isinstance(one, tuple) else (two, one)
+        return len(many) > 0 and all(_equal(each, single) for each in many)
     if isinstance(one, tuple) and isinstance(two, tuple):
         return len(one) == len(two) and all(map(_equal, one, two))
     if all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in (one, two)):
-        return bool(abs(one - two) <= _DIGITS * max(abs(one), abs(two)))
+        return bool(one == two or abs(one - two) <= _DIGITS * max(abs(one), abs(two)))
     return bool(one == two)

@@ -12,6 +12,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from pymerge.architecture.expert_stacks import joined_parts
 from pymerge.errors import PlanError
 
 Tensors = Mapping[str, tuple[str, Sequence[int]]]
@@ -43,9 +44,10 @@ class Layer:
     """One tensor's place in the model.
 
     `in_axis` is the input axis of a linear weight's matrix: 1 for d_out x d_in (nn.Linear), 0 for
-    d_in x d_out (GPT-2's Conv1D). A stacked weight holds E such matrices along its first axis. `blocks` and
-    `index` name the block of the tensor: "model.layers" and 3 for model.layers.3.mlp.up_proj.weight; "" and
-    None outside.
+    d_in x d_out (GPT-2's Conv1D). A stacked weight holds E such matrices along its first axis, and each of them
+    may hold several weights, its `parts`, along d_out: gate and up, above each other, or `alternating` row by row.
+    `blocks` and `index` name the block of the tensor: "model.layers" and 3 for model.layers.3.mlp.up_proj.weight;
+    "" and None outside.
     """
 
     kind: Kind
@@ -54,11 +56,20 @@ class Layer:
     reason: str = ""
     blocks: str = ""
     index: int | None = None
+    parts: int = 1
+    alternating: bool = False
 
     @property
     def solvable(self) -> bool:
         """True for the tensors that solvers work on."""
         return self.kind is Kind.LINEAR
+
+    def part(self, number: int, outputs: int) -> slice:
+        """The outputs, of so many in a matrix, that one of its parts has."""
+        if self.alternating:
+            return slice(number, None, self.parts)
+        height = outputs // self.parts
+        return slice(number * height, (number + 1) * height)
 
     def describe(self) -> str:
         """The decision and its reason, for the plan."""
@@ -66,6 +77,8 @@ class Layer:
         if self.kind is Kind.LINEAR:
             matrix = "d_out x d_in" if self.in_axis == 1 else "d_in x d_out"
             text = f"stacked linear, E x {matrix}" if self.stacked else f"linear, {matrix}"
+            if self.parts > 1:
+                text += f", {self.parts} weights in one{', row by row' * self.alternating}"
         return f"{text} ({self.reason})" if self.reason else text
 
 
@@ -128,6 +141,10 @@ def classify(tensors: Tensors, config: Mapping[str, Any], rules: Sequence[Rule] 
     if problems:
         raise PlanError(problems)
     _orient(layers, undecided, facts)
+    for name, layer in layers.items():
+        if layer.stacked:
+            parts, alternating = joined_parts(name, layer.in_axis, tensors[name][1][2 - layer.in_axis], facts.families)
+            layers[name] = replace(layer, parts=parts, alternating=alternating)
     return layers
 
 
@@ -174,6 +191,7 @@ class _Facts:
         self.vocabularies = {
             value for c in configs for key, value in c.items() if str(key).endswith("vocab_size") and _is_size(value)
         }
+        self.families = [str(part["model_type"]) for part in configs if part.get("model_type")]
         self.widths = _sizes(configs, _HIDDEN_KEYS | _INNER_KEYS)
         self.experts = _sizes(configs, _EXPERT_KEYS)
         with_experts = [part for part in configs if _sizes([part], _EXPERT_KEYS)]

@@ -110,7 +110,17 @@ class _Beside:
         found = [other for other in beside if other != name and self._may_scale(other, name)]
         named = (other for other in found if self._is_named_after(other, name, own))
         unnamed = (other for other in found if self._has_scale_shape(other, name))
-        return next(named, None) or next(unnamed, None)
+        return next(named, None) or next(unnamed, None) or self._beside_module(name, parent)
+
+    def _beside_module(self, name: str, parent: str) -> str | None:
+        """A scale named after the module of a weight: q_proj_scale beside the module q_proj."""
+        outer, _, module = parent.rpartition(".")
+        if not module or not _is_weight_name(name):
+            return None
+        beside = (other for other in self._inside.get(outer, ()) if self._may_scale(other, name))
+        return next(
+            (other for other in beside if _said_of(words(other.rpartition(".")[2])) == set(words(module))), None
+        )
 
     def _may_scale(self, other: str, name: str) -> bool:
         dtype, _ = self._tensors[other]
@@ -121,10 +131,9 @@ class _Beside:
 
         A bare "scale" is that of the weight of its module, or of integers; not of some other number beside it.
         """
-        found = set(words(other.rpartition(".")[2]))
-        of = found - _SCALES - _OF_SCALES - _WEIGHTS
+        of = _said_of(words(other.rpartition(".")[2]))
         bare = not is_float8(self._tensors[name][0]) or _is_weight_name(name) or other.startswith(f"{name}.")
-        return not _SCALES.isdisjoint(found) and (of == own - _OF_SCALES - _WEIGHTS or (bare and not of))
+        return of is not None and (of == own - _OF_SCALES - _WEIGHTS or (bare and not of))
 
     def _has_scale_shape(self, other: str, name: str) -> bool:
         """Whether a tensor beside an 8-bit weight has a number for all of it, each row, each column or each block."""
@@ -137,6 +146,11 @@ class _Beside:
             return not shape or shape[0] in (1, of[0], of[-1])
         blocks = len(shape) == len(of) and all(0 < count <= size for count, size in zip(shape, of, strict=True))
         return blocks and tuple(shape) != tuple(of)
+
+
+def _said_of(scale: Sequence[str]) -> set[str] | None:
+    """Of what a name of these words says that it is the scale; None if it is not called a scale."""
+    return None if _SCALES.isdisjoint(scale) else set(scale) - _SCALES - _OF_SCALES - _WEIGHTS
 
 
 def words(name: str) -> list[str]:

@@ -17,6 +17,8 @@ _REMEDY = (
     "from these values is NaN or infinite too"
 )
 
+_WIDER = {"F16": "bfloat16 or float32", "BF16": "float32"}  # dtypes that hold more than the one of this code
+
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite: the extremes are finite, and NaN would be one of them."""
@@ -62,7 +64,7 @@ def overflow(name: str, code: str) -> NonFiniteError:
 
     return NonFiniteError(
         f"{name}: the merged tensor has values that {torch_dtype(code)} cannot hold; "
-        "choose out_dtype bfloat16 or float32, or smaller weights"
+        f"choose out_dtype {_WIDER.get(code, 'float64')}, or smaller weights"
     )
 
 

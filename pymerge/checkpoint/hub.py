@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from pymerge.checkpoint.model_files import SKIPPED_FOLDERS, WEIGHT_SUFFIXES
-from pymerge.checkpoint.weight_files import FORMATS, WeightFormat, find_weights, read_weight_map
+from pymerge.checkpoint.beside import is_other_form
+from pymerge.checkpoint.checkpoint import weights_of
+from pymerge.checkpoint.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    SKIPPED_FOLDERS,
+    WEIGHT_SUFFIXES,
+    is_skipped,
+    is_weight_file,
+)
+from pymerge.checkpoint.pipelines import is_pipeline
+from pymerge.checkpoint.sentence_modules import read_modules
+from pymerge.checkpoint.weight_files import choose, file_names, has_usual, no_weights, read_weight_map
+from pymerge.common.names import first_few
 from pymerge.errors import CheckpointError
 
 _NOT_WEIGHTS = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES] + [f"{folder}/*" for folder in SKIPPED_FOLDERS]
@@ -17,8 +29,8 @@ def fetch(repository: str, revision: str | None) -> Path:
     """Folder of a model in the cache of huggingface_hub; its name is the commit.
 
     A cached revision with all its weights is used as it is, without asking the Hub whether there is a newer one.
-    Otherwise what a merge needs is downloaded, with a progress bar: weights in one format, safetensors if there are
-    any, and the files that an output takes over. No code of a model is run. Raises CheckpointError when that is
+    Otherwise what a merge needs is downloaded, with a progress bar: weights in one format, those that transformers
+    would load, and the files that an output takes over. No code of a model is run. Raises CheckpointError when that is
     not possible: huggingface_hub missing, offline, no such model or revision, no access.
     """
     wanted = repository if revision is None else f"{repository}@{revision}"
@@ -30,8 +42,8 @@ def fetch(repository: str, revision: str | None) -> Path:
             "correct the path, or pip install 'pymerge-engine[hub]'"
         ) from error
     with _explained(wanted, repository):
-        cached = _cached(repository, revision)
-        if cached is not None and _has_weights(cached):
+        cached = cached_folder(repository, revision)
+        if cached is not None and _is_whole(cached):
             return cached
         if constants.HF_HUB_OFFLINE and cached is not None:
             raise CheckpointError(
@@ -41,7 +53,8 @@ def fetch(repository: str, revision: str | None) -> Path:
         return _download(repository, revision)
 
 
-def _cached(repository: str, revision: str | None) -> Path | None:
+def cached_folder(repository: str, revision: str | None) -> Path | None:
+    """Folder of a model in the cache, None if it is not there; needs huggingface_hub, and no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -53,34 +66,76 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     return Path(str(found))
 
 
-def _has_weights(folder: Path) -> bool:
+def _is_whole(folder: Path) -> bool:
+    """Whether a model's weights are all there, those of its modules too, or an adapter's."""
+    if _adapter_weights(file_names(folder)) is not None:
+        return True
     try:
-        find_weights(folder)
+        # A file of GGUF may be there because it was wanted once, beside the weights themselves.
+        return all(file.suffix != ".gguf" for file in weights_of(folder))
     except CheckpointError:
         return False
-    return True
+
+
+def _adapter_weights(names: Collection[str]) -> str | None:
+    """The weight file of an adapter alone, by the names in its folder; None if that holds something else."""
+    if ADAPTER_CONFIG not in names or "config.json" in names:
+        return None
+    return next((name for name in ADAPTER_WEIGHTS if name in names), None)
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     folder = Path(str(snapshot_download(repository, revision=revision, ignore_patterns=_NOT_WEIGHTS)))
-    for form in FORMATS:
-        for patterns in _weight_patterns(folder, form):
-            snapshot_download(repository, revision=folder.name, allow_patterns=patterns)
-            if _has_weights(folder):
-                return folder
-    find_weights(folder)  # says what is there instead
+    wanted = _weights_wanted(folder, repository, HfApi().list_repo_files(repository, revision=folder.name))
+    snapshot_download(repository, revision=folder.name, allow_patterns=wanted)
     return folder
 
 
-def _weight_patterns(folder: Path, form: WeightFormat) -> Iterator[list[str]]:
-    """Patterns to ask for until there are weights: the shards of the index, the usual file, one of another name."""
-    index = folder / (form.stem + form.index_suffix)
-    if index.is_file():
-        yield sorted(set(read_weight_map(index, form).values()))
-    yield [form.single]
-    yield [f"*{suffix}" for suffix in form.suffixes]
+def _weights_wanted(folder: Path, repository: str, names: Sequence[str]) -> list[str]:
+    """Weight files to download of those of a repository, whose other files are in `folder`: the model's in one format,
+    those of its modules, and what an output takes over.
+
+    Raises CheckpointError where none are the model's, or where it is open which ones.
+    """
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        inside.setdefault(name.rpartition("/")[0], []).append(name.rpartition("/")[2])
+    top = inside.get("", [])
+    if is_pipeline(top):
+        parts = sorted({name.partition("/")[0] for name in names if "/" in name and is_weight_file(name)})
+        raise CheckpointError(
+            f"{repository}: is a diffusers pipeline of several models; run `hf download {repository}`, and merge its "
+            f"components one by one, by their folders: {first_few(parts, 12)}"
+        )
+    if (adapter := _adapter_weights(top)) is not None:
+        return [adapter]
+    wanted: list[str] = []
+    owners: list[str] = []
+    for where in dict.fromkeys([*(part.folder for part in read_modules(folder) if part.folder), ""]):
+        if where == "" and owners and not has_usual(top):
+            continue
+        choice = choose(folder / where, inside.get(where, []))
+        if choice is not None:
+            found = [choice.name]
+            if choice.is_index:
+                found = sorted(set(read_weight_map(folder / where / choice.name, choice.form).values()))
+            wanted += [Path(where, name).as_posix() for name in found]
+            owners.append(where)
+    if not wanted and any(name.endswith(".gguf") for name in names):
+        raise CheckpointError(
+            f"{repository}: has weights in files of GGUF alone, one for each encoding; download one "
+            f"(`hf download {repository} FILE.gguf`) and give its path"
+        )
+    if not wanted:
+        raise no_weights(folder, top)
+    beside = [name for name in names if name not in wanted and is_weight_file(name)]
+    return wanted + [
+        name
+        for name in beside
+        if not (is_other_form(PurePosixPath(name), owners) or any(map(is_skipped, name.split("/")[:-1])))
+    ]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The guard against quantised checkpoints, which hold codes and scales where weights should be, and are refused.
 
-They are recognised by config.json, by file, and by tensors: first by the names of each format, then by structure.
+They are recognised by config.json, by a file of ModelOpt, and by tensors: by names of each format, then by structure.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pymerge.common.names import shorten
 from pymerge.errors import CheckpointError
 
 MODELOPT_FILE = "hf_quant_config.json"
+_KEYS = ("quantization_config", "compression_config", "quant_config", "quantize_config")
 _PLAIN = "If its weights are plain numbers already, delete"
 
 
@@ -33,9 +34,11 @@ def refuse_by_config(file: Path, config: Mapping[str, Any]) -> None:
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The settings of a quantisation in a config and in those inside it, with their keys."""
     for key, value in config.items():
+        if key == "quantization_bit" and isinstance(value, int) and value > 0:
+            yield key, {"quant_method": f"{value} bits"}
         if not isinstance(value, Mapping):
             continue
-        if key in ("quantization_config", "compression_config"):
+        if key in _KEYS:
             switched_off = {"load_in_4bit", "load_in_8bit"} & set(value) and not (
                 value.get("load_in_4bit") or value.get("load_in_8bit")
             )
@@ -45,19 +48,6 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
             yield key, value
         else:
             yield from _settings(value)
-
-
-def refuse_by_file(path: Path) -> None:
-    """Raise CheckpointError for a GGUF file, and for a directory with GGUF files alone."""
-    if path.is_dir():
-        names = [entry.name for entry in path.iterdir()] if _may_list(path) else []
-        files = [name for name in names if name.endswith(".gguf")]
-        if not files or any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
-            return
-        path = path / min(files)
-    elif path.suffix != ".gguf":
-        return
-    raise CheckpointError(f"{path}: is quantised (GGUF); {remedy_of('GGUF')}")
 
 
 def refuse_modelopt(folder: Path) -> None:
@@ -79,14 +69,6 @@ def modelopt_algorithm(folder: Path) -> str | None:
     return settings.get("quant_algo") if isinstance(settings, Mapping) else None
 
 
-def _may_list(path: Path) -> bool:
-    try:
-        next(path.iterdir(), None)
-    except OSError:
-        return False  # said, with its reason, by those who need the list
-    return True
-
-
 def refuse_by_tensors(tensors: Mapping[str, TensorEntry]) -> None:
     """Raise CheckpointError when names, dtypes and shapes are those of a quantised checkpoint."""
     for name, entry in tensors.items():
@@ -105,7 +87,8 @@ def quantised(tensors: Described) -> tuple[str, str] | None:
     for codes in find_codes(tensors):
         kind = by_structure(codes, tensors)
         beside = f" with its scale {shorten(codes.scale)}" if codes.scale else ""
-        what = "holds 16-bit weights as integers" if kind == BITS_16 else "is quantised"
         place = f"by tensor {shorten(codes.name)} of dtype {codes.dtype}{beside}"
-        return codes.name, f"{what} ({kind}, {place}); {remedy_of(kind)}"
+        if kind == BITS_16:
+            return codes.name, f"has {kind} weights stored as {codes.dtype} ({place}); {remedy_of(kind)}"
+        return codes.name, f"is quantised ({kind}, {place}); {remedy_of(kind)}"
     return None

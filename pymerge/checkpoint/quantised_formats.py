@@ -11,7 +11,7 @@ from pymerge.common.dtypes import is_float, is_float8
 ORIGINAL = "merge the original weights instead"
 _CARD = f"{ORIGINAL} (the model card names the model that was quantised)"
 _DEQUANTISE = f"{ORIGINAL}, or dequantise first"
-BITS_16 = "bfloat16 or float16 stored as integers"
+BITS_16 = "bfloat16 or float16"
 _UNNAMED = "integer codes"
 
 REMEDIES = {

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from pymerge.checkpoint.composed import StackedEntry, fill_stacked
 from pymerge.checkpoint.decoded import DecodedEntry, Span, fill_decoded
 from pymerge.checkpoint.gathered import GatheredEntry, Run, fill_gathered
 from pymerge.checkpoint.safetensors_file import TensorEntry
@@ -98,6 +99,9 @@ class Reader:
         if isinstance(entry, GatheredEntry):
             fill_gathered(self.read_runs_into, entry, out, start_row, start_row + shape[0])
             return
+        if isinstance(entry, StackedEntry):
+            fill_stacked(self.read_into, entry, out, start_row, start_row + shape[0])
+            return
         if entry.strides is None:
             self.read_bytes_into(entry, bytes_of(out), start_row, stop_row)
             return
@@ -161,7 +165,7 @@ class Reader:
 
     def announce(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are read next, so that it fetches them all at once."""
-        if isinstance(entry, (GatheredEntry, DecodedEntry)):
+        if isinstance(entry, (GatheredEntry, StackedEntry, DecodedEntry)):
             for span in _stored_rows(entry, start_row, stop_row):
                 self.announce(*span)
             return
@@ -169,7 +173,7 @@ class Reader:
 
     def release(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are not needed again, so that inputs do not fill the page cache."""
-        if isinstance(entry, (GatheredEntry, DecodedEntry)):
+        if isinstance(entry, (GatheredEntry, StackedEntry, DecodedEntry)):
             for span in _stored_rows(entry, start_row, stop_row):
                 self.release(*span)
             return
@@ -256,13 +260,20 @@ def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tup
     return shape, entry.offset + start_row * row_bytes, (stop - start_row) * row_bytes
 
 
-def _stored_rows(entry: GatheredEntry | DecodedEntry, start_row: int, stop_row: int | None) -> Iterator[Span]:
-    """The row ranges of stored tensors that rows are made from, if they are worth a system call: of gathered rows, the
-    pages of short ranges hold rows for other pieces too; of decoded ones, codes are, and scales are small beside them.
-    """
+def _stored_rows(
+    entry: GatheredEntry | StackedEntry | DecodedEntry, start_row: int, stop_row: int | None
+) -> Iterator[Span]:
+    """The row ranges of stored tensors that rows are made from, if they are worth a system call: of gathered and
+    stacked rows, the pages of short ranges hold rows for other pieces too; of decoded ones, codes are, and scales are
+    small beside them."""
     stop = entry.shape[0] if stop_row is None else stop_row
     if isinstance(entry, DecodedEntry):
         yield from (span for span in entry.spans(start_row, stop) if span.entry is entry.decoder.parts[0])
+        return
+    if isinstance(entry, StackedEntry):
+        for part in entry.parts(start_row, stop):
+            if part.contiguous and part.nbytes >= _LARGEST_FOLIO:
+                yield Span(part, 0, part.shape[0])
         return
     for first, end, source, row in entry.rows_map.runs(start_row, stop):
         if source >= 0 and entry.nbytes // entry.shape[0] * (end - first) >= _LARGEST_FOLIO:

@@ -7,9 +7,11 @@ before anything is computed from it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from pymerge.checkpoint.magic import refuse_foreign
 from pymerge.common.dtypes import ITEM_SIZES, is_float8
 from pymerge.common.files import opened, parse_json_object, read_exactly
 from pymerge.common.names import shorten
@@ -113,7 +115,8 @@ class TensorEntry:
 @dataclass(frozen=True)
 class Header:
     """Header of a weight file: `entries` in the order in which safetensors stores them; `mtime_ns` is that of the read
-    file; `notes` tell what of the file is not used."""
+    file; `notes` tell what of the file is not used, `base_notes` what an output lacks that is made after it; `config`
+    is what the file itself says of config.json."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -121,6 +124,8 @@ class Header:
     file_bytes: int
     mtime_ns: int
     notes: tuple[str, ...] = ()
+    base_notes: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def read_header(path: Path | str) -> Header:
@@ -133,7 +138,6 @@ def read_header(path: Path | str) -> Header:
     path = Path(path)
     with opened(path, ".safetensors") as (descriptor, status):
         prefix = read_exactly(descriptor, 8, 0)
-        check_no_pointer(path, prefix)
         _check_prefix(path, prefix, status.st_size)
         length = int.from_bytes(prefix, "little")
         text = read_exactly(descriptor, length, 8)
@@ -144,6 +148,7 @@ def read_header(path: Path | str) -> Header:
             raise ValueError("it does not start with '{'")
         raw = parse_json_object(text, unique=True)
     except ValueError as error:
+        refuse_foreign(path, prefix)
         raise CheckpointError(f"{path}: the header is not valid JSON ({error}); {AGAIN}") from error
     metadata = _check_metadata(path, raw.pop(METADATA_KEY, {}))
     start = 8 + length
@@ -154,16 +159,12 @@ def read_header(path: Path | str) -> Header:
     return Header(entries, metadata, length, status.st_size, status.st_mtime_ns)
 
 
-def check_no_pointer(path: Path, prefix: bytes) -> None:
-    """Raise CheckpointError for the text that Git LFS leaves where it has not fetched a file."""
-    if prefix.startswith(b"version "):
-        raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` there")
-
-
 def _check_prefix(path: Path, prefix: bytes, file_bytes: int) -> None:
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: has {len(prefix)} bytes, a safetensors file has at least 8; {AGAIN}")
     length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES or 8 + length > file_bytes:
+        refuse_foreign(path, prefix)
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path}: its header would have {length} bytes, more than the {MAX_HEADER_BYTES} allowed, so it "

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.magic import refuse_foreign
 from pymerge.checkpoint.quantised_formats import ORIGINAL
 from pymerge.checkpoint.safetensors_file import (
     AGAIN,
@@ -17,7 +18,6 @@ from pymerge.checkpoint.safetensors_file import (
     Header,
     TensorEntry,
     about_dtype,
-    check_no_pointer,
 )
 from pymerge.checkpoint.torch_pickle import Opaque, RefusedPickle, View, read_pickle
 from pymerge.common.dtypes import ITEM_SIZES, code_of
@@ -72,13 +72,13 @@ def _about_object(name: str) -> str:
 
 
 def _check_magic(path: Path, start: bytes) -> None:
-    check_no_pointer(path, start)
     if start.startswith(_LEGACY):
         raise CheckpointError(
             f"{path}: is in the format of PyTorch before 1.6, which cannot be read in parts; save it again: "
             f"torch.save(torch.load(FILE, weights_only=True), FILE)"
         )
     if not start.startswith(b"PK\x03\x04"):
+        refuse_foreign(path, start)
         raise CheckpointError(f"{path}: is not a file of torch.save (it starts with {start[:8]!r}); {AGAIN}")
 
 
@@ -92,7 +92,10 @@ def _records(path: Path, archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.Zi
         raise ValueError("it has no data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in infos:
-        raise CheckpointError(f"{path}: is a TorchScript archive, a program and not a dictionary of tensors; {CONVERT}")
+        raise CheckpointError(
+            f"{path}: is a TorchScript archive, a program and not a dictionary of tensors; save "
+            "torch.jit.load(FILE).state_dict() instead"
+        )
     order = infos.get(f"{root}byteorder")
     if order is not None and (order.file_size != len(b"little") or archive.read(order) != b"little"):
         raise CheckpointError(f"{path}: was written on a big-endian machine; {CONVERT}")

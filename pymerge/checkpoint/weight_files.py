@@ -1,123 +1,163 @@
-"""Weight files of a model directory: safetensors first, then those of torch.save."""
+"""Weight files of a model directory: which ones are the model's, in the order in which its loader takes them."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pymerge.checkpoint.model_files import WEIGHT_SUFFIXES, is_weight_file
+from pymerge.checkpoint.gguf.folder import find_gguf
+from pymerge.checkpoint.model_files import ADAPTER_CONFIG, WEIGHT_SUFFIXES, is_adapter, is_leftover, is_weight_file
 from pymerge.checkpoint.parts import refuse_parts
-from pymerge.checkpoint.safetensors_file import Header, read_header
+from pymerge.checkpoint.safetensors_file import Header
+from pymerge.checkpoint.weight_formats import GGUF, LOADED, NAMELESS, WeightFormat, how_to_convert, is_part
 from pymerge.common.files import parse_json_object, read_text_file
-from pymerge.common.names import first_few, shorten
+from pymerge.common.names import first_few, listed, shorten
 from pymerge.errors import CheckpointError
 
-_FLAGS = {".h5": "from_tf", ".msgpack": "from_flax"}
-# What training leaves beside a model: no weights of it.
-_LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model)([._-].*)?")
+
+class Choice(NamedTuple):
+    """File of a directory that is its weights, or their index; `usual` if it has a name that loaders look for."""
+
+    form: WeightFormat
+    name: str
+    is_index: bool
+    usual: bool
 
 
-@dataclass(frozen=True)
-class WeightFormat:
-    """Names of a kind of weight files, and how it is read: `stem` is that of the usual single file and of the index."""
+class Weights(NamedTuple):
+    """Weight files of a directory, sorted, in their format; the name of the index that lists them, and what is said
+    about the choice."""
 
-    stem: str
-    suffixes: tuple[str, ...]  # the first is that of single file and shards
-    read: Callable[[Path], Header]
-
-    @property
-    def single(self) -> str:
-        return self.stem + self.suffixes[0]
-
-    @property
-    def index_suffix(self) -> str:
-        return f"{self.suffixes[0]}.index.json"
+    form: WeightFormat
+    files: tuple[Path, ...]
+    index_name: str | None
+    notes: tuple[str, ...]
 
 
-def _read_torch_header(path: Path) -> Header:
-    """Imports PyTorch, for which merges of safetensors files do not wait."""
-    from pymerge.checkpoint.torch_file import read_torch_header
-
-    return read_torch_header(path)
-
-
-FORMATS = (
-    WeightFormat("model", (".safetensors",), read_header),
-    WeightFormat("pytorch_model", (".bin", ".pt", ".pth"), _read_torch_header),
-    WeightFormat("model", (".ckpt",), _read_torch_header),  # of PyTorch Lightning
-)
-
-
-def how_to_convert(name: str) -> str:
-    """What to do with a weight file that cannot be read, by its suffix."""
-    flag = _FLAGS.get(Path(name.removesuffix(".index.json")).suffix)
-    if flag:  # the last version that reads them
-        return f"convert it with transformers 4 (from_pretrained(..., {flag}=True), then save_pretrained)"
-    return "give the model that it was made of, in safetensors or as a file of torch.save"
-
-
-def format_of(path: Path) -> WeightFormat | None:
-    """The format of a weight file by its suffix, None for one that cannot be read."""
-    return next((form for form in FORMATS if path.suffix in form.suffixes), None)
-
-
-def find_weights(path: Path) -> tuple[WeightFormat, tuple[Path, ...], str | None]:
-    """Format and files, sorted, of a directory's weights, and the name of the index that lists them (or None).
+def find_weights(path: Path, named: object = None) -> Weights:
+    """Weight files of a directory; `named` is the one that its config.json names, if it does (`transformers_weights`).
 
     Raises CheckpointError when there are none, or when it is open which ones they are.
     """
+    names = file_names(path)
+    choice = choose(path, names, named)
+    if choice is None:
+        gguf = find_gguf(path, names)
+        if gguf is not None:
+            return Weights(GGUF, (gguf,), None, ())
+        raise no_weights(path, names)
+    notes: tuple[str, ...] = ()
+    if not (choice.usual or choice.name == named):
+        wanted = choice.form if choice.form in LOADED else LOADED[0]
+        notes = (f"{path}: has no {wanted.single}; its weights are taken from {choice.name}",)
+    if not choice.is_index:
+        return Weights(choice.form, (path / choice.name,), None, notes)
+    shards = sorted(set(read_weight_map(path / choice.name, choice.form).values()))
+    absent = [shard for shard in shards if not os.path.isfile(path / shard)]
+    if absent:
+        raise CheckpointError(
+            f"{path / choice.name}: shards are missing: {first_few(absent)}; download the missing files"
+        )
+    return Weights(choice.form, tuple(path / shard for shard in shards), choice.name, notes)
+
+
+def file_names(path: Path) -> list[str]:
+    """Names in a directory, sorted, without hidden ones. Raises CheckpointError when it cannot be listed."""
     try:
-        names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+        return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be listed ({error.strerror}); check its rights") from error
-    for form in FORMATS:
-        found = _find(path, names, form)
-        if found is not None:
-            return form, *found
-    if "adapter_config.json" in names:
-        raise CheckpointError(
-            f"{path}: is an adapter, without the model that it is for; "
-            "name it under models, with its model as base_model or as BASE+ADAPTER"
-        )
-    others = [name for name in names if is_weight_file(name) and not _LEFTOVERS.fullmatch(name)]
-    if others:
-        raise CheckpointError(
-            f"{path}: has no .safetensors file, only {first_few(others)}; {how_to_convert(others[0])}"
-        )
-    refuse_parts(path, names)
+
+
+def has_usual(names: Collection[str]) -> bool:
+    """Whether a directory has weights under a name that loaders look for."""
+    return any(form.single in names or form.index in names for form in LOADED)
+
+
+def choose(path: Path, names: Sequence[str], named: object = None) -> Choice | None:
+    """The file that is the weights among the names of a directory, None if none is.
+
+    Usual names come first, in the order of transformers; then one variant (model.fp16.safetensors); then one file, or
+    index, of any other name. Raises CheckpointError when it is open which one it is.
+    """
+    if named is not None:
+        return _named(path, names, named)
+    for form in LOADED:
+        usual = [name for name in (form.single, form.index) if name in names]
+        if usual:
+            name = usual[-1] if form.index_first else usual[0]
+            return Choice(form, name, name == form.index, usual=True)
+    for form in LOADED:
+        variants = [name for name in names if name.startswith(f"{form.stem}.") and _may_be_weights(name, form)]
+        if variants:
+            return _only(path, variants, form)
+    for form in NAMELESS:
+        found = [name for name in names if _may_be_weights(name, form)]
+        if found:
+            return _only(path, found, form)
+        shards = [name for name in names if name.endswith(form.suffixes) and is_part(name)]
+        if shards:
+            what = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
+            raise CheckpointError(
+                f"{path}: has {what} ({first_few(shards)}) but no {form.index}; download the index and all shards"
+            )
+    return None
+
+
+def _named(path: Path, names: Sequence[str], named: object) -> Choice:
+    """The file that config.json names."""
+    form = LOADED[0]
+    if isinstance(named, str) and named in names and (named.endswith(form.suffixes) or form.is_index(named)):
+        return Choice(form, named, form.is_index(named), named in (form.single, form.index))
     raise CheckpointError(
-        f"{path}: has no weights (no file ending in {', '.join(WEIGHT_SUFFIXES)}); give the directory of a model"
+        f"{path}/config.json: its transformers_weights names {shorten(str(named))}, which is no .safetensors file or "
+        "index in this directory; download the file, or delete the key"
     )
 
 
-def _find(path: Path, names: list[str], form: WeightFormat) -> tuple[tuple[Path, ...], str | None] | None:
-    if form.single in names:
-        return (path / form.single,), None
-    indexes = [name for name in names if name.endswith(form.index_suffix)]
-    if form.stem + form.index_suffix in indexes:
-        indexes = [form.stem + form.index_suffix]
-    if len(indexes) > 1:
-        raise CheckpointError(f"{path}: has several indexes ({first_few(indexes)}); keep the one to be merged")
-    if indexes:
-        shards = sorted(set(read_weight_map(path / indexes[0], form).values()))
-        absent = [shard for shard in shards if not os.path.isfile(path / shard)]
-        if absent:
-            raise CheckpointError(
-                f"{path / indexes[0]}: shards are missing: {first_few(absent)}; download the missing files"
-            )
-        return tuple(path / shard for shard in shards), indexes[0]
-    single = [name for name in names if name.endswith(form.suffixes) and not _LEFTOVERS.fullmatch(name)]
-    if len(single) > 1:
-        refuse_parts(path, single)
+def _may_be_weights(name: str, form: WeightFormat) -> bool:
+    """Whether a file can be all weights of a model: no part of them, no leftover, no adapter."""
+    if form.is_index(name):
+        return True
+    return name.endswith(form.suffixes) and not (is_part(name) or is_leftover(name) or is_adapter(name))
+
+
+def _only(path: Path, found: Sequence[str], form: WeightFormat) -> Choice:
+    if len(found) > 1:
+        refuse_parts(path, found)
         raise CheckpointError(
-            f"{path}: has {len(single)} {form.suffixes[0]} files ({first_few(single)}) but no "
-            f"{form.stem}{form.index_suffix}; download the index too, or give one of the files"
+            f"{path}: has no {form.single}, and several files that may be its weights: {first_few(found, 8)}; "
+            "move the others away, or give one of the files"
         )
-    return ((path / single[0],), None) if single else None
+    return Choice(form, found[0], form.is_index(found[0]), usual=False)
+
+
+def no_weights(path: Path, names: Sequence[str]) -> CheckpointError:
+    """What is wrong with a directory of these names, none of which can be its weights.
+
+    Raises CheckpointError itself where they are parts of a model.
+    """
+    if "snapshots" in names and ("blobs" in names or path.name.startswith("models--")):
+        commits = [str(path / "snapshots" / name) for name in file_names(path / "snapshots")]
+        return CheckpointError(
+            f"{path}: is a folder of the Hub's cache, not a model; give one of its snapshots: {first_few(commits)}"
+        )
+    if ADAPTER_CONFIG in names or any(is_adapter(name) for name in names):
+        return CheckpointError(
+            f"{path}: is an adapter, without the model that it is for; "
+            "name it under models, with its model as base_model or as BASE+ADAPTER"
+        )
+    refuse_parts(path, names)
+    others = [name for name in names if is_weight_file(name) and not is_leftover(name)]
+    if others:
+        return CheckpointError(
+            f"{path}: has no .safetensors file, only {first_few(others)}; {how_to_convert(others[0])}"
+        )
+    return CheckpointError(
+        f"{path}: has no weights (no file ending in {', '.join(WEIGHT_SUFFIXES)}); give the directory of a model"
+    )
 
 
 def read_json(path: Path, *, unique: bool) -> dict[str, Any]:
@@ -146,28 +186,34 @@ def read_weight_map(index: Path, form: WeightFormat) -> dict[str, str]:
     return weight_map
 
 
-def check_index(index: Path, form: WeightFormat, headers: dict[Path, Header]) -> None:
-    """Raise CheckpointError unless index and shards name exactly the same tensors in the same files."""
+def check_index(index: Path, form: WeightFormat, headers: dict[Path, Header]) -> tuple[str, ...]:
+    """Remarks on tensors that only the index, or only the shards name; they are what the shards have.
+
+    Raises CheckpointError where it is open which tensor is meant: one in two shards, or in another than the index says.
+    """
     weight_map = read_weight_map(index, form)
     found: dict[str, str] = {}
     for file, header in headers.items():
         for name in header.entries:
             if name in found:
                 raise CheckpointError(
-                    f"{index}: tensor {shorten(name)} is in two shards, {found[name]} and {file.name}; "
-                    "remove the shard that is of another model"
+                    f"{index}: tensor {shorten(name)} is in two shards, {found[name]} and {file.name}, and may differ "
+                    f"there; keep it in {weight_map.get(name, 'one')} alone: load the other, delete it, save again"
                 )
             found[name] = file.name
+    moved = [name for name, file in weight_map.items() if name in found and found[name] != file]
+    if moved:
+        raise CheckpointError(
+            f"{index}: {first_few(moved)} should be in {weight_map[moved[0]]} but is in {found[moved[0]]}; "
+            "download index and shards of the same revision"
+        )
     unlisted = [name for name in found if name not in weight_map]
-    if unlisted:
+    absent = [name for name in weight_map if name not in found]
+    if unlisted and absent:
         raise CheckpointError(
-            f"{index}: does not list {first_few(unlisted)}, found in {found[unlisted[0]]}; "
-            "download index and shards of the same revision"
+            f"{index}: does not list {first_few(unlisted)}, found in {found[unlisted[0]]}, but {first_few(absent)}, "
+            "found in no shard; download index and shards of the same revision"
         )
-    wrong = [name for name, file in weight_map.items() if found.get(name) != file]
-    if wrong:
-        raise CheckpointError(
-            f"{index}: {first_few(wrong)} should be in {weight_map[wrong[0]]} but "
-            f"{'is in ' + found[wrong[0]] if wrong[0] in found else 'is in no shard'}; "
-            "download index and shards of the same revision"
-        )
+    notes = [f"{index}: {listed(absent)}: in no shard, so the model is taken to be without"] if absent else []
+    notes += [f"{index}: does not list {listed(unlisted)}: read all the same"] if unlisted else []
+    return tuple(notes)

@@ -49,7 +49,7 @@ def plan_view(plan: Plan) -> RenderableType:
             *([first.route] if adapters else []),
         )
         reasons.setdefault(role(first.layer.describe()), []).append(name)
-    files = _count(len(plan.layouts), "file")
+    files = _count(len(plan.files), "file")
     largest = max(math.prod(piece.shape) for step in plan.steps for piece in step.pieces)
     lines = [
         f"base    {plan.inputs.donor.path}",

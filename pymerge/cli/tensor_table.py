@@ -33,7 +33,7 @@ def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
     (on rows) or "dense" (on whole matrices). A table of tokens can have two steps: rows that all models have, and
     others.
     """
-    models = {file: checkpoint.path for checkpoint in plan.inputs.all for file in checkpoint.files}
+    models = {file: checkpoint.path for checkpoint in plan.inputs.all for file in checkpoint.all_files}
     for step in plan.steps:
         yield {
             "name": step.name,

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+_LISTED = 5
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -43,3 +44,11 @@ def first_few(names: Iterable[str], limit: int = 3) -> str:
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(shorten(name) for name in listed[:limit]) + more
+
+
+def listed(names: Iterable[str]) -> str:
+    """Number and first names of tensors, as in "2 tensors: a, b"."""
+    names = list(names)
+    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    rest = len(names) - _LISTED
+    return f"{count}: {', '.join(names[:_LISTED])}" + (f" and {rest} more" if rest > 0 else "")

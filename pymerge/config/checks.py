@@ -8,12 +8,13 @@ from typing import Any
 
 from pymerge.common.names import nearest
 from pymerge.config.document import Document, Location, show
-from pymerge.config.references import HUB_REFERENCE, places, same_model, split_adapter
+from pymerge.config.references import HUB_REFERENCE, KnownModels, places, same_model, split_adapter
 from pymerge.config.settings import parse_settings, unreachable
 from pymerge.config.tokenizer import take_tokenizer
 from pymerge.errors import ConfigError
 from pymerge.methods import METHODS, get_method
 from pymerge.methods.base import Method, Parameter
+from pymerge.tokenizers.settings import BASE, UNION
 
 # Keys of mergekit's formats that are known and not supported: what to do instead.
 _UNSUPPORTED = {
@@ -21,6 +22,8 @@ _UNSUPPORTED = {
     "experts": "mergekit-moe configs build another architecture; list whole models under 'models'",
     "gate_mode": "mergekit-moe configs build another architecture; list whole models under 'models'",
 }
+# Keys that name a model, or say which tokenizer in a word.
+_SOURCES: tuple[Location, ...] = (("tokenizer_source",), ("tokenizer", "source"))
 # What is merged: exactly one of these, in a module one of the first two.
 FORMS = ("models", "slices", "modules")
 _UNSUPPORTED_OF_MODEL = {
@@ -41,6 +44,8 @@ class Checker:
         self._raw: dict[str, Any] = dict(document.data)
         self.method = self._find_method()
         self.given: set[str] = set()  # names of the top-level parameters
+        self._models = KnownModels(document.directory)
+        self._written: dict[Location, str] = {}  # names of models that are known by another
 
     def check(self) -> dict[str, Any]:
         """The raw config with settings parsed and references made plain, for the typed models.
@@ -185,7 +190,18 @@ class Checker:
         return entry, self.settings(entry, location, shared=False)
 
     def reference(self, value: Any, location: Location) -> Any:
-        """A model's path; mergekit's mapping {model: {path: ...}} is taken too."""
+        """The name by which a model was known first; mergekit's mapping {model: {path: ...}} is taken too."""
+        value = self._name(value, location)
+        if not isinstance(value, str) or not value or (location in _SOURCES and value in (UNION, BASE)):
+            return value
+        parts = split_adapter(value, self._document.directory)
+        first = "+".join(map(self._models.first, parts)) if parts else self._models.first(value)
+        if first != value:
+            self._written[location] = value
+        return first
+
+    def _name(self, value: Any, location: Location) -> Any:
+        """The name of a model as it is written."""
         if isinstance(value, dict):
             value = dict(value)
             if value.get("lora") is not None and "model" in value:
@@ -198,7 +214,7 @@ class Checker:
             for unknown in [other for other in value if other != key]:
                 problem = f"unknown key {unknown!r} in {show(location)}; write the model's path alone"
                 self._document.add((*location, unknown), problem)
-            return self.reference(value.get(key), (*location, key))
+            return self._name(value.get(key), (*location, key))
         if isinstance(value, str):
             self._check_name(value, location)
         return value
@@ -252,7 +268,9 @@ class Checker:
             if not isinstance(name, str):
                 continue
             if name in first:
-                text = f"{show((*location, i))} is {show((*location, first[name]))} again: {name!r} counts twice"
+                written = self._written.get((*location, i, "model"), name)
+                what = repr(name) if written == name else f"{written!r} is the same model as {name!r}, which"
+                text = f"{show((*location, i))} is {show((*location, first[name]))} again: {what} counts twice"
                 self._document.warn((*location, i), text)
             first.setdefault(name, i)
             if method.needs_base and isinstance(base, str) and same_model(name, base):
@@ -267,8 +285,8 @@ class Checker:
             if parameter.required and parameter.scope == "merge" and parameter.name not in given:
                 document.add(around, f"{method.name!r} requires {parameter.name!r}; add it under 'parameters'")
         if read and all(isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry, _ in read):
-            if not merged and location[-1] == "sources":
-                return  # a slice of the base alone is a copy of its layers
+            if not merged and (location[-1] == "sources" or location[0] == "modules"):
+                return  # a slice or module of the base alone is a copy
             if not merged:
                 document.add(location, f"{show(location)} lists only the base; add the models to merge")
             elif wrong := method.wrong_count(merged):

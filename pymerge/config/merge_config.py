@@ -40,6 +40,7 @@ class MergeConfig(Strict):
     layers: tuple[LayerRule, ...] = ()
     allow_nonfinite: StrictBool = False
     extra_tensors: Literal["heads", "error", "ignore"] = "heads"
+    missing_tensors: Literal["error", "base"] = "error"
     vocabulary: Literal["strict", "base"] = "strict"
     tokenizer: TokenizerSettings | None = None  # tokenizer_source is read into it too
     chat_template: StrictStr | None = None

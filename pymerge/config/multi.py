@@ -62,6 +62,7 @@ def read_stages(config: str | Path, out: Path | None, intermediate: Path | None)
             raise ArgumentError("no folder for documents with a name; give --intermediate-dir")
         intermediate = out.with_name(f"{out.name}.stages")
     folders = {name: Path(os.path.abspath(intermediate)) / name for name in reader.documents if name is not None}
+    reader.name_outputs(folders)
     stages = []
     for name in reader.order():
         document = reader.resolved(name, folders)
@@ -101,6 +102,16 @@ class _Reader:
         """Raise ConfigError if there is any problem."""
         if self._problems:
             raise ConfigError("\n".join(dict.fromkeys(self._problems)))
+
+    def name_outputs(self, folders: Mapping[str, Path]) -> None:
+        """Put the names of documents in place of paths that lead to their outputs."""
+        names = {os.path.realpath(folder): name for name, folder in folders.items()}
+        for document in self.documents.values():
+            for location, value in list(_references(document.data)):
+                paths = [os.path.realpath(path) for path in places(value, self.directory) if "\0" not in value]
+                name = next((names[path] for path in paths if path in names), None)
+                if name is not None and value not in self.documents:
+                    _replace(document.data, location, name)
 
     def order(self) -> list[str | None]:
         """Names in the order in which they must run, as in the file where that does not matter."""

@@ -1,11 +1,16 @@
-"""References to models: where a name of a config leads, to a folder or to the Hugging Face Hub."""
+"""References to models: where a name of a config leads, to a folder or to the Hub; which names lead to one model."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from pymerge.checkpoint.checkpoint import weights_of
+from pymerge.checkpoint.hub import cached_folder
 from pymerge.errors import CheckpointError
 
 # A model of the Hugging Face Hub, at a branch, a tag or a commit. Paths of more parts, or with dots first, are none.
@@ -84,3 +89,90 @@ def hub_reference(name: str, directory: Path | None) -> tuple[str, str | None] |
     if found is None or any(path.exists() for path in places(folder, directory)):
         return None
     return found["repository"], found["revision"]
+
+
+def file_ids(files: Iterable[Path]) -> frozenset[tuple[int, int]]:
+    """Device and inode of files, links followed; none where one cannot be looked at."""
+    try:
+        return frozenset((status.st_dev, status.st_ino) for status in (os.stat(file) for file in files))
+    except OSError:
+        return frozenset()
+
+
+class KnownModels:
+    """Names of one config, read one after the other: which of them lead to the same model.
+
+    That is where they lead to the same path, links followed, or the same files lie behind their weights, as in a
+    folder of links. Files that are merely equal are of another model.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._known: list[_Place] = []
+
+    def first(self, name: str) -> str:
+        """The name by which this model was known first."""
+        place = _Place(name, self._directory)
+        for known in self._known:
+            if known.is_model_of(place):
+                return known.name
+        self._known.append(place)
+        return name
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a name leads."""
+
+    name: str
+    directory: Path | None
+
+    def is_model_of(self, other: _Place) -> bool:
+        """Whether both lead to one model."""
+        if self.name == other.name:
+            return True
+        if self._hub and other._hub:
+            if self._hub[0] != other._hub[0]:
+                return False
+            if (self._hub[1] or "main") == (other._hub[1] or "main"):
+                return True
+        elif not (self._may_be_cached(other._hub) and other._may_be_cached(self._hub)):
+            return False
+        if self._path is None or other._path is None:
+            return False
+        return self._path == other._path or bool(self._files and self._files == other._files)
+
+    def _may_be_cached(self, hub: tuple[str, str | None] | None) -> bool:
+        """Whether it may be that model of the Hub, if there is one: then its files lie in the Hub's cache."""
+        if hub is None:
+            return True
+        home = f"models--{hub[0].replace('/', '--')}"
+        return any(home in Path(os.path.realpath(file)).parts for file in self._weights)
+
+    @cached_property
+    def _hub(self) -> tuple[str, str | None] | None:
+        return hub_reference(self.name, self.directory)
+
+    @cached_property
+    def _path(self) -> Path | None:
+        """The path, without links; None for a model of the Hub that is not in its cache."""
+        try:
+            if self._hub is not None:
+                found = cached_folder(*self._hub)
+            else:
+                tried = places(self.name, self.directory)
+                found = next((path for path in tried if os.path.exists(path)), tried[0])
+            return None if found is None else Path(os.path.realpath(found))
+        except (ImportError, OSError, ValueError):  # said when the model is opened
+            return None
+
+    @cached_property
+    def _weights(self) -> list[Path]:
+        try:
+            return [] if self._path is None else weights_of(self._path)
+        except CheckpointError:
+            return []
+
+    @cached_property
+    def _files(self) -> frozenset[tuple[int, int]]:
+        return file_ids(self._weights)

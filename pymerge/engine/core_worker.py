@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pymerge.adapters.low_rank import low_rank_of
+from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.finite import check_finite, is_finite, overflow
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import torch_dtype, upcast
@@ -129,7 +130,9 @@ class CoreWorker:
             self._add(self._once(step), first, rows, out, dtype)
             return
         for number, (matrix, room) in enumerate(zip(rows, out, strict=True), first):
-            self._add(self._solve(step, number), 0, matrix, room, dtype)
+            for part in range(step.layer.parts):
+                delta = self._solve(step, number, part)
+                self._add(delta, 0, _part_of(step.layer, matrix, part), _part_of(step.layer, room, part), dtype)
 
     def _add(self, delta: Delta, first: int, rows: Tensor, out: Tensor, dtype: torch.dtype) -> None:
         """A few rows at a time, which stay in the cache."""
@@ -153,16 +156,16 @@ class CoreWorker:
                 solved = self._solved[id(step)] = Future()
         if mine:
             try:
-                solved.set_result(self._solve(step, 0))
+                solved.set_result(self._solve(step))
             except BaseException as error:
                 solved.set_exception(error)
         return solved.result()
 
-    def _solve(self, step: Step, matrix: int) -> Delta:
-        """Solve one matrix from its factors."""
+    def _solve(self, step: Step, matrix: int = 0, part: int = 0) -> Delta:
+        """Solve one matrix, or one part of it, from its factors."""
         action = step.action
         assert isinstance(action, InCore)
-        tasks = [self._factors(entry, step.layer.in_axis, matrix, action.shape) for entry in step.experts]
+        tasks = [self._factors(entry, step.layer, matrix, part, action.shape) for entry in step.experts]
         if all(task.finite for task in tasks):
             delta = self._run_core(step, action, tasks)
         elif self._allow_nonfinite:
@@ -184,14 +187,15 @@ class CoreWorker:
                 f"{step.name}: {action.label} failed on the factors ({first_line(error)}); report this"
             ) from error
 
-    def _factors(self, entry: TensorEntry, in_axis: int, matrix: int, shape: tuple[int, int]) -> Factors:
+    def _factors(self, entry: TensorEntry, layer: Layer, matrix: int, part: int, shape: tuple[int, int]) -> Factors:
         """tau of an expert, d_out x d_in; none where the tensor is the base's own."""
         found = low_rank_of(entry)
         if found is None:
             return Factors(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
         with self._tracer.span("read", entry.name):
-            left, right = (torch.from_numpy(part) for part in found.factors(self._reader.read_bytes, matrix))
-        return Factors(right.mT, left.mT) if in_axis == 0 else Factors(left, right)
+            left, right = (torch.from_numpy(side) for side in found.factors(self._reader.read_bytes, matrix))
+        B, A = (right.mT, left.mT) if layer.in_axis == 0 else (left, right)
+        return Factors(B[layer.part(part, len(B))], A)
 
     def _refuse(self, step: Step) -> NoReturn:
         """Raise NonFiniteError, which names file and key of what an adapter stores."""
@@ -199,6 +203,12 @@ class CoreWorker:
             for part in entry.adapter_parts:
                 check_finite(part, 0, self._reader.read(part))
         raise overflow(step.name, "F64")  # by a scale
+
+
+def _part_of(layer: Layer, matrix: Tensor, part: int) -> Tensor:
+    """One of the weights that a matrix holds, as it is stored: a view."""
+    outputs = layer.part(part, matrix.shape[1 - layer.in_axis])
+    return matrix[:, outputs] if layer.in_axis == 0 else matrix[outputs]
 
 
 def _sum_dtype(step: Step) -> torch.dtype:

@@ -295,6 +295,6 @@ def _out_of_memory(job: Job, run: Runner, error: BaseException) -> OutOfMemoryEr
     remedy = "give --device cpu" if device.startswith("cuda") else "give a lower --memory, use a machine with more"
     return OutOfMemoryError(
         f"{job.step.name}: {job.step.action.label} on {list(job.piece.shape)} runs out of memory on {device}, with "
-        f"nothing else in memory too ({first_line(error)}); end other programs that use it, {remedy}, or exclude that "
-        "tensor; the same command goes on where this one stopped"
+        f"nothing else in memory too ({first_line(error)}); end other programs that use it, or {remedy}; the same "
+        "command goes on where this one stopped"
     )

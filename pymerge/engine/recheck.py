@@ -21,7 +21,7 @@ from pymerge.engine.worker import Context
 from pymerge.errors import BackendError, CheckpointError, ConfigError, OutputError, PlanError
 from pymerge.output.files import MANIFEST_NAME
 from pymerge.output.identity import differences
-from pymerge.output.layout import ShardLayout
+from pymerge.output.layout import ShardLayout, full_name
 from pymerge.output.manifest import read_manifest
 from pymerge.planner.budget import budget
 from pymerge.planner.build import build_plan
@@ -76,7 +76,11 @@ def recheck(out: Path | str, count: int | None = None, *, progress: ProgressSink
             {part: text for part, text in now.items() if part != _NOT_COMPARED},
         )
     )
-    written = {name: tensor for shard in manifest["shards"].values() for name, tensor in shard["tensors"].items()}
+    written = {
+        full_name(file, name): tensor
+        for file, shard in manifest["shards"].items()
+        for name, tensor in shard["tensors"].items()
+    }
     _compare_plan(out, plan, manifest["base"]["parameters"], written, report)
     report.tensors += [steps[0].name for steps in sample(plan.steps, count) if steps[0].name in written]
     digests = _digests(plan, report.tensors, progress or NoProgress())
@@ -122,7 +126,7 @@ def _plan(out: Path, recipe: dict[str, Any]) -> Plan:
 def _compare_plan(out: Path, plan: Plan, base: int, written: dict[str, Any], report: RecheckReport) -> None:
     if plan.base_parameters != base:
         report.problems.append(f"{out}: the base had {base} parameters and has {plan.base_parameters}; merge again")
-    planned = {tensor.name: tensor for layout in plan.layouts for tensor in layout.tensors}
+    planned = {full_name(layout.file, tensor.name): tensor for layout in plan.files for tensor in layout.tensors}
     for name in sorted(planned.keys() ^ written.keys()):
         where = "is not in the recipe's output" if name in written else "is lacking"
         report.problems.append(f"{out}: tensor {name}: {where}; merge again")

@@ -98,8 +98,9 @@ def run(
             out,
             plan.layouts,
             identity=identity,
-            beside=extras.layouts,
+            beside=(*plan.modules, *extras.layouts),
             late=extras.late,
+            copied=sum((plan.inputs.donor.path / file).stat().st_size for file in plan.inputs.donor.beside.copied),
             overwrite=overwrite,
             keeps_cache=plan.keeps_cache,
         ) as output,
@@ -191,11 +192,14 @@ def _publish(plan: Plan, output: OutputDirectory) -> None:
     files = {name: source for name, source in files.items() if name not in plan.tokens.dropped} | dict(
         plan.tokens.files
     )
+    if "config.json" in files:  # of a folder whose transformer, with its config.json, is in a folder of its own
+        files["config.json"] = (donor.path / "config.json").read_bytes()
     if plan.config_json is not None:
-        files["config.json"] = plan.config_json
+        files[Path(donor.folder, "config.json").as_posix()] = plan.config_json
     files["README.md"] = model_card(plan)
     files[RECIPE_NAME] = plan.config.source_text.encode()
-    beside = plan.extras.files(output.beside)
+    layouts = output.beside[len(plan.modules) :]
+    beside = plan.extras.files(layouts)
     manifest = build_manifest(
         plan.layouts,
         output.checksums,
@@ -209,7 +213,8 @@ def _publish(plan: Plan, output: OutputDirectory) -> None:
             "device": str(plan.target.device),
         },
         base_parameters=plan.base_parameters,
-        beside=output.beside,
+        modules=plan.modules,
+        beside=layouts,
         changeable=plan.extras.changeable,
         infinite={step.name: step.infinite for step in plan.steps if step.infinite},
     )

@@ -207,36 +207,53 @@ def solve(
 ) -> list[Tensor]:
     """Merge L linear weights of one shape as they are stored; the results have the stored layout, contiguous.
 
-    `layer` stands for all: their `in_axis` and `stacked` are the same; of a stack each tensor is one matrix, 1 x ...
+    `layer` stands for all: of a stack each tensor is one matrix, 1 x ..., and its parts are weights of their own.
     """
     if layer.stacked:
         bases, experts = [base[0] for base in bases], [[expert[0] for expert in tasks] for tasks in experts]
-        merged = _solve_matrices(action, layer.in_axis, run, bases, experts, out_dtype)
-        return [matrix.unsqueeze(0) for matrix in merged]
-    return _solve_matrices(action, layer.in_axis, run, bases, experts, out_dtype)
+
+    def turned(matrix: Tensor) -> Tensor:
+        return (matrix.mT if layer.in_axis == 0 else matrix).contiguous()
+
+    bases, experts = [turned(base) for base in bases], [[turned(expert) for expert in tasks] for tasks in experts]
+    merged = _solve_parts(action, layer, run, bases, experts, out_dtype)
+    merged = [matrix.mT.contiguous() for matrix in merged] if layer.in_axis == 0 else merged
+    return [matrix.unsqueeze(0) for matrix in merged] if layer.stacked else merged
 
 
-def _solve_matrices(
+def _solve_parts(
     action: Solve,
-    in_axis: int,
+    layer: Layer,
     run: Run,
     bases: Sequence[Tensor],
     experts: Sequence[Sequence[Tensor]],
     out_dtype: str,
 ) -> list[Tensor]:
-    """Merge matrices whose input axis is `in_axis`."""
+    """Merge matrices, d_out x d_in, each of their parts alone, as where it is stored so."""
+    if layer.parts == 1:
+        return _solve_matrices(action, run, bases, experts, out_dtype)
+    merged = [base.new_empty(base.shape, dtype=torch_dtype(out_dtype)) for base in bases]
+    for number in range(layer.parts):
+        rows = layer.part(number, bases[0].shape[0])
+        own = [base[rows].contiguous() for base in bases]
+        tasks = [[expert[rows].contiguous() for expert in each] for each in experts]
+        for whole, part in zip(merged, _solve_matrices(action, run, own, tasks, out_dtype), strict=True):
+            whole[rows] = part
+    return merged
 
-    def turned(matrix: Tensor) -> Tensor:
-        return (matrix.mT if in_axis == 0 else matrix).contiguous()
 
-    bases, experts = [turned(base) for base in bases], [[turned(expert) for expert in tasks] for tasks in experts]
+def _solve_matrices(
+    action: Solve,
+    run: Run,
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    out_dtype: str,
+) -> list[Tensor]:
     rows, columns = bases[0].shape
     with one_thread() if 2 * rows * columns**2 < _ONE_THREAD_FLOPS else nullcontext():
         if isinstance(action, SolveTogether):
-            merged = action.run_batch(run, bases, experts, out_dtype)
-        else:
-            merged = [action.run(run, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
-    return [matrix.mT.contiguous() for matrix in merged] if in_axis == 0 else merged
+            return action.run_batch(run, bases, experts, out_dtype)
+        return [action.run(run, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
 
 
 def _tensor(made: Made) -> Tensor:

@@ -40,13 +40,18 @@ class State:
 
     def work_names(self) -> set[str]:
         """Names that a work folder in this state may hold."""
-        names = {LOCK_NAME, NOTE_NAME, TEMPORARY_NAME, STATE_NAME, *self.shards}
+        names = {LOCK_NAME, NOTE_NAME, TEMPORARY_NAME, STATE_NAME, *map(work_name, self.shards)}
         return names | {partial_name(shard) for shard in self.shards}
+
+
+def work_name(shard: str) -> str:
+    """Name of a shard in the work folder, which has no folders: those of the shard become part of its name."""
+    return shard.replace("/", "%")
 
 
 def partial_name(shard: str) -> str:
     """Name of a shard that is still being written."""
-    return f"{shard}.partial"
+    return f"{work_name(shard)}.partial"
 
 
 def load_state(work: Path) -> State | None:

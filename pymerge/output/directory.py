@@ -33,10 +33,11 @@ from pymerge.output.claim import (
     earlier_bytes,
     partial_name,
     remove_earlier,
+    work_name,
 )
 from pymerge.output.files import WORK_FOLDER
 from pymerge.output.identity import Identity
-from pymerge.output.layout import ShardLayout, TensorLayout
+from pymerge.output.layout import ShardLayout, TensorLayout, full_name
 from pymerge.output.publish import check_names, publish_files
 from pymerge.output.shard import ShardFile, found_layout, is_whole
 
@@ -59,11 +60,11 @@ class OutputDirectory:
     """An output directory that belongs to this process between `open` and `publish` or `abandon`.
 
     `layouts` are the weight files of the model, `beside` other files of tensors. Those of `late`, which maps their
-    names to the bytes to set aside for them, get their layout by `settle`, when their content is known. `identity` is
-    what the merge is made of: a run with the same one goes on where an earlier run stopped. Not thread-safe: one
-    thread writes. As a context manager it
-    opens, and abandons what was not published. Without `keeps_cache`, what is written goes to the disk at once and
-    does not stay in the page cache.
+    names to the bytes to set aside for them, get their layout by `settle`, when their content is known. `copied` are
+    the bytes of files that `publish` copies. `identity` is what the merge is made of: a run with the same one goes on
+    where an earlier run stopped. Not thread-safe: one thread writes. As a context manager it opens, and abandons what
+    was not published. Without `keeps_cache`, what is written goes to the disk at once and does not stay in the page
+    cache.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class OutputDirectory:
         identity: Identity,
         beside: Sequence[ShardLayout] = (),
         late: Mapping[str, int] | None = None,
+        copied: int = 0,
         overwrite: bool = False,
         keeps_cache: bool = True,
     ) -> None:
@@ -84,6 +86,7 @@ class OutputDirectory:
         self.keeps_cache = keeps_cache
         self._work = self.path / WORK_FOLDER
         self._late = dict(late or {})
+        self._copied = copied
         self._files = [*(layout.file for layout in (*self.layouts, *beside)), *self._late]
         self._shards: dict[str, ShardLayout] = {}
         self._places: dict[str, tuple[ShardLayout, TensorLayout]] = {}
@@ -157,7 +160,7 @@ class OutputDirectory:
         self._finish_empty(layout)
 
     def write(self, tensor_name: str, data: torch.Tensor | memoryview) -> None:
-        """Append the next piece of a tensor: a CPU tensor of the planned dtype, or raw bytes.
+        """Append the next piece of a tensor, by its full name: a CPU tensor of the planned dtype, or raw bytes.
 
         Pieces of one tensor come in order, tensors in any order. A shard that has all its bytes is synced and
         recorded as finished. Raises OutputError when writing fails (the partial shard is removed) or when the
@@ -253,13 +256,13 @@ class OutputDirectory:
             event("checking_shards", text, shards=sorted(state.finished), bytes=nbytes)
         for file in self._files:
             (self._work / partial_name(file)).unlink(missing_ok=True)
-            folders = [self._work, self.path] if file in state.publishing else [self._work]
-            layouts = [self._shards.get(file) or found_layout(folder / file) for folder in folders]
+            places = [self._work / work_name(file), *([self.path / file] if file in state.publishing else [])]
+            layouts = [self._shards.get(file) or found_layout(place) for place in places]
             digests = state.finished.get(file, {})
             whole = [
                 layout
-                for folder, layout in zip(folders, layouts, strict=True)
-                if layout is not None and is_whole(folder / file, layout, digests)
+                for place, layout in zip(places, layouts, strict=True)
+                if layout is not None and is_whole(place, layout, digests)
             ]
             if whole and file in self._late:
                 self._place(whole[0])
@@ -267,20 +270,20 @@ class OutputDirectory:
                 if state.finished.pop(file, None) is not None:
                     text = f"{file}: was finished and is no longer as it was written; it is made again"
                     event("shard_damaged", text, level=logging.WARNING, file=file)
-                for folder in folders:
-                    (folder / file).unlink(missing_ok=True)
+                for place in places:
+                    place.unlink(missing_ok=True)
         state.save(self._work)
 
     def _place(self, layout: ShardLayout) -> None:
         self._shards[layout.file] = layout
-        self._places |= {tensor.name: (layout, tensor) for tensor in layout.tensors}
+        self._places |= {full_name(layout.file, tensor.name): (layout, tensor) for tensor in layout.tensors}
 
     def _size(self, file: str) -> int:
         """Bytes of a file; as far as they are known, of a late one."""
         return self._shards[file].nbytes if file in self._shards else self._late[file]
 
     def _check_space(self, files: Sequence[str], reclaimed: int) -> None:
-        needed = sum(self._size(file) for file in files)
+        needed = sum(self._size(file) for file in files) + self._copied
         with os_errors(self.path, "asking for free space"):
             free = free_bytes(self.path) + reclaimed
         if needed > free:
@@ -299,7 +302,7 @@ class OutputDirectory:
         shard = self._active.get(layout.file)
         if shard is None:
             shard = self._shard_file(layout)
-        state.finished[layout.file] = shard.finish(self._work / layout.file)
+        state.finished[layout.file] = shard.finish(self._work / work_name(layout.file))
         self._active.pop(layout.file, None)
         state.save(self._work)
         event("shard_finished", f"{layout.file}: finished", level=logging.DEBUG, file=layout.file, bytes=layout.nbytes)

@@ -42,6 +42,12 @@ class ShardLayout:
     nbytes: int
 
 
+def full_name(file: str, tensor: str) -> str:
+    """Name of a tensor among those of all files: with the folder before it, where its file is in one."""
+    folder = file.rpartition("/")[0]
+    return f"{folder}/{tensor}" if folder else tensor
+
+
 def layout_shards(
     tensors: Sequence[tuple[str, str, Sequence[int]]], max_shard_bytes: int, *, stem: str = "model"
 ) -> tuple[ShardLayout, ...]:
@@ -90,7 +96,7 @@ def index_json(layouts: Sequence[ShardLayout]) -> bytes:
             "total_parameters": sum(math.prod(tensor.shape) for tensor, _ in tensors),
             "total_size": sum(tensor.nbytes for tensor, _ in tensors),
         },
-        "weight_map": {tensor.name: file for tensor, file in tensors},
+        "weight_map": {tensor.name: file.rpartition("/")[2] for tensor, file in tensors},
     }
     return (json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 

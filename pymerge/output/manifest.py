@@ -14,7 +14,7 @@ from pymerge.common.names import first_few
 from pymerge.errors import OutputError
 from pymerge.output.files import MANIFEST_NAME, STATE_NAME, WORK_FOLDER, is_safe_name
 from pymerge.output.identity import Identity
-from pymerge.output.layout import ShardLayout, index_json, index_name
+from pymerge.output.layout import ShardLayout, full_name, index_json, index_name
 
 if TYPE_CHECKING:
     pass
@@ -30,6 +30,7 @@ def build_manifest(
     identity: Identity,
     recipe: Mapping[str, str | None],
     base_parameters: int,
+    modules: Sequence[ShardLayout] = (),
     beside: Sequence[ShardLayout] = (),
     changeable: Collection[str] = (),
     infinite: Mapping[str, int] | None = None,
@@ -37,11 +38,11 @@ def build_manifest(
     """The manifest of an output whose shards are all written.
 
     `checksums` (shard file -> tensor -> sha256) is `OutputDirectory.checksums`; `files` is what `publish`
-    gets, to which the index is added here; `beside` are files of tensors that are not the model's own weights, and
-    those of them that are `changeable` may get other values later; `infinite` says how many values of a tensor are
-    so by right, where any are; `identity` is what the merge is made of,
-    `recipe` how to compute a tensor of it again; `base_parameters` counts the elements of the base checkpoint, tied
-    weights once.
+    gets, to which the index is added here; `modules` are files of weights of the model's that stand in no index;
+    `beside` are files of tensors that are not the model's own weights, and those of them that are `changeable` may get
+    other values later; `infinite` says, by full names, how many values of a tensor are so by right, where any are;
+    `identity` is what the merge is made of, `recipe` how to compute a tensor of it again; `base_parameters` counts the
+    elements of the base checkpoint, tied weights once.
     Raises CheckpointError when a file to be copied cannot be read.
     """
     shards: dict[str, dict[str, Any]] = {
@@ -58,14 +59,14 @@ def build_manifest(
                 for tensor in layout.tensors
             },
         }
-        for layout in (*layouts, *beside)
+        for layout in (*layouts, *modules, *beside)
     }
     for layout in beside:
         shards[layout.file] |= {"beside": True, "changeable": layout.file in changeable}
-    for layout in layouts:
+    for layout in (*layouts, *modules):
         for tensor in layout.tensors:
-            if infinite and tensor.name in infinite:
-                shards[layout.file]["tensors"][tensor.name]["infinite"] = infinite[tensor.name]
+            if infinite and (name := full_name(layout.file, tensor.name)) in infinite:
+                shards[layout.file]["tensors"][tensor.name]["infinite"] = infinite[name]
     sources = dict(files)
     index = index_name(layouts)
     if index is not None:
@@ -75,7 +76,7 @@ def build_manifest(
         "format": _FORMAT,
         "identity": dict(identity),
         "recipe": dict(recipe),
-        "parameters": sum(math.prod(tensor.shape) for layout in layouts for tensor in layout.tensors),
+        "parameters": sum(math.prod(tensor.shape) for layout in (*layouts, *modules) for tensor in layout.tensors),
         "base": {"parameters": base_parameters},
         "shards": shards,
         "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in digests.items()},

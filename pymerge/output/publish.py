@@ -9,7 +9,7 @@ from typing import Any
 
 from pymerge.common.files import fsync_directory, install, os_errors
 from pymerge.errors import OutputError
-from pymerge.output.claim import TEMPORARY_NAME
+from pymerge.output.claim import TEMPORARY_NAME, work_name
 from pymerge.output.files import MANIFEST_NAME, WORK_FOLDER, is_safe_name
 from pymerge.output.layout import ShardLayout, index_json, index_name
 from pymerge.output.manifest import manifest_bytes
@@ -67,11 +67,19 @@ def publish_files(
 
 def _move_shards(path: Path, layouts: Sequence[ShardLayout]) -> None:
     for layout in layouts:
-        source = path / WORK_FOLDER / layout.file
-        with os_errors(path / layout.file, "moving the shard"):
+        source, target = path / WORK_FOLDER / work_name(layout.file), path / layout.file
+        with os_errors(target, "moving the shard"):
             if source.exists():  # otherwise an earlier, interrupted publish has moved it
-                os.replace(source, path / layout.file)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+        if target.parent != path:
+            _sync_folders(path, target)
     fsync_directory(path)
+
+
+def _sync_folders(path: Path, target: Path) -> None:
+    for parent in target.relative_to(path).parents:
+        fsync_directory(path / parent)
 
 
 def _put(path: Path, name: str, source: bytes | Path, sha256: str | None = None) -> None:
@@ -79,5 +87,4 @@ def _put(path: Path, name: str, source: bytes | Path, sha256: str | None = None)
     with os_errors(target, "creating the folder"):
         target.parent.mkdir(parents=True, exist_ok=True)
     install(source, target, path / WORK_FOLDER / TEMPORARY_NAME, sha256)
-    for parent in target.relative_to(path).parents:
-        fsync_directory(path / parent)
+    _sync_folders(path, target)

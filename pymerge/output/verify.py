@@ -160,13 +160,19 @@ def _verify_files(path: Path, manifest: dict[str, Any], report: VerifyReport) ->
 def _verify_index(path: Path, manifest: dict[str, Any], report: VerifyReport) -> None:
     suffix = ".safetensors.index.json"
     indexes = [name for name in manifest["files"] if name.endswith(suffix)]
-    weights = [file for file, shard in manifest["shards"].items() if not shard.get("beside", False)]
-    if len(weights) > 1 and not any(weights[0].startswith(f"{index.removesuffix(suffix)}-") for index in indexes):
-        report.problems.append(f"{path}: has several shards but no index; merge again")
+    folders: dict[str, list[str]] = {}
+    for file, shard in manifest["shards"].items():
+        if not shard.get("beside", False):
+            folders.setdefault(file.rpartition("/")[0], []).append(file)
+    for files in folders.values():
+        if len(files) > 1 and not any(files[0].startswith(f"{index.removesuffix(suffix)}-") for index in indexes):
+            report.problems.append(f"{path}: has several shards but no index; merge again")
     for index in indexes:
         stem = f"{index.removesuffix(suffix)}-"
         shards = {file: shard for file, shard in manifest["shards"].items() if file.startswith(stem)}
-        expected = {name: file for file, shard in shards.items() for name in shard["tensors"]}
+        expected = {name: file.rpartition("/")[2] for file, shard in shards.items() for name in shard["tensors"]}
+        if not shards:
+            continue  # of weights that were copied
         try:
             weight_map = parse_json_object(read_text_file(path / index), unique=True).get("weight_map")
         except (OSError, ValueError):

@@ -14,9 +14,10 @@ from typing import Any
 from pymerge.architecture.layer_counts import NoLayerCountError, resized
 from pymerge.architecture.roles import Kind, Layer, positions
 from pymerge.architecture.stacks import is_first, shared_tensors, stacks, towers
-from pymerge.architecture.tied import embedding_of
+from pymerge.architecture.tied import embedding_of, says_tied
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import is_float
+from pymerge.common.names import listed
 from pymerge.config.document import Location
 from pymerge.config.entries import ModelEntry, SliceEntry, SourceEntry
 from pymerge.config.merge_config import MergeConfig, participants
@@ -25,7 +26,8 @@ from pymerge.config.settings import Setting
 from pymerge.errors import PlanError
 from pymerge.methods.base import Method
 from pymerge.planner.inputs import Inputs, donor_of, open_models
-from pymerge.planner.match import Matched, Matcher, Section, find_tied, listed
+from pymerge.planner.match import Matched, Matcher, Section, copied, find_tied
+from pymerge.planner.naming import under_names_of
 from pymerge.planner.sources import Source, classified, read_source
 
 
@@ -56,7 +58,8 @@ class Assembly:
     def match(self, layers: Mapping[str, Layer], problems: list[str]) -> Matched:
         """Hold the models of each section against the donor; what does not fit is added to `problems`."""
         donor = self.inputs.donor
-        warnings = [note for checkpoint in self.inputs.all for note in checkpoint.notes] + list(self.warnings)
+        warnings = [note for checkpoint in self.inputs.all for note in checkpoint.notes]
+        warnings += [*donor.base_notes, *self.warnings]
         tied = find_tied(donor, layers, warnings)
         tensors: dict[str, TensorEntry] = {}
         sections: dict[str, Section] = {}
@@ -64,15 +67,21 @@ class Assembly:
             own = [name for name in draft.positions if name not in tied]
             merged = [name for name in own if layers[name].kind is not Kind.BUFFER]
             matcher = Matcher(donor, layers, draft.config, tied, merged, problems, warnings)
-            matched = [matcher.match(model) for model in draft.models]
-            origin = matched[draft.origin]
-            tensors |= {name: origin.tensors.get(name, donor.tensors[name]) for name in own}
+            origin = matcher.match(draft.models[draft.origin], None)
+            base = origin.checkpoint.tensors
+            matched = [
+                origin if number == draft.origin else matcher.match(model, base)
+                for number, model in enumerate(draft.models)
+            ]
+            tensors |= {name: base.get(name, donor.tensors[name]) for name in own}
             chosen = participants(draft.config, self.method)
-            experts = tuple(matched[index] for index in chosen)
+            experts = tuple(matched[index].checkpoint for index in chosen)
             shifts = tuple(draft.shifts[index] for index in chosen)
-            sections |= dict.fromkeys(own, Section(draft.config, chosen, experts, draft.positions, shifts))
+            kept = copied([matched[index] for index in chosen if index != draft.origin])
+            section = Section(draft.config, chosen, experts, draft.positions, shifts, kept)
+            sections |= dict.fromkeys(own, section)
         names = [name for name in donor.tensors if name not in tied]
-        output = replace(donor, tensors={name: tensors[name] for name in names})
+        output = says_tied(replace(donor, tensors={name: tensors[name] for name in names}), tied, layers)
         if not problems:
             problems += _unlike(donor, output)
             warnings += _other_dtypes(donor, output) if not (self.config.out_dtype or self.config.dtype) else []
@@ -91,6 +100,7 @@ def arrange(config: MergeConfig, method: Method, planned: Mapping[str, Checkpoin
     """
     opened = open_models(config, [config.donor, *(entry.model for entry in config.models)], planned)
     builder = _Builder(config, method, opened)
+    builder.find_names()
     if config.slices:
         builder.add_slices()
     else:
@@ -121,6 +131,18 @@ class _Builder:
         others = tuple(checkpoint for checkpoint in self._opened.values() if checkpoint is not self._donor)
         inputs = Inputs(donor, others)
         return Assembly(self._config, self._method, inputs, tuple(self._drafts), tuple(self._warnings))
+
+    def find_names(self) -> None:
+        """All models under the donor's names."""
+        wanted = [name for name, layer in self._layers.items() if layer.kind is not Kind.BUFFER]
+        named = {
+            model: under_names_of(self._donor, checkpoint, wanted)
+            for model, checkpoint in self._opened.items()
+            if checkpoint.path != self._donor.path
+        }
+        self._opened = {**self._opened, **{model: each.checkpoint for model, each in named.items()}}
+        self._warnings += [note for each in named.values() for note in each.notes]
+        self._problems += [each.problem for each in named.values() if each.problem]
 
     def add_slices(self) -> None:
         """The slices of a model that has one list of layers."""

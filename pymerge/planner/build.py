@@ -8,26 +8,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, MERGED
+from pymerge.common.names import listed
 from pymerge.config.merge_config import MergeConfig, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
 from pymerge.methods.actions import Action, Combine, copy
 from pymerge.methods.base import Method, Values
 from pymerge.methods.reduce import Reduce
-from pymerge.output.layout import layout_shards
+from pymerge.output.layout import ShardLayout, full_name, layout_file, layout_shards
 from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange
 from pymerge.planner.budget import Budget
 from pymerge.planner.config_differences import check_configs
-from pymerge.planner.constants import find_constants
+from pymerge.planner.constants import Constant, find_constants
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
+from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.integers import check_integers
-from pymerge.planner.match import Section, listed, match_tensors
+from pymerge.planner.match import Section, match_tensors
 from pymerge.planner.output_dtypes import output_dtypes, with_dtype
 from pymerge.planner.plan import Plan
 from pymerge.planner.routes import remarks, routed
@@ -89,9 +92,12 @@ def draft_plan(
     donor = inputs.donor
     described = {name: (entry.dtype, entry.shape) for name, entry in donor.tensors.items()}
     layers = classify(described, donor.config, config.rules)
+    said = list(beside_warnings(inputs))
+    modules = match_modules(inputs, config, method, problems, said)
+    known = [*layers, *(module.full_name(name) for module in modules for name in module.layers)]
     problems += [
         f"{config.name}: layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
-        for pattern in unused_rules(layers, config.rules)
+        for pattern in unused_rules(known, config.rules)
     ]
     matched = assembly.match(layers, problems) if assembly else match_tensors(inputs, layers, config, method, problems)
     if not problems:
@@ -99,9 +105,12 @@ def draft_plan(
     if problems:
         raise PlanError(problems)
     names, warnings = matched.names, matched.warnings
+    warnings += said
     aligned = align(matched, layers, config, method)
     inputs, tokens = aligned.inputs, aligned.tokens
     stored, donor = donor, inputs.donor  # gathered tables may have a wider dtype
+    main = Part(donor.folder, inputs, names, layers, aligned.sections)
+    whole = joined(main, modules)
 
     wanted = dtype or config.out_dtype or config.dtype
     if wanted is not None and wanted not in MERGED:
@@ -110,19 +119,29 @@ def draft_plan(
     dtypes = output_dtypes(stored, names, layers, constants, wanted, warnings, keep_float32=config.keep_float32)
     config_json = _config_json(donor, wanted, tokens.config)
     warnings += check_configs(aligned, layers, config, config_json)
-    placed = layout_shards([(name, dtypes[name], donor.tensors[name].shape) for name in names], max_shard_bytes)
+    placed = layout_shards(
+        [(name, dtypes[name], donor.tensors[name].shape) for name in names],
+        max_shard_bytes,
+        stem=main.full_name(donor.stem),
+    )
+    constants = {main.full_name(name): constant for name, constant in constants.items()}
+    placed_modules = tuple(_placed_module(module, constants, wanted, warnings, config) for module in modules)
     steps = []
     wrong: dict[str, list[str]] = {}  # the same mistake is often made for many tensors
-    for shard in placed:
+    for shard in (*placed, *placed_modules):
         for tensor in shard.tensors:
-            layer, entry = layers[tensor.name], donor.tensors[tensor.name]
+            name = full_name(shard.file, tensor.name)
+            layer, entry = whole.layers[name], whole.tensors[name]
             try:
-                action, experts, values = _action(aligned.sections[tensor.name], method, tensor.name, layer)
+                action, experts, values = _action(whole.sections[name], method, name, layer)
             except (ArgumentError, ConfigError) as error:
-                wrong.setdefault(str(error), []).append(tensor.name)
+                wrong.setdefault(str(error), []).append(name)
                 continue
-            constant = constants.get(tensor.name)
-            if constant is not None and constant.passes(action):
+            constant = constants.get(name)
+            what = named_constant(name, entry.shape)
+            if name in whole.sections[name].copied:
+                layer = replace(layer, reason=f"{layer.reason}; {what or 'in no expert'}: the base's")
+            elif constant is not None and (what or constant.passes(action)):
                 action, experts, values = copy(), (), None
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
             elif untouched(method, action, entry, experts, aligned.sections[tensor.name]):
@@ -132,7 +151,7 @@ def draft_plan(
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
-                        name=tensor.name,
+                        name=name,
                         layer=layer,
                         action=action_here,
                         shape=rows.base.shape,
@@ -154,13 +173,14 @@ def draft_plan(
         config=config,
         method=method,
         inputs=inputs,
-        steps=tuple(_assigned(steps, config, target, aligned.sections)),
+        steps=tuple(_assigned(steps, config, target, whole.sections)),
         layouts=placed,
+        modules=placed_modules,
         warnings=(*config.warnings, *warnings, *remarks((step.name, step.action) for step in steps)),
         budget=budget,
         config_json=config_json,
         dtype=wanted,
-        base_parameters=sum(donor.tensors[name].numel for name in names),
+        base_parameters=sum(whole.tensors[name].numel for name in whole.names),
         tokens=tokens,
         target=target,
         carried=inputs.carried if donor.stamps else {},
@@ -176,10 +196,11 @@ def _assigned(
 
     Raises PlanError for float64 among the latter, whose selection would take more passes.
     """
+    assembled = bool(config.slices or config.modules)  # otherwise all is merged from the same models, in all folders
     groups: dict[tuple[int, Action], list[Step]] = {}
     for step in steps:
         if isinstance(step.action, Reduce) and step.action.scope == "model" and 0 not in step.shape:
-            groups.setdefault((id(sections[step.name]), step.action), []).append(step)
+            groups.setdefault((id(sections[step.name]) if assembled else 0, step.action), []).append(step)
     found: dict[int, Group] = {}
     for number, unordered in enumerate(groups.values()):
         together = sorted(unordered, key=lambda step: step.name)  # stable: rows of one tensor keep their order
@@ -209,7 +230,7 @@ def _action(
     section: Section, method: Method, name: str, layer: Layer
 ) -> tuple[Action, tuple[TensorEntry, ...], Values | None]:
     """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
-    if layer.kind is Kind.BUFFER or not section.experts:
+    if layer.kind is Kind.BUFFER or not section.experts or name in section.copied:
         return copy(), (), None
     names = section.input_names(name, layer)
     values = resolve(section.config, method, name, section.positions[name], section.participants, names)
@@ -219,12 +240,25 @@ def _action(
     return action, tuple(expert.tensors[name] for expert in section.experts), values
 
 
+def _placed_module(
+    module: Part, constants: dict[str, Constant], wanted: str | None, warnings: list[str], config: MergeConfig
+) -> ShardLayout:
+    """The one file of a module, under the name that sentence-transformers looks for; its constants are added."""
+    donor = module.inputs.donor
+    own = find_constants(module.inputs, module.names, module.layers, module.sections)
+    keep = config.keep_float32
+    dtypes = output_dtypes(donor, module.names, module.layers, own, wanted, warnings, keep_float32=keep)
+    constants |= {module.full_name(name): constant for name, constant in own.items()}
+    described = [(name, dtypes[name], donor.tensors[name].shape) for name in module.names]
+    return layout_file(module.full_name("model.safetensors"), described)
+
+
 def _config_json(donor: Checkpoint, wanted: str | None, keys: Mapping[str, Any]) -> bytes | None:
     """The donor's config.json; its dtypes follow the output, and so do `keys`, in the config or in its text_config,
     whichever has them."""
     if not donor.config:
         return None
-    config = with_dtype(donor.config, wanted)
+    config = {key: value for key, value in with_dtype(donor.config, wanted).items() if key != "transformers_weights"}
     nested = config.get("text_config")
     if isinstance(nested, dict):
         config["text_config"] = {**nested, **{key: value for key, value in keys.items() if key in nested}}

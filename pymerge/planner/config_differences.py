@@ -123,9 +123,9 @@ def _said(donor: Checkpoint, file: str, found: list[tuple[Difference, Path]], ou
     now = facts(output).get(first.meaning) if output and file == _CONFIG else None
     if output and file == _GENERATION and first.ours.key in output:
         now = Fact(first.ours.key, output[first.ours.key], normal(first.ours.key, output[first.ours.key]))
-    if now is not None and now.value != first.ours.value:
-        return f"{text}; the output has {_shown(now)}"
-    return f"{text}; the output has the former: if the merged weights need another, write it into its {file}"
+    changed = now is not None and now.value != first.ours.value  # with the tokenizer of another model
+    value = _shown(now if now is not None and changed else first.ours)
+    return f"{text}; the output has {value}: write another into its {file}, if the merged weights need it"
 
 
 def _listed(found: Iterable[list[tuple[Difference, Path]]]) -> str:
@@ -162,8 +162,9 @@ def _named_tokens(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterato
 
 def _vocabularies(donor: Checkpoint, others: Iterable[Checkpoint]) -> Iterator[str]:
     ours = _tokenizer_files(donor)
+    known: dict[Path, dict[str, int] | None] = {}
     for other in others:
-        found = mismatch(donor.path, other.path, ours & _tokenizer_files(other))
+        found = mismatch(donor.path, other.path, ours & _tokenizer_files(other), known)
         if found is None:
             continue
         text = f"{other.path / found.file}: not the vocabulary of {donor.path}"

@@ -10,7 +10,7 @@ from pymerge.adapters.folder import AdapterFiles, is_adapter, open_adapter
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from pymerge.checkpoint.hub import fetch
 from pymerge.config.merge_config import MergeConfig, participants
-from pymerge.config.references import hub_reference, model_path, split_adapter
+from pymerge.config.references import file_ids, hub_reference, model_path, split_adapter
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.methods.base import Method
 from pymerge.planner.applied import Applied
@@ -39,7 +39,7 @@ class Inputs:
         Raises CheckpointError when a file has vanished since it was listed.
         """
         found = {}
-        for name in (Path("config.json"), *self.donor.other_files):
+        for name in (Path(self.donor.folder, "config.json"), *self.donor.other_files):
             path = self.donor.path / name
             try:
                 status = path.stat()
@@ -55,14 +55,14 @@ class Inputs:
     @property
     def stamps(self) -> dict[Path, tuple[int, int]]:
         """(size, mtime_ns) of every weight file, as seen when the headers were read."""
-        return {path: stamp for checkpoint in self.all for path, stamp in checkpoint.stamps.items()}
+        return {path: stamp for checkpoint in self.all for path, stamp in checkpoint.all_stamps.items()}
 
     def stored(self, entry: TensorEntry) -> tuple[TensorEntry, tuple[int, int]] | None:
         """A tensor in a file that is there, with size and time of the file: an entry itself, or, of a model that is
         still to be written, what it will be a copy of; None for what is to be merged, or made when it is read."""
         if entry.decoded_from or entry.adapter_parts:
             return None
-        for checkpoint in self.all:
+        for checkpoint in (each for model in self.all for each in (model, *model.modules.values())):
             if stamp := checkpoint.stamps.get(entry.file):
                 return entry, stamp
             if found := checkpoint.copied.get((entry.file, entry.name)):
@@ -122,7 +122,22 @@ def open_models(
                 problems.append(str(error))
         if problems:
             raise PlanError(problems)
+    _refuse_twice(config, {name: each for name, each in opened.items() if isinstance(each, Checkpoint)})
     return Applied(config, opened).all(pairs)
+
+
+def _refuse_twice(config: MergeConfig, opened: Mapping[str, Checkpoint]) -> None:
+    """Raise PlanError where two names turn out to be one model: of the Hub, downloaded only now."""
+    known: dict[frozenset[tuple[int, int]], str] = {}
+    for name, checkpoint in opened.items():
+        found = file_ids(checkpoint.all_files)
+        if found and known.setdefault(found, name) != name:
+            raise PlanError(
+                [
+                    f"{config.name}: {name!r} and {known[found]!r} are one model ({checkpoint.path}); "
+                    "run the same command again, or write one of the names in both places"
+                ]
+            )
 
 
 def _open(config: MergeConfig, name: str) -> Checkpoint | AdapterFiles:

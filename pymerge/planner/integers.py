@@ -10,7 +10,8 @@ from pymerge.checkpoint.compare import Relation, relation
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import is_float
-from pymerge.planner.match import Matched, listed
+from pymerge.common.names import listed
+from pymerge.planner.match import Matched
 
 # Counts of training steps, which differ between any two fine-tuned models, and which no model computes with.
 COUNTERS = ("num_batches_tracked", "num_updates", "n_averaged")

@@ -241,7 +241,9 @@ def _kind(job: Job) -> Hashable:
     """Key that is equal for jobs that may be one batch."""
     step = job.step
     dtypes = (step.dtype, *(entry.dtype for entry in step.inputs))
-    return (step.file, step.action, step.layer.in_axis, step.layer.stacked, job.piece.shape, dtypes, step.reads_base)
+    layer = step.layer
+    laid = (layer.in_axis, layer.stacked, layer.parts, layer.alternating)
+    return (step.file, step.action, laid, job.piece.shape, dtypes, step.reads_base)
 
 
 def room(footprint: Footprint) -> int:

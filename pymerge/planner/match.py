@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from pymerge.architecture.prefixes import AmbiguousPrefix, find_prefix, nearest_prefix, renamed
+from pymerge.architecture.buffers import constant
 from pymerge.architecture.roles import Kind, Layer, classify, is_head_name, positions
-from pymerge.architecture.tied import embedding_of, same_values, tied_tensors, ties
+from pymerge.architecture.tied import embedding_of, same_values, says_tied, tied_tensors, ties
 from pymerge.architecture.token_tables import is_token_table
-from pymerge.checkpoint.checkpoint import Checkpoint
+from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.compare import Relation, relation
+from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import is_float, is_float8
+from pymerge.common.names import listed
 from pymerge.config.merge_config import MergeConfig, participants
 from pymerge.methods.base import Method
 from pymerge.planner.inputs import Inputs
+from pymerge.planner.missing import refusal
+from pymerge.planner.naming import under_names_of
 
-_NAMES_SHOWN = 5
 _MERGED_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -26,7 +30,8 @@ class Section:
     `config` has the section's own models, base and parameters. `participants` are the numbers, among config.models, of
     the models that take part, and `experts` these models, with their tensors under the output's names. `positions` has
     t in [0, 1] for each tensor of the section, for gradients. Layer i of the output is layer i + shift of an expert, if
-    there are `shifts`.
+    there are `shifts`. `copied` are tensors that are the base's whatever the models have: those that no other has, and
+    constants that one lacks.
     """
 
     config: MergeConfig
@@ -34,6 +39,7 @@ class Section:
     experts: tuple[Checkpoint, ...]
     positions: Mapping[str, float]
     shifts: tuple[int, ...] = ()
+    copied: frozenset[str] = frozenset()
 
     def input_names(self, name: str, layer: Layer) -> list[str]:
         """Names of this tensor of the output in the experts."""
@@ -60,16 +66,26 @@ def match_tensors(
 ) -> Matched:
     """Hold the experts against the donor, tensor by tensor; what does not fit is added to `problems`."""
     donor = inputs.donor
-    warnings = [note for checkpoint in inputs.all for note in checkpoint.notes]
+    warnings = [note for checkpoint in inputs.all for note in checkpoint.notes] + list(donor.base_notes)
     tied = find_tied(donor, layers, warnings)
     names = [name for name in donor.tensors if name not in tied]
     merged = [name for name in names if layers[name].kind is not Kind.BUFFER]
     for name in merged:
         _check_dtype(donor, name, problems)
     matcher = Matcher(donor, layers, config, tied, merged, problems, warnings)
-    experts = tuple(expert if expert.path == donor.path else matcher.match(expert) for expert in inputs.experts)
-    section = Section(config, participants(config, method), experts, positions(layers, donor.config))
-    return Matched(Inputs(donor, experts), names, list(dict.fromkeys(warnings)), dict.fromkeys(names, section))
+    fitted = [matcher.match(expert, donor.tensors) for expert in inputs.experts if expert.path != donor.path]
+    problems += [
+        f"{each.checkpoint.path}: none of its tensors has the name of one of {donor.path}; list another model"
+        for each in fitted
+        if len(each.lacking) == len(merged) > 0
+    ]
+    others = {each.checkpoint.path: each.checkpoint for each in fitted}
+    experts = tuple(others.get(expert.path, expert) for expert in inputs.experts)
+    section = Section(
+        config, participants(config, method), experts, positions(layers, donor.config), copied=copied(fitted)
+    )
+    said = says_tied(donor, tied, layers)
+    return Matched(Inputs(said, experts), names, list(dict.fromkeys(warnings)), dict.fromkeys(names, section))
 
 
 def find_tied(donor: Checkpoint, layers: Mapping[str, Layer], warnings: list[str]) -> dict[str, str]:
@@ -83,6 +99,22 @@ def find_tied(donor: Checkpoint, layers: Mapping[str, Layer], warnings: list[str
     return tied
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """An expert that has been fitted to the donor, and what it lacks: the base's tensors stand there. `constants` are
+    those that it lacks, or has otherwise."""
+
+    checkpoint: Checkpoint
+    lacking: frozenset[str] = frozenset()
+    constants: frozenset[str] = frozenset()
+
+
+def copied(fitted: Sequence[Fitted]) -> frozenset[str]:
+    """What is taken from the base where it is merged with these models: what all of them lack, and constants."""
+    lacking = frozenset.intersection(*(each.lacking for each in fitted)) if fitted else frozenset()
+    return lacking.union(*(each.constants for each in fitted))
+
+
 @dataclass
 class Matcher:
     """Fits one expert after the other to the donor."""
@@ -94,55 +126,49 @@ class Matcher:
     merged: list[str]  # what every expert must have
     problems: list[str]
     warnings: list[str]
-    _base_rows: set[str] = field(default_factory=set)  # token tables that have been spoken of
 
-    def match(self, expert: Checkpoint) -> Checkpoint:
+    def match(self, expert: Checkpoint, base: Mapping[str, TensorEntry] | None) -> Fitted:
+        """The expert under the donor's names, with tensors of `base` where it lacks one and the config says so."""
         expert = self._with_heads(self._with_names(expert))
+        constants = self._constants(expert) if base is not None else frozenset()
+        expert = replace(expert, tensors=expert.tensors | {name: (base or {})[name] for name in constants})
+        expert = self._with_numbers(expert)
         for name in self.merged:
             if name in expert.tensors:
                 _check_dtype(expert, name, self.problems)
                 self._check_shape(expert, name)
         self._check_extra(expert)
         missing = [name for name in self.merged if name not in expert.tensors]
-        if missing:
-            self.problems.append(
-                f"{expert.path} lacks {listed(missing)}{self._near(expert, missing)}; "
-                f"list models that are fine-tuned from {self.donor.path}"
-            )
-        return expert
+        if not missing:
+            return Fitted(expert, constants=constants)
+        problem = refusal(expert, missing, self.donor, self.layers, self.config, stand_in=base is not None)
+        if problem or base is None:
+            self.problems.append(problem)
+            return Fitted(expert, constants=constants)
+        text = f"{expert.path} lacks {listed(missing)}: merged as if it had those of {self.donor.path}"
+        self.warnings.append(f"{text} (missing_tensors: base)")
+        tensors = expert.tensors | {name: base[name] for name in missing}
+        return Fitted(replace(expert, tensors=tensors), frozenset(missing), constants)
 
-    def _needed(self, expert: Checkpoint) -> dict[str, tuple[int, ...]]:
-        """Names and shapes that the expert must have; it may lack heads that it ties."""
-        heads = Kind.HEAD if ties(expert.config) else None
-        return {name: self.donor.tensors[name].shape for name in self.merged if self.layers[name].kind is not heads}
+    def _constants(self, expert: Checkpoint) -> frozenset[str]:
+        """Constants of the donor that the expert lacks, or has in another shape, or as integers."""
+        found = set()
+        for name in self.merged:
+            ours, theirs = self.donor.tensors[name], expert.tensors.get(name)
+            differs = theirs is None or theirs.shape != ours.shape or not is_float(theirs.dtype)
+            if differs and constant(name, ours.shape):
+                found.add(name)
+        return frozenset(found)
 
     def _with_names(self, expert: Checkpoint) -> Checkpoint:
-        """The expert under the donor's names, where one prefix makes the difference."""
-        theirs = {name: entry.shape for name, entry in expert.tensors.items()}
-        try:
-            prefix = find_prefix(self._needed(expert), theirs)
-        except AmbiguousPrefix as error:
-            self.problems.append(
-                f"{expert.path}: its names match those of {self.donor.path} in more than one way: {error}; "
-                "save the part that is to be merged as a model of its own"
-            )
-            return expert
-        if prefix is None:
-            return expert
-        names = renamed(prefix, self._shapes, expert.tensors)
-        count = sum(new != old for old, new in names.items())
-        self.warnings.append(f"{expert.path}: {prefix.describe()} ({count} tensors), as in {self.donor.path}")
-        return replace(expert, tensors={names[name]: entry for name, entry in expert.tensors.items()})
-
-    @property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: entry.shape for name, entry in self.donor.tensors.items()}
-
-    def _near(self, expert: Checkpoint, missing: list[str]) -> str:
-        """A hint where a prefix would bring most, but not all, of the missing names."""
-        theirs = {name: entry.shape for name, entry in expert.tensors.items()}
-        nearest = nearest_prefix({name: self.donor.tensors[name].shape for name in missing}, theirs)
-        return f" (with {nearest[0].describe()}, {nearest[1]} of these would be there)" if nearest else ""
+        """The expert under the donor's names; it may lack heads that it ties."""
+        heads = Kind.HEAD if ties(expert.config) else None
+        named = under_names_of(
+            self.donor, expert, [name for name in self.merged if self.layers[name].kind is not heads]
+        )
+        self.warnings += named.notes
+        self.problems += [named.problem] if named.problem else []
+        return named.checkpoint
 
     def _with_heads(self, expert: Checkpoint) -> Checkpoint:
         """The expert with what it ties: its embedding stands for a head that it does not store."""
@@ -153,11 +179,23 @@ class Matcher:
             embedding = embedding_of(name, self.donor.tensors, self.layers)
             if embedding not in tensors:
                 continue
-            shared = self.donor.tensors[name].same_bytes(self.donor.tensors[embedding])
-            if shared or (ties(expert.config) and self.layers[name].kind is Kind.HEAD):
+            said, head = ties(expert.config), self.layers[name].kind is Kind.HEAD
+            if (said and head) or (not (said is False and head) and same_values(self.donor, name, embedding)):
                 tensors[name] = tensors[embedding]
                 self.warnings.append(f"{expert.path}: {name} is tied there: its {embedding} stands for it")
         return replace(expert, tensors=tensors)
+
+    def _with_numbers(self, expert: Checkpoint) -> Checkpoint:
+        """The expert with the donor's tensors in place of integers of the same values: masks are stored as either."""
+        ours, theirs = self.donor.tensors, expert.tensors
+        odd = [
+            name for name in self.merged if name in theirs and is_float(ours[name].dtype) > is_float(theirs[name].dtype)
+        ]
+        if not odd or not self.donor.stamps or not expert.stamps:
+            return expert
+        with Reader(self.donor.stamps | expert.stamps) as reader:
+            same = [name for name in odd if relation(reader, ours[name], theirs[name]) is Relation.SAME]
+        return replace(expert, tensors=theirs | {name: ours[name] for name in same})
 
     def _check_extra(self, expert: Checkpoint) -> None:
         donor = self.donor
@@ -166,6 +204,10 @@ class Matcher:
             for name, entry in expert.tensors.items()
             if is_float(entry.dtype) and (name not in donor.tensors or name in self.tied)
         ]
+        constants = [name for name in extra if constant(name, expert.tensors[name].shape)]
+        if constants:
+            self.warnings.append(f"{expert.path}: left out {listed(constants)}, constants that {donor.path} has not")
+        extra = [name for name in extra if name not in constants]
         if not extra:
             return
         theirs = classify({name: (entry.dtype, entry.shape) for name, entry in expert.tensors.items()}, expert.config)
@@ -238,11 +280,3 @@ def _check_dtype(checkpoint: Checkpoint, name: str, problems: list[str]) -> None
             f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, and integers cannot be merged with numbers; if "
             "they are codes of a quantised model, merge the original weights instead; if not, save them as float32"
         )
-
-
-def listed(names: Iterable[str]) -> str:
-    """Number and first names of tensors, as in "2 tensors: a, b"."""
-    names = list(names)
-    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-    rest = len(names) - _NAMES_SHOWN
-    return f"{count}: {', '.join(names[:_NAMES_SHOWN])}" + (f" and {rest} more" if rest > 0 else "")

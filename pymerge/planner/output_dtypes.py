@@ -8,8 +8,8 @@ from typing import Any
 from pymerge.architecture.roles import Kind, Layer
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import CODES, ITEM_SIZES, is_float, is_float8
+from pymerge.common.names import listed
 from pymerge.planner.constants import Constant
-from pymerge.planner.match import listed
 
 _NARROW_BYTES = 2  # of an element of a 16-bit model
 _NAMES = {code: name for name, code in CODES.items()}
@@ -48,7 +48,7 @@ def output_dtypes(
         kinds = " and ".join(sorted({_NAMES[tensors[name].output_dtype] for name in wide}))
         text = f"kept as {kinds}, as in {path}, whose other tensors have 16 bits"
         warnings.append(f"{listed(wide)}: {text}; set keep_float32: false to write {wanted}")
-    beyond = [name for name, constant in constants.items() if not constant.fits(code)]
+    beyond = [name for name, constant in constants.items() if name not in buffers and not constant.fits(code)]
     if beyond:
         text = f"the same in all models, with values that {wanted} cannot hold; written as in {path}"
         warnings.append(f"{listed(beyond)}: {text}")

@@ -70,8 +70,9 @@ def halves(action: Action, piece: Piece) -> list[Piece]:
 
 
 def worked_shape(layer: Layer, action: Action, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that an action is given of a stored one: (d_out, d_in) of linear weights for solvers, else as it is."""
+    """The shape that an action is given of a stored one: (d_out, d_in) of linear weights for solvers, of each of its
+    parts; else as it is."""
     if not isinstance(action, Solve):
         return shape
-    rows, columns = shape[-2:]
-    return (rows, columns) if layer.in_axis == 1 else (columns, rows)
+    rows, columns = shape[-2:] if layer.in_axis == 1 else (shape[-1], shape[-2])
+    return rows // layer.parts, columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from pymerge import env
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from pymerge.checkpoint.composed import stored
 from pymerge.common.names import printable
 from pymerge.config.merge_config import MergeConfig, canonical
 from pymerge.errors import CheckpointError
@@ -36,7 +37,8 @@ class Plan:
     method: Method
     inputs: Inputs
     steps: tuple[Step, ...]
-    layouts: tuple[ShardLayout, ...]
+    layouts: tuple[ShardLayout, ...]  # of the model's files, or of its transformer's
+    modules: tuple[ShardLayout, ...]  # of the files of other modules of sentence-transformers
     warnings: tuple[str, ...]
     budget: Budget
     config_json: bytes | None  # of the output; None if the donor has none
@@ -57,8 +59,13 @@ class Plan:
         return sum(step.bytes_input for step in self.steps)
 
     @property
+    def files(self) -> tuple[ShardLayout, ...]:
+        """Layouts of all files of the model's weights."""
+        return (*self.layouts, *self.modules)
+
+    @property
     def bytes_written(self) -> int:
-        return sum(layout.nbytes for layout in self.layouts)
+        return sum(layout.nbytes for layout in self.files)
 
     @property
     def flops(self) -> int:
@@ -67,7 +74,7 @@ class Plan:
     @property
     def tensors(self) -> int:
         """Number of tensors of the output."""
-        return sum(len(layout.tensors) for layout in self.layouts)
+        return sum(len(layout.tensors) for layout in self.files)
 
     @property
     def parameters(self) -> int:
@@ -102,7 +109,7 @@ class Plan:
             "models": [str(checkpoint.path) for checkpoint in self.inputs.all],
             "tensors": len(self.steps),
             "parameters": self.parameters,
-            "shards": len(self.layouts),
+            "shards": len(self.files),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "flops": self.flops,
@@ -111,25 +118,26 @@ class Plan:
 
     def checkpoint(self, out: Path) -> Checkpoint:
         """The output as it will be in the folder `out`, for plans of what is merged from it."""
-        tensors = {
-            tensor.name: TensorEntry(
-                tensor.name, tensor.dtype, tensor.shape, out / layout.file, tensor.offset, tensor.nbytes
-            )
-            for layout in self.layouts
-            for tensor in layout.tensors
-        }
+        donor = self.inputs.donor
         config = json.loads(self.config_json) if self.config_json else {}
         copies = [step for step in self.steps if not step.experts and step.shape == step.base.shape]
-        origins = {(out / step.file, step.name): self.inputs.stored(step.base) for step in copies}
+        origins = {(out / step.file, step.plain_name): self.inputs.stored(step.base) for step in copies}
         copied = {place: origin for place, origin in origins.items() if origin is not None}
-        return Checkpoint(
-            out,
-            files=tuple(out / layout.file for layout in self.layouts),
-            tensors=tensors,
+        main = _written(out, self.layouts)
+        modules = {
+            folder: _written(out, [layout for layout in self.modules if Path(layout.file).parent.as_posix() == folder])
+            for folder in donor.modules
+        }
+        return replace(
+            main,
             config=config,
-            other_files=self.inputs.donor.other_files,
-            stamps={},
+            other_files=donor.other_files,
             copied=copied,
+            folder=donor.folder,
+            stem=donor.stem,
+            beside=replace(donor.beside, unused=()),
+            parts=donor.parts,
+            modules={folder: replace(each, path=out / folder, copied=copied) for folder, each in modules.items()},
         )
 
     def settled(self) -> Plan:
@@ -158,10 +166,11 @@ class Plan:
     def identity(self, processor: str) -> dict[str, str]:
         """All that decides the bytes of the output, by name: versions, config, inputs, layout, backend, device."""
         backend, device = self.target.backend, str(self.target.device)
-        headers = hashlib.sha256(b"".join(layout.header for layout in self.layouts))
+        headers = hashlib.sha256(b"".join(layout.header for layout in self.files))
         versions = env.package_versions()
         decisive = ["pymerge-engine", *(["torch"] if self.needs_torch else [])]
         decisive += ["triton"] if device.startswith("cuda") else []
+        decisive += ["gguf"] if any(path.suffix == ".gguf" for path in self.inputs.stamps) else []
         parts = {f"{name} version": versions[name] for name in decisive}
         parts |= {f"config {key}": json.dumps(value) for key, value in _flat(canonical(self.config))}
         parts |= {
@@ -175,19 +184,38 @@ class Plan:
         return parts | dict(self.extras.identity)
 
 
+def _written(out: Path, layouts: Sequence[ShardLayout]) -> Checkpoint:
+    """Files of an output as a checkpoint that is yet to be written."""
+    tensors = {
+        tensor.name: TensorEntry(
+            tensor.name, tensor.dtype, tensor.shape, out / layout.file, tensor.offset, tensor.nbytes
+        )
+        for layout in layouts
+        for tensor in layout.tensors
+    }
+    return Checkpoint(out, tuple(out / layout.file for layout in layouts), tensors, {}, (), {})
+
+
 def _settled(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.base is not None:
-        checkpoint = replace(checkpoint, base=_settled(checkpoint.base))
+        base = _settled(checkpoint.base)
+        return replace(checkpoint, base=base, stamps=checkpoint.stamps | base.all_stamps)
     if checkpoint.stamps:
         return checkpoint
     found = open_checkpoint(checkpoint.path)
-    for name, entry in checkpoint.tensors.items():
-        if entry.file not in checkpoint.files:  # of slices: another model's
+    _check_settled(checkpoint, found)
+    for folder, module in checkpoint.modules.items():
+        _check_settled(module, found.modules[folder])
+    return replace(checkpoint, stamps=found.stamps, other_files=found.other_files, modules=found.modules)
+
+
+def _check_settled(planned: Checkpoint, found: Checkpoint) -> None:
+    for name, entry in ((name, part) for name, whole in planned.tensors.items() for part in stored(whole)):
+        if entry.file not in planned.files:  # another model's, of slices or in place of what this one lacks
             continue
         there = found.tensors.get(entry.name)
         if there is None or (there.dtype, there.shape, there.offset) != (entry.dtype, entry.shape, entry.offset):
-            raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is not as it was planned; plan again")
-    return replace(checkpoint, stamps=found.stamps, other_files=found.other_files)
+            raise CheckpointError(f"{planned.path}: tensor {name!r} is not as it was planned; plan again")
 
 
 def _flat(canonical_config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

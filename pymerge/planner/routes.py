@@ -8,9 +8,9 @@ from typing import Literal
 from pymerge.adapters.ranks import rank_over
 from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.names import listed
 from pymerge.methods.actions import Action, InCore, Solve
 from pymerge.planner import pieces
-from pymerge.planner.match import listed
 
 # "core": solved in the space of all factors, and added to the base's rows. "tiles": on rows, those of adapters made as
 # they are read. "dense": on whole matrices.

@@ -77,6 +77,11 @@ class Step:
     infinite: int = 0  # infinite values of a constant, which all models have alike: they are written
 
     @property
+    def plain_name(self) -> str:
+        """Name of the tensor in its file."""
+        return self.name.removeprefix(self.file.rpartition("/")[0]).removeprefix("/")
+
+    @property
     def inputs(self) -> tuple[TensorEntry, ...]:
         """All tensors read, the base first."""
         return (self.base, *self.experts) if self.reads_base else self.experts
@@ -132,7 +137,8 @@ class Step:
     @cached_property
     def flops(self) -> int:
         """Floating-point operations, a multiply-add counted as two."""
-        return sum(self.action.flops(self._worked(piece), len(self.experts)) for piece in self.pieces)
+        parts = self.layer.parts if isinstance(self.action, Solve) else 1
+        return sum(parts * self.action.flops(self._worked(piece), len(self.experts)) for piece in self.pieces)
 
     @cached_property
     def by_blocks(self) -> bool:
@@ -162,6 +168,8 @@ class Step:
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self.decoding_bytes
         if isinstance(self.action, Solve) and self.layer.in_axis == 0:
             scratch += inputs + output  # transposed copies
+        if isinstance(self.action, Solve) and self.layer.parts > 1:
+            scratch += output + inputs * self.layer.alternating  # of one part, before it is put to the others
         return Footprint(inputs, scratch, output)
 
     def scratch(self, piece: Piece) -> int:

@@ -12,7 +12,7 @@ from pymerge.architecture.roles import Layer
 from pymerge.architecture.token_tables import token_tables
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.gathered import gathered
-from pymerge.checkpoint.model_files import carried_files
+from pymerge.checkpoint.model_files import plain_files
 from pymerge.config.merge_config import MergeConfig, participants
 from pymerge.config.references import hub_reference, model_path
 from pymerge.errors import CheckpointError, PlanError
@@ -251,7 +251,7 @@ def _source(config: MergeConfig, settings: TokenizerSettings, models: Sequence[T
             folder = model_path(settings.source, config.directory, config.name)
             named = next((model for model in models if model.folder == folder), None)
             if named is None:
-                files = read_files(folder, carried_files(folder) if folder.is_dir() else ())
+                files = read_files(folder, plain_files(folder) if folder.is_dir() else ())
                 return _Source(read_vocabulary(folder, files), 0)
     except CheckpointError as error:
         raise PlanError([f"{place}: {error}"]) from error

@@ -25,16 +25,23 @@ class Mismatch:
     first: tuple[str, int | None, int | None] = ("", None, None)
 
 
-def mismatch(ours: Path, theirs: Path, common: Collection[str]) -> Mismatch | None:
+def mismatch(
+    ours: Path, theirs: Path, common: Collection[str], known: dict[Path, dict[str, int] | None] | None = None
+) -> Mismatch | None:
     """How the vocabularies in two folders differ, by the files that both have; None if they agree, or nobody can tell.
 
-    Files are read only as far as they differ in size or content.
+    Files are read only as far as they differ in size or content; `known` keeps the numbers of those that were, for the
+    next call.
     """
+    known = {} if known is None else known
     for name in (FAST_FILE, *_PLAIN_FILES):
         if name in common:
             if _same_file(ours / name, theirs / name) and _same_file(ours / _ADDED_FILE, theirs / _ADDED_FILE):
                 return None
-            one, two = (_numbers(folder, name) for folder in (ours, theirs))
+            for folder in (ours, theirs):
+                if folder / name not in known:
+                    known[folder / name] = _numbers(folder, name)
+            one, two = known[ours / name], known[theirs / name]
             return None if one is None or two is None else _compared(name, one, two)
     for name in sorted(common):
         if (name in VOCABULARY_FILES or name.endswith(".tiktoken")) and not name.startswith(("added_", "merges")):

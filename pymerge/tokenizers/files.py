@@ -115,7 +115,10 @@ def read_vocabulary(folder: Path, files: Files) -> Vocabulary:
                 f"{folder}: its tokenizer is stored as {', '.join(slow)} alone; write its {FAST_FILE} "
                 "(AutoTokenizer.from_pretrained, then save_pretrained)"
             )
-        raise CheckpointError(f"{folder}: has no {FAST_FILE}; put the model's tokenizer files there")
+        remedy = "put the model's tokenizer files there"
+        if folder.is_file():  # weights alone
+            remedy = "put it into a folder with the model's tokenizer files and config.json, and give the folder"
+        raise CheckpointError(f"{folder}: has no {FAST_FILE}; {remedy}")
     tokenizer = load(folder / FAST_FILE, files[FAST_FILE].decode())
     for token, expected in _named_elsewhere(folder, files):
         known = tokenizer.token_to_id(token.content)

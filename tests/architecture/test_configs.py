@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -109,6 +110,9 @@ def test_what_no_weights_are_right_for(key: str, ours: Any, theirs: Any) -> None
         ),
         ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
         ({"head_dim": None}, {"head_dim": 16}),
+        ({"time_step_limit": [0.0, float("inf")]}, {"time_step_limit": [0, {"__float__": "Infinity"}]}),
+        ({"image_size": 224}, {"image_size": [224, 224]}),
+        ({"num_attention_heads": 4}, {"num_attention_heads": [4, 4], "head_dim": 16}),
         ({"hidden_act": "swish"}, {"hidden_act": "silu"}),
         ({"attention_bias": None}, {"attention_bias": False}),
         ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}),  # said when tensors are matched
@@ -159,6 +163,11 @@ def test_scaled_positions_are_compared_by_what_they_say() -> None:
     assert found(LLAMA, LLAMA | {"rope_scaling": YARN}) == {
         "rope_scaling.rope_type|rope_scaling.rope_type": ("default", "yarn", False)
     }
+    bare = {"num_attention_heads": 4}
+    for said in (bare, bare | {"rope_scaling": None}):
+        assert list(found(said, bare | {"rope_parameters": YARN}).values()) == [("default", "yarn", False)]
+    assert found({"model_type": "gpt_oss"}, {"model_type": "gpt_oss", "rope_scaling": YARN}) == {}
+    assert found(bare, bare | {"vision_config": {"rope_scaling": YARN}}) == {}
     other = {"rope_parameters": YARN | {"factor": 8, "rope_theta": 500000}}
     assert found(LLAMA | {"rope_scaling": YARN}, LLAMA | other) == {
         "rope_scaling.factor|rope_parameters.factor": (4.0, 8, False)
@@ -188,9 +197,6 @@ def test_defaults_count_only_where_they_are_known() -> None:
     assert found(mistral, mistral | {"sliding_window": 4096, "num_key_value_heads": 8}) == {}
     assert found(mistral, mistral | {"sliding_window": None}) == {"sliding_window|sliding_window": (4096, None, False)}
     assert found({"model_type": "x"}, {"model_type": "x", "rope_theta": 1e6, "hidden_act": "relu"}) == {}
-    assert found({"model_type": "t5", "tie_word_embeddings": False}, {"model_type": "t5"}) == {
-        "tie_word_embeddings|tie_word_embeddings": (False, True, False)
-    }
     first = {"model_type": "gemma", "hidden_act": "gelu"}  # which the model has never computed
     assert found(first, {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"}) == {}
     newer = {"model_type": "gemma2", "hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}
@@ -214,3 +220,60 @@ def test_the_defaults_are_those_of_transformers(model_type: str) -> None:
         assert name is not None, key
         shown = name.value if isinstance(name.value, str) else name.shown
         assert shown == (facts({key: value})[key].value if isinstance(value, str) else value), key
+
+
+PUBLISHED: list[dict[str, Any]] = [  # by transformers 4, in the form of well-known models
+    {
+        **{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 500000.0,
+            "eos_token_id": [1, 2],
+            "mlp_bias": False,
+        },
+        "rope_scaling": {
+            **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            **{"original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        },
+    },
+    {
+        **{"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28, "rope_theta": 1e6},
+    },
+    {
+        **{"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2},
+        **{"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 262144},
+        "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8, "type": "longrope"},
+    },
+    {
+        **{"model_type": "gemma3_text", "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4},
+        **{"rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None, "sliding_window_pattern": 6},
+    },
+    {
+        **{"model_type": "qwen2_vl", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "image_token_id": 9},
+        "vision_config": {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2},
+    },
+    {
+        **{"model_type": "llava", "image_token_index": 99, "projector_hidden_act": "gelu", "vision_feature_layer": -2},
+        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05},
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 16, "num_attention_heads": 2},
+    },
+    {
+        "model_type": "gpt_neox",
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "num_attention_heads": 8,
+        "hidden_act": "gelu",
+    },
+    {"model_type": "modernbert", "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "norm_eps": 1e-05},
+    {"model_type": "mamba2", "num_heads": 128, "time_step_limit": [0.0, float("inf")], "residual_in_fp32": True},
+]
+
+
+@pytest.mark.parametrize("config", PUBLISHED, ids=lambda config: config["model_type"])
+def test_a_config_that_is_saved_again_says_the_same(config: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))
+    assert found(config, json.loads(loaded.to_json_string(use_diff=True))) == {}

@@ -29,6 +29,7 @@ CODES: dict[str, tuple[Shapes, str]] = {
     "fp8 unheard of": ({"a.weight": ("F8_E4M3", (8, 4)), "a.multiplier": ("F32", (8,))}, "scaled FP8"),
     "fp8 columns": ({"a.weight": ("F8_E4M3", (8, 4)), "a.smooth": ("F16", (1, 4))}, "scaled FP8"),
     "fp8 prefix": ({"model.a.weight": ("F8_E4M3", (8, 4)), "scales.model.a.weight": ("F32", ())}, "scaled FP8"),
+    "fp8 beside the module": ({"l.q_proj.weight": ("F8_E4M3", (8, 4)), "l.q_proj_scale": ("F32", ())}, "scaled FP8"),
     "fp8 experts": (
         {"experts.gate_up_proj": ("F8_E4M3", (2, 8, 4)), "experts.gate_up_proj_scale": ("F32", (2, 1, 8))},
         "scaled FP8",
@@ -65,9 +66,9 @@ CODES: dict[str, tuple[Shapes, str]] = {
     "int4 under a name of its own": ({"a.int4": ("U8", (8, 4)), "a.int4_scale": ("F16", (8, 1))}, "integer codes"),
     "bfloat16 as U16": (
         {"a.weight": ("U16", (8, 8)), "n.weight": ("U16", (8,))},
-        "bfloat16 or float16 stored as integers",
+        "bfloat16 or float16 weights stored as U16",
     ),
-    "bfloat16 as I16": ({"a.kernel": ("I16", (8, 8))}, "bfloat16 or float16 stored as integers"),
+    "bfloat16 as I16": ({"a.kernel": ("I16", (8, 8))}, "bfloat16 or float16 weights stored as I16"),
 }
 
 
@@ -144,6 +145,13 @@ ORDINARY: dict[str, Shapes] = {
         "layers.0.gate.weight": ("F8_E4M3", (4, 8)),
         "layers.0.gate.e_score_correction_bias": ("F32", (4,)),
         "layers.0.gamma_1": ("F32", (8,)),
+        "layers.0.attn_scale": ("F32", (8,)),
+        "layers.0.layer_scale": ("F32", (8,)),
+        "layers.0.attn.q.weight": ("F8_E4M3", (8, 8)),
+        "hc_fn": ("F8_E4M3", (8, 4)),
+        "hc_scale": ("F32", ()),
+        "embed_tokens.weight": ("F8_E4M3", (40, 8)),
+        "embed_tokens.embed_scale": ("F32", ()),
         "embeddings.position_embeddings": ("F8_E4M3", (1, 50, 8)),
         "embeddings.cls_token": ("BF16", (1, 1, 8)),
         "mixer.A_log": ("F8_E4M3", (8, 4)),

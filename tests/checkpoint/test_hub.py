@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.helpers.checkpoints import (
     Done,
@@ -23,6 +24,7 @@ from tests.helpers.checkpoints import (
     write_model,
     write_models,
 )
+from tests.helpers.sentences import write_sentences
 
 COMMIT, NEWER = "a" * 40, "b" * 40
 CONFIG = """\
@@ -217,7 +219,10 @@ def hub(models: Path) -> Iterator[Hub]:
     bare.mkdir()
     torch.save(fine_tuned(base, 0), bare / "pytorch_model.bin")
     torch.save(fine_tuned(base, 0), bare / "optimizer.pt")
-    served = Hub({"org/base": sharded, "org/e0": bare})
+    of_gguf = models / "of_gguf"
+    of_gguf.mkdir()
+    (of_gguf / "x-Q4_0.gguf").write_bytes(b"GGUF")
+    served = Hub({"org/base": sharded, "org/e0": bare, "org/e0-GGUF": of_gguf})
     yield served
     served.server.shutdown()
 
@@ -250,6 +255,10 @@ def test_a_download_takes_what_a_merge_needs_and_no_more(models: Path, hub: Hub)
         ("org/gated", "is gated; accept its terms at {address}/org/gated and run `hf auth login`"),
         ("org/none", "is no folder here and no model of the Hub that may be read"),
         ("org/e0@v7", "the model has no such revision"),
+        (
+            "org/e0-GGUF",
+            "has weights in files of GGUF alone, one for each encoding; download one (`hf download org/e0-GGUF",
+        ),
     ],
 )
 def test_what_the_hub_refuses(name: str, said: str, models: Path, hub: Hub) -> None:
@@ -268,3 +277,78 @@ def test_nothing_is_downloaded_while_a_model_on_this_machine_is_wrong(models: Pa
     assert "model 'local/none' not found" in done.errors[0]
     assert hub.fetched == []
     assert not (models / "cache").exists()
+
+
+def test_modules_and_weights_beside_are_downloaded_too(models: Path, hub: Hub) -> None:
+    for seed, name in enumerate(("base", "e0")):
+        folder = write_sentences(models / f"sentences-{name}", seed)
+        for other in ("tf_model.h5", "pytorch_model.bin", "onnx/model.onnx", "2_Dense/pytorch_model.bin"):
+            (folder / other).parent.mkdir(exist_ok=True)
+            (folder / other).write_bytes(b"x")
+        torch.save({"weight": torch.ones(2, 2)}, folder / "colbert_linear.pt")
+        hub.models[f"org/{name}"] = folder
+    assert run(models, HF_ENDPOINT=hub.address).code == 0
+    fetched = {name.removeprefix("org/base/") for name in hub.fetched if name.startswith("org/base/")}
+    weights = {name for name in fetched if not name.endswith(".json")}
+    assert weights == {
+        "model.safetensors",
+        "2_Dense/model.safetensors",
+        "3_Dense/model.safetensors",
+        "colbert_linear.pt",
+    }
+    assert (models / "out/3_Dense/model.safetensors").is_file()
+    assert (models / "out/colbert_linear.pt").is_file()
+    # A cache without a module's weights is not whole.
+    for file in (models / "cache").glob("models--org--e0/snapshots/*/2_Dense/model.safetensors"):
+        file.unlink()
+    done = run(models, out="again", HF_HUB_OFFLINE="1")
+    assert "its weights are not all in the cache" in done.errors[0]
+
+
+def test_a_stray_file_of_the_hub_is_not_taken_for_the_model(models: Path, hub: Hub) -> None:
+    save_file({"x": torch.ones(2)}, hub.models["org/e0"] / "value_adapter.safetensors")
+    save_file({"x": torch.ones(2)}, hub.models["org/e0"] / "adapter_model.safetensors")
+    done = run(models, HF_ENDPOINT=hub.address)
+    assert done.code == 0, done
+    assert "org/e0/pytorch_model.bin" in hub.fetched
+    assert "org/e0/adapter_model.safetensors" not in hub.fetched
+
+
+def test_a_pipeline_of_the_hub_is_refused_before_its_weights_are_fetched(models: Path, hub: Hub) -> None:
+    folder = hub.models["org/e0"]
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "unet").mkdir()
+    torch.save({}, folder / "unet/diffusion_pytorch_model.bin")
+    (folder / "model_index.json").write_text("{}")
+    done = run(models, HF_ENDPOINT=hub.address)
+    assert done.code == 4, done
+    assert "run `hf download org/e0`, and merge its components one by one, by their folders: 'unet'" in done.errors[0]
+    assert not any(name.endswith(".bin") and "e0" in name for name in hub.fetched)
+
+
+@pytest.mark.parametrize("spelling", ["snapshot", "org/base@main", f"org/base@{COMMIT}"])
+def test_a_base_of_the_hub_that_is_listed_again_is_no_expert(spelling: str, models: Path) -> None:
+    folder = put_in_cache(models / "cache", "org/base", models / "local/base", COMMIT, "main")
+    put_in_cache(models / "cache", "org/e0", models / "local/e0", NEWER, "main")
+    again = str(folder) if spelling == "snapshot" else spelling
+    text = "merge_method: task_arithmetic\nbase_model: {}\nmodels: [{{model: org/e0}}{}]\nparameters: {{weight: 1}}\n"
+    (models / "merge.yml").write_text(text.format("org/base", ""))
+    assert run(models, out="expected", HF_HUB_OFFLINE="1").code == 0
+    for number, base in enumerate(("org/base", again)):
+        other = again if base == "org/base" else "org/base"
+        (models / "merge.yml").write_text(text.format(base, f", {{model: '{other}'}}"))
+        done = run(models, out=f"out{number}", HF_HUB_OFFLINE="1")
+        assert done.code == 0, done
+        found, expected = load_output(models / f"out{number}"), load_output(models / "expected")
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_two_names_that_a_download_shows_to_be_one_model(models: Path, hub: Hub) -> None:
+    text = (
+        "merge_method: task_arithmetic\nbase_model: org/base\nmodels: [{{model: org/e0}}, {{model: 'org/base@{}'}}]\n"
+    )
+    (models / "merge.yml").write_text(text.format(COMMIT) + "parameters: {weight: 1}\n")
+    done = run(models, HF_ENDPOINT=hub.address)
+    assert done.code == 4, done
+    assert "are one model" in done.errors[0]
+    assert run(models, HF_HUB_OFFLINE="1").code == 0  # as the message says: known now

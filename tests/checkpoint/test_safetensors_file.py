@@ -79,8 +79,11 @@ DATA = b"\0" * 8
 BAD: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "has 0 bytes"),
     "seven bytes": (b"\0" * 7, "has 7 bytes"),
+    "torch.save": (b"PK\x03\x04\x00\x00\x08\x08" + bytes(90), "is a file of torch.save; give it the suffix .bin"),
+    "web page": (b"<!DOCTYPE html><html></html>", "is a web page, not the weights; download it again, logged in"),
+    "answer": (b'{"error":"Repository not found"}', "is JSON text, not weights"),
+    "gguf": (b"GGUF\3\0\0\0" + bytes(20), "is a GGUF file; give it the suffix .gguf"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-    "html": (b"<!DOCTYPE html><html></html>", "more than the 100000000 allowed"),
     "huge length": (encode({"a": field()}, DATA, length=2**63), "more than the 100000000 allowed"),
     "length past end": (encode({"a": field()}, DATA, length=5000), "header should have 5000 bytes"),
     "zero length": (encode(b""), "not start with"),
@@ -277,3 +280,11 @@ FIELDS = st.fixed_dictionaries(
 )
 def test_any_json_is_refused_cleanly(scratch: Path, header: dict[str, Any], data: bytes) -> None:
     parses_or_is_refused(scratch, encode(header, data))
+
+
+@pytest.mark.parametrize("length", [0x3C, 0x227B, 0x0280, 0x8B1F])
+def test_a_length_that_begins_as_another_format_does_is_a_length(length: int, tmp_path: Path) -> None:
+    """Of a web page, of JSON, of a pickle, of gzip."""
+    text = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode().ljust(length)
+    (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + text + b"\7")
+    assert set(read_header(tmp_path / "x.safetensors").entries) == {"a"}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from pymerge.checkpoint import reader as reader_module
 from pymerge.checkpoint.checkpoint import open_checkpoint
@@ -198,7 +198,11 @@ def _rewritten(old: bytes, new: bytes) -> bytes:
 BAD: dict[str, tuple[Any, str]] = {
     "legacy": (_legacy, "before 1.6, .*torch.save\\(torch.load"),
     "lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    "html": (lambda: b"<html>", "is not a file of torch.save"),
+    "html": (lambda: b"<!DOCTYPE html>", "is a web page, not the weights; download it again, logged in"),
+    "error": (lambda: b'{"error": "not found"}', "is JSON text, not weights"),
+    "safetensors": (lambda: save({"a": torch.ones(2)}), "is a safetensors file; give it the suffix .safetensors"),
+    "gguf": (lambda: b"GGUF\3\0\0\0", "is a GGUF file; give it the suffix"),
+    "text": (lambda: b"weights", "is not a file of torch.save \\(it starts with b'weights'"),
     "empty": (lambda: b"", "is not a file of torch.save"),
     "cut": (lambda: _saved({"a": torch.ones(90)})[:-40], "is damaged"),
     "no pickle": (lambda: _with_pickle(b""), "is damaged"),
@@ -272,7 +276,7 @@ def test_what_a_directory_may_hold(tmp_path: Path) -> None:
         torch.save({name: torch.ones(2)}, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
     torch.save({"x": 1}, tmp_path / "training_args.bin")
     torch.save({"x": torch.ones(1)}, tmp_path / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"has 2 \.bin files .* but no pytorch_model\.bin\.index\.json"):
+    with pytest.raises(CheckpointError, match=r"has 2 shards .* but no pytorch_model\.bin\.index\.json"):
         open_checkpoint(tmp_path)
     weight_map = {"b": "pytorch_model-00001-of-00002.bin", "a": "pytorch_model-00002-of-00002.bin"}
     index = tmp_path / "pytorch_model.bin.index.json"

@@ -40,6 +40,7 @@ UP, Q, CONV, STACK = (
     "model.layers.0.mlp.down_proj.weight",  # taken for a Conv1D, by a rule
     "model.layers.1.mlp.experts.down_proj",
 )
+GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"  # two weights in each matrix
 RULES = """layers:
   - {pattern: "layers\\\\.0\\\\.mlp\\\\.down_proj", kind: linear, in_axis: 0}
 """
@@ -49,6 +50,7 @@ METHODS = ["wudi_flow", "swudi_a", "ace", "tsv_m", "iso_c", "iso_cts", "knots"]
 def base_model(dtype: torch.dtype) -> Tensors:
     tensors = llama(hidden=24, inner=40)
     tensors[STACK] = 0.1 * torch.randn(3, 24, 20, generator=torch.Generator().manual_seed(3))
+    tensors[GATE_UP] = 0.1 * torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(4))
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
@@ -61,7 +63,7 @@ def factors_of(seed: int, rank: int, names: list[str], base: Tensors) -> dict[st
     return found
 
 
-EXPERTS = [(2, [UP, Q, CONV, STACK]), (3, [UP, CONV, STACK]), (1, [UP, Q])]
+EXPERTS = [(2, [UP, Q, CONV, STACK, GATE_UP]), (3, [UP, CONV, STACK, GATE_UP]), (1, [UP, Q])]
 
 
 def planned(folder: Path, method: str, dtype: torch.dtype = torch.float32, dora: bool = False) -> Plan:
@@ -72,7 +74,9 @@ def planned(folder: Path, method: str, dtype: torch.dtype = torch.float32, dora:
     for number, (rank, names) in enumerate(EXPERTS):
         if dora or not (folder / f"e{number}").exists():
             shutil.rmtree(folder / f"e{number}", ignore_errors=True)
-            factors = factors_of(number, rank, [name for name in names if not (dora and name == STACK)], base)
+            factors = factors_of(
+                number, rank, [name for name in names if not (dora and name in (STACK, GATE_UP))], base
+            )
             write_adapter(folder / f"e{number}", folder / "base", factors, dora)
     return plan_of(folder, method)
 
@@ -91,7 +95,7 @@ def step_of(plan: Plan, name: str) -> Any:
 def test_merges_are_those_of_the_sums(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     plan = planned(tmp_path, method, dtype)
     routes = {step.name: step.route for step in plan.steps}
-    assert {name for name, route in routes.items() if route == "core"} == {UP, Q, CONV, STACK}
+    assert {name for name, route in routes.items() if route == "core"} == {UP, Q, CONV, STACK, GATE_UP}
     report = run(plan, tmp_path / "out")
     assert report.bytes_read == plan.bytes_read
     found, base = load_output(tmp_path / "out"), base_model(dtype)
@@ -103,7 +107,14 @@ def test_merges_are_those_of_the_sums(method: str, dtype: torch.dtype, tmp_path:
         extra = {"precision": "float64"} if method in ("wudi_flow", "swudi_a", "ace") else {}
         axis = 0 if name == CONV else 1
         experts = [model[name] for model in sums]
-        expected = pymerge.merge_tensors(tensor.double(), experts, method, in_axis=axis, **extra)
+        parts = [slice(0, 20), slice(20, 40)] if name == GATE_UP else [slice(None)]
+        merged = [
+            pymerge.merge_tensors(
+                tensor.double()[..., part, :], [one[..., part, :] for one in experts], method, in_axis=axis, **extra
+            )
+            for part in parts
+        ]
+        expected = torch.cat(merged, dim=-2)
         rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
         assert found[name].dtype == dtype
         assert not torch.equal(found[name], tensor)

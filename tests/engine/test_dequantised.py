@@ -152,6 +152,35 @@ def test_experts_of_gpt_oss(method: str, tmp_path: Path) -> None:
     assert found["model.layers.1.mlp.experts.gate_up_proj"].shape == (3, 64, 40)
 
 
+def test_experts_one_by_one_in_8_bits_against_stacks(tmp_path: Path) -> None:
+    shapes = {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}
+    mlp = "model.layers.0.mlp"
+    singles = {f"{mlp}.experts.{i}.{name}.weight": shape for i in range(3) for name, shape in shapes.items()}
+    tensors = {name: random(*shape, seed=seed) for seed, (name, shape) in enumerate(singles.items())}
+    beside = {"model.embed_tokens.weight": random(32, 16), f"{mlp}.gate.weight": random(3, 16)}
+    parts = [[tensors[f"{mlp}.experts.{i}.{name}.weight"] for i in range(3)] for name in shapes]
+    base = {
+        f"{mlp}.experts.gate_up_proj": torch.cat([torch.stack(parts[0]), torch.stack(parts[1])], dim=1),
+        f"{mlp}.experts.down_proj": torch.stack(parts[2]),
+    }
+    found = quantised_model({**tensors, **beside}, MODELS["FP8 blocks"])
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 1, "dtype": "bfloat16"}
+    outputs = []
+    for kind, expert in (("small", found.stored), ("plain", found.values)):
+        plain = {name: tensor.bfloat16() for name, tensor in (base | beside).items()}
+        write_model(tmp_path / kind / "base", plain, config=config)
+        said = {"quantization_config": MODELS["FP8 blocks"].config} if kind == "small" else {}
+        write_model(tmp_path / kind / "e0", {name: each.clone() for name, each in expert.items()}, config=config | said)
+        plan = api.plan(
+            write_config(tmp_path / kind, "task_arithmetic", experts=1, more="dtype: bfloat16"), device="cpu"
+        )
+        api.run(plan, tmp_path / kind / "out", progress=False)
+        outputs.append(load_output(tmp_path / kind / "out"))
+        stacks = [step.experts[0] for step in plan.steps if step.name in base]
+        assert [bool(entry.decoded_from) for entry in stacks] == [kind == "small"] * 2
+    assert equal(*outputs)
+
+
 def test_slices_of_quantised_models(tmp_path: Path) -> None:
     write_pair(tmp_path, MODELS["NF4"])
     outputs = []

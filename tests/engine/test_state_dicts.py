@@ -24,7 +24,7 @@ QUANTISED = {
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_quantised_weights_are_refused(kind: str) -> None:
     state = QUANTISED[kind]
-    with pytest.raises(ArgumentError, match=r"the base .*(quantised|as integers).*; (merge the original|view each)"):
+    with pytest.raises(ArgumentError, match=r"the base .*(quantised|stored as U16).*; (merge the original|view each)"):
         merge_state_dicts(state, [state], "linear", weight=1.0)
     name = next(iter(state))
     plain = {each: torch.ones(tensor.shape) for each, tensor in state.items()}

@@ -79,6 +79,14 @@ def test_all_problems_of_all_models_are_listed(models: Path) -> None:
     assert message.count(LINE_BREAK + "- ") == 4
 
 
+def test_of_very_many_problems_the_first_are_listed(models: Path) -> None:
+    change(models / "e0", lambda tensors: tensors.update({name: torch.ones(3, 3) for name in tensors}))
+    write_model(models / "e1", llama(blocks=8))
+    change(models / "e1", lambda tensors: tensors.update({name: torch.ones(3, 3) for name in tensors}))
+    message = refused(models, 4, "found before anything was read", "more of such problems")
+    assert message.count(LINE_BREAK + "- ") == 31
+
+
 def test_all_models_that_cannot_be_opened_are_named(models: Path) -> None:
     (models / "e0/model.safetensors").unlink()
     (models / "e1/model.safetensors").write_bytes(b"\0" * 40)

@@ -171,6 +171,8 @@ def test_an_overwrite_that_cannot_fit_keeps_the_earlier_output(tmp_path: Path) -
     huge = layout_shards([("a", "U8", (2**60,))], 2**62)
     with pytest.raises(OutputError, match="not enough space"):
         OutputDirectory(tmp_path, huge, identity={"config": "g"}, overwrite=True).open()
+    with pytest.raises(OutputError, match="not enough space"):  # for files that are to be copied
+        OutputDirectory(tmp_path, plan(SMALL, 40), identity={"config": "g"}, overwrite=True, copied=2**60).open()
     assert tree(tmp_path) == before
     assert not (tmp_path / ".pymerge").exists()
 

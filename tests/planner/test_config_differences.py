@@ -20,6 +20,8 @@ from tests.helpers.checkpoints import (
     write_model,
     write_models,
 )
+from tests.helpers.vocabularies import word_piece
+from tests.helpers.vocabularies import write as write_tokens
 
 BASE = llama()
 CONFIG = llama_config(BASE) | {"rope_theta": 500000.0, "eos_token_id": 1}
@@ -54,7 +56,7 @@ def test_a_key_is_named_with_all_values_and_the_outputs(tmp_path: Path) -> None:
     assert warning.startswith(f"{tmp_path / 'base/config.json'}: rope_theta is 500000.0, and ")
     assert f"20000000.0 in {tmp_path / 'e0/config.json'}" in warning
     assert f"rope_parameters.rope_theta is 1000000.0 in {tmp_path / 'e1/config.json'}" in warning
-    assert "the output has the former" in warning
+    assert "the output has 500000.0: write another into its config.json" in warning
     done = pymerge("merge", tmp_path / "merge.yml", tmp_path / "out")
     assert done.code == 0
     assert f"warning: {warning}" in done.err
@@ -169,3 +171,20 @@ def test_stages_are_compared_by_what_they_will_write(tmp_path: Path) -> None:
     done = pymerge("multi", tmp_path / "multi.yml", tmp_path / "out2")
     assert done.code == 0
     assert "rope_theta is 500000.0, and 1000000.0" in done.err
+
+
+def test_the_tokenizer_of_another_model_decides_its_ids(tmp_path: Path) -> None:
+    """With the tokenizer of e1 the output has its ids; rows are matched by token, and nothing is said of numbers."""
+    for name, words, ids in (("base", ["a", "b"], 3), ("e0", ["a", "b"], 3), ("e1", ["b", "a"], 4)):
+        write_tokens(tmp_path / name, word_piece(words), 1, eos_token_id=ids)
+    (tmp_path / "base/generation_config.json").write_text('{"eos_token_id": 3}')
+    (tmp_path / "e1/generation_config.json").write_text('{"eos_token_id": [4]}')
+    *ids, numbers = told(tmp_path)
+    assert [warning.partition(": ")[0] for warning in ids] == [
+        str(tmp_path / "base" / name) for name in ("config.json", "generation_config.json")
+    ]
+    assert "2 tokens have another number ('a': 3 there, 4 here)" in numbers
+    one, two = told(tmp_path, more="tokenizer_source: e1")
+    assert "eos_token_id is 3, and 4 in" in one
+    assert "the output has 4: " in one
+    assert "the output has [4]: " in two

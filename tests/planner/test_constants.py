@@ -14,7 +14,8 @@ import pymerge
 from pymerge import api
 from pymerge.errors import NonFiniteError
 from pymerge.output.verify import verify
-from pymerge.planner.constants import _rounded
+from pymerge.planner.constants import _rounded, find_constants
+from pymerge.planner.match import Section
 from tests.helpers.checkpoints import Tensors, change, fine_tuned, load_output, write_config, write_model, write_models
 
 UP = "transformer.h.0.mlp.up_proj.weight"
@@ -46,6 +47,7 @@ def constants(dtype: torch.dtype = torch.float32) -> Tensors:
         "transformer.h.0.attn.inv_freq": (1.0 / 10000 ** (torch.arange(0.0, 16, 2) / 16)).to(dtype),
         "transformer.h.0.attn.flags": torch.ones(8, 8).tril().bool(),
         "final_logits_bias": torch.tensor([[0.0, -INF, INF]]).to(dtype),
+        "suppressed_bias": torch.tensor([-INF, 0.0]).to(dtype),
     }
 
 
@@ -171,6 +173,7 @@ def test_a_damaged_mask_is_found(tmp_path: Path) -> None:
     assert {name: each["infinite"] for name, each in tensors.items() if "infinite" in each} == {
         MASK: 28,
         "final_logits_bias": 2,
+        "suppressed_bias": 1,
     }
     tensors[MASK]["infinite"] = 27
     (tmp_path / "out/pymerge_manifest.json").write_text(json.dumps(manifest))
@@ -199,6 +202,27 @@ def test_stages_and_slices(tmp_path: Path) -> None:
     assert same(load_output(tmp_path / "sliced"), held)
 
 
+def test_layers_that_only_the_base_gives(tmp_path: Path) -> None:
+    """They are copied, masks with infinities among them."""
+    mask = torch.full((8, 8), -INF).triu(1)
+    tensors: Tensors = {}
+    for block in range(2):
+        tensors[f"model.layers.{block}.mlp.up_proj.weight"] = torch.randn(8, 8)
+        tensors[f"model.layers.{block}.self_attn.mask"] = mask.clone()
+    write_model(tmp_path / "base", tensors, config={"num_hidden_layers": 2})
+    tuned = fine_tuned(tensors, 0) | {name: mask.clone() for name in tensors if name.endswith("mask")}
+    write_model(tmp_path / "e0", tuned, config={"num_hidden_layers": 2})
+    text = "merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 1}\nslices:\n"
+    for block, models in enumerate((["base"], ["base", "e0"])):
+        sources = "".join(f"  - {{model: {name}, layer_range: [{block}, {block + 1}]}}\n" for name in models)
+        text += f"- sources:\n{sources}"
+    (tmp_path / "merge.yml").write_text(text)
+    api.merge(tmp_path / "merge.yml", tmp_path / "out", progress=False)
+    assert verify(tmp_path / "out").problems == []
+    found = load_output(tmp_path / "out")
+    assert all(torch.equal(found[name], mask) for name in tensors if name.endswith("mask"))
+
+
 def test_in_memory_it_is_the_same() -> None:
     held = {name: tensor for name, tensor in constants().items() if tensor.is_floating_point()}
     base: dict[str, Tensor] = {UP: torch.randn(8, 8, generator=torch.Generator().manual_seed(0))}
@@ -207,6 +231,23 @@ def test_in_memory_it_is_the_same() -> None:
         used = experts[:1] if method == "slerp" else experts
         parameters = {"t": 0.5} if method == "slerp" else {} if method == "wudi_flow" else {"weight": 0.3}
         assert same(pymerge.merge_state_dicts(base | held, used, method, **parameters), held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [[-1.0, 0.5], [1.0, 0.5], [-0.0, 0.0], [-3.0, INF, 2.0], [-INF] * 3, [INF, 4.0]])
+def test_what_is_known_of_values(tmp_path: Path, values: list[float], dtype: torch.dtype) -> None:
+    """Where all are known: the largest finite magnitude, and how many infinities, in tensors of several reads."""
+    for name, padding in (("small", 0), ("large", 2**18)):
+        whole = torch.tensor([0.0] * padding + values).to(dtype)
+        write(tmp_path / name, {MASK: whole})
+        plan = api.plan(write_config(tmp_path / name, "ties", weight=1.0))
+        inputs = plan.inputs
+        layers = {step.name: step.layer for step in plan.steps}
+        section = Section(plan.config, (0, 1), inputs.experts, {})
+        found = find_constants(inputs, [MASK], layers, {MASK: section})[MASK]
+        finite = whole[whole.isfinite()].abs()
+        assert found.largest == (finite.max().item() if finite.numel() else 0.0)
+        assert found.infinite == int(whole.isinf().sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

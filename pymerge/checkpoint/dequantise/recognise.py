@@ -47,9 +47,11 @@ class Found:
         """Whether any tensor is."""
         return bool(self.notes)
 
-    def carried(self, files: tuple[Path, ...]) -> tuple[Path, ...]:
-        """Those of the files beside the weights that are true of an output as well."""
-        return tuple(path for path in files if path.name not in _FILES) if self.decoded else files
+
+def true_of_plain(files: tuple[Path, ...], tensors: Mapping[str, TensorEntry]) -> tuple[Path, ...]:
+    """Those of the files beside these tensors that are true of an output as well, whose weights are plain."""
+    decoded = any(entry.decoded_from for entry in tensors.values())
+    return tuple(path for path in files if not decoded or path.name not in _FILES)
 
 
 def may_decode(config: Mapping[str, Any]) -> bool:
@@ -79,13 +81,13 @@ def dequantise(
     coded = any(ITEM_SIZES[entry.dtype] == 1 for entry in tensors.values())  # every format has some such
     if not coded or not may_decode(config):
         return Found(tensors, config)
-    from pymerge.checkpoint.dequantise import bitsandbytes, codes, mxfp4, packed
+    from pymerge.checkpoint.dequantise import bitsandbytes, eight_bits, mxfp4, packed
     from pymerge.checkpoint.dequantise.stored import Stored
 
     method, settings = (_method(said[0]), said[0]) if said else ("", {})
     with Reader(stamps) as reader:
         stored = Stored(tensors, method, settings, _output_dtype(config), reader)
-        for form in (bitsandbytes, mxfp4, packed, codes):
+        for form in (bitsandbytes, mxfp4, packed, eight_bits):
             form.find(stored)
     if not stored.decoded:
         return Found(tensors, config)

@@ -95,7 +95,9 @@ def rows_of(delta, layer: Layer, dtype=torch.float64, step: int = 7):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("parameters", [{}, {"lr": "auto", "scale": 0.7}, {"iterations": 0}, {"iterations": 11}], ids=str)
+@pytest.mark.parametrize(
+    "parameters", [{}, {"lr": "auto", "scale": 0.7}, {"iterations": 0}, {"iterations": 11}], ids=str
+)
 @settings(deadline=None, max_examples=10, derandomize=True)
 @given(layer=layers(most_tasks=4))
 @example(layer=Layer(12, 12, (2, 2, 2), zeros=(0,), copies=(2,)))
