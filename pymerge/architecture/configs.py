@@ -85,7 +85,8 @@ def _default(said: Mapping[str, Fact], meaning: str, *, given: bool) -> Any:
     model_type = said.get(f"{within}model_type")
     if path.endswith(_SCALING[:-1]):
         if name == "rope_type":
-            return "default" if model_type and model_type.value not in _OWN_SCALING else _UNKNOWN
+            own = within or (model_type and model_type.value in _OWN_SCALING)  # as towers have that turn in two axes
+            return _UNKNOWN if own else "default"
         return _ROPE_DEFAULTS.get(name, _UNKNOWN) if f"{path}.rope_type" in said else _UNKNOWN
     known = DEFAULTS.get(str(model_type.value), {}) if model_type else {}
     if name not in known:

@@ -22,7 +22,8 @@ from pymerge.checkpoint.model_files import (
     replaced,
 )
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.checkpoint.weight_files import file_names, format_of, is_part
+from pymerge.checkpoint.weight_files import file_names
+from pymerge.checkpoint.weight_formats import format_of, is_part
 from pymerge.errors import CheckpointError
 
 # Stems of files that hold a whole model, in any format.

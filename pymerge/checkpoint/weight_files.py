@@ -3,91 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pymerge.checkpoint.gguf.folder import find_gguf
 from pymerge.checkpoint.model_files import ADAPTER_CONFIG, WEIGHT_SUFFIXES, is_adapter, is_leftover, is_weight_file
 from pymerge.checkpoint.parts import refuse_parts
-from pymerge.checkpoint.safetensors_file import Header, read_header
+from pymerge.checkpoint.safetensors_file import Header
+from pymerge.checkpoint.weight_formats import GGUF, LOADED, NAMELESS, WeightFormat, how_to_convert, is_part
 from pymerge.common.files import parse_json_object, read_text_file
 from pymerge.common.names import first_few, listed, shorten
 from pymerge.errors import CheckpointError
-
-_FLAGS = {".h5": "from_tf", ".msgpack": "from_flax"}
-_SHARD = re.compile(r"-(\d+)-of-(\d+)(\.|$)")
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """Names of a kind of weight files, and how it is read: `stem` is that of the usual single file and of the index.
-
-    `index_first` says that the loader takes the index where both are there.
-    """
-
-    stem: str
-    suffixes: tuple[str, ...]  # the first is that of single file and shards
-    read: Callable[[Path], Header]
-    index_first: bool = False
-
-    @property
-    def single(self) -> str:
-        """The usual name of a single file."""
-        return self.stem + self.suffixes[0]
-
-    @property
-    def index(self) -> str:
-        """The usual name of the index of shards."""
-        return f"{self.single}.index.json"
-
-    def is_index(self, name: str) -> bool:
-        """Whether a name is that of an index of such files, of any stem and variant (fp16, ...)."""
-        return re.search(rf"{re.escape(self.suffixes[0])}(\.[^.]+)?\.index(\.[^.]+)?\.json$", name) is not None
-
-
-def _read_torch_header(path: Path) -> Header:
-    """Imports PyTorch, for which merges of safetensors files do not wait."""
-    from pymerge.checkpoint.torch_file import read_torch_header
-
-    return read_torch_header(path)
-
-
-def _read_gguf(path: Path) -> Header:
-    """Imports gguf, and numpy with it."""
-    try:
-        from pymerge.checkpoint.gguf.file import read_gguf
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "gguf":
-            raise
-        raise CheckpointError(
-            f"{path}: is read with gguf, which is not here; pip install 'pymerge-engine[gguf]'"
-        ) from error
-    return read_gguf(path)
-
-
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-# In the order of transformers, and then of diffusers.
-LOADED = (
-    WeightFormat("model", (".safetensors",), read_header),
-    WeightFormat("pytorch_model", _TORCH_SUFFIXES, _read_torch_header),
-    WeightFormat("diffusion_pytorch_model", (".safetensors",), read_header, index_first=True),
-    WeightFormat("diffusion_pytorch_model", _TORCH_SUFFIXES, _read_torch_header, index_first=True),
-)
-# Formats in which a file may have any name; the last is PyTorch Lightning's.
-_NAMELESS = (*LOADED[:2], WeightFormat("model", (".ckpt",), _read_torch_header))
-# A file on this machine alone: a repository has one for each of its many encodings.
-_GGUF = WeightFormat("model", (".gguf",), _read_gguf)
-
-
-def how_to_convert(name: str) -> str:
-    """What to do with a weight file that cannot be read, by its suffix."""
-    flag = _FLAGS.get(Path(name.removesuffix(".index.json")).suffix)
-    if flag:  # the last version that reads them
-        return f"convert it with transformers 4 (from_pretrained(..., {flag}=True), then save_pretrained)"
-    return "give the model that it was made of, in safetensors or as a file of torch.save"
 
 
 class Choice(NamedTuple):
@@ -109,11 +36,6 @@ class Weights(NamedTuple):
     notes: tuple[str, ...]
 
 
-def format_of(path: Path) -> WeightFormat | None:
-    """The format of a weight file by its suffix, None for one that cannot be read."""
-    return next((form for form in (*_NAMELESS, _GGUF) if path.suffix in form.suffixes), None)
-
-
 def find_weights(path: Path, named: object = None) -> Weights:
     """Weight files of a directory; `named` is the one that its config.json names, if it does (`transformers_weights`).
 
@@ -124,7 +46,7 @@ def find_weights(path: Path, named: object = None) -> Weights:
     if choice is None:
         gguf = find_gguf(path, names)
         if gguf is not None:
-            return Weights(_GGUF, (gguf,), None, ())
+            return Weights(GGUF, (gguf,), None, ())
         raise no_weights(path, names)
     notes: tuple[str, ...] = ()
     if not (choice.usual or choice.name == named):
@@ -139,6 +61,12 @@ def find_weights(path: Path, named: object = None) -> Weights:
             f"{path / choice.name}: shards are missing: {first_few(absent)}; download the missing files"
         )
     return Weights(choice.form, tuple(path / shard for shard in shards), choice.name, notes)
+
+
+def named_weights(path: Path) -> object:
+    """Value of `transformers_weights` in a directory's config.json; None if there is none."""
+    file = path / "config.json"
+    return read_json(file, unique=False).get("transformers_weights") if file.exists() else None
 
 
 def file_names(path: Path) -> list[str]:
@@ -171,7 +99,7 @@ def choose(path: Path, names: Sequence[str], named: object = None) -> Choice | N
         variants = [name for name in names if name.startswith(f"{form.stem}.") and _may_be_weights(name, form)]
         if variants:
             return _only(path, variants, form)
-    for form in _NAMELESS:
+    for form in NAMELESS:
         found = [name for name in names if _may_be_weights(name, form)]
         if found:
             return _only(path, found, form)
@@ -202,12 +130,6 @@ def _may_be_weights(name: str, form: WeightFormat) -> bool:
     return name.endswith(form.suffixes) and not (is_part(name) or is_leftover(name) or is_adapter(name))
 
 
-def is_part(name: str) -> bool:
-    """Whether a weight file is one of several shards, by its name."""
-    found = _SHARD.search(name)
-    return found is not None and int(found[2]) != 1
-
-
 def _only(path: Path, found: Sequence[str], form: WeightFormat) -> Choice:
     if len(found) > 1:
         refuse_parts(path, found)
@@ -231,7 +153,7 @@ def no_weights(path: Path, names: Sequence[str]) -> CheckpointError:
     if ADAPTER_CONFIG in names or any(is_adapter(name) for name in names):
         return CheckpointError(
             f"{path}: is an adapter, without the model that it is for; "
-            "merge it into its model first (PEFT's merge_and_unload) and give the result"
+            "name it under models, with its model as base_model or as BASE+ADAPTER"
         )
     refuse_parts(path, names)
     others = [name for name in names if is_weight_file(name) and not is_leftover(name)]

@@ -23,6 +23,8 @@ from pymerge.planner.inputs import Inputs
 from pymerge.planner.match import Section
 
 _FIRST_ELEMENTS, _ELEMENTS = 2**10, 2**18
+_VALUES = 2**14  # of a mask that is stored in two dtypes, in so many elements; more are a table, and merged
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
 _FORMATS = {"F16": ("<H", "<e"), "F32": ("<I", "<f"), "F64": ("<Q", "<d")}  # bits and numbers, for struct
 _LARGEST = {"F16": 65504.0, "BF16": 2.0**128 - 2.0**120, "F32": 2.0**128 - 2.0**104, "F64": math.inf}
 
@@ -81,18 +83,25 @@ def _constant(reader: Reader, base: TensorEntry, *others: TensorEntry) -> Consta
     """What is known of a tensor's values; None if the models differ, or there is NaN among them."""
     if not all(_same(reader, base, other) for other in others):
         return None
-    largest, infinite = 0.0, 0
+    sign, infinity = 1 << (8 * ITEM_SIZES[base.dtype] - 1), _INFINITY[base.dtype]
+    largest, infinite = 0, 0  # magnitudes in bits are in the order of the numbers
     for start, stop in _ranges(base.numel):
         codes = _codes(reader, base, start, stop)
-        for code in set(codes):
-            value = _value(code, base.dtype)
-            if math.isnan(value):
-                return None
-            if math.isinf(value):
-                infinite += codes.count(code)
-            else:
-                largest = max(largest, abs(value))
-    return Constant(base.dtype, largest, infinite)
+        top = _top(codes, sign)
+        if top > infinity:
+            return None
+        if top == infinity:
+            infinite += codes.count(infinity) + codes.count(infinity | sign)
+            top = max((each for code in set(codes) if (each := code & ~sign) != infinity), default=0)
+        largest = max(largest, top)
+    return Constant(base.dtype, _value(largest, base.dtype), infinite)
+
+
+def _top(codes: array[int], sign: int) -> int:
+    """The largest magnitude among the bits of numbers, without a step of Python for each of them."""
+    negative = max(codes)
+    positive = max(array(codes.typecode.lower(), codes.tobytes()))
+    return max(positive, negative - sign)
 
 
 def _same(reader: Reader, base: TensorEntry, other: TensorEntry) -> bool:
@@ -106,9 +115,12 @@ def _same(reader: Reader, base: TensorEntry, other: TensorEntry) -> bool:
             if ours != theirs:
                 return False
             continue
-        for one, two in set(zip(ours, theirs, strict=True)):
-            if _rounded(_value(one, base.dtype), narrow) != _rounded(_value(two, other.dtype), narrow):
-                return False
+        pairs = set(zip(ours, theirs, strict=True))
+        if len(pairs) > _VALUES or not all(
+            _rounded(_value(one, base.dtype), narrow) == _rounded(_value(two, other.dtype), narrow)
+            for one, two in pairs
+        ):
+            return False
     return True
 
 

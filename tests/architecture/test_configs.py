@@ -163,6 +163,11 @@ def test_scaled_positions_are_compared_by_what_they_say() -> None:
     assert found(LLAMA, LLAMA | {"rope_scaling": YARN}) == {
         "rope_scaling.rope_type|rope_scaling.rope_type": ("default", "yarn", False)
     }
+    bare = {"num_attention_heads": 4}
+    for said in (bare, bare | {"rope_scaling": None}):
+        assert list(found(said, bare | {"rope_parameters": YARN}).values()) == [("default", "yarn", False)]
+    assert found({"model_type": "gpt_oss"}, {"model_type": "gpt_oss", "rope_scaling": YARN}) == {}
+    assert found(bare, bare | {"vision_config": {"rope_scaling": YARN}}) == {}
     other = {"rope_parameters": YARN | {"factor": 8, "rope_theta": 500000}}
     assert found(LLAMA | {"rope_scaling": YARN}, LLAMA | other) == {
         "rope_scaling.factor|rope_parameters.factor": (4.0, 8, False)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from pymerge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from pymerge.checkpoint.gguf.config import llama3_scaling
 from pymerge.checkpoint.reader import Reader
-from pymerge.checkpoint.weight_files import FORMATS
+from pymerge.checkpoint.weight_files import LOADED
 from pymerge.errors import CheckpointError
 from tests.helpers.checkpoints import Tensors
 from tests.helpers.gguf_files import converted, dequantised, gguf_name, grouped_llama, llama_values, write_gguf
@@ -324,7 +324,7 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def test_the_hub_is_not_asked_for_it() -> None:
-    assert all(".gguf" not in form.suffixes for form in FORMATS)
+    assert all(".gguf" not in form.suffixes for form in LOADED)
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from pymerge.checkpoint import reader as reader_module
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from pymerge.checkpoint.reader import Reader
-from pymerge.common.dtypes import DTYPES, torch_dtype
+from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError, CheckpointError
+from tests.helpers.checkpoints import OF_TENSORS
 
 
 def equal_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -26,7 +27,7 @@ def equal_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
 def checkpoint(tmp_path: Path) -> Checkpoint:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for code, dtype in ((code, torch_dtype(code)) for code in DTYPES):
+    for code, dtype in ((code, torch_dtype(code)) for code in OF_TENSORS):
         raw = torch.randint(0, 2 if code == "BOOL" else 256, (6 * 5 * dtype.itemsize,), generator=generator)
         tensors[f"{code}.matrix"] = raw.to(torch.uint8).view(dtype).reshape(6, 5)
         tensors[f"{code}.scalar"] = tensors[f"{code}.matrix"][0, 0].clone()

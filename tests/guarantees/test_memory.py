@@ -14,7 +14,8 @@ import torch
 from pymerge import api
 from pymerge.engine.memory import Heap
 from pymerge.planner import budget
-from tests.helpers.checkpoints import change, in_process, load_output, write_config, write_models
+from tests.helpers.checkpoints import change, in_process, load_output, write_config, write_model, write_models
+from tests.helpers.quantised import four_bit
 
 MIB = 2**20
 # 4 MiB in float32: base, two experts and the output of a layer are 16 MiB together.
@@ -104,6 +105,31 @@ def test_one_large_shard_needs_as_much_as_many_small_ones(tmp_path: Path) -> Non
 def test_a_limit_is_kept(tmp_path: Path, limit: int, method: str) -> None:
     folder = write_layers(tmp_path, MANY, method)
     peak = measured(folder, memory=limit)
+    assert peak.planned <= limit
+    assert peak.grown <= 1.1 * limit + BESIDE_TENSORS
+
+
+@pytest.mark.parametrize("kind", ["FP8", "NF4"])
+@pytest.mark.parametrize("limit", [8 * MIB, 24 * MIB])
+def test_decoding_keeps_a_limit(tmp_path: Path, limit: int, kind: str) -> None:
+    """Rows of NF4 are long, and cut blocks; of FP8 many are decoded at once."""
+    shape = (ROWS, COLUMNS) if kind == "FP8" else (15, ROWS * COLUMNS // 16 + 5)
+    generator = torch.Generator().manual_seed(0)
+    for place, count in ((tmp_path / "small", 1), (tmp_path, MANY)):
+        for model in ("base", "e0", "e1"):
+            tensors: dict[str, torch.Tensor] = {}
+            for number in range(count):
+                name = f"model.layers.{number:02d}.mlp.up_proj.weight"
+                if kind == "NF4":
+                    tensors |= four_bit(shape, name=name, seed=number).stored
+                    continue
+                codes = torch.randint(0, 120, shape, generator=generator, dtype=torch.uint8)
+                tensors |= {name: codes.view(torch.float8_e4m3fn), f"{name}_scale": torch.full((shape[0], 1), 0.001)}
+            write_model(place / model, tensors)
+        write_config(place, "task_arithmetic")
+    plan = api.plan(tmp_path / "merge.yml", device="cpu", memory=limit)
+    assert all(entry.decoded_from for step in plan.steps for entry in step.inputs)
+    peak = measured(tmp_path, memory=limit)
     assert peak.planned <= limit
     assert peak.grown <= 1.1 * limit + BESIDE_TENSORS
 

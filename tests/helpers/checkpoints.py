@@ -21,7 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pymerge.common.dtypes import DTYPES
+
 Tensors = dict[str, Tensor]
+# Codes of dtypes that a model's tensors may have; powers of two are read as scales alone.
+OF_TENSORS = [code for code in DTYPES if code != "F8_E8M0"]
 
 # Beside the weights, as a model that somebody has downloaded: all of it must be in the merged model too.
 CARRIED = {

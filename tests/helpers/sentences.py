@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+import pymerge
+from tests.helpers.checkpoints import tree
 
 PACKAGE = "sentence_transformers.models"
 CONFIG = {"architectures": ["BertModel"], "model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1}
@@ -80,3 +83,32 @@ def write_sentences(
         put(folder / name, dense(seed + rows, rows, columns), config, bin_file=bin_file)
     (folder / "config_sentence_transformers.json").write_text('{"similarity_fn_name": "cosine"}')
     return folder
+
+
+def write_all(folder: Path, **settings: Any) -> Path:
+    """Write folder/base, folder/e0 and folder/e1."""
+    for seed, name in enumerate(("base", "e0", "e1")):
+        write_sentences(folder / name, seed, **settings)
+    return folder
+
+
+def merge_all(folder: Path, out: str = "out", **limits: Any) -> dict[str, bytes]:
+    """Merge folder/merge.yml; returns the content of every file."""
+    pymerge.merge(folder / "merge.yml", folder / out, device="cpu", progress=False, **limits)
+    return tree(folder / out)
+
+
+def assert_half_way(out: Path, transformer: str = "", base: int = 0) -> None:
+    """All tensors are base + (e0 - base) / 2 + (e1 - base) / 2, by float64, file by file."""
+
+    def check(file: Path, of: Any) -> None:
+        first, *others = ({name: tensor.double() for name, tensor in of(seed).items()} for seed in (base, 1, 2))
+        found = load_file(file)
+        assert found.keys() == first.keys()
+        for name, tensor in found.items():
+            expected = first[name] + sum(0.5 * (other[name] - first[name]) for other in others)
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-6)
+
+    check(out / transformer / "model.safetensors", bert)
+    check(out / "2_Dense/model.safetensors", lambda seed: dense(seed + 6, 6, 8))
+    check(out / "3_Dense/model.safetensors", lambda seed: dense(seed + 4, 4, 6))

@@ -13,17 +13,18 @@ from safetensors.torch import load_file
 
 from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.checkpoint.reader import Reader
-from pymerge.common.dtypes import DTYPES, bytes_of, torch_dtype
+from pymerge.common.dtypes import bytes_of, torch_dtype
 from pymerge.errors import CheckpointError, OutputError
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.manifest import build_manifest, read_manifest
+from tests.helpers.checkpoints import OF_TENSORS
 from tests.helpers.outputs import SMALL, Tensors, finish, plan, tree, write_shard
 
 
 def make_tensors() -> Tensors:
     generator = torch.Generator().manual_seed(7)
     tensors: Tensors = {}
-    for code, dtype in ((code, torch_dtype(code)) for code in DTYPES):
+    for code, dtype in ((code, torch_dtype(code)) for code in OF_TENSORS):
         raw = torch.randint(0, 2 if code == "BOOL" else 256, (12 * dtype.itemsize,), generator=generator)
         tensors[f"{code}.matrix"] = raw.to(torch.uint8).view(dtype).reshape(4, 3)
         tensors[f"{code}.scalar"] = tensors[f"{code}.matrix"][1, 1].clone()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pymerge.checkpoint.checkpoint import open_checkpoint
-from pymerge.common.dtypes import DTYPES, code_of, is_float, torch_dtype
+from pymerge.common.dtypes import code_of, is_float, torch_dtype
 from pymerge.common.files import atomic_write, fsync_directory
 from pymerge.common.progress import NoProgress
 from pymerge.errors import OutputError
@@ -21,6 +21,7 @@ from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import layout_shards
 from pymerge.output.manifest import build_manifest, read_manifest
 from pymerge.output.verify import VerifyReport, verify
+from tests.helpers.checkpoints import OF_TENSORS
 
 FILES: dict[str, bytes | Path] = {
     "config.json": b"{}\n",
@@ -30,7 +31,7 @@ FILES: dict[str, bytes | Path] = {
 
 
 def good_tensors() -> dict[str, torch.Tensor]:
-    tensors = {f"{code}.x": (torch.arange(24) % 2).reshape(6, 4).to(torch_dtype(code)) for code in DTYPES}
+    tensors = {f"{code}.x": (torch.arange(24) % 2).reshape(6, 4).to(torch_dtype(code)) for code in OF_TENSORS}
     return {**tensors, "scalar": torch.tensor(2.5), "empty": torch.empty(0, 5, dtype=torch.bfloat16)}
 
 
@@ -203,7 +204,7 @@ def test_changes_are_reported_together(change: Callable[[Path], object], reasons
     assert all("; " in problem for problem in problems), "a problem ends with the remedy"
 
 
-@pytest.mark.parametrize("dtype", [torch_dtype(code) for code in DTYPES if is_float(code)])
+@pytest.mark.parametrize("dtype", [torch_dtype(code) for code in OF_TENSORS if is_float(code)])
 def test_values_that_are_not_finite(dtype: torch.dtype, tmp_path: Path) -> None:
     values = torch.ones(7)
     values[2] = torch.nan

@@ -14,7 +14,8 @@ import pymerge
 from pymerge import api
 from pymerge.errors import NonFiniteError
 from pymerge.output.verify import verify
-from pymerge.planner.constants import _rounded
+from pymerge.planner.constants import _rounded, find_constants
+from pymerge.planner.match import Section
 from tests.helpers.checkpoints import Tensors, change, fine_tuned, load_output, write_config, write_model, write_models
 
 UP = "transformer.h.0.mlp.up_proj.weight"
@@ -230,6 +231,23 @@ def test_in_memory_it_is_the_same() -> None:
         used = experts[:1] if method == "slerp" else experts
         parameters = {"t": 0.5} if method == "slerp" else {} if method == "wudi_flow" else {"weight": 0.3}
         assert same(pymerge.merge_state_dicts(base | held, used, method, **parameters), held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [[-1.0, 0.5], [1.0, 0.5], [-0.0, 0.0], [-3.0, INF, 2.0], [-INF] * 3, [INF, 4.0]])
+def test_what_is_known_of_values(tmp_path: Path, values: list[float], dtype: torch.dtype) -> None:
+    """Where all are known: the largest finite magnitude, and how many infinities, in tensors of several reads."""
+    for name, padding in (("small", 0), ("large", 2**18)):
+        whole = torch.tensor([0.0] * padding + values).to(dtype)
+        write(tmp_path / name, {MASK: whole})
+        plan = api.plan(write_config(tmp_path / name, "ties", weight=1.0))
+        inputs = plan.inputs
+        layers = {step.name: step.layer for step in plan.steps}
+        section = Section(plan.config, (0, 1), inputs.experts, {})
+        found = find_constants(inputs, [MASK], layers, {MASK: section})[MASK]
+        finite = whole[whole.isfinite()].abs()
+        assert found.largest == (finite.max().item() if finite.numel() else 0.0)
+        assert found.infinite == int(whole.isinf().sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -151,18 +151,18 @@ def test_integers_in_an_expert_where_the_base_has_numbers(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
 def test_a_mask_that_the_base_has_as_floats(dtype: torch.dtype, tmp_path: Path) -> None:
-    base = BASE | {"layers.0.attn.reach": CAUSAL}
+    base = BASE | {"layers.0.attn.window": CAUSAL}
     write_models(tmp_path, base)
     tuned = fine_tuned(BASE, 3)
-    write_model(tmp_path / "e0", tuned | {"layers.0.attn.reach": CAUSAL.to(dtype)})
-    write_model(tmp_path / "e1", tuned | {"layers.0.attn.reach": CAUSAL})
+    write_model(tmp_path / "e0", tuned | {"layers.0.attn.window": CAUSAL.to(dtype)})
+    write_model(tmp_path / "e1", tuned | {"layers.0.attn.window": CAUSAL})
     assert api.plan(write_config(tmp_path, "task_arithmetic")).warnings == ()
     api.merge(tmp_path / "merge.yml", tmp_path / "out", device="cpu", progress=False)
     found = load_output(tmp_path / "out")
-    assert torch.equal(found["layers.0.attn.reach"], CAUSAL)
+    assert torch.equal(found["layers.0.attn.window"], CAUSAL)
     torch.testing.assert_close(found["norm.weight"], tuned["norm.weight"])
-    write_model(tmp_path / "e0", tuned | {"layers.0.attn.reach": (1 - CAUSAL).to(dtype)})
-    with pytest.raises(PlanError, match=r"layers\.0\.attn\.reach.*integers cannot be merged with numbers"):
+    write_model(tmp_path / "e0", tuned | {"layers.0.attn.window": (1 - CAUSAL).to(dtype)})
+    with pytest.raises(PlanError, match=r"layers\.0\.attn\.window.*integers cannot be merged with numbers"):
         api.plan(tmp_path / "merge.yml")
 
 

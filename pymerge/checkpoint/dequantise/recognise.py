@@ -81,13 +81,13 @@ def dequantise(
     coded = any(ITEM_SIZES[entry.dtype] == 1 for entry in tensors.values())  # every format has some such
     if not coded or not may_decode(config):
         return Found(tensors, config)
-    from pymerge.checkpoint.dequantise import bitsandbytes, codes, mxfp4, packed
+    from pymerge.checkpoint.dequantise import bitsandbytes, eight_bits, mxfp4, packed
     from pymerge.checkpoint.dequantise.stored import Stored
 
     method, settings = (_method(said[0]), said[0]) if said else ("", {})
     with Reader(stamps) as reader:
         stored = Stored(tensors, method, settings, _output_dtype(config), reader)
-        for form in (bitsandbytes, mxfp4, packed, codes):
+        for form in (bitsandbytes, mxfp4, packed, eight_bits):
             form.find(stored)
     if not stored.decoded:
         return Found(tensors, config)

@@ -63,12 +63,12 @@ class Stored:
         return self._reader.read_bytes(entry)
 
     def check_scales(self, entry: TensorEntry, *, zero: bool = False) -> None:
-        """Raise CheckpointError unless scales are finite and positive, or `zero`. Large tensors wait for reading."""
+        """Raise CheckpointError unless scales are finite and not 0 (or `zero`). Large tensors wait for reading."""
         if entry.numel <= _CHECKED_ELEMENTS:
             checked_scales(entry, self.bytes_of(entry), 0, zero=zero)
 
     def one_scale(self, entry: TensorEntry) -> float:
-        """The number in a tensor of one element. Raises CheckpointError unless it is finite and positive."""
+        """The number in a tensor of one element. Raises CheckpointError unless it is finite and not 0."""
         if entry.numel != 1 or entry.dtype not in ("F32", "F16", "BF16"):
             raise wrong(entry, f"is {entry.dtype} {list(entry.shape)}, where one number is expected")
         return float(checked_scales(entry, self.bytes_of(entry), 0)[0])
@@ -86,7 +86,7 @@ def checked_scales(entry: TensorEntry, data: bytes | bytearray, first: int, *, z
     import numpy as np
 
     values = scale_numbers(entry, data)
-    sound = np.isfinite(values) & (values >= 0 if zero else values > 0)
+    sound = np.isfinite(values) & (zero or values != 0)
     if not sound.all():
         at = int(np.argmin(sound))
         raise wrong(entry, f"holds a scale that is {values[at]:g} (element {first + at}), which no quantiser writes")

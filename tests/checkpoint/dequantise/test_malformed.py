@@ -55,7 +55,7 @@ def say(**changes: Any) -> Callable[[Tensors], object]:
         ("rows", spoil("x.weight_scale", NAN, 5), r"'x.weight_scale' holds a scale that is nan \(element 5\)"),
         ("rows", spoil("x.weight_scale", INFINITY), "'x.weight_scale' holds a scale that is inf"),
         ("one scale", spoil("x.weight_scale", 0.0), "'x.weight_scale' holds a scale that is 0"),
-        ("blocks", spoil("x.weight_scale_inv", -1.0), "holds a scale that is -1"),
+        ("blocks", spoil("x.weight_scale_inv", -0.0, 3), r"holds a scale that is -0 \(element 3\)"),
         ("rows", put("x.weight_scale", torch.ones(36, 1)), r"\[36, 1\], which does not fit 'x.weight' \[37, 51\]"),
         ("rows", put("x.weight_scale", torch.ones(51)), r"has shape \[51\], which does not fit"),
         ("blocks", put("x.weight_scale_inv", torch.ones(3, 7)), r"has shape \[3, 7\], which does not fit"),

@@ -59,6 +59,21 @@ def test_whole_tensors(form: str, suffix: str, tmp_path: Path) -> None:
             assert entry.stored_bytes == sum(parts.values())
 
 
+@pytest.mark.parametrize("form", ["one scale", "rows", "ragged blocks", "bitsandbytes int8", "int8 with zero points"])
+def test_codes_that_are_a_transposed_view(form: str, tmp_path: Path) -> None:
+    """torch.save stores a view as it is; such a tensor is PyTorch's to read."""
+    quantised = FORMATS[form]()
+    turned = quantised.stored["x.weight"].mT.contiguous().mT
+    assert not turned.is_contiguous()
+    torch.save(quantised.stored | {"x.weight": turned}, tmp_path / "model.bin")
+    checkpoint = open_checkpoint(tmp_path)
+    entry = checkpoint.tensors["x.weight"]
+    assert entry.needs_torch
+    with Reader(checkpoint.stamps) as reader:
+        assert same(reader.read(entry), quantised.values["x.weight"])
+        assert same(reader.read(entry, 3, 20), quantised.values["x.weight"][3:20])
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), chunk=st.sampled_from([1, 7, 64, 1000, 2**18]))
 @pytest.mark.parametrize("form", FORMATS)
