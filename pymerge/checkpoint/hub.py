@@ -18,7 +18,14 @@ from pymerge.checkpoint.model_files import (
 )
 from pymerge.checkpoint.pipelines import is_pipeline
 from pymerge.checkpoint.sentence_modules import read_modules
-from pymerge.checkpoint.weight_files import choose, file_names, has_usual, no_weights, read_weight_map
+from pymerge.checkpoint.weight_files import (
+    choose,
+    file_names,
+    has_usual,
+    named_weights,
+    no_weights,
+    read_weight_map,
+)
 from pymerge.common.names import first_few
 from pymerge.errors import CheckpointError
 
@@ -116,7 +123,7 @@ def _weights_wanted(folder: Path, repository: str, names: Sequence[str]) -> list
     for where in dict.fromkeys([*(part.folder for part in read_modules(folder) if part.folder), ""]):
         if where == "" and owners and not has_usual(top):
             continue
-        choice = choose(folder / where, inside.get(where, []))
+        choice = choose(folder / where, inside.get(where, []), named_weights(folder / where))
         if choice is not None:
             found = [choice.name]
             if choice.is_index:

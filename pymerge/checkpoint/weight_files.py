@@ -63,6 +63,12 @@ def find_weights(path: Path, named: object = None) -> Weights:
     return Weights(choice.form, tuple(path / shard for shard in shards), choice.name, notes)
 
 
+def named_weights(path: Path) -> object:
+    """Value of `transformers_weights` in a directory's config.json; None if there is none."""
+    file = path / "config.json"
+    return read_json(file, unique=False).get("transformers_weights") if file.exists() else None
+
+
 def file_names(path: Path) -> list[str]:
     """Names in a directory, sorted, without hidden ones. Raises CheckpointError when it cannot be listed."""
     try:

@@ -22,12 +22,18 @@ _NAMES = 3  # of tensors that PyTorch carries out
 
 
 def plan_view(plan: Plan) -> RenderableType:
-    """Inputs and totals, one row for the tensors that differ in block numbers only, the reasons, and warnings."""
+    """Inputs and totals, one row for the tensors that differ in block numbers only, the reasons, and warnings.
+
+    Where experts are adapters, the rows say which route is taken (pymerge.planner.routes).
+    """
     table = Table(title=f"{plan.method.name}: {plan.method.summary}", title_justify="left", pad_edge=False)
     for heading in ("tensors", "shape", "kind", "action", "dtype"):
         table.add_column(heading, overflow="fold")
     for heading in ("count", "read", "write", "compute"):
         table.add_column(heading, justify="right", no_wrap=True)
+    adapters = any(_adapted(step) for step in plan.steps)
+    if adapters:
+        table.add_column("route", no_wrap=True)
     reasons: dict[str, list[str]] = {}
     for name, steps in _grouped(plan.steps).items():
         first = steps[0]
@@ -41,6 +47,7 @@ def plan_view(plan: Plan) -> RenderableType:
             format_bytes(sum(step.bytes_read for step in steps)),
             format_bytes(sum(step.nbytes for step in steps)),
             format_flops(sum(step.flops for step in steps)),
+            *([first.route] if adapters else []),
         )
         reasons.setdefault(role(first.layer.describe()), []).append(name)
     files = _count(len(plan.files), "file")
@@ -65,7 +72,7 @@ def plan_view(plan: Plan) -> RenderableType:
 
 def _workers(plan: Plan) -> str:
     """Line on what carries out the tensors: native code, or PyTorch, which is imported only if it does any."""
-    by_torch = [name for name, steps in _grouped(plan.steps).items() if steps[0].worker == "torch"]
+    by_torch = [name for name, steps in _grouped(plan.steps).items() if steps[0].worker != "native"]
     if not by_torch:
         return "carried out by native code, without PyTorch"
     more = len(by_torch) - _NAMES
@@ -102,6 +109,11 @@ def _decoded(step: Step) -> bool:
     return any(entry.decoded_from for entry in step.inputs)
 
 
+def _adapted(step: Step) -> bool:
+    """Whether an expert of a step is made from factors."""
+    return any(entry.adapter_parts for entry in step.experts)
+
+
 def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
     """Steps that are alike but for the block number, under their name with * for it."""
     groups: dict[str, dict[tuple[object, ...], list[Step]]] = {}
@@ -109,7 +121,7 @@ def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
         name = role(step.name)
         reason = role(step.layer.describe())
         alike = groups.setdefault(name, {})
-        key = (step.shape, reason, step.action, step.dtype, step.worker, _marks(step))
+        key = (step.shape, reason, step.action, step.dtype, step.worker, step.route, _marks(step))
         alike.setdefault(key, []).append(step)
     return {
         name if len(kinds) == 1 else f"{name} ({members[0].name}, ...)": members

@@ -23,13 +23,15 @@ _NAMES = 3  # names of each of them
 
 
 def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
-    """One JSON-able mapping for each step: name, shape, dtype, kind, method, action, inputs, parameters, file, worker.
+    """One JSON-able mapping for each step: name, shape, dtype, kind, method, action, inputs, parameters, file, worker,
+    route.
 
     `inputs` are {model, tensor} in the order in which the action takes them, the base first for a method that has one,
     with `dequantised`, the format's name, where the values are made from codes, and `adapter`, as in "rank 8", where an
     adapter changes its base's;
     `parameters` are those of the method for this tensor, where there is one for each expert as a list, without what has
-    no effect; `worker` is "native" or "torch". A table of tokens can have two steps: rows that all models have, and
+    no effect; `worker` is "native", "torch" or "core"; `route` is "core" (solved by the factors of adapters), "tiles"
+    (on rows) or "dense" (on whole matrices). A table of tokens can have two steps: rows that all models have, and
     others.
     """
     models = {file: checkpoint.path for checkpoint in plan.inputs.all for file in checkpoint.all_files}
@@ -45,6 +47,7 @@ def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
             "parameters": _parameters(plan, step),
             "file": step.file,
             "worker": step.worker,
+            "route": step.route,
         }
 
 

@@ -232,10 +232,9 @@ def _solve_parts(
     """Merge matrices, d_out x d_in, each of their parts alone, as where it is stored so."""
     if layer.parts == 1:
         return _solve_matrices(action, run, bases, experts, out_dtype)
-    height = bases[0].shape[0] // layer.parts
     merged = [base.new_empty(base.shape, dtype=torch_dtype(out_dtype)) for base in bases]
     for number in range(layer.parts):
-        rows = slice(number, None, layer.parts) if layer.alternating else slice(number * height, (number + 1) * height)
+        rows = layer.part(number, bases[0].shape[0])
         own = [base[rows].contiguous() for base in bases]
         tasks = [[expert[rows].contiguous() for expert in each] for each in experts]
         for whole, part in zip(merged, _solve_matrices(action, run, own, tasks, out_dtype), strict=True):

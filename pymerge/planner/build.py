@@ -32,6 +32,7 @@ from pymerge.planner.integers import check_integers
 from pymerge.planner.match import Section, match_tensors
 from pymerge.planner.output_dtypes import output_dtypes, with_dtype
 from pymerge.planner.plan import Plan
+from pymerge.planner.routes import remarks, routed
 from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
 from pymerge.planner.untouched import one_sum, untouched
@@ -152,7 +153,7 @@ def draft_plan(
             if (found := one_sum(action, entry, experts)) is not None:
                 (action, experts), reads_base = found, False
             for rows in rows_of(entry, experts):
-                action_here = action if rows.experts else copy()
+                action_here = routed(action, layer, rows.base, rows.experts) if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
@@ -181,7 +182,7 @@ def draft_plan(
         steps=tuple(_assigned(steps, config, target, whole.sections)),
         layouts=placed,
         modules=placed_modules,
-        warnings=(*config.warnings, *warnings),
+        warnings=(*config.warnings, *warnings, *remarks((step.name, step.action) for step in steps)),
         budget=budget,
         config_json=config_json,
         dtype=wanted,

@@ -315,6 +315,15 @@ def test_a_stray_file_of_the_hub_is_not_taken_for_the_model(models: Path, hub: H
     assert "org/e0/adapter_model.safetensors" not in hub.fetched
 
 
+def test_the_file_that_config_json_names_is_downloaded(models: Path, hub: Hub) -> None:
+    folder = hub.models["org/e0"]
+    save_file(fine_tuned(llama(), 0), folder / "stage2.safetensors")
+    (folder / "config.json").write_text('{"transformers_weights": "stage2.safetensors"}')
+    done = run(models, HF_ENDPOINT=hub.address)
+    assert done.code == 0, done
+    assert {name for name in hub.fetched if "e0" in name} == {"org/e0/config.json", "org/e0/stage2.safetensors"}
+
+
 def test_a_pipeline_of_the_hub_is_refused_before_its_weights_are_fetched(models: Path, hub: Hub) -> None:
     folder = hub.models["org/e0"]
     (folder / "pytorch_model.bin").unlink()
