@@ -100,7 +100,6 @@ def test_every_name_of_an_adapter_is_the_model_that_it_makes(models: Path, name:
         ("breadcrumbs", {"weight": 1.0, "density": 0.5, "gamma": 0.1}),
         ("sce", {"select_topk": 0.5}),
         ("model_stock", {}),
-        ("wudi", {}),
         ("karcher", {}),
     ],
 )
