@@ -35,7 +35,7 @@ from pymerge.planner.plan import Plan
 from pymerge.planner.routes import remarks, routed
 from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
-from pymerge.planner.untouched import untouched
+from pymerge.planner.untouched import one_sum, untouched
 from pymerge.planner.workers import Target, worker_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -149,6 +149,9 @@ def draft_plan(
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
             elif untouched(method, action, entry, experts, whole.sections[name]):
                 action, experts, values = copy(), (), None
+            reads_base = method.needs_base
+            if (found := one_sum(action, entry, experts)) is not None:
+                (action, experts), reads_base = found, False
             for rows in rows_of(entry, experts):
                 action_here = routed(action, layer, rows.base, rows.experts) if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
@@ -161,7 +164,7 @@ def draft_plan(
                         dtype=tensor.dtype,
                         base=rows.base,
                         experts=rows.experts,
-                        reads_base=method.needs_base or _copies(action_here),
+                        reads_base=reads_base or _copies(action_here),
                         file=shard.file,
                         offset=tensor.offset + (tensor.nbytes - nbytes if rows.start else 0),
                         nbytes=nbytes,
