@@ -25,7 +25,7 @@ from pymerge.planner import pieces
 from pymerge.planner.assemble import arrange
 from pymerge.planner.budget import Budget
 from pymerge.planner.config_differences import check_configs
-from pymerge.planner.constants import Constant, find_constants
+from pymerge.planner.constants import Constant, differing, find_constants
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
@@ -114,6 +114,7 @@ def draft_plan(
     if wanted is not None and wanted not in MERGED:
         raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(MERGED)}")
     constants = find_constants(inputs, names, layers, aligned.sections)
+    warnings += differing(constants, donor.path)
     dtypes = output_dtypes(stored, names, layers, constants, wanted, warnings, keep_float32=config.keep_float32)
     config_json = _config_json(donor, wanted, tokens.config)
     warnings += check_configs(aligned, layers, config, config_json)
@@ -141,7 +142,7 @@ def draft_plan(
                 layer = replace(layer, reason=f"{layer.reason}; {what or 'in no expert'}: the base's")
             elif constant is not None and (what or constant.passes(action)):
                 action, experts, values = copy(), (), None
-                layer = replace(layer, reason=f"{layer.reason}, the same in all models")
+                layer = replace(layer, reason=f"{layer.reason}, {constant.reason}")
             for rows in rows_of(entry, experts):
                 action_here = action if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
