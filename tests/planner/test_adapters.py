@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pymerge import api
+from pymerge.analysis.reading import survey
 from pymerge.cli.tensor_table import tensor_rows
 from pymerge.engine.recheck import recheck
 from pymerge.errors import ConfigError, NonFiniteError, OutputError, PlanError
@@ -174,6 +175,17 @@ def test_plan_and_output_tell_of_adapters(models: Path) -> None:
     assert "Applied as adapters (LoRA): `a0`, `a1`" in (models / "out" / "README.md").read_text()
     config(models, "a0", "base+a1")
     assert recheck(models / "out").problems == []
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_report_measures_every_adapter(models: Path, method: str) -> None:
+    parameters = {"weight": 0.5} | ({"density": 0.5} if method == "ties" else {})
+    found = survey(planned(config(models, "a0", "a1", method=method, parameters=parameters)), 1)
+    whole = survey(planned(config(models, "e0", "e1", method=method, parameters=parameters)), 1)
+    measured = {tensor.name: tensor for tensor in whole.tensors}
+    assert {tensor.name for tensor in found.tensors} == {f"{module}.weight" for module in MODULES}
+    for tensor in found.tensors:
+        assert tensor.dots == measured[tensor.name].dots
 
 
 def test_peak_memory_hardly_grows_with_the_number_of_adapters(models: Path) -> None:
