@@ -237,6 +237,23 @@ def test_without_base_model_the_first_adapter_gives_its_own(models: Path) -> Non
     assert json.loads((models / "out" / "config.json").read_text())["model_type"] == "llama"
 
 
+def test_one_adapter_under_two_names_counts_twice(models: Path) -> None:
+    plan = planned(config(models, "a0", "base+a0"))
+    assert plan.warnings == ("'base+a0' is the same adapter as 'a0': it counts twice",)
+    same(merged(models / "merge.yml"), merged(config(models, "a0", "a0"), "twice"))
+
+
+@pytest.mark.parametrize("file", ["pytorch_lora_weights.safetensors", "adapters.safetensors"])
+def test_adapters_in_other_forms(models: Path, file: str) -> None:
+    (models / "other").mkdir()
+    save_file({"unet.a.lora.down.weight": torch.ones(2, 2)}, models / "other" / file)
+    assert f"in another form than PEFT's ('{file}'); apply it to its model where it was made" in refusal(
+        config(models, "other")
+    )
+    (models / "other" / file).rename(models / "other.safetensors")
+    assert "factors of an adapter that is not merged into its weights" in refusal(config(models, "other.safetensors"))
+
+
 def test_refusals(models: Path) -> None:
     assert "base_model 'a0' is an adapter; name the model that it is for as base_model" in refusal(
         config(models, "a1", base="a0")
