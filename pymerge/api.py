@@ -12,7 +12,6 @@ from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.common.progress import NoProgress, ProgressBar
 from pymerge.common.units import parse_bytes
 from pymerge.config.merge_config import MergeConfig, load_config
-from pymerge.config.multi import Stage, read_stages
 from pymerge.engine.report import MergeReport
 from pymerge.engine.run import resolve_target
 from pymerge.engine.run import run as carry_out
@@ -25,6 +24,7 @@ from pymerge.planner.plan import Plan
 if TYPE_CHECKING:
     import torch
 
+    from pymerge.config.multi import Stage
     from pymerge.extraction import ExtractReport
 
 
@@ -175,6 +175,8 @@ def multi(
     Raises:
         PymergeError: one of its subclasses; what is finished by then is kept.
     """
+    from pymerge.config.multi import read_stages
+
     stages = read_stages(
         config, None if out is None else Path(out), None if intermediate_dir is None else Path(intermediate_dir)
     )

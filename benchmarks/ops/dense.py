@@ -10,6 +10,7 @@ from benchmarks.ops.case import Case, Peer, weights_read
 from benchmarks.peers import published
 from pymerge.ops.gradient_flow import GradientFlow, schedule
 from pymerge.ops.isotropic import Isotropic
+from pymerge.ops.low_rank_adam import LowRankAdam
 from pymerge.ops.normal_equations import NormalEquations, outputs_first
 from pymerge.ops.singular_sum import SingularSum
 from pymerge.ops.spd_solve import SpdSolve
@@ -71,6 +72,34 @@ def wudi_adam(steps: int, lr: float) -> Peer:
         memory=lambda size: 12 * size.tasks * (size.d_out**2 + size.numel),
         tolerance=2e-3,
     )
+
+
+RANK = 48  # of three adapters of the usual size
+
+
+def _rank(size: Size) -> int:
+    return min(RANK, size.d_out, size.d_in)
+
+
+def low_rank(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, C and P of the layer's system between some directions of its rows, rank by rank."""
+    A, B = layer.equations
+    Q, _ = torch.linalg.qr(_taus(layer)[0][: _rank(layer.size)].mT)
+    return Q, Q.mT @ A @ Q, B @ Q
+
+
+def _adam_on_whole_matrices(layer: Layer) -> tuple[Tensor, ...]:
+    Q, C, P = low_rank(layer)
+    return (WudiAdam(Q @ C @ Q.mT, P @ Q.mT, ADAM_STEPS, LR).reference(),)
+
+
+ADAM_ON_WHOLE_MATRICES = Peer(
+    "the same steps on whole matrices",
+    _adam_on_whole_matrices,
+    work=lambda size: 2 * ADAM_STEPS * size.product,
+    memory=lambda size: 4 * (size.d_in**2 + 6 * size.numel),
+    tolerance=2e-3,
+)
 
 
 def by_eigenvectors(time: float) -> Peer:
@@ -230,6 +259,15 @@ CASES = {
         computes="float32",
         settings=f"{ADAM_STEPS} steps",
         peer=wudi_adam(ADAM_STEPS, LR),
+    ),
+    "low_rank_adam": Case(
+        lambda layer: LowRankAdam(*low_rank(layer), ADAM_STEPS, LR),
+        flops=lambda layer: 4 * ADAM_STEPS * layer.size.numel * _rank(layer.size),
+        bytes=lambda size, item: 4 * (size.numel + (size.d_in + size.d_out) * _rank(size)),
+        work=lambda size: ADAM_STEPS * size.numel * (8 * _rank(size) + 200),
+        computes="float32",
+        settings=f"{ADAM_STEPS} steps, rank {RANK}",
+        peer=ADAM_ON_WHOLE_MATRICES,
     ),
     "gradient_flow": Case(
         lambda layer: GradientFlow(*layer.equations, TIME),

@@ -23,9 +23,10 @@ PM_TARGET_CLONES static inline void write_values(T* __restrict to, const A* __re
     for (std::int64_t i = 0; i < n; ++i) to[i] = Round<T>::from(from[i]);
 }
 
-template <class A>
-PM_TARGET_CLONES static inline void subtract(A* __restrict values, const A* __restrict origin, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) values[i] -= origin[i];
+template <class A, class T>
+PM_TARGET_CLONES static inline void read_deltas(A* __restrict to, const T* __restrict from, const A* __restrict origin,
+                                                std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) to[i] = load<A>(from[i]) - origin[i];
 }
 
 template <class A>
@@ -55,8 +56,10 @@ class TaskBlock {
         A* keep = row(0);
         if (selected != nullptr) unpack_bits<A>(keep, selected + at / 8, n);
         for (std::int64_t t = 0; t < p_.count; ++t) {
-            read(tau(t), p_.experts[t], at, n);
-            subtract<A>(tau(t), origin(), n);
+            dispatch(p_.experts[t].dtype, [&](auto tag) {
+                using T = typename decltype(tag)::type;
+                read_deltas<A, T>(tau(t), static_cast<const T*>(p_.experts[t].data) + at, origin(), n);
+            });
             if (selected != nullptr) multiply<A>(tau(t), keep, n);
         }
     }

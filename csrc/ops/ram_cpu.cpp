@@ -25,6 +25,40 @@ PM_TARGET_CLONES void add_mean(A* __restrict origin, const A* __restrict total, 
     }
 }
 
+// The same for a number of tasks that is known here, in one loop.
+template <class A, int tasks>
+PM_TARGET_CLONES void add_mean_of(A* __restrict origin, const A* __restrict taus, const A* __restrict factors,
+                                  A epsilon, std::int64_t n) {
+    A factor[tasks];
+    for (int t = 0; t < tasks; ++t) factor[t] = factors[t];
+    for (std::int64_t i = 0; i < n; ++i) {
+        A total = 0, count = 0, lone = 0;
+        for (int t = 0; t < tasks; ++t) {
+            const A tau = taus[t * task_block + i];
+            const bool active = ram_active<A>(tau, epsilon);
+            total += active ? tau : A(0);
+            count += active ? A(1) : A(0);
+            lone += active ? factor[t] : A(0);  // where one is active, its own
+        }
+        const A mean = total / std::max(count, A(1)), scaled = mean * lone;
+        origin[i] += count == A(1) ? scaled : mean;
+    }
+}
+
+// Whether it was one of a few tasks, so that all is done.
+template <class A, int tasks = 4>
+bool add_mean_of_few(TaskBlock<A>& block, const TaskTensors& p, double epsilon, const double* factors, std::int64_t n) {
+    if constexpr (tasks == 0) {
+        return false;
+    } else {
+        if (p.count != tasks) return add_mean_of_few<A, tasks - 1>(block, p, epsilon, factors, n);
+        A own[tasks];
+        for (int t = 0; t < tasks; ++t) own[t] = factors == nullptr ? A(1) : static_cast<A>(factors[t]);
+        add_mean_of<A, tasks>(block.origin(), block.tau(0), own, static_cast<A>(epsilon), n);
+        return true;
+    }
+}
+
 template <class A>
 PM_TARGET_CLONES void count_active(std::int64_t* __restrict counts, const A* __restrict tau, const A* __restrict count,
                                    A epsilon, std::int64_t n) {
@@ -54,8 +88,10 @@ void ram_cpu(const Output& out, const TaskTensors& p, double epsilon, const doub
         using A = typename decltype(tag)::type;
         for_each_task_block<A>(p, threads, [&](TaskBlock<A>& block, std::int64_t, std::int64_t at, std::int64_t n) {
             block.read_taus(at, n);
-            sum_active<A>(block, p, epsilon, factors, n);
-            add_mean<A>(block.origin(), block.row(0), block.row(1), block.row(2), n);
+            if (!add_mean_of_few<A>(block, p, epsilon, factors, n)) {
+                sum_active<A>(block, p, epsilon, factors, n);
+                add_mean<A>(block.origin(), block.row(0), block.row(1), block.row(2), n);
+            }
             block.write(out, block.origin(), at, n);
         });
     });

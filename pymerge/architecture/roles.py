@@ -64,6 +64,13 @@ class Layer:
         """True for the tensors that solvers work on."""
         return self.kind is Kind.LINEAR
 
+    def part(self, number: int, outputs: int) -> slice:
+        """The outputs, of so many in a matrix, that one of its parts has."""
+        if self.alternating:
+            return slice(number, None, self.parts)
+        height = outputs // self.parts
+        return slice(number * height, (number + 1) * height)
+
     def describe(self) -> str:
         """The decision and its reason, for the plan."""
         text = self.kind.value

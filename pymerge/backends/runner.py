@@ -9,7 +9,6 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-from pymerge.backends import measured
 from pymerge.common.arrays import Array
 from pymerge.common.devices import Device, check_device, resolve_device
 from pymerge.common.events import event
@@ -108,6 +107,8 @@ def choose(
 
 
 def _measured(op: str, device: Device, name: str, dtypes: frozenset[str], shape: tuple[int, ...]) -> Choice:
+    from pymerge.backends import measured
+
     # A batch is computed by what computes its layers alone: how many are together depends on the memory that is free,
     # and must not change a bit.
     is_batch = OPS[op].takes_batches and len(shape) == 3

@@ -21,6 +21,7 @@ from pymerge.checkpoint.weight_files import (
     file_names,
     find_weights,
     has_usual,
+    named_weights,
     read_json,
 )
 from pymerge.checkpoint.weight_formats import format_of, how_to_convert
@@ -46,7 +47,8 @@ class Checkpoint:
     to be named. `parts` are the modules of such a model, `modules` the checkpoints of those that have weights, but for
     that of `tensors`, by their folders. Of a model that is still to be written, which has no stamps, `copied` has the
     tensors that will be copies of stored ones: by file and name, what they are copied from, with (size, mtime_ns) of
-    its file.
+    its file. An adapter has all tensors of its `base`, the model that it is for (see pymerge.adapters), and the stamps
+    of both; its files are its own alone.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class Checkpoint:
     beside: Beside = field(default_factory=Beside)
     parts: tuple[Module, ...] = ()
     modules: Mapping[str, Checkpoint] = field(default_factory=dict)
+    base: Checkpoint | None = None
 
     @property
     def all_files(self) -> tuple[Path, ...]:
@@ -113,7 +116,7 @@ def weights_of(path: Path) -> list[Path]:
     if not os.path.isdir(path):
         return [path]
     folders = weight_folders(path, read_modules(path))
-    return [file for folder in folders for file in find_weights(path / folder).files]
+    return [file for folder in folders for file in find_weights(path / folder, named_weights(path / folder)).files]
 
 
 def _open_directory(path: Path) -> Checkpoint:
@@ -132,9 +135,11 @@ def _open_directory(path: Path) -> Checkpoint:
 
 def weight_folders(path: Path, parts: Sequence[Module]) -> tuple[str, ...]:
     """Folders inside a model's that hold its weights: the transformer's first, "" if that is `path` itself, then those
-    of modules. Raises CheckpointError where a module lacks weights."""
+    of modules. Raises CheckpointError where a module lacks weights; the transformer may still lack them."""
     folders = dict.fromkeys(part.folder for part in parts if part.folder and _has_weights(path, part))
-    return tuple(folders) if folders and not has_usual(file_names(path)) else ("", *folders)
+    first = next((part.folder for part in parts if not part.holds_modules), "")
+    main = "" if has_usual(file_names(path)) else first
+    return (main, *(folder for folder in folders if folder != main))
 
 
 def _has_weights(path: Path, part: Module) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.dtypes import ITEM_SIZES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +45,26 @@ class Decoder(ABC):
         """The format's name for people, as in "FP8"."""
 
     @property
+    def quantised(self) -> str:
+        """The quantised format that the values are made from; "" where none is."""
+        return self.kind
+
+    @property
+    def dtype(self) -> str:
+        """The code of the values' type: F32, or F64."""
+        return "F32"
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether decoding imports PyTorch."""
+        return False
+
+    @property
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        """Those of the parts that are of an adapter, which changes a model's tensor."""
+        return ()
+
+    @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of all that is decoded; one axis at least."""
@@ -65,6 +86,13 @@ class Decoder(ABC):
         file and tensor, for codes and scales that stand for nothing.
         """
 
+    def fill(self, read: ReadRows, out: NDArray[Any], start: int, stop: int) -> None:
+        """Fill `out` with any number of rows, a few at a time; arguments as of `decode`."""
+        step = chunk_rows(self.shape)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            self.decode(read, out[first - start : last - start], first, last)
+
     @abstractmethod
     def scratch(self, elements: int) -> int:
         """Bytes beside `out`, codes and scales among them, that `decode` takes for so many elements at once."""
@@ -72,7 +100,7 @@ class Decoder(ABC):
 
 @dataclass(frozen=True, slots=True)
 class DecodedEntry(TensorEntry):
-    """A tensor of which a decoder makes the values; `dtype` is what reading gives, F32.
+    """A tensor of which a decoder makes the values; `dtype` is what reading gives, that of the decoder.
 
     `file` and `offset` are those of the codes, for messages; `nbytes` is what the values take. `written` is the dtype
     that an output gets where nobody chooses one.
@@ -87,7 +115,7 @@ class DecodedEntry(TensorEntry):
 
     @property
     def needs_torch(self) -> bool:
-        return any(part.needs_torch for part in self.decoder.parts)
+        return self.decoder.needs_torch or any(part.needs_torch for part in self.decoder.parts)
 
     @property
     def output_dtype(self) -> str:
@@ -95,20 +123,25 @@ class DecodedEntry(TensorEntry):
 
     @property
     def decoded_from(self) -> str:
-        return self.decoder.kind
+        return self.decoder.quantised
+
+    @property
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        return self.decoder.adapter_parts
 
     @property
     def stored_bytes(self) -> int:
-        whole = sum(part.nbytes for part in self.decoder.parts)
+        whole = sum(part.stored_bytes for part in self.decoder.parts)
         return whole * self.shape[0] // max(1, self.decoder.shape[0])
 
     @property
     def decoding_bytes(self) -> int:
-        return self.decoder.scratch(_chunk_rows(self.shape) * math.prod(self.shape[1:]))
+        return self.decoder.scratch(chunk_rows(self.shape) * math.prod(self.shape[1:]))
 
     def rows(self, start: int, stop: int) -> DecodedEntry:
         shape = (stop - start, *self.shape[1:])
-        return replace(self, shape=shape, nbytes=4 * math.prod(shape), first_row=self.first_row + start)
+        nbytes = ITEM_SIZES[self.dtype] * math.prod(shape)
+        return replace(self, shape=shape, nbytes=nbytes, first_row=self.first_row + start)
 
     def spans(self, start: int, stop: int) -> Iterator[Span]:
         """What is read of the files for rows `start` to `stop` of this entry."""
@@ -118,24 +151,20 @@ class DecodedEntry(TensorEntry):
 def decoded(name: str, decoder: Decoder, written: str) -> DecodedEntry:
     """The entry of all that a decoder decodes, under this name."""
     codes, shape = decoder.parts[0], decoder.shape
-    place = (codes.file, codes.offset, 4 * math.prod(shape))
-    return DecodedEntry(name, "F32", shape, *place, decoder=decoder, written=written)
+    place = (codes.file, codes.offset, ITEM_SIZES[decoder.dtype] * math.prod(shape))
+    return DecodedEntry(name, decoder.dtype, shape, *place, decoder=decoder, written=written)
 
 
 def fill_decoded(read: ReadRows, entry: DecodedEntry, out: memoryview, start: int, stop: int) -> None:
-    """Fill `out` (bytes) with the float32 values of rows `start` to `stop`, a few rows at a time."""
+    """Fill `out` (bytes) with the values of rows `start` to `stop`."""
     import numpy as np
 
-    values: NDArray[Any] = np.frombuffer(out, np.float32).reshape(stop - start, *entry.shape[1:])
-    if not values.size:
-        return
-    step = _chunk_rows(entry.shape)
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        rows = values[first - start : last - start]
-        entry.decoder.decode(read, rows, entry.first_row + first, entry.first_row + last)
+    kind = np.float32 if entry.dtype == "F32" else np.float64
+    values: NDArray[Any] = np.frombuffer(out, kind).reshape(stop - start, *entry.shape[1:])
+    if values.size:
+        entry.decoder.fill(read, values, entry.first_row + start, entry.first_row + stop)
 
 
-def _chunk_rows(shape: tuple[int, ...]) -> int:
+def chunk_rows(shape: tuple[int, ...]) -> int:
     """Rows of a tensor of this shape that are decoded at once."""
     return min(max(1, shape[0]), max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:]))))

@@ -53,7 +53,9 @@ def check_values(where: str, tensor: Tensor, remedy: str, first_row: int = 0) ->
 
 def check_finite(entry: TensorEntry, start_row: int, tensor: Tensor, remedy: str = _REMEDY) -> None:
     """Raise NonFiniteError, with file, tensor and index, unless the rows of `entry` from `start_row` are finite."""
-    check_values(f"{entry.file}: tensor {entry.name!r}", tensor, remedy, entry.first_row + start_row)
+    parts = entry.adapter_parts
+    where = f"{parts[0].file}: with this adapter, tensor" if parts else f"{entry.file}: tensor"
+    check_values(f"{where} {entry.name!r}", tensor, remedy, entry.first_row + start_row)
 
 
 def overflow(name: str, code: str) -> NonFiniteError:

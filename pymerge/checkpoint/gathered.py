@@ -61,6 +61,10 @@ class GatheredEntry(TensorEntry):
         return next((source.decoded_from for source in self.sources if source.decoded_from), "")
 
     @property
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        return next((source.adapter_parts for source in self.sources if source.adapter_parts), ())
+
+    @property
     def stored_bytes(self) -> int:
         stored = sum(source.stored_bytes for source in self.sources)
         return self.nbytes * stored // max(1, sum(source.nbytes for source in self.sources))

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from pymerge.checkpoint.beside import is_other_form
 from pymerge.checkpoint.checkpoint import weights_of
-from pymerge.checkpoint.model_files import SKIPPED_FOLDERS, WEIGHT_SUFFIXES, is_skipped, is_weight_file
+from pymerge.checkpoint.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    SKIPPED_FOLDERS,
+    WEIGHT_SUFFIXES,
+    is_skipped,
+    is_weight_file,
+)
 from pymerge.checkpoint.pipelines import is_pipeline
 from pymerge.checkpoint.sentence_modules import read_modules
-from pymerge.checkpoint.weight_files import choose, has_usual, no_weights, read_weight_map
+from pymerge.checkpoint.weight_files import (
+    choose,
+    file_names,
+    has_usual,
+    named_weights,
+    no_weights,
+    read_weight_map,
+)
 from pymerge.common.names import first_few
 from pymerge.errors import CheckpointError
 
@@ -60,12 +74,21 @@ def cached_folder(repository: str, revision: str | None) -> Path | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a model's weights are all there, those of its modules too."""
+    """Whether a model's weights are all there, those of its modules too, or an adapter's."""
+    if _adapter_weights(file_names(folder)) is not None:
+        return True
     try:
         # A file of GGUF may be there because it was wanted once, beside the weights themselves.
         return all(file.suffix != ".gguf" for file in weights_of(folder))
     except CheckpointError:
         return False
+
+
+def _adapter_weights(names: Collection[str]) -> str | None:
+    """The weight file of an adapter alone, by the names in its folder; None if that holds something else."""
+    if ADAPTER_CONFIG not in names or "config.json" in names:
+        return None
+    return next((name for name in ADAPTER_WEIGHTS if name in names), None)
 
 
 def _download(repository: str, revision: str | None) -> Path:
@@ -93,12 +116,14 @@ def _weights_wanted(folder: Path, repository: str, names: Sequence[str]) -> list
             f"{repository}: is a diffusers pipeline of several models; run `hf download {repository}`, and merge its "
             f"components one by one, by their folders: {first_few(parts, 12)}"
         )
+    if (adapter := _adapter_weights(top)) is not None:
+        return [adapter]
     wanted: list[str] = []
     owners: list[str] = []
     for where in dict.fromkeys([*(part.folder for part in read_modules(folder) if part.folder), ""]):
         if where == "" and owners and not has_usual(top):
             continue
-        choice = choose(folder / where, inside.get(where, []))
+        choice = choose(folder / where, inside.get(where, []), named_weights(folder / where))
         if choice is not None:
             found = [choice.name]
             if choice.is_index:

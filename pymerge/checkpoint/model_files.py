@@ -31,6 +31,8 @@ _INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json")  # of the variant fp16: .
 _LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)([._-].*)?")
 _ADAPTERS = re.compile(r"(adapter_model|pytorch_lora_weights)([._-].*)?|adapters?\.[^.]+")
 ADAPTER_CONFIG = "adapter_config.json"
+# As PEFT looks for them, and then vLLM.
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 # Exports and leftovers of a training run: they describe other weights than the merged ones.
 SKIPPED_FOLDERS = ("runs", "onnx", "openvino", "coreml", "__pycache__")
 _CHECKPOINT = re.compile(r"checkpoint-|global_step\d")

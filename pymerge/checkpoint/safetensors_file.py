@@ -74,6 +74,11 @@ class TensorEntry:
         return ""
 
     @property
+    def adapter_parts(self) -> tuple[TensorEntry, ...]:
+        """Tensors of an adapter that its values are made with; none if they are a model's own."""
+        return ()
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes in files that all rows are made from."""
         return self.nbytes

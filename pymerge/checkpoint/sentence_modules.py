@@ -44,6 +44,11 @@ class Module:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def holds_modules(self) -> bool:
+        """Whether it is nothing but others in folders inside of its own."""
+        return self.kind in _ROUTERS
+
+    @property
     def needs_weights(self) -> bool:
         """Whether it cannot be loaded without any."""
         return self.kind in _STATEFUL

@@ -63,6 +63,12 @@ def find_weights(path: Path, named: object = None) -> Weights:
     return Weights(choice.form, tuple(path / shard for shard in shards), choice.name, notes)
 
 
+def named_weights(path: Path) -> object:
+    """Value of `transformers_weights` in a directory's config.json; None if there is none."""
+    file = path / "config.json"
+    return read_json(file, unique=False).get("transformers_weights") if file.exists() else None
+
+
 def file_names(path: Path) -> list[str]:
     """Names in a directory, sorted, without hidden ones. Raises CheckpointError when it cannot be listed."""
     try:
@@ -147,7 +153,7 @@ def no_weights(path: Path, names: Sequence[str]) -> CheckpointError:
     if ADAPTER_CONFIG in names or any(is_adapter(name) for name in names):
         return CheckpointError(
             f"{path}: is an adapter, without the model that it is for; "
-            "merge it into its model first (PEFT's merge_and_unload) and give the result"
+            "name it under models, with its model as base_model or as BASE+ADAPTER"
         )
     refuse_parts(path, names)
     others = [name for name in names if is_weight_file(name) and not is_leftover(name)]

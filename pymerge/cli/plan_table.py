@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pymerge.architecture.roles import Layer
+from pymerge.checkpoint.checkpoint import Checkpoint
+from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.common.names import role
 from pymerge.common.units import format_bytes, format_flops
 from pymerge.planner.plan import Plan
@@ -19,12 +21,18 @@ _NAMES = 3  # of tensors that PyTorch carries out
 
 
 def plan_view(plan: Plan) -> RenderableType:
-    """Inputs and totals, one row for the tensors that differ in block numbers only, the reasons, and warnings."""
+    """Inputs and totals, one row for the tensors that differ in block numbers only, the reasons, and warnings.
+
+    Where experts are adapters, the rows say which route is taken (pymerge.planner.routes).
+    """
     table = Table(title=f"{plan.method.name}: {plan.method.summary}", title_justify="left", pad_edge=False)
     for heading in ("tensors", "shape", "kind", "action", "dtype"):
         table.add_column(heading, overflow="fold")
     for heading in ("count", "read", "write", "compute"):
         table.add_column(heading, justify="right", no_wrap=True)
+    adapters = any(_adapted(step) for step in plan.steps)
+    if adapters:
+        table.add_column("route", no_wrap=True)
     reasons: dict[str, list[str]] = {}
     for name, steps in _grouped(plan.steps).items():
         first = steps[0]
@@ -32,19 +40,20 @@ def plan_view(plan: Plan) -> RenderableType:
             Text(name),
             " x ".join(map(str, first.shape)) or "scalar",
             _kind(first.layer),
-            first.action.label + (", dequantised" if _decoded(first) else ""),
+            first.action.label + _marks(first),
             first.dtype,
             str(len(steps)),
             format_bytes(sum(step.bytes_read for step in steps)),
             format_bytes(sum(step.nbytes for step in steps)),
             format_flops(sum(step.flops for step in steps)),
+            *([first.route] if adapters else []),
         )
         reasons.setdefault(role(first.layer.describe()), []).append(name)
     files = _count(len(plan.files), "file")
     largest = max(math.prod(piece.shape) for step in plan.steps for piece in step.pieces)
     lines = [
         f"base    {plan.inputs.donor.path}",
-        *(f"expert  {expert.path}" for expert in plan.inputs.experts),
+        *(f"expert  {expert.path}{_applied(expert)}" for expert in plan.inputs.experts),
         *plan.tokens.lines,
         f"{plan.tensors} tensors, {plan.parameters:,} parameters",
         f"read {format_bytes(plan.bytes_read)}, write {format_bytes(plan.bytes_written)} in {files}, "
@@ -62,7 +71,7 @@ def plan_view(plan: Plan) -> RenderableType:
 
 def _workers(plan: Plan) -> str:
     """Line on what carries out the tensors: native code, or PyTorch, which is imported only if it does any."""
-    by_torch = [name for name, steps in _grouped(plan.steps).items() if steps[0].worker == "torch"]
+    by_torch = [name for name, steps in _grouped(plan.steps).items() if steps[0].worker != "native"]
     if not by_torch:
         return "carried out by native code, without PyTorch"
     more = len(by_torch) - _NAMES
@@ -81,9 +90,26 @@ def _kind(layer: Layer) -> str:
     return "stacked " * layer.stacked + layer.kind.value + " (transposed)" * (layer.in_axis == 0)
 
 
+def _marks(step: Step) -> str:
+    """What is special about the values that a step reads."""
+    ranks = [entry.decoder.kind for entry in step.inputs if isinstance(entry, DecodedEntry) and entry.adapter_parts]
+    adapters = f", {_count(len(ranks), 'adapter')}, {max(ranks)}" if ranks else ""
+    return adapters + (", dequantised" if _decoded(step) else "")
+
+
+def _applied(expert: Checkpoint) -> str:
+    """What an expert is applied to, if it is an adapter."""
+    return f" (adapter, on {expert.base.path})" if expert.base is not None else ""
+
+
 def _decoded(step: Step) -> bool:
     """Whether a step reads a tensor whose values are made from codes."""
     return any(entry.decoded_from for entry in step.inputs)
+
+
+def _adapted(step: Step) -> bool:
+    """Whether an expert of a step is made from factors."""
+    return any(entry.adapter_parts for entry in step.experts)
 
 
 def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
@@ -93,7 +119,7 @@ def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
         name = role(step.name)
         reason = role(step.layer.describe())
         alike = groups.setdefault(name, {})
-        key = (step.shape, reason, step.action, step.dtype, step.worker, _decoded(step))
+        key = (step.shape, reason, step.action, step.dtype, step.worker, step.route, _marks(step))
         alike.setdefault(key, []).append(step)
     return {
         name if len(kinds) == 1 else f"{name} ({members[0].name}, ...)": members

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pymerge.checkpoint.checkpoint import TensorEntry
+from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.common.names import role
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
@@ -21,12 +22,15 @@ _NAMES = 3  # names of each of them
 
 
 def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
-    """One JSON-able mapping for each step: name, shape, dtype, kind, method, action, inputs, parameters, file, worker.
+    """One JSON-able mapping for each step: name, shape, dtype, kind, method, action, inputs, parameters, file, worker,
+    route.
 
     `inputs` are {model, tensor} in the order in which the action takes them, the base first for a method that has one,
-    with `dequantised`, the format's name, where the values are made from codes;
+    with `dequantised`, the format's name, where the values are made from codes, and `adapter`, as in "rank 8", where an
+    adapter changes its base's;
     `parameters` are those of the method for this tensor, where there is one for each expert as a list, without what has
-    no effect; `worker` is "native" or "torch". A table of tokens can have two steps: rows that all models have, and
+    no effect; `worker` is "native", "torch" or "core"; `route` is "core" (solved by the factors of adapters), "tiles"
+    (on rows) or "dense" (on whole matrices). A table of tokens can have two steps: rows that all models have, and
     others.
     """
     models = {file: checkpoint.path for checkpoint in plan.inputs.all for file in checkpoint.all_files}
@@ -42,11 +46,15 @@ def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
             "parameters": _parameters(plan, step),
             "file": step.file,
             "worker": step.worker,
+            "route": step.route,
         }
 
 
 def _input(models: Mapping[Path, Path], entry: TensorEntry) -> dict[str, str]:
-    found = {"model": str(models.get(entry.file, entry.file)), "tensor": entry.name}
+    file = entry.adapter_parts[0].file if entry.adapter_parts else entry.file
+    found = {"model": str(models.get(file, file)), "tensor": entry.name}
+    if isinstance(entry, DecodedEntry) and entry.adapter_parts:
+        found["adapter"] = entry.decoder.kind
     return found | ({"dequantised": entry.decoded_from} if entry.decoded_from else {})
 
 
@@ -106,7 +114,8 @@ def _inputs(row: dict[str, Any]) -> str:
 
 
 def _mark(found: dict[str, str]) -> str:
-    return " (dequantised)" if "dequantised" in found else ""
+    adapter = f" (adapter, {found['adapter']})" if "adapter" in found else ""
+    return adapter + (" (dequantised)" if "dequantised" in found else "")
 
 
 def _short(model: str) -> str:

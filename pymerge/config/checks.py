@@ -8,7 +8,7 @@ from typing import Any
 
 from pymerge.common.names import nearest
 from pymerge.config.document import Document, Location, show
-from pymerge.config.references import HUB_REFERENCE, KnownModels, places, same_model
+from pymerge.config.references import HUB_REFERENCE, KnownModels, places, same_model, split_adapter
 from pymerge.config.settings import parse_settings, unreachable
 from pymerge.config.tokenizer import take_tokenizer
 from pymerge.errors import ConfigError
@@ -28,7 +28,7 @@ _SOURCES: tuple[Location, ...] = (("tokenizer_source",), ("tokenizer", "source")
 FORMS = ("models", "slices", "modules")
 _UNSUPPORTED_OF_MODEL = {
     "layer_range": "delete it, or list the model as a source under 'slices'",
-    "lora": "merge the adapter into its model first and name the result",
+    "lora": "write model: BASE+ADAPTER, or a mapping of model and lora",
     "revision": "give a folder, or a name of the Hugging Face Hub as in org/name@revision",
     "override_architecture": "delete it: tensors are matched by name and shape",
 }
@@ -194,7 +194,8 @@ class Checker:
         value = self._name(value, location)
         if not isinstance(value, str) or not value or (location in _SOURCES and value in (UNION, BASE)):
             return value
-        first = self._models.first(value)
+        parts = split_adapter(value, self._document.directory)
+        first = "+".join(map(self._models.first, parts)) if parts else self._models.first(value)
         if first != value:
             self._written[location] = value
         return first
@@ -203,6 +204,8 @@ class Checker:
         """The name of a model as it is written."""
         if isinstance(value, dict):
             value = dict(value)
+            if value.get("lora") is not None and "model" in value:
+                return self._adapter(value, location)
             joined = f"{value.get('path', value.get('model'))}@{value.get('revision')}"
             if set(value) in ({"path", "revision"}, {"model", "revision"}) and HUB_REFERENCE.fullmatch(joined):
                 return joined
@@ -212,15 +215,40 @@ class Checker:
                 problem = f"unknown key {unknown!r} in {show(location)}; write the model's path alone"
                 self._document.add((*location, unknown), problem)
             return self._name(value.get(key), (*location, key))
-        if isinstance(value, str) and not (
-            HUB_REFERENCE.fullmatch(value)
-            or any(os.path.exists(path) for path in places(value, self._document.directory))
-        ):
-            for sign, key in (("+", "lora"), ("@", "revision")):
-                if sign in value:
-                    problem = f"{show(location)} is {value!r}: '{sign}{key}' is not supported yet"
-                    self._document.add(location, f"{problem}; {_UNSUPPORTED_OF_MODEL[key]}")
+        if isinstance(value, str):
+            self._check_name(value, location)
         return value
+
+    def _check_name(self, name: str, location: Location) -> None:
+        """A path, a name of the Hub, or two of them as in base+adapter."""
+        directory = self._document.directory
+        parts = split_adapter(name, directory)
+        if parts is not None:
+            if not all(parts):
+                problem = f"{show(location)} is {name!r}; write BASE+ADAPTER, or a path without +"
+                self._document.add(location, problem)
+                return
+            for part in parts:
+                self._check_name(part, location)
+            if split_adapter(parts[0], directory) or split_adapter(parts[1], directory):
+                problem = f"{show(location)} is {name!r}, with more than one adapter"
+                self._document.add(location, f"{problem}; list a model for each, as in BASE+ADAPTER")
+        elif "@" in name and not (
+            HUB_REFERENCE.fullmatch(name) or any(os.path.exists(path) for path in places(name, directory))
+        ):
+            problem = f"{show(location)} is {name!r}: '@revision' is not supported yet"
+            self._document.add(location, f"{problem}; {_UNSUPPORTED_OF_MODEL['revision']}")
+
+    def _adapter(self, value: dict[str, Any], location: Location) -> Any:
+        """mergekit's mapping {model: {path: BASE}, lora: {path: ADAPTER}} as BASE+ADAPTER."""
+        self._refuse_unsupported(
+            value, {"override_architecture": _UNSUPPORTED_OF_MODEL["override_architecture"]}, location
+        )
+        for unknown in [key for key in value if key not in ("model", "lora")]:
+            problem = f"unknown key {unknown!r} in {show(location)}; known keys: model, lora"
+            self._document.add((*location, unknown), problem)
+        sides = [self.reference(value[key], (*location, key)) for key in ("model", "lora")]
+        return "+".join(sides) if all(isinstance(side, str) and side for side in sides) else sides[0]
 
     def _check_models(
         self, base: Any, given: set[str], read: Sequence[tuple[Any, set[str]]], location: Location

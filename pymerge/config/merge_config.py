@@ -73,11 +73,16 @@ class MergeConfig(Strict):
         return f"{self.name}:{line}" if line else f"{self.name}: {show(location)}"
 
     @property
-    def donor(self) -> str:
-        """The model that gives config.json, tokenizer and the names of tensors."""
+    def named_base(self) -> str | None:
+        """The base, of the first slice that has one if the config has none."""
         slices = [*self.slices, *(entry for module in self.modules.values() for entry in module.slices)]
         bases = [self.base_model, *(entry.base_model for entry in slices)]
-        return next((base for base in bases if base is not None), None) or self.models[0].model
+        return next((base for base in bases if base is not None), None)
+
+    @property
+    def donor(self) -> str:
+        """The model that gives config.json, tokenizer and the names of tensors."""
+        return self.named_base or self.models[0].model
 
     def at(self, *location: str | int) -> str:
         """The place of a key or item, for messages: file, line, and path inside."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -117,13 +117,16 @@ class _Reader:
         """Names in the order in which they must run, as in the file where that does not matter."""
         sorter: TopologicalSorter[str | None] = TopologicalSorter()
         for name, document in self.documents.items():
-            sorter.add(name, *(value for _, value in _references(document.data) if value in self.documents))
+            stages = (_stage(value, self.documents) for _, value in _references(document.data))
+            sorter.add(name, *(stage for stage in stages if stage is not None))
         try:
             return list(sorter.static_order())
         except CycleError as error:
             cycle = list(reversed(error.args[1]))
             document = self.documents[cycle[0]]
-            place = next(location for location, value in _references(document.data) if value == cycle[1])
+            place = next(
+                location for location, value in _references(document.data) if _stage(value, self.documents) == cycle[1]
+            )
             chain = " needs ".join(repr(name) for name in cycle)
             document.add(place, f"{chain}; a merge cannot need its own output: name another model")
             self._collect(document)
@@ -134,8 +137,8 @@ class _Reader:
         """The document with paths in place of names; its text is that YAML, so that it stands alone."""
         document = self.documents[name]
         for location, value in _references(document.data):
-            if value in folders:
-                _replace(document.data, location, str(folders[value]))
+            if (stage := _stage(value, folders)) is not None:
+                _replace(document.data, location, f"{folders[stage]}{value[len(stage) :]}")
             elif location[-1] in ("model", "base_model") and not _may_be_model(value, self.directory):
                 near = nearest(value, folders)
                 hint = f"did you mean the stage {near!r}?" if near else f"stages: {', '.join(folders) or 'none'}"
@@ -166,6 +169,11 @@ def _references(data: Any, location: Location = ()) -> Iterator[tuple[Location, 
             yield place, value
         else:
             yield from _references(value, place)
+
+
+def _stage(value: str, names: Container[Any]) -> str | None:
+    """The stage that a reference names, alone or with an adapter as in STAGE+ADAPTER; None if it names none."""
+    return next((name for name in (value, value.partition("+")[0]) if name in names), None)
 
 
 def _replace(data: Any, location: Location, value: str) -> None:

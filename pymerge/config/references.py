@@ -51,6 +51,22 @@ def model_path(name: str, directory: Path | None, config: str) -> Path:
     )
 
 
+def split_adapter(name: str, directory: Path | None) -> tuple[str, str] | None:
+    """Base and adapter of `base+adapter`; None for the name of one thing.
+
+    Where the path exists, + is a part of it. Of several + the first counts that has something on both sides.
+    """
+    if "+" not in name or HUB_REFERENCE.fullmatch(name) or _exists(name, directory):
+        return None
+    cuts = [(name[:at], name[at + 1 :]) for at, letter in enumerate(name) if letter == "+"]
+    there = (cut for cut in cuts if all(_exists(side, directory) or HUB_REFERENCE.fullmatch(side) for side in cut))
+    return next(there, cuts[0])
+
+
+def _exists(name: str, directory: Path | None) -> bool:
+    return bool(name) and any(os.path.exists(path) for path in places(name, directory))
+
+
 def _how_to_name(name: str) -> str:
     """What may be wrong with the name of a model that is not found."""
     on_the_hub = _HUB_URL.match(name)

@@ -132,6 +132,10 @@ class Executor:
             from pymerge.engine.encode_worker import EncodeWorker
 
             found["encode"] = EncodeWorker(self._context, self._share.threads, jobs["encode"], self._limit)
+        if "core" in jobs:
+            from pymerge.engine.core_worker import CoreWorker
+
+            found["core"] = CoreWorker(self._context, self._share.threads, self._limit)
         return found
 
     def _worker(self, batch: Batch) -> Worker:

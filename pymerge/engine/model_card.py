@@ -23,6 +23,10 @@ def model_card(plan: Plan) -> bytes:
     }
     base = f"Base model: `{config.base_model}`\n\n" if config.base_model else ""
     listed = "\n".join(f"- `{model}`" for model in models)
+    adapters = [expert for expert in plan.inputs.experts if expert.base is not None]
+    if adapters:
+        names = ", ".join(f"`{expert.path.name}`" for expert in adapters)
+        listed += f"\n\nApplied as adapters (LoRA): {names}."
     origins = [f"`{checkpoint.origin}`" for checkpoint in plan.inputs.all if checkpoint.origin]
     if origins:
         listed += f"\n\nFrom the Hugging Face Hub: {', '.join(origins)}."

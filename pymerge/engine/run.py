@@ -25,7 +25,6 @@ from pymerge.engine.worker import Context
 from pymerge.errors import OutputError
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.manifest import build_manifest, read_manifest
-from pymerge.output.verify import verify
 from pymerge.planner.jobs import batches
 from pymerge.planner.plan import Plan
 from pymerge.planner.workers import Target
@@ -223,6 +222,8 @@ def _publish(plan: Plan, output: OutputDirectory) -> None:
 
 def _verified(plan: Plan, out: Path, started: float, progress: ProgressSink) -> MergeReport:
     """The report of an output that was there already, after reading it again."""
+    from pymerge.output.verify import verify
+
     found = verify(out, progress=progress, allow_nonfinite=plan.config.allow_nonfinite)
     if found.problems:
         raise OutputError(

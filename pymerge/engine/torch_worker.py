@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 
 from pymerge.architecture.roles import Layer
-from pymerge.checkpoint.finite import check_finite, is_finite
+from pymerge.checkpoint.finite import is_finite
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.arrays import as_tensor
 from pymerge.common.dtypes import torch_dtype, upcast
 from pymerge.engine.memory import Heap
 from pymerge.engine.transfer import transfer_to
-from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, first_line, is_out_of_memory, raise_nonfinite
+from pymerge.engine.worker import (
+    Context,
+    Made,
+    Reductions,
+    Sink,
+    check_input,
+    failed,
+    first_line,
+    is_out_of_memory,
+    raise_nonfinite,
+)
 from pymerge.errors import ArgumentError, BackendError
 from pymerge.methods.actions import Action, Combine, Elementwise, Run, Solve, SolveTogether
 from pymerge.methods.reduce import Reduce, merge_whole
@@ -142,7 +152,7 @@ class TorchWorker:
                 # What is found in one piece shows in the result of others.
                 for each, tensors in zip(batch.jobs, inputs, strict=True):
                     for entry, tensor in zip(each.step.inputs, tensors, strict=True):
-                        check_finite(entry, each.piece.start, tensor)
+                        check_input(self._reader, entry, each.piece.start, tensor)
             bases = [tensors[0] for tensors in inputs]
             experts = [tensors[1:] if step.reads_base else tensors for tensors in inputs]
             try:
@@ -222,10 +232,9 @@ def _solve_parts(
     """Merge matrices, d_out x d_in, each of their parts alone, as where it is stored so."""
     if layer.parts == 1:
         return _solve_matrices(action, run, bases, experts, out_dtype)
-    height = bases[0].shape[0] // layer.parts
     merged = [base.new_empty(base.shape, dtype=torch_dtype(out_dtype)) for base in bases]
     for number in range(layer.parts):
-        rows = slice(number, None, layer.parts) if layer.alternating else slice(number * height, (number + 1) * height)
+        rows = layer.part(number, bases[0].shape[0])
         own = [base[rows].contiguous() for base in bases]
         tasks = [[expert[rows].contiguous() for expert in each] for each in experts]
         for whole, part in zip(merged, _solve_matrices(action, run, own, tasks, out_dtype), strict=True):

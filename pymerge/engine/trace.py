@@ -21,12 +21,12 @@ from pymerge.planner.jobs import Job
 
 # Reading and writing files is what the pipeline hides behind computing. A copy moves a tensor to or from a CUDA device,
 # inside a read or a write. Steps are those of the computing thread, which waits or computes in them.
-# "combine" reads and computes, block by block; "encode" computes, beside the computing thread.
+# "combine" reads and computes, block by block; "encode" and "core" compute, beside the computing thread.
 Kind = Literal[
-    "step", "read", "write", "copy", "compute", "combine", "encode", "wait for inputs", "wait for the writer"
+    "step", "read", "write", "copy", "compute", "combine", "encode", "core", "wait for inputs", "wait for the writer"
 ]
 _IO = ("read", "write", "combine")
-_COMPUTING = ("compute", "combine", "encode")
+_COMPUTING = ("compute", "combine", "encode", "core")
 _PROCESS = {"name": "pymerge"}
 
 

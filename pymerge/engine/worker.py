@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from pymerge.backends.runner import Runner
-from pymerge.checkpoint.finite import check_finite, overflow
+from pymerge.checkpoint.finite import check_finite, is_finite, overflow
 from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.progress import ProgressSink
 from pymerge.engine.trace import Tracer
 from pymerge.errors import ArgumentError
@@ -136,8 +137,16 @@ def raise_nonfinite(job: Job, reader: Reader) -> NoReturn:
     """Raise NonFiniteError, which names file and tensor if an input of the job holds NaN or infinity."""
     step, piece = job.step, job.piece
     for entry in step.inputs:
-        check_finite(entry, piece.start, reader.read(entry, *rows_read(job)))
+        check_input(reader, entry, piece.start, reader.read(entry, *rows_read(job)))
     raise overflow(step.name, step.dtype)
+
+
+def check_input(reader: Reader, entry: TensorEntry, start_row: int, tensor: Tensor) -> None:
+    """Raise NonFiniteError unless rows of an input are finite; of an adapter it names the factor that is not."""
+    if not is_finite(tensor):
+        for part in entry.adapter_parts:
+            check_finite(part, 0, reader.read(part))
+        check_finite(entry, start_row, tensor)
 
 
 def rows_read(job: Job) -> tuple[int, ...]:

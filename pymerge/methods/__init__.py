@@ -28,6 +28,8 @@ _HOMES = {
     "tsv_m": "singular",
     "iso_c": "singular",
     "iso_cts": "singular",
+    "knots": "aligned",
+    "core_space": "aligned",
     "slerp": "slerp",
     "nuslerp": "slerp",
     "multislerp": "slerp",

@@ -16,6 +16,8 @@ from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Action, Run, Solve, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
+from pymerge.methods.core.ace import Formula, centred, merged
+from pymerge.methods.core.factors import Factors, Product, nothing, plain_sum
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import (
     PRECISION,
@@ -99,6 +101,36 @@ class SolveAce(Solve):
             X, _ = self.merged_delta(run, base, experts, stats, heterogeneous, True)
         return add_to_base(base, X, self.scale, out_dtype)
 
+    @property
+    def has_core(self) -> bool:
+        return True
+
+    def run_core(self, tasks: Sequence[Factors]) -> Product:
+        found = centred(tasks)
+        norms, traces = found.space.norms, found.traces
+        if not norms:
+            return nothing(found.space.shape)
+        heterogeneous, released = self.is_heterogeneous(norms), self.variant == "released"
+        kept = [t for t, n in enumerate(norms) if not (heterogeneous and traces[t] <= _NO_COVARIANCE * n)]
+        if not kept:
+            return plain_sum(tasks, 1.0 / len(tasks))
+        found = found.only(kept)
+        tiny = _TINY if released else 0.0
+        weights = [1.0 / (trace + tiny) if heterogeneous else 1.0 for trace in found.traces]
+        mean = statistics.fmean(found.space.norms) + _TINY
+        formula = Formula(
+            weights,
+            [self.eps * weight for weight in weights],
+            mean if heterogeneous and released else 1.0,
+            not released,
+            self.refined(found.space.shape) if heterogeneous else 0,
+        )
+        return merged(found, formula).times(self.scale)
+
+    def refined(self, shape: Sequence[int]) -> int:
+        """k of the refinement."""
+        return max(1, int(min(shape) * self.k_frac))
+
     def needs_double(self, run: Run, base: Tensor, experts: Sequence[Tensor], stats: Stats) -> bool:
         """Whether the system (of tasks that are not heterogeneous) is likely too ill conditioned for float32.
 
@@ -159,8 +191,7 @@ class SolveAce(Solve):
         residual = numerator + row
         residual -= run(TaskSum(base, experts, ridges, stats.means, dtype))
         residual.addmm_(run(TaskSum(base, experts, ones, dtype=dtype)), average, alpha=-1.0)
-        k = max(1, int(min(base.shape) * self.k_frac))
-        return run(SpectralRefine(X, residual, k)), float(condition)
+        return run(SpectralRefine(X, residual, self.refined(base.shape))), float(condition)
 
     @staticmethod
     def mean_row(

@@ -15,9 +15,13 @@ from pymerge.ops._op import Op
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pymerge.methods.core.factors import Delta, Factors
     from pymerge.methods.rows import Rows
 
 Result = TypeVar("Result")
+
+# Elements of the rows that a product is added to at once.
+TILE_ELEMENTS = 2**18
 
 
 class Run(Protocol):
@@ -100,6 +104,37 @@ class Solve(Action):
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
         """The merged matrix, in the dtype of this code."""
 
+    @property
+    def has_core(self) -> bool:
+        """Whether it can be solved in the space that factors span: by `run_core`, for `InCore`."""
+        return False
+
+    @property
+    def minds_factors(self) -> bool:
+        """Whether it is defined by factors: then those that are known are taken whatever their rank."""
+        return False
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether its core takes rows of outputs, and so no weights that are stored d_in x d_out."""
+        return False
+
+    def run_core(self, tasks: Sequence[Factors]) -> Delta:
+        """scale * X from task vectors that are products of factors (finite, of one shape), on one thread."""
+        raise NotImplementedError(f"{self.label} has no form for factors")
+
+    def core_remark(self, shape: tuple[int, int], rank: int) -> str | None:
+        """What a user should know of this merge of factors of rank R together, with the remedy."""
+        return None
+
+    def core_scratch(self, shape: tuple[int, int], rank: int, experts: int) -> int:
+        """Bytes that the core takes beside factors and cores of them, and one product for rows."""
+        return 0
+
+    def core_flops(self, shape: tuple[int, int], rank: int) -> int:
+        """Operations of a matrix beside those of cores and one product."""
+        return 0
+
 
 class SolveTogether(Solve):
     """Work on matrices that is cheaper for several of one shape at once."""
@@ -117,6 +152,42 @@ class SolveTogether(Solve):
 
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
         return self.run_batch(run, [base], [experts], out_dtype)[0]
+
+
+@dataclass(frozen=True)
+class InCore(Action):
+    """A Solve whose task vectors are products of factors: W_0 + P K on any rows, P and K from the factors alone."""
+
+    solve: Solve
+    shape: tuple[int, int]  # d_out x d_in of a matrix
+    rank: int  # R, that of all factors of a matrix together
+
+    @property
+    def label(self) -> str:
+        return self.solve.label
+
+    @property
+    def shows_nonfinite(self) -> bool:
+        return True  # the factors are looked at by themselves
+
+    @property
+    def minds_delta_size(self) -> bool:
+        return self.solve.minds_delta_size
+
+    def remark(self, delta_rms: float) -> str | None:
+        return self.solve.remark(delta_rms)
+
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
+        (rows, columns), rank, elements = self.shape, self.rank, math.prod(shape)
+        core = 4 * (rows + columns) * rank**2 + 30 * rank**3 + self.solve.core_flops(self.shape, rank)
+        return 2 * elements * rank + core * elements // max(1, rows * columns)
+
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        # Factors as they are read, joined and orthonormal, P and K; cores; and a product for some rows, in float64.
+        rows, columns = self.shape
+        tile = max(columns, rows, min(TILE_ELEMENTS, math.prod(shape)))
+        elements = 6 * (rows + columns) * self.rank + 12 * self.rank**2 + 2 * tile
+        return 8 * elements + self.solve.core_scratch(self.shape, self.rank, experts)
 
 
 class Encode(Action):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pymerge.methods.actions import Action, Run, Solve
 from pymerge.methods.base import Parameter, Values
+from pymerge.methods.core.factors import Factors, Product
+from pymerge.methods.core.singular import isotropic, orthogonal
 from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, add_to_base, not_a_number
 from pymerge.ops._op import Op
 from pymerge.ops.isotropic import Isotropic
@@ -35,6 +37,10 @@ class SolveSingular(Solve):
         if not all(map(math.isfinite, norms)):
             return not_a_number(base, out_dtype)
         return add_to_base(base, run(self.op(base, experts)), self.scale, out_dtype)
+
+    @property
+    def has_core(self) -> bool:
+        return True
 
     def decompositions(self, experts: int) -> int:
         """Number of decompositions, of matrices of the smaller side."""
@@ -59,16 +65,32 @@ class SumOrthogonal(SolveSingular):
     def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
         return SingularSum(base, experts)
 
+    def run_core(self, tasks: Sequence[Factors]) -> Product:
+        return orthogonal(tasks).times(self.scale)
+
 
 @dataclass(frozen=True)
 class MakeIsotropic(SolveSingular):
     """Iso-C, and Iso-CTS for a common space of less than all."""
 
     common: float
+    over_rank: bool
     label: ClassVar[str] = "isotropic"
 
     def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
-        return Isotropic(base, experts, self.common)
+        return Isotropic(base, experts, self.common, self.over_rank)
+
+    def run_core(self, tasks: Sequence[Factors]) -> Product:
+        return isotropic(tasks, self.common, self.over_rank).times(self.scale)
+
+    def core_remark(self, shape: tuple[int, int], rank: int) -> str | None:
+        least = min(shape)
+        if self.over_rank or 2 * rank > least:
+            return None
+        return (
+            f"the mean singular value is one over all {least} directions, of which these adapters have at most {rank}; "
+            f"set mean_over: rank for an X that is {least / rank:.0f} times as large, or choose scale"
+        )
 
     def decompositions(self, experts: int) -> int:
         return 1 if self.common == 1 else experts + 3
@@ -86,16 +108,25 @@ class TsvM(SolverMethod):
         return SumOrthogonal(values.merge["scale"])
 
 
+_MEAN_OVER = Parameter(
+    "mean_over",
+    "choice",
+    "all",
+    "the mean singular value: of all directions of the weight, or of those that the task vectors have",
+    choices=("all", "rank"),
+)
+
+
 class IsoC(SolverMethod):
     """Iso-C: the sum of the task vectors with its singular values replaced by their mean."""
 
     name = "iso_c"
     summary = "sum of the task vectors with equal singular values, data-free"
     source = "Iso-C, arXiv 2502.04959"
-    parameters = SHARED_PARAMETERS
+    parameters = (_MEAN_OVER, *SHARED_PARAMETERS)
 
     def solve(self, values: Values) -> Action:
-        return MakeIsotropic(values.merge["scale"], 1.0)
+        return MakeIsotropic(values.merge["scale"], 1.0, values.merge["mean_over"] == "rank")
 
 
 class IsoCts(SolverMethod):
@@ -113,11 +144,13 @@ class IsoCts(SolverMethod):
             minimum=0.0,
             maximum=1.0,
         ),
+        _MEAN_OVER,
         *SHARED_PARAMETERS,
     )
 
     def solve(self, values: Values) -> Action:
-        return MakeIsotropic(values.merge["scale"], values.merge["common_space_fraction"])
+        merge = values.merge
+        return MakeIsotropic(merge["scale"], merge["common_space_fraction"], merge["mean_over"] == "rank")
 
 
 METHODS = (TsvM(), IsoC(), IsoCts())

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pymerge.methods.actions import Action, Run, SolveTogether
 from pymerge.methods.base import Parameter, Values
+from pymerge.methods.core.descent import BLOCK_ELEMENTS, descent
+from pymerge.methods.core.factors import Delta, Factors
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
 from pymerge.ops.normal_equations import outputs_first
 from pymerge.ops.wudi_adam import WudiAdam
@@ -38,6 +40,24 @@ class SolveWudi(SolveInterference, SolveTogether):
         self, run: Run, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str
     ) -> list[Tensor]:
         return self.merge_layers(run, bases, experts, out_dtype)
+
+    @property
+    def has_core(self) -> bool:
+        return True
+
+    @property
+    def needs_outputs(self) -> bool:
+        return True
+
+    def run_core(self, tasks: Sequence[Factors]) -> Delta:
+        return descent(tasks, self.iterations, self.learning_rate, self.scale, self.precision == "float64")
+
+    def core_scratch(self, shape: tuple[int, int], rank: int, experts: int) -> int:
+        return 8 * (5 * max(BLOCK_ELEMENTS, shape[1]) + 2 * sum(shape) * rank)
+
+    def core_flops(self, shape: tuple[int, int], rank: int) -> int:
+        rows, columns = shape
+        return self.iterations * rows * (4 * columns * rank + 2 * rank**2 + 12 * columns)
 
     def forms_in_double(self) -> bool:
         # Rounding in A and B is the same in all steps and adds up; that of a step does not. Float64 products cost a few

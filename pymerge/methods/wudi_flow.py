@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from pymerge.methods.actions import Action, Run
 from pymerge.methods.base import Parameter, Values
+from pymerge.methods.core.factors import Factors, Product
+from pymerge.methods.core.flow import filtered, flow
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
 from pymerge.ops.gradient_flow import GradientFlow, schedule
 from pymerge.ops.spectral_filter import Rank, SpectralFilter
@@ -20,6 +23,10 @@ _FLOAT32_TIME = 500.0
 
 class ClosedForm(SolveInterference):
     """A displacement without steps."""
+
+    @property
+    def has_core(self) -> bool:
+        return True
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
@@ -40,6 +47,9 @@ class SolveFlow(ClosedForm):
     def displacement(self, run: Run, system: Equations) -> Tensor:
         return run(GradientFlow(system.A, system.B, self.time))
 
+    def run_core(self, tasks: Sequence[Factors]) -> Product:
+        return flow(tasks, self.time).times(self.scale)
+
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
         # The largest eigenvalue of A is not known yet; its mean share of the trace T is a few for real deltas.
@@ -59,6 +69,9 @@ class SolveFilter(ClosedForm):
 
     def displacement(self, run: Run, system: Equations) -> Tensor:
         return run(SpectralFilter(system.A, system.B, self.time, self.rank))
+
+    def run_core(self, tasks: Sequence[Factors]) -> Product:
+        return filtered(tasks, self.time, self.rank).times(self.scale)
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape

@@ -43,10 +43,13 @@ def leading_triplets(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return (other, s, basis) if tall else (basis, s, other)
 
 
-def numerical_triplets(M: Tensor, k: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def numerical_triplets(
+    M: Tensor, k: int, scale: Tensor | None = None, larger: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`leading_triplets` without those that are rounding: at most k, none for a matrix of zeros.
 
-    `scale` is the size of what M was computed from, where that is larger than M's largest singular value.
+    `scale` is the size of what M was computed from, where that is larger than M's largest singular value, `larger` the
+    larger side of the weight that M is the core of, if it is one.
     """
     import torch
 
@@ -54,7 +57,7 @@ def numerical_triplets(M: Tensor, k: int, scale: Tensor | None = None) -> tuple[
         U, s, V = (M.new_zeros(size, dtype=torch.float64) for size in ((M.shape[0], 0), (0,), (M.shape[1], 0)))
         return U, s, V
     U, s, V = leading_triplets(M, k)
-    count = int((s > max(M.shape) * _WEIGHT_EPS * (s[0] if scale is None else scale)).sum())
+    count = int((s > (larger or max(M.shape)) * _WEIGHT_EPS * (s[0] if scale is None else scale)).sum())
     return U[:, :count], s[:count], V[:, :count]
 
 

@@ -20,10 +20,10 @@ class Isotropic(Op["Tensor"]):
     """X = mean(s) U V^T, d_out x d_in, float32 (float64 if any input is), computed in float64.
 
     Iso-C (`common` 1): U diag(s) V^T is the singular value decomposition of sum_t tau_t; the mean is over all
-    r = min(d_out, d_in) singular values. Iso-CTS: only the leading triplets of the sum, about the share `common` of r,
-    and equally many leading ones of each task's residual tau_t - U_c U_c^T tau_t for the rest; U and V are then made
-    orthogonal. Directions whose singular value is rounding are left out: the published form, which gives them the same
-    weight as all others, is not defined there.
+    r = min(d_out, d_in) singular values, unless `over_rank`. Iso-CTS: only the leading triplets of the sum, about the
+    share `common` of r, and equally many leading ones of each task's residual tau_t - U_c U_c^T tau_t for the rest; U
+    and V are then made orthogonal. Directions whose singular value is rounding are left out: the published form, which
+    gives them the same weight as all others, is not defined there.
 
     Source: Isotropic model merging, arXiv 2502.04959, equations 5 to 7 (Iso-C) and algorithm 2 (Iso-CTS).
     """
@@ -33,6 +33,7 @@ class Isotropic(Op["Tensor"]):
     base: ArrayLike  # W_0, d_out x d_in, floating point
     experts: Sequence[ArrayLike]  # T matrices W_t of the same shape; each may have its own floating dtype
     common: float = 1.0  # share of the common space; the number of task-specific triplets is a multiple of T
+    over_rank: bool = False  # whether the mean is over the directions that are left, and not over all r
 
     def check(self) -> None:
         """Raise ArgumentError unless base and experts are matrices of one shape and `common` a share, 0 to 1."""
@@ -45,15 +46,24 @@ class Isotropic(Op["Tensor"]):
         import torch
 
         base, experts = as_tensor(self.base), [as_tensor(expert) for expert in self.experts]
-        dtype, size, tasks = compute_dtype(base, *experts), min(base.shape), len(experts)
-        specific = min(round((size - int(size * self.common)) / tasks), size // tasks)  # triplets of each task
         taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
-        total = taus[0].clone()
-        for tau in taus[1:]:
-            total += tau
-        U, s, V = numerical_triplets(total, size - specific * tasks)
-        if specific > 0:
-            parts = [numerical_triplets(tau - U @ (U.mT @ tau), specific, tau.norm()) for tau in taus]
-            U, s, V = (torch.cat(part, dim=-1) for part in zip(*parts, (U, s, V), strict=True))
-            U, V = orthogonalised(U), orthogonalised(V)
-        return (s.sum() / max(1, size) * U @ V.mT).to(dtype)
+        return equalised(taus, self.common, (base.shape[0], base.shape[1]), self.over_rank).to(
+            compute_dtype(base, *experts)
+        )
+
+
+def equalised(taus: Sequence[Tensor], common: float, shape: tuple[int, int], over_rank: bool = False) -> Tensor:
+    """X of task vectors, or of their cores between orthonormal bases, in float64; `shape` is that of the weight."""
+    import torch
+
+    size, larger, tasks = min(shape), max(shape), len(taus)
+    specific = min(round((size - int(size * common)) / tasks), size // tasks)  # triplets of each task
+    total = taus[0].clone()
+    for tau in taus[1:]:
+        total += tau
+    U, s, V = numerical_triplets(total, size - specific * tasks, larger=larger)
+    if specific > 0:
+        parts = [numerical_triplets(tau - U @ (U.mT @ tau), specific, tau.norm(), larger) for tau in taus]
+        U, s, V = (torch.cat(part, dim=-1) for part in zip(*parts, (U, s, V), strict=True))
+        U, V = orthogonalised(U), orthogonalised(V)
+    return s.sum() / max(1, len(s) if over_rank else size) * U @ V.mT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,8 +39,16 @@ class SingularSum(Op["Tensor"]):
         import torch
 
         base, experts = as_tensor(self.base), [as_tensor(expert) for expert in self.experts]
-        dtype = compute_dtype(base, *experts)
-        k = int(min(base.shape) * (1 / len(experts)))
-        triplets = [numerical_triplets(task_vector(base, expert, None, torch.float64), k) for expert in experts]
-        U, s, V = (torch.cat(part, dim=-1) for part in zip(*triplets, strict=True))
-        return ((orthogonalised(U) * s) @ orthogonalised(V).mT).to(dtype)
+        taus = (task_vector(base, expert, None, torch.float64) for expert in experts)
+        X = orthogonal_sum(taus, len(experts), (base.shape[0], base.shape[1]))
+        return X.to(compute_dtype(base, *experts))
+
+
+def orthogonal_sum(taus: Iterable[Tensor], tasks: int, shape: tuple[int, int]) -> Tensor:
+    """X of so many task vectors, or of their cores between orthonormal bases, of a weight of this shape; in float64."""
+    import torch
+
+    k = int(min(shape) * (1 / tasks))
+    triplets = [numerical_triplets(tau, k, larger=max(shape)) for tau in taus]
+    U, s, V = (torch.cat(part, dim=-1) for part in zip(*triplets, strict=True))
+    return (orthogonalised(U) * s) @ orthogonalised(V).mT

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Eigenvalues below it count as this much, as in the released code.
-_FLOOR = 1e-8
+FLOOR = 1e-8
 # Times machine precision and d_in: eigenvalues below this share of the largest are rounding, and are never divided by.
-_RANK_SLACK = 4.0
+RANK_SLACK = 4.0
 
 Rank = float | Literal["participation_sqrt"]
 
@@ -62,9 +62,9 @@ class SpectralFilter(Op["Tensor"]):
             values, vectors = torch.linalg.eigh(A)
         count = kept(values, self.rank)
         if math.isinf(time):
-            noise = _RANK_SLACK * torch.finfo(A.dtype).eps * A.shape[0] * float(values[-1])
+            noise = RANK_SLACK * torch.finfo(A.dtype).eps * A.shape[0] * float(values[-1])
             count = min(count, int((values > noise).sum()))
-        leading = values[values.numel() - count :].clamp(min=_FLOOR)
+        leading = values[values.numel() - count :].clamp(min=FLOOR)
         basis = vectors[:, vectors.shape[1] - count :]
         gain = 1.0 / leading if math.isinf(time) else -torch.expm1(-leading * time) / leading
         displacement: Tensor = (B @ basis * gain) @ basis.mT
@@ -80,5 +80,5 @@ def kept(values: Tensor, rank: Rank) -> int:
     size = values.numel()
     if rank != "participation_sqrt":
         return min(size, max(1, math.floor(size * rank + 0.999)))
-    roots = values.double().clamp(min=_FLOOR).sqrt()
+    roots = values.double().clamp(min=FLOOR).sqrt()
     return min(size, max(1, math.ceil(float(roots.sum() ** 2 / roots.square().sum()))))

@@ -42,5 +42,10 @@ class SpectralRefine(Op["Tensor"]):
     def reference(self) -> Tensor:
         """X in its own dtype, the term rounded to it once."""
         X = self.X
-        U, s, V = numerical_triplets(self.D.double() + X.double(), self.k)
-        return X + (s.sum() / self.k * (U @ V.mT)).to(X.dtype)
+        return X + isotropic_term(self.D.double() + X.double(), self.k).to(X.dtype)
+
+
+def isotropic_term(M: Tensor, k: int, larger: int | None = None) -> Tensor:
+    """mean(s_1..s_k) U_k V_k^T of M in float64; `larger`: of the sides of the weight that M is the core of."""
+    U, s, V = numerical_triplets(M, k, larger=larger)
+    return s.sum() / k * (U @ V.mT)

@@ -25,7 +25,7 @@ from pymerge.config.references import same_model
 from pymerge.config.settings import Setting
 from pymerge.errors import PlanError
 from pymerge.methods.base import Method
-from pymerge.planner.inputs import Inputs, open_models
+from pymerge.planner.inputs import Inputs, donor_of, open_models
 from pymerge.planner.match import Matched, Matcher, Section, copied, find_tied
 from pymerge.planner.naming import under_names_of
 from pymerge.planner.sources import Source, classified, read_source
@@ -115,7 +115,7 @@ class _Builder:
         self._config = config
         self._method = method
         self._opened = opened
-        self._donor = opened[config.donor]
+        self._donor = donor_of(config, opened)
         self._layers = classified(self._donor)
         self._stacks = stacks(self._layers)
         self._tensors: dict[str, TensorEntry] = {}

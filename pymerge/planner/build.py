@@ -22,7 +22,6 @@ from pymerge.methods.base import Method, Values
 from pymerge.methods.reduce import Reduce
 from pymerge.output.layout import ShardLayout, full_name, layout_file, layout_shards
 from pymerge.planner import pieces
-from pymerge.planner.assemble import arrange
 from pymerge.planner.budget import Budget
 from pymerge.planner.config_differences import check_configs
 from pymerge.planner.constants import Constant, find_constants
@@ -33,8 +32,10 @@ from pymerge.planner.integers import check_integers
 from pymerge.planner.match import Section, match_tensors
 from pymerge.planner.output_dtypes import output_dtypes, with_dtype
 from pymerge.planner.plan import Plan
+from pymerge.planner.routes import remarks, routed
 from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
+from pymerge.planner.untouched import untouched
 from pymerge.planner.workers import Target, worker_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -84,7 +85,11 @@ def draft_plan(
     """
     target = target or Target()
     method = get_method(config.merge_method).given(config.base_model is not None)
-    assembly = arrange(config, method, planned) if config.slices or config.modules else None
+    assembly = None
+    if config.slices or config.modules:
+        from pymerge.planner.assemble import arrange
+
+        assembly = arrange(config, method, planned)
     inputs = assembly.inputs if assembly else open_inputs(config, method, planned)
     problems: list[str] = []
     donor = inputs.donor
@@ -142,8 +147,10 @@ def draft_plan(
             elif constant is not None and (what or constant.passes(action)):
                 action, experts, values = copy(), (), None
                 layer = replace(layer, reason=f"{layer.reason}, the same in all models")
+            elif untouched(method, action, entry, experts, whole.sections[name]):
+                action, experts, values = copy(), (), None
             for rows in rows_of(entry, experts):
-                action_here = action if rows.experts else copy()
+                action_here = routed(action, layer, rows.base, rows.experts) if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
@@ -172,7 +179,7 @@ def draft_plan(
         steps=tuple(_assigned(steps, config, target, whole.sections)),
         layouts=placed,
         modules=placed_modules,
-        warnings=(*config.warnings, *warnings),
+        warnings=(*config.warnings, *warnings, *remarks((step.name, step.action) for step in steps)),
         budget=budget,
         config_json=config_json,
         dtype=wanted,

@@ -106,7 +106,19 @@ def match_modules(
     experts = [expert for expert in inputs.all if expert.path != donor.path]
     before = len(problems)
     for expert in experts:
-        problems += _unlike(donor, expert)
+        if expert.parts:
+            problems += _unlike(donor, expert)
+        elif donor.modules:
+            text = (
+                f"{expert.path}: has no {MODULES_FILE}, and {donor.path} has weights in {first_few(donor.modules)} too"
+            )
+            if config.missing_tensors == "base":
+                warnings.append(f"{text}: those stand for its own (missing_tensors: base)")
+            else:
+                problems.append(
+                    f"{text}; save it with sentence-transformers, with the same modules, or set missing_tensors: base "
+                    "to take the base's in their place"
+                )
     if len(problems) > before:
         return []
     parts = []
@@ -161,7 +173,9 @@ def _classified(module: Checkpoint, folder: str, rules: Sequence[Rule]) -> dict[
 
 
 def _module_of(expert: Checkpoint, donor: Checkpoint, folder: str) -> Checkpoint:
-    """The expert's module at the place of the donor's in that folder."""
+    """The expert's module at the place of the donor's in that folder; the donor's, if the expert has no modules."""
+    if not expert.parts:
+        return donor.modules[folder]
     ours, theirs = _decisive(donor), _decisive(expert)
     number = next(number for number, module in enumerate(ours) if module.folder == folder)
     return expert.modules[theirs[number].folder]
@@ -173,13 +187,6 @@ def _decisive(model: Checkpoint) -> list[Module]:
 
 def _unlike(donor: Checkpoint, expert: Checkpoint) -> Iterator[str]:
     """In what the modules of an expert are not those of the donor."""
-    if not expert.parts:
-        if donor.modules:
-            yield (
-                f"{expert.path}: has no {MODULES_FILE}, and {donor.path} has weights in "
-                f"{first_few(donor.modules)} too; save it with sentence-transformers, with the same modules"
-            )
-        return
     ours, theirs = _decisive(donor), _decisive(expert)
     if [module.kind for module in ours] != [module.kind for module in theirs]:
         kinds = [", ".join(module.kind for module in each) for each in (theirs, ours)]

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pymerge.adapters.folder import AdapterFiles, is_adapter, open_adapter
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from pymerge.checkpoint.hub import fetch
 from pymerge.config.merge_config import MergeConfig, participants
-from pymerge.config.references import file_ids, hub_reference, model_path
+from pymerge.config.references import file_ids, hub_reference, model_path, split_adapter
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.methods.base import Method
+from pymerge.planner.applied import Applied
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,12 @@ class Inputs:
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
-        """Donor and experts, each folder once."""
-        return tuple({checkpoint.path: checkpoint for checkpoint in (self.donor, *self.experts)}.values())
+        """Donor, experts, and the models that adapters among them are for, each folder once."""
+        found = {checkpoint.path: checkpoint for checkpoint in (self.donor, *self.experts)}
+        for expert in self.experts:
+            if expert.base is not None:
+                found.setdefault(expert.base.path, expert.base)
+        return tuple(found.values())
 
     @property
     def carried(self) -> dict[Path, str]:
@@ -53,7 +59,9 @@ class Inputs:
 
     def stored(self, entry: TensorEntry) -> tuple[TensorEntry, tuple[int, int]] | None:
         """A tensor in a file that is there, with size and time of the file: an entry itself, or, of a model that is
-        still to be written, what it will be a copy of; None for what is to be merged."""
+        still to be written, what it will be a copy of; None for what is to be merged, or made when it is read."""
+        if entry.decoded_from or entry.adapter_parts:
+            return None
         for checkpoint in (each for model in self.all for each in (model, *model.modules.values())):
             if stamp := checkpoint.stamps.get(entry.file):
                 return entry, stamp
@@ -74,9 +82,23 @@ def open_inputs(config: MergeConfig, method: Method, planned: Mapping[str, Check
     if not chosen:
         raise PlanError([f"only the base is listed under models; list the experts that {method.name!r} shall merge"])
     names = [config.models[index].model for index in chosen]
-    donor = config.base_model or names[0]
-    opened = open_models(config, [donor, *names], planned)
-    return Inputs(opened[donor], tuple(opened[name] for name in names))
+    opened = open_models(config, [config.base_model or names[0], *names], planned)
+    return Inputs(donor_of(config, opened), tuple(opened[name] for name in names))
+
+
+def donor_of(config: MergeConfig, opened: Mapping[str, Checkpoint]) -> Checkpoint:
+    """The donor among opened models: an adapter's model for the adapter. Raises PlanError for an adapter as base."""
+    found = opened[config.donor]
+    if found.base is None:
+        return found
+    if config.named_base is not None:
+        raise PlanError(
+            [
+                f"{config.name}: base_model {config.named_base!r} is an adapter; name the model that it is for as "
+                "base_model, and the adapter under models"
+            ]
+        )
+    return found.base
 
 
 def open_models(
@@ -85,9 +107,13 @@ def open_models(
     """Open the models of these names. Raises PlanError, which names all that cannot be opened."""
     problems: list[str] = []
     names = list(dict.fromkeys(names))
-    opened = {name: checkpoint for name, checkpoint in (planned or {}).items() if name in names}
-    remote = [name for name in names if name not in opened and hub_reference(name, config.directory)]
-    local = [name for name in names if name not in opened and name not in remote]
+    pairs = {name: split_adapter(name, config.directory) or (name, "") for name in names}
+    pieces = list(dict.fromkeys(piece for pair in pairs.values() for piece in pair if piece))
+    opened: dict[str, Checkpoint | AdapterFiles] = {
+        name: checkpoint for name, checkpoint in (planned or {}).items() if name in pieces
+    }
+    remote = [name for name in pieces if name not in opened and hub_reference(name, config.directory)]
+    local = [name for name in pieces if name not in opened and name not in remote]
     for group in (local, remote):  # nothing is downloaded for a merge in which a model on this machine is wrong
         for name in group:
             try:
@@ -96,8 +122,8 @@ def open_models(
                 problems.append(str(error))
         if problems:
             raise PlanError(problems)
-    _refuse_twice(config, opened)
-    return opened
+    _refuse_twice(config, {name: each for name, each in opened.items() if isinstance(each, Checkpoint)})
+    return Applied(config, opened).all(pairs)
 
 
 def _refuse_twice(config: MergeConfig, opened: Mapping[str, Checkpoint]) -> None:
@@ -114,9 +140,13 @@ def _refuse_twice(config: MergeConfig, opened: Mapping[str, Checkpoint]) -> None
             )
 
 
-def _open(config: MergeConfig, name: str) -> Checkpoint:
+def _open(config: MergeConfig, name: str) -> Checkpoint | AdapterFiles:
     reference = hub_reference(name, config.directory)
     if reference is None:
-        return open_checkpoint(model_path(name, config.directory, config.name))
+        path = model_path(name, config.directory, config.name)
+        return open_adapter(path) if is_adapter(path) else open_checkpoint(path)
     folder = fetch(*reference)
-    return replace(open_checkpoint(folder), origin=f"{reference[0]}@{folder.name}")
+    origin = f"{reference[0]}@{folder.name}"
+    if is_adapter(folder):
+        return replace(open_adapter(folder), origin=origin)
+    return replace(open_checkpoint(folder), origin=origin)

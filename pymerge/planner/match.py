@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pymerge.adapters.folder import unmerged
 from pymerge.architecture.buffers import constant
 from pymerge.architecture.roles import Kind, Layer, classify, is_head_name, positions
 from pymerge.architecture.tied import embedding_of, same_values, says_tied, tied_tensors, ties
@@ -204,6 +205,12 @@ class Matcher:
             for name, entry in expert.tensors.items()
             if is_float(entry.dtype) and (name not in donor.tensors or name in self.tied)
         ]
+        if factors := unmerged(extra):
+            self.problems.append(
+                f"{expert.path} has {listed(factors)}: factors of an adapter that is not merged into its weights; name "
+                "the adapter that PEFT has saved, as BASE+ADAPTER, or save the model after merge_and_unload"
+            )
+            return
         constants = [name for name in extra if constant(name, expert.tensors[name].shape)]
         if constants:
             self.warnings.append(f"{expert.path}: left out {listed(constants)}, constants that {donor.path} has not")

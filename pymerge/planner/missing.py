@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pymerge.architecture.renaming import nearest
 from pymerge.architecture.roles import Kind, Layer
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.common.names import listed
@@ -42,5 +41,7 @@ def refusal(
 
 def _alike(donor: Checkpoint, expert: Checkpoint, missing: Sequence[str]) -> str:
     """A hint at tensors of the expert that could be one of those that it lacks, or ""."""
+    from pymerge.architecture.renaming import nearest
+
     ours, theirs = ({name: entry.shape for name, entry in checkpoint.tensors.items()} for checkpoint in (donor, expert))
     return nearest(ours, theirs, missing)

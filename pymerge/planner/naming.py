@@ -6,8 +6,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from pymerge.architecture.expert_stacks import mixture_stems, refit, routers
-from pymerge.architecture.renaming import AmbiguousNames, find_renamings, rename
-from pymerge.architecture.spellings import respelt
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 
 
@@ -28,6 +26,8 @@ def under_names_of(donor: Checkpoint, expert: Checkpoint, wanted: Collection[str
     """
     if all(_is_there(name, donor, expert) for name in wanted):
         return Named(expert)
+    from pymerge.architecture.renaming import AmbiguousNames
+
     naming = _Naming(donor, expert)
     try:
         naming.find_beginnings(wanted)
@@ -64,6 +64,8 @@ class _Naming:
 
     def find_beginnings(self, wanted: Collection[str]) -> None:
         """Names that differ by their beginnings. Raises AmbiguousNames."""
+        from pymerge.architecture.renaming import find_renamings, rename
+
         found = find_renamings(self._base, {name: entry.shape for name, entry in self._expert.items()}, wanted)
         if not found:
             return
@@ -92,6 +94,8 @@ class _Naming:
 
     def find_spellings(self) -> None:
         """Parameters that are spelt otherwise in modules of the same name."""
+        from pymerge.architecture.spellings import respelt
+
         found = respelt(self._base, {name: entry.shape for name, entry in self._current().items()})
         self._respell(found)
         words = {(_last(old, new), _last(new, old)) for old, new in found.items()}

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from pymerge.architecture.roles import Layer
 from pymerge.methods import reduce
-from pymerge.methods.actions import Action, Combine, Elementwise, Solve
+from pymerge.methods.actions import Action, Combine, Elementwise, InCore, Solve
+
+# Elements of the row ranges of a weight that is solved by its factors. The ranges follow from its shape alone: products
+# may round differently where they have other numbers of rows.
+_CORE_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,13 @@ def split(layer: Layer, action: Action, shape: tuple[int, ...], max_elements: in
 
 
 def smallest(layer: Layer, action: Action, shape: tuple[int, ...]) -> Piece:
-    """The first of the smallest pieces that the action can work on: one row, one matrix of a stack, or all."""
+    """The first of the smallest pieces that the action can work on: one row, rows that are added to, one matrix of a
+    stack, or all."""
     if not shape or shape[0] == 0:
         return Piece(0, shape[0] if shape else 1, shape)
-    rows = 1 if by_rows(action) or (layer.stacked and isinstance(action, Solve)) else shape[0]
+    rows = 1 if by_rows(action) or (layer.stacked and isinstance(action, (Solve, InCore))) else shape[0]
+    if isinstance(action, InCore):
+        rows = min(rows, max(1, _CORE_ELEMENTS // max(1, math.prod(shape[1:]))))
     return Piece(0, rows, (rows, *shape[1:]))
 
 

@@ -197,6 +197,9 @@ def _written(out: Path, layouts: Sequence[ShardLayout]) -> Checkpoint:
 
 
 def _settled(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.base is not None:
+        base = _settled(checkpoint.base)
+        return replace(checkpoint, base=base, stamps=checkpoint.stamps | base.all_stamps)
     if checkpoint.stamps:
         return checkpoint
     found = open_checkpoint(checkpoint.path)

@@ -10,14 +10,16 @@ from typing import Literal
 from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
-from pymerge.methods.actions import Action, Combine, Encode, Solve
+from pymerge.methods.actions import Action, Combine, Encode, InCore, Solve
 from pymerge.methods.base import Values
 from pymerge.methods.reduce import Reduce
 from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
+from pymerge.planner.routes import Route, route_of
 
-# Workers of a step: native code on arrays, ops on tensors of PyTorch, or threads of PyTorch that encode each tensor.
-WorkerName = Literal["native", "torch", "encode"]
+# Workers of a step: native code on arrays, ops on tensors of PyTorch, or threads of PyTorch that encode each tensor, or
+# solve each by its factors.
+WorkerName = Literal["native", "torch", "encode", "core"]
 # Elements of each tensor that native code reads at once for a weighted sum: so many that a system call costs little
 # beside them, and so few that those of a base and several experts are still in a core's second-level cache when they
 # are combined.
@@ -85,9 +87,21 @@ class Step:
         return (self.base, *self.experts) if self.reads_base else self.experts
 
     @property
+    def route(self) -> Route:
+        """The way that it takes, as far as adapters among its experts are concerned."""
+        return route_of(self.action)
+
+    @property
     def bytes_input(self) -> int:
         """Bytes of the inputs on the disk."""
+        if isinstance(self.action, InCore):
+            return self.base.stored_bytes + self._factor_bytes
         return sum(entry.stored_bytes for entry in self.inputs)
+
+    @cached_property
+    def _factor_bytes(self) -> int:
+        """Bytes of all factors, which are read instead of the experts."""
+        return sum(part.stored_bytes for entry in self.experts for part in entry.adapter_parts)
 
     @property
     def bytes_read(self) -> int:
@@ -95,7 +109,10 @@ class Step:
         return self.bytes_input * (1 if self.held else self.passes)
 
     def bytes_of(self, piece: Piece) -> int:
-        """Bytes of a piece in all inputs, on the disk."""
+        """Bytes of a piece in all inputs, on the disk; of factors, its share."""
+        if isinstance(self.action, InCore):
+            share = self._factor_bytes * piece.stop // self.shape[0] - self._factor_bytes * piece.start // self.shape[0]
+            return self.base.stored_in(piece.start, piece.stop) + share
         return sum(entry.stored_in(piece.start, piece.stop) for entry in self.inputs)
 
     def bytes_made(self, piece: Piece) -> int:
@@ -143,6 +160,9 @@ class Step:
         scratch = self.scratch(piece) + (self.gathered or 0)
         if piece.shape != self.shape or self.group is not None:
             scratch += self._kept_bytes
+        if isinstance(self.action, InCore):
+            inputs = elements * memory_item_size(self.base.dtype) + self.base.decoding_bytes
+            return Footprint(inputs, scratch, output)
         if self.worker == "native":
             return Footprint(self._native_inputs(elements), scratch, output)
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self.decoding_bytes

@@ -19,7 +19,16 @@ from pymerge.errors import CheckpointError, PlanError
 from pymerge.methods.base import Method
 from pymerge.planner.inputs import Inputs
 from pymerge.planner.match import Matched, Section
-from pymerge.tokenizers.files import Files, Vocabulary, read_files, read_json, read_vocabularies, read_vocabulary
+from pymerge.tokenizers.files import (
+    FAST_FILE,
+    VOCABULARY_FILES,
+    Files,
+    Vocabulary,
+    read_files,
+    read_json,
+    read_vocabularies,
+    read_vocabulary,
+)
 from pymerge.tokenizers.output import tokenizer_files, union, with_tokens, without_rows_beyond
 from pymerge.tokenizers.planned import TokenPlan, describe_rows, plan_files
 from pymerge.tokenizers.settings import BASE, UNION, TokenizerSettings
@@ -122,16 +131,25 @@ def _named_models(inputs: Inputs, config: MergeConfig, method: Method) -> list[_
     found: dict[Path, _Named] = {}
     for name, place, checkpoint in zip(names, places, (inputs.donor, *inputs.experts), strict=True):
         if checkpoint.path not in found:
-            files = read_files(checkpoint.path, checkpoint.other_files)
+            files = _tokenizer_of(checkpoint)
             found[checkpoint.path] = _Named(name, config.place(*place), checkpoint, files)
     return list(found.values())
+
+
+def _tokenizer_of(checkpoint: Checkpoint) -> Files:
+    """The tokenizer files of a model; those of its base for an adapter that comes without."""
+    names = checkpoint.other_files
+    if checkpoint.base is not None and not any(name.name in (FAST_FILE, *VOCABULARY_FILES) for name in names):
+        return _tokenizer_of(checkpoint.base)
+    folder = checkpoint.path if checkpoint.base is None else checkpoint.files[0].parent
+    return read_files(folder, names)
 
 
 def _assembled_models(inputs: Inputs, config: MergeConfig) -> list[_Named]:
     """The donor of an output that is put together from slices or modules, then the other models."""
     found = []
     for checkpoint in inputs.all:
-        files = read_files(checkpoint.path, checkpoint.other_files)
+        files = _tokenizer_of(checkpoint)
         found.append(_Named(str(checkpoint.path), config.name, checkpoint, files))
     return found
 

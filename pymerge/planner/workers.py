@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pymerge import env
 from pymerge.common.devices import Device
 from pymerge.common.dtypes import NATIVE, is_float8
-from pymerge.methods.actions import Combine, Elementwise
+from pymerge.methods.actions import Combine, Elementwise, InCore
 from pymerge.methods.reduce import Reduce
 from pymerge.planner.steps import Step, WorkerName
 
@@ -33,6 +33,8 @@ def worker_of(step: Step, target: Target, *, allow_nonfinite: bool) -> WorkerNam
     Native code takes tensors that can be read without PyTorch, in the dtypes that it computes in. One of another kind
     goes to PyTorch, alone.
     """
+    if isinstance(step.action, InCore):
+        return "core"
     if not target.takes_arrays or any(entry.needs_torch for entry in step.inputs):
         return "torch"
     action, dtypes = step.action, {step.dtype, *(entry.dtype for entry in step.inputs)}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers.adapters import applied, factors, write_adapter
 from tests.helpers.checkpoints import (
     Done,
     fine_tuned,
@@ -314,6 +315,15 @@ def test_a_stray_file_of_the_hub_is_not_taken_for_the_model(models: Path, hub: H
     assert "org/e0/adapter_model.safetensors" not in hub.fetched
 
 
+def test_the_file_that_config_json_names_is_downloaded(models: Path, hub: Hub) -> None:
+    folder = hub.models["org/e0"]
+    save_file(fine_tuned(llama(), 0), folder / "stage2.safetensors")
+    (folder / "config.json").write_text('{"transformers_weights": "stage2.safetensors"}')
+    done = run(models, HF_ENDPOINT=hub.address)
+    assert done.code == 0, done
+    assert {name for name in hub.fetched if "e0" in name} == {"org/e0/config.json", "org/e0/stage2.safetensors"}
+
+
 def test_a_pipeline_of_the_hub_is_refused_before_its_weights_are_fetched(models: Path, hub: Hub) -> None:
     folder = hub.models["org/e0"]
     (folder / "pytorch_model.bin").unlink()
@@ -352,3 +362,29 @@ def test_two_names_that_a_download_shows_to_be_one_model(models: Path, hub: Hub)
     assert done.code == 4, done
     assert "are one model" in done.errors[0]
     assert run(models, HF_HUB_OFFLINE="1").code == 0  # as the message says: known now
+
+
+def test_an_adapter_of_the_hub(models: Path, hub: Hub) -> None:
+    base = llama()
+    found = factors(base, ["model.layers.0.self_attn.q_proj"])
+    hub.models["org/lora"] = write_adapter(models / "lora", found, base_model_name_or_path="org/base")
+    (models / "lora/optimizer.pt").write_bytes(b"x")
+    text = "merge_method: task_arithmetic\nbase_model: org/base\nmodels: [{model: NAME, parameters: {weight: 1}}]\n"
+    (models / "merge.yml").write_text(text.replace("NAME", "org/base+org/lora@main"))
+    done = run(models, HF_ENDPOINT=hub.address)
+    assert done.code == 0, done
+    assert "warning" not in done.out + done.err
+    fetched = [name for name in hub.fetched if "lora" in name]
+    assert fetched == ["org/lora/adapter_config.json", "org/lora/adapter_model.safetensors"]
+    expected = applied(base, found, 2.0)
+    for name, tensor in load_output(models / "out").items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-5)
+    assert f"`org/lora@{COMMIT}`" in (models / "out/README.md").read_text()
+    # From the cache, offline, and alone: its base is the merge's.
+    hub.fetched.clear()
+    (models / "merge.yml").write_text(text.replace("NAME", "org/lora"))
+    done = run(models, out="again", HF_HUB_OFFLINE="1")
+    assert done.code == 0, done
+    assert hub.fetched == []
+    one, two = load_output(models / "out"), load_output(models / "again")
+    assert all(torch.equal(one[name], two[name]) for name in one)

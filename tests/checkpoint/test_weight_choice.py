@@ -132,6 +132,13 @@ def test_the_file_that_config_json_names_is_taken(tmp_path: Path) -> None:
         put(tmp_path, name)
     (tmp_path / "config.json").write_text('{"transformers_weights": "stage2.safetensors"}')
     assert taken(tmp_path) == ["stage2.safetensors"]
+    for model in ("base", "e0"):
+        put(tmp_path / model, "stage2.safetensors")
+        (tmp_path / model / "config.json").write_text('{"transformers_weights": "stage2.safetensors", "a": 1}')
+    write_config(tmp_path, "linear", experts=1)
+    plan = pymerge.plan(tmp_path / "merge.yml", device="cpu")
+    assert json.loads(plan.config_json or b"") == {"a": 1}  # the output has the usual name
+    assert [layout.file for layout in plan.layouts] == [SAFE]
     (tmp_path / "config.json").write_text('{"transformers_weights": "../x.safetensors"}')
     with pytest.raises(CheckpointError, match=r"transformers_weights names '\.\./x.safetensors', which is no"):
         open_checkpoint(tmp_path)

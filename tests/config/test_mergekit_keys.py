@@ -136,10 +136,12 @@ def test_is_accepted_with_a_note(case: str, models: Path) -> None:
 
 REFUSED = {
     "dtype of integers": (LINEAR | {"dtype": "int64"}, "it must be 'float32', 'float16', 'bfloat16' or 'float64'"),
-    "lora": (LINEAR | {"models": [{"model": "a+x"}]}, "merge the adapter into its model first"),
-    "lora as a mapping": (
-        LINEAR | {"models": [{"model": {"model": {"path": "a"}, "lora": {"path": "x"}}}]},
-        "merge the adapter into its model first",
+    "lora without a model": (LINEAR | {"models": [{"model": "+x"}]}, "write BASE+ADAPTER, or a path without +"),
+    "two of lora": (LINEAR | {"models": [{"model": "a+x+y"}]}, "with more than one adapter"),
+    "lora beside the model": (LINEAR | {"models": [{"model": "a", "lora": "x"}]}, "write model: BASE+ADAPTER"),
+    "lora with a misspelled key": (
+        LINEAR | {"models": [{"model": {"model": {"path": "a"}, "lora": {"path": "x"}, "weigth": 1}}]},
+        "unknown key 'weigth' in models[0].model; known keys: model, lora",
     ),
     "revision of a folder": (
         LINEAR | {"models": [{"model": "a@main"}]},

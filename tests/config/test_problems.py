@@ -133,8 +133,8 @@ def test_parameter_problem(line: str, expected: str) -> None:
             "unknown key 'merge_method' in models[2]; it belongs to the top level",
         ),
         (
-            "  - {model: c+lora}",
-            "models[2].model is 'c+lora': '+lora' is not supported yet; merge the adapter",
+            "  - {model: c+}",
+            "models[2].model is 'c+'; write BASE+ADAPTER, or a path without +",
         ),
         ("  - {model: c@main}", "models[2].model is 'c@main': '@revision' is not supported yet; give a folder, or"),
         ("vocabulary: union", "vocabulary is 'union'; it must be 'strict' or 'base'"),

@@ -94,6 +94,16 @@ def test_untouched_and_broken_tensors(method):
     assert action.run(Runner(), base, experts, "F32").isnan().all()
 
 
+@pytest.mark.parametrize(("method", "directions"), [("iso_c", 6), ("iso_cts", 6)])
+def test_the_mean_may_be_over_the_directions_that_are_there(method, directions):
+    base, experts = make_weights(20, 16, 3, rank=2, dtype=torch.float64)
+    over_all, over_rank = (merged_delta(base, experts, method, mean_over=over) for over in ("all", "rank"))
+    assert relative_error(over_rank, over_all * 16 / directions) < 1e-9
+    base, experts = make_weights(12, 10, 3, dtype=torch.float64)  # of full rank there is no difference
+    over_all, over_rank = (merged_delta(base, experts, "iso_c", mean_over=over) for over in ("all", "rank"))
+    assert np.array_equal(over_all, over_rank)
+
+
 def test_common_space_fraction_is_a_share():
     base, experts = make_weights(6, 8, 2)
     with pytest.raises(ArgumentError, match=r"common_space_fraction.*at most 1"):

@@ -178,6 +178,17 @@ def test_a_module_without_its_weights_is_an_error(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "e0")
 
 
+@pytest.mark.parametrize("transformer", ["", "0_Transformer"])
+def test_a_module_is_not_taken_for_a_transformer_without_weights(transformer: str, tmp_path: Path) -> None:
+    folder = write_sentences(tmp_path / "base", 0, transformer=transformer)
+    (folder / transformer / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        open_checkpoint(folder)
+    save_file({"lora_A.weight": torch.zeros(2, 2)}, folder / transformer / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is an adapter|has no weights"):
+        open_checkpoint(folder)
+
+
 def test_experts_modules_are_matched_by_their_place(tmp_path: Path) -> None:
     """Older folders have the transformer in one of its own, and other numbers."""
     write_all(tmp_path)
@@ -203,6 +214,19 @@ def test_a_plain_base_leaves_modules_of_experts_out_and_says_so(tmp_path: Path) 
     assert "e0: its weights are 'model.safetensors'; beside them, and not used: '2_Dense/model.safetensors'" in done.err
     assert not (tmp_path / "out/modules.json").exists()
     assert not (tmp_path / "out/2_Dense").exists()
+
+
+def test_the_bases_modules_stand_for_those_of_a_plain_expert_if_it_is_said(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    put(tmp_path / "plain", bert(1), {"model_type": "bert"})
+    write_config(tmp_path, "task_arithmetic", weight=1.0, more="missing_tensors: base")
+    (tmp_path / "merge.yml").write_text((tmp_path / "merge.yml").read_text().replace("e0", "plain"))
+    (warning,) = pymerge.plan(tmp_path / "merge.yml", device="cpu").warnings
+    assert "plain: has no modules.json, and " in warning
+    assert warning.endswith("those stand for its own (missing_tensors: base)")
+    merge_all(tmp_path)
+    found = load_file(tmp_path / "out/2_Dense/model.safetensors")
+    assert all(torch.allclose(found[name], tensor) for name, tensor in dense(2 + 6, 6, 8).items())
 
 
 def test_routers_have_modules_inside(tmp_path: Path) -> None:

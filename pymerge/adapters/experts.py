@@ -1,0 +1,140 @@
+"""Stacks of experts: parameters of three axes that PEFT adapts with one pair of factors, and how files hold them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pymerge.adapters.keys import Module
+from pymerge.adapters.low_rank import Matrix, Term, matrix
+from pymerge.checkpoint.safetensors_file import TensorEntry
+
+NUMBERED = re.compile(r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<name>\w+)")
+# Names of an expert's matrices in files, by the parameter that stacks them in memory, the upper one first.
+_STACKED = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down_proj": (("w2",), ("down_proj",))}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter E x p x q. Files hold it as one `stack`, or as `parts` of each expert, one above the other."""
+
+    name: str
+    shape: tuple[int, int, int]
+    stack: str = ""
+    parts: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Factors of a module, and the parameter that they adapt: E x outputs x inputs if `swapped`, else transposed."""
+
+    module: Module
+    parameter: Parameter
+    swapped: bool
+
+
+def parameters_of(module: str, tensors: Mapping[str, TensorEntry]) -> list[Parameter]:
+    """Parameters of three axes that a module of the base has, in the order in which transformers registers them."""
+    found = [
+        Parameter(name[len(module) + 1 :], (entry.shape[0], entry.shape[1], entry.shape[2]), name)
+        for name, entry in tensors.items()
+        if len(entry.shape) == 3 and name.rpartition(".")[0] == module
+    ]
+    found.sort(key=lambda each: ("down" in each.name, each.name))
+    return found or list(_in_memory(module, tensors))
+
+
+def _in_memory(module: str, tensors: Mapping[str, TensorEntry]) -> Iterator[Parameter]:
+    """The parameters that transformers makes of experts that files hold one by one."""
+    for name, spellings in _STACKED.items():
+        for words in spellings:
+            parts: list[tuple[str, ...]] = []
+            while all(f"{module}.{len(parts)}.{word}.weight" in tensors for word in words):
+                parts.append(tuple(f"{module}.{len(parts)}.{word}.weight" for word in words))
+            shapes = {tensors[tensor].shape for each in parts for tensor in each}
+            if len(shapes) == 1 and len(shape := shapes.pop()) == 2:
+                yield Parameter(name, (len(parts), len(words) * shape[0], shape[1]), "", tuple(parts))
+
+
+def assign(
+    modules: Sequence[Module],
+    parameters: Sequence[Parameter],
+    wanted: Sequence[str],
+    transposed: Callable[[str], bool | None],
+) -> list[Fit] | None:
+    """The parameter of each of the factors around one module; None if none fits, or several do.
+
+    Args:
+        modules: with the same name; the innermost is of the parameter that was registered first.
+        parameters: of that module.
+        wanted: target_parameters of the adapter's config.
+        transposed: whether matrices of a stack are stored as inputs x outputs, None if that is unknown.
+    """
+    modules = sorted(modules, key=lambda module: -module.depth)
+    named = [each for each in parameters if any(f".{name}".endswith(f".{each.name}") for name in wanted)]
+    for offered in (named, list(parameters)) if named else (list(parameters),):
+        fits = [[each for each in offered if _ways(module, each)] for module in modules]
+        if len(modules) == len(offered) and all(each in fit for each, fit in zip(offered, fits, strict=True)):
+            chosen = offered
+        elif all(len(fit) == 1 for fit in fits) and len({fit[0].name for fit in fits}) == len(fits):
+            chosen = [fit[0] for fit in fits]
+        else:
+            continue
+        return [_fit(module, each, transposed) for module, each in zip(modules, chosen, strict=True)]
+    return None
+
+
+def _ways(module: Module, parameter: Parameter) -> list[bool]:
+    """Whether factors fit swapped, as they are, both or none."""
+    count, rows, columns = parameter.shape
+    stored, size = module.a.shape, (module.b.shape[0], module.a.shape[1])
+    if len(stored) != 2 or len(module.b.shape) != 2 or stored[0] % count or module.b.shape[1] != stored[0]:
+        return []
+    return [swapped for swapped in (True, False) if size == ((rows, columns) if swapped else (columns, rows))]
+
+
+def _fit(module: Module, parameter: Parameter, transposed: Callable[[str], bool | None]) -> Fit:
+    ways = _ways(module, parameter)
+    if len(ways) > 1 and parameter.stack and transposed(parameter.stack):
+        return Fit(module, parameter, False)
+    return Fit(module, parameter, ways[0])
+
+
+def terms(fit: Fit, scale: float) -> Iterator[tuple[str, Term]]:
+    """What is added to which stored tensors."""
+    count, rows, _ = fit.parameter.shape
+    for number in range(count):
+        names = (fit.parameter.stack,) if fit.parameter.stack else fit.parameter.parts[number]
+        height = rows // len(names)
+        for at, name in enumerate(names):
+            left, right = _factors(fit, number, count, (at * height, (at + 1) * height))
+            yield name, Term(left, right, scale, 0, number if fit.parameter.stack else 0)
+
+
+def _factors(fit: Fit, number: int, count: int, rows: tuple[int, int]) -> tuple[Matrix, Matrix]:
+    """Factors of some rows of one expert: of A the rows of this expert, of B every count-th column."""
+    a, b = fit.module.a, fit.module.b
+    rank = a.shape[0] // count
+    ranks, own, part = (number * rank, (number + 1) * rank, 1), (number, b.shape[1], count), (*rows, 1)
+    if fit.swapped:
+        return Matrix(b, part, own), Matrix(a, ranks, (0, a.shape[1], 1))
+    return Matrix(a, ranks, part, True), Matrix(b, (0, b.shape[0], 1), own, True)
+
+
+def in_stack(module: Module, experts: str, tensors: Mapping[str, TensorEntry], scale: float) -> tuple[str, Term] | None:
+    """What factors of a single expert's matrix add to the stack that the base has of all; None if they do not fit."""
+    found = NUMBERED.fullmatch(module.name)
+    if found is None:
+        return None
+    for name, spellings in _STACKED.items():
+        words = next((words for words in spellings if found["name"] in words), None)
+        entry = tensors.get(f"{experts}.{name}")
+        if words is None or entry is None or len(entry.shape) != 3:
+            continue
+        count, rows, columns = entry.shape
+        size, number = (module.b.shape[0], module.a.shape[1]), int(found["number"])
+        if size == (rows // len(words), columns) and number < count:
+            first = words.index(found["name"]) * size[0]
+            return f"{experts}.{name}", Term(matrix(module.b), matrix(module.a), scale, first, number)
+    return None

@@ -1,0 +1,303 @@
+"""Tensors of a base to which products of two small factors are added, made when they are read, row by row."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from pymerge.adapters.decoders import OfAdapter
+from pymerge.checkpoint.decoded import CHUNK_ELEMENTS, DecodedEntry, ReadRows
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.dtypes import ITEM_SIZES
+
+if TYPE_CHECKING:
+    from pymerge.adapters.products import Array
+
+Range = tuple[int, int, int]  # start, stop, step
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A factor, picked out of a stored tensor, which counts as a matrix with its first axis as rows.
+
+    `rows` and `columns` are those that are taken of what is stored. Then the result is transposed, or its rows are cut
+    into so many `blocks`, which stand along the diagonal.
+    """
+
+    entry: TensorEntry
+    rows: Range
+    columns: Range
+    transposed: bool = False
+    blocks: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = len(range(*self.rows)), len(range(*self.columns)) * self.blocks
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def matrix(entry: TensorEntry) -> Matrix:
+    """All of a stored tensor as a factor."""
+    return Matrix(entry, (0, entry.shape[0], 1), (0, math.prod(entry.shape[1:]), 1))
+
+
+@dataclass(frozen=True)
+class Term:
+    """`scale` x `left` @ `right`, added to the rows from `first` on of the tensor, or of matrix `number` of a stack."""
+
+    left: Matrix
+    right: Matrix
+    scale: float
+    first: int = 0
+    number: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[0]
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Lengths that DoRA gives to all rows of a matrix, as it is stored, or to all columns."""
+
+    entry: TensorEntry
+    of_rows: bool = True
+
+
+class _Kept:
+    """Norms of columns, once they are known: they follow from all rows."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.columns: Array | None = None
+
+
+@dataclass(frozen=True)
+class LowRank(OfAdapter):
+    """W_0 + the sum of all terms, rows and columns of a stored tensor (of `stacked` ones of each of its matrices).
+
+    A tensor of more axes counts as a matrix with its first axis as rows. With a `magnitude`, rows or columns of the
+    sum are then given these lengths.
+    """
+
+    base: TensorEntry
+    terms: tuple[Term, ...]
+    stacked: bool = False
+    magnitude: Magnitude | None = None
+    kept: _Kept = field(default_factory=_Kept, compare=False, repr=False)
+
+    @property
+    def kind(self) -> str:
+        return f"rank {self.rank}" + (", DoRA" if self.magnitude else "")
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of what is added to a matrix."""
+        ranks: dict[int, int] = {}
+        for term in self.terms:
+            ranks[term.number] = ranks.get(term.number, 0) + term.rank
+        return max(ranks.values())
+
+    @property
+    def needs_torch(self) -> bool:
+        return self.magnitude is not None and self.magnitude.of_rows
+
+    @cached_property
+    def parts(self) -> tuple[TensorEntry, ...]:
+        factors = [side.entry for term in self.terms for side in (term.left, term.right)]
+        lengths = [self.magnitude.entry] if self.magnitude else []
+        return (self.base, *dict.fromkeys([*factors, *lengths]))
+
+    @cached_property
+    def _numbered(self) -> dict[int, list[Term]]:
+        found: dict[int, list[Term]] = {}
+        for term in self.terms:
+            found.setdefault(term.number, []).append(term)
+        return found
+
+    def factors(self, read: ReadRows, number: int = 0) -> tuple[Array, Array]:
+        """All that is added to a matrix as left (rows x R) @ right (R x columns), in float64, scales in `left`."""
+        import numpy as np
+
+        loader = _Loader(read, np.float64)
+        rows = self.base.shape[-2] if self.stacked else self.base.shape[0]
+        terms = self._numbered.get(number, [])
+        left = np.zeros((rows, sum(term.rank for term in terms)))
+        at = 0
+        for term in terms:
+            block = loader.values(term.left)
+            left[term.first : term.first + len(block), at : at + term.rank] = term.scale * block
+            at += term.rank
+        rights = [loader.values(term.right) for term in terms]
+        width = self.base.shape[-1] if self.stacked else math.prod(self.base.shape[1:])
+        return left, np.concatenate(rights) if rights else np.zeros((0, width))
+
+    def fill(self, read: ReadRows, out: Array, start: int, stop: int) -> None:
+        loader = _Loader(read, out.dtype.type)
+        if self.stacked:
+            for number in range(start, stop):
+                self._fill_matrix(loader, out[number - start], number)
+            return
+        width = math.prod(self.base.shape[1:])
+        flat = out.reshape(stop - start, width)
+        rights = [loader.values(term.right) for term in self.terms]
+        step = max(1, CHUNK_ELEMENTS // max(1, width))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            self._fill_rows(loader, rights, flat[first - start : last - start], first)
+
+    def decode(self, read: ReadRows, out: Array, start: int, stop: int) -> None:
+        self.fill(read, out, start, stop)
+
+    def _fill_matrix(self, loader: _Loader, out: Array, number: int) -> None:
+        """Fill `out` with one matrix of a stack."""
+        out.reshape(-1)[:] = loader.rows(self.base, number, number + 1).reshape(-1)
+        for term in self._numbered.get(number, []):
+            _add(loader, term, loader.values(term.right, kept=True), out, 0)
+
+    def _fill_rows(self, loader: _Loader, rights: list[Array], out: Array, start: int) -> None:
+        import numpy as np
+
+        from pymerge.adapters.products import row_norms
+
+        self._fill_sums(loader, rights, out, start)
+        if self.magnitude is None:
+            return
+        lengths = loader.flat(self.magnitude.entry)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if self.magnitude.of_rows:
+                out *= (lengths[start : start + len(out)] / row_norms(out))[:, None]
+            else:
+                out *= (lengths / self._column_norms(loader, rights))[None, :]
+
+    def _fill_sums(self, loader: _Loader, rights: list[Array], out: Array, start: int) -> None:
+        """W_0 and all terms, rows from `start` on."""
+        out[...] = loader.rows(self.base, start, start + len(out)).reshape(out.shape)
+        for term, right in zip(self.terms, rights, strict=True):
+            _add(loader, term, right, out, start)
+
+    def _column_norms(self, loader: _Loader, rights: list[Array]) -> Array:
+        import numpy as np
+
+        from pymerge.adapters.products import add_column_squares
+
+        with self.kept.lock:
+            if self.kept.columns is None:
+                rows, width = self.base.shape[0], math.prod(self.base.shape[1:])
+                step = max(1, CHUNK_ELEMENTS // max(1, width))
+                squares: Array = np.zeros(width, loader.kind)
+                for first in range(0, rows, step):
+                    block: Array = np.empty((min(step, rows - first), width), loader.kind)
+                    self._fill_sums(loader, rights, block, first)
+                    add_column_squares(squares, block)
+                self.kept.columns = np.sqrt(squares)
+            return self.kept.columns
+
+    def scratch(self, elements: int) -> int:
+        size = ITEM_SIZES[self.dtype]
+        base = min(elements, max(CHUNK_ELEMENTS, math.prod(self.base.shape[1:]))) * (ITEM_SIZES[self.base.dtype] + size)
+        nested = self.base.decoding_bytes
+        if self.stacked:
+            whole = sum(part.numel for part in self.parts[1:]) * 2 * size
+            picked = max(term.left.numel + term.right.numel for term in self.terms) * size
+            return base + nested + whole + picked
+        rights = sum(term.right.numel for term in self.terms) * size
+        width = max(1, math.prod(self.base.shape[1:]))
+        rows = CHUNK_ELEMENTS // width + 33
+        lefts = max(term.rank for term in self.terms) * min(rows, self.base.shape[0]) * 2 * size
+        read = max(term.right.entry.nbytes for term in self.terms)
+        again = 0 if self.magnitude is None else base
+        return base + nested + rights + lefts + read + again + 2**18
+
+
+def _add(loader: _Loader, term: Term, right: Array, out: Array, start: int) -> None:
+    """Add a term to rows of its matrix, from `start` on."""
+    from pymerge.adapters.products import TILE_ROWS, add_product
+
+    rows = term.left.shape[0]
+    first, last = max(start - term.first, 0), min(start + len(out) - term.first, rows)
+    if first >= last:
+        return
+    top = first // TILE_ROWS * TILE_ROWS
+    left = loader.some(term.left, top, min(-(-last // TILE_ROWS) * TILE_ROWS, rows))
+    at = term.first - start
+    add_product(out[at + first : at + last], left, right, term.scale, first - top)
+
+
+class _Loader:
+    """Reads parts of tensors as arrays of one type, and keeps whole ones while it lives."""
+
+    def __init__(self, read: ReadRows, kind: type) -> None:
+        self.kind = kind
+        self._read = read
+        self._whole: dict[TensorEntry, Array] = {}
+
+    def rows(self, entry: TensorEntry, start: int, stop: int) -> Array:
+        """Rows of a stored tensor as a matrix."""
+        from pymerge.adapters.products import as_array
+
+        data = self._read(entry, start, stop)
+        return as_array(data, entry.dtype, self.kind).reshape(stop - start, math.prod(entry.shape[1:]))
+
+    def flat(self, entry: TensorEntry) -> Array:
+        return self._all(entry).reshape(-1)
+
+    def values(self, factor: Matrix, *, kept: bool = False) -> Array:
+        """A whole factor; what is stored is `kept` for others that are picked out of the same."""
+        import numpy as np
+
+        if kept or len(range(*factor.rows)) == factor.entry.shape[0]:
+            stored = self._all(factor.entry)[slice(*factor.rows)]
+        else:
+            start, stop, step = factor.rows
+            stored = self.rows(factor.entry, start, stop)[::step]
+        return np.ascontiguousarray(self._shaped(factor, stored[:, slice(*factor.columns)]))
+
+    def some(self, factor: Matrix, start: int, stop: int) -> Array:
+        """Rows of a factor, reading no more than them where that can be."""
+        import numpy as np
+
+        if factor.entry in self._whole or factor.blocks > 1 or factor.columns[2] != 1:
+            return self.values(factor, kept=True)[start:stop]
+        begin, _, step = factor.rows
+        if not factor.transposed:
+            stored = self.rows(factor.entry, begin + step * start, begin + step * (stop - 1) + 1)[::step]
+            return np.ascontiguousarray(stored[:, slice(*factor.columns)])
+        if type(factor.entry) is not TensorEntry or not factor.entry.contiguous:
+            return self.values(factor, kept=True)[start:stop]
+        left = factor.columns[0]
+        lines = [self._line(factor.entry, row, left + start, left + stop) for row in range(*factor.rows)]
+        return np.ascontiguousarray(np.stack(lines, axis=1))
+
+    def _line(self, entry: TensorEntry, row: int, start: int, stop: int) -> Array:
+        """Some columns of one row."""
+        from pymerge.adapters.products import as_array
+
+        width, size = math.prod(entry.shape[1:]), ITEM_SIZES[entry.dtype]
+        line = replace(entry, shape=(width,), offset=entry.offset + row * width * size, nbytes=width * size)
+        return as_array(self._read(line, start, stop), entry.dtype, self.kind)
+
+    def _all(self, entry: TensorEntry) -> Array:
+        if entry not in self._whole:
+            self._whole[entry] = self.rows(entry, 0, entry.shape[0])
+        return self._whole[entry]
+
+    def _shaped(self, factor: Matrix, stored: Array) -> Array:
+        from pymerge.adapters.products import block_diagonal
+
+        shaped = block_diagonal(stored, factor.blocks) if factor.blocks > 1 else stored
+        return shaped.T if factor.transposed else shaped
+
+
+def low_rank_of(entry: TensorEntry) -> LowRank | None:
+    """The decoder of a whole tensor to which factors are added; None for any other entry."""
+    if not isinstance(entry, DecodedEntry) or not isinstance(entry.decoder, LowRank):
+        return None
+    return entry.decoder if entry.first_row == 0 and entry.shape == entry.decoder.shape else None

@@ -1,0 +1,19 @@
+"""What solvers in the space of factors must know of an expert's tensor: its rank over the base."""
+
+from __future__ import annotations
+
+from pymerge.adapters.low_rank import low_rank_of
+from pymerge.checkpoint.safetensors_file import TensorEntry
+
+
+def rank_over(base: TensorEntry, entry: TensorEntry) -> int | None:
+    """Rank of what an expert's tensor adds to this base, of a stack the largest; 0 where it is the base's own tensor.
+
+    None where it is not of low rank, or not over this base: of a model, with DoRA, or absolute.
+    """
+    if entry.same_bytes(base):
+        return 0
+    found = low_rank_of(entry)
+    if found is None or found.magnitude is not None or not found.base.same_bytes(base):
+        return None
+    return found.rank

@@ -1,0 +1,81 @@
+"""Adapters of embeddings and heads that their base ties: PEFT unties what it adapts, and an output has both in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pymerge.adapters.folder import AdapterFiles
+from pymerge.adapters.keys import Keys, Module
+from pymerge.adapters.settings import merged_by_peft
+from pymerge.architecture.roles import Kind, Layer, is_head_name
+from pymerge.architecture.token_tables import has_tokens
+from pymerge.checkpoint.checkpoint import Checkpoint
+from pymerge.checkpoint.compare import Relation, relation
+from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.errors import CheckpointError
+
+
+def drop_tied_heads(
+    base: Checkpoint, layers: Mapping[str, Layer], keys: Keys, files: AdapterFiles, keeps_tie: bool
+) -> None:
+    """Take factors of a tied head out of `keys`, where the embedding has the same: the table has them once.
+
+    Args:
+        base: a model that ties its head.
+        layers: roles of its tensors.
+        keeps_tie: the adapter's ensure_weight_tying.
+
+    Raises:
+        CheckpointError: only one of the two is adapted, or each differently.
+    """
+    tables = [name for name in layers if layers[name].kind is Kind.EMBEDDING and has_tokens(name)]
+    table = min(tables, key=lambda name: name.count("."), default=None)
+    if table is None or len(base.tensors[table].shape) != 2:
+        return
+    shape, word = base.tensors[table].shape, table.rpartition(".")[0].rpartition(".")[2]
+    factors = list(keys.modules.values())
+    heads = [each for each in factors if not each.embedding and _is_head(each.name) and _size(each) == shape]
+    embeddings = [each for each in factors if each.embedding and each.a.shape[1] == shape[0]]
+    with Reader(files.stamps | base.stamps) as reader:
+        if heads and embeddings and _equal(reader, heads[0], embeddings[0]):
+            del keys.modules[heads[0].name, heads[0].depth]
+        elif heads or (embeddings and not keeps_tie):
+            raise _untied(base, files, (heads or embeddings)[0].name)
+        values = [name for name in keys.values if name.rpartition(".")[0].rpartition(".")[2] == word]
+        if values and not keeps_tie and not any(_is_head(name.rpartition(".")[0]) for name in keys.values):
+            own, other = keys.values[values[0]], base.tensors[table]
+            if relation(reader, own, other) is not Relation.SAME:
+                raise _untied(base, files, values[0])
+
+
+def _untied(base: Checkpoint, files: AdapterFiles, name: str) -> CheckpointError:
+    other = "embedding" if _is_head(name) or _is_head(name.rpartition(".")[0]) else "head"
+    return CheckpointError(
+        f"{files.file}: changes {name} alone, which {base.path} ties to its {other}, and PEFT unties them in training; "
+        f"write the base with a head of its own (tie_word_embeddings: false), or {merged_by_peft(files.path)}"
+    )
+
+
+def _is_head(module: str) -> bool:
+    return is_head_name(f"{module}.weight") or module.rpartition(".")[2] == "output"
+
+
+def _size(module: Module) -> tuple[int, ...]:
+    return module.b.shape[0], module.a.shape[1]
+
+
+def _equal(reader: Reader, head: Module, embedding: Module) -> bool:
+    """Whether the factors of a head are those of an embedding, transposed."""
+    return all(_transposed_values(reader, one, other) for one, other in ((head.a, embedding.b), (head.b, embedding.a)))
+
+
+def _transposed_values(reader: Reader, one: TensorEntry, other: TensorEntry) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape[::-1]:
+        return False
+    import numpy as np
+
+    kind = np.dtype(f"u{ITEM_SIZES[one.dtype]}")
+    first, second = (np.frombuffer(reader.read_bytes(each), kind).reshape(each.shape) for each in (one, other))
+    return bool(np.array_equal(first, second.T))

@@ -1,0 +1,219 @@
+"""Merges in a basis that all task vectors share, made for adapters: KnOTS and Core Space."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pymerge.common.shapes import key_of
+from pymerge.methods.actions import Action, Run, Solve
+from pymerge.methods.base import Method, Parameter, Values
+from pymerge.methods.core.aligned import balanced, one_sided, two_sided
+from pymerge.methods.core.entries import drawn, elected_mean, from_smallest, largest
+from pymerge.methods.core.factors import Factors, Product
+from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, add_to_base, not_a_number
+from pymerge.ops._op import one_thread, task_vector
+from pymerge.ops.isotropic import equalised
+from pymerge.ops.singular_sum import orthogonal_sum
+
+
+@dataclass(frozen=True)
+class SolveAligned(Solve):
+    """W_0 + scale * X, X by the factors of the task vectors; those of models get factors by their singular values."""
+
+    scale: float
+    merge: str
+    density: float
+    keys: tuple[int, ...]  # of the random numbers of each task
+
+    @property
+    def has_core(self) -> bool:
+        return True
+
+    @property
+    def minds_factors(self) -> bool:
+        return True
+
+    @abstractmethod
+    def product(self, tasks: Sequence[Factors]) -> Product:
+        """X."""
+
+    def run_core(self, tasks: Sequence[Factors]) -> Product:
+        return self.product(tasks).times(self.scale)
+
+    def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
+        taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
+        if not all(bool(tau.isfinite().all()) for tau in taus):
+            return not_a_number(base, out_dtype)
+        with one_thread():
+            X = self.product([balanced(tau) for tau in taus]).whole()
+        return add_to_base(base, X, self.scale, out_dtype)
+
+    def core_scratch(self, shape: tuple[int, int], rank: int, experts: int) -> int:
+        return 8 * 4 * experts * rank * max(*shape, rank)  # what is aligned of each task, what is kept of it, and masks
+
+    def drawn(self, parts: Sequence[Tensor]) -> Tensor:
+        """DARE: the sum of what is drawn of each task."""
+        pairs = zip(parts, self.keys, strict=True)
+        return torch.stack([drawn(part, self.density, key) for part, key in pairs]).sum(dim=0)
+
+    def flops(self, shape: tuple[int, ...], experts: int) -> int:
+        small, large = sorted(shape)
+        return experts * (20 * small**2 * large + 4 * small * large**2) + 30 * (experts * small) ** 2 * small
+
+    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        small, large = sorted(shape)
+        # In float64: task vectors, their factors and these joined, what is merged of each, cores, and LAPACK's work.
+        return 8 * ((8 * experts + 6) * small * large + 6 * small * experts * small + 6 * small**2)
+
+
+@dataclass(frozen=True)
+class MergeOneSide(SolveAligned):
+    """KnOTS."""
+
+    cutoff: float
+    released: bool
+    label: ClassVar[str] = "knots"
+
+    def product(self, tasks: Sequence[Factors]) -> Product:
+        return one_sided(tasks, self.cutoff, self.released, self._merged)
+
+    def _merged(self, parts: Sequence[Tensor]) -> Tensor:
+        if self.merge == "linear":
+            return torch.stack(tuple(parts)).sum(dim=0)
+        if self.merge == "dare":
+            return self.drawn(parts)
+        count = int(self.density * parts[0].numel())
+        if self.released:
+            return elected_mean([from_smallest(part, part.numel() - count) for part in parts])
+        return elected_mean([largest(part, count) for part in parts])
+
+
+@dataclass(frozen=True)
+class MergeTwoSides(SolveAligned):
+    """Core Space."""
+
+    isotropic: bool
+    cart_rank: float
+    cart_weight: float
+    label: ClassVar[str] = "core_space"
+
+    def product(self, tasks: Sequence[Factors]) -> Product:
+        return two_sided(tasks, self._merged)
+
+    def _merged(self, parts: Sequence[Tensor]) -> Tensor:
+        M = self._by_rule(parts)
+        return equalised([M], 1.0, (M.shape[0], M.shape[1])) if self.isotropic else M
+
+    def _by_rule(self, parts: Sequence[Tensor]) -> Tensor:
+        shape = (parts[0].shape[0], parts[0].shape[1])
+        if self.merge == "ties":
+            return elected_mean([largest(part, int(self.density * part.numel())) for part in parts])
+        if self.merge == "dare":
+            return self.drawn(parts)
+        if self.merge == "tsv":
+            return orthogonal_sum(parts, len(parts), shape)
+        total = torch.stack(tuple(parts)).sum(dim=0)
+        if self.merge == "sum":
+            return total
+        mean = total / len(parts)
+        if self.merge == "cart":
+            rank = math.ceil(self.cart_rank * min(shape))
+            return mean + self.cart_weight * torch.stack([_leading(part - mean, rank) for part in parts]).sum(dim=0)
+        return mean
+
+
+def _leading(M: Tensor, rank: int) -> Tensor:
+    """M on its leading singular directions."""
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
+    leading: Tensor = (U[:, :rank] * s[:rank]) @ Vh[:rank]
+    return leading
+
+
+def _density(default: float) -> Parameter:
+    return Parameter("density", "number", default, "share of entries that ties and dare keep", minimum=0.0, maximum=1.0)
+
+
+# One choice: a threshold over all layers is not known before all of them are decomposed.
+_SCOPE = Parameter("scope", "choice", "layer", "what density is a share of: each layer's entries", choices=("layer",))
+_SEED = Parameter("random_seed", "integer", 0, "of dare's random masks; also a key of the config", minimum=0)
+
+
+class Knots(SolverMethod):
+    """KnOTS: the task vectors side by side, in the basis of their left singular vectors, merged entry by entry."""
+
+    name = "knots"
+    summary = "task vectors in the basis of their left singular vectors, merged there layer by layer; made for adapters"
+    source = "KnOTS, arXiv 2410.19735"
+    parameters = (
+        Parameter("merge", "choice", "ties", "rule for what is aligned", choices=("ties", "linear", "dare")),
+        _density(0.2),
+        Parameter("cutoff", "number", 1e-7, "singular values below this share of the largest are dropped", minimum=0.0),
+        _SCOPE,
+        _SEED,
+        Parameter(
+            "compat",
+            "choice",
+            "none",
+            "released: singular values above 1e-5 instead, and ties keeps all that equal its threshold",
+            choices=("none", "released"),
+        ),
+        *SHARED_PARAMETERS,
+    )
+
+    def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
+        return super().action(name, solvable, _with_keys(values, name, experts), experts)
+
+    def solve(self, values: Values) -> Action:
+        merge = values.merge
+        released = merge["compat"] == "released"
+        cutoff = 1e-5 if released else merge["cutoff"]
+        return MergeOneSide(merge["scale"], merge["merge"], merge["density"], merge["keys"], cutoff, released)
+
+
+class CoreSpace(SolverMethod):
+    """Core Space: task vectors between bases of all left and all right factors, merged there."""
+
+    name = "core_space"
+    summary = "task vectors between bases of all factors, merged there layer by layer; made for adapters"
+    source = "Core Space, arXiv 2509.17786"
+    parameters = (
+        Parameter(
+            "merge",
+            "choice",
+            "mean",
+            "rule for the cores",
+            choices=("mean", "sum", "ties", "dare", "tsv", "cart"),
+        ),
+        _density(0.1),
+        Parameter("isotropic", "flag", False, "then make the singular values of the merged core equal"),
+        Parameter("cart_rank", "number", 0.04, "cart: share of directions", minimum=0.0, maximum=1.0),
+        Parameter("cart_weight", "number", 0.1, "cart: factor of what is beside the mean"),
+        _SCOPE,
+        _SEED,
+        *SHARED_PARAMETERS,
+    )
+
+    def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
+        return super().action(name, solvable, _with_keys(values, name, experts), experts)
+
+    def solve(self, values: Values) -> Action:
+        merge = values.merge
+        shared = (merge["scale"], merge["merge"], merge["density"], merge["keys"])
+        return MergeTwoSides(*shared, merge["isotropic"], merge["cart_rank"], merge["cart_weight"])
+
+
+def _with_keys(values: Values, name: str, experts: int) -> Values:
+    """The values with keys for this tensor's random numbers, of each task; of what draws none, nothing."""
+    seed, draws = values.merge["random_seed"], values.merge["merge"] == "dare"
+    keys = tuple(key_of(seed, name, model) for model in range(experts)) if draws else ()
+    return Values({**values.merge, "keys": keys}, values.model)
+
+
+METHODS: tuple[Method, ...] = (Knots(), CoreSpace())

@@ -1,0 +1,46 @@
+"""Routes of tensors: which way a merge takes where experts are adapters, and by which tensors that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from pymerge.adapters.ranks import rank_over
+from pymerge.architecture.roles import Layer
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.names import listed
+from pymerge.methods.actions import Action, InCore, Solve
+from pymerge.planner import pieces
+
+# "core": solved in the space of all factors, and added to the base's rows. "tiles": on rows, those of adapters made as
+# they are read. "dense": on whole matrices.
+Route = Literal["core", "tiles", "dense"]
+
+
+def routed(action: Action, layer: Layer, base: TensorEntry, experts: Sequence[TensorEntry]) -> Action:
+    """The action, or the same in the core: where all task vectors are known by factors, and R is at most half of a
+    matrix's smaller side, or the method is defined by them. A weight that nobody has touched is left to others.
+    """
+    if not isinstance(action, Solve) or not action.has_core or (action.needs_outputs and layer.in_axis == 0):
+        return action
+    ranks = [rank_over(base, entry) for entry in experts]
+    known = [rank for rank in ranks if rank is not None]
+    if len(known) < len(ranks):
+        return action
+    rank, shape = sum(known), pieces.worked_shape(layer, action, base.shape)
+    takes = rank > 0 if action.minds_factors else 0 < 2 * rank <= min(shape)
+    return InCore(action, (shape[0], shape[1]), rank) if takes else action
+
+
+def remarks(actions: Iterable[tuple[str, Action]]) -> list[str]:
+    """What users should know of merges in the core, from all tensors' names and actions: each kind of remark once."""
+    found: dict[str, list[str]] = {}
+    for name, action in actions:
+        if isinstance(action, InCore) and (remark := action.solve.core_remark(action.shape, action.rank)):
+            found.setdefault(remark, []).append(name)
+    return [f"{listed(names)}: {remark}" for remark, names in found.items()]
+
+
+def route_of(action: Action) -> Route:
+    """The way that an action takes."""
+    return "core" if isinstance(action, InCore) else "dense" if isinstance(action, Solve) else "tiles"

@@ -1,0 +1,203 @@
+"""Adapters that PEFT writes, against what its own merge_and_unload makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.utils import logging
+
+from pymerge.checkpoint.checkpoint import open_checkpoint
+from tests.helpers.adapters import opened, read_all
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            vocab_size=60,
+            max_position_embeddings=16,
+            tie_word_embeddings=False,
+            attention_bias=True,
+        )
+    )
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=16, tie_word_embeddings=False)
+    )
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
+        )
+    )
+
+
+class Layers(nn.Module):
+    """Kinds of layers that no language model has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(6, 8, 3)
+        self.two = nn.Conv2d(6, 8, 3)
+        self.point = nn.Conv2d(6, 8, 1)
+        self.three = nn.Conv3d(4, 6, 2)
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.square = nn.Linear(16, 16)
+        self.table = nn.Embedding(20, 16)
+
+
+def layers() -> nn.Module:
+    torch.manual_seed(0)
+    return Layers()
+
+
+def trained(model: nn.Module, config: Any) -> Any:
+    """An adapter on the model with random values in all that is trained."""
+    wrapped = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return wrapped
+
+
+def save(model: nn.Module, folder: Path) -> Path:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        folder.mkdir()
+        save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def compared(make: Callable[[], nn.Module], config: Any, tmp_path: Path) -> tuple[dict[str, float], int]:
+    """For each tensor the largest difference in units of the last place, and how many tensors the adapter changes."""
+    base = save(make(), tmp_path / "base")
+    trained(make(), config).save_pretrained(tmp_path / "adapter")
+    expected = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter").merge_and_unload()
+    merged = read_all(open_checkpoint(save(expected, tmp_path / "expected")))
+    return differences(read_all(opened(base, tmp_path / "adapter")), merged, read_all(open_checkpoint(base)))
+
+
+def differences(
+    found: dict[str, Tensor], merged: dict[str, Tensor], base: dict[str, Tensor]
+) -> tuple[dict[str, float], int]:
+    assert found.keys() == merged.keys()
+    errors = {}
+    for name, tensor in found.items():
+        unit = np.spacing(torch.maximum(base[name].abs(), merged[name].abs()).float().numpy())
+        errors[name] = float((np.abs((tensor - merged[name]).numpy()) / unit).max())
+    return errors, sum(not torch.equal(merged[name], base[name]) for name in base)
+
+
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+
+
+def lora(targets: list[str] | str | None = None, **more: Any) -> Any:
+    return peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets or LINEAR, **more)
+
+
+def block_diagonal() -> Any:
+    from peft.tuners.lora.config import BdLoraConfig
+
+    blocks = BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2)
+    return lora(["q_proj", "o_proj"], use_bdlora=blocks)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], int]] = {
+    "plain": (llama, lora, 9),
+    "rank-stabilised": (llama, lambda: lora(use_rslora=True), 9),
+    "patterns": (
+        llama,
+        lambda: lora(rank_pattern={"layers.1.self_attn.q_proj": 2, "v_proj": 8}, alpha_pattern={"down_proj": 3}),
+        9,
+    ),
+    "patterns and rank-stabilised": (llama, lambda: lora(rank_pattern={"v_proj": 8}, use_rslora=True), 9),
+    "patterns that overlap": (llama, lambda: lora(rank_pattern={"layers.1.*.q_proj": 2, "q_proj": 8}), 9),
+    "DoRA": (llama, lambda: lora(use_dora=True), 9),
+    "DoRA and rank-stabilised": (llama, lambda: lora(use_dora=True, use_rslora=True), 9),
+    "DoRA of an embedding": (llama, lambda: lora([*LINEAR, "embed_tokens"], use_dora=True), 10),
+    "all biases": (llama, lambda: lora(bias="all"), 21),
+    "biases of adapted layers": (llama, lambda: lora(bias="lora_only"), 15),
+    "factors with a bias": (llama, lambda: lora(["q_proj", "v_proj"], lora_bias=True), 12),
+    "saved modules": (llama, lambda: lora(modules_to_save=["norm", "lm_head"]), 17),
+    "trained tokens": (llama, lambda: lora(trainable_token_indices=[3, 7, 59]), 10),
+    "tokens of both tables": (llama, lambda: lora(trainable_token_indices={"embed_tokens": [3], "lm_head": [1]}), 11),
+    "embedding and head": (llama, lambda: lora([*LINEAR, "embed_tokens", "lm_head"]), 11),
+    "some layers": (llama, lambda: lora(layers_to_transform=[1]), 3),
+    "all but one": (llama, lambda: lora(exclude_modules=["layers.0.self_attn.q_proj"]), 8),
+    "orthogonal": (llama, lambda: lora(init_lora_weights="orthogonal"), 9),
+    "block-diagonal": (llama, block_diagonal, 6),
+    "stored transposed": (gpt2, lambda: lora(["c_attn", "c_proj", "c_fc"]), 8),
+    "stored transposed, DoRA": (gpt2, lambda: lora(["c_attn", "c_proj", "c_fc"], use_dora=True), 8),
+    "renamed in memory": (vit, lambda: lora(["q_proj", "fc1"], bias="all", modules_to_save=["classifier"]), 24),
+    "attention in one": (layers, lambda: lora(["attention", "square"]), 3),
+    "a table": (layers, lambda: lora(["table"]), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_what_peft_merges(what: str, tmp_path: Path) -> None:
+    make, config, changes = CASES[what]
+    errors, changed = compared(make, config(), tmp_path)
+    assert changed == changes
+    # Where this was written all bits are the same, but of out_proj, whose product PEFT adds twice.
+    assert max(errors.values()) <= 2, {name: error for name, error in errors.items() if error > 2}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_convolutions(dora: bool, tmp_path: Path) -> None:
+    """PEFT computes them by a convolution, in another order."""
+    errors, changed = compared(layers, lora(["one", "two", "point", "three"], use_dora=dora), tmp_path)
+    assert changed == 4
+    assert max(errors.values()) <= 20
+
+
+def test_sixteen_bits(tmp_path: Path) -> None:
+    """PEFT rounds the product and the sum; here the sum alone is rounded, by the merge."""
+
+    def half() -> nn.Module:
+        return llama().to(torch.bfloat16)
+
+    base = save(half(), tmp_path / "base")
+    trained(half(), lora()).save_pretrained(tmp_path / "adapter")
+    expected = peft.PeftModel.from_pretrained(half(), tmp_path / "adapter").merge_and_unload().state_dict()
+    for name, tensor in read_all(opened(base, tmp_path / "adapter")).items():
+        size = torch.maximum(expected[name].abs(), tensor.to(torch.bfloat16).abs()).float()
+        assert ((tensor.to(torch.bfloat16) - expected[name]).abs().float() <= 2.0**-7 * size).all(), name
