@@ -63,13 +63,14 @@ class Content:
         return max(each.rank for each in self.adapted)
 
 
-def put_together(measured: Sequence[Measured], plan: Plan, options: ExtractOptions, base: str) -> Content:
-    """The content of the folder.
+def put_together(
+    measured: Sequence[Measured], plan: Plan, options: ExtractOptions, base: str, names: Mapping[str, str]
+) -> Content:
+    """The content of the folder; `names` are those of the base's tensors in memory, by those in files.
 
     Raises:
         PlanError: nothing that would get factors has changed, or a module would be adapted and replaced.
     """
-    model = plan.inputs.donor.tensors
     changed = [each for each in measured if each.total > 0]
     biases = [each.target for each in changed if each.target.place == "bias"]
     given = _with_factors(measured, {target.module for target in biases})
@@ -82,12 +83,12 @@ def put_together(measured: Sequence[Measured], plan: Plan, options: ExtractOptio
         pair = each.target.adapted(rank if each.target.uniform else max(1, each.rank))
         adapted.append(pair)
         tensors |= dict(zip(pair.names, _factors(each, pair.rank, torch_dtype(options.code)), strict=True))
-    bias = _bias(biases, adapted, model)
+    bias = _bias(biases, adapted, measured)
     for target in _with_bias(biases, adapted, measured, bias):
         minus = target.base if bias == "lora_bias" else None
         stored = Stored((target.expert,), target.base.shape, options.code, minus)
         tensors[bias_name(target.module, added=minus is not None)] = stored
-    saved = _saved([each.target for each in changed if each.target.place == "saved"], plan, options)
+    saved = _saved([each.target for each in changed if each.target.place == "saved"], plan, options, names)
     modules = {name.rpartition(".")[0] for name in saved}
     if twice := sorted(modules & {each.module for each in adapted}):
         raise PlanError([f"{listed(twice)}: would be adapted and replaced at once; leave them out with --exclude"])
@@ -96,7 +97,7 @@ def put_together(measured: Sequence[Measured], plan: Plan, options: ExtractOptio
     config = adapter_config(
         base,
         adapted,
-        model,
+        names.values(),
         saved=sorted(modules),
         bias=bias,
         fan_in_fan_out=turned,
@@ -133,12 +134,12 @@ def _factors(each: Measured, rank: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     return a, b
 
 
-def _bias(biases: Sequence[Target], adapted: Sequence[Adapted], model: Mapping[str, TensorEntry]) -> Bias:
+def _bias(biases: Sequence[Target], adapted: Sequence[Adapted], measured: Sequence[Measured]) -> Bias:
     """lora_bias is of all adapted modules, and those without a bias cannot be merged with it."""
     if not biases:
         return "none"
-    all_have = all(each.form == "module" and f"{each.module}.bias" in model for each in adapted)
-    return "lora_bias" if all_have else "lora_only"
+    having = {each.target.module for each in measured if each.target.place == "bias"}
+    return "lora_bias" if all(each.form == "module" and each.module in having for each in adapted) else "lora_only"
 
 
 def _with_bias(
@@ -151,19 +152,21 @@ def _with_bias(
     return [each.target for each in measured if each.target.place == "bias" and each.target.module in modules]
 
 
-def _saved(targets: Sequence[Target], plan: Plan, options: ExtractOptions) -> dict[str, Stored]:
-    """All tensors of the modules that PEFT replaces for the sake of these."""
-    model = plan.inputs.donor.tensors
+def _saved(
+    targets: Sequence[Target], plan: Plan, options: ExtractOptions, names: Mapping[str, str]
+) -> dict[str, Stored]:
+    """All tensors of the modules that PEFT replaces for the sake of these, by their names in memory."""
+    files = {path: name for name, path in names.items()}
     known = {step.name: step for step in plan.steps if step.experts}
     found = {}
-    for names in replaced({target.module for target in targets}, model).values():
-        for name in names:
-            whole = model[name]
+    for paths in replaced({target.module for target in targets}, files).values():
+        for path in paths:
+            whole = plan.inputs.donor.tensors[files[path]]
             entries: tuple[TensorEntry, ...] = (whole,)
-            if step := known.get(name):
+            if step := known.get(files[path]):
                 entries = (step.experts[0],)
                 if step.shape != whole.shape:  # rows beyond those that both have are the base's
                     entries += (whole.rows(step.shape[0], whole.shape[0]),)
             code = options.code if is_float(whole.dtype) else whole.dtype
-            found[name] = Stored(entries, whole.shape, code)
+            found[path] = Stored(entries, whole.shape, code)
     return found

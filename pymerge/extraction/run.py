@@ -24,6 +24,7 @@ from pymerge.engine.run import refuse_inputs
 from pymerge.errors import OutputError, PlanError
 from pymerge.extraction.content import Content, Stored, put_together
 from pymerge.extraction.measure import Measured, algorithm, footprint, measure, result_bytes
+from pymerge.extraction.names import names_in_memory
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import REPORT_NAME, ExtractReport, TensorReport, read_report, share
 from pymerge.extraction.targets import Target, find_targets
@@ -53,7 +54,8 @@ def run(
     """
     started = time.perf_counter()
     progress = progress or NoProgress()
-    targets = find_targets(plan, options)
+    names = names_in_memory(plan.inputs.donor)
+    targets = find_targets(plan, options, names)
     _check(targets, plan, options, base)
     refuse_inputs(plan, out)
     plan.check_inputs()
@@ -73,7 +75,7 @@ def run(
             measured = list(_measured(reader, targets, options, plan, progress))
         finally:
             progress.close()
-        content = put_together(measured, plan, options, base)
+        content = put_together(measured, plan, options, base, names)
         _write(content, output, reader)
         report = _report(measured, content, output, options, plan.warnings, time.perf_counter() - started)
         _publish(content, report, output, plan, options, base)
@@ -227,7 +229,8 @@ def _identity(plan: Plan, options: ExtractOptions, base: str) -> dict[str, str]:
     """All that decides the bytes of the output."""
     parts = plan.identity(f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}")
     parts |= {f"extract {name}": json.dumps(value) for name, value in options.values().items()}
-    return parts | {"command": "extract", "extract base": base, "torch version": env.package_versions()["torch"]}
+    parts |= {f"{name} version": env.package_versions()[name] for name in ("torch", "transformers")}
+    return parts | {"command": "extract", "extract base": base}
 
 
 def _verified(out: Path, started: float, progress: ProgressSink, warnings: tuple[str, ...]) -> ExtractReport:

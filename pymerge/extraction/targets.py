@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pymerge.architecture.roles import Kind, Layer
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.common.dtypes import is_float
+from pymerge.extraction.names import is_router
 from pymerge.extraction.options import ExtractOptions
 from pymerge.output.adapter_folder import Adapted, Form
 from pymerge.planner.plan import Plan
@@ -29,12 +30,14 @@ Place = Literal["factors", "saved", "bias", "nowhere"]
 class Target:
     """One tensor of both models: its entries, and where its difference goes.
 
-    `shape` is that of the matrix, or of each of the `count` matrices of a stack. `transposed` factors are of the
+    `path` is its name in memory, by which PEFT knows it. `shape` is that of the matrix, or of each of the `count`
+    matrices of a stack. `transposed` factors are of the
     transpose of what is stored: of Conv1D's weights, of tables, of some stacks. `uniform` ones need the largest rank of
     all, whatever their own is, and factors even where nothing has changed. `reason` says why a tensor goes nowhere.
     """
 
     name: str
+    path: str
     base: TensorEntry
     expert: TensorEntry
     rows: int  # of the whole tensor along its first axis; more than the entries', where the base's alone are left
@@ -52,11 +55,11 @@ class Target:
     @property
     def module(self) -> str:
         """Path of the module that has it."""
-        return self.name.rpartition(".")[0]
+        return self.path.rpartition(".")[0]
 
     def adapted(self, rank: int) -> Adapted:
         """The pair of factors, of this rank."""
-        parameter = self.name.rpartition(".")[2] if self.form == "parameter" else ""
+        parameter = self.path.rpartition(".")[2] if self.form == "parameter" else ""
         return Adapted(self.module, rank, self.form, parameter, self.depth)
 
     @property
@@ -65,8 +68,14 @@ class Target:
         return self.base.stored_bytes + self.expert.stored_bytes
 
 
-def find_targets(plan: Plan, options: ExtractOptions) -> list[Target]:
-    """What becomes of every tensor that differs or may differ, in the order of the plan."""
+def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) -> list[Target]:
+    """What becomes of every tensor that differs or may differ, in the order of the plan.
+
+    Args:
+        plan: of a merge of the fine-tuned model alone.
+        options: what is asked for.
+        names: in memory, by those in files.
+    """
     donor = plan.inputs.donor
     found: dict[str, Target] = {}
     for step in plan.steps:
@@ -75,8 +84,11 @@ def find_targets(plan: Plan, options: ExtractOptions) -> list[Target]:
         base, expert = step.base, step.experts[0]
         shape = base.shape or (1,)
         whole = donor.tensors[step.name].shape if step.name in donor.tensors else base.shape
-        target = Target(step.name, base, expert, (whole or shape)[0], "nowhere", (shape[0], math.prod(shape[1:])))
-        if options.takes(step.name):
+        path, matrix = names.get(step.name, step.name), (shape[0], math.prod(shape[1:]))
+        target = Target(step.name, path, base, expert, (whole or shape)[0], "nowhere", matrix)
+        if is_router(step.name, donor.tensors):
+            found[step.name] = target
+        elif options.takes(step.name):
             found[step.name] = _with_factors(target, step.layer, donor.config, options)
         else:
             found[step.name] = replace(target, reason="not asked for")
@@ -129,7 +141,7 @@ def _with_rest(target: Target, adapted: set[str], options: ExtractOptions) -> Ta
         return target
     last = target.name.rpartition(".")[2]
     if options.rest == "skip":
-        return replace(target, reason="norms, biases and others: --rest full")
+        return replace(target, reason="norms, biases, routers and others: --rest full")
     if last == "bias" and target.module in adapted:
         return replace(target, place="bias")
     if last in ("weight", "bias") and target.module:

@@ -122,7 +122,7 @@ def targets(modules: Iterable[str], model: Collection[str]) -> list[str]:
     return sorted(found)
 
 
-def replaced(modules: Iterable[str], model: Mapping[str, Any]) -> dict[str, list[str]]:
+def replaced(modules: Iterable[str], model: Iterable[str]) -> dict[str, list[str]]:
     """The modules that PEFT replaces for these modules_to_save, with the tensors of each: it takes every module whose
     path ends like one of them, whatever stands before."""
     inside: dict[str, list[str]] = {}
