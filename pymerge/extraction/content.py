@@ -18,6 +18,7 @@ from pymerge.extraction.deltas import BLOCK
 from pymerge.extraction.measure import Measured
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.targets import Target
+from pymerge.extraction.tied import TiedHead
 from pymerge.output.adapter_folder import Adapted, adapter_config, bias_name, replaced, saved_name, task_type, vllm_note
 from pymerge.planner.plan import Plan
 
@@ -64,7 +65,12 @@ class Content:
 
 
 def put_together(
-    measured: Sequence[Measured], plan: Plan, options: ExtractOptions, base: str, names: Mapping[str, str]
+    measured: Sequence[Measured],
+    plan: Plan,
+    options: ExtractOptions,
+    base: str,
+    names: Mapping[str, str],
+    head: TiedHead | None,
 ) -> Content:
     """The content of the folder; `names` are those of the base's tensors in memory, by those in files.
 
@@ -90,6 +96,8 @@ def put_together(
         tensors[bias_name(target.module, added=minus is not None)] = stored
     saved = _saved([each.target for each in changed if each.target.place == "saved"], plan, options, names)
     modules = {name.rpartition(".")[0] for name in saved}
+    if head is not None and names[head.table] in saved:
+        saved[head.weight] = saved[names[head.table]]
     if twice := sorted(modules & {each.module for each in adapted}):
         raise PlanError([f"{listed(twice)}: would be adapted and replaced at once; leave them out with --exclude"])
     tensors |= {saved_name(name): stored for name, stored in saved.items()}
@@ -102,6 +110,7 @@ def put_together(
         bias=bias,
         fan_in_fan_out=turned,
         task_type=task_type(plan.inputs.donor.config),
+        tied=head is not None,
     )
     note = vllm_note(rank, plain=not saved and bias == "none")
     return Content(tuple(adapted), dict(sorted(tensors.items())), config, note)

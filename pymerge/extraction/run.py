@@ -28,6 +28,7 @@ from pymerge.extraction.names import names_in_memory
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import REPORT_NAME, ExtractReport, TensorReport, read_report, share
 from pymerge.extraction.targets import Target, find_targets
+from pymerge.extraction.tied import tied_head
 from pymerge.ops._op import one_thread
 from pymerge.output.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from pymerge.output.directory import OutputDirectory
@@ -56,6 +57,7 @@ def run(
     progress = progress or NoProgress()
     names = names_in_memory(plan.inputs.donor)
     targets = find_targets(plan, options, names)
+    head = tied_head(plan, options)
     _check(targets, plan, options, base)
     refuse_inputs(plan, out)
     plan.check_inputs()
@@ -75,7 +77,7 @@ def run(
             measured = list(_measured(reader, targets, options, plan, progress))
         finally:
             progress.close()
-        content = put_together(measured, plan, options, base, names)
+        content = put_together(measured, plan, options, base, names, head)
         _write(content, output, reader)
         report = _report(measured, content, output, options, plan.warnings, time.perf_counter() - started)
         _publish(content, report, output, plan, options, base)

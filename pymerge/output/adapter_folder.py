@@ -69,6 +69,7 @@ def adapter_config(
     bias: Literal["none", "lora_bias", "lora_only"] = "none",
     fan_in_fan_out: bool = False,
     task_type: str | None = None,
+    tied: bool = False,
 ) -> bytes:
     """The content of adapter_config.json.
 
@@ -80,6 +81,7 @@ def adapter_config(
         bias: what is done to biases of adapted modules.
         fan_in_fan_out: whether weights are stored d_in x d_out, as in GPT-2.
         task_type: PEFT's word for the kind of model; None leaves it open.
+        tied: whether a head is replaced with the table that it is made of.
     """
     rank = max(each.rank for each in adapted)
     ranks = {re.escape(each.path): each.rank for each in adapted if each.rank != rank}
@@ -98,6 +100,7 @@ def adapter_config(
         "bias": "lora_only" if bias == "lora_only" else "none",
         "lora_bias": bias == "lora_bias",
         "fan_in_fan_out": fan_in_fan_out,
+        "ensure_weight_tying": tied,
         "use_rslora": False,
         "use_dora": False,
         "lora_dropout": 0.0,

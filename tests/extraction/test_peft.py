@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import pymerge
+from pymerge.errors import PlanError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -20,10 +23,8 @@ RANK = 2
 
 
 def llama(**more: Any) -> nn.Module:
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32, **more
-    )
-    return made(transformers.LlamaForCausalLM, config)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return made(transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes | {"vocab_size": 32} | more))
 
 
 def qwen2() -> nn.Module:
@@ -119,8 +120,18 @@ def merged(base: Path, adapter: Path, kind: type[Any]) -> nn.Module:
         model = peft.PeftModel.from_pretrained(loaded, adapter)
     said = [str(each.message) for each in found]
     assert not [text for text in said if "missing" in text or "unexpected" in text]
+    if not _is_converted(adapter):
+        assert (
+            peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+            == load_file(adapter / "adapter_model.safetensors").keys()
+        )
     result: nn.Module = model.merge_and_unload()
     return result
+
+
+def _is_converted(adapter: Path) -> bool:
+    """Whether PEFT itself puts factors of single experts together."""
+    return any(".experts.0." in name for name in load_file(adapter / "adapter_model.safetensors"))
 
 
 def agree(one: nn.Module, other: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> int:
@@ -156,3 +167,86 @@ def test_what_is_extracted_at_full_rank_is_what_was_learnt(make: Callable[[], nn
     report = pymerge.extract(base, tuned, tmp_path / "out", rank=RANK, progress=False)
     assert report.error < 1e-5
     assert agree(merged(base, tmp_path / "out", type(model)), model) > 10
+
+
+def test_ranks_that_differ_in_twelve_blocks(tmp_path: Path) -> None:
+    """Patterns of layer 1 must not be those of layer 11, and the scale of every module is 1."""
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        block = int(name.split(".")[2]) if ".layers." in name else 0
+        return low_rank(name, weight, 1 + block % 4) if "_proj" in name else torch.zeros_like(weight)
+
+    base, tuned, model = saved(lambda: llama(num_hidden_layers=12), change, tmp_path)
+    report = pymerge.extract(base, tuned, tmp_path / "out", energy=1 - 1e-9, progress=False)
+    assert {each.rank for each in report.tensors} == {1, 2, 3, 4}
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 4
+    assert config["rank_pattern"] == config["alpha_pattern"] != {}
+    agree(merged(base, tmp_path / "out", type(model)), model)
+
+
+def test_what_is_cut_off_is_what_the_spectrum_says(tmp_path: Path) -> None:
+    base, tuned, model = saved(llama, low_rank_of_five, tmp_path)
+    report = pymerge.extract(base, tuned, tmp_path / "out", rank=2, progress=False)
+    found = dict(merged(base, tmp_path / "out", type(model)).named_parameters())
+    before = dict(type(model).from_pretrained(base).named_parameters())
+    reported = {each.name: each for each in report.tensors if each.place == "factors"}
+    assert len(reported) == 14
+    for name, weight in model.named_parameters():
+        if name not in reported:
+            continue
+        tau = (weight - before[name]).double().detach()
+        U, s, Vh = torch.linalg.svd(tau)
+        wanted = before[name].double() + (U[:, :2] * s[:2]) @ Vh[:2]
+        torch.testing.assert_close(found[name].double(), wanted, rtol=0, atol=2e-6)
+        assert reported[name].error == pytest.approx(float(s[2:].norm() / s.norm()), rel=1e-4)
+
+
+def low_rank_of_five(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return low_rank(name, weight, 5) if "_proj" in name else torch.zeros_like(weight)
+
+
+BIASED = {
+    "everywhere": (lambda: llama(attention_bias=True, mlp_bias=True), ("embed", "lm_head"), "lora_bias"),
+    "in some": (qwen2, ("embed", "lm_head"), "lora_only"),
+    "norms and Conv1D": (gpt2, ("wte", "wpe"), "lora_bias"),
+    "pooler": (bert, ("embeddings", "cls"), "lora_bias"),
+    "patches": (vit, ("cls_token", "position_embeddings"), "lora_bias"),
+}
+
+
+@pytest.mark.parametrize("case", BIASED)
+def test_norms_and_biases(case: str, tmp_path: Path) -> None:
+    make, left_out, bias = BIASED[case]
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        skipped = any(word in name for word in left_out) and "LayerNorm" not in name
+        return torch.zeros_like(weight) if skipped else anything(name, weight)
+
+    base, tuned, model = saved(make, change, tmp_path)
+    more = {"embeddings": "full"} if make is vit else {}
+    report = pymerge.extract(base, tuned, tmp_path / "out", rank=RANK, rest="full", progress=False, **more)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["lora_bias"], config["bias"]) == (bias == "lora_bias", "none" if bias == "lora_bias" else bias)
+    assert report.error_of_all < 1e-5
+    assert "vLLM does not load it" in report.note
+    agree(merged(base, tmp_path / "out", type(model)), model)
+
+
+def tied() -> nn.Module:
+    return llama(tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(("make", "embeddings"), [(llama, "full"), (llama, "lora"), (tied, "full")])
+def test_embeddings(make: Callable[[], nn.Module], embeddings: str, tmp_path: Path) -> None:
+    base, tuned, model = saved(make, low_rank, tmp_path)
+    pymerge.extract(base, tuned, tmp_path / "out", rank=RANK, embeddings=embeddings, progress=False)
+    agree(merged(base, tmp_path / "out", type(model)), model)
+
+
+@pytest.mark.parametrize(("make", "embeddings"), [(tied, "lora"), (gpt2, "full"), (t5, "full"), (bert, "lora")])
+def test_tables_that_peft_would_get_wrong(make: Callable[[], nn.Module], embeddings: str, tmp_path: Path) -> None:
+    base, tuned, _ = saved(make, low_rank, tmp_path)
+    with pytest.raises(PlanError, match=r"embeddings|--exclude"):
+        pymerge.extract(base, tuned, tmp_path / "out", rank=RANK, embeddings=embeddings, progress=False)
+    assert not (tmp_path / "out").exists()
