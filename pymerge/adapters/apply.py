@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from pymerge.adapters.decoders import AddedBias, TokenRows
-from pymerge.adapters.experts import NUMBERED, Parameter, assign, in_stack, parameters_of, terms
+from pymerge.adapters.experts import NUMBERED, Parameter, assign, in_memory, in_stack, stacks_of, terms
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Module, read_keys
 from pymerge.adapters.low_rank import LowRank, Magnitude, Matrix, Term, matrix
@@ -113,6 +113,10 @@ class _Builder:
         tensors = {name: (entry.dtype, entry.shape) for name, entry in self._base.tensors.items()}
         return classify(tensors, self._base.config)
 
+    @cached_property
+    def _stacks(self) -> dict[str, list[Parameter]]:
+        return stacks_of(self.tensors)
+
     def _add_factors(self, placed: Placed) -> None:
         alike: dict[str, list[Module]] = {}
         for module in self._keys.modules.values():
@@ -122,9 +126,11 @@ class _Builder:
             single = len(modules) == 1 and modules[0].depth == 0
             weights = (f"{where}.weight", f"{where}.in_proj_weight")
             tensor = next((weight for weight in weights if weight in self.tensors), None)
-            parameters = parameters_of(where, self.tensors)
             convolution = tensor is not None and len(modules[0].a.shape) > 2
-            if parameters and not convolution:
+            parameters = [] if convolution else self._stacks.get(where, [])
+            if tensor is None and not parameters:
+                parameters = list(in_memory(where, self.tensors))
+            if parameters:
                 self._add_stacks(modules, where, parameters)
             elif tensor is not None and single:
                 self._add_matrix(modules[0], tensor)

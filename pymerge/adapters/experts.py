@@ -34,18 +34,20 @@ class Fit:
     swapped: bool
 
 
-def parameters_of(module: str, tensors: Mapping[str, TensorEntry]) -> list[Parameter]:
-    """Parameters of three axes that a module of the base has, in the order in which transformers registers them."""
-    found = [
-        Parameter(name[len(module) + 1 :], (entry.shape[0], entry.shape[1], entry.shape[2]), name)
-        for name, entry in tensors.items()
-        if len(entry.shape) == 3 and name.rpartition(".")[0] == module
-    ]
-    found.sort(key=lambda each: ("down" in each.name, each.name))
-    return found or list(_in_memory(module, tensors))
+def stacks_of(tensors: Mapping[str, TensorEntry]) -> dict[str, list[Parameter]]:
+    """Parameters of three axes by their modules, in the order in which transformers registers them."""
+    found: dict[str, list[Parameter]] = {}
+    for name, entry in tensors.items():
+        if len(entry.shape) == 3:
+            module, _, last = name.rpartition(".")
+            shape = entry.shape[0], entry.shape[1], entry.shape[2]
+            found.setdefault(module, []).append(Parameter(last, shape, name))
+    for parameters in found.values():
+        parameters.sort(key=lambda each: ("down" in each.name, each.name))
+    return found
 
 
-def _in_memory(module: str, tensors: Mapping[str, TensorEntry]) -> Iterator[Parameter]:
+def in_memory(module: str, tensors: Mapping[str, TensorEntry]) -> Iterator[Parameter]:
     """The parameters that transformers makes of experts that files hold one by one."""
     for name, spellings in _STACKED.items():
         for words in spellings:
