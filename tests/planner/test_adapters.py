@@ -237,6 +237,16 @@ def test_without_base_model_the_first_adapter_gives_its_own(models: Path) -> Non
     assert json.loads((models / "out" / "config.json").read_text())["model_type"] == "llama"
 
 
+def test_an_adapter_in_two_halves_is_the_same_for_sums(models: Path) -> None:
+    tensors = load_file(models / "a0" / "adapter_model.safetensors")
+    for number, ranks in enumerate((slice(0, 1), slice(1, 3))):
+        half = {key: value[ranks] if "lora_A" in key else value[:, ranks] for key, value in tensors.items()}
+        rank = half[next(iter(half))].shape[0 if "lora_A" in next(iter(half)) else 1]
+        write_adapter(models / f"half{number}", half, r=rank, lora_alpha=2 * rank)
+    more: dict[str, Any] = {"parameters": {"weight": 0.7}}
+    near(merged(config(models, "half0", "half1", **more)), merged(config(models, "a0", **more), "whole"))
+
+
 def test_one_adapter_under_two_names_counts_twice(models: Path) -> None:
     plan = planned(config(models, "a0", "base+a0"))
     assert plan.warnings == ("'base+a0' is the same adapter as 'a0': it counts twice",)
