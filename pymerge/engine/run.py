@@ -84,7 +84,7 @@ def run(
     device, extras = plan.target.device, plan.extras
     runner = Runner(plan.target.backend, device)
     _log_plan(plan)
-    _refuse_inputs(plan, out)
+    refuse_inputs(plan, out)
     plan.check_inputs()
     identity = plan.identity(processor(plan))
     manifest = read_manifest(out)
@@ -177,7 +177,7 @@ def _log_plan(plan: Plan) -> None:
         event("warning", warning, level=WARNING)
 
 
-def _refuse_inputs(plan: Plan, out: Path) -> None:
+def refuse_inputs(plan: Plan, out: Path) -> None:
     """An output that is an input would, with overwrite, be removed before it is read."""
     for checkpoint in plan.inputs.all:
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent

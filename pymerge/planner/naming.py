@@ -41,7 +41,7 @@ def under_names_of(donor: Checkpoint, expert: Checkpoint, wanted: Collection[str
         return Named(expert, problem=text)
     tensors = naming.result()
     notes = tuple(f"{expert.path}: {note}, as in {donor.path}" for note in naming.notes)
-    return Named(replace(expert, tensors=tensors), notes) if notes else Named(expert)
+    return Named(replace(expert, tensors=tensors), notes)
 
 
 def _is_there(name: str, donor: Checkpoint, expert: Checkpoint) -> bool:
