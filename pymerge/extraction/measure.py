@@ -29,6 +29,7 @@ class Measured:
     total: float
     lost: float
     pairs: tuple[tuple[Tensor, Tensor], ...] = field(default=(), repr=False)
+    algorithm: str = ""
 
     @property
     def rank(self) -> int:
@@ -53,7 +54,7 @@ def measure(reader: Reader, target: Target, options: ExtractOptions) -> Measured
         pairs.append((left, right))
         total += triplets.total
         lost += _lost(delta, left, right)
-    return Measured(target, total, lost, tuple(pairs))
+    return Measured(target, total, lost, tuple(pairs), algorithm_of(target.shape, options, held=held))
 
 
 def footprint(target: Target, options: ExtractOptions) -> int:
@@ -73,12 +74,6 @@ def result_bytes(target: Target, options: ExtractOptions) -> int:
         return 0
     rank = min(options.most or min(target.shape), *target.shape)
     return target.count * rank * sum(target.shape) * torch_dtype(options.code).itemsize
-
-
-def algorithm(target: Target, options: ExtractOptions) -> str:
-    """The algorithm that computes the factors of a target."""
-    held = target.stacked or is_held(target.shape, options.algorithm)
-    return algorithm_of(target.shape, options, held=held)
 
 
 def _split(triplets: Triplets, options: ExtractOptions, target: Target) -> tuple[Tensor, Tensor]:
