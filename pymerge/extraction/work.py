@@ -56,6 +56,7 @@ class Work:
     card: Callable[[ExtractReport], bytes]
     files: Mapping[str, bytes]
     recipe: Mapping[str, str]
+    reads_all: bool = True  # of both tensors of a target
 
     def identity(self) -> dict[str, str]:
         """All that decides the bytes of the output."""
@@ -135,7 +136,7 @@ def _measured(reader: Reader, work: Work, progress: ProgressSink) -> Iterator[Me
     def one(target: Target) -> Measured:
         with one_thread():
             found = work.measure(reader, target)
-        if not keeps_cache:
+        if work.reads_all and not keeps_cache:
             reader.release(target.base)
             reader.release(target.expert)
         return found
@@ -148,8 +149,9 @@ def _measured(reader: Reader, work: Work, progress: ProgressSink) -> Iterator[Me
                     not waiting or (len(waiting) < 2 * threads and used + work.footprint(rest[0]) <= plan.budget.host)
                 ):
                     target = rest.popleft()
-                    reader.announce(target.base)
-                    reader.announce(target.expert)
+                    if work.reads_all:
+                        reader.announce(target.base)
+                        reader.announce(target.expert)
                     waiting.append((target, pool.submit(one, target)))
                     used += work.footprint(target)
                 target, future = waiting.popleft()
