@@ -129,24 +129,25 @@ def merge_adapters(
     progress: bool = True,
     overwrite: bool = False,
 ) -> ExtractReport:
-    """Merge adapters into an adapter in PEFT's form, in the directory `out`; the base's weights are not read.
+    """Merge adapters into an adapter in PEFT's form, in the directory `out`.
+
+    The base's weights are read only where the merge is no product of factors.
 
     Args:
-        config: as of `plan`, with a base_model and adapters as models, by a method that adds their differences, or
-            solves in the space of their factors.
+        config: as of `plan`, with a base_model and adapters as models.
         out: output directory, as of `run`.
         rank: "exact" (the sum of all ranks), a largest rank, or below 1 the share of the sum of s^2 that is kept.
-        full_tensors: tensors that are no products of factors: "error", or "skip".
+        full_tensors: tensors that have no factors in adapters, such as norms: "error", or "skip".
         memory, progress, overwrite: as of `plan` and `run`.
 
     Raises:
-        PlanError: a merged tensor is not of low rank; nothing is written.
+        PlanError: a merged tensor is not of low rank, and no lower rank is asked for; nothing is written.
         PymergeError: another of its subclasses, see pymerge.errors.
     """
     from pymerge.extraction.merged import run as carry_out_merge
 
     return carry_out_merge(
-        plan(config, device="cpu", memory=memory),
+        plan(config, device="cpu", memory=memory, dtype="float32"),
         str(rank),
         Path(out),
         full_tensors=full_tensors,

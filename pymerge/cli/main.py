@@ -65,7 +65,7 @@ def merge(
     ] = "exact",
     full_tensors: Annotated[
         str,
-        typer.Option("--full-tensors", metavar="error|skip", help="With --adapter: tensors that are no products."),
+        typer.Option("--full-tensors", metavar="error|skip", help="With --adapter: norms, biases and others."),
     ] = "error",
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -24,6 +24,7 @@ from pymerge.common.names import listed
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.engine.model_card import RECIPE_NAME
 from pymerge.errors import ArgumentError, NonFiniteError, PlanError
+from pymerge.extraction.dense import merge_and_cut
 from pymerge.extraction.measure import Measured
 from pymerge.extraction.names import names_in_memory
 from pymerge.extraction.options import ExtractOptions
@@ -68,7 +69,7 @@ def run(
         plan: of the merge, with a base.
         rank: "exact", or as of `parse_rank`.
         out: output directory, as of a merge.
-        full_tensors: "error" or "skip": what is done with tensors of the merge that are no products of factors.
+        full_tensors: "error" or "skip": what is done with tensors that have no factors in adapters: norms, biases.
         overwrite: replace something else that pymerge has written there.
         progress: told about the bytes read.
 
@@ -83,35 +84,38 @@ def run(
     names = names_in_memory(plan.inputs.donor)
     steps = {step.name: step for step in plan.steps if step.experts}
     targets = [target for target in find_targets(plan, options, names) if _changes(steps[target.name])]
-    targets = [_as_read(target, steps[target.name]) for target in targets]
-    full = [target.name for target in targets if target.place == "nowhere"]
-    if full and full_tensors == "error":
-        reasons = {target.reason for target in targets if target.place == "nowhere"}
+    reasons = {target.name: _why_full(steps[target.name], plan.method.name) for target in targets}
+    factored = [target for target in targets if target.place == "factors"]
+    full = [target.name for target in targets if target.place != "factors"]
+    dense = [target for target in factored if reasons[target.name]]
+    if dense and rank == EXACT:
+        found = "; ".join(sorted({reasons[target.name] for target in dense}))
         raise PlanError(
-            [
-                f"{listed(full)}: {'; '.join(sorted(reasons))}; merge into a model, and extract an adapter of some "
-                "--rank from that (pymerge extract), or give --full-tensors skip"
-            ]
+            [f"{listed([target.name for target in dense])}: {found}; give --rank N, or a share such as 0.99"]
         )
-    if not any(target.place == "factors" for target in targets):
+    if full and full_tensors == "error":
+        raise PlanError(
+            [f"{listed(full)}: no weights of modules that adapters have factors of; give --full-tensors skip"]
+        )
+    if not factored:
         raise PlanError([f"{plan.config.name}: no adapter changes anything that the output could have; list others"])
-    targets = [target for target in targets if target.place == "factors"]
     work = Work(
         plan,
         options,
         base,
-        targets,
+        [target for target in factored if not reasons[target.name]],
         names,
-        tied_head(plan, options) if any(target.form == "table" for target in targets) else None,
+        tied_head(plan, options) if any(target.form == "table" for target in factored) else None,
         measure=lambda reader, target: _measure(reader, target, steps[target.name], options, exact=rank == EXACT),
         footprint=lambda target: _footprint(target, steps[target.name]),
         card=partial(_card, plan=plan, base=base, full=full),
         files={RECIPE_NAME: plan.config.source_text.encode()},
-        reads_all=False,
         recipe={"command": "merge --adapter", "rank": rank, "full_tensors": full_tensors},
+        reads_all=False,
+        also=lambda reader: merge_and_cut(plan, dense, options, reader),
     )
     report = carry_out(work, out, progress or NoProgress(), overwrite=overwrite)
-    skipped = (f"{listed(full)}: no products of factors, left out of the adapter",) if full else ()
+    skipped = (f"{listed(full)}: not in the adapter",) if full else ()
     return replace(report, warnings=(*report.warnings, *skipped))
 
 
@@ -120,15 +124,7 @@ def _changes(step: Step) -> bool:
     return any(rank_over(step.base, entry) != 0 for entry in step.experts)
 
 
-def _as_read(target: Target, step: Step) -> Target:
-    """The target with its expert's parts as what is read, or going nowhere if it is no product of factors."""
-    reason = _why_full(step)
-    if reason or target.place != "factors":
-        return replace(target, place="nowhere", reason=reason or target.reason)
-    return target
-
-
-def _why_full(step: Step) -> str:
+def _why_full(step: Step, method: str) -> str:
     """Why the merge of a tensor is not a sum of products of factors; "" if it is."""
     if any(rank_over(step.base, entry) is None for entry in step.experts):
         return "of a model, absolute, or with DoRA in some input"
@@ -139,7 +135,7 @@ def _why_full(step: Step) -> str:
         return scaled if action.weights else ""  # the plan has made one sum of all that is one
     if isinstance(action, InCore) and step.layer.parts == 1:
         return ""
-    return f"{action.label} gives no product of factors"
+    return f"{method} does not give products of factors"
 
 
 def _measure(reader: Reader, target: Target, step: Step, options: ExtractOptions, *, exact: bool) -> Measured:

@@ -57,6 +57,7 @@ class Work:
     files: Mapping[str, bytes]
     recipe: Mapping[str, str]
     reads_all: bool = True  # of both tensors of a target
+    also: Callable[[Reader], list[Measured]] | None = None  # what is measured otherwise, when all targets are
 
     def identity(self) -> dict[str, str]:
         """All that decides the bytes of the output."""
@@ -92,6 +93,7 @@ def carry_out(work: Work, out: Path, progress: ProgressSink, *, overwrite: bool)
         progress.start(sum(target.bytes_read for target in work.targets))
         try:
             measured = list(_measured(reader, work, progress))
+            measured += work.also(reader) if work.also else []
         finally:
             progress.close()
         content = put_together(measured, plan, work.options, work.base, work.names, work.head)
@@ -115,7 +117,9 @@ def carry_out(work: Work, out: Path, progress: ProgressSink, *, overwrite: bool)
 
 def _check_memory(work: Work) -> None:
     """Raise PlanError where the memory is too small for a tensor."""
-    largest = max(work.targets, key=work.footprint)
+    largest = max(work.targets, key=work.footprint, default=None)
+    if largest is None:
+        return
     needed, budget = work.footprint(largest), work.plan.budget
     if needed > budget.host:
         raise PlanError(

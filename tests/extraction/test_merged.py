@@ -117,11 +117,30 @@ def test_what_is_no_product_of_factors_is_refused(models: Path) -> None:
     two = dict(load_file(models / "two" / "adapter_model.safetensors"))
     two[f"{PREFIX}model.norm.weight"] = torch.ones(16)
     write_adapter(models / "two", two, r=3, lora_alpha=3, modules_to_save=["norm"])
-    with pytest.raises(PlanError, match=r"model\.norm\.weight.*absolute"):
+    with pytest.raises(PlanError, match=r"model\.norm\.weight.*--full-tensors"):
         api.merge_adapters(recipe(models), models / "out", progress=False)
     assert not (models / "out").exists()
     report = api.merge_adapters(recipe(models), models / "out", full_tensors="skip", progress=False)
     assert any("model.norm.weight" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_what_is_dense_is_merged_and_cut(models: Path, method: str) -> None:
+    """At a rank that loses nothing it is the merge itself; at a lower one what is lost is what the spectrum says."""
+    more = {"parameters": {"normalize": False}} if method == "linear" else {"parameters": {"density": 0.5}}
+    api.merge_adapters(recipe(models, method, **more), models / "out", rank=64, progress=False, full_tensors="skip")
+    wanted = {name: tau for name, tau in merged(models, recipe(models, method, **more)).items() if "_proj" in name}
+    found = deltas(models / "out")
+    assert found.keys() >= wanted.keys()
+    for name, tau in wanted.items():
+        torch.testing.assert_close(found[name], tau, rtol=0, atol=1e-6)
+    report = api.merge_adapters(
+        recipe(models, method, **more), models / "two ranks", rank=2, progress=False, full_tensors="skip"
+    )
+    errors = {each.name: each.error for each in report.tensors}
+    for name, tau in wanted.items():
+        s = np.linalg.svd(tau.numpy(), compute_uv=False)
+        assert errors[name] == pytest.approx(float(np.linalg.norm(s[2:]) / np.linalg.norm(s)), rel=1e-3)
 
 
 def test_nan_in_a_factor(models: Path) -> None:
