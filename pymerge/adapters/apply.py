@@ -9,9 +9,10 @@ from functools import cached_property
 
 from pymerge.adapters.decoders import AddedBias, TokenRows
 from pymerge.adapters.experts import NUMBERED, Parameter, assign, in_memory, in_stack, stacks_of, terms
+from pymerge.adapters.factors import Matrix, matrix
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Module, read_keys
-from pymerge.adapters.low_rank import LowRank, Magnitude, Matrix, Term, matrix
+from pymerge.adapters.low_rank import LowRank, Magnitude, Term
 from pymerge.adapters.names import Placed
 from pymerge.adapters.placing import may_be, place_modules
 from pymerge.adapters.settings import merged_by_peft, read_settings

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from pymerge.adapters.factors import Matrix, matrix
 from pymerge.adapters.keys import Module
-from pymerge.adapters.low_rank import Matrix, Term, matrix
+from pymerge.adapters.low_rank import Term
 from pymerge.checkpoint.safetensors_file import TensorEntry
 
 NUMBERED = re.compile(r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<name>\w+)")

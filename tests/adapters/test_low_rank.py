@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pymerge.adapters.low_rank import LowRank, Matrix, low_rank_of
+from pymerge.adapters.factors import Loader, Matrix
+from pymerge.adapters.low_rank import LowRank, low_rank_of
 from pymerge.adapters.products import add_product
 from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.checkpoint.reader import Reader
@@ -209,11 +210,9 @@ def test_parts_of_factors(tmp_path: Path) -> None:
             [[matrix[:2], np.zeros((2, 6))], [np.zeros((2, 6)), matrix[2:]]]
         ),
     }
-    from pymerge.adapters.low_rank import _Loader
-
     with Reader(checkpoint.stamps) as reader:
         for factor, values in expected.items():
-            loader = _Loader(reader.read_bytes, np.float32)
+            loader = Loader(reader.read_bytes, np.float32)
             assert factor.shape == values.shape
             for start in range(factor.shape[0]):
                 for stop in range(start + 1, factor.shape[0] + 1):
