@@ -37,8 +37,8 @@ UNIT = 2.0**-8
 
 @dataclass(frozen=True)
 class Case:
-    """One merge: a method with the first so many adapters, by `form`: pymerge, mergekit, or floor, which reads and writes
-    as many bytes and computes nothing."""
+    """One merge, of the first so many adapters. A `form` beside pymerge and mergekit is floor: as many bytes are read
+    and written, and nothing is computed."""
 
     method: str
     adapters: int
@@ -132,7 +132,7 @@ class Merges:
             "routes": self.routes.get(case),
             "over_floor": self._over(case, [each for each in self.costs if each.form == "floor"]),
             "over_task_arithmetic": self._over(case, [Case(BASE, case.adapters)]) if case.form == "pymerge" else None,
-            "over_one_adapter": self._over(case, [Case(case.method, 1)]),
+            "over_one_adapter": self._over(case, [Case(case.method, 1, case.form)]),
             "speedup_over_mergekit": median_wall(theirs) / median_wall(costs) if theirs else None,
             "share_of_mergekits_peak": peak / max(cost.peak for cost in theirs) if theirs else None,
         }
