@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -89,3 +90,13 @@ def config(method: str, base: Path, adapters: Sequence[Path], dtype: str = "bflo
         "dtype": dtype,
     }
     return json.dumps(content, indent=1) + "\n"  # which is YAML, too
+
+
+def tensor_of(folder: Path, name: str) -> Tensor:
+    """A tensor of a model or an adapter."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            if name in set(opened.keys()):
+                found: Tensor = opened.get_tensor(name)
+                return found
+    raise SystemExit(f"{folder} has no tensor {name}")

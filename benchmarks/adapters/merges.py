@@ -16,9 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-from torch import Tensor
-
 import pymerge
 from benchmarks.adapters import inputs
 from benchmarks.harness import environments, processes, synthetic
@@ -101,16 +98,16 @@ class Merges:
         written = sum(file.stat().st_size for file in self.out.glob("*.safetensors"))
         if written < self.shape.nbytes():
             raise SystemExit(f"{case}, {self.size}: {written} bytes were written, not {self.shape.nbytes()}")
-        base = _tensor(self.base, CHECKED).double()
+        base = inputs.tensor_of(self.base, CHECKED).double()
         experts = []
         for adapter in self.adapters[: case.adapters]:
             module = inputs.KEY + CHECKED.removesuffix(".weight")
-            A, B = (_tensor(adapter, f"{module}.{side}.weight").double() for side in ("lora_A", "lora_B"))
+            A, B = (inputs.tensor_of(adapter, f"{module}.{side}.weight").double() for side in ("lora_A", "lora_B"))
             experts.append(base + B @ A)
         expected = pymerge.merge_tensors(base, experts, case.method, **inputs.PARAMETERS.get(case.method, {}))
         allowed = UNIT * (ROUNDING if case.form == "pymerge" else ROUNDING + EACH_MODEL * case.adapters)
         least = float(base.abs().mean())  # where sums cancel, the rounding is that of what is summed
-        difference = (_tensor(self.out, CHECKED).double() - expected).abs() / expected.abs().clamp(min=least)
+        difference = (inputs.tensor_of(self.out, CHECKED).double() - expected).abs() / expected.abs().clamp(min=least)
         if not float(difference.max()) <= allowed:
             raise SystemExit(f"{case}, {self.size}: {CHECKED} differs by {float(difference.max()):.1e} from what it is")
 
@@ -163,13 +160,3 @@ def beside_mergekit(options: argparse.Namespace) -> Iterator[Row]:
     cases = [Case(BASE, count, form) for count in counts for form in ("pymerge", "mergekit")]
     if cases:
         yield from Merges("mergekit", size, counts, options).compare(cases)
-
-
-def _tensor(folder: Path, name: str) -> Tensor:
-    """A tensor of a model or an adapter."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            if name in set(opened.keys()):
-                found: Tensor = opened.get_tensor(name)
-                return found
-    raise SystemExit(f"{folder} has no tensor {name}")

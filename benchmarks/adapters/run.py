@@ -1,13 +1,16 @@
 """Times what adapters are merged by: solvers in the space of the factors, whole merges, and the same in other tools.
 
-    python -m benchmarks adapters [--parts layers merges mergekit] [--shapes 2048x2048x3 ...] [--size 135M 1.2B]
+    python -m benchmarks adapters [--parts layers merges ...] [--shapes 2048x2048x3 ...] [--size 135M 1.2B]
                                  [--methods wudi_flow ...] [--counts 1 3 8] [--rank N] [--repeat N] [--data FOLDER]
 
 Parts:
-  layers    wudi_flow and ace on one layer, without files, beside the same on whole weights
-  merges    whole merges of 1, 3 and 8 adapters on a Llama-shaped base: time, CPU time, peak memory
-  mergekit  task_arithmetic of BASE+ADAPTER models beside mergekit, which is installed in an environment of its own
+  layers      wudi_flow and ace on one layer, without files, beside the same on whole weights
+  merges      whole merges of 1, 3 and 8 adapters on a Llama-shaped base: time, CPU time, peak memory
+  mergekit    task_arithmetic of BASE+ADAPTER models beside mergekit
+  truncation  adapters to one of a lower rank, on one layer, beside PEFT's svd
+  extraction  an adapter out of a fine-tuned model, beside mergekit-extract-lora
 
+mergekit and PEFT are installed in environments of their own.
 Adapters have random factors in PEFT's form, on all linear layers. They and their base are made once and kept. Results
 are checked before they are timed, forms take turns, medians are compared. Rows are written as soon as they are there,
 to benchmarks/runs/<machine>/<date>-adapters.json; those of some parts alone to <date>-adapters-<parts>.json.
@@ -22,7 +25,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.adapters import inputs, layers, merges
+from benchmarks.adapters import extraction, inputs, layers, merges, truncation
 from benchmarks.adapters.table import tables
 from benchmarks.adapters.targets import judge
 from benchmarks.harness import commands, environments, synthetic, targets
@@ -34,9 +37,15 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "layers": layers.measure,
     "merges": merges.measure,
     "mergekit": merges.beside_mergekit,
+    "truncation": truncation.measure,
+    "extraction": extraction.measure,
 }
 # Whose environments each part takes, in which other tools are installed.
-PEERS: Mapping[str, Sequence[str]] = {"mergekit": environments.MERGEKIT}
+PEERS: Mapping[str, Sequence[str]] = {
+    "mergekit": environments.MERGEKIT,
+    "truncation": environments.PEFT,
+    "extraction": environments.MERGEKIT,
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,6 +54,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument(
         "--shapes", nargs="+", metavar="OUTxINxT", default=layers.SHAPES, help="of layers: d_out x d_in x tasks"
+    )
+    parser.add_argument(
+        "--truncated", nargs="+", metavar="OUTxINxT", default=truncation.SHAPES, help="the same of these"
     )
     parser.add_argument("--seconds", type=float, default=15.0, help="time for each layer and method; one call at least")
     parser.add_argument("--size", nargs="+", choices=synthetic.SHAPES, default=["135M", "1.2B"], help="of merges")

@@ -12,7 +12,7 @@ from pymerge.common.units import format_bytes
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """A table of each kind of rows that there is."""
-    for kind, make in (("layer", _layers), ("merge", _merges)):
+    for kind, make in (("layer", _layers), ("merge", _merges), ("truncation", _others), ("extraction", _others)):
         found = [row for row in rows if row["kind"] == kind]
         if found:
             yield make(found)
@@ -51,6 +51,20 @@ def _merges(rows: Sequence[Row]) -> Table:
             f"{speedup:.1f}x faster" if compared else "",
             f"{share:.1%}" if compared else "",
         )
+    return found
+
+
+def _others(rows: Sequence[Row]) -> Table:
+    """Truncations and extractions, beside another tool."""
+    found = Table("what", "of", "rank", "form", "seconds", "peak", "faster", "lost share of the norm")
+    for row in rows:
+        of = row["size"] if "size" in row else f"{row['d_out']} x {row['d_in']}, {row['tasks']}"
+        seconds = row["wall"] if "wall" in row else row["seconds"]
+        peak = format_bytes(row["peak"]) if "peak" in row else ""
+        speedup = row.get("speedup_over_peft", row.get("speedup_over_mergekit"))
+        faster = f"{speedup:.1f}x" if row["form"] == "pymerge" else ""
+        of_both = (row["kind"], of, str(row["rank"]), row["form"])
+        found.add_row(*of_both, f"{seconds['median']:.3g}", peak, faster, f"{row['lost']:.4f}")
     return found
 
 

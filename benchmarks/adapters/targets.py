@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from benchmarks.adapters.inputs import CORE
 from benchmarks.harness.targets import Row, target
 from pymerge.common.units import format_bytes
 
-# Layers without files, whose sides are at least so long: least speed-up over whole weights; where inputs are four times
-# the outputs or more, the second.
-SHORTEST_SIDE = 1024
+# Nothing is judged of layers with a shorter side, and of the size that is there for tests.
+SHORTEST_SIDE, TINY = 1024, "tiny"
+# Layers without files: least speed-up over whole weights; where inputs are four times the outputs or more, the second.
 FASTER_THAN_DENSE, WIDE_FASTER_THAN_DENSE, WIDE = 50.0, 500.0, 4
 # Whole merges of JUDGED: most time of solvers over task_arithmetic's, by the number of adapters; of task_arithmetic
 # with many over one.
@@ -20,14 +21,28 @@ MANY, MANY_OVER_ONE = 8, 1.5
 # Of any size: peak memory with the most adapters over that with the fewest.
 MORE_MEMORY = 1.1
 FASTER_THAN_MERGEKIT, SHARE_OF_MERGEKITS_PEAK = 5.0, 0.1
+# Adapters truncated and extracted, least speed-up over other tools.
+TRUNCATES_FASTER, EXTRACTS_FASTER = 100.0, 10.0
+
+# What results of each part should be the same as.
+AGREES = {"layers": "on whole weights", "truncation": "PEFT's", "extraction": "mergekit's"}
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
     """Each target that the rows can tell about: what it is, what was found, whether it is met."""
     found: list[Row] = []
     for row in rows:
-        if row["kind"] in ("layer", "disagreement"):
+        small = row.get("size") == TINY or min(row.get("d_out", math.inf), row.get("d_in", math.inf)) < SHORTEST_SIDE
+        if row["kind"] == "disagreement":
+            found.append(target(f"{_name(row)}: the same as {AGREES[row['part']]}", f"{row['difference']:.1e}", False))
+        elif small:
+            continue
+        elif row["kind"] == "layer":
             found += _of_layer(row)
+        elif row["kind"] == "truncation" and row["form"] == "pymerge":
+            found += _faster(_name(row), "PEFT", TRUNCATES_FASTER, row["speedup_over_peft"])
+        elif row["kind"] == "extraction" and row["form"] == "pymerge":
+            found += _faster(_name(row), "mergekit", EXTRACTS_FASTER, row["speedup_over_mergekit"])
         elif row["part"] == "merges" and row["form"] == "pymerge" and row["size"] == JUDGED:
             found += _of_merge(row)
         elif row["part"] == "mergekit" and row["form"] == "pymerge":
@@ -35,15 +50,17 @@ def judge(rows: Sequence[Row]) -> list[Row]:
     return found + _memory([row for row in rows if row["part"] == "merges" and row["form"] == "pymerge"])
 
 
+def _name(row: Row) -> str:
+    size = row["size"] if "size" in row else f"{row['d_out']} x {row['d_in']}, {row['tasks']} tasks"
+    return f"{row.get('method', row['kind'])}, {size}"
+
+
 def _of_layer(row: Row) -> list[Row]:
-    name = f"{row['method']}, {row['d_out']} x {row['d_in']}, {row['tasks']} tasks"
-    if row["kind"] == "disagreement":
-        return [target(f"{name}: the same X as on whole weights", f"differs by {row['difference']:.1e}", False)]
-    if row["form"] == "dense" or min(row["d_out"], row["d_in"]) < SHORTEST_SIDE:
+    if row["form"] == "dense":
         return []
     least = WIDE_FASTER_THAN_DENSE if row["d_in"] >= WIDE * row["d_out"] else FASTER_THAN_DENSE
     speedup = row["speedup_over_dense"]
-    what = f"{name}, {row['form']}: at least {least:g}x faster than on whole weights"
+    what = f"{_name(row)}, {row['form']}: at least {least:g}x faster than on whole weights"
     return [target(what, f"{speedup:.0f}x", speedup >= least)]
 
 
@@ -60,23 +77,16 @@ def _of_merge(row: Row) -> list[Row]:
 
 
 def _beside_mergekit(row: Row) -> list[Row]:
-    name, speedup, share = f"{row['method']} of {row['adapters']}, {row['size']}", *_ratios(row)
+    name, share = f"{row['method']} of {row['adapters']}, {row['size']}", row["share_of_mergekits_peak"]
+    what = f"{name}: at most {SHARE_OF_MERGEKITS_PEAK:.0%} of mergekit's peak memory"
     return [
-        target(
-            f"{name}: at least {FASTER_THAN_MERGEKIT:g}x faster than mergekit",
-            f"{speedup:.1f}x",
-            speedup >= FASTER_THAN_MERGEKIT,
-        ),
-        target(
-            f"{name}: at most {SHARE_OF_MERGEKITS_PEAK:.0%} of mergekit's peak memory",
-            f"{share:.1%}",
-            share <= SHARE_OF_MERGEKITS_PEAK,
-        ),
+        *_faster(name, "mergekit", FASTER_THAN_MERGEKIT, row["speedup_over_mergekit"]),
+        target(what, f"{share:.1%}", share <= SHARE_OF_MERGEKITS_PEAK),
     ]
 
 
-def _ratios(row: Row) -> tuple[float, float]:
-    return row["speedup_over_mergekit"], row["share_of_mergekits_peak"]
+def _faster(name: str, than: str, least: float, speedup: float) -> list[Row]:
+    return [target(f"{name}: at least {least:g}x faster than {than}", f"{speedup:.1f}x", speedup >= least)]
 
 
 def _memory(merges: Sequence[Row]) -> list[Row]:
