@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge import wemoe
-    from pymerge.api import merge, multi, plan, run
+    from pymerge.api import extract, merge, multi, plan, run
     from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
     from pymerge.engine.report import MergeReport
     from pymerge.errors import PymergeError
+    from pymerge.extraction import ExtractReport
     from pymerge.planner.plan import Plan
 
     __version__: str
 
 __all__ = [
+    "ExtractReport",
     "MergeReport",
     "Plan",
     "PymergeError",
+    "extract",
     "merge",
     "merge_state_dicts",
     "merge_tensors",
@@ -28,9 +31,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ExtractReport": "pymerge.extraction",
     "MergeReport": "pymerge.engine.report",
     "Plan": "pymerge.planner.plan",
     "PymergeError": "pymerge.errors",
+    "extract": "pymerge.api",
     "merge": "pymerge.api",
     "merge_state_dicts": "pymerge.engine.in_memory",
     "merge_tensors": "pymerge.engine.in_memory",

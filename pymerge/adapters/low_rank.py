@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -143,31 +144,28 @@ class LowRank(OfAdapter):
         loader = _Loader(read, out.dtype.type)
         if self.stacked:
             for number in range(start, stop):
-                self._fill_matrix(loader, out[number - start], number)
+                matrix = out[number - start]
+                loader.fill(matrix, self.base, number, number + 1)
+                for product in _products(loader, self._numbered.get(number, []), len(matrix), kept=True):
+                    _add(loader, product, matrix, 0)
             return
         width = math.prod(self.base.shape[1:])
         flat = out.reshape(stop - start, width)
-        rights = [loader.values(term.right) for term in self.terms]
+        products = _products(loader, self.terms, self.base.shape[0])
         step = max(1, CHUNK_ELEMENTS // max(1, width))
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            self._fill_rows(loader, rights, flat[first - start : last - start], first)
+            self._fill_rows(loader, products, flat[first - start : last - start], first)
 
     def decode(self, read: ReadRows, out: Array, start: int, stop: int) -> None:
         self.fill(read, out, start, stop)
 
-    def _fill_matrix(self, loader: _Loader, out: Array, number: int) -> None:
-        """Fill `out` with one matrix of a stack."""
-        out.reshape(-1)[:] = loader.rows(self.base, number, number + 1).reshape(-1)
-        for term in self._numbered.get(number, []):
-            _add(loader, term, loader.values(term.right, kept=True), out, 0)
-
-    def _fill_rows(self, loader: _Loader, rights: list[Array], out: Array, start: int) -> None:
+    def _fill_rows(self, loader: _Loader, products: list[_Product], out: Array, start: int) -> None:
         import numpy as np
 
         from pymerge.adapters.products import row_norms
 
-        self._fill_sums(loader, rights, out, start)
+        self._fill_sums(loader, products, out, start)
         if self.magnitude is None:
             return
         lengths = loader.flat(self.magnitude.entry)
@@ -175,15 +173,15 @@ class LowRank(OfAdapter):
             if self.magnitude.of_rows:
                 out *= (lengths[start : start + len(out)] / row_norms(out))[:, None]
             else:
-                out *= (lengths / self._column_norms(loader, rights))[None, :]
+                out *= (lengths / self._column_norms(loader, products))[None, :]
 
-    def _fill_sums(self, loader: _Loader, rights: list[Array], out: Array, start: int) -> None:
+    def _fill_sums(self, loader: _Loader, products: list[_Product], out: Array, start: int) -> None:
         """W_0 and all terms, rows from `start` on."""
-        out[...] = loader.rows(self.base, start, start + len(out)).reshape(out.shape)
-        for term, right in zip(self.terms, rights, strict=True):
-            _add(loader, term, right, out, start)
+        loader.fill(out, self.base, start, start + len(out))
+        for product in products:
+            _add(loader, product, out, start)
 
-    def _column_norms(self, loader: _Loader, rights: list[Array]) -> Array:
+    def _column_norms(self, loader: _Loader, products: list[_Product]) -> Array:
         import numpy as np
 
         from pymerge.adapters.products import add_column_squares
@@ -195,7 +193,7 @@ class LowRank(OfAdapter):
                 squares: Array = np.zeros(width, loader.kind)
                 for first in range(0, rows, step):
                     block: Array = np.empty((min(step, rows - first), width), loader.kind)
-                    self._fill_sums(loader, rights, block, first)
+                    self._fill_sums(loader, products, block, first)
                     add_column_squares(squares, block)
                 self.kept.columns = np.sqrt(squares)
             return self.kept.columns
@@ -208,27 +206,55 @@ class LowRank(OfAdapter):
             whole = sum(part.numel for part in self.parts[1:]) * 2 * size
             picked = max(term.left.numel + term.right.numel for term in self.terms) * size
             return base + nested + whole + picked
-        rights = sum(term.right.numel for term in self.terms) * size
+        rights = 2 * sum(term.right.numel for term in self.terms) * size
         width = max(1, math.prod(self.base.shape[1:]))
         rows = CHUNK_ELEMENTS // width + 33
-        lefts = max(term.rank for term in self.terms) * min(rows, self.base.shape[0]) * 2 * size
+        lefts = sum(term.rank for term in self.terms) * min(rows, self.base.shape[0]) * 3 * size
         read = max(term.right.entry.nbytes for term in self.terms)
         again = 0 if self.magnitude is None else base
         return base + nested + rights + lefts + read + again + 2**18
 
 
-def _add(loader: _Loader, term: Term, right: Array, out: Array, start: int) -> None:
-    """Add a term to rows of its matrix, from `start` on."""
+@dataclass(frozen=True)
+class _Product:
+    """Terms of the same rows with their right factors, one above the other."""
+
+    terms: tuple[Term, ...]
+    right: Array
+
+
+def _products(loader: _Loader, terms: Sequence[Term], rows: int, *, kept: bool = False) -> list[_Product]:
+    """The terms as few products: those of all rows in one, others each for itself."""
+    import numpy as np
+
+    whole = tuple(term for term in terms if term.first == 0 and term.left.shape[0] == rows)
+    alone = [term for term in terms if term not in whole]
+    groups = [*([whole] if whole else []), *((term,) for term in alone)]
+    found = []
+    for group in groups:
+        rights = [loader.values(term.right, kept=kept) for term in group]
+        found.append(_Product(group, rights[0] if len(rights) == 1 else np.concatenate(rights)))
+    return found
+
+
+def _add(loader: _Loader, product: _Product, out: Array, start: int) -> None:
+    """Add a product to rows of its matrix, from `start` on."""
+    import numpy as np
+
     from pymerge.adapters.products import TILE_ROWS, add_product
 
+    term = product.terms[0]
     rows = term.left.shape[0]
     first, last = max(start - term.first, 0), min(start + len(out) - term.first, rows)
     if first >= last:
         return
-    top = first // TILE_ROWS * TILE_ROWS
-    left = loader.some(term.left, top, min(-(-last // TILE_ROWS) * TILE_ROWS, rows))
+    top, end = first // TILE_ROWS * TILE_ROWS, min(-(-last // TILE_ROWS) * TILE_ROWS, rows)
+    left, scale = loader.some(term.left, top, end), term.scale
+    if len(product.terms) > 1:
+        scaled = [loader.some(each.left, top, end) * loader.kind(each.scale) for each in product.terms]
+        left, scale = np.concatenate(scaled, axis=1), 1.0
     at = term.first - start
-    add_product(out[at + first : at + last], left, right, term.scale, first - top)
+    add_product(out[at + first : at + last], left, product.right, scale, first - top)
 
 
 class _Loader:
@@ -238,6 +264,12 @@ class _Loader:
         self.kind = kind
         self._read = read
         self._whole: dict[TensorEntry, Array] = {}
+
+    def fill(self, out: Array, entry: TensorEntry, start: int, stop: int) -> None:
+        """Fill contiguous memory with rows of a stored tensor."""
+        from pymerge.adapters.products import fill_values
+
+        fill_values(out, self._read(entry, start, stop), entry.dtype)
 
     def rows(self, entry: TensorEntry, start: int, stop: int) -> Array:
         """Rows of a stored tensor as a matrix."""

@@ -30,6 +30,16 @@ def as_array(data: bytes | bytearray, code: str, kind: type) -> Array:
     return numbers(data, code).astype(kind, copy=False)
 
 
+def fill_values(out: Array, data: bytes | bytearray, code: str) -> None:
+    """Fill `out`, contiguous and of float32 or float64, with the elements of a stored tensor."""
+    if code == "BF16" and out.dtype == np.float32:  # in place, which is what most reading is
+        bits = out.reshape(-1).view(np.uint32)
+        np.copyto(bits, np.frombuffer(data, np.uint16))
+        np.left_shift(bits, 16, out=bits)
+    else:
+        out.reshape(-1)[:] = as_array(data, code, out.dtype.type)
+
+
 def add_product(out: Array, left: Array, right: Array, scale: float, skipped: int) -> None:
     """Add rows of `scale` x `left` @ `right` to `out`.
 
@@ -49,7 +59,8 @@ def add_product(out: Array, left: Array, right: Array, scale: float, skipped: in
         for at in range(0, width, _TILE_COLUMNS):
             columns = right[:, at : at + _TILE_COLUMNS]
             tile = _tile(block, columns, room)
-            tile *= factor
+            if factor != 1:
+                tile *= factor
             out[top + first - skipped : top + last - skipped, at : at + _TILE_COLUMNS] += tile[first:last]
 
 

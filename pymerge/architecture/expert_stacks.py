@@ -105,24 +105,26 @@ def mixture_stems(base: Entries, theirs: Entries) -> dict[str, str]:
 
 
 def routers(base: Entries, theirs: Entries) -> dict[str, str]:
-    """The base's name for tensors beside experts that are spelt otherwise: the only ones of a shape on both sides."""
-    stems = {container.rpartition(".")[0] for container in _experts(base).keys() & _experts(theirs).keys()}
+    """The base's name for routers that are spelt otherwise: beside the experts of a module, a row for each of them, and
+    the only tensors of their parameter and shape that the other model has not, on both sides."""
+    ours, mine = _experts(base), _experts(theirs)
     found = {}
-    for stem in stems:
-        missing = _beside(stem, base, theirs)
-        free = _beside(stem, theirs, base)
+    for container in ours.keys() & mine.keys():
+        stem = container.rpartition(".")[0]
+        count = len({number for number, _ in _matrix_keys(base, ours[container])})
+        missing, free = _routers(stem, count, base, theirs), _routers(stem, count, theirs, base)
         for key, names in missing.items():
             if len(names) == 1 and len(free.get(key, ())) == 1:
                 found[free[key][0]] = names[0]
     return found
 
 
-def _beside(stem: str, tensors: Entries, others: Entries) -> dict[tuple[object, ...], list[str]]:
-    """Tensors of a module that the other model has not by name, by parameter and shape, less those of experts."""
+def _routers(stem: str, count: int, tensors: Entries, others: Entries) -> dict[tuple[object, ...], list[str]]:
+    """Tensors of a module with a row for each expert that the other model has not by name, by parameter and shape."""
     found: dict[tuple[object, ...], list[str]] = {}
     for name in tensors.keys() - others.keys():
         shape = tensors[name].shape
-        if name.startswith(f"{stem}.") and _place(name, len(shape)) is None and len(shape) <= 2:
+        if name.startswith(f"{stem}.") and len(shape) in (1, 2) and shape[0] == count and not _place(name, len(shape)):
             found.setdefault((name.rpartition(".")[2], shape), []).append(name)
     return found
 
@@ -161,7 +163,7 @@ def _experts(tensors: Entries) -> dict[str, _Experts]:
 
 def _build(base: Entries, theirs: Entries, wanted: _Experts, given: _Experts, family: str) -> dict[str, TensorEntry]:
     """The base's tensors of one block that are to be had from the expert's; none if it is open how."""
-    if _matrix_keys(base, wanted) != _matrix_keys(theirs, given):
+    if _matrix_keys(base, wanted) != _matrix_keys(theirs, given) or _has_twice(theirs, given):
         return {}  # other experts, or not all of them
     turned = _turned(base, theirs, wanted, given)
     if turned is None or (turned and not family.startswith(_SIDE_BY_SIDE) and _rejoins(wanted, given)):
@@ -205,6 +207,12 @@ def _matrix_keys(tensors: Entries, experts: _Experts) -> set[tuple[int, str]]:
     stacks = experts.stacks.items()
     inside = {(i, part) for parts, name in stacks for part in parts for i in range(tensors[name].shape[0])}
     return inside | experts.singles.keys()
+
+
+def _has_twice(tensors: Entries, experts: _Experts) -> bool:
+    """Whether a matrix is there alone and in a stack, or in two of them."""
+    inside = sum(len(parts) * tensors[name].shape[0] for parts, name in experts.stacks.items())
+    return inside + len(experts.singles) > len(_matrix_keys(tensors, experts))
 
 
 def _rejoins(wanted: _Experts, given: _Experts) -> bool:

@@ -11,10 +11,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pymerge.architecture.spellings import WRAPPERS
+
 Shapes = Mapping[str, tuple[int, ...]]
 Words = tuple[str, ...]
 
 _NUMBER = "*"
+# Modules that tools put around a model: of data parallelism, and those that may be inside.
+_WRAPPERS = ("module", *WRAPPERS)
 
 
 class AmbiguousNames(ValueError):
@@ -54,8 +58,29 @@ class _Role:
     shapes: dict[Words, tuple[int, ...]] = field(default_factory=dict)  # by their numbers
 
 
-def find_renamings(base: Shapes, theirs: Shapes, wanted: Collection[str]) -> list[Renaming]:
-    """The renamings, longest first, that bring an expert's names to names of the base that it lacks.
+class Renamings:
+    """What brings an expert's names to those of the base."""
+
+    def __init__(self, each: Sequence[Renaming], base: Shapes) -> None:
+        self.each = sorted(each, key=lambda renaming: (-len(renaming.old), renaming.old))
+        self._base = base
+        self._modules = (
+            {name[:end] for name in base for end, letter in enumerate(name) if letter == "."} if each else set()
+        )
+
+    def of(self, name: str) -> tuple[str, Renaming | None]:
+        """The name with another beginning, and the renaming: the one that brings it to a name of the base, or else
+        deepest into its modules, the longest of several; the name itself where none fits."""
+        moved = [(new, each) for each in self.each if (new := each.apply(name)) is not None]
+        return max(moved, key=lambda found: self._depth(found[0]), default=(name, None))
+
+    def _depth(self, name: str) -> tuple[bool, int]:
+        ends = (end for end, letter in enumerate(name) if letter == "." and name[:end] in self._modules)
+        return name in self._base, max(ends, default=0)
+
+
+def find_renamings(base: Shapes, theirs: Shapes, wanted: Collection[str]) -> Renamings:
+    """The renamings that bring an expert's names to names of the base that it lacks.
 
     Args:
         base: all names of the base.
@@ -65,13 +90,15 @@ def find_renamings(base: Shapes, theirs: Shapes, wanted: Collection[str]) -> lis
     Raises:
         AmbiguousNames: several would bring different tensors to one name, or one that is there already.
     """
-    missing = _roles({name: base[name] for name in wanted if name not in theirs})
-    free = _roles({name: shape for name, shape in theirs.items() if name not in base})
-    found: dict[Words, dict[Renaming, Words]] = {}  # of each role of the base: what brings which role there
+    lacking = {name: base[name] for name in wanted if name not in theirs}
+    free = {name: shape for name, shape in theirs.items() if name not in base}
+    found: dict[Words, dict[Renaming, None]] = {}  # of each role of the base: what brings a role there
     covers: dict[Renaming, set[Words]] = {}
-    for role, renaming, origin in _candidates(missing, free):
-        found.setdefault(role.words, {}).setdefault(renaming, origin)
-        covers.setdefault(renaming, set()).add(role.words)
+    takes: dict[Renaming, set[Words]] = {}
+    for words, renaming, origin in _candidates(_roles(lacking), _roles(free)):
+        found.setdefault(words, {})[renaming] = None
+        covers.setdefault(renaming, set()).add(words)
+        takes.setdefault(renaming, set()).add(origin)
     chosen: dict[Renaming, None] = {}
     for words, candidates in found.items():
         best = [one for one in candidates if not any(covers[one] < covers[other] for other in candidates)]
@@ -79,18 +106,12 @@ def find_renamings(base: Shapes, theirs: Shapes, wanted: Collection[str]) -> lis
             ways = ", or ".join(sorted(renaming.describe() for renaming in best))
             raise AmbiguousNames(f"{'.'.join(words)}: {ways}")
         chosen[best[0]] = None
-    ordered = sorted(chosen, key=lambda each: (-len(each.old), each.old))
-    _check_targets(ordered, base, theirs)
-    sound = _sound(ordered, base, theirs)
-    _check_unique(sound, base, theirs)
+    # Of two that begin alike, one that takes all that the other does, and more, is the one that is meant.
+    meant = [one for one in chosen if not any(one.old == other.old and takes[one] < takes[other] for other in chosen)]
+    _check_targets(meant, base, free)
+    sound = _sound(Renamings(meant, base), base, lacking, free)
+    _check_unique(sound, base, theirs, free)
     return sound
-
-
-def rename(renamings: Sequence[Renaming], name: str, base: Shapes) -> tuple[str, Renaming | None]:
-    """A name of the expert with another beginning, and the renaming: the first that brings it to one of the base, or
-    else the first that fits; the name itself where none does."""
-    moved = [(new, each) for each in renamings if (new := each.apply(name)) is not None]
-    return next((found for found in moved if found[0] in base), moved[0] if moved else (name, None))
 
 
 def nearest(base: Shapes, theirs: Shapes, missing: Iterable[str]) -> str:
@@ -122,16 +143,16 @@ def _roles(shapes: Shapes) -> list[_Role]:
     return list(found.values())
 
 
-def _candidates(missing: Sequence[_Role], free: Sequence[_Role]) -> Iterator[tuple[_Role, Renaming, Words]]:
-    """Roles of the base, with what could bring them, and the expert's role that it would take."""
+def _candidates(missing: Sequence[_Role], free: Sequence[_Role]) -> Iterator[tuple[Words, Renaming, Words]]:
+    """Roles of the base, with what could bring one of the expert's there, and that one."""
     by_parameter: dict[str, list[_Role]] = {}
     for role in free:
         by_parameter.setdefault(role.words[-1], []).append(role)
     for role in missing:
-        alike = [(other, pair) for other in by_parameter.get(role.words[-1], ()) if (pair := _pair(role, other))]
-        exact = [each for each in alike if each[1][1]]
-        for other, (renaming, _) in exact or alike:
-            yield role, renaming, other.words
+        alike = [(pair, other) for other in by_parameter.get(role.words[-1], ()) if (pair := _pair(role, other))]
+        exact = [each for each in alike if each[0][1]]
+        for (renaming, _), other in exact or alike:
+            yield role.words, renaming, other.words
 
 
 def _pair(ours: _Role, theirs: _Role) -> tuple[Renaming, bool] | None:
@@ -163,8 +184,8 @@ def _pair(ours: _Role, theirs: _Role) -> tuple[Renaming, bool] | None:
 
 
 def _renaming(old: Words, new: Words, ours: _Role, theirs: _Role) -> Renaming | None:
-    """The change of the words before what is the same, if one side has all words of the other."""
-    more, less = Counter(old), Counter(new)
+    """The change of the words before what is the same, if one side has all words of the other, but for wrappers."""
+    more, less = (Counter(word for word in words if word not in _WRAPPERS) for words in (old, new))
     if more[_NUMBER] == less[_NUMBER]:
         return Renaming(old, new) if more <= less or less <= more else None
     # A number that is always the same is a word: the 0.auto_model. of a list of modules.
@@ -179,37 +200,49 @@ def _renaming(old: Words, new: Words, ours: _Role, theirs: _Role) -> Renaming | 
     return Renaming(plain, ()) if old else Renaming((), plain)
 
 
-def _sound(renamings: Sequence[Renaming], base: Shapes, theirs: Shapes) -> list[Renaming]:
-    """Those that bring most of what begins as they say to the base, or a list of layers: one tensor of a module that is
-    otherwise unlike is no evidence."""
-    moved: dict[Renaming, list[str]] = {renaming: [] for renaming in renamings}
-    for name in theirs:
-        new, renaming = rename(renamings, name, base)
-        if name not in base and renaming is not None:
+def _sound(renamings: Renamings, base: Shapes, lacking: Shapes, free: Shapes) -> Renamings:
+    """Those that bring layers to the base, or most of what begins as they say: one tensor of a module that is otherwise
+    unlike is no evidence. Where nothing is taken away, all names begin so; then the base's modules there count."""
+    moved: dict[Renaming, list[str]] = {renaming: [] for renaming in renamings.each}
+    for name in free:
+        new, renaming = renamings.of(name)
+        if renaming is not None:
             moved[renaming].append(new)
+    there = {new for names in moved.values() for new in names if new in base}
     sound = []
-    for renaming in renamings:
-        landed = [new for new in moved[renaming] if new in base]
-        layers = any(word.isdecimal() for new in landed for word in new.split(".")[len(renaming.new) :])
-        if 2 * len(landed) >= len(moved[renaming]) > 0 or layers:
+    for renaming, names in moved.items():
+        landed = [new for new in names if new in base]
+        most = 2 * len(landed) >= len(names)
+        if not renaming.old:
+            most = 2 * len(_children(there, renaming.new)) >= len(_children(lacking, renaming.new))
+        if landed and (most or any(word.isdecimal() for new in landed for word in new.split("."))):
             sound.append(renaming)
-    return sound if len(sound) == len(renamings) else _sound(sound, base, theirs)
+    if len(sound) == len(renamings.each):
+        return renamings
+    return _sound(Renamings(sound, base), base, lacking, free)
 
 
-def _check_targets(renamings: Sequence[Renaming], base: Shapes, theirs: Shapes) -> None:
+def _children(names: Iterable[str], beginning: Words) -> set[str]:
+    """The words that follow a beginning in these names."""
+    inside = "".join(f"{word}." for word in beginning)
+    return {name[len(inside) :].partition(".")[0] for name in names if name.startswith(inside)}
+
+
+def _check_targets(renamings: Sequence[Renaming], base: Shapes, free: Shapes) -> None:
     """Raise AmbiguousNames where one beginning has two, of which each would bring a tensor to a name of the base."""
     several = {one.old for one in renamings for other in renamings if one.old == other.old and one.new != other.new}
-    for name in theirs if several else ():
+    for name in free if several else ():
         ways = {each.apply(name) for each in renamings if each.old in several} & base.keys()
-        if name not in base and len(ways) > 1:
+        if len(ways) > 1:
             raise AmbiguousNames(f"its {name} could be {', or '.join(sorted(map(str, ways)))}")
 
 
-def _check_unique(renamings: Sequence[Renaming], base: Shapes, theirs: Shapes) -> None:
+def _check_unique(renamings: Renamings, base: Shapes, theirs: Shapes, free: Shapes) -> None:
+    """Raise AmbiguousNames where two tensors would get one name of the base, or one that the expert has already."""
     origins: dict[str, str] = {}
-    for name in theirs:
-        new, renaming = rename(renamings, name, base)
-        if name in base or renaming is None or new not in base:
+    for name in free:
+        new, renaming = renamings.of(name)
+        if renaming is None or new not in base:
             continue
         if new in theirs:
             raise AmbiguousNames(f"{renaming.describe()}, but it has {new!r} with and without")

@@ -104,8 +104,9 @@ class _Beside:
         own = set(words(last))
         if not _SCALES.isdisjoint(own):
             return None
-        if name in self._scales:
-            return self._scales[name]
+        of_module = parent if _is_weight_name(name) else name
+        if scale := self._scales.get(name) or self._scales.get(of_module):
+            return scale
         beside = [*self._inside.get(name, ()), *self._inside.get(parent, ())]
         found = [other for other in beside if other != name and self._may_scale(other, name)]
         named = (other for other in found if self._is_named_after(other, name, own))
@@ -140,7 +141,9 @@ class _Beside:
         dtype, of = self._tensors[name]
         shape = self._tensors[other][1]
         plain = not _PLAIN.isdisjoint(words(other.rpartition(".")[2]))
-        if not is_float8(dtype) or len(of) < 2 or name.rpartition(".")[2] not in ("weight", "kernel") or plain:
+        last = name.rpartition(".")[2]
+        beside = last in ("weight", "kernel") or other.rpartition(".")[2].startswith(f"{last}_")
+        if not is_float8(dtype) or len(of) < 2 or not beside or plain:
             return False
         if len(shape) < 2:
             return not shape or shape[0] in (1, of[0], of[-1])

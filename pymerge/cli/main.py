@@ -1,4 +1,4 @@
-"""The command line: merge, multi, plan, report, verify, methods, env, wemoe, demo, bench."""
+"""The command line: merge, multi, plan, report, extract, verify, methods, env, wemoe, demo, bench."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from pymerge.cli.console import (
     print_warnings,
     reported,
 )
+from pymerge.cli.extract import extract
 from pymerge.common.events import event, recording
 from pymerge.errors import ArgumentError, OutputError
 
@@ -210,6 +211,9 @@ def report(
         event("report", f"wrote {page}", page=page)
         if not quiet:
             print_lines([f"wrote {page}"])
+
+
+app.command()(extract)
 
 
 class _Verify(TyperCommand):

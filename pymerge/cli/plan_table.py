@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pymerge.adapters.summed import of_sum
 from pymerge.architecture.roles import Layer
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.decoded import DecodedEntry
@@ -92,7 +93,8 @@ def _kind(layer: Layer) -> str:
 
 def _marks(step: Step) -> str:
     """What is special about the values that a step reads."""
-    ranks = [entry.decoder.kind for entry in step.inputs if isinstance(entry, DecodedEntry) and entry.adapter_parts]
+    entries = [each for entry in step.inputs for each in of_sum(entry)]
+    ranks = [entry.decoder.kind for entry in entries if isinstance(entry, DecodedEntry) and entry.adapter_parts]
     adapters = f", {_count(len(ranks), 'adapter')}, {max(ranks)}" if ranks else ""
     return adapters + (", dequantised" if _decoded(step) else "")
 

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pymerge.adapters.summed import of_sum
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.common.names import role
@@ -42,7 +43,7 @@ def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
             "kind": step.layer.describe(),
             "method": plan.method.name,
             "action": step.action.label,
-            "inputs": [_input(models, entry) for entry in step.inputs],
+            "inputs": [_input(models, each) for entry in step.inputs for each in of_sum(entry)],
             "parameters": _parameters(plan, step),
             "file": step.file,
             "worker": step.worker,

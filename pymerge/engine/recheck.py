@@ -67,6 +67,11 @@ def recheck(out: Path | str, count: int | None = None, *, progress: ProgressSink
             "all of them"
         )
     recipe = manifest["recipe"]
+    if recipe.get("command"):
+        raise OutputError(
+            f"{out}: was made by pymerge {recipe['command']}, whose tensors are not computed again; verify it without "
+            "--deep, which reads all of them"
+        )
     plan = _plan(out, recipe)
     now = plan.identity(processor(plan))
     recorded = manifest["identity"]

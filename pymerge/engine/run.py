@@ -84,7 +84,7 @@ def run(
     device, extras = plan.target.device, plan.extras
     runner = Runner(plan.target.backend, device)
     _log_plan(plan)
-    _refuse_inputs(plan, out)
+    refuse_inputs(plan, out)
     plan.check_inputs()
     identity = plan.identity(processor(plan))
     manifest = read_manifest(out)
@@ -170,12 +170,14 @@ def _peak_device_memory(device: Device, *, reset: bool = False) -> int:
 
 def _log_plan(plan: Plan) -> None:
     text = f"{plan.method.name}: {len(plan.steps)} tensors, {plan.bytes_read} bytes to read"
+    if by_factors := sum(step.route == "core" for step in plan.steps):
+        text += f", {by_factors} solved by the factors of adapters"
     event("plan", text, **plan.summary(), backend=plan.target.backend, device=str(plan.target.device))
     for warning in plan.warnings:
         event("warning", warning, level=WARNING)
 
 
-def _refuse_inputs(plan: Plan, out: Path) -> None:
+def refuse_inputs(plan: Plan, out: Path) -> None:
     """An output that is an input would, with overwrite, be removed before it is read."""
     for checkpoint in plan.inputs.all:
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent

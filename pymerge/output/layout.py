@@ -83,8 +83,8 @@ def layout_file(file: str, tensors: Sequence[tuple[str, str, Sequence[int]]]) ->
 
 
 def index_name(layouts: Sequence[ShardLayout]) -> str | None:
-    """Name of the index file of a sharded output; None for a single file, which needs no index."""
-    match = _SHARD_NAME.fullmatch(layouts[0].file)
+    """Name of the index file of a sharded output; None for a single file, or none, which need no index."""
+    match = _SHARD_NAME.fullmatch(layouts[0].file) if layouts else None
     return f"{match[1]}.safetensors.index.json" if match else None
 
 

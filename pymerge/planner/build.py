@@ -24,7 +24,7 @@ from pymerge.output.layout import ShardLayout, full_name, layout_file, layout_sh
 from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
 from pymerge.planner.config_differences import check_configs
-from pymerge.planner.constants import Constant, find_constants
+from pymerge.planner.constants import Constant, differing, find_constants
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
@@ -35,7 +35,7 @@ from pymerge.planner.plan import Plan
 from pymerge.planner.routes import remarks, routed
 from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
-from pymerge.planner.untouched import untouched
+from pymerge.planner.untouched import one_sum, untouched
 from pymerge.planner.workers import Target, worker_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -119,6 +119,7 @@ def draft_plan(
     if wanted is not None and wanted not in MERGED:
         raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(MERGED)}")
     constants = find_constants(inputs, names, layers, aligned.sections)
+    warnings += differing(constants, donor.path)
     dtypes = output_dtypes(stored, names, layers, constants, wanted, warnings, keep_float32=config.keep_float32)
     config_json = _config_json(donor, wanted, tokens.config)
     warnings += check_configs(aligned, layers, config, config_json)
@@ -146,9 +147,12 @@ def draft_plan(
                 layer = replace(layer, reason=f"{layer.reason}; {what or 'in no expert'}: the base's")
             elif constant is not None and (what or constant.passes(action)):
                 action, experts, values = copy(), (), None
-                layer = replace(layer, reason=f"{layer.reason}, the same in all models")
+                layer = replace(layer, reason=f"{layer.reason}, {constant.reason}")
             elif untouched(method, action, entry, experts, whole.sections[name]):
                 action, experts, values = copy(), (), None
+            reads_base = method.needs_base
+            if (found := one_sum(action, entry, experts)) is not None:
+                (action, experts), reads_base = found, False
             for rows in rows_of(entry, experts):
                 action_here = routed(action, layer, rows.base, rows.experts) if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
@@ -161,7 +165,7 @@ def draft_plan(
                         dtype=tensor.dtype,
                         base=rows.base,
                         experts=rows.experts,
-                        reads_base=method.needs_base or _copies(action_here),
+                        reads_base=reads_base or _copies(action_here),
                         file=shard.file,
                         offset=tensor.offset + (tensor.nbytes - nbytes if rows.start else 0),
                         nbytes=nbytes,

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.constants import may_be_constant
 from pymerge.architecture.roles import Kind, Layer
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.common.names import listed
 from pymerge.methods.actions import Action, Combine
 from pymerge.planner.inputs import Inputs
 from pymerge.planner.match import Section
@@ -31,11 +33,15 @@ _LARGEST = {"F16": 65504.0, "BF16": 2.0**128 - 2.0**120, "F32": 2.0**128 - 2.0**
 
 @dataclass(frozen=True)
 class Constant:
-    """What is known of the values of a constant: its dtype, its largest finite magnitude, and how many are infinite."""
+    """What is known of the values of a constant: its dtype, its largest finite magnitude, and how many are infinite.
+
+    If models differ in one that is known by its name (inv_freq), it is the base's: it `differs`.
+    """
 
     dtype: str
     largest: float
     infinite: int
+    differs: bool = False
 
     def fits(self, dtype: str) -> bool:
         """Whether a dtype (its code) holds all finite values."""
@@ -44,6 +50,11 @@ class Constant:
     def passes(self, action: Action) -> bool:
         """Whether it is taken as it is where this action would merge it."""
         return self.infinite > 0 or reproduces(action)
+
+    @property
+    def reason(self) -> str:
+        """Why it is the base's, for people."""
+        return "the base's, other models have other values" if self.differs else "the same in all models"
 
 
 def reproduces(action: Action) -> bool:
@@ -75,8 +86,23 @@ def find_constants(
             stamps |= {entry.file: stamp for entry, stamp in stored}
             candidates[name] = [entry for entry, _ in stored]
     with Reader(stamps) as reader:
-        found = {name: _constant(reader, *entries) for name, entries in candidates.items()}
+        found = {
+            name: _constant(reader, *entries) or _own(reader, name, entries[0]) for name, entries in candidates.items()
+        }
     return {name: constant for name, constant in found.items() if constant is not None}
+
+
+def differing(constants: Mapping[str, Constant], path: Path) -> list[str]:
+    """The warning about constants that are not the same in all models, if there are such; `path` is the base's."""
+    names = [name for name, constant in constants.items() if constant.differs]
+    text = f"constants with other values in other models, of which no merge is one; those of {path} are kept"
+    return [f"{listed(names)}: {text}"] if names else []
+
+
+def _own(reader: Reader, name: str, base: TensorEntry) -> Constant | None:
+    """The base's values of a constant that is known by its name; None for another tensor, or with NaN in it."""
+    own = _constant(reader, base) if named_constant(name, base.shape) else None
+    return replace(own, differs=True) if own is not None else None
 
 
 def _constant(reader: Reader, base: TensorEntry, *others: TensorEntry) -> Constant | None:

@@ -223,9 +223,11 @@ class Matcher:
         refused = {"error": extra, "heads": [name for name in extra if name not in heads], "ignore": []}
         wrong = refused[self.config.extra_tensors]
         if wrong:
+            lacks = any(name not in expert.tensors for name in self.merged)  # perhaps the same ones, and left out twice
+            rename = "rename them, if they are what it lacks, or " if lacks else ""
             self.problems.append(
                 f"{expert.path} has {listed(wrong)}, which {donor.path} has not; "
-                "set extra_tensors: ignore to leave them out"
+                f"{rename}set extra_tensors: ignore to leave them out"
             )
         left = [name for name in extra if name not in wrong]
         if left:

@@ -50,7 +50,7 @@ def output_dtypes(
         warnings.append(f"{listed(wide)}: {text}; set keep_float32: false to write {wanted}")
     beyond = [name for name, constant in constants.items() if name not in buffers and not constant.fits(code)]
     if beyond:
-        text = f"the same in all models, with values that {wanted} cannot hold; written as in {path}"
+        text = f"constants with values that {wanted} cannot hold; written as in {path}"
         warnings.append(f"{listed(beyond)}: {text}")
     kept = {name: tensors[name].output_dtype for name in wide if keep_float32}
     return dict.fromkeys(names, code) | kept | {name: constants[name].dtype for name in beyond} | buffers

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from pymerge.adapters.low_rank import low_rank_of
+from pymerge.adapters.summed import summed
 from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.checkpoint.reader import Reader
 from pymerge.errors import CheckpointError
@@ -159,6 +160,21 @@ def test_single_experts_in_any_rows(tmp_path: Path) -> None:
             left, right = low.factors(reader.read_bytes, number)
             tau = whole[number].double() - stacked(files)["model.layers.0.mlp.experts.gate_up_proj"][number].double()
             torch.testing.assert_close(torch.from_numpy(left @ right), tau, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sum_of_adapters_on_a_stack(tmp_path: Path) -> None:
+    files = numbered()
+    base = write_model(tmp_path / "whole", stacked(files))
+    checkpoint = opened(base, write_adapter(tmp_path / "a", of_each(files), r=2))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    own, entry = open_checkpoint(base).tensors[name], checkpoint.tensors[name]
+    found = summed(own, [entry, own, entry], [0.5, 3.0, 0.25])
+    assert found is not None
+    with Reader(checkpoint.stamps) as reader:
+        origin, whole, added = (reader.read(each).double() for each in (own, entry, found))
+    torch.testing.assert_close(added, origin + 0.75 * (whole - origin), rtol=1e-5, atol=1e-5)
+    assert summed(own, [own], [1.0]) is None
+    assert summed(own, [entry.rows(0, 1)], [1.0]) is None
 
 
 def test_factors_that_fit_no_parameter(tmp_path: Path) -> None:

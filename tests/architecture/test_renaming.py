@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pymerge.architecture.renaming import AmbiguousNames, Renaming, find_renamings, nearest, rename
+from pymerge.architecture.renaming import AmbiguousNames, Renaming, find_renamings, nearest
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -20,12 +20,12 @@ def put(prefix: str, names: Shapes) -> Shapes:
 def found(base: Shapes, theirs: Shapes) -> dict[str, str]:
     """The expert's name for each of the base's that has one."""
     renamings = find_renamings(base, theirs, base)
-    names = {name if name in base else rename(renamings, name, base)[0]: name for name in theirs}
+    names = {name if name in base else renamings.of(name)[0]: name for name in theirs}
     return {name: names[name] for name in base if name in names}
 
 
 def described(base: Shapes, theirs: Shapes) -> list[str]:
-    return [each.describe() for each in find_renamings(base, theirs, base)]
+    return [each.describe() for each in find_renamings(base, theirs, base).each]
 
 
 @pytest.mark.parametrize("prefix", ["model.", "module.", "_orig_mod.", "base_model.model.", "0.auto_model."])
@@ -38,8 +38,8 @@ def test_one_prefix_on_either_side(prefix: str) -> None:
 
 
 def test_names_that_match_as_they_are() -> None:
-    assert find_renamings(BASE, BASE | {"model.norm.weight": (4,)}, BASE) == []
-    assert find_renamings({}, BASE, {}) == []
+    assert not find_renamings(BASE, BASE | {"model.norm.weight": (4,)}, BASE).each
+    assert not find_renamings({}, BASE, {}).each
 
 
 def test_some_names_may_match_without_the_prefix() -> None:
@@ -90,17 +90,17 @@ def test_a_model_with_more_or_fewer_blocks_is_matched_as_far_as_it_goes() -> Non
 def test_no_word_is_replaced_by_another() -> None:
     bert = {"encoder.layer.0.dense.weight": (4, 4), "pooler.dense.weight": (4, 4), "pooler.dense.bias": (4,)}
     roberta = {"encoder.layer.0.dense.weight": (4, 4), "classifier.dense.weight": (4, 4), "classifier.dense.bias": (4,)}
-    assert find_renamings(bert, roberta, bert) == []
+    assert not find_renamings(bert, roberta, bert).each
     assert "classifier.dense.weight, which may be another tensor" in nearest(bert, roberta, ["pooler.dense.weight"])
     decoder = {"decoder.block.0.q.weight": (4, 4), "decoder.block.1.q.weight": (4, 4)}
-    assert find_renamings(put("encoder.", BASE), put("decoder.", BASE), put("encoder.", BASE)) == []
-    assert find_renamings({"encoder.block.0.q.weight": (4, 4)}, decoder, ["encoder.block.0.q.weight"]) == []
+    assert not find_renamings(put("encoder.", BASE), put("decoder.", BASE), put("encoder.", BASE)).each
+    assert not find_renamings({"encoder.block.0.q.weight": (4, 4)}, decoder, ["encoder.block.0.q.weight"]).each
 
 
 def test_one_tensor_of_another_module_is_no_evidence() -> None:
     base = put("model.", BASE) | {"lm_head.weight": (9, 4)}
     theirs = put("model.", BASE) | {"mtp.lm_head.weight": (9, 4), "mtp.fc.weight": (4, 8), "mtp.norm.weight": (4,)}
-    assert find_renamings(base, theirs, base) == []
+    assert not find_renamings(base, theirs, base).each
 
 
 def test_a_table_of_tokens_may_have_other_rows() -> None:
@@ -126,6 +126,11 @@ def test_one_tensor_for_two_of_the_base_is_refused() -> None:
     base = put("student.", BASE) | put("teacher.", BASE)
     with pytest.raises(AmbiguousNames, match=r"its embed\.weight could be student\.embed\.weight, or teacher"):
         find_renamings(base, BASE, base)
+
+
+def test_the_beginning_that_takes_more_is_meant() -> None:
+    base = put("model.", BASE) | {"mtp.norm.weight": (4,), "mtp.layers.0.weight": (4, 4)}
+    assert found(base, BASE) == {f"model.{name}": name for name in BASE}
 
 
 def test_a_name_with_and_without_the_prefix_is_refused() -> None:

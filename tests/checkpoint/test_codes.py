@@ -29,6 +29,8 @@ CODES: dict[str, tuple[Shapes, str]] = {
     "fp8 unheard of": ({"a.weight": ("F8_E4M3", (8, 4)), "a.multiplier": ("F32", (8,))}, "scaled FP8"),
     "fp8 columns": ({"a.weight": ("F8_E4M3", (8, 4)), "a.smooth": ("F16", (1, 4))}, "scaled FP8"),
     "fp8 prefix": ({"model.a.weight": ("F8_E4M3", (8, 4)), "scales.model.a.weight": ("F32", ())}, "scaled FP8"),
+    "fp8 prefix of a module": ({"a.weight": ("F8_E4M3", (8, 4)), "scales.a": ("F32", (1,))}, "scaled FP8"),
+    "fp8 named after": ({"a.w1": ("F8_E4M3", (8, 4)), "a.w1_s": ("F32", (8, 1))}, "scaled FP8"),
     "fp8 beside the module": ({"l.q_proj.weight": ("F8_E4M3", (8, 4)), "l.q_proj_scale": ("F32", ())}, "scaled FP8"),
     "fp8 experts": (
         {"experts.gate_up_proj": ("F8_E4M3", (2, 8, 4)), "experts.gate_up_proj_scale": ("F32", (2, 1, 8))},

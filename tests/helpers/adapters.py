@@ -56,7 +56,7 @@ def read_all(checkpoint: Checkpoint) -> Tensors:
 
 def applied(base: Mapping[str, Tensor], tensors: Mapping[str, Tensor], scale: float) -> Tensors:
     """The base with s B A added wherever an adapter has factors, computed in float64."""
-    found = {name: tensor.double() for name, tensor in base.items()}
+    found = {name: tensor.double().clone() for name, tensor in base.items()}
     for key, a in tensors.items():
         if key.endswith(".lora_A.weight"):
             module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")

@@ -12,11 +12,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pymerge import api
+from pymerge.analysis.reading import survey
 from pymerge.cli.tensor_table import tensor_rows
 from pymerge.engine.recheck import recheck
 from pymerge.errors import ConfigError, NonFiniteError, OutputError, PlanError
 from pymerge.planner.plan import Plan
-from tests.helpers.adapters import factors, opened, read_all, write_adapter
+from tests.helpers.adapters import applied, factors, opened, read_all, write_adapter
 from tests.helpers.checkpoints import Tensors, llama, llama_config, tree, write_model
 from tests.helpers.quantised import MODELS, quantised_model
 from tests.helpers.vocabularies import bpe
@@ -68,6 +69,13 @@ def same(one: Tensors, other: Tensors) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def near(one: Tensors, other: Tensors) -> None:
+    """Equal but for the order of sums, in which products of adapters come first."""
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        torch.testing.assert_close(one[name], tensor, rtol=1e-6, atol=1e-7)
+
+
 NAMES = {
     "alone": "a0",
     "with its base": "base+a0",
@@ -80,21 +88,19 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_of_an_adapter_is_the_model_that_it_makes(models: Path, name: str) -> None:
-    expected = merged(config(models, "e0", "e1"), "whole")
-    same(merged(config(models, NAMES[name], "a1")), expected)
+    found = merged(config(models, NAMES[name], "a1", method="ties", parameters={"weight": 1.0, "density": 0.5}))
+    same(found, merged(config(models, "e0", "e1", method="ties", parameters={"weight": 1.0, "density": 0.5}), "whole"))
 
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
-        ("linear", {"weight": 1.0}),
         ("ties", {"weight": 1.0, "density": 0.5}),
         ("dare_ties", {"weight": 1.0, "density": 0.5}),
         ("della", {"weight": 1.0, "density": 0.5, "epsilon": 0.1}),
         ("breadcrumbs", {"weight": 1.0, "density": 0.5, "gamma": 0.1}),
         ("sce", {"select_topk": 0.5}),
         ("model_stock", {}),
-        ("wudi", {}),
         ("karcher", {}),
     ],
 )
@@ -103,6 +109,39 @@ def test_every_kind_of_method_gives_what_it_gives_of_whole_models(
 ) -> None:
     whole = merged(config(models, "e0", "e1", method=method, parameters=parameters), "whole")
     same(merged(config(models, "a0", "a1", method=method, parameters=parameters)), whole)
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_linear"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_sums_of_adapters_are_those_of_whole_models(models: Path, method: str, dtype: str | None) -> None:
+    """In float32 as near to float64 as these are, or nearer: the base is added once."""
+    more: dict[str, Any] = {"dtype": dtype} if dtype else {}
+    parameters = {"weight": 0.3} | ({"density": 1.0} if method == "dare_linear" else {})
+    found = merged(config(models, "a0", "a1", method=method, parameters=parameters, **more))
+    whole = merged(config(models, "e0", "e1", method=method, parameters=parameters, **more), "whole")
+    base = {name: tensor.double() for name, tensor in load_file(models / "base" / "model.safetensors").items()}
+    exact = {name: tensor.clone() for name, tensor in base.items()}
+    for adapter in ("a0", "a1"):
+        tensors = load_file(models / adapter / "adapter_model.safetensors")
+        for name, tensor in applied(base, tensors, 2.0).items():
+            exact[name] += (0.5 if method == "linear" else 0.3) * (tensor - base[name])
+    for name, tensor in exact.items():
+        if dtype:
+            torch.testing.assert_close(found[name].double(), tensor, rtol=2.0**-8, atol=1e-8)
+        else:
+            size = tensor.abs().max()
+            assert (found[name] - tensor).abs().max() <= 2e-7 * size
+            assert (whole[name] - tensor).abs().max() <= 1e-6 * size
+
+
+def test_a_sum_of_adapters_reads_the_base_once(models: Path) -> None:
+    one, two = (planned(config(models, *names)) for names in (["a0"], ["a0", "a1", "a0"]))
+    size = (models / "base" / "model.safetensors").stat().st_size
+    adapters = 3 * (models / "a0" / "adapter_model.safetensors").stat().st_size
+    assert one.bytes_read <= size + adapters
+    assert two.bytes_read <= size + 3 * adapters
+    row = next(row for row in tensor_rows(two) if row["name"] == UP)
+    assert [Path(each["model"]).name for each in row["inputs"]] == ["base", "a0", "a1", "a0"]
 
 
 def test_one_adapter_with_weight_1_is_the_model_that_it_makes(models: Path) -> None:
@@ -136,6 +175,17 @@ def test_plan_and_output_tell_of_adapters(models: Path) -> None:
     assert "Applied as adapters (LoRA): `a0`, `a1`" in (models / "out" / "README.md").read_text()
     config(models, "a0", "base+a1")
     assert recheck(models / "out").problems == []
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_report_measures_every_adapter(models: Path, method: str) -> None:
+    parameters = {"weight": 0.5} | ({"density": 0.5} if method == "ties" else {})
+    found = survey(planned(config(models, "a0", "a1", method=method, parameters=parameters)), 1)
+    whole = survey(planned(config(models, "e0", "e1", method=method, parameters=parameters)), 1)
+    measured = {tensor.name: tensor for tensor in whole.tensors}
+    assert {tensor.name for tensor in found.tensors} == {f"{module}.weight" for module in MODULES}
+    for tensor in found.tensors:
+        assert tensor.dots == measured[tensor.name].dots
 
 
 def test_peak_memory_hardly_grows_with_the_number_of_adapters(models: Path) -> None:
@@ -183,8 +233,25 @@ def test_adapters_of_another_model_than_the_base(models: Path) -> None:
 
 def test_without_base_model_the_first_adapter_gives_its_own(models: Path) -> None:
     found = merged(config(models, "base+a0", "base+a1", method="linear", base=None))
-    same(found, merged(config(models, "e0", "e1", method="linear", base=None), "whole"))
+    near(found, merged(config(models, "e0", "e1", method="linear", base=None), "whole"))
     assert json.loads((models / "out" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_one_adapter_under_two_names_counts_twice(models: Path) -> None:
+    plan = planned(config(models, "a0", "base+a0"))
+    assert plan.warnings == ("'base+a0' is the same adapter as 'a0': it counts twice",)
+    same(merged(models / "merge.yml"), merged(config(models, "a0", "a0"), "twice"))
+
+
+@pytest.mark.parametrize("file", ["pytorch_lora_weights.safetensors", "adapters.safetensors"])
+def test_adapters_in_other_forms(models: Path, file: str) -> None:
+    (models / "other").mkdir()
+    save_file({"unet.a.lora.down.weight": torch.ones(2, 2)}, models / "other" / file)
+    assert f"in another form than PEFT's ('{file}'); apply it to its model where it was made" in refusal(
+        config(models, "other")
+    )
+    (models / "other" / file).rename(models / "other.safetensors")
+    assert "factors of an adapter that is not merged into its weights" in refusal(config(models, "other.safetensors"))
 
 
 def test_refusals(models: Path) -> None:

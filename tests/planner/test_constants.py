@@ -20,6 +20,7 @@ from tests.helpers.checkpoints import Tensors, change, fine_tuned, load_output, 
 
 UP = "transformer.h.0.mlp.up_proj.weight"
 MASK, BIAS, MASKED = "attn_mask", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"
+OWN = "future_mask"  # no name that is known
 INF = float("inf")
 LOWEST = torch.finfo(torch.float32).min
 METHODS: dict[str, dict[str, Any]] = {
@@ -112,7 +113,7 @@ def test_what_the_outputs_dtype_cannot_hold_keeps_its_own(
     assert found[MASKED].dtype == kept
     assert found[MASKED].unique().tolist() == [value]
     warnings = api.plan(tmp_path / "merge.yml").warnings
-    said = f"1 tensor: {MASKED}: the same in all models, with values that {name} cannot hold; written as in"
+    said = f"1 tensor: {MASKED}: constants with values that {name} cannot hold; written as in"
     assert [warning.startswith(said) for warning in warnings] == ([True] if kept != wanted else [])
 
 
@@ -148,15 +149,15 @@ def test_models_in_other_dtypes_and_files_of_pytorch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change_one", [lambda mask: mask[0, 0].fill_(1.0), lambda mask: mask[7, 0].fill_(INF)])
-def test_what_differs_is_merged_or_refused(tmp_path: Path, change_one: Any) -> None:
-    write(tmp_path, {MASK: torch.full((8, 8), -INF).triu(1)})
-    change(tmp_path / "e1", lambda tensors: change_one(tensors[MASK]))
-    with pytest.raises(NonFiniteError, match=r"base/model\.safetensors: tensor 'attn_mask' has 28 values"):
+def test_what_differs_is_merged_or_refused_if_no_name_says_what_it_is(tmp_path: Path, change_one: Any) -> None:
+    write(tmp_path, {OWN: torch.full((8, 8), -INF).triu(1)})
+    change(tmp_path / "e1", lambda tensors: change_one(tensors[OWN]))
+    with pytest.raises(NonFiniteError, match=r"base/model\.safetensors: tensor 'future_mask' has 28 values"):
         merged(tmp_path)
-    change(tmp_path / "base", lambda tensors: tensors.update({MASK: torch.zeros(8, 8)}))
-    change(tmp_path / "e0", lambda tensors: tensors.update({MASK: torch.ones(8, 8)}))
-    change(tmp_path / "e1", lambda tensors: tensors.update({MASK: torch.full((8, 8), 3.0)}))
-    torch.testing.assert_close(merged(tmp_path)[MASK], torch.full((8, 8), 0.3 + 0.9))
+    change(tmp_path / "base", lambda tensors: tensors.update({OWN: torch.zeros(8, 8)}))
+    change(tmp_path / "e0", lambda tensors: tensors.update({OWN: torch.ones(8, 8)}))
+    change(tmp_path / "e1", lambda tensors: tensors.update({OWN: torch.full((8, 8), 3.0)}))
+    torch.testing.assert_close(merged(tmp_path)[OWN], torch.full((8, 8), 0.3 + 0.9))
 
 
 def test_nan_is_no_constant(tmp_path: Path) -> None:
@@ -272,3 +273,16 @@ def test_models_as_they_are_read_nothing_of_their_weights(tmp_path: Path, monkey
     write_models(tmp_path, base)
     monkeypatch.setattr("pymerge.checkpoint.reader.Reader.read_bytes", None)
     assert len(api.plan(write_config(tmp_path, "task_arithmetic")).steps) == 3
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "ties"])
+@pytest.mark.parametrize("name", ["transformer.h.0.attn.inv_freq", MASK])
+def test_one_known_by_its_name_is_the_bases_where_models_differ(tmp_path: Path, method: str, name: str) -> None:
+    held = constants()
+    write(tmp_path, held)
+    other = held[name].clamp(min=-1e9) / 2 - 1
+    write_model(tmp_path / "e1", load_output(tmp_path / "e1") | {name: other})
+    assert same(merged(tmp_path, method), held)
+    warnings = api.plan(tmp_path / "merge.yml").warnings
+    text = f"1 tensor: {name}: constants with other values in other models, of which no merge is one; those of"
+    assert [each for each in warnings if each.startswith(text)]

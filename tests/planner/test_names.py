@@ -81,9 +81,9 @@ NEW_NORMS = tuple((new, old) for old, new in OLD_NORMS)
 def test_gamma_and_beta(method: str, tmp_path: Path) -> None:
     base = bert()
     (warning,) = same_merge(tmp_path / "new", base, lambda one: renamed(one, *OLD_NORMS), method)
-    assert "beta read as bias, gamma read as weight (6 tensors), as in" in warning
+    assert all(f"{old} read as {new} (3 tensors)" in warning for old, new in (("gamma", "weight"), ("beta", "bias")))
     (warning,) = same_merge(tmp_path / "old", renamed(base, *OLD_NORMS), lambda one: renamed(one, *NEW_NORMS), method)
-    assert "bias read as beta, weight read as gamma (6 tensors)" in warning
+    assert all(f"{new} read as {old} (3 tensors)" in warning for old, new in (("gamma", "weight"), ("beta", "bias")))
 
 
 def test_gamma_beside_a_prefix_and_without_beta(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_gamma_beside_a_prefix_and_without_beta(tmp_path: Path) -> None:
     warnings = same_merge(
         tmp_path / "prefix", base, lambda one: {f"bert.{name}": t for name, t in renamed(one, *OLD_NORMS).items()}
     )
-    assert any("'bert.' taken away from its names (3 tensors)" in warning for warning in warnings)
-    assert any("gamma read as weight (6 tensors)" in warning for warning in warnings)
+    assert any("'bert.' taken away from its names (9 tensors)" in warning for warning in warnings)
+    assert any("gamma read as weight (3 tensors)" in warning for warning in warnings)
     plain = {name: tensor for name, tensor in base.items() if not name.endswith("LayerNorm.bias")}
     same_merge(tmp_path / "alone", plain, lambda one: renamed(one, *OLD_NORMS))
 
@@ -112,8 +112,7 @@ def test_both_forms_of_weight_norm(method: str, tmp_path: Path) -> None:
     base = drawn(wav2vec2 | vits)
     old = ((".weight_g", ".parametrizations.weight.original0"), (".weight_v", ".parametrizations.weight.original1"))
     (warning,) = same_merge(tmp_path / "old", base, lambda one: renamed(one, *old), method)
-    assert "parametrizations.weight.original0 read as weight_g" in warning
-    assert "(6 tensors)" in warning
+    assert "parametrizations.weight.original0 read as weight_g (3 tensors)" in warning
     new = tuple((two, one) for one, two in old)
     same_merge(tmp_path / "new", renamed(base, *old), lambda one: renamed(one, *new), method)
 
@@ -121,7 +120,8 @@ def test_both_forms_of_weight_norm(method: str, tmp_path: Path) -> None:
 def test_half_of_a_weight_norm_is_missing(tmp_path: Path) -> None:
     base = drawn({"conv.weight_g": (1, 1, 4), "conv.weight_v": (8, 2, 4), "a.weight": (4, 4)})
     expert = renamed(base, (".weight_g", ".parametrizations.weight.original0"))
-    assert "lacks 1 tensor: conv.weight_g" in refusal(tmp_path, base, expert)
+    del expert["conv.weight_v"]
+    assert "lacks 1 tensor: conv.weight_v;" in refusal(tmp_path, base, expert)
 
 
 def vision_language(text: str, vision: str, head: str) -> Tensors:
@@ -263,7 +263,7 @@ def test_routers_and_stacks_under_other_words(tmp_path: Path) -> None:
         ("moe.gate.weight", "moe.router.layer.weight"),
     )
     warnings = same_merge(tmp_path / "granite", base, lambda one: renamed(one, *granite))
-    assert any("2 tensors beside experts matched by their shape" in warning for warning in warnings)
+    assert any("2 tensors of routers matched by their shape" in warning for warning in warnings)
     same_merge(tmp_path / "back", renamed(base, *granite), lambda one: renamed(one, *((b, a) for a, b in granite)))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pymerge.checkpoint.dequantise.scaled import PACKED, Grid, Scaled, as_rows, grid_of
-from pymerge.checkpoint.dequantise.stored import Stored, wrong
+from pymerge.checkpoint.dequantise.stored import AGAIN, ORIGINAL, Stored, wrong
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import is_float8
 from pymerge.common.names import first_few, role, shorten
@@ -87,9 +87,10 @@ def _add(
     if not codes.shape:
         raise wrong(codes, "has no axes")
     size = (*codes.shape[:-1], codes.shape[-1] * 2) if packed else codes.shape
-    exponents = scales.dtype in ("U8", "F8_E8M0")  # ComfyUI has such in another order
+    exponents = scales.dtype in ("U8", "F8_E8M0")  # MXFP8, which ComfyUI has in another order
     if scales.dtype not in _SCALE_DTYPES or (exponents and not (inverse or stored.method == "compressed-tensors")):
-        raise wrong(scales, f"has dtype {scales.dtype}, where scales are expected")
+        remedy = ORIGINAL if exponents else AGAIN
+        raise wrong(scales, f"has dtype {scales.dtype}, where scales are expected", remedy)
     shape = _scale_shape(stored, codes, scales)
     grids = (grid_of(size, shape, block, divides=inverse) for block in blocks)
     grid = next((grid for grid in grids if grid is not None), None)

@@ -83,6 +83,7 @@ def dequantise(
         return Found(tensors, config)
     from pymerge.checkpoint.dequantise import bitsandbytes, eight_bits, mxfp4, packed
     from pymerge.checkpoint.dequantise.stored import Stored
+    from pymerge.checkpoint.dequantise.unknown import refuse_transposed, refuse_unknown
 
     method, settings = (_method(said[0]), said[0]) if said else ("", {})
     with Reader(stamps) as reader:
@@ -92,6 +93,8 @@ def dequantise(
     if not stored.decoded:
         return Found(tensors, config)
     idle = _idle(stored)
+    refuse_unknown(stored, idle)
+    refuse_transposed(stored, config)
     kept: dict[str, TensorEntry] = {}
     for name, entry in tensors.items():
         if name in stored.decoded:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pymerge.checkpoint.dequantise.numbers import Floats
 
 AGAIN = "download or quantise the model again"
-_ORIGINAL = "merge the original weights instead"
+ORIGINAL = "merge the original weights instead"
 # Scales of larger tensors are looked at when they are read.
 _CHECKED_ELEMENTS = 2**16
 
@@ -54,7 +54,7 @@ class Stored:
         smoothed = self.tensors.get(f"{name.rpartition('.')[0]}.pre_quant_scale")
         if smoothed is not None:
             text = f"scales what {shorten(name)} is multiplied with, and the quantised weight is made for that"
-            raise wrong(smoothed, text, _ORIGINAL)
+            raise wrong(smoothed, text, ORIGINAL)
         self.decoded[codes] = decoded(name, decoder, self._written)
         self.gone.update(parts)
 

@@ -61,7 +61,6 @@ def say(**changes: Any) -> Callable[[Tensors], object]:
         ("blocks", put("x.weight_scale_inv", torch.ones(3, 7)), r"has shape \[3, 7\], which does not fit"),
         ("blocks", put("x.weight_scale_inv", torch.ones(3, 2, 1)), "which does not fit"),
         ("rows", put("x.weight_scale", torch.ones(37, 1, dtype=torch.int32)), "has dtype I32, where scales"),
-        ("rows", put("x.weight_scale", torch.ones(37, 1, dtype=torch.uint8)), "has dtype U8, where scales"),
         ("int8 with zero points", put("x.weight_zero_point", torch.zeros(3, 1, dtype=torch.int8)), "its scales are"),
         ("ComfyUI", put("x.comfy_quant", json_tensor({})[:1]), "'x.comfy_quant' is no JSON object"),
         ("MXFP4", put("mlp.experts.gate_up_proj_scales", torch.ones(3, 50, 3, dtype=torch.uint8)), "do not fit"),
@@ -191,6 +190,30 @@ def test_weights_that_are_made_for_other_inputs_are_refused(tmp_path: Path) -> N
         )
     with pytest.raises(CheckpointError, match=r"'x.pre_quant_scale' scales .*; merge the original weights instead"):
         opened(tmp_path, tensors | {"x.pre_quant_scale": torch.ones(8)}, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("name", ["weight_offset", "zero_point", "smooth_scale", "weight_scale_2", "weight_scale_inv"])
+def test_what_else_makes_numbers_of_codes_is_not_left_out(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = fp8(random(8, 8), dtype=dtype).stored | {f"x.{name}": torch.ones(8, 1)}
+    text = r"stands beside 'x.weight', which is quantised in a format that is not known; merge the original weights"
+    with pytest.raises(CheckpointError, match=text):
+        opened(tmp_path, tensors)
+
+
+def test_exponents_in_an_order_that_nothing_tells_are_refused(tmp_path: Path) -> None:
+    tensors = dict(FORMATS["rows"]().stored) | {"x.weight_scale": torch.ones(37, 1, dtype=torch.uint8)}
+    with pytest.raises(CheckpointError, match=r"has dtype U8, where scales are expected; merge the original weights"):
+        opened(tmp_path, tensors)
+
+
+@pytest.mark.parametrize("form", ["NF4", "bitsandbytes int8"])
+def test_layers_that_bitsandbytes_turns_round_are_refused(form: str, tmp_path: Path) -> None:
+    tensors = dict(FORMATS[form]().stored)
+    text = r"'x.weight' is stored by bitsandbytes d_out x d_in, where gpt2 has d_in x d_out; merge the original weights"
+    with pytest.raises(CheckpointError, match=text):
+        opened(tmp_path, tensors, {"model_type": "gpt2"})
+    assert "x.weight" in opened(tmp_path, tensors, {"model_type": "opt"})
 
 
 def test_scales_in_an_order_that_nothing_tells_are_refused(tmp_path: Path) -> None:

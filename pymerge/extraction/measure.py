@@ -1,0 +1,106 @@
+"""One target measured: the factors of its difference in the output's dtype, and what they lose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pymerge.checkpoint.finite import is_finite, overflow
+from pymerge.checkpoint.reader import Reader
+from pymerge.common.dtypes import torch_dtype
+from pymerge.common.shapes import key_of
+from pymerge.extraction.deltas import BLOCK, Delta, difference, is_held
+from pymerge.extraction.factorise import Triplets, algorithm_of, factorise, scratch
+from pymerge.extraction.options import ExtractOptions
+from pymerge.extraction.targets import Target
+
+# Bytes for an element of a block that is being read: of both models, upcast, their difference, also in float64.
+_READING = 40
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Squares of the norms of a difference and of what is lost of it; of factors, `left` right of each matrix as it is
+    stored (rows x rank, rank x columns)."""
+
+    target: Target
+    total: float
+    lost: float
+    pairs: tuple[tuple[Tensor, Tensor], ...] = field(default=(), repr=False)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its matrices; 0 where nothing has changed."""
+        return max((int(left.shape[1]) for left, _ in self.pairs), default=0)
+
+
+def measure(reader: Reader, target: Target, options: ExtractOptions) -> Measured:
+    """Read both tensors, and work out the factors where the target is to have some."""
+    if target.place != "factors":
+        delta = difference(reader, target.base, target.expert, target.shape, held=False)
+        total = delta.square_sum()
+        return Measured(target, total, total if target.place == "nowhere" else 0.0)
+    held = target.stacked or is_held(target.shape, options.algorithm)
+    pairs, total, lost = [], 0.0, 0.0
+    for number in range(target.count):
+        delta = difference(
+            reader, target.base, target.expert, target.shape, held=held, number=number if target.stacked else None
+        )
+        triplets = factorise(delta, options, key_of(options.seed, target.name, number))
+        left, right = _split(triplets, options, target)
+        pairs.append((left, right))
+        total += triplets.total
+        lost += _lost(delta, left, right)
+    return Measured(target, total, lost, tuple(pairs))
+
+
+def footprint(target: Target, options: ExtractOptions) -> int:
+    """Bytes that measuring a target takes at most, its result included."""
+    rows, columns = target.shape
+    reading = _READING * (rows * columns if target.stacked else min(rows * columns, max(BLOCK, columns)))
+    if target.place != "factors":
+        return reading
+    held = target.stacked or is_held(target.shape, options.algorithm)
+    matrix = 4 * rows * columns if held else 0
+    return reading + matrix + scratch(target.shape, options, held=held) + result_bytes(target, options)
+
+
+def result_bytes(target: Target, options: ExtractOptions) -> int:
+    """Bytes of the factors at most, in the output's dtype; 0 of a target without."""
+    if target.place != "factors":
+        return 0
+    rank = min(options.most or min(target.shape), *target.shape)
+    return target.count * rank * sum(target.shape) * torch_dtype(options.code).itemsize
+
+
+def algorithm(target: Target, options: ExtractOptions) -> str:
+    """The algorithm that computes the factors of a target."""
+    held = target.stacked or is_held(target.shape, options.algorithm)
+    return algorithm_of(target.shape, options, held=held)
+
+
+def _split(triplets: Triplets, options: ExtractOptions, target: Target) -> tuple[Tensor, Tensor]:
+    """The factors, with the singular values in both, in B or in A, in the output's dtype."""
+    root = triplets.s.sqrt()
+    ones = torch.ones_like(root)
+    if options.split == "sqrt":
+        of_left = of_right = root
+    elif (options.split == "b") != target.transposed:
+        of_left, of_right = triplets.s, ones
+    else:
+        of_left, of_right = ones, triplets.s
+    dtype = torch_dtype(options.code)
+    pair = (triplets.U * of_left).to(dtype), (of_right[:, None] * triplets.V.mT).to(dtype).contiguous()
+    if not all(map(is_finite, pair)):
+        raise overflow(target.name, options.code)
+    return pair
+
+
+def _lost(delta: Delta, left: Tensor, right: Tensor) -> float:
+    """||D - left right||_F^2 in float64, of the factors as they are written."""
+    total, wide = 0.0, right.double()
+    for start, stop, block in delta.blocks():
+        total += float(block.double().sub_(left[start:stop].double() @ wide).square_().sum())
+    return total

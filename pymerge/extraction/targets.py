@@ -1,0 +1,154 @@
+"""What an extraction does with each tensor that the models have: factors, a copy, or nothing. From headers alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pymerge.architecture.roles import Kind, Layer
+from pymerge.checkpoint.checkpoint import TensorEntry
+from pymerge.common.dtypes import is_float
+from pymerge.extraction.names import is_router
+from pymerge.extraction.options import ExtractOptions
+from pymerge.output.adapter_folder import Adapted, Form
+from pymerge.planner.plan import Plan
+
+# Models whose modules of experts say of themselves that their stacks are E x d_in x d_out; PEFT takes the axes of all
+# others in the order of nn.Linear, whatever they are.
+_TRANSPOSED = {"gpt_oss", "openai_privacy_filter", "aria"}
+# A matrix of one of the experts of a block: PEFT stacks their factors, which must have one rank.
+_NUMBERED = re.compile(r".*\bexperts\.\d+\.")
+_CONVOLUTION = (3, 5)  # axes of the kernels of Conv1d to Conv3d
+
+Place = Literal["factors", "saved", "bias", "nowhere"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of both models: its entries, and where its difference goes.
+
+    `path` is its name in memory, by which PEFT knows it. `shape` is that of the matrix, or of each of the `count`
+    matrices of a stack. `transposed` factors are of the
+    transpose of what is stored: of Conv1D's weights, of tables, of some stacks. `uniform` ones need the largest rank of
+    all, whatever their own is, and factors even where nothing has changed. `reason` says why a tensor goes nowhere.
+    """
+
+    name: str
+    path: str
+    base: TensorEntry
+    expert: TensorEntry
+    rows: int  # of the whole tensor along its first axis; more than the entries', where the base's alone are left
+    place: Place
+    shape: tuple[int, int]
+    form: Form = "module"
+    count: int = 1
+    stacked: bool = False
+    kernel: tuple[int, ...] = ()  # of a convolution: all axes of the weight but the first
+    transposed: bool = False
+    uniform: bool = False
+    depth: int = 0
+    reason: str = ""
+
+    @property
+    def module(self) -> str:
+        """Path of the module that has it."""
+        return self.path.rpartition(".")[0]
+
+    def adapted(self, rank: int) -> Adapted:
+        """The pair of factors, of this rank."""
+        parameter = self.path.rpartition(".")[2] if self.form == "parameter" else ""
+        return Adapted(self.module, rank, self.form, parameter, self.depth)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of both tensors on the disk."""
+        return self.base.stored_bytes + self.expert.stored_bytes
+
+
+def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) -> list[Target]:
+    """What becomes of every tensor that differs or may differ, in the order of the plan.
+
+    Args:
+        plan: of a merge of the fine-tuned model alone.
+        options: what is asked for.
+        names: in memory, by those in files.
+    """
+    donor = plan.inputs.donor
+    found: dict[str, Target] = {}
+    for step in plan.steps:
+        if not step.experts or not is_float(step.base.dtype) or step.name in found:
+            continue
+        base, expert = step.base, step.experts[0]
+        shape = base.shape or (1,)
+        whole = donor.tensors[step.name].shape if step.name in donor.tensors else base.shape
+        path, matrix = names.get(step.name, step.name), (shape[0], math.prod(shape[1:]))
+        target = Target(step.name, path, base, expert, (whole or shape)[0], "nowhere", matrix)
+        if is_router(step.name, donor.tensors):
+            found[step.name] = target
+        elif options.takes(step.name):
+            found[step.name] = _with_factors(target, step.layer, donor.config, options)
+        else:
+            found[step.name] = replace(target, reason="not asked for")
+    _nest(found)
+    adapted = {each.module for each in found.values() if each.place == "factors" and each.form == "module"}
+    return [_with_rest(target, adapted, options) for target in found.values()]
+
+
+def _with_factors(target: Target, layer: Layer, config: Mapping[str, Any], options: ExtractOptions) -> Target:
+    """The target with its form, if it is one that can have factors."""
+    shape, last = target.base.shape, target.name.rpartition(".")[2]
+    if layer.kind in (Kind.EMBEDDING, Kind.HEAD) and len(shape) == 2 and last == "weight":
+        if options.embeddings == "skip":
+            return replace(target, reason="embeddings and heads: --embeddings lora or full")
+        if options.embeddings == "full":
+            return replace(target, place="saved")
+        table = layer.kind is Kind.EMBEDDING
+        return replace(target, place="factors", form="table" if table else "module", transposed=table)
+    if layer.kind is Kind.LINEAR and layer.stacked:
+        turned = _transposed(config)
+        stack = replace(target, place="factors", form="parameter", shape=(shape[1], shape[2]), count=shape[0])
+        return replace(stack, stacked=True, transposed=turned, uniform=True)
+    if layer.kind is Kind.LINEAR and last == "weight":
+        numbered = bool(_NUMBERED.match(target.name))
+        return replace(target, place="factors", transposed=layer.in_axis == 0, uniform=numbered)
+    if layer.kind is Kind.LINEAR:
+        return replace(target, reason="parameters of no module that PEFT adapts")
+    low, high = _CONVOLUTION
+    if layer.kind is Kind.OTHER and last == "weight" and low <= len(shape) <= high and shape[1] > 1:
+        return replace(target, place="factors", kernel=tuple(shape[1:]))
+    return target
+
+
+def _nest(found: dict[str, Target]) -> None:
+    """Give the stacks of one module their depths: PEFT wraps them in the order in which a model registers them, what
+    leads down last."""
+    modules: dict[str, list[str]] = {}
+    for name, target in found.items():
+        if target.place == "factors" and target.form == "parameter":
+            modules.setdefault(target.module, []).append(name)
+    for names in modules.values():
+        names.sort(key=lambda name: ("down" in name.rpartition(".")[2], name))
+        for depth, name in enumerate(reversed(names)):
+            found[name] = replace(found[name], depth=depth)
+
+
+def _with_rest(target: Target, adapted: set[str], options: ExtractOptions) -> Target:
+    """The target with its place, if it has none: biases go with the factors of their module."""
+    if target.place != "nowhere" or target.reason:
+        return target
+    last = target.name.rpartition(".")[2]
+    if options.rest == "skip":
+        return replace(target, reason="norms, biases, routers and others: --rest full")
+    if last == "bias" and target.module in adapted:
+        return replace(target, place="bias")
+    if last in ("weight", "bias") and target.module:
+        return replace(target, place="saved")
+    return replace(target, reason="parameters of no module that PEFT saves")
+
+
+def _transposed(config: Mapping[str, Any]) -> bool:
+    nested = config.get("text_config")
+    return any(part.get("model_type") in _TRANSPOSED for part in (config, nested) if isinstance(part, Mapping))
