@@ -79,15 +79,15 @@ PARAMETERS: Mapping[str, Mapping[str, Any]] = {"task_arithmetic": {"lambda": 0.4
 CORE = ("wudi_flow", "ace", "tsv_m", "iso_c")
 
 
-def config(method: str, base: Path, adapters: Sequence[Path], dtype: str = "bfloat16") -> str:
-    """The YAML that pymerge and mergekit read alike."""
+def config(method: str, base: Path, models: Sequence[Path], *, adapters: bool = True) -> str:
+    """The YAML that pymerge and mergekit read alike; models are adapters of the base, or whole."""
     weight = {"parameters": {"weight": 1.0}} if method == "task_arithmetic" else {}
     content = {
         "merge_method": method,
         "base_model": str(base),
-        "models": [{"model": f"{base}+{adapter}", **weight} for adapter in adapters],
+        "models": [{"model": f"{base}+{model}" if adapters else str(model), **weight} for model in models],
         "parameters": dict(PARAMETERS.get(method, {})),
-        "dtype": dtype,
+        "dtype": "bfloat16",
     }
     return json.dumps(content, indent=1) + "\n"  # which is YAML, too
 

@@ -5,6 +5,7 @@
 
 Parts:
   layers      wudi_flow and ace on one layer, without files, beside the same on whole weights
+  files       one layer more of them, with all files read and written
   merges      whole merges of 1, 3 and 8 adapters on a Llama-shaped base: time, CPU time, peak memory
   mergekit    task_arithmetic of BASE+ADAPTER models beside mergekit
   truncation  adapters to one of a lower rank, on one layer, beside PEFT's svd
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.adapters import extraction, inputs, layers, merges, truncation
+from benchmarks.adapters import extraction, files, inputs, layers, merges, truncation
 from benchmarks.adapters.table import tables
 from benchmarks.adapters.targets import judge
 from benchmarks.harness import commands, environments, synthetic, targets
@@ -35,6 +36,7 @@ from benchmarks.harness.targets import Row
 # What each part measures: rows, one after the other.
 PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "layers": layers.measure,
+    "files": files.measure,
     "merges": merges.measure,
     "mergekit": merges.beside_mergekit,
     "truncation": truncation.measure,

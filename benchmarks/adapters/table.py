@@ -12,7 +12,7 @@ from pymerge.common.units import format_bytes
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """A table of each kind of rows that there is."""
-    for kind, make in (("layer", _layers), ("merge", _merges), ("truncation", _others), ("extraction", _others)):
+    for kind, make in KINDS.items():
         found = [row for row in rows if row["kind"] == kind]
         if found:
             yield make(found)
@@ -28,6 +28,21 @@ def _layers(rows: Sequence[Row]) -> Table:
             f"{row['seconds']['median']:.3g}",
             "" if row["form"] == "dense" else f"{row['speedup_over_dense']:.0f}x faster",
             f"{row['difference']:.1e}",
+        )
+    return found
+
+
+def _added(rows: Sequence[Row]) -> Table:
+    found = Table("d_out x d_in, T", "method", "form", "seconds a layer", "of merges of", "vs dense")
+    for row in rows:
+        speedup = row["speedup_over_dense"]
+        found.add_row(
+            f"{row['d_out']} x {row['d_in']}, {row['tasks']}",
+            row["method"],
+            row["form"],
+            f"{row['per_layer']:.3g}",
+            " and ".join(map(str, row["layers"])),
+            "" if row["form"] == "dense" or speedup is None else f"{speedup:.0f}x faster",
         )
     return found
 
@@ -70,3 +85,6 @@ def _others(rows: Sequence[Row]) -> Table:
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
+
+
+KINDS = {"layer": _layers, "added layer": _added, "merge": _merges, "truncation": _others, "extraction": _others}

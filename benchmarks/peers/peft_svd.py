@@ -42,7 +42,7 @@ def model_of(pairs: list[tuple[Tensor, Tensor]], d_out: int, d_in: int, rank: in
     return model
 
 
-def compare(shape: str, rank: int, repeat: int) -> dict[str, object]:
+def compare(shape: str, rank: int, repeat: int) -> dict[str, Any]:
     """Seconds of both, and what share of the sum of the task vectors each result is away from it."""
     d_out, d_in, tasks = sizes(shape)
     deltas = [SIZES_OF_DELTAS[task % len(SIZES_OF_DELTAS)] for task in range(tasks)]

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from benchmarks.adapters import merges, run
+from benchmarks.adapters import extraction, files, merges, run
 from benchmarks.adapters.targets import judge
 from benchmarks.harness import processes, results
 from benchmarks.harness.processes import Cost
+from benchmarks.peers import peft_svd
+from pymerge.cli.main import app
 
 
 def options(data: Path, **changes: Any) -> argparse.Namespace:
@@ -49,6 +52,41 @@ def test_whole_merges_take_the_core_and_are_compared(tmp_path: Path) -> None:
     assert not (tmp_path / "work-adapters").exists()
 
 
+def in_this_process(command: Sequence[str | Path], _: object = None) -> Cost:
+    """What `processes.run` tells of a command, which saves a start."""
+    done = CliRunner().invoke(app, [str(word) for word in command[1:]])
+    assert done.exit_code == 0, done.output
+    return Cost(1.0, 1.0, 1)
+
+
+def test_added_layers_are_the_same_in_both_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "run", in_this_process)
+    monkeypatch.setattr(files, "LAYERS", {"dense": (1, 2), "core": (1, 3)})
+    rows = list(files.measure(options(tmp_path, files=["24x40x2"])))
+    assert [(row["kind"], row["method"], row["form"], row["layers"]) for row in rows] == [
+        ("added layer", method, form, layers)
+        for method in files.METHODS
+        for form, layers in (("dense", (1, 2)), ("core", (1, 3)))
+    ]
+    assert not (tmp_path / "work-layers").exists()
+
+
+def test_extractions_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "run", in_this_process)
+    monkeypatch.setattr(extraction, "_theirs", extraction._ours)  # which is not installed here
+    ours, theirs = extraction.measure(options(tmp_path, mergekit_size="tiny", rank=32))
+    assert (ours["form"], theirs["form"]) == ("pymerge", "mergekit")
+    assert 0 < ours["lost"] == theirs["lost"] < 0.2  # of a delta of rank 32, and noise
+    assert ours["speedup_over_mergekit"] == 1.0
+
+
+def test_truncation_is_as_good_as_pefts() -> None:
+    pytest.importorskip("peft")
+    found = peft_svd.compare("24x40x3", 4, 2)
+    assert found["errors"]["pymerge"] == pytest.approx(found["errors"]["peft"], rel=1e-3)
+    assert {name: len(each) for name, each in found["seconds"].items()} == {"pymerge": 2, "peft": 2}
+
+
 def test_a_merge_that_is_not_what_whole_matrices_give_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +117,14 @@ def test_targets_are_judged() -> None:
         solver | {"adapters": 8, "over_task_arithmetic": 1.9, "peak": 120},
     ]
     beside = plain | {"part": "mergekit", "adapters": 3, "size": "135M", "peak": 1}
+    shape = {"d_out": 2048, "d_in": 2048, "tasks": 3, "form": "core"}
+    others = [
+        shape | {"kind": "added layer", "part": "files", "method": "ace", "speedup_over_dense": 60.0},
+        shape | {"kind": "added layer", "part": "files", "method": "wudi_flow", "speedup_over_dense": None},
+        shape | {"kind": "truncation", "part": "truncation", "form": "pymerge", "speedup_over_peft": 99.0},
+        {"kind": "extraction", "part": "", "form": "pymerge", "size": "135M", "speedup_over_mergekit": 10.0},
+    ]
+    assert [target["met"] for target in judge(others)] == [True, False, False, True]
     beside |= {"speedup_over_mergekit": 5.5, "share_of_mergekits_peak": 0.2}
     judged = [(target["what"], target["found"], target["met"]) for target in judge([*layers, *whole, beside])]
     assert [met for *_, met in judged] == [True, False, False, False, True, True, True, False, True, False]
