@@ -107,7 +107,7 @@ class Layers:
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     """Rows of all shapes and methods."""
-    for shape in options.files:
+    for shape in options.file_shapes:
         layers = Layers(shape, options)
         for method in METHODS:
             yield from layers.compare(method)

@@ -54,15 +54,18 @@ def main(arguments: Sequence[str]) -> None:
     """Run the benchmark."""
     parser = commands.parser("benchmarks.adapters.run", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    parser.add_argument(
-        "--shapes", nargs="+", metavar="OUTxINxT", default=layers.SHAPES, help="of layers: d_out x d_in x tasks"
-    )
-    parser.add_argument(
-        "--truncated", nargs="+", metavar="OUTxINxT", default=truncation.SHAPES, help="the same of these"
-    )
+    for option, part, shapes in (
+        ("shapes", "layers", layers.SHAPES),
+        ("file-shapes", "files", files.SHAPES),
+        ("truncated", "truncation", truncation.SHAPES),
+    ):
+        what = f"d_out x d_in x tasks of {part}; default {' '.join(shapes)}"
+        parser.add_argument(f"--{option}", nargs="+", metavar="OUTxINxT", default=shapes, help=what)
     parser.add_argument("--seconds", type=float, default=15.0, help="time for each layer and method; one call at least")
     parser.add_argument("--size", nargs="+", choices=synthetic.SHAPES, default=["135M", "1.2B"], help="of merges")
-    parser.add_argument("--mergekit-size", choices=synthetic.SHAPES, default="135M", help="of those beside mergekit")
+    parser.add_argument(
+        "--mergekit-size", choices=synthetic.SHAPES, default="135M", help="of what runs beside mergekit"
+    )
     parser.add_argument("--methods", nargs="+", choices=inputs.CORE, default=inputs.CORE, help="beside task_arithmetic")
     parser.add_argument("--counts", nargs="+", type=int, metavar="T", default=[1, 3, 8], help="numbers of adapters")
     parser.add_argument("--rank", type=int, default=16, help="of each adapter")

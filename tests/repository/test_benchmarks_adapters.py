@@ -62,7 +62,7 @@ def in_this_process(command: Sequence[str | Path], _: object = None) -> Cost:
 def test_added_layers_are_the_same_in_both_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "run", in_this_process)
     monkeypatch.setattr(files, "LAYERS", {"dense": (1, 2), "core": (1, 3)})
-    rows = list(files.measure(options(tmp_path, files=["24x40x2"])))
+    rows = list(files.measure(options(tmp_path, file_shapes=["24x40x2"])))
     assert [(row["kind"], row["method"], row["form"], row["layers"]) for row in rows] == [
         ("added layer", method, form, layers)
         for method in files.METHODS
