@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--methods", nargs="+", choices=inputs.CORE, default=inputs.CORE, help="beside task_arithmetic")
     parser.add_argument("--counts", nargs="+", type=int, metavar="T", default=[1, 3, 8], help="numbers of adapters")
     parser.add_argument("--rank", type=int, default=16, help="of each adapter")
-    parser.add_argument("--repeat", type=int, default=5, help="merges of each form")
+    parser.add_argument("--repeat", type=int, default=5, help="calls of each form")
     parser.add_argument("--data", type=Path, default=environments.cache(), help="folder of bases and adapters")
     options = parser.parse_args(arguments)
     if min(options.repeat, options.rank, *options.counts) < 1:
@@ -82,11 +82,10 @@ def main(arguments: Sequence[str]) -> None:
     for part in parts:
         for row in PARTS[part](options):
             results.rows.append(row)
+            results.content["targets"] = judge(results.rows)
             results.write()
-    results.content["targets"] = judged = judge(results.rows)
-    results.write()
     console = Console(width=180)
     for table in tables(results.rows):
         console.print(table)
-    targets.show(judged, console)
+    targets.show(judge(results.rows), console)
     print(f"written to {results.path}")
