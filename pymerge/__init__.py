@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge import wemoe
-    from pymerge.api import extract, merge, multi, plan, run
+    from pymerge.api import extract, merge, merge_adapters, multi, plan, run
     from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
     from pymerge.engine.report import MergeReport
     from pymerge.errors import PymergeError
@@ -22,6 +22,7 @@ __all__ = [
     "PymergeError",
     "extract",
     "merge",
+    "merge_adapters",
     "merge_state_dicts",
     "merge_tensors",
     "multi",
@@ -37,6 +38,7 @@ _HOMES = {
     "PymergeError": "pymerge.errors",
     "extract": "pymerge.api",
     "merge": "pymerge.api",
+    "merge_adapters": "pymerge.api",
     "merge_state_dicts": "pymerge.engine.in_memory",
     "merge_tensors": "pymerge.engine.in_memory",
     "multi": "pymerge.api",

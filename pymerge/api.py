@@ -1,4 +1,4 @@
-"""The Python interface to merges of files: `plan`, `run`, `merge`, `multi`, `extract`."""
+"""The Python interface to merges of files: `plan`, `run`, `merge`, `multi`, `merge_adapters`, `extract`."""
 
 from __future__ import annotations
 
@@ -117,6 +117,43 @@ def merge(
     """
     planned = plan(config, device=device, backend=backend, memory=memory, max_shard_size=max_shard_size, dtype=dtype)
     return run(planned, out, progress=progress, overwrite=overwrite, profile=profile)
+
+
+def merge_adapters(
+    config: str | Path | Mapping[str, Any] | MergeConfig,
+    out: str | Path,
+    *,
+    rank: str | int | float = "exact",
+    full_tensors: str = "error",
+    memory: int | str | None = None,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> ExtractReport:
+    """Merge adapters into an adapter in PEFT's form, in the directory `out`.
+
+    The base's weights are read only where the merge is no product of factors.
+
+    Args:
+        config: as of `plan`, with a base_model and adapters as models.
+        out: output directory, as of `run`.
+        rank: "exact" (the sum of all ranks), a largest rank, or below 1 the share of the sum of s^2 that is kept.
+        full_tensors: tensors that have no factors in adapters, such as norms: "error", or "skip".
+        memory, progress, overwrite: as of `plan` and `run`.
+
+    Raises:
+        PlanError: a merged tensor is not of low rank, and no lower rank is asked for; nothing is written.
+        PymergeError: another of its subclasses, see pymerge.errors.
+    """
+    from pymerge.extraction.merged import run as carry_out_merge
+
+    return carry_out_merge(
+        plan(config, device="cpu", memory=memory, dtype="float32"),
+        str(rank),
+        Path(out),
+        full_tensors=full_tensors,
+        overwrite=overwrite,
+        progress=ProgressBar("merging") if progress else NoProgress(),
+    )
 
 
 def plan_stages(

@@ -59,6 +59,14 @@ def merge(
     profile: Annotated[
         Path | None, typer.Option(help="Write a trace of the merge for ui.perfetto.dev.", show_default=False)
     ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Merge adapters into an adapter in PEFT's form.")] = False,
+    rank: Annotated[
+        str, typer.Option(metavar="exact|N|0.99", help="With --adapter: its rank, or the share of s^2 that it keeps.")
+    ] = "exact",
+    full_tensors: Annotated[
+        str,
+        typer.Option("--full-tensors", metavar="error|skip", help="With --adapter: norms, biases and others."),
+    ] = "error",
     quiet: Quiet = False,
     verbose: Verbose = False,
     log_json: LogJson = None,
@@ -72,6 +80,9 @@ def merge(
 
         if dry_run:
             _show_plan(config, memory, max_shard_size, dtype, device)
+            return
+        if adapter:
+            _merge_adapters(config, out, rank, full_tensors, memory, overwrite=overwrite, quiet=quiet)
             return
         report = api.merge(
             config,
@@ -88,6 +99,19 @@ def merge(
         if not quiet:
             print_warnings(report.warnings)
             print_lines([*report.lines(), *(report.slowest_lines() if verbose else ())])
+
+
+def _merge_adapters(
+    config: Path, out: Path, rank: str, full_tensors: str, memory: str | None, *, overwrite: bool, quiet: bool
+) -> None:
+    from pymerge import api
+
+    report = api.merge_adapters(
+        config, out, rank=rank, full_tensors=full_tensors, memory=memory, progress=not quiet, overwrite=overwrite
+    )
+    if not quiet:
+        print_warnings(report.warnings)
+        print_lines(report.lines())
 
 
 @app.command()

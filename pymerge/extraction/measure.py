@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,7 @@ class Measured:
     total: float
     lost: float
     pairs: tuple[tuple[Tensor, Tensor], ...] = field(default=(), repr=False)
+    algorithm: str = ""
 
     @property
     def rank(self) -> int:
@@ -43,17 +45,24 @@ def measure(reader: Reader, target: Target, options: ExtractOptions) -> Measured
         total = delta.square_sum()
         return Measured(target, total, total if target.place == "nowhere" else 0.0)
     held = target.stacked or is_held(target.shape, options.algorithm)
-    pairs, total, lost = [], 0.0, 0.0
-    for number in range(target.count):
-        delta = difference(
-            reader, target.base, target.expert, target.shape, held=held, number=number if target.stacked else None
-        )
+    numbers = range(target.count) if target.stacked else (None,)
+    deltas = (
+        difference(reader, target.base, target.expert, target.shape, held=held, number=number) for number in numbers
+    )
+    return cut(target, options, deltas)
+
+
+def cut(target: Target, options: ExtractOptions, deltas: Iterable[Delta]) -> Measured:
+    """The factors of a target's matrices, one after the other."""
+    pairs, total, lost, algorithm = [], 0.0, 0.0, ""
+    for number, delta in enumerate(deltas):
+        algorithm = algorithm_of(target.shape, options, held=delta.held)
         triplets = factorise(delta, options, key_of(options.seed, target.name, number))
         left, right = _split(triplets, options, target)
         pairs.append((left, right))
         total += triplets.total
         lost += _lost(delta, left, right)
-    return Measured(target, total, lost, tuple(pairs))
+    return Measured(target, total, lost, tuple(pairs), algorithm)
 
 
 def footprint(target: Target, options: ExtractOptions) -> int:
@@ -73,12 +82,6 @@ def result_bytes(target: Target, options: ExtractOptions) -> int:
         return 0
     rank = min(options.most or min(target.shape), *target.shape)
     return target.count * rank * sum(target.shape) * torch_dtype(options.code).itemsize
-
-
-def algorithm(target: Target, options: ExtractOptions) -> str:
-    """The algorithm that computes the factors of a target."""
-    held = target.stacked or is_held(target.shape, options.algorithm)
-    return algorithm_of(target.shape, options, held=held)
 
 
 def _split(triplets: Triplets, options: ExtractOptions, target: Target) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ def under_names_of(donor: Checkpoint, expert: Checkpoint, wanted: Collection[str
     except AmbiguousNames as error:
         text = (
             f"{expert.path}: its names match those of {donor.path} in more than one way: {error}; "
-            "save the part that is to be merged as a model of its own"
+            "save the part that is to be merged as a model of its own, under the names of that model"
         )
         return Named(expert, problem=text)
     tensors = naming.result()

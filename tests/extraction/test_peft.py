@@ -250,3 +250,36 @@ def test_tables_that_peft_would_get_wrong(make: Callable[[], nn.Module], embeddi
     with pytest.raises(PlanError, match=r"embeddings|--exclude"):
         pymerge.extract(base, tuned, tmp_path / "out", rank=RANK, embeddings=embeddings, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, vit], ids=lambda make: make.__name__)
+def test_adapters_of_peft_merged_into_one(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """An rsLoRA adapter with patterns and a plain one: what PEFT merges of the result is the sum of what it merges of
+    each."""
+    model: Any = make()
+    model.save_pretrained(tmp_path / "base")
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    word = {llama: "q_proj", gpt2: "c_attn", vit: "q_proj"}[make]
+    settings = {
+        "plain": {"r": 2, "lora_alpha": 8},
+        "other": {"r": 3, "lora_alpha": 5, "use_rslora": True, "rank_pattern": {r"1\..*": 1}},
+    }
+    wanted = {name: weight.double() for name, weight in before.items()}
+    for (name, setting), weight in zip(settings.items(), (0.5, -0.25), strict=True):
+        config = peft.LoraConfig(**setting, target_modules=[word], init_lora_weights=False)
+        adapted = peft.get_peft_model(type(model).from_pretrained(tmp_path / "base"), config)
+        adapted.save_pretrained(tmp_path / name)
+        for key, found in adapted.merge_and_unload().named_parameters():
+            wanted[key] += weight * (found.double() - before[key].double())
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base"),
+        "models": [
+            {"model": str(tmp_path / "plain"), "parameters": {"weight": 0.5}},
+            {"model": str(tmp_path / "other"), "parameters": {"weight": -0.25}},
+        ],
+    }
+    report = pymerge.merge_adapters(recipe, tmp_path / "out", progress=False)
+    assert report.rank == 5
+    for name, found in merged(tmp_path / "base", tmp_path / "out", type(model)).named_parameters():
+        torch.testing.assert_close(found.double(), wanted[name], rtol=0, atol=2e-6)

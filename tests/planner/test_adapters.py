@@ -362,6 +362,30 @@ class TestTables:
         expected = llama(tied=True)[EMBEDDING].double() + 2 * (b.double() @ a.double()).T
         torch.testing.assert_close(found[EMBEDDING].double(), expected, rtol=1e-5, atol=1e-5)
 
+    def test_tied_tables_beside_their_factors(self, tmp_path: Path) -> None:
+        tensors, table = self.both(), llama(tied=True)[EMBEDDING]
+        plain = merged(self.write(tmp_path / "plain", tensors))
+        stored = {f"{module}.base_layer.weight": table.clone() for module in ("model.embed_tokens", "lm_head")}
+        path = self.write(tmp_path / "stored", tensors | stored)
+        same(merged(path), plain)
+        assert planned(path).warnings == ()
+
+    def test_trained_rows_of_a_longer_tied_table(self, tmp_path: Path) -> None:
+        """As PEFT writes them where tokens have been added: the longer table beside them, all of it twice."""
+        table, rows = torch.randn(34, 16), torch.ones(2, 16)
+        tensors = {}
+        for module in ("model.embed_tokens", "lm_head"):
+            tensors[f"{module}.token_adapter.base_layer.weight"] = table.clone()
+            tensors[f"{module}.token_adapter.trainable_tokens_delta"] = rows.clone()
+        path = self.write(tmp_path, tensors, trainable_token_indices=[3, 33])
+        path.write_text(path.read_text() + "vocabulary: base\n")
+        expected = table[:32].clone()
+        expected[3] = 1
+        torch.testing.assert_close(merged(path)[EMBEDDING], expected)
+        tensors["lm_head.token_adapter.trainable_tokens_delta"] += 1
+        path = self.write(tmp_path / "other", tensors, trainable_token_indices=[3, 33])
+        assert "changes lm_head alone" in refusal(path)
+
     def test_a_tied_table_that_is_stored_twice(self, tmp_path: Path) -> None:
         base, tensors = llama(), self.both()
         base[HEAD] = base[EMBEDDING].clone()

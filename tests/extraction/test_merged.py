@@ -1,0 +1,161 @@
+"""Adapters merged into an adapter: against the same merge into a model, and against NumPy's SVD."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pymerge import api
+from pymerge.errors import ArgumentError, NonFiniteError, PlanError
+from pymerge.output.verify import verify
+from tests.helpers.adapters import factors, write_adapter
+from tests.helpers.checkpoints import Tensors, llama, llama_config, pymerge, write_model
+
+PREFIX = "base_model.model."
+WORDS = [f"self_attn.{word}_proj" for word in "qkvo"] + [f"mlp.{word}_proj" for word in ("gate", "up", "down")]
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A base and two adapters: a plain one, and one of rsLoRA with a pattern of ranks, of some modules alone."""
+    base = llama()
+    write_model(tmp_path / "base", base, config=llama_config(base))
+    names = [f"model.layers.{block}.{word}" for block in range(2) for word in WORDS]
+    write_adapter(tmp_path / "one", factors(base, names, 4, 1), r=4, lora_alpha=8)
+    some = factors(base, names[:5], 3, 2) | factors(base, names[5:6], 2, 3)
+    write_adapter(
+        tmp_path / "two", some, r=3, lora_alpha=3, use_rslora=True, rank_pattern={names[5]: 2}, alpha_pattern={}
+    )
+    return tmp_path
+
+
+def recipe(models: Path, method: str = "task_arithmetic", **more: Any) -> dict[str, Any]:
+    entries = [
+        {"model": str(models / name), "parameters": {"weight": weight}}
+        for name, weight in (("one", 0.75), ("two", -0.5))
+    ]
+    if method not in ("task_arithmetic", "linear", "ties"):
+        entries = [{"model": entry["model"]} for entry in entries]
+    return {"merge_method": method, "base_model": str(models / "base"), "models": entries, **more}
+
+
+def deltas(folder: Path) -> Tensors:
+    """B A of each module, by the tensor that it is of; every scale is 1."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"]
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    found = load_file(folder / "adapter_model.safetensors")
+    return {
+        key.removeprefix(PREFIX).replace("lora_A.", ""): found[key.replace("lora_A", "lora_B")].double()
+        @ found[key].double()
+        for key in found
+        if "lora_A" in key
+    }
+
+
+def merged(models: Path, config: dict[str, Any]) -> Tensors:
+    """What the same merge into a model adds to the base, of tensors that it changes."""
+    api.merge(config, models / "model", progress=False, dtype="float64")
+    base, found = (load_file(models / name / "model.safetensors") for name in ("base", "model"))
+    taus = {name: found[name].double() - base[name].double() for name in base}
+    return {name: tau for name, tau in taus.items() if bool(tau.any())}
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "wudi_flow", "tsv_m"])
+def test_exact_is_the_same_merge(models: Path, method: str) -> None:
+    config = recipe(models, method)
+    report = api.merge_adapters(config, models / "out", progress=False)
+    wanted = merged(models, config)
+    found = deltas(models / "out")
+    assert found.keys() == wanted.keys()
+    for name, tau in wanted.items():
+        torch.testing.assert_close(found[name], tau, rtol=0, atol=3e-6 * float(tau.abs().max()) + 1e-6)
+    assert report.error < 1e-6
+    assert verify(models / "out").problems == []
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_lower_rank_is_the_best_of_its_rank(models: Path, rank: int) -> None:
+    report = api.merge_adapters(recipe(models), models / "out", rank=rank, progress=False)
+    lost = total = 0.0
+    for name, tau in merged(models, recipe(models)).items():
+        u, s, vh = np.linalg.svd(tau.numpy())
+        best = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        np.testing.assert_allclose(deltas(models / "out")[name].numpy(), best, rtol=0, atol=2e-5 * s[0])
+        lost, total = lost + float((s[rank:] ** 2).sum()), total + float((s**2).sum())
+    assert report.error == pytest.approx((lost / total) ** 0.5, rel=1e-3, abs=1e-6)
+
+
+def test_a_share_of_the_squares(models: Path) -> None:
+    report = api.merge_adapters(recipe(models), models / "out", rank=0.9, progress=False)
+    assert report.error <= 0.1**0.5
+    for each in report.tensors:
+        s = np.linalg.svd(merged_of(models, each.name), compute_uv=False)
+        assert each.rank == int((np.cumsum(s**2) < 0.9 * (s**2).sum()).sum()) + 1
+
+
+def merged_of(models: Path, name: str) -> np.ndarray:
+    if not (models / "model").exists():
+        merged(models, recipe(models))
+    base, found = (load_file(models / folder / "model.safetensors")[name].double() for folder in ("base", "model"))
+    return (found - base).numpy()
+
+
+def test_what_is_no_product_of_factors_is_refused(models: Path) -> None:
+    with pytest.raises(PlanError, match=r"ties.*--rank"):
+        api.merge_adapters(recipe(models, "ties"), models / "out", progress=False)
+    with pytest.raises(PlanError, match="scaled"):
+        api.merge_adapters(recipe(models, "linear", parameters={"normalize": False}), models / "out", progress=False)
+    with pytest.raises(ArgumentError, match="exact"):
+        api.merge_adapters(recipe(models), models / "out", rank="many", progress=False)
+    two = dict(load_file(models / "two" / "adapter_model.safetensors"))
+    two[f"{PREFIX}model.norm.weight"] = torch.ones(16)
+    write_adapter(models / "two", two, r=3, lora_alpha=3, modules_to_save=["norm"])
+    with pytest.raises(PlanError, match=r"model\.norm\.weight.*--full-tensors"):
+        api.merge_adapters(recipe(models), models / "out", progress=False)
+    assert not (models / "out").exists()
+    report = api.merge_adapters(recipe(models), models / "out", full_tensors="skip", progress=False)
+    assert any("model.norm.weight" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_what_is_dense_is_merged_and_cut(models: Path, method: str) -> None:
+    """At a rank that loses nothing it is the merge itself; at a lower one what is lost is what the spectrum says."""
+    more = {"parameters": {"normalize": False}} if method == "linear" else {"parameters": {"density": 0.5}}
+    api.merge_adapters(recipe(models, method, **more), models / "out", rank=64, progress=False, full_tensors="skip")
+    wanted = {name: tau for name, tau in merged(models, recipe(models, method, **more)).items() if "_proj" in name}
+    found = deltas(models / "out")
+    assert found.keys() >= wanted.keys()
+    for name, tau in wanted.items():
+        torch.testing.assert_close(found[name], tau, rtol=0, atol=1e-6)
+    report = api.merge_adapters(
+        recipe(models, method, **more), models / "two ranks", rank=2, progress=False, full_tensors="skip"
+    )
+    errors = {each.name: each.error for each in report.tensors}
+    for name, tau in wanted.items():
+        s = np.linalg.svd(tau.numpy(), compute_uv=False)
+        assert errors[name] == pytest.approx(float(np.linalg.norm(s[2:]) / np.linalg.norm(s)), rel=1e-3)
+
+
+def test_nan_in_a_factor(models: Path) -> None:
+    one = dict(load_file(models / "one" / "adapter_model.safetensors"))
+    one[f"{PREFIX}model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = float("nan")
+    write_adapter(models / "one", one, r=4, lora_alpha=8)
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
+        api.merge_adapters(recipe(models), models / "out", progress=False)
+    assert not (models / "out").exists()
+
+
+def test_the_command(models: Path) -> None:
+    (models / "merge.yml").write_text(json.dumps(recipe(models)))
+    done = pymerge("merge", models / "merge.yml", models / "out", "--adapter", "--rank", "4")
+    assert done.code == 0, done
+    assert "lost " in done.out
+    assert "--max-lora-rank" in done.out
+    assert (models / "out" / "pymerge_config.yml").exists()
