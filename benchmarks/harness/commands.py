@@ -29,6 +29,9 @@ SUITES: Mapping[str, Mapping[str, Command]] = {
     "merges": {
         "": Command("benchmarks.merges.run", "whole merges, beside mergekit and a floor that only reads and writes"),
     },
+    "adapters": {
+        "": Command("benchmarks.adapters.run", "merges of adapters, beside whole weights and mergekit"),
+    },
     "wemoe": {
         "": Command("benchmarks.wemoe.run", "one routed MLP, beside FusionBench's module and the base MLP"),
         "build": Command("benchmarks.wemoe.build", "builds of WEMoE directories, beside the disk"),

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCH = "torch==2.13.0"
 FUSION_BENCH = ("fusion-bench==0.2.33",)
 MERGEKIT = ("mergekit==0.1.5",)
+PEFT = ("peft==0.21.2",)
 
 
 def cache() -> Path:

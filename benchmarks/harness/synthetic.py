@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,10 +90,10 @@ SHAPES = {
 }
 
 
-def make(size: str, data: Path) -> Path:
-    """The folder of this size's four checkpoints, made if it is not there; SystemExit if the disk is too small."""
+def make(size: str, data: Path, models: Sequence[str] = MODELS) -> Path:
+    """The folder of this size's checkpoints, those made that are not there; SystemExit if the disk is too small."""
     shape, folder = SHAPES[size], data / f"llama-{size}-{RECIPE}"
-    missing = [model for model in MODELS if not (folder / model).exists()]
+    missing = [model for model in models if not (folder / model).exists()]
     if not missing:
         return folder
     data.mkdir(parents=True, exist_ok=True)
@@ -126,7 +127,7 @@ def _write(shape: Shape, expert: int, folder: Path) -> None:
     (folder / "config.json").write_text(shape.config())
 
 
-def _generator(*key: object) -> torch.Generator:
+def generator(*key: object) -> torch.Generator:
     """One stream of random numbers for each use, so that the order in which tensors are made does not matter."""
     return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, key)).encode()))
 
@@ -134,13 +135,13 @@ def _generator(*key: object) -> torch.Generator:
 def _rows(name: str, shape: tuple[int, ...], expert: int) -> list[Tensor] | map[Tensor]:
     """A tensor in groups of rows. Weights have a standard deviation of 0.02; vectors are 1, and noise of experts."""
     if len(shape) == 1:
-        noise = 0.01 * torch.randn(shape, generator=_generator(name, expert))
+        noise = 0.01 * torch.randn(shape, generator=generator(name, expert))
         return [(1.0 + (noise if expert else 0.0 * noise)).to(torch.bfloat16)]
     delta = _Delta(name, shape[0], shape[1], expert) if expert else None
 
     def group(start: int) -> Tensor:
         size = (min(ROWS, shape[0] - start), shape[1])
-        rows = torch.randn(size, generator=_generator(name, 0, start)).mul_(0.02)
+        rows = torch.randn(size, generator=generator(name, 0, start)).mul_(0.02)
         # As in fine-tuning, an expert starts from the base's stored weights.
         rows = rows.to(torch.bfloat16)
         return rows if delta is None else delta.add_to(rows.float(), start).to(torch.bfloat16)
@@ -154,13 +155,13 @@ class _Delta:
     def __init__(self, name: str, rows: int, columns: int, expert: int) -> None:
         rank = min(RANKS[expert - 1], rows, columns)
         self._key = (name, expert)
-        self._left = torch.randn(rows, rank, generator=_generator(*self._key, "left"))
-        self._right = torch.randn(rank, columns, generator=_generator(*self._key, "right"))
+        self._left = torch.randn(rows, rank, generator=generator(*self._key, "left"))
+        self._right = torch.randn(rank, columns, generator=generator(*self._key, "right"))
         squared = float(((self._left.mT @ self._left) * (self._right @ self._right.mT)).sum())
         self._scale = SIZES_OF_DELTAS[expert - 1] * 0.02 * math.sqrt(rows * columns / squared)
 
     def add_to(self, rows: Tensor, start: int) -> Tensor:
         """Add it to the rows from `start` on, in place."""
         rows.addmm_(self._left[start : start + len(rows)], self._right, alpha=self._scale)
-        noise = torch.randn(rows.shape, generator=_generator(*self._key, start))
+        noise = torch.randn(rows.shape, generator=generator(*self._key, start))
         return rows.add_(noise, alpha=0.02 * NOISE)

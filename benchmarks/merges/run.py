@@ -25,12 +25,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import commands, environments, processes, synthetic
+from benchmarks.harness import commands, environments, processes, synthetic, targets
 from benchmarks.harness.processes import Cost
 from benchmarks.harness.results import ResultsFile
+from benchmarks.harness.targets import Row
 from benchmarks.merges.cases import CONFIGS, config, inputs
 from benchmarks.merges.floor import BLOCK, floor, read, touch
-from benchmarks.merges.targets import Row, judge
+from benchmarks.merges.targets import judge
 from pymerge.common.units import format_bytes
 from pymerge.methods import METHODS
 
@@ -160,7 +161,5 @@ def main(arguments: Sequence[str]) -> None:
     console.print(table(merges))
     results.content["targets"] = judged = judge(results.rows)
     results.write()
-    for target in judged:
-        answer = "met" if target["met"] else "not met"
-        console.print(f"{answer}: {target['what']}: {target['found']}", highlight=False)
+    targets.show(judged, console)
     print(f"written to {results.path}")

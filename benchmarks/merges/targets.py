@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from benchmarks.harness.targets import Row, target
 from pymerge.common.units import format_bytes
-
-Row = dict[str, Any]
 
 ELEMENTWISE = ("linear", "task_arithmetic")
 HELP_SECONDS = 0.4
@@ -20,7 +18,7 @@ SHARE_OF_MERGEKITS_PEAK = 0.25
 def judge(rows: Sequence[Row]) -> list[Row]:
     """Each target that the rows can tell about: what it is, what was found, whether it is met."""
     found = [
-        _target(
+        target(
             f"pymerge --help within {HELP_SECONDS} s", f"{row['wall']['median']:.2f} s", row["wall"]["median"] <= 0.4
         )
         for row in rows
@@ -35,15 +33,11 @@ def judge(rows: Sequence[Row]) -> list[Row]:
     return found + _memory(merges)
 
 
-def _target(what: str, found: str, met: bool) -> Row:
-    return {"what": what, "found": found, "met": met}
-
-
 def _of_one(row: Row) -> list[Row]:
     name, found = f"{row['method']}, {row['size']}", []
     if row["size"] in OVER_FLOOR:
         most, over = OVER_FLOOR[row["size"]], row["over_floor"]
-        found.append(_target(f"{name}: at most {most:g}x the floor", f"{over:.2f}x", over <= most))
+        found.append(target(f"{name}: at most {most:g}x the floor", f"{over:.2f}x", over <= most))
     if row["speedup_over_mergekit"] is not None and row["size"] in FASTER_THAN_MERGEKIT:
         found += _faster(row, FASTER_THAN_MERGEKIT[row["size"]]) + _smaller(row)
     return found
@@ -54,7 +48,7 @@ def _smaller(row: Row) -> list[Row]:
     if share is None:
         return []
     what = f"{row['method']}, {row['size']}: at most {most:.0%} of mergekit's peak memory"
-    return [_target(what, f"{share:.0%}", share <= most)]
+    return [target(what, f"{share:.0%}", share <= most)]
 
 
 def _faster(row: Row, least: float) -> list[Row]:
@@ -62,7 +56,7 @@ def _faster(row: Row, least: float) -> list[Row]:
     if speedup is None:
         return []
     what = f"{row['method']}, {row['size']}: at least {least:g}x faster than mergekit"
-    return [_target(what, f"{speedup:.1f}x", speedup >= least)]
+    return [target(what, f"{speedup:.1f}x", speedup >= least)]
 
 
 def _memory(merges: Sequence[Row]) -> list[Row]:
@@ -79,5 +73,5 @@ def _memory(merges: Sequence[Row]) -> list[Row]:
             what = (
                 f"{method}: peak memory of 1.2B over that of 135M at most {format_bytes(allowed)}, the largest tensor's"
             )
-            found.append(_target(what, format_bytes(max(0, growth)), growth <= allowed))
+            found.append(target(what, format_bytes(max(0, growth)), growth <= allowed))
     return found

@@ -23,10 +23,8 @@ LR, TIME = 1e-5, 300.0
 Form = Callable[[Tensor, list[Tensor]], Tensor]  # weights -> merged weight
 
 
-def ours(
-    method: str, precision: Precision, eps: float, iterations: int = published.STEPS, out: torch.dtype | None = None
-) -> Form:
-    """pymerge's whole action on one weight, on the backend that it chooses itself; into `out`, or the base's dtype."""
+def action(method: str, precision: Precision, eps: float, iterations: int = published.STEPS) -> Solve:
+    """What pymerge does with one weight."""
     actions: dict[str, Solve] = {
         "wudi": SolveWudi(1.0, precision, iterations, LR),
         "wudi_flow": SolveFlow(1.0, precision, TIME),
@@ -34,5 +32,12 @@ def ours(
         "ace": SolveAce(eps, math.inf, 0.3, "released", 1.0, precision),
         "ace_refined": SolveAce(eps, -1.0, 0.3, "released", 1.0, precision),
     }
-    action, run = actions[method], Runner("auto", "cpu")
-    return lambda base, experts: action.run(run, base, experts, code_of(out or base.dtype))
+    return actions[method]
+
+
+def ours(
+    method: str, precision: Precision, eps: float, iterations: int = published.STEPS, out: torch.dtype | None = None
+) -> Form:
+    """That on whole weights, on the backend that it chooses itself; into `out`, or the base's dtype."""
+    solve, run = action(method, precision, eps, iterations), Runner("auto", "cpu")
+    return lambda base, experts: solve.run(run, base, experts, code_of(out or base.dtype))
