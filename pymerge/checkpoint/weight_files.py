@@ -174,9 +174,14 @@ def no_weights(path: Path, names: Sequence[str]) -> CheckpointError:
         return CheckpointError(
             f"{path}: has no .safetensors file, only {first_few(others)}; {how_to_convert(others[0])}"
         )
-    return CheckpointError(
-        f"{path}: has no weights (no file ending in {', '.join(WEIGHT_SUFFIXES)}); give the directory of a model"
-    )
+    inside = [name for name in names if os.path.isdir(path / name) and has_usual(file_names(path / name))]
+    if inside and "modules.json" not in names:
+        return CheckpointError(
+            f"{path}: has no weights itself; give one of its folders that have some: {first_few(inside)}"
+        )
+    left = [name for name in names if is_weight_file(name)]
+    why = f"only {first_few(left)}, left by a training" if left else f"no file ending in {', '.join(WEIGHT_SUFFIXES)}"
+    return CheckpointError(f"{path}: has no weights ({why}); give the directory of a model")
 
 
 def read_json(path: Path, *, unique: bool) -> dict[str, Any]:

@@ -125,6 +125,8 @@ def _said(donor: Checkpoint, file: str, found: list[tuple[Difference, Path]], ou
         now = Fact(first.ours.key, output[first.ours.key], normal(first.ours.key, output[first.ours.key]))
     changed = now is not None and now.value != first.ours.value  # with the tokenizer of another model
     value = _shown(now if now is not None and changed else first.ours)
+    if first.meaning.endswith("model_type"):
+        return f"{text}; the output has {value}: see that both types compute the same with these weights"
     return f"{text}; the output has {value}: write another into its {file}, if the merged weights need it"
 
 

@@ -96,6 +96,18 @@ def test_what_is_open_is_an_error_that_names_the_files(names: Sequence[str], sai
         open_checkpoint(tmp_path)
 
 
+def test_a_folder_without_weights_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no weights \(no file ending in .safetensors, "):
+        taken(tmp_path)
+    for name in ("optimizer.pt", "training_args.bin"):
+        put(tmp_path, name)
+    with pytest.raises(CheckpointError, match=r"has no weights \(only 'optimizer.pt', 'training_args.bin', left by a"):
+        taken(tmp_path)
+    put(tmp_path / "checkpoint-500", SAFE)
+    with pytest.raises(CheckpointError, match=r"give one of its folders that have some: 'checkpoint-500'"):
+        taken(tmp_path)
+
+
 def test_a_file_that_says_it_is_the_only_shard_is_whole(tmp_path: Path) -> None:
     put(tmp_path, "model-00001-of-00001.safetensors")
     found = open_checkpoint(tmp_path)

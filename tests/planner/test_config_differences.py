@@ -63,6 +63,13 @@ def test_a_key_is_named_with_all_values_and_the_outputs(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["rope_theta"] == 500000.0
 
 
+def test_nobody_is_told_to_write_another_type_into_config_json(tmp_path: Path) -> None:
+    models(tmp_path, {"model_type": "mistral"}, {})
+    (warning,) = told(tmp_path)
+    assert 'model_type is "llama", and "mistral" in ' in warning
+    assert warning.endswith('the output has "llama": see that both types compute the same with these weights')
+
+
 def test_models_with_the_same_value_share_a_line(tmp_path: Path) -> None:
     models(tmp_path, {"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-5})
     (warning,) = told(tmp_path)
