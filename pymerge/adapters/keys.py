@@ -83,14 +83,18 @@ class _Key:
         depth, outer = 0, ""
         for at, word in enumerate(words):
             rest = words[at + 1 :]
-            if word in _IGNORED or (word == "token_adapter" and rest[:1] != ["trainable_tokens_delta"]):
+            if word in _IGNORED or (word == "token_adapter" and rest[:1] == ["trainable_tokens_original"]):
                 return
             if word == "base_layer":
                 depth += 1
             elif word in _FACTORS:
                 self._factor(".".join(module), depth, outer, word, rest)
                 return
+            elif word == "token_adapter" and rest[:1] == ["base_layer"]:
+                continue  # the table below, resized
             elif word == "token_adapter":
+                if rest[:1] != ["trainable_tokens_delta"]:
+                    raise self._unknown()
                 self._name_of(rest[1:], ())
                 self._put(self._keys.tokens, ".".join(module))
                 return

@@ -59,7 +59,8 @@ def add_product(out: Array, left: Array, right: Array, scale: float, skipped: in
         for at in range(0, width, _TILE_COLUMNS):
             columns = right[:, at : at + _TILE_COLUMNS]
             tile = _tile(block, columns, room)
-            tile *= factor
+            if factor != 1:
+                tile *= factor
             out[top + first - skipped : top + last - skipped, at : at + _TILE_COLUMNS] += tile[first:last]
 
 

@@ -11,9 +11,9 @@ def rank_over(base: TensorEntry, entry: TensorEntry) -> int | None:
 
     None where it is not of low rank, or not over this base: of a model, with DoRA, or absolute.
     """
-    if entry.same_bytes(base):
-        return 0
     found = low_rank_of(entry)
-    if found is None or found.magnitude is not None or not found.base.same_bytes(base):
+    if found is None:  # the files first: most merges are of models, and plans of them should not take longer
+        return 0 if entry.file == base.file and entry.same_bytes(base) else None
+    if found.magnitude is not None or not found.base.same_bytes(base):
         return None
     return found.rank

@@ -34,6 +34,11 @@ def summed(base: TensorEntry, experts: Sequence[TensorEntry], weights: Sequence[
     return decoded(base.name, Summed(base, tuple(terms), stacked, experts=tuple(experts)), base.output_dtype)
 
 
+def is_sum(entry: TensorEntry) -> bool:
+    """Whether an entry is a weighted sum of adapters."""
+    return isinstance(entry, DecodedEntry) and isinstance(entry.decoder, Summed)
+
+
 def of_sum(entry: TensorEntry) -> tuple[TensorEntry, ...]:
     """The base and the experts that a sum is made of; the entry alone where it is none."""
     if isinstance(entry, DecodedEntry) and isinstance(entry.decoder, Summed):

@@ -20,7 +20,7 @@ from pymerge.errors import CheckpointError
 def drop_tied_heads(
     base: Checkpoint, layers: Mapping[str, Layer], keys: Keys, files: AdapterFiles, keeps_tie: bool
 ) -> None:
-    """Take factors of a tied head out of `keys`, where the embedding has the same: the table has them once.
+    """Take factors and rows of a tied head out of `keys`, where the embedding has the same: the table has them once.
 
     Args:
         base: a model that ties its head.
@@ -39,15 +39,22 @@ def drop_tied_heads(
     heads = [each for each in factors if not each.embedding and _is_head(each.name) and _size(each) == shape]
     embeddings = [each for each in factors if each.embedding and each.a.shape[1] == shape[0]]
     with Reader(files.stamps | base.stamps) as reader:
-        if heads and embeddings and _equal(reader, heads[0], embeddings[0]):
-            del keys.modules[heads[0].name, heads[0].depth]
-        elif heads or (embeddings and not keeps_tie):
-            raise _untied(base, files, (heads or embeddings)[0].name)
         values = [name for name in keys.values if name.rpartition(".")[0].rpartition(".")[2] == word]
         if values and not keeps_tie and not any(_is_head(name.rpartition(".")[0]) for name in keys.values):
             own, other = keys.values[values[0]], base.tensors[table]
             if relation(reader, own, other) is not Relation.SAME:
                 raise _untied(base, files, values[0])
+        if heads and embeddings and _equal(reader, heads[0], embeddings[0]):
+            del keys.modules[heads[0].name, heads[0].depth]
+            keys.values.pop(f"{heads[0].name}.weight", None)  # the table once more, before the factors
+        elif heads or (embeddings and not keeps_tie):
+            raise _untied(base, files, (heads or embeddings)[0].name)
+        for head in [module for module in keys.tokens if _is_head(module)]:
+            rows = next((rows for name, rows in keys.tokens.items() if name.rpartition(".")[2] == word), None)
+            if rows is None or relation(reader, keys.tokens[head], rows) is not Relation.SAME:
+                raise _untied(base, files, head)
+            del keys.tokens[head]
+            keys.values.pop(f"{head}.weight", None)
 
 
 def _untied(base: Checkpoint, files: AdapterFiles, name: str) -> CheckpointError:

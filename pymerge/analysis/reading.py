@@ -6,12 +6,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
+from pymerge.adapters.summed import is_sum, of_sum
 from pymerge.analysis.measures import Analysis, Spectrum, Sums, TensorMeasures
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.finite import check_finite
@@ -57,7 +59,7 @@ def survey(plan: Plan, spectra: int | None = 12, progress: ProgressSink | None =
         raise PlanError(
             [f"{plan.config.place(form)}: a report is about whole models against one base; list them under 'models'"]
         )
-    steps = [step for step in plan.steps if step.experts]
+    steps = [_apart(step) for step in plan.steps if step.experts]
     if not steps:
         raise PlanError([f"{plan.config.name}: no tensor is merged; there is nothing to report"])
     if spectra is not None and spectra < 0:
@@ -75,6 +77,11 @@ def survey(plan: Plan, spectra: int | None = 12, progress: ProgressSink | None =
     names = tuple(plan.config.models[index].model for index in participants(plan.config, plan.method))
     left_out = tuple(step.name for step in chosen if step not in fitting)
     return Analysis(names, tuple(tensors), tuple(found), left_out)
+
+
+def _apart(step: Step) -> Step:
+    """The step with every expert for itself, where a weighted sum of adapters is read as one tensor."""
+    return replace(step, experts=of_sum(step.experts[0])[1:]) if is_sum(step.experts[0]) else step
 
 
 def _bytes(step: Step) -> int:

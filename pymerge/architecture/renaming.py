@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pymerge.architecture.spellings import WRAPPERS
+
 Shapes = Mapping[str, tuple[int, ...]]
 Words = tuple[str, ...]
 
 _NUMBER = "*"
-# Modules that tools put around others: of torch.compile, of data parallelism, of checkpointed activations.
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Modules that tools put around a model: of data parallelism, and those that may be inside.
+_WRAPPERS = ("module", *WRAPPERS)
 
 
 class AmbiguousNames(ValueError):

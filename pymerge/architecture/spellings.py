@@ -12,6 +12,8 @@ _WEIGHT_NORM = {
     "parametrizations.weight.original0": "weight_g",
     "parametrizations.weight.original1": "weight_v",
 }
+# Modules that torch.compile, FSDP and checkpointed activations put around others.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def usual(shapes: Shapes) -> dict[str, str]:
@@ -20,11 +22,22 @@ def usual(shapes: Shapes) -> dict[str, str]:
     A gamma alone may be the scale of a layer: it is a norm's weight beside its beta, or in a module that is called a
     norm.
     """
+    bare = {unwrapped(name): shape for name, shape in shapes.items()}
+    if len(bare) < len(shapes):
+        return {name: name for name in shapes}  # with and without a wrapper: two models in one
     found = {}
     for name in shapes:
-        new = _usual(name, shapes)
-        found[name] = name if new in shapes else new
+        plain = unwrapped(name)
+        new = _usual(plain, bare)
+        found[name] = plain if new in bare else new
     return found
+
+
+def unwrapped(name: str) -> str:
+    """The name without the modules that tools put around others."""
+    if not any(wrapper in name for wrapper in WRAPPERS):
+        return name
+    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
 
 
 def spelling(name: str, other: str) -> str:

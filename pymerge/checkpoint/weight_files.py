@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pymerge.checkpoint.gguf.folder import find_gguf
-from pymerge.checkpoint.model_files import ADAPTER_CONFIG, WEIGHT_SUFFIXES, is_adapter, is_leftover, is_weight_file
+from pymerge.checkpoint.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    WEIGHT_SUFFIXES,
+    is_adapter,
+    is_leftover,
+    is_weight_file,
+)
 from pymerge.checkpoint.parts import refuse_parts
 from pymerge.checkpoint.safetensors_file import Header
 from pymerge.checkpoint.weight_formats import GGUF, LOADED, NAMELESS, WeightFormat, how_to_convert, is_part
@@ -150,7 +157,13 @@ def no_weights(path: Path, names: Sequence[str]) -> CheckpointError:
         return CheckpointError(
             f"{path}: is a folder of the Hub's cache, not a model; give one of its snapshots: {first_few(commits)}"
         )
-    if ADAPTER_CONFIG in names or any(is_adapter(name) for name in names):
+    adapters = [name for name in names if is_adapter(name)]
+    if adapters and ADAPTER_CONFIG not in names and not set(ADAPTER_WEIGHTS) & set(names):
+        return CheckpointError(
+            f"{path}: is an adapter in another form than PEFT's ({first_few(adapters)}); apply it to its model where "
+            "it was made, or convert it to PEFT"
+        )
+    if ADAPTER_CONFIG in names or adapters:
         return CheckpointError(
             f"{path}: is an adapter, without the model that it is for; "
             "name it under models, with its model as base_model or as BASE+ADAPTER"

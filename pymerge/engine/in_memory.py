@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.constants import may_be_constant
 from pymerge.architecture.roles import Kind, Layer, classify
 from pymerge.backends.runner import Runner
@@ -165,11 +166,15 @@ class _Merger:
     def _is_constant(
         self, name: str, layer: Layer, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
     ) -> bool:
-        """Whether all models have the same values, as in a merge of files (pymerge.planner.constants)."""
+        """Whether all models have the same values, or it is known by its name: as in a merge of files.
+
+        See pymerge.planner.constants.
+        """
         if dtype not in (None, base.dtype) or not may_be_constant(name, layer, code_of(base.dtype), base.shape):
             return False
         if not all(each.dtype == base.dtype and torch.equal(each.to(base.device), base) for each in experts):
-            return False
+            known = bool(named_constant(name, base.shape)) and all(each.shape == base.shape for each in experts)
+            return known and not any(bool(each.isnan().any()) for each in (base, *experts))
         action = self._method.action(name, layer.solvable, self._values, len(experts))
         return reproduces(action) or not bool(torch.isfinite(base).all())
 

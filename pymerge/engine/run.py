@@ -172,6 +172,8 @@ def _peak_device_memory(device: Device, *, reset: bool = False) -> int:
 
 def _log_plan(plan: Plan) -> None:
     text = f"{plan.method.name}: {len(plan.steps)} tensors, {plan.bytes_read} bytes to read"
+    if by_factors := sum(step.route == "core" for step in plan.steps):
+        text += f", {by_factors} solved by the factors of adapters"
     event("plan", text, **plan.summary(), backend=plan.target.backend, device=str(plan.target.device))
     for warning in plan.warnings:
         event("warning", warning, level=WARNING)

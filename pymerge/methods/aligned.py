@@ -15,7 +15,7 @@ from pymerge.common.shapes import key_of
 from pymerge.methods.actions import Action, Run, Solve
 from pymerge.methods.base import Method, Parameter, Values
 from pymerge.methods.core.aligned import balanced, one_sided, two_sided
-from pymerge.methods.core.entries import drawn, elected_mean, from_smallest, largest
+from pymerge.methods.core.entries import drawn, elected_mean, from_smallest, largest, total_of
 from pymerge.methods.core.factors import Factors, Product
 from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, add_to_base, not_a_number
 from pymerge.ops._op import one_thread, task_vector
@@ -61,7 +61,7 @@ class SolveAligned(Solve):
     def drawn(self, parts: Sequence[Tensor]) -> Tensor:
         """DARE: the sum of what is drawn of each task."""
         pairs = zip(parts, self.keys, strict=True)
-        return torch.stack([drawn(part, self.density, key) for part, key in pairs]).sum(dim=0)
+        return total_of(drawn(part, self.density, key) for part, key in pairs)
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         small, large = sorted(shape)
@@ -86,7 +86,7 @@ class MergeOneSide(SolveAligned):
 
     def _merged(self, parts: Sequence[Tensor]) -> Tensor:
         if self.merge == "linear":
-            return torch.stack(tuple(parts)).sum(dim=0)
+            return total_of(parts)
         if self.merge == "dare":
             return self.drawn(parts)
         count = int(self.density * parts[0].numel())
@@ -119,13 +119,13 @@ class MergeTwoSides(SolveAligned):
             return self.drawn(parts)
         if self.merge == "tsv":
             return orthogonal_sum(parts, len(parts), shape)
-        total = torch.stack(tuple(parts)).sum(dim=0)
+        total = total_of(parts)
         if self.merge == "sum":
             return total
         mean = total / len(parts)
         if self.merge == "cart":
             rank = math.ceil(self.cart_rank * min(shape))
-            return mean + self.cart_weight * torch.stack([_leading(part - mean, rank) for part in parts]).sum(dim=0)
+            return mean + self.cart_weight * total_of(_leading(part - mean, rank) for part in parts)
         return mean
 
 

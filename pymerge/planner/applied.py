@@ -20,6 +20,7 @@ class Applied:
         self._config = config
         self._opened = opened
         self._bases: dict[Path, set[Path]] = {}  # of each adapter
+        self._names: dict[tuple[Path, Path], str] = {}  # of each adapter on a base, the first
 
     def all(self, pairs: Mapping[str, tuple[str, str]]) -> dict[str, Checkpoint]:
         """All models by their names, given as model and adapter. Raises PlanError, which names all that is wrong."""
@@ -49,7 +50,11 @@ class Applied:
                 f"{self._config.name}: {name!r}: {base.path} is an adapter; put its model before the +"
             )
         self._bases.setdefault(files.path, set()).add(base.path)
-        return adapted(base, files)
+        found = adapted(base, files)
+        first = self._names.setdefault((files.path, base.path), name)
+        if first == name:
+            return found
+        return replace(found, notes=(*found.notes, f"{name!r} is the same adapter as {first!r}: it counts twice"))
 
     def _named_base(self, name: str, files: AdapterFiles) -> Checkpoint:
         """The base of an adapter that is named alone."""

@@ -59,7 +59,7 @@ def check_configs(
 
     def add(file: str, folder: Path, every: Iterable[Difference]) -> None:
         for each in every:
-            found.setdefault((file, each.meaning, each.ours.key), []).append((each, folder / file))
+            found.setdefault((file, each.meaning, each.ours.key), []).append((each, _place(folder, file)))
 
     for other in others:
         theirs, folder = other.checkpoint, other.checkpoint.path
@@ -117,7 +117,7 @@ def _said(donor: Checkpoint, file: str, found: list[tuple[Difference, Path]], ou
         key = "" if each.theirs.key == first.ours.key else f"{each.theirs.key} is "
         values.setdefault(f"{key}{_shown(each.theirs)}", []).append(str(path))
     theirs = " and ".join(f"{value} in {', '.join(paths)}" for value, paths in values.items())
-    text = f"{donor.path / file}: {first.ours.key} is {_shown(first.ours)}, and {theirs}"
+    text = f"{_place(donor.path, file)}: {first.ours.key} is {_shown(first.ours)}, and {theirs}"
     if first.breaks:
         return f"{text}; no weights fit both: list models of one architecture, or correct the file that is wrong"
     now = facts(output).get(first.meaning) if output and file == _CONFIG else None
@@ -126,6 +126,11 @@ def _said(donor: Checkpoint, file: str, found: list[tuple[Difference, Path]], ou
     changed = now is not None and now.value != first.ours.value  # with the tokenizer of another model
     value = _shown(now if now is not None and changed else first.ours)
     return f"{text}; the output has {value}: write another into its {file}, if the merged weights need it"
+
+
+def _place(model: Path, file: str) -> Path:
+    """Where a model says something: a GGUF file has its config inside."""
+    return model if model.suffix == ".gguf" else model / file
 
 
 def _listed(found: Iterable[list[tuple[Difference, Path]]]) -> str:

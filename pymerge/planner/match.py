@@ -130,7 +130,11 @@ class Matcher:
 
     def match(self, expert: Checkpoint, base: Mapping[str, TensorEntry] | None) -> Fitted:
         """The expert under the donor's names, with tensors of `base` where it lacks one and the config says so."""
-        expert = self._with_heads(self._with_names(expert))
+        problems = len(self.problems)
+        expert = self._with_names(expert)
+        if len(self.problems) > problems:
+            return Fitted(expert)  # whatever else is wrong with its names follows from that
+        expert = self._with_heads(expert)
         constants = self._constants(expert) if base is not None else frozenset()
         expert = replace(expert, tensors=expert.tensors | {name: (base or {})[name] for name in constants})
         expert = self._with_numbers(expert)

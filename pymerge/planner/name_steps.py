@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from pymerge.architecture.expert_stacks import mixture_stems, refit, routers
 from pymerge.architecture.renaming import AmbiguousNames, find_renamings
-from pymerge.architecture.spellings import spelling, usual
+from pymerge.architecture.spellings import WRAPPERS, spelling, unwrapped, usual
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 
 
@@ -66,14 +66,20 @@ class Naming:
         refitted = refit(self._donor, current, self._family)
         found: dict[str, TensorEntry] = {}
         spelt: dict[tuple[str, str], int] = {}
+        wrapped: dict[tuple[str, str], int] = {}
         for name, now in self._names.items():
             if now in refitted.used:
                 continue
             ours = self._donor_names.get(now, name)
             found[ours] = self._expert[name]
             if now in self._base:
+                wrapped[_wrappers(name), _wrappers(ours)] = wrapped.get((_wrappers(name), _wrappers(ours)), 0) + 1
                 words = self._spellings(name, ours)
                 spelt[words] = spelt.get(words, 0) + (words[0] != words[1])
+        for (mine, theirs), number in wrapped.items():
+            if mine != theirs:
+                change = f"{mine!r} taken away from" if mine else f"{theirs!r} put into"
+                self.notes.append(f"{change} its names ({_count(number)})")
         differing = [f"{one} read as {two} ({_count(number)})" for (one, two), number in spelt.items() if number]
         self.notes += [", ".join(differing)] if differing else []
         self.notes += refitted.notes
@@ -81,7 +87,7 @@ class Naming:
 
     def _spellings(self, name: str, ours: str) -> tuple[str, str]:
         """The last words of one of the expert's names and of the donor's for it, where one is not the usual one."""
-        usually, now = self._usual[name], self._names[name]
+        name, ours, usually, now = unwrapped(name), unwrapped(ours), self._usual[name], self._names[name]
         return spelling(name, usually) or spelling(now, ours), spelling(ours, now) or spelling(usually, name)
 
     def _current(self) -> dict[str, TensorEntry]:
@@ -96,6 +102,11 @@ class Naming:
         self._taken.add(new)
         self._names[name] = new
         return True
+
+
+def _wrappers(name: str) -> str:
+    """Words of modules that tools have put around others in a name, as they stand there."""
+    return "".join(f"{word}." for word in name.split(".") if word in WRAPPERS)
 
 
 def _count(number: int) -> str:

@@ -36,12 +36,12 @@ def under_names_of(donor: Checkpoint, expert: Checkpoint, wanted: Collection[str
     except AmbiguousNames as error:
         text = (
             f"{expert.path}: its names match those of {donor.path} in more than one way: {error}; "
-            "save the part that is to be merged as a model of its own"
+            "save the part that is to be merged as a model of its own, under the names of that model"
         )
         return Named(expert, problem=text)
     tensors = naming.result()
     notes = tuple(f"{expert.path}: {note}, as in {donor.path}" for note in naming.notes)
-    return Named(replace(expert, tensors=tensors), notes) if notes else Named(expert)
+    return Named(replace(expert, tensors=tensors), notes)
 
 
 def _is_there(name: str, donor: Checkpoint, expert: Checkpoint) -> bool:

@@ -23,11 +23,13 @@ def routed(action: Action, layer: Layer, base: TensorEntry, experts: Sequence[Te
     """
     if not isinstance(action, Solve) or not action.has_core or (action.needs_outputs and layer.in_axis == 0):
         return action
-    ranks = [rank_over(base, entry) for entry in experts]
-    known = [rank for rank in ranks if rank is not None]
-    if len(known) < len(ranks):
-        return action
-    rank, shape = sum(known), pieces.worked_shape(layer, action, base.shape)
+    rank = 0
+    for entry in experts:
+        own = rank_over(base, entry)
+        if own is None:
+            return action
+        rank += own
+    shape = pieces.worked_shape(layer, action, base.shape)
     takes = rank > 0 if action.minds_factors else 0 < 2 * rank <= min(shape)
     return InCore(action, (shape[0], shape[1]), rank) if takes else action
 

@@ -10,7 +10,7 @@ import torch
 
 from pymerge.adapters.folder import is_adapter, open_adapter
 from pymerge.errors import CheckpointError
-from tests.helpers.adapters import Tensors, factors, opened, read_all, write_adapter
+from tests.helpers.adapters import Tensors, applied, factors, opened, read_all, write_adapter
 from tests.helpers.checkpoints import llama, llama_config, write_model
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
@@ -173,6 +173,15 @@ def test_refused_by_name(base: Path, tmp_path: Path, what: str) -> None:
         opened(base, write_adapter(tmp_path / "a", found))
     for fragment in (*fragments, str(tmp_path / "a")):
         assert fragment in str(caught.value), str(caught.value)
+
+
+def test_a_rank_that_the_config_does_not_say(base: Path, tmp_path: Path) -> None:
+    """Scaled as PEFT would have done, which cannot load it."""
+    tensors, found = llama(), factors(llama(), [Q], rank=4)
+    checkpoint = opened(base, write_adapter(tmp_path / "a", found, r=8, lora_alpha=4))
+    assert "1 modules ('model.layers.0.self_attn.q_proj') have another rank than" in checkpoint.notes[0]
+    expected = applied(tensors, found, 4 / 8)[f"{Q}.weight"]
+    torch.testing.assert_close(read_all(checkpoint)[f"{Q}.weight"].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_dora_without_lengths_is_refused(base: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from pymerge.architecture.spellings import spelling, usual
         ),
         ({"c.parametrizations.weight.original": (4,)}, ["c.parametrizations.weight.original"]),
         ({"gamma": (4,)}, ["gamma"]),
+        ({"_orig_mod.a.norm.gamma": (4,), "b._checkpoint_wrapped_module.w": (4,)}, ["a.norm.weight", "b.w"]),
+        ({"_orig_mod.a.w": (4,), "a.w": (4,)}, ["_orig_mod.a.w", "a.w"]),
     ],
 )
 def test_usual_names(names: dict[str, tuple[int, ...]], expected: list[str]) -> None:

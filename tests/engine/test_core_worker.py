@@ -32,7 +32,7 @@ from tests.helpers.checkpoints import (
     write_config,
     write_model,
 )
-from tests.helpers.factored import moved, write_adapter
+from tests.helpers.factored import moved, write_products
 
 UP, Q, CONV, STACK = (
     "model.layers.0.mlp.up_proj.weight",
@@ -77,7 +77,7 @@ def planned(folder: Path, method: str, dtype: torch.dtype = torch.float32, dora:
             factors = factors_of(
                 number, rank, [name for name in names if not (dora and name in (STACK, GATE_UP))], base
             )
-            write_adapter(folder / f"e{number}", folder / "base", factors, dora)
+            write_products(folder / f"e{number}", folder / "base", factors, dora)
     return plan_of(folder, method)
 
 
@@ -171,7 +171,7 @@ def test_methods_that_are_defined_by_factors_take_them_whatever_their_rank(tmp_p
     base = base_model(torch.float32)
     write_model(tmp_path / "base", base, config=llama_config(base))
     for number in range(2):
-        write_adapter(tmp_path / f"e{number}", tmp_path / "base", factors_of(number, 14, [UP], base))
+        write_products(tmp_path / f"e{number}", tmp_path / "base", factors_of(number, 14, [UP], base))
     assert step_of(plan_of(tmp_path, "wudi_flow", 2, more=""), UP).route == "dense"
     plan = plan_of(tmp_path, "core_space", 2, more="")
     assert step_of(plan, UP).route == "core"
@@ -184,7 +184,7 @@ def test_an_adapter_beside_a_model_is_merged_as_a_model(tmp_path: Path) -> None:
     base = base_model(torch.float32)
     write_model(tmp_path / "base", base, config=llama_config(base))
     factors = factors_of(0, 2, [UP], base)
-    write_adapter(tmp_path / "e0", tmp_path / "base", factors)
+    write_products(tmp_path / "e0", tmp_path / "base", factors)
     model = fine_tuned(base, 1)
     write_model(tmp_path / "e1", model, config=llama_config(base))
     plan = plan_of(tmp_path, "wudi_flow", 2, more="")
@@ -200,7 +200,7 @@ def test_what_is_not_finite_names_file_and_key(value: float, tmp_path: Path) -> 
     write_model(tmp_path / "base", base, config=llama_config(base))
     factors = factors_of(0, 2, [UP], base)
     factors[UP][1][1, 2] = value
-    write_adapter(tmp_path / "e0", tmp_path / "base", factors)
+    write_products(tmp_path / "e0", tmp_path / "base", factors)
     with pytest.raises(NonFiniteError, match=r"e0/adapter_model.safetensors: .*up_proj.lora_A.* \[1, 2\]"):
         run(plan_of(tmp_path, "wudi_flow", 1, more=""), tmp_path / "out")
     run(plan_of(tmp_path, "wudi_flow", 1, more="allow_nonfinite: true"), tmp_path / "allowed")

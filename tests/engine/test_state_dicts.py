@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pymerge import merge_state_dicts
-from pymerge.errors import ArgumentError
+from pymerge.errors import ArgumentError, NonFiniteError
 from pymerge.wemoe import upscale
 
 WEIGHT = torch.eye(4)
@@ -43,6 +43,19 @@ def test_integers_must_agree() -> None:
     for changed in (torch.arange(1, 5)[None], torch.arange(5)[None], torch.arange(4).float()[None] + 0.5):
         with pytest.raises(ArgumentError, match="position_ids: expert 0 has other integers than the base"):
             merge_state_dicts(PLAIN, [expert | {"position_ids": changed}], "linear", weight=1.0)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_constants_known_by_their_names_are_the_bases(method: str) -> None:
+    base = PLAIN | {
+        "rotary_emb.inv_freq": torch.tensor([1.0, 0.1]),
+        "attn_mask": torch.full((4, 4), -torch.inf).triu(1),
+    }
+    expert = base | {"rotary_emb.inv_freq": torch.tensor([1.0, 0.5]), "attn_mask": base["attn_mask"].clamp(min=-1e9)}
+    merged = merge_state_dicts(base, [expert], method, weight=0.5)
+    assert all(torch.equal(merged[name], base[name]) for name in ("rotary_emb.inv_freq", "attn_mask"))
+    with pytest.raises(NonFiniteError, match="attn_mask"):
+        merge_state_dicts(base, [expert | {"attn_mask": torch.full((4, 4), torch.nan)}], method, weight=0.5)
 
 
 def test_upscale_refuses_quantised_experts() -> None:

@@ -50,6 +50,12 @@ def test_an_extra_tensor_is_refused_or_left_out_as_told(models: Path) -> None:
     change(models / "e1", lambda tensors: tensors.update({"value_head.weight": torch.ones(3, 16)}))
     write_config(models, "task_arithmetic", more="extra_tensors: error")
     refused(models, 4, models / "e1", "value_head.weight", "set extra_tensors: ignore to leave them out")
+    first = next(iter(load_file(models / "e0/model.safetensors")))
+    change(models / "e0", lambda tensors: tensors.update({"weights_of_layer": tensors.pop(first)}))
+    refused(
+        models, 4, "weights_of_layer, which", "rename them, if they are what it lacks, or set extra_tensors: ignore"
+    )
+    change(models / "e0", lambda tensors: tensors.update({first: tensors.pop("weights_of_layer")}))
     write_config(models, "task_arithmetic", more="extra_tensors: ignore")
     done = pymerge("merge", models / "merge.yml", models / "out")
     assert done.code == 0, done

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import pymerge
 from pymerge.errors import PlanError
+from tests.helpers.adapters import factors, write_adapter
 from tests.helpers.checkpoints import (
     fine_tuned,
     llama,
@@ -38,6 +39,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "tsv_m": {},
     "iso_cts": {"common_space_fraction": 0.7},
 }
+# Methods that solve adapters by their factors; their configs are called adapters_<method>.
+IN_CORE: dict[str, dict[str, Any]] = {
+    "wudi": {"iterations": 20, "lr": "auto"},
+    "wudi_flow": {},
+    "ace": {"gamma_threshold": -1},
+    "tsv_m": {},
+    "knots": {"merge": "dare", "density": 0.5},
+    "core_space": {"merge": "ties"},
+}
+CONFIGS = [*METHODS, *(f"adapters_{method}" for method in IN_CORE)]
 # Large enough that ops split their work between threads, odd enough that no split is even.
 SIZES: dict[str, Any] = {"hidden": 144, "inner": 200, "vocabulary": 333, "blocks": 1}
 
@@ -63,6 +74,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models(folder, base, config=llama_config(base))
     for method, parameters in METHODS.items():
         write_config(folder, method, **parameters).rename(folder / f"{method}.yml")
+    modules = [name.removesuffix(".weight") for name in base if "_proj" in name]
+    for number in range(2):
+        write_adapter(folder / f"a{number}", factors(base, modules, seed=number), base_model_name_or_path="base")
+    for method, parameters in IN_CORE.items():
+        path = write_config(folder, method, **parameters)
+        text = path.read_text().replace("model: e", "model: a")
+        path.unlink()
+        (folder / f"adapters_{method}.yml").write_text(text)
     return folder
 
 
@@ -99,7 +118,7 @@ def differing(one: dict[str, str], two: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONFIGS)
 def test_the_hash_seed_changes_no_byte(runs: list[Path], method: str, backend: str) -> None:
     first, second = (out / f"{method}-{backend}" for out in runs[1:])
     assert differing(digests(first), digests(second)) == []
@@ -107,7 +126,7 @@ def test_the_hash_seed_changes_no_byte(runs: list[Path], method: str, backend: s
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONFIGS)
 def test_the_thread_count_changes_no_byte(runs: list[Path], method: str, backend: str) -> None:
     one, two = (out / f"{method}-{backend}" for out in runs[:2])
     assert differing(digests(one), digests(two)) == []
@@ -147,13 +166,13 @@ def test_the_thread_count_changes_no_bit_of_larger_solutions(
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONFIGS)
 def test_repeated_runs_in_one_process_give_the_same_bits(models: Path, method: str, tmp_path: Path) -> None:
     first = merged(models / f"{method}.yml", tmp_path / "first")
     assert merged(models / f"{method}.yml", tmp_path / "second") == first
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONFIGS)
 def test_the_shard_size_changes_no_tensor(models: Path, method: str, tmp_path: Path) -> None:
     whole = merged(models / f"{method}.yml", tmp_path / "whole")
     parts = merged(models / f"{method}.yml", tmp_path / "parts", max_shard_size="200KB")
@@ -161,7 +180,7 @@ def test_the_shard_size_changes_no_tensor(models: Path, method: str, tmp_path: P
     assert parts == whole
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONFIGS)
 def test_the_memory_limit_changes_no_tensor(models: Path, method: str, tmp_path: Path) -> None:
     whole = merged(models / f"{method}.yml", tmp_path / "whole")
     with pytest.raises(PlanError) as refused:

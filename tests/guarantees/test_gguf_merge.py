@@ -40,6 +40,7 @@ def models(tmp_path: Path) -> tuple[Path, dict[str, Tensors]]:
             for key, tensor in state.items()
         }
         config = {"model_type": "llama", "tie_word_embeddings": False, "num_attention_heads": 4, "rope_theta": 500000.0}
+        config |= {"num_key_value_heads": 2, "attention_bias": True, "rms_norm_eps": 1e-5}
         write_model(tmp_path / name, held[name], config=config, files={"tokenizer.json": "{}"})
     return tmp_path, held
 
@@ -116,6 +117,15 @@ def test_dtype_config_and_warnings_of_an_output(models: tuple[Path, dict[str, Te
     done = pymerge("plan", folder / "merge.yml")
     assert done.code == 0, done
     assert "tokenizer" not in done.out + done.err  # the base has one
+
+
+def test_a_config_that_is_in_the_file_is_said_to_be_there(models: tuple[Path, dict[str, Tensors]]) -> None:
+    folder, _ = models
+    config = json.loads((folder / "base/config.json").read_text())
+    (folder / "base/config.json").write_text(json.dumps(config | {"rope_theta": 1e6}))
+    merged(folder, "linear", "base", ["e0.gguf"], parameters={"weight": 1.0})
+    (warning,) = [each for each in api.plan(folder / "merge.yml", device="cpu").warnings if "rope_theta" in each]
+    assert f"and 500000.0 in {folder / 'e0.gguf'}; " in warning
 
 
 def test_a_file_that_changes_is_noticed(models: tuple[Path, dict[str, Tensors]]) -> None:

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pymerge import api
+from pymerge.analysis.reading import survey
 from pymerge.cli.tensor_table import tensor_rows
 from pymerge.engine.recheck import recheck
 from pymerge.errors import ConfigError, NonFiniteError, OutputError, PlanError
@@ -176,6 +177,17 @@ def test_plan_and_output_tell_of_adapters(models: Path) -> None:
     assert recheck(models / "out").problems == []
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_report_measures_every_adapter(models: Path, method: str) -> None:
+    parameters = {"weight": 0.5} | ({"density": 0.5} if method == "ties" else {})
+    found = survey(planned(config(models, "a0", "a1", method=method, parameters=parameters)), 1)
+    whole = survey(planned(config(models, "e0", "e1", method=method, parameters=parameters)), 1)
+    measured = {tensor.name: tensor for tensor in whole.tensors}
+    assert {tensor.name for tensor in found.tensors} == {f"{module}.weight" for module in MODULES}
+    for tensor in found.tensors:
+        assert tensor.dots == measured[tensor.name].dots
+
+
 def test_peak_memory_hardly_grows_with_the_number_of_adapters(models: Path) -> None:
     one, four = (planned(config(models, *["a0"] * count)) for count in (1, 4))
     pieces = max(40 * 24 * 4 * 4 for _ in one.steps)
@@ -223,6 +235,23 @@ def test_without_base_model_the_first_adapter_gives_its_own(models: Path) -> Non
     found = merged(config(models, "base+a0", "base+a1", method="linear", base=None))
     near(found, merged(config(models, "e0", "e1", method="linear", base=None), "whole"))
     assert json.loads((models / "out" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_one_adapter_under_two_names_counts_twice(models: Path) -> None:
+    plan = planned(config(models, "a0", "base+a0"))
+    assert plan.warnings == ("'base+a0' is the same adapter as 'a0': it counts twice",)
+    same(merged(models / "merge.yml"), merged(config(models, "a0", "a0"), "twice"))
+
+
+@pytest.mark.parametrize("file", ["pytorch_lora_weights.safetensors", "adapters.safetensors"])
+def test_adapters_in_other_forms(models: Path, file: str) -> None:
+    (models / "other").mkdir()
+    save_file({"unet.a.lora.down.weight": torch.ones(2, 2)}, models / "other" / file)
+    assert f"in another form than PEFT's ('{file}'); apply it to its model where it was made" in refusal(
+        config(models, "other")
+    )
+    (models / "other" / file).rename(models / "other.safetensors")
+    assert "factors of an adapter that is not merged into its weights" in refusal(config(models, "other.safetensors"))
 
 
 def test_refusals(models: Path) -> None:
@@ -332,6 +361,30 @@ class TestTables:
         a, b = tensors["model.embed_tokens.lora_embedding_A"], tensors["model.embed_tokens.lora_embedding_B"]
         expected = llama(tied=True)[EMBEDDING].double() + 2 * (b.double() @ a.double()).T
         torch.testing.assert_close(found[EMBEDDING].double(), expected, rtol=1e-5, atol=1e-5)
+
+    def test_tied_tables_beside_their_factors(self, tmp_path: Path) -> None:
+        tensors, table = self.both(), llama(tied=True)[EMBEDDING]
+        plain = merged(self.write(tmp_path / "plain", tensors))
+        stored = {f"{module}.base_layer.weight": table.clone() for module in ("model.embed_tokens", "lm_head")}
+        path = self.write(tmp_path / "stored", tensors | stored)
+        same(merged(path), plain)
+        assert planned(path).warnings == ()
+
+    def test_trained_rows_of_a_longer_tied_table(self, tmp_path: Path) -> None:
+        """As PEFT writes them where tokens have been added: the longer table beside them, all of it twice."""
+        table, rows = torch.randn(34, 16), torch.ones(2, 16)
+        tensors = {}
+        for module in ("model.embed_tokens", "lm_head"):
+            tensors[f"{module}.token_adapter.base_layer.weight"] = table.clone()
+            tensors[f"{module}.token_adapter.trainable_tokens_delta"] = rows.clone()
+        path = self.write(tmp_path, tensors, trainable_token_indices=[3, 33])
+        path.write_text(path.read_text() + "vocabulary: base\n")
+        expected = table[:32].clone()
+        expected[3] = 1
+        torch.testing.assert_close(merged(path)[EMBEDDING], expected)
+        tensors["lm_head.token_adapter.trainable_tokens_delta"] += 1
+        path = self.write(tmp_path / "other", tensors, trainable_token_indices=[3, 33])
+        assert "changes lm_head alone" in refusal(path)
 
     def test_a_tied_table_that_is_stored_twice(self, tmp_path: Path) -> None:
         base, tensors = llama(), self.both()

@@ -178,6 +178,9 @@ def test_towers_of_one_shape_under_one_name_are_refused(tmp_path: Path) -> None:
     expert = {f"{tower}.{name}": tensor.clone() for tower in ("text", "vision") for name, tensor in base.items()}
     text = refusal(tmp_path, base, expert)
     assert "more than one way: layers.*.q_proj.weight: 'text.' taken away from its names, or 'vision.'" in text
+    assert text.endswith("as a model of its own, under the names of that model")  # and nothing about what it lacks
+    text = refusal(tmp_path / "back", expert, base)
+    assert "could be text.layers.0.q_proj.weight, or vision.layers.0.q_proj.weight; save the part" in text
 
 
 def mixture(stem: str = "mlp", words: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Tensors:

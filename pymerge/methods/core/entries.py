@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,25 +21,44 @@ def largest(M: Tensor, count: int) -> Tensor:
     if count <= 0:
         return torch.zeros_like(M)
     sizes = M.abs().reshape(-1)
-    least = sizes.kthvalue(len(sizes) - count + 1).values
+    least = _smallest(sizes, len(sizes) - count + 1)
     kept, equal = sizes > least, sizes == least
-    kept |= equal & (equal.cumsum(0) <= count - int(kept.sum()))
-    return M * kept.view(M.shape)
+    rest = count - int(kept.sum())
+    if rest < int(equal.sum()):
+        equal &= equal.cumsum(0) <= rest
+    return M * kept.logical_or_(equal).view(M.shape)
 
 
 def from_smallest(M: Tensor, number: int) -> Tensor:
     """M from its `number`-th smallest magnitude on (counted from 1), all that are equal to it included."""
-    sizes = M.abs().reshape(-1)
-    return M * (M.abs() >= sizes.kthvalue(max(1, number)).values) if len(sizes) else M
+    sizes = M.abs()
+    return M * (sizes >= _smallest(sizes.reshape(-1), max(1, number))) if M.numel() else M
+
+
+def _smallest(sizes: Tensor, number: int) -> float:
+    """The `number`-th smallest of some sizes, counted from 1."""
+    return float(np.partition(sizes.numpy(), number - 1)[number - 1])  # several times as fast as PyTorch's kthvalue
 
 
 def elected_mean(parts: Sequence[Tensor]) -> Tensor:
     """The mean, at each entry, of those that have the sign of the sum; where the sum is 0, the sign of most entries."""
-    vote = torch.stack(tuple(parts)).sum(dim=0).sign()
+    vote = total_of(parts).sign_()
     vote = torch.where(vote == 0, vote.sum().sign(), vote)
-    agreeing = [torch.where(part.sign() == vote, part, 0.0) for part in parts]
-    counts = torch.stack([(part != 0).to(part.dtype) for part in agreeing]).sum(dim=0)
-    return torch.stack(agreeing).sum(dim=0) / counts.clamp(min=1.0)
+    total, counts = torch.zeros_like(vote), torch.zeros_like(vote)
+    for part in parts:
+        agrees = part * vote > 0
+        total += part * agrees
+        counts += agrees
+    return total / counts.clamp_(min=1.0)
+
+
+def total_of(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more, in their order."""
+    first, *others = parts
+    total = first.clone()
+    for other in others:
+        total += other
+    return total
 
 
 def drawn(M: Tensor, density: float, key: int) -> Tensor:
