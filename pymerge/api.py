@@ -125,6 +125,7 @@ def merge_adapters(
     *,
     rank: str | int | float = "exact",
     full_tensors: str = "error",
+    dtype: str = "float32",
     memory: int | str | None = None,
     progress: bool = True,
     overwrite: bool = False,
@@ -138,6 +139,7 @@ def merge_adapters(
         out: output directory, as of `run`.
         rank: "exact" (the sum of all ranks), a largest rank, or below 1 the share of the sum of s^2 that is kept.
         full_tensors: tensors that have no factors in adapters, such as norms: "error", or "skip".
+        dtype: of the factors: "float32", "bfloat16" or "float16".
         memory, progress, overwrite: as of `plan` and `run`.
 
     Raises:
@@ -151,6 +153,7 @@ def merge_adapters(
         str(rank),
         Path(out),
         full_tensors=full_tensors,
+        dtype=dtype,
         overwrite=overwrite,
         progress=ProgressBar("merging") if progress else NoProgress(),
     )
@@ -175,6 +178,11 @@ def plan_stages(
     plans = []
     for stage in stages:
         try:
+            if stage.config.output == "adapter":
+                place = stage.config.place("output")
+                raise PlanError(
+                    [f"{place}: a stage of several writes a model; merge adapters by a config of their own"]
+                )
             plan = build_plan(stage.config, limit, target, max_shard_bytes=parse_bytes(max_shard_size), planned=planned)
         except PlanError as error:
             raise PlanError(f"stage {stage.name or 'without name'}: {problem}" for problem in error.problems) from error

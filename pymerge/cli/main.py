@@ -77,15 +77,31 @@ def merge(
     """
     with reported(), recording(log_json, verbose=verbose):
         from pymerge import api
+        from pymerge.config.merge_config import load_config
 
         if dry_run:
             _show_plan(config, memory, max_shard_size, dtype, device)
             return
-        if adapter:
-            _merge_adapters(config, out, rank, full_tensors, memory, overwrite=overwrite, quiet=quiet)
+        loaded = load_config(config)
+        if adapter or loaded.output == "adapter":
+            if device not in ("auto", "cpu") or profile is not None:
+                raise ArgumentError("an adapter is made on the CPU, without a trace; leave --device and --profile out")
+            made = api.merge_adapters(
+                loaded,
+                out,
+                rank=rank,
+                full_tensors=full_tensors,
+                dtype=dtype.value if dtype else "float32",
+                memory=memory,
+                progress=not quiet,
+                overwrite=overwrite,
+            )
+            if not quiet:
+                print_warnings(made.warnings)
+                print_lines(made.lines())
             return
         report = api.merge(
-            config,
+            loaded,
             out,
             device=device,
             backend=backend.value if backend else None,
@@ -99,19 +115,6 @@ def merge(
         if not quiet:
             print_warnings(report.warnings)
             print_lines([*report.lines(), *(report.slowest_lines() if verbose else ())])
-
-
-def _merge_adapters(
-    config: Path, out: Path, rank: str, full_tensors: str, memory: str | None, *, overwrite: bool, quiet: bool
-) -> None:
-    from pymerge import api
-
-    report = api.merge_adapters(
-        config, out, rank=rank, full_tensors=full_tensors, memory=memory, progress=not quiet, overwrite=overwrite
-    )
-    if not quiet:
-        print_warnings(report.warnings)
-        print_lines(report.lines())
 
 
 @app.command()

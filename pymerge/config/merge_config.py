@@ -39,6 +39,7 @@ class MergeConfig(Strict):
     keep_float32: StrictBool = True  # of tensors that a 16-bit model keeps so, whatever the dtypes say
     layers: tuple[LayerRule, ...] = ()
     allow_nonfinite: StrictBool = False
+    output: Literal["model", "adapter"] = "model"
     extra_tensors: Literal["heads", "error", "ignore"] = "heads"
     missing_tensors: Literal["error", "base"] = "error"
     vocabulary: Literal["strict", "base"] = "strict"

@@ -22,7 +22,7 @@ from pymerge.engine.model_card import RECIPE_NAME, model_card
 from pymerge.engine.report import MergeReport
 from pymerge.engine.trace import Tracer
 from pymerge.engine.worker import Context
-from pymerge.errors import OutputError
+from pymerge.errors import OutputError, PlanError
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.manifest import build_manifest, read_manifest
 from pymerge.planner.jobs import batches
@@ -79,6 +79,8 @@ def run(
         NonFiniteError: an input holds NaN or infinity (and the config does not allow it), or a result overflows.
         OutOfMemoryError: the machine has less memory than the plan was told.
     """
+    if plan.config.output == "adapter":
+        raise PlanError([f"{plan.config.place('output')}: an adapter is made by pymerge merge, or merge_adapters"])
     started = time.perf_counter()
     progress = progress or NoProgress()
     device, extras = plan.target.device, plan.extras

@@ -41,9 +41,9 @@ from pymerge.planner.steps import Step
 EXACT = "exact"
 
 
-def parse_rank(text: str) -> ExtractOptions:
-    """Options of "exact", a rank such as "16", or a share of the sum of s^2 such as "0.99"."""
-    given: dict[str, Any] = {"embeddings": "lora", "exclude": ()}
+def parse_rank(text: str, dtype: str = "float32") -> ExtractOptions:
+    """Options of "exact", a rank such as "16", or a share of the sum of s^2 such as "0.99", and of a dtype."""
+    given: dict[str, Any] = {"embeddings": "lora", "dtype": dtype}
     if text == EXACT:
         return ExtractOptions(energy=1.0, **given)
     if re.fullmatch("[0-9]{1,9}", text):
@@ -60,6 +60,7 @@ def run(
     out: Path,
     *,
     full_tensors: str = "error",
+    dtype: str = "float32",
     overwrite: bool = False,
     progress: ProgressSink | None = None,
 ) -> ExtractReport:
@@ -70,12 +71,13 @@ def run(
         rank: "exact", or as of `parse_rank`.
         out: output directory, as of a merge.
         full_tensors: "error" or "skip": what is done with tensors that have no factors in adapters: norms, biases.
+        dtype: of the factors.
         overwrite: replace something else that pymerge has written there.
         progress: told about the bytes read.
 
     Raises PlanError where the result is not of low rank, and as `carry_out` does.
     """
-    options = parse_rank(rank)
+    options = parse_rank(rank, dtype)
     if full_tensors not in ("error", "skip"):
         raise ArgumentError(f"full_tensors is {full_tensors!r}; choose error or skip")
     base = plan.config.base_model

@@ -32,7 +32,11 @@ from tests.helpers.checkpoints import (
 OPTIONS = {
     "merge": (
         "--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --profile --quiet --verbose "
-        "--log-json --help"
+        "--adapter --rank --full-tensors --log-json --help"
+    ),
+    "extract": (
+        "--base --model --rank --energy --sv-epsilon --max-rank --include --exclude --embeddings --rest --dtype "
+        "--algorithm --split --seed --memory --overwrite --quiet --log-json --help"
     ),
     "plan": "--tensors --json --memory --max-shard-size --dtype --log-json --help",
     "multi": (

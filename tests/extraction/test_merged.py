@@ -159,3 +159,13 @@ def test_the_command(models: Path) -> None:
     assert "lost " in done.out
     assert "--max-lora-rank" in done.out
     assert (models / "out" / "pymerge_config.yml").exists()
+
+
+def test_the_config_may_say_so(models: Path) -> None:
+    config = recipe(models, output="adapter")
+    (models / "merge.yml").write_text(json.dumps(config))
+    assert pymerge("merge", models / "merge.yml", models / "out").code == 0
+    assert (models / "out" / "adapter_config.json").exists()
+    with pytest.raises(PlanError, match="merge_adapters"):
+        api.merge(config, models / "other", progress=False)
+    assert not (models / "other").exists()

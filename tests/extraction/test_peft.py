@@ -260,7 +260,7 @@ def test_adapters_of_peft_merged_into_one(make: Callable[[], nn.Module], tmp_pat
     model.save_pretrained(tmp_path / "base")
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     word = {llama: "q_proj", gpt2: "c_attn", vit: "q_proj"}[make]
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "plain": {"r": 2, "lora_alpha": 8},
         "other": {"r": 3, "lora_alpha": 5, "use_rslora": True, "rank_pattern": {r"1\..*": 1}},
     }
