@@ -46,7 +46,7 @@ def cross_check(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[
 def _rms(suite: Suite, seed: int) -> float:
     """Root mean square of all deltas of linear weights."""
     plan = pymerge.plan(Recipe("wudi", "wudi").config(suite, suite.tasks, seed))
-    names = [step.name for step in plan.steps if step.layer.solvable]
+    names = [step.name for step in plan.steps if step.role.solvable]
     base = suite.load(suite.base()).state_dict()
     squares, count = 0.0, 0
     for task in suite.tasks:

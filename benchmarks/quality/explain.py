@@ -89,7 +89,7 @@ def _merge(suite: Suite, recipe: Recipe, seed: int, part: Part) -> Entry:
 def _kinds(suite: Suite, seed: int) -> dict[str, list[str]]:
     """Tensors by what a merge does with them; MLPs apart."""
     steps = pymerge.plan(FLOW.config(suite, suite.tasks, seed)).steps
-    solved = [step.name for step in steps if step.layer.solvable]
+    solved = [step.name for step in steps if step.role.solvable]
     kinds = {
         "MLPs": [step.name for step in steps if MLP.search(step.name)],
         "linear weights": solved,
@@ -105,7 +105,7 @@ def exact(suite: Suite, seed: int) -> Iterator[Recipe]:
     rows as large as the nearly singular matrix makes them.
     """
     steps = pymerge.plan(FLOW.config(suite, suite.tasks, seed)).steps
-    solved = [step for step in steps if step.layer.solvable]
+    solved = [step for step in steps if step.role.solvable]
     square = [step.name for step in solved if len(suite.tasks) * step.shape[0] == step.shape[1]]
     yield Recipe("exact", "wudi_flow", {"time": EXACT_TIME})
     if square:

@@ -17,7 +17,7 @@ from pymerge.adapters.names import Placed
 from pymerge.adapters.placing import may_be, place_modules
 from pymerge.adapters.settings import merged_by_peft, read_settings
 from pymerge.adapters.ties import drop_tied_heads
-from pymerge.architecture.roles import Kind, Layer, classify
+from pymerge.architecture.roles import Kind, Role, classify
 from pymerge.architecture.tied import tied_tensors, ties
 from pymerge.checkpoint.beside import Beside
 from pymerge.checkpoint.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ class _Builder:
             yield f"{path}: {first_few(self._twice)} is added twice, as PEFT adds it in nn.MultiheadAttention"
 
     @cached_property
-    def _layers(self) -> dict[str, Layer]:
+    def _layers(self) -> dict[str, Role]:
         tensors = {name: (entry.dtype, entry.shape) for name, entry in self._base.tensors.items()}
         return classify(tensors, self._base.config)
 
@@ -181,13 +181,13 @@ class _Builder:
 
     def _is_transposed(self, tensor: str) -> bool:
         """Whether a square weight is stored as inputs x outputs; fan_in_fan_out decides if the base does not."""
-        layer = self._layers[tensor]
-        decided = layer.kind is Kind.LINEAR and not layer.reason.startswith("assumed")
-        return layer.in_axis == 0 if decided else self.settings.transposed
+        role = self._layers[tensor]
+        decided = role.kind is Kind.LINEAR and not role.reason.startswith("assumed")
+        return role.in_axis == 0 if decided else self.settings.transposed
 
     def _stack_is_transposed(self, stack: str) -> bool | None:
-        layer = self._layers[stack]
-        return layer.in_axis == 0 if layer.kind is Kind.LINEAR else None
+        role = self._layers[stack]
+        return role.in_axis == 0 if role.kind is Kind.LINEAR else None
 
     def _factor(self, module: Module, entry: TensorEntry, side: str) -> Matrix:
         blocks = self.settings.blocks

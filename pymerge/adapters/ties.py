@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Keys, Module
 from pymerge.adapters.settings import merged_by_peft
-from pymerge.architecture.roles import Kind, Layer, is_head_name
+from pymerge.architecture.roles import Kind, Role, is_head_name
 from pymerge.architecture.token_tables import has_tokens
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.compare import Relation, relation
@@ -18,19 +18,19 @@ from pymerge.errors import CheckpointError
 
 
 def drop_tied_heads(
-    base: Checkpoint, layers: Mapping[str, Layer], keys: Keys, files: AdapterFiles, keeps_tie: bool
+    base: Checkpoint, roles: Mapping[str, Role], keys: Keys, files: AdapterFiles, keeps_tie: bool
 ) -> None:
     """Take factors and rows of a tied head out of `keys`, where the embedding has the same: the table has them once.
 
     Args:
         base: a model that ties its head.
-        layers: roles of its tensors.
+        roles: of its tensors.
         keeps_tie: the adapter's ensure_weight_tying.
 
     Raises:
         CheckpointError: only one of the two is adapted, or each differently.
     """
-    tables = [name for name in layers if layers[name].kind is Kind.EMBEDDING and has_tokens(name)]
+    tables = [name for name in roles if roles[name].kind is Kind.EMBEDDING and has_tokens(name)]
     table = min(tables, key=lambda name: name.count("."), default=None)
     if table is None or len(base.tensors[table].shape) != 2:
         return

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymerge.common.names import block, role
+from pymerge.common.names import block, template
 from pymerge.methods.ace import heterogeneity
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -60,9 +60,9 @@ class TensorMeasures:
         return math.sqrt(largest / self.base_square) if self.base_square > 0 else math.inf if largest > 0 else 0.0
 
     @property
-    def role(self) -> str:
+    def template(self) -> str:
         """The name with * for numbers."""
-        return role(self.name)
+        return template(self.name)
 
     @property
     def block(self) -> int | None:

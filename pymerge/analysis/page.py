@@ -15,7 +15,7 @@ from pymerge.analysis.charts import heat_map, line_chart
 from pymerge.analysis.findings import findings, percent
 from pymerge.analysis.measures import Analysis, Spectrum, TensorMeasures, cosines
 from pymerge.common.files import atomic_write
-from pymerge.common.names import role
+from pymerge.common.names import template
 from pymerge.common.units import format_bytes, format_flops
 from pymerge.errors import OutputError
 from pymerge.planner.plan import Plan
@@ -98,14 +98,14 @@ def _by_block(
     series: dict[str, list[tuple[float, float]]] = {}
     for tensor in analysis.tensors:
         if tensor.block is not None and len(tensor.shape) > 1:
-            series.setdefault(_role(tensor.role), []).append((tensor.block, value(tensor)))
+            series.setdefault(_part(tensor.template), []).append((tensor.block, value(tensor)))
     return line_chart(series, x_label="block", y_label=label, marks=marks)
 
 
-def _role(role: str) -> str:
+def _part(template: str) -> str:
     """Part of a role after the last number, "mlp.up_proj"; where that is nothing, all of it: "stem.*"."""
-    inside = role.rpartition(".*.")[2].removesuffix(".weight")
-    return role.removesuffix(".weight") if inside == "weight" else inside
+    inside = template.rpartition(".*.")[2].removesuffix(".weight")
+    return template.removesuffix(".weight") if inside == "weight" else inside
 
 
 def _worst(analysis: Analysis) -> list[TensorMeasures]:
@@ -128,7 +128,7 @@ def _groups(plan: Plan) -> Iterable[dict[str, Any]]:
     """Rows of the plan: tensors that differ in their block only."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for step in plan.steps:
-        groups.setdefault((role(step.name), step.shape, step.action.label, step.dtype), []).append(step)
+        groups.setdefault((template(step.name), step.shape, step.action.label, step.dtype), []).append(step)
     for (name, shape, action, dtype), steps in groups.items():
         yield {
             "name": name,

@@ -19,7 +19,7 @@ from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.finite import check_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import upcast
-from pymerge.common.names import role
+from pymerge.common.names import template
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.config.merge_config import participants
 from pymerge.errors import ArgumentError, NonFiniteError, PlanError
@@ -104,7 +104,7 @@ def _measures(steps: Sequence[Step], reader: Reader, progress: ProgressSink) -> 
         if not sums.finite:
             _raise_nonfinite(step, rows[0], tensors)
         if rows[1] == (step.shape[0] if step.shape else 1):
-            yield sums.result(step.name, step.layer.kind.value, step.shape)
+            yield sums.result(step.name, step.role.kind.value, step.shape)
             sums = None
 
 
@@ -141,15 +141,15 @@ def _ahead(jobs: Iterable[Read], work: Callable[[Read], list[Tensor]]) -> Iterat
 def _spread(steps: Sequence[Step]) -> list[Step]:
     """Linear weights in the order in which singular values are worth having: of every role the first, then the last,
     the middle one, and the others."""
-    roles: dict[str, list[Step]] = {}
+    templates: dict[str, list[Step]] = {}
     for step in steps:
-        if step.layer.solvable:
-            roles.setdefault(role(step.name), []).append(step)
-    for members in roles.values():
+        if step.role.solvable:
+            templates.setdefault(template(step.name), []).append(step)
+    for members in templates.values():
         count = len(members)
         first = list(dict.fromkeys([0, count - 1, count // 2]))
         members[:] = [members[i] for i in [*first, *(i for i in range(count) if i not in first)]]
-    rounds = zip_longest(*roles.values())
+    rounds = zip_longest(*templates.values())
     return [step for step in chain.from_iterable(rounds) if step is not None]
 
 
@@ -166,7 +166,7 @@ def _spectrum_bytes(step: Step) -> int:
 def _spectrum(step: Step, reader: Reader, progress: ProgressSink) -> Spectrum:
     """Singular values by the eigenvalues of the smaller Gram, in float64: those below 1e-8 of the largest are noise."""
     progress.tensor(step.name)
-    rows = (0, 1) if step.layer.stacked else (0, step.shape[0])
+    rows = (0, 1) if step.role.stacked else (0, step.shape[0])
     base = _read(reader, step.base, *rows).double()
     found = []
     for entry in step.experts:
@@ -176,4 +176,4 @@ def _spectrum(step: Step, reader: Reader, progress: ProgressSink) -> Spectrum:
         found.append(tuple(values.tolist()))
         progress.advance(entry.stored_bytes)
     progress.advance(step.base.stored_bytes)
-    return Spectrum(step.name + ("[0]" if step.layer.stacked else ""), _matrix(step), tuple(found))
+    return Spectrum(step.name + ("[0]" if step.role.stacked else ""), _matrix(step), tuple(found))

@@ -76,7 +76,7 @@ def joined_parts(name: str, in_axis: int, outputs: int, families: Sequence[str])
     """Number of weights that each matrix of a stack holds along d_out, and whether their rows alternate.
 
     Args:
-        in_axis: of the stack's matrices, as that of a Layer.
+        in_axis: of the stack's matrices, as that of a Role.
         outputs: d_out of the whole matrix.
         families: every model_type in config.json.
     """

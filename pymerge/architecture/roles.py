@@ -40,7 +40,7 @@ class Rule(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layer:
+class Role:
     """One tensor's place in the model.
 
     `in_axis` is the input axis of a linear weight's matrix: 1 for d_out x d_in (nn.Linear), 0 for
@@ -109,7 +109,7 @@ _EXPERT_KEYS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num
 _ASSUMED = (1, "assumed as in nn.Linear")
 
 
-def classify(tensors: Tensors, config: Mapping[str, Any], rules: Sequence[Rule] = ()) -> dict[str, Layer]:
+def classify(tensors: Tensors, config: Mapping[str, Any], rules: Sequence[Rule] = ()) -> dict[str, Role]:
     """Classify every tensor of a checkpoint.
 
     Args:
@@ -121,31 +121,31 @@ def classify(tensors: Tensors, config: Mapping[str, Any], rules: Sequence[Rule] 
         PlanError: a rule calls a tensor linear whose shape cannot be a matrix or a stack of matrices.
     """
     facts = _Facts(tensors, config)
-    layers: dict[str, Layer] = {}
+    roles: dict[str, Role] = {}
     undecided: set[str] = set()
     problems = []
     for name in tensors:
         rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
-        layer = _by_rule(rule, len(tensors[name][1])) if rule else _by_evidence(name, facts)
-        if layer.kind is Kind.LINEAR:
+        role = _by_rule(rule, len(tensors[name][1])) if rule else _by_evidence(name, facts)
+        if role.kind is Kind.LINEAR:
             shape = tuple(tensors[name][1])
-            if len(shape) != 2 + layer.stacked:
+            if len(shape) != 2 + role.stacked:
                 problems.append(
-                    f"layers: {layer.reason} makes {name!r} a {'stacked ' * layer.stacked}linear weight, but "
+                    f"layers: {role.reason} makes {name!r} a {'stacked ' * role.stacked}linear weight, but "
                     f"its shape is {shape}; a linear weight has 2 axes, a stacked one 3: narrow the pattern"
                 )
             if rule is None or rule.in_axis is None:
                 undecided.add(name)
         blocks, index = facts.block(name)
-        layers[name] = replace(layer, blocks=blocks, index=index)
+        roles[name] = replace(role, blocks=blocks, index=index)
     if problems:
         raise PlanError(problems)
-    _orient(layers, undecided, facts)
-    for name, layer in layers.items():
-        if layer.stacked:
-            parts, alternating = joined_parts(name, layer.in_axis, tensors[name][1][2 - layer.in_axis], facts.families)
-            layers[name] = replace(layer, parts=parts, alternating=alternating)
-    return layers
+    _orient(roles, undecided, facts)
+    for name, role in roles.items():
+        if role.stacked:
+            parts, alternating = joined_parts(name, role.in_axis, tensors[name][1][2 - role.in_axis], facts.families)
+            roles[name] = replace(role, parts=parts, alternating=alternating)
+    return roles
 
 
 def unused_rules(tensors: Iterable[str], rules: Sequence[Rule]) -> list[str]:
@@ -157,7 +157,7 @@ def unused_rules(tensors: Iterable[str], rules: Sequence[Rule]) -> list[str]:
     return [rule.pattern for i, rule in enumerate(rules) if i not in used]
 
 
-def positions(layers: Mapping[str, Layer], config: Mapping[str, Any]) -> dict[str, float]:
+def positions(roles: Mapping[str, Role], config: Mapping[str, Any]) -> dict[str, float]:
     """Position t in [0, 1] of each tensor for gradients, as mergekit has it.
 
     Block i of L is at i / (L - 1), or 1 if L = 1; everything outside blocks (embeddings, final norm, head) is
@@ -165,14 +165,14 @@ def positions(layers: Mapping[str, Layer], config: Mapping[str, Any]) -> dict[st
     at 1.
     """
     counts: dict[str, int] = {}
-    for layer in layers.values():
-        if layer.index is not None:
-            counts[layer.blocks] = max(counts.get(layer.blocks, 0), layer.index + 1)
+    for role in roles.values():
+        if role.index is not None:
+            counts[role.blocks] = max(counts.get(role.blocks, 0), role.index + 1)
     for part in _nested(config):
         hidden, extra = part.get("num_hidden_layers"), part.get("num_nextn_predict_layers")
         if isinstance(hidden, int) and isinstance(extra, int):
             counts = {blocks: hidden if count == hidden + extra else count for blocks, count in counts.items()}
-    return {name: _position(layer.index, counts.get(layer.blocks, 0)) for name, layer in layers.items()}
+    return {name: _position(role.index, counts.get(role.blocks, 0)) for name, role in roles.items()}
 
 
 def _position(index: int | None, count: int) -> float:
@@ -229,60 +229,60 @@ class _Facts:
         return None
 
 
-def _by_rule(rule: Rule, axes: int) -> Layer:
+def _by_rule(rule: Rule, axes: int) -> Role:
     stacked = rule.stacked if rule.stacked is not None else rule.kind is Kind.LINEAR and axes == 3
     in_axis = rule.in_axis if rule.in_axis is not None else 1
-    return Layer(rule.kind, in_axis, stacked, f"rule {rule.pattern!r}")
+    return Role(rule.kind, in_axis, stacked, f"rule {rule.pattern!r}")
 
 
-def _by_evidence(name: str, facts: _Facts) -> Layer:
+def _by_evidence(name: str, facts: _Facts) -> Role:
     shape, parameter, module = facts.shapes[name], name.rpartition(".")[2], _module(name)
     axes = len(shape)
     if facts.dtypes[name].startswith(("I", "U", "BOOL")):
-        return Layer(Kind.BUFFER, reason=f"dtype {facts.dtypes[name]}")
+        return Role(Kind.BUFFER, reason=f"dtype {facts.dtypes[name]}")
     if axes == 0:
-        return Layer(Kind.OTHER, reason="scalar")
+        return Role(Kind.OTHER, reason="scalar")
     if axes <= 2 and (parameter in ("bias", "beta") or parameter.endswith("_bias") or parameter.startswith("bias_")):
-        return Layer(Kind.BIAS, reason="name")
+        return Role(Kind.BIAS, reason="name")
     if axes == 1:
         if parameter in _NORM_PARAMETERS:
-            return Layer(Kind.NORM, reason="one axis")
-        return Layer(Kind.OTHER, reason="one axis")
+            return Role(Kind.NORM, reason="one axis")
+        return Role(Kind.OTHER, reason="one axis")
     if axes == 3 and _is_expert_stack(name, parameter, shape, facts):
-        return Layer(Kind.LINEAR, stacked=True)
+        return Role(Kind.LINEAR, stacked=True)
     if axes != 2:
-        return Layer(Kind.OTHER, reason=f"{axes} axes")
+        return Role(Kind.OTHER, reason=f"{axes} axes")
     if parameter not in ("weight", "in_proj_weight") and facts.bias(name) is None:
-        return Layer(Kind.OTHER, reason="not called weight")  # nothing says which axis is its input, if any is
+        return Role(Kind.OTHER, reason="not called weight")  # nothing says which axis is its input, if any is
     return _matrix(name, module, shape, facts)
 
 
-def _matrix(name: str, module: str, shape: tuple[int, ...], facts: _Facts) -> Layer:
+def _matrix(name: str, module: str, shape: tuple[int, ...], facts: _Facts) -> Role:
     """A 2-D weight. Only a linear has a 1-D bias beside it; embeddings and norms of two axes have none."""
     inside = facts.block(name)[1] is not None
     biased = facts.bias(name) is not None
     if name == "output.weight" or (is_head_name(name) and (shape[0] in facts.vocabularies or not inside)):
-        return Layer(Kind.HEAD, reason="name")
+        return Role(Kind.HEAD, reason="name")
     if not biased and _is_embedding_name(module):
-        return Layer(Kind.EMBEDDING, reason="name")
+        return Role(Kind.EMBEDDING, reason="name")
     if not biased and any(
         word.rstrip("0123456789").endswith("norm") or word in ("ln", "bn") for word in _words(module)
     ):
-        return Layer(Kind.NORM, reason="name")
+        return Role(Kind.NORM, reason="name")
     if not inside and shape[0] in facts.vocabularies and shape[0] > shape[1] and shape[0] not in facts.widths:
         reason = f"as many rows as the vocabulary, {shape[0]}"
-        return Layer(Kind.HEAD if biased or shape in facts.embeddings else Kind.EMBEDDING, reason=reason)
-    return Layer(Kind.LINEAR)
+        return Role(Kind.HEAD if biased or shape in facts.embeddings else Kind.EMBEDDING, reason=reason)
+    return Role(Kind.LINEAR)
 
 
-def _orient(layers: dict[str, Layer], undecided: set[str], facts: _Facts) -> None:
+def _orient(roles: dict[str, Role], undecided: set[str], facts: _Facts) -> None:
     """Set in_axis: by the weight's own bias or config.json, else as its siblings, else as nn.Linear.
 
     Siblings are the weights of the same parent module, then the same weight in other blocks. Nothing farther
     away: CLVP's blocks have a Conv1D MLP beside attention of nn.Linear. Stacks follow stacks only.
     """
-    own = {name: _own_orientation(name, layers[name].stacked, facts) for name in layers if name in undecided}
-    groups = {name: _groups(name, layers[name]) for name in own}
+    own = {name: _own_orientation(name, roles[name].stacked, facts) for name in roles if name in undecided}
+    groups = {name: _groups(name, roles[name]) for name in own}
     votes: dict[tuple[Any, ...], dict[int, list[str]]] = {}
     for name, found in own.items():
         if found:
@@ -291,19 +291,19 @@ def _orient(layers: dict[str, Layer], undecided: set[str], facts: _Facts) -> Non
     for name, found in own.items():
         elected = (_elect(votes.get(group, {})) for group in groups[name])
         in_axis, reason = found or next((won for won in elected if won), _ASSUMED)
-        if layers[name].reason:
-            reason = f"{layers[name].reason}, {reason}"
-        layers[name] = replace(layers[name], in_axis=in_axis, reason=reason)
+        if roles[name].reason:
+            reason = f"{roles[name].reason}, {reason}"
+        roles[name] = replace(roles[name], in_axis=in_axis, reason=reason)
 
 
-def _groups(name: str, layer: Layer) -> tuple[tuple[Any, ...], ...]:
+def _groups(name: str, role: Role) -> tuple[tuple[Any, ...], ...]:
     parent = name.rsplit(".", 2 if name.endswith(".weight") else 1)[0]
-    if layer.index is None:
-        return (("parent", layer.stacked, parent),)
-    template = name[len(layer.blocks) :].replace(str(layer.index), "*", 1)
+    if role.index is None:
+        return (("parent", role.stacked, parent),)
+    template = name[len(role.blocks) :].replace(str(role.index), "*", 1)
     return (
-        ("parent", layer.stacked, parent),
-        ("template", layer.stacked, layer.blocks, template),
+        ("parent", role.stacked, parent),
+        ("template", role.stacked, role.blocks, template),
     )
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 
 # What mergekit calls the towers of models that call them otherwise; a tower's own name comes first.
 _ALSO = {
@@ -18,35 +18,35 @@ _ALSO = {
 _FIRST_WORDS = re.compile(r"emb|patch|conv|stem|pre$|wte$|wpe$")
 
 
-def stacks(layers: Mapping[str, Layer]) -> dict[str, int]:
+def stacks(roles: Mapping[str, Role]) -> dict[str, int]:
     """Path of each list of layers ("model.layers") and how many there are, in the order of the names."""
     counts: dict[str, int] = {}
-    for layer in layers.values():
-        if layer.index is not None:
-            counts[layer.blocks] = max(counts.get(layer.blocks, 0), layer.index + 1)
+    for role in roles.values():
+        if role.index is not None:
+            counts[role.blocks] = max(counts.get(role.blocks, 0), role.index + 1)
     return counts
 
 
-def is_first(name: str, layer: Layer) -> bool:
+def is_first(name: str, role: Role) -> bool:
     """Whether a tensor outside the layers stands before them (embeddings and what is in their modules), not behind."""
     words = (word for part in name.lower().split(".") for word in part.split("_"))
-    return layer.kind is Kind.EMBEDDING or any(_FIRST_WORDS.match(word) for word in words)
+    return role.kind is Kind.EMBEDDING or any(_FIRST_WORDS.match(word) for word in words)
 
 
-def shared_tensors(layers: Mapping[str, Layer]) -> set[str]:
+def shared_tensors(roles: Mapping[str, Role]) -> set[str]:
     """Embeddings that one layer has for all: T5's first layer has the relative positions of its whole stack."""
-    counts = stacks(layers)
-    inside = {name: layer for name, layer in layers.items() if layer.index is not None}
-    kinds = {name: (layer.blocks, name[len(f"{layer.blocks}.{layer.index}") :]) for name, layer in inside.items()}
+    counts = stacks(roles)
+    inside = {name: role for name, role in roles.items() if role.index is not None}
+    kinds = {name: (role.blocks, name[len(f"{role.blocks}.{role.index}") :]) for name, role in inside.items()}
     found = Counter(kinds.values())
     return {
         name
-        for name, layer in inside.items()
-        if layer.kind is Kind.EMBEDDING and found[kinds[name]] == 1 and counts[layer.blocks] > 1
+        for name, role in inside.items()
+        if role.kind is Kind.EMBEDDING and found[kinds[name]] == 1 and counts[role.blocks] > 1
     }
 
 
-def towers(modules: list[str], layers: Mapping[str, Layer], heads: Mapping[str, str]) -> dict[str, list[str]]:
+def towers(modules: list[str], roles: Mapping[str, Role], heads: Mapping[str, str]) -> dict[str, list[str]]:
     """The tensors of each module, in their order; those of no module under "".
 
     A module has the tensors that have its name (or the name that it goes by in this model) as a part of theirs, the
@@ -56,7 +56,7 @@ def towers(modules: list[str], layers: Mapping[str, Layer], heads: Mapping[str, 
     Args:
         heads: heads of the model, with the embedding of the same shape.
     """
-    owners = {name: _owner(name, modules) for name in layers}
+    owners = {name: _owner(name, modules) for name in roles}
     named = set(owners.values())
     rest = [module for module in modules if module not in named]
     for name, embedding in heads.items():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.architecture.token_tables import has_tokens
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.compare import same_bytes
@@ -23,7 +23,7 @@ def ties(config: Mapping[str, Any]) -> bool | None:
     return any(flags) if flags else None
 
 
-def embedding_of(name: str, tensors: Mapping[str, TensorEntry], layers: Mapping[str, Layer]) -> str | None:
+def embedding_of(name: str, tensors: Mapping[str, TensorEntry], roles: Mapping[str, Role]) -> str | None:
     """Another tensor that is an embedding of tokens of the same shape, the outermost of them; None if there is none.
 
     A classifier of two labels has the shape of BERT's embedding of segments, and nothing to do with it.
@@ -33,13 +33,13 @@ def embedding_of(name: str, tensors: Mapping[str, TensorEntry], layers: Mapping[
         return None
     same = [other for other in tensors if other != name and tensors[other].shape == shape]
     return min(
-        (other for other in same if other in layers and layers[other].kind is Kind.EMBEDDING and has_tokens(other)),
+        (other for other in same if other in roles and roles[other].kind is Kind.EMBEDDING and has_tokens(other)),
         key=lambda other: other.count("."),
         default=None,
     )
 
 
-def tied_tensors(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, str]:
+def tied_tensors(checkpoint: Checkpoint, roles: Mapping[str, Role]) -> dict[str, str]:
     """Tensors that are stored although transformers makes them from another one: name -> that one.
 
     Heads that config.json ties to an embedding of their shape. Where it says nothing, heads that are equal to it; and
@@ -49,13 +49,13 @@ def tied_tensors(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> dict[st
     """
     said = ties(checkpoint.config)
     found = {}
-    for name, layer in layers.items():
-        if layer.kind not in (Kind.HEAD, Kind.EMBEDDING) or not checkpoint.config:
+    for name, role in roles.items():
+        if role.kind not in (Kind.HEAD, Kind.EMBEDDING) or not checkpoint.config:
             continue
-        embedding = embedding_of(name, checkpoint.tensors, layers)
+        embedding = embedding_of(name, checkpoint.tensors, roles)
         if embedding is None:
             continue
-        head = layer.kind is Kind.HEAD
+        head = role.kind is Kind.HEAD
         if said is True and head:
             found[name] = embedding
         elif said is not False and (head or name.count(".") > embedding.count(".")):
@@ -66,9 +66,9 @@ def tied_tensors(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> dict[st
     return found
 
 
-def says_tied(checkpoint: Checkpoint, tied: Mapping[str, str], layers: Mapping[str, Layer]) -> Checkpoint:
+def says_tied(checkpoint: Checkpoint, tied: Mapping[str, str], roles: Mapping[str, Role]) -> Checkpoint:
     """The checkpoint whose config.json says that its head is tied, if it is, and the file leaves it to the class."""
-    if ties(checkpoint.config) is not None or not any(layers[name].kind is Kind.HEAD for name in tied):
+    if ties(checkpoint.config) is not None or not any(roles[name].kind is Kind.HEAD for name in tied):
         return checkpoint
     config = {**checkpoint.config, _TIED: True}
     if isinstance(nested := config.get("text_config"), Mapping):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pymerge.architecture.roles import Kind, Layer, is_head_name
+from pymerge.architecture.roles import Kind, Role, is_head_name
 from pymerge.checkpoint.checkpoint import TensorEntry
 
 _LANGUAGE_HEADS = {"lm_head", "embed_out"}
@@ -24,14 +24,14 @@ class Rows:
 
 
 def is_token_table(
-    name: str, layers: Mapping[str, Layer], base: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry]
+    name: str, roles: Mapping[str, Role], base: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry]
 ) -> bool:
     """Whether a tensor of the base, of another length in an expert, has a row for each token on both sides.
 
     Embeddings have, but those of positions and segments, and heads of language models, which may be padded. Another
     head, or its bias, has if it is as long as such an embedding on both sides: classifiers have rows for labels.
     """
-    ours, other, kind = base[name].shape, theirs[name].shape, layers[name].kind
+    ours, other, kind = base[name].shape, theirs[name].shape, roles[name].kind
     if not ours or not other or ours[1:] != other[1:]:
         return False
     if kind is Kind.EMBEDDING:
@@ -40,7 +40,7 @@ def is_token_table(
         return False
     if _is_language_head(name):
         return True
-    tables = [table for table in layers if layers[table].kind is Kind.EMBEDDING and has_tokens(table)]
+    tables = [table for table in roles if roles[table].kind is Kind.EMBEDDING and has_tokens(table)]
     lengths = [(base[table].shape[0], theirs[table].shape[0]) for table in tables if table in theirs]
     return (ours[0], other[0]) in lengths
 
@@ -48,7 +48,7 @@ def is_token_table(
 def token_tables(
     tensors: Mapping[str, TensorEntry],
     config: Mapping[str, Any],
-    layers: Mapping[str, Layer],
+    roles: Mapping[str, Role],
     names: Iterable[str],
     tokens: int,
 ) -> list[str]:
@@ -64,14 +64,14 @@ def token_tables(
     lengths = {
         shape[0]
         for name, shape in shapes.items()
-        if layers[name].kind is Kind.EMBEDDING and has_tokens(name) and len(shape) == 2
+        if roles[name].kind is Kind.EMBEDDING and has_tokens(name) and len(shape) == 2
     }
     lengths = lengths & sizes or {length for length in lengths if length >= tokens}
     if len(lengths) != 1:
         return []
 
     def has(name: str) -> bool:
-        kind, fits = layers[name].kind, shapes[name][0] in lengths
+        kind, fits = roles[name].kind, shapes[name][0] in lengths
         if kind is Kind.EMBEDDING:
             return fits and has_tokens(name)
         if kind is not Kind.HEAD and not (kind is Kind.BIAS and is_head_name(name)):

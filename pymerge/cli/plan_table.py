@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pymerge.adapters.summed import of_sum
-from pymerge.architecture.roles import Layer
+from pymerge.architecture.roles import Role
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.decoded import DecodedEntry
-from pymerge.common.names import role
+from pymerge.common.names import template
 from pymerge.common.units import format_bytes, format_flops
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
@@ -40,7 +40,7 @@ def plan_view(plan: Plan) -> RenderableType:
         table.add_row(
             Text(name),
             " x ".join(map(str, first.shape)) or "scalar",
-            _kind(first.layer),
+            _kind(first.role),
             first.action.label + _marks(first),
             first.dtype,
             str(len(steps)),
@@ -49,7 +49,7 @@ def plan_view(plan: Plan) -> RenderableType:
             format_flops(sum(step.flops for step in steps)),
             *([first.route] if adapters else []),
         )
-        reasons.setdefault(role(first.layer.describe()), []).append(name)
+        reasons.setdefault(template(first.role.describe()), []).append(name)
     files = _count(len(plan.files), "file")
     largest = max(math.prod(piece.shape) for step in plan.steps for piece in step.pieces)
     lines = [
@@ -85,10 +85,10 @@ def _count(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
-def _kind(layer: Layer) -> str:
-    if not layer.solvable:
-        return layer.kind.value
-    return "stacked " * layer.stacked + layer.kind.value + " (transposed)" * (layer.in_axis == 0)
+def _kind(role: Role) -> str:
+    if not role.solvable:
+        return role.kind.value
+    return "stacked " * role.stacked + role.kind.value + " (transposed)" * (role.in_axis == 0)
 
 
 def _marks(step: Step) -> str:
@@ -118,8 +118,8 @@ def _grouped(steps: Sequence[Step]) -> dict[str, list[Step]]:
     """Steps that are alike but for the block number, under their name with * for it."""
     groups: dict[str, dict[tuple[object, ...], list[Step]]] = {}
     for step in steps:
-        name = role(step.name)
-        reason = role(step.layer.describe())
+        name = template(step.name)
+        reason = template(step.role.describe())
         alike = groups.setdefault(name, {})
         key = (step.shape, reason, step.action, step.dtype, step.worker, step.route, _marks(step))
         alike.setdefault(key, []).append(step)

@@ -14,7 +14,7 @@ from rich.text import Text
 from pymerge.adapters.summed import of_sum
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.decoded import DecodedEntry
-from pymerge.common.names import role
+from pymerge.common.names import template
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
@@ -40,7 +40,7 @@ def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
             "name": step.name,
             "shape": list(step.shape),
             "dtype": step.dtype,
-            "kind": step.layer.describe(),
+            "kind": step.role.describe(),
             "method": plan.method.name,
             "action": step.action.label,
             "inputs": [_input(models, each) for entry in step.inputs for each in of_sum(entry)],
@@ -124,7 +124,7 @@ def _short(model: str) -> str:
 
 
 def _count(names: list[str]) -> str:
-    patterns = list(dict.fromkeys(map(role, names)))
+    patterns = list(dict.fromkeys(map(template, names)))
     more = f" and {len(patterns) - _NAMES} more kinds" if len(patterns) > _NAMES else ""
     counted = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
     if len(names) == 1:

@@ -12,7 +12,7 @@ _LISTED = 5
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def role(name: str) -> str:
+def template(name: str) -> str:
     """The name with * for numbers: "model.layers.*.mlp.up_proj.weight"."""
     return _NUMBER.sub("*", name)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pymerge.adapters.low_rank import low_rank_of
-from pymerge.architecture.roles import Layer
+from pymerge.architecture.roles import Role
 from pymerge.checkpoint.finite import check_finite, is_finite, overflow
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import torch_dtype, upcast
@@ -126,13 +126,13 @@ class CoreWorker:
     def _merge(self, step: Step, first: int, rows: Tensor, out: Tensor) -> None:
         """Rows of the base from `first` on, and what is added to them; of a stack, whole matrices."""
         dtype = _sum_dtype(step)
-        if not step.layer.stacked:
+        if not step.role.stacked:
             self._add(self._once(step), first, rows, out, dtype)
             return
         for number, (matrix, room) in enumerate(zip(rows, out, strict=True), first):
-            for part in range(step.layer.parts):
+            for part in range(step.role.parts):
                 delta = self._solve(step, number, part)
-                self._add(delta, 0, _part_of(step.layer, matrix, part), _part_of(step.layer, room, part), dtype)
+                self._add(delta, 0, _part_of(step.role, matrix, part), _part_of(step.role, room, part), dtype)
 
     def _add(self, delta: Delta, first: int, rows: Tensor, out: Tensor, dtype: torch.dtype) -> None:
         """A few rows at a time, which stay in the cache."""
@@ -165,14 +165,14 @@ class CoreWorker:
         """Solve one matrix, or one part of it, from its factors."""
         action = step.action
         assert isinstance(action, InCore)
-        tasks = [self._factors(entry, step.layer, matrix, part, action.shape) for entry in step.experts]
+        tasks = [self._factors(entry, step.role, matrix, part, action.shape) for entry in step.experts]
         if all(task.finite for task in tasks):
             delta = self._run_core(step, action, tasks)
         elif self._allow_nonfinite:
             delta = Product(torch.full((action.shape[0], 1), math.nan), torch.ones(1, action.shape[1]))
         else:
             self._refuse(step)
-        return delta.prepared(_sum_dtype(step), step.layer.in_axis)
+        return delta.prepared(_sum_dtype(step), step.role.in_axis)
 
     @staticmethod
     def _run_core(step: Step, action: InCore, tasks: Sequence[Factors]) -> Delta:
@@ -187,15 +187,15 @@ class CoreWorker:
                 f"{step.name}: {action.label} failed on the factors ({first_line(error)}); report this"
             ) from error
 
-    def _factors(self, entry: TensorEntry, layer: Layer, matrix: int, part: int, shape: tuple[int, int]) -> Factors:
+    def _factors(self, entry: TensorEntry, role: Role, matrix: int, part: int, shape: tuple[int, int]) -> Factors:
         """tau of an expert, d_out x d_in; none where the tensor is the base's own."""
         found = low_rank_of(entry)
         if found is None:
             return Factors(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
         with self._tracer.span("read", entry.name):
             left, right = (torch.from_numpy(side) for side in found.factors(self._reader.read_bytes, matrix))
-        B, A = (right.mT, left.mT) if layer.in_axis == 0 else (left, right)
-        return Factors(B[layer.part(part, len(B))], A)
+        B, A = (right.mT, left.mT) if role.in_axis == 0 else (left, right)
+        return Factors(B[role.part(part, len(B))], A)
 
     def _refuse(self, step: Step) -> NoReturn:
         """Raise NonFiniteError, which names file and key of what an adapter stores."""
@@ -205,10 +205,10 @@ class CoreWorker:
         raise overflow(step.name, "F64")  # by a scale
 
 
-def _part_of(layer: Layer, matrix: Tensor, part: int) -> Tensor:
+def _part_of(role: Role, matrix: Tensor, part: int) -> Tensor:
     """One of the weights that a matrix holds, as it is stored: a view."""
-    outputs = layer.part(part, matrix.shape[1 - layer.in_axis])
-    return matrix[:, outputs] if layer.in_axis == 0 else matrix[outputs]
+    outputs = role.part(part, matrix.shape[1 - role.in_axis])
+    return matrix[:, outputs] if role.in_axis == 0 else matrix[outputs]
 
 
 def _sum_dtype(step: Step) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.constants import may_be_constant
-from pymerge.architecture.roles import Kind, Layer, classify
+from pymerge.architecture.roles import Kind, Role, classify
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_values
 from pymerge.common.arrays import as_tensor, compute_code, join
@@ -68,9 +68,9 @@ def merge_tensors(
         raise ArgumentError("no experts were given; pass at least one")
     like = experts[0] if base is None else base
     solvable = like.ndim in (2, 3)
-    layer = Layer(Kind.LINEAR if solvable else Kind.OTHER, in_axis=in_axis, stacked=like.ndim == 3)
+    role = Role(Kind.LINEAR if solvable else Kind.OTHER, in_axis=in_axis, stacked=like.ndim == 3)
     merger = _Merger(method, parameters, len(experts), device or like.device, backend, with_base=base is not None)
-    tensor = merger.prepared("the tensor", layer, like, experts, _dtype(dtype))
+    tensor = merger.prepared("the tensor", role, like, experts, _dtype(dtype))
     return merger.finished(tensor, merger.reduced([tensor]))
 
 
@@ -111,12 +111,12 @@ def merge_state_dicts(
     for index, expert in enumerate(experts):
         check_plain(f"expert {index}", expert)
     described = {name: (code_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in base.items()}
-    layers = classify(described, {})
-    check_integers(base, experts, layers)
+    roles = classify(described, {})
+    check_integers(base, experts, roles)
     where = device or next((tensor.device for tensor in base.values()), torch.device("cpu"))
     merger = _Merger(method, parameters, len(experts), where, backend)
     tensors = [
-        merger.prepared(name, layers[name], tensor, [expert[name] for expert in experts], None)
+        merger.prepared(name, roles[name], tensor, [expert[name] for expert in experts], None)
         for name, tensor in base.items()
     ]
     states = merger.reduced(tensors)
@@ -147,11 +147,11 @@ class _Merger:
         self._run = Runner(backend, resolve_device(device))
 
     def prepared(
-        self, name: str, layer: Layer, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
+        self, name: str, role: Role, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
     ) -> _Tensor:
         """A tensor with its action, checked; None as action stands for a buffer or a constant, which is copied."""
-        if layer.kind is Kind.BUFFER or self._is_constant(name, layer, base, experts, dtype):
-            return _Tensor(name, layer, None, base, experts, base.dtype)
+        if role.kind is Kind.BUFFER or self._is_constant(name, role, base, experts, dtype):
+            return _Tensor(name, role, None, base, experts, base.dtype)
         for index, tensor in enumerate([base, *experts]):
             owner = "the base" if index == 0 else f"expert {index - 1}"
             check_values(f"{name}: {owner}", tensor, "repair it or leave it out")
@@ -160,22 +160,22 @@ class _Merger:
                     f"{name}: expert {index - 1} has shape {tuple(tensor.shape)}, the base {tuple(base.shape)}; "
                     "all must be fine-tuned from this base"
                 )
-        action = self._method.action(name, layer.solvable, self._values, len(experts))
-        return _Tensor(name, layer, action, base, experts, dtype or base.dtype)
+        action = self._method.action(name, role.solvable, self._values, len(experts))
+        return _Tensor(name, role, action, base, experts, dtype or base.dtype)
 
     def _is_constant(
-        self, name: str, layer: Layer, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
+        self, name: str, role: Role, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
     ) -> bool:
         """Whether all models have the same values, or it is known by its name: as in a merge of files.
 
         See pymerge.planner.constants.
         """
-        if dtype not in (None, base.dtype) or not may_be_constant(name, layer, code_of(base.dtype), base.shape):
+        if dtype not in (None, base.dtype) or not may_be_constant(name, role, code_of(base.dtype), base.shape):
             return False
         if not all(each.dtype == base.dtype and torch.equal(each.to(base.device), base) for each in experts):
             known = bool(named_constant(name, base.shape)) and all(each.shape == base.shape for each in experts)
             return known and not any(bool(each.isnan().any()) for each in (base, *experts))
-        action = self._method.action(name, layer.solvable, self._values, len(experts))
+        action = self._method.action(name, role.solvable, self._values, len(experts))
         return reproduces(action) or not bool(torch.isfinite(base).all())
 
     def reduced(self, tensors: Sequence[_Tensor]) -> dict[str, tuple[Reduction, int]]:
@@ -231,11 +231,11 @@ class _Merger:
 
     def _solved(self, tensor: _Tensor, action: Solve) -> Tensor:
         base, *experts = self._moved(tensor)
-        whole = pieces.split(tensor.layer, action, tuple(base.shape), max_elements=max(1, base.numel()))
+        whole = pieces.split(tensor.role, action, tuple(base.shape), max_elements=max(1, base.numel()))
         code, merged = code_of(tensor.dtype), []
         for rows in (slice(piece.start, piece.stop) for piece in whole):
             tasks = [expert[rows] for expert in experts]
-            merged += solve(action, tensor.layer, self._run, [base[rows]], [tasks], code)
+            merged += solve(action, tensor.role, self._run, [base[rows]], [tasks], code)
         return merged[0] if len(merged) == 1 else torch.cat(merged)
 
     def _moved(self, tensor: _Tensor) -> list[Tensor]:
@@ -248,7 +248,7 @@ class _Tensor:
     """A tensor to be merged: W_0 and W_t, and the dtype of the result."""
 
     name: str
-    layer: Layer
+    role: Role
     action: Action | None
     base: Tensor
     experts: Sequence[Tensor]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.checkpoint.quantised import quantised
 from pymerge.common.dtypes import code_of
 from pymerge.errors import ArgumentError
@@ -28,10 +28,10 @@ def check_plain(owner: str, state: Mapping[str, Tensor]) -> None:
 
 
 def check_integers(
-    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], layers: Mapping[str, Layer]
+    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], roles: Mapping[str, Role]
 ) -> None:
     """Raise ArgumentError for integers, which are copied from the base, of which an expert has others."""
-    for name in (name for name, layer in layers.items() if layer.kind is Kind.BUFFER):
+    for name in (name for name, role in roles.items() if role.kind is Kind.BUFFER):
         if name.rpartition(".")[2] in COUNTERS:
             continue
         for index, expert in enumerate(experts):

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from pymerge.architecture.roles import Layer
+from pymerge.architecture.roles import Role
 from pymerge.checkpoint.finite import is_finite
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.arrays import as_tensor
@@ -157,7 +157,7 @@ class TorchWorker:
             experts = [tensors[1:] if step.reads_base else tensors for tensors in inputs]
             try:
                 if isinstance(step.action, Solve):
-                    merged = solve(step.action, step.layer, self._run, bases, experts, step.dtype)
+                    merged = solve(step.action, step.role, self._run, bases, experts, step.dtype)
                     made = [Made(each) for each in merged]
                 else:
                     rows = Rows(bases[0], experts[0], step.dtype, job.first, job.piece.start, room)
@@ -199,7 +199,7 @@ def merge_rows(action: Action, run: Run, rows: Rows) -> Tensor:
 
 def solve(
     action: Solve,
-    layer: Layer,
+    role: Role,
     run: Run,
     bases: Sequence[Tensor],
     experts: Sequence[Sequence[Tensor]],
@@ -207,34 +207,34 @@ def solve(
 ) -> list[Tensor]:
     """Merge L linear weights of one shape as they are stored; the results have the stored layout, contiguous.
 
-    `layer` stands for all: of a stack each tensor is one matrix, 1 x ..., and its parts are weights of their own.
+    `role` stands for all: of a stack each tensor is one matrix, 1 x ..., and its parts are weights of their own.
     """
-    if layer.stacked:
+    if role.stacked:
         bases, experts = [base[0] for base in bases], [[expert[0] for expert in tasks] for tasks in experts]
 
     def turned(matrix: Tensor) -> Tensor:
-        return (matrix.mT if layer.in_axis == 0 else matrix).contiguous()
+        return (matrix.mT if role.in_axis == 0 else matrix).contiguous()
 
     bases, experts = [turned(base) for base in bases], [[turned(expert) for expert in tasks] for tasks in experts]
-    merged = _solve_parts(action, layer, run, bases, experts, out_dtype)
-    merged = [matrix.mT.contiguous() for matrix in merged] if layer.in_axis == 0 else merged
-    return [matrix.unsqueeze(0) for matrix in merged] if layer.stacked else merged
+    merged = _solve_parts(action, role, run, bases, experts, out_dtype)
+    merged = [matrix.mT.contiguous() for matrix in merged] if role.in_axis == 0 else merged
+    return [matrix.unsqueeze(0) for matrix in merged] if role.stacked else merged
 
 
 def _solve_parts(
     action: Solve,
-    layer: Layer,
+    role: Role,
     run: Run,
     bases: Sequence[Tensor],
     experts: Sequence[Sequence[Tensor]],
     out_dtype: str,
 ) -> list[Tensor]:
     """Merge matrices, d_out x d_in, each of their parts alone, as where it is stored so."""
-    if layer.parts == 1:
+    if role.parts == 1:
         return _solve_matrices(action, run, bases, experts, out_dtype)
     merged = [base.new_empty(base.shape, dtype=torch_dtype(out_dtype)) for base in bases]
-    for number in range(layer.parts):
-        rows = layer.part(number, bases[0].shape[0])
+    for number in range(role.parts):
+        rows = role.part(number, bases[0].shape[0])
         own = [base[rows].contiguous() for base in bases]
         tasks = [[expert[rows].contiguous() for expert in each] for each in experts]
         for whole, part in zip(merged, _solve_matrices(action, run, own, tasks, out_dtype), strict=True):

@@ -135,7 +135,7 @@ def _why_full(step: Step, method: str) -> str:
         total = math.fsum(action.weights) / action.divisor
         scaled = f"its weights add up to {total:g}, so that the base is scaled"
         return scaled if action.weights else ""  # the plan has made one sum of all that is one
-    if isinstance(action, InCore) and step.layer.parts == 1:
+    if isinstance(action, InCore) and step.role.parts == 1:
         return ""
     return f"{method} does not give products of factors"
 
@@ -165,7 +165,7 @@ def _merged(reader: Reader, target: Target, step: Step, number: int) -> tuple[Te
     if isinstance(action, Combine):
         return found[0]
     assert isinstance(action, InCore)
-    turned = step.layer.in_axis == 0
+    turned = step.role.in_axis == 0
     tasks = [Factors(right.mT, left.mT) if turned else Factors(left, right) for left, right in found]
     delta = action.solve.run_core(tasks)
     if not isinstance(delta, Product):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.common.dtypes import is_float
 from pymerge.extraction.names import is_router
@@ -89,7 +89,7 @@ def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) 
         if is_router(step.name, donor.tensors):
             found[step.name] = target
         elif options.takes(step.name):
-            found[step.name] = _with_factors(target, step.layer, donor.config, options)
+            found[step.name] = _with_factors(target, step.role, donor.config, options)
         else:
             found[step.name] = replace(target, reason="not asked for")
     _nest(found)
@@ -97,27 +97,27 @@ def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) 
     return [_with_rest(target, adapted, options) for target in found.values()]
 
 
-def _with_factors(target: Target, layer: Layer, config: Mapping[str, Any], options: ExtractOptions) -> Target:
+def _with_factors(target: Target, role: Role, config: Mapping[str, Any], options: ExtractOptions) -> Target:
     """The target with its form, if it is one that can have factors."""
     shape, last = target.base.shape, target.name.rpartition(".")[2]
-    if layer.kind in (Kind.EMBEDDING, Kind.HEAD) and len(shape) == 2 and last == "weight":
+    if role.kind in (Kind.EMBEDDING, Kind.HEAD) and len(shape) == 2 and last == "weight":
         if options.embeddings == "skip":
             return replace(target, reason="embeddings and heads: --embeddings lora or full")
         if options.embeddings == "full":
             return replace(target, place="saved")
-        table = layer.kind is Kind.EMBEDDING
+        table = role.kind is Kind.EMBEDDING
         return replace(target, place="factors", form="table" if table else "module", transposed=table)
-    if layer.kind is Kind.LINEAR and layer.stacked:
+    if role.kind is Kind.LINEAR and role.stacked:
         turned = _transposed(config)
         stack = replace(target, place="factors", form="parameter", shape=(shape[1], shape[2]), count=shape[0])
         return replace(stack, stacked=True, transposed=turned, uniform=True)
-    if layer.kind is Kind.LINEAR and last == "weight":
+    if role.kind is Kind.LINEAR and last == "weight":
         numbered = bool(_NUMBERED.match(target.name))
-        return replace(target, place="factors", transposed=layer.in_axis == 0, uniform=numbered)
-    if layer.kind is Kind.LINEAR:
+        return replace(target, place="factors", transposed=role.in_axis == 0, uniform=numbered)
+    if role.kind is Kind.LINEAR:
         return replace(target, reason="parameters of no module that PEFT adapts")
     low, high = _CONVOLUTION
-    if layer.kind is Kind.OTHER and last == "weight" and low <= len(shape) <= high and shape[1] > 1:
+    if role.kind is Kind.OTHER and last == "weight" and low <= len(shape) <= high and shape[1] > 1:
         return replace(target, place="factors", kernel=tuple(shape[1:]))
     return target
 

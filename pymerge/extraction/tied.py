@@ -41,12 +41,12 @@ def tied_head(plan: Plan, options: ExtractOptions) -> TiedHead | None:
         return None
     config = plan.inputs.donor.config
     architecture = str((config.get("architectures") or [""])[0])
-    heads = [step for step in plan.steps if step.layer.kind is Kind.HEAD and len(step.shape) == 2]
+    heads = [step for step in plan.steps if step.role.kind is Kind.HEAD and len(step.shape) == 2]
     if architecture.endswith(_SHARING) and (ties(config) is not False or config.get("is_encoder_decoder")):
         _refuse(plan, f"{architecture} makes several modules of one table; leave --embeddings at skip")
     if task_type(config) != _CAUSAL or heads:
         return None
-    tables = [step.name for step in plan.steps if step.layer.kind is Kind.EMBEDDING and has_tokens(step.name)]
+    tables = [step.name for step in plan.steps if step.role.kind is Kind.EMBEDDING and has_tokens(step.name)]
     if not tables or not options.takes(tables[0]):
         return None
     if options.embeddings == "lora":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pymerge.architecture.layer_counts import NoLayerCountError, resized
-from pymerge.architecture.roles import Kind, Layer, positions
+from pymerge.architecture.roles import Kind, Role, positions
 from pymerge.architecture.stacks import is_first, shared_tensors, stacks, towers
 from pymerge.architecture.tied import embedding_of, says_tied
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
@@ -55,18 +55,18 @@ class Assembly:
     drafts: tuple[_Draft, ...]
     warnings: tuple[str, ...]
 
-    def match(self, layers: Mapping[str, Layer], problems: list[str]) -> Matched:
+    def match(self, roles: Mapping[str, Role], problems: list[str]) -> Matched:
         """Hold the models of each section against the donor; what does not fit is added to `problems`."""
         donor = self.inputs.donor
         warnings = [note for checkpoint in self.inputs.all for note in checkpoint.notes]
         warnings += [*donor.base_notes, *self.warnings]
-        tied = find_tied(donor, layers, warnings)
+        tied = find_tied(donor, roles, warnings)
         tensors: dict[str, TensorEntry] = {}
         sections: dict[str, Section] = {}
         for draft in self.drafts:
             own = [name for name in draft.positions if name not in tied]
-            merged = [name for name in own if layers[name].kind is not Kind.BUFFER]
-            matcher = Matcher(donor, layers, draft.config, tied, merged, problems, warnings)
+            merged = [name for name in own if roles[name].kind is not Kind.BUFFER]
+            matcher = Matcher(donor, roles, draft.config, tied, merged, problems, warnings)
             origin = matcher.match(draft.models[draft.origin], None)
             base = origin.checkpoint.tensors
             matched = [
@@ -81,7 +81,7 @@ class Assembly:
             section = Section(draft.config, chosen, experts, draft.positions, shifts, kept)
             sections |= dict.fromkeys(own, section)
         names = [name for name in donor.tensors if name not in tied]
-        output = says_tied(replace(donor, tensors={name: tensors[name] for name in names}), tied, layers)
+        output = says_tied(replace(donor, tensors={name: tensors[name] for name in names}), tied, roles)
         if not problems:
             problems += _unlike(donor, output)
             warnings += _other_dtypes(donor, output) if not (self.config.out_dtype or self.config.dtype) else []
@@ -134,7 +134,7 @@ class _Builder:
 
     def find_names(self) -> None:
         """All models under the donor's names."""
-        wanted = [name for name, layer in self._layers.items() if layer.kind is not Kind.BUFFER]
+        wanted = [name for name, role in self._layers.items() if role.kind is not Kind.BUFFER]
         named = {
             model: under_names_of(self._donor, checkpoint, wanted)
             for model, checkpoint in self._opened.items()
@@ -157,8 +157,8 @@ class _Builder:
         """The modules, each with its part of the donor's tensors."""
         heads = {
             name: embedding
-            for name, layer in self._layers.items()
-            if layer.kind is Kind.HEAD and (embedding := embedding_of(name, self._donor.tensors, self._layers))
+            for name, role in self._layers.items()
+            if role.kind is Kind.HEAD and (embedding := embedding_of(name, self._donor.tensors, self._layers))
         }
         owned = towers(list(self._config.modules), self._layers, heads)
         if left := owned.pop(""):
@@ -245,7 +245,7 @@ class _Builder:
         first, (start, stop) = len(order), entry.sources[origin].layer_range
         places: dict[str, float] = {}
         for number in range(start, stop):
-            for rest in found[origin].layers[number]:
+            for rest in found[origin].roles[number]:
                 name = f"{blocks}.{len(order)}{rest}"
                 places[name] = (number - start) / (stop - start - 1) if stop - start > 1 else 1.0
                 self._place(name, blocks, rest, number, (*location, origin))
@@ -302,9 +302,9 @@ class _Builder:
             self._add_problem(location, f"{text}; list models of one architecture")
             return None
         start, stop = entry.layer_range
-        if all(number in source.layers for number in range(start, stop)):
+        if all(number in source.roles for number in range(start, stop)):
             return source
-        count = 1 + max(source.layers)
+        count = 1 + max(source.roles)
         text = f" is [{start}, {stop}], but {checkpoint.path} has {count} layers ({blocks}.0 to .{count - 1})"
         self._add_problem((*location, "layer_range"), f"{text}; correct the range, whose end is exclusive")
         return None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pymerge.architecture.buffers import constant as named_constant
-from pymerge.architecture.roles import Kind, Layer, classify, unused_rules
+from pymerge.architecture.roles import Kind, Role, classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, MERGED
@@ -94,35 +94,35 @@ def draft_plan(
     problems: list[str] = []
     donor = inputs.donor
     described = {name: (entry.dtype, entry.shape) for name, entry in donor.tensors.items()}
-    layers = classify(described, donor.config, config.rules)
+    roles = classify(described, donor.config, config.rules)
     said = list(beside_warnings(inputs))
     modules = match_modules(inputs, config, method, problems, said)
-    known = [*layers, *(module.full_name(name) for module in modules for name in module.layers)]
+    known = [*roles, *(module.full_name(name) for module in modules for name in module.roles)]
     problems += [
         f"{config.name}: layers: pattern {pattern!r} finds no tensor of {donor.path}; correct or delete it"
         for pattern in unused_rules(known, config.rules)
     ]
-    matched = assembly.match(layers, problems) if assembly else match_tensors(inputs, layers, config, method, problems)
+    matched = assembly.match(roles, problems) if assembly else match_tensors(inputs, roles, config, method, problems)
     if not problems:
-        check_integers(matched, layers, config.rules, problems, matched.warnings)
+        check_integers(matched, roles, config.rules, problems, matched.warnings)
     if problems:
         raise PlanError(problems)
     names, warnings = matched.names, matched.warnings
     warnings += said
-    aligned = align(matched, layers, config, method)
+    aligned = align(matched, roles, config, method)
     inputs, tokens = aligned.inputs, aligned.tokens
     stored, donor = donor, inputs.donor  # gathered tables may have a wider dtype
-    main = Part(donor.folder, inputs, names, layers, aligned.sections)
+    main = Part(donor.folder, inputs, names, roles, aligned.sections)
     whole = joined(main, modules)
 
     wanted = dtype or config.out_dtype or config.dtype
     if wanted is not None and wanted not in MERGED:
         raise ArgumentError(f"unknown dtype {wanted!r}; choose one of {', '.join(MERGED)}")
-    constants = find_constants(inputs, names, layers, aligned.sections)
+    constants = find_constants(inputs, names, roles, aligned.sections)
     warnings += differing(constants, donor.path)
-    dtypes = output_dtypes(stored, names, layers, constants, wanted, warnings, keep_float32=config.keep_float32)
+    dtypes = output_dtypes(stored, names, roles, constants, wanted, warnings, keep_float32=config.keep_float32)
     config_json = _config_json(donor, wanted, tokens.config)
-    warnings += check_configs(aligned, layers, config, config_json)
+    warnings += check_configs(aligned, roles, config, config_json)
     placed = layout_shards(
         [(name, dtypes[name], donor.tensors[name].shape) for name in names],
         max_shard_bytes,
@@ -135,31 +135,31 @@ def draft_plan(
     for shard in (*placed, *placed_modules):
         for tensor in shard.tensors:
             name = full_name(shard.file, tensor.name)
-            layer, entry = whole.layers[name], whole.tensors[name]
+            role, entry = whole.roles[name], whole.tensors[name]
             try:
-                action, experts, values = _action(whole.sections[name], method, name, layer)
+                action, experts, values = _action(whole.sections[name], method, name, role)
             except (ArgumentError, ConfigError) as error:
                 wrong.setdefault(str(error), []).append(name)
                 continue
             constant = constants.get(name)
             what = named_constant(name, entry.shape)
             if name in whole.sections[name].copied:
-                layer = replace(layer, reason=f"{layer.reason}; {what or 'in no expert'}: the base's")
+                role = replace(role, reason=f"{role.reason}; {what or 'in no expert'}: the base's")
             elif constant is not None and (what or constant.passes(action)):
                 action, experts, values = copy(), (), None
-                layer = replace(layer, reason=f"{layer.reason}, {constant.reason}")
+                role = replace(role, reason=f"{role.reason}, {constant.reason}")
             elif untouched(method, action, entry, experts, whole.sections[name]):
                 action, experts, values = copy(), (), None
             reads_base = method.needs_base
             if (found := one_sum(action, entry, experts)) is not None:
                 (action, experts), reads_base = found, False
             for rows in rows_of(entry, experts):
-                action_here = routed(action, layer, rows.base, rows.experts) if rows.experts else copy()
+                action_here = routed(action, role, rows.base, rows.experts) if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
                         name=name,
-                        layer=layer,
+                        role=role,
                         action=action_here,
                         shape=rows.base.shape,
                         dtype=tensor.dtype,
@@ -169,7 +169,7 @@ def draft_plan(
                         file=shard.file,
                         offset=tensor.offset + (tensor.nbytes - nbytes if rows.start else 0),
                         nbytes=nbytes,
-                        pieces=tuple(pieces.split(layer, action_here, rows.base.shape, CHUNK_ELEMENTS)),
+                        pieces=tuple(pieces.split(role, action_here, rows.base.shape, CHUNK_ELEMENTS)),
                         values=values,
                         infinite=constant.infinite if constant is not None else 0,
                     )
@@ -234,14 +234,14 @@ def _copies(action: Action) -> bool:
 
 
 def _action(
-    section: Section, method: Method, name: str, layer: Layer
+    section: Section, method: Method, name: str, role: Role
 ) -> tuple[Action, tuple[TensorEntry, ...], Values | None]:
     """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
-    if layer.kind is Kind.BUFFER or not section.experts or name in section.copied:
+    if role.kind is Kind.BUFFER or not section.experts or name in section.copied:
         return copy(), (), None
-    names = section.input_names(name, layer)
+    names = section.input_names(name, role)
     values = resolve(section.config, method, name, section.positions[name], section.participants, names)
-    action = method.action(name, layer.solvable, values, len(section.experts))
+    action = method.action(name, role.solvable, values, len(section.experts))
     if _copies(action):
         return action, (), values
     return action, tuple(expert.tensors[name] for expert in section.experts), values
@@ -252,9 +252,9 @@ def _placed_module(
 ) -> ShardLayout:
     """The one file of a module, under the name that sentence-transformers looks for; its constants are added."""
     donor = module.inputs.donor
-    own = find_constants(module.inputs, module.names, module.layers, module.sections)
+    own = find_constants(module.inputs, module.names, module.roles, module.sections)
     keep = config.keep_float32
-    dtypes = output_dtypes(donor, module.names, module.layers, own, wanted, warnings, keep_float32=keep)
+    dtypes = output_dtypes(donor, module.names, module.roles, own, wanted, warnings, keep_float32=keep)
     constants |= {module.full_name(name): constant for name, constant in own.items()}
     described = [(name, dtypes[name], donor.tensors[name].shape) for name in module.names]
     return layout_file(module.full_name("model.safetensors"), described)

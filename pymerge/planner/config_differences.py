@@ -10,7 +10,7 @@ from typing import Any
 
 from pymerge.architecture.config_facts import TEXT_PARTS, TOKEN_ID, Fact, facts, normal
 from pymerge.architecture.configs import Difference, differences
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.architecture.token_tables import has_tokens
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.config.merge_config import MergeConfig
@@ -38,7 +38,7 @@ class _Other:
 
 
 def check_configs(
-    aligned: Aligned, layers: Mapping[str, Layer], config: MergeConfig, config_json: bytes | None
+    aligned: Aligned, roles: Mapping[str, Role], config: MergeConfig, config_json: bytes | None
 ) -> list[str]:
     """Warnings about models that disagree with the donor on what weights mean, one for each key, with all values.
 
@@ -53,7 +53,7 @@ def check_configs(
         PlanError: heads are cut differently, or activations differ.
     """
     donor, tokens = aligned.inputs.donor, aligned.tokens
-    others = list(_others(aligned.inputs.all[1:], aligned.sections, layers))
+    others = list(_others(aligned.inputs.all[1:], aligned.sections, roles))
     whole = not (config.slices or config.modules)
     found: dict[tuple[str, str, str], list[tuple[Difference, Path]]] = {}
 
@@ -86,7 +86,7 @@ def check_configs(
 
 
 def _others(
-    models: Iterable[Checkpoint], sections: Mapping[str, Section], layers: Mapping[str, Layer]
+    models: Iterable[Checkpoint], sections: Mapping[str, Section], roles: Mapping[str, Role]
 ) -> Iterator[_Other]:
     """The models beside the donor that take part in something."""
     parts: dict[Path, set[str]] = {}
@@ -95,7 +95,7 @@ def _others(
             parts.setdefault(expert.path, set()).add(name)
     for model in models:
         if names := parts.get(model.path):
-            tables = any(layers[name].kind in (Kind.EMBEDDING, Kind.HEAD) and has_tokens(name) for name in names)
+            tables = any(roles[name].kind in (Kind.EMBEDDING, Kind.HEAD) and has_tokens(name) for name in names)
             yield _Other(model, frozenset(names), tables)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.constants import may_be_constant
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import ITEM_SIZES
@@ -65,7 +65,7 @@ def reproduces(action: Action) -> bool:
 
 
 def find_constants(
-    inputs: Inputs, names: Iterable[str], layers: Mapping[str, Layer], sections: Mapping[str, Section]
+    inputs: Inputs, names: Iterable[str], roles: Mapping[str, Role], sections: Mapping[str, Section]
 ) -> dict[str, Constant]:
     """The constants among the tensors of an output. Reads those that may be one.
 
@@ -78,7 +78,7 @@ def find_constants(
     candidates: dict[str, list[TensorEntry]] = {}
     for name in names:
         base, experts = inputs.donor.tensors[name], sections[name].experts
-        if layers[name].kind is Kind.BUFFER or not may_be_constant(name, layers[name], base.dtype, base.shape):
+        if roles[name].kind is Kind.BUFFER or not may_be_constant(name, roles[name], base.dtype, base.shape):
             continue
         every = [base, *(expert.tensors[name] for expert in experts if name in expert.tensors)]
         stored = [origin for entry in every if (origin := inputs.stored(entry)) is not None]

@@ -85,4 +85,4 @@ def _fitted(step: Step, budget: Budget) -> Step:
     needed = room(step.footprint(step.smallest)) - decoding
     elements = math.prod(step.smallest.shape)
     most = min(CHUNK_ELEMENTS, max(1, (budget.tensors - decoding) // max(1, needed)) * elements)
-    return replace(step, pieces=tuple(pieces.split(step.layer, step.action, step.shape, most)))
+    return replace(step, pieces=tuple(pieces.split(step.role, step.action, step.shape, most)))

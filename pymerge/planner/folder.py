@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pymerge.architecture.roles import Layer, Rule, classify, positions
+from pymerge.architecture.roles import Role, Rule, classify, positions
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.sentence_modules import MODULES_FILE, Module
 from pymerge.common.names import first_few
@@ -43,7 +43,7 @@ class Part:
     folder: str
     inputs: Inputs
     names: list[str]
-    layers: Mapping[str, Layer]
+    roles: Mapping[str, Role]
     sections: Mapping[str, Section]
 
     def full_name(self, name: str) -> str:
@@ -54,7 +54,7 @@ class Part:
         """This part alone as the whole output."""
         donor = self.inputs.donor
         if not self.folder:
-            return Whole(self.names, self.layers, donor.tensors, self.sections)
+            return Whole(self.names, self.roles, donor.tensors, self.sections)
         renamed: dict[int, Section] = {}
         for section in self.sections.values():
             if id(section) not in renamed:
@@ -64,7 +64,7 @@ class Part:
                 renamed[id(section)] = replace(section, experts=tuple(experts), positions=places, copied=copied)
         sections = {name: renamed[id(section)] for name, section in self.sections.items()}
         names = [self.full_name(name) for name in self.names]
-        return Whole(names, self._full(self.layers), self._full(donor.tensors), self._full(sections))
+        return Whole(names, self._full(self.roles), self._full(donor.tensors), self._full(sections))
 
     def _full(self, found: Mapping[str, Value]) -> dict[str, Value]:
         return {self.full_name(name): value for name, value in found.items()}
@@ -75,7 +75,7 @@ class Whole:
     """All tensors of an output under full names: the donor's, with their roles and sections; `names` are written."""
 
     names: list[str]
-    layers: Mapping[str, Layer]
+    roles: Mapping[str, Role]
     tensors: Mapping[str, TensorEntry]
     sections: Mapping[str, Section]
 
@@ -87,7 +87,7 @@ def joined(main: Part, modules: Sequence[Part]) -> Whole:
     parts = [part.whole() for part in (main, *modules)]
     return Whole(
         [name for part in parts for name in part.names],
-        {name: layer for part in parts for name, layer in part.layers.items()},
+        {name: role for part in parts for name, role in part.roles.items()},
         {name: entry for part in parts for name, entry in part.tensors.items()},
         {name: section for part in parts for name, section in part.sections.items()},
     )
@@ -123,21 +123,21 @@ def match_modules(
         return []
     parts = []
     for folder, module in donor.modules.items():
-        layers = _classified(module, folder, config.rules)
+        roles = _classified(module, folder, config.rules)
         if config.slices or config.modules:
-            sections = dict.fromkeys(layers, Section(config, (), (), positions(layers, module.config)))
-            parts.append(Part(folder, Inputs(module, ()), list(module.tensors), layers, sections))
+            sections = dict.fromkeys(roles, Section(config, (), (), positions(roles, module.config)))
+            parts.append(Part(folder, Inputs(module, ()), list(module.tensors), roles, sections))
             warnings.append(f"{module.path}: is copied as it is: the config puts layers of transformers together")
             continue
         theirs = tuple(_module_of(expert, donor, folder) for expert in inputs.experts)
         own: list[str] = []
         alone = config.model_copy(update={"tokenizer": None})
-        matched = match_tensors(Inputs(module, theirs), layers, alone, method, own)
+        matched = match_tensors(Inputs(module, theirs), roles, alone, method, own)
         if not own:
-            check_integers(matched, layers, config.rules, own, matched.warnings)
+            check_integers(matched, roles, config.rules, own, matched.warnings)
         problems += own
         warnings += matched.warnings
-        parts.append(Part(folder, matched.inputs, matched.names, layers, matched.sections))
+        parts.append(Part(folder, matched.inputs, matched.names, roles, matched.sections))
     return parts
 
 
@@ -158,18 +158,18 @@ def beside_warnings(inputs: Inputs) -> Iterator[str]:
             yield f"{model.path}: {what}: {first_few(map(str, unused), 8)}"
 
 
-def _classified(module: Checkpoint, folder: str, rules: Sequence[Rule]) -> dict[str, Layer]:
+def _classified(module: Checkpoint, folder: str, rules: Sequence[Rule]) -> dict[str, Role]:
     """Roles of a module's tensors, by their own names; rules are about full names."""
     described = {name: (entry.dtype, entry.shape) for name, entry in module.tensors.items()}
-    layers = classify(described, module.config)
+    roles = classify(described, module.config)
     if rules:
         whole = {f"{folder}/{name}": of for name, of in described.items()}
         by_rule = classify(whole, module.config, rules)
-        for name in layers:
+        for name in roles:
             full = f"{folder}/{name}"
             if any(re.search(rule.pattern, full) for rule in rules):
-                layers[name] = by_rule[full]
-    return layers
+                roles[name] = by_rule[full]
+    return roles
 
 
 def _module_of(expert: Checkpoint, donor: Checkpoint, folder: str) -> Checkpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from pymerge.architecture.roles import Kind, Layer, Rule, Tensors, classify
+from pymerge.architecture.roles import Kind, Role, Rule, Tensors, classify
 from pymerge.checkpoint.compare import Relation, relation
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
@@ -31,7 +31,7 @@ def integer_weights(tensors: Tensors, config: Mapping[str, object], rules: Seque
 
 
 def check_integers(
-    matched: Matched, layers: Mapping[str, Layer], rules: Sequence[Rule], problems: list[str], warnings: list[str]
+    matched: Matched, roles: Mapping[str, Role], rules: Sequence[Rule], problems: list[str], warnings: list[str]
 ) -> None:
     """Hold the integers of the output, which are the base's, against those of the models that are merged into it.
 
@@ -50,7 +50,7 @@ def check_integers(
     names = [
         name
         for name in matched.names
-        if layers[name].kind is Kind.BUFFER
+        if roles[name].kind is Kind.BUFFER
         and name not in weights
         and not is_float(described[name][0])
         and name.rpartition(".")[2] not in COUNTERS

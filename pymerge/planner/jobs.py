@@ -233,16 +233,16 @@ def _most_layers(job: Job, budget: Budget) -> int:
     two are to be read and the last two to be written meanwhile."""
     if not isinstance(job.step.action, SolveTogether):
         return 1
-    layers = BATCH_ELEMENTS[budget.device] // max(1, math.prod(job.piece.shape))
-    return min(layers, budget.tensors // max(1, room(job.footprint)))
+    roles = BATCH_ELEMENTS[budget.device] // max(1, math.prod(job.piece.shape))
+    return min(roles, budget.tensors // max(1, room(job.footprint)))
 
 
 def _kind(job: Job) -> Hashable:
     """Key that is equal for jobs that may be one batch."""
     step = job.step
     dtypes = (step.dtype, *(entry.dtype for entry in step.inputs))
-    layer = step.layer
-    laid = (layer.in_axis, layer.stacked, layer.parts, layer.alternating)
+    role = step.role
+    laid = (role.in_axis, role.stacked, role.parts, role.alternating)
     return (step.file, step.action, laid, job.piece.shape, dtypes, step.reads_base)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pymerge.adapters.folder import unmerged
 from pymerge.architecture.buffers import constant
-from pymerge.architecture.roles import Kind, Layer, classify, is_head_name, positions
+from pymerge.architecture.roles import Kind, Role, classify, is_head_name, positions
 from pymerge.architecture.tied import embedding_of, same_values, says_tied, tied_tensors, ties
 from pymerge.architecture.token_tables import is_token_table
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
@@ -42,13 +42,13 @@ class Section:
     shifts: tuple[int, ...] = ()
     copied: frozenset[str] = frozenset()
 
-    def input_names(self, name: str, layer: Layer) -> list[str]:
+    def input_names(self, name: str, role: Role) -> list[str]:
         """Names of this tensor of the output in the experts."""
         shifts = self.shifts or (0,) * len(self.experts)
-        if layer.index is None:
+        if role.index is None:
             return [name] * len(shifts)
-        rest = name[len(f"{layer.blocks}.{layer.index}") :]
-        return [f"{layer.blocks}.{layer.index + shift}{rest}" for shift in shifts]
+        rest = name[len(f"{role.blocks}.{role.index}") :]
+        return [f"{role.blocks}.{role.index + shift}{rest}" for shift in shifts]
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,17 @@ class Matched:
 
 
 def match_tensors(
-    inputs: Inputs, layers: Mapping[str, Layer], config: MergeConfig, method: Method, problems: list[str]
+    inputs: Inputs, roles: Mapping[str, Role], config: MergeConfig, method: Method, problems: list[str]
 ) -> Matched:
     """Hold the experts against the donor, tensor by tensor; what does not fit is added to `problems`."""
     donor = inputs.donor
     warnings = [note for checkpoint in inputs.all for note in checkpoint.notes] + list(donor.base_notes)
-    tied = find_tied(donor, layers, warnings)
+    tied = find_tied(donor, roles, warnings)
     names = [name for name in donor.tensors if name not in tied]
-    merged = [name for name in names if layers[name].kind is not Kind.BUFFER]
+    merged = [name for name in names if roles[name].kind is not Kind.BUFFER]
     for name in merged:
         _check_dtype(donor, name, problems)
-    matcher = Matcher(donor, layers, config, tied, merged, problems, warnings)
+    matcher = Matcher(donor, roles, config, tied, merged, problems, warnings)
     fitted = [matcher.match(expert, donor.tensors) for expert in inputs.experts if expert.path != donor.path]
     problems += [
         f"{each.checkpoint.path}: none of its tensors has the name of one of {donor.path}; list another model"
@@ -83,15 +83,15 @@ def match_tensors(
     others = {each.checkpoint.path: each.checkpoint for each in fitted}
     experts = tuple(others.get(expert.path, expert) for expert in inputs.experts)
     section = Section(
-        config, participants(config, method), experts, positions(layers, donor.config), copied=copied(fitted)
+        config, participants(config, method), experts, positions(roles, donor.config), copied=copied(fitted)
     )
-    said = says_tied(donor, tied, layers)
+    said = says_tied(donor, tied, roles)
     return Matched(Inputs(said, experts), names, list(dict.fromkeys(warnings)), dict.fromkeys(names, section))
 
 
-def find_tied(donor: Checkpoint, layers: Mapping[str, Layer], warnings: list[str]) -> dict[str, str]:
+def find_tied(donor: Checkpoint, roles: Mapping[str, Role], warnings: list[str]) -> dict[str, str]:
     """Tensors of the donor that are not written, because transformers makes them from another one: name -> that."""
-    tied = tied_tensors(donor, layers)
+    tied = tied_tensors(donor, roles)
     for name in tied:
         if not same_values(donor, name, tied[name]):
             warnings.append(_differs(donor, name, tied[name]))
@@ -121,7 +121,7 @@ class Matcher:
     """Fits one expert after the other to the donor."""
 
     donor: Checkpoint
-    layers: Mapping[str, Layer]
+    roles: Mapping[str, Role]
     config: MergeConfig
     tied: Mapping[str, str]
     merged: list[str]  # what every expert must have
@@ -146,7 +146,7 @@ class Matcher:
         missing = [name for name in self.merged if name not in expert.tensors]
         if not missing:
             return Fitted(expert, constants=constants)
-        problem = refusal(expert, missing, self.donor, self.layers, self.config, stand_in=base is not None)
+        problem = refusal(expert, missing, self.donor, self.roles, self.config, stand_in=base is not None)
         if problem or base is None:
             self.problems.append(problem)
             return Fitted(expert, constants=constants)
@@ -168,9 +168,7 @@ class Matcher:
     def _with_names(self, expert: Checkpoint) -> Checkpoint:
         """The expert under the donor's names; it may lack heads that it ties."""
         heads = Kind.HEAD if ties(expert.config) else None
-        named = under_names_of(
-            self.donor, expert, [name for name in self.merged if self.layers[name].kind is not heads]
-        )
+        named = under_names_of(self.donor, expert, [name for name in self.merged if self.roles[name].kind is not heads])
         self.warnings += named.notes
         self.problems += [named.problem] if named.problem else []
         return named.checkpoint
@@ -179,12 +177,12 @@ class Matcher:
         """The expert with what it ties: its embedding stands for a head that it does not store."""
         tensors = dict(expert.tensors)
         for name in self.merged:
-            if name in tensors or self.layers[name].kind not in (Kind.HEAD, Kind.EMBEDDING):
+            if name in tensors or self.roles[name].kind not in (Kind.HEAD, Kind.EMBEDDING):
                 continue
-            embedding = embedding_of(name, self.donor.tensors, self.layers)
+            embedding = embedding_of(name, self.donor.tensors, self.roles)
             if embedding not in tensors:
                 continue
-            said, head = ties(expert.config), self.layers[name].kind is Kind.HEAD
+            said, head = ties(expert.config), self.roles[name].kind is Kind.HEAD
             if (said and head) or (not (said is False and head) and same_values(self.donor, name, embedding)):
                 tensors[name] = tensors[embedding]
                 self.warnings.append(f"{expert.path}: {name} is tied there: its {embedding} stands for it")
@@ -237,14 +235,14 @@ class Matcher:
         if left:
             self.warnings.append(f"{expert.path}: left out {listed(left)}, which {donor.path} has not")
 
-    def _is_tied_copy(self, expert: Checkpoint, name: str, layers: Mapping[str, Layer]) -> bool:
+    def _is_tied_copy(self, expert: Checkpoint, name: str, roles: Mapping[str, Role]) -> bool:
         """Whether an extra tensor is the expert's embedding a second time, or is taken for it."""
-        embedding = embedding_of(name, expert.tensors, layers)
-        if embedding is None or layers[name].kind not in (Kind.HEAD, Kind.EMBEDDING):
+        embedding = embedding_of(name, expert.tensors, roles)
+        if embedding is None or roles[name].kind not in (Kind.HEAD, Kind.EMBEDDING):
             return False
         if same_values(expert, name, embedding):
             return True
-        if layers[name].kind is not Kind.HEAD or not (self.tied or ties(self.donor.config)):
+        if roles[name].kind is not Kind.HEAD or not (self.tied or ties(self.donor.config)):
             return False
         if ties(expert.config):
             self.warnings.append(_differs(expert, name, embedding))
@@ -262,7 +260,7 @@ class Matcher:
         if theirs.shape == ours.shape:
             return
         where = f"{theirs.file}: tensor {theirs.name!r} has shape {list(theirs.shape)}, in {self.donor.path} it has"
-        if not is_token_table(name, self.layers, self.donor.tensors, expert.tensors):
+        if not is_token_table(name, self.roles, self.donor.tensors, expert.tensors):
             self.problems.append(
                 f"{where} {list(ours.shape)}; merge only models of the same architecture and vocabulary"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.common.names import listed
 from pymerge.config.merge_config import MergeConfig
@@ -14,7 +14,7 @@ def refusal(
     expert: Checkpoint,
     missing: Sequence[str],
     donor: Checkpoint,
-    layers: Mapping[str, Layer],
+    roles: Mapping[str, Role],
     config: MergeConfig,
     *,
     stand_in: bool,
@@ -30,7 +30,7 @@ def refusal(
         if stand_in:
             remedy += ", or set missing_tensors: base to take the base's in their place"
         return f"{lacks}{_alike(donor, expert, missing)}; {remedy}"
-    rows = [name for name in missing if layers[name].kind in (Kind.EMBEDDING, Kind.HEAD)]
+    rows = [name for name in missing if roles[name].kind in (Kind.EMBEDDING, Kind.HEAD)]
     if rows and config.tokenizer is not None:
         return (
             f"{expert.path} lacks {listed(rows)}: rows are matched token by token, and those of another model are in "

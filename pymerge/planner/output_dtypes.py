@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import CODES, ITEM_SIZES, is_float, is_float8
 from pymerge.common.names import listed
@@ -20,7 +20,7 @@ _OTHER_PARTS = ("quantization_config",)  # whose dtypes are not those of the wei
 def output_dtypes(
     donor: Checkpoint,
     names: Sequence[str],
-    layers: Mapping[str, Layer],
+    roles: Mapping[str, Role],
     constants: Mapping[str, Constant],
     wanted: str | None,
     warnings: list[str],
@@ -39,7 +39,7 @@ def output_dtypes(
     small = [name for name in names if is_float8(tensors[name].dtype)]
     if small and wanted is None:
         warnings.append(f"{listed(small)}: 8-bit floats in {path}, written as bfloat16")
-    buffers = {name: tensors[name].dtype for name in names if layers[name].kind is Kind.BUFFER}
+    buffers = {name: tensors[name].dtype for name in names if roles[name].kind is Kind.BUFFER}
     if wanted is None:
         return {name: tensors[name].output_dtype for name in names} | buffers
     code = CODES[wanted]

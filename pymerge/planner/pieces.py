@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pymerge.architecture.roles import Layer
+from pymerge.architecture.roles import Role
 from pymerge.methods import reduce
 from pymerge.methods.actions import Action, Combine, Elementwise, InCore, Solve
 
@@ -28,25 +28,25 @@ def by_rows(action: Action) -> bool:
     return isinstance(action, (Combine, Elementwise))
 
 
-def split(layer: Layer, action: Action, shape: tuple[int, ...], max_elements: int) -> list[Piece]:
+def split(role: Role, action: Action, shape: tuple[int, ...], max_elements: int) -> list[Piece]:
     """The pieces of a tensor, in order: of at most `max_elements` elements (but at least one row) where rows are
     independent, else as `smallest` says."""
     if not shape or shape[0] == 0:
-        return [smallest(layer, action, shape)]
+        return [smallest(role, action, shape)]
     rows = shape[0]
-    least = smallest(layer, action, shape).stop
+    least = smallest(role, action, shape).stop
     step = max(least, min(rows, max_elements // max(1, math.prod(shape[1:])))) if by_rows(action) else least
     return [
         Piece(start, min(start + step, rows), (min(step, rows - start), *shape[1:])) for start in range(0, rows, step)
     ]
 
 
-def smallest(layer: Layer, action: Action, shape: tuple[int, ...]) -> Piece:
+def smallest(role: Role, action: Action, shape: tuple[int, ...]) -> Piece:
     """The first of the smallest pieces that the action can work on: one row, rows that are added to, one matrix of a
     stack, or all."""
     if not shape or shape[0] == 0:
         return Piece(0, shape[0] if shape else 1, shape)
-    rows = 1 if by_rows(action) or (layer.stacked and isinstance(action, (Solve, InCore))) else shape[0]
+    rows = 1 if by_rows(action) or (role.stacked and isinstance(action, (Solve, InCore))) else shape[0]
     if isinstance(action, InCore):
         rows = min(rows, max(1, _CORE_ELEMENTS // max(1, math.prod(shape[1:]))))
     return Piece(0, rows, (rows, *shape[1:]))
@@ -69,10 +69,10 @@ def halves(action: Action, piece: Piece) -> list[Piece]:
     ]
 
 
-def worked_shape(layer: Layer, action: Action, shape: tuple[int, ...]) -> tuple[int, ...]:
+def worked_shape(role: Role, action: Action, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that an action is given of a stored one: (d_out, d_in) of linear weights for solvers, of each of its
     parts; else as it is."""
     if not isinstance(action, Solve):
         return shape
-    rows, columns = shape[-2:] if layer.in_axis == 1 else (shape[-1], shape[-2])
-    return rows // layer.parts, columns
+    rows, columns = shape[-2:] if role.in_axis == 1 else (shape[-1], shape[-2])
+    return rows // role.parts, columns

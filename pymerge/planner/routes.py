@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pymerge.adapters.ranks import rank_over
-from pymerge.architecture.roles import Layer
+from pymerge.architecture.roles import Role
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.names import listed
 from pymerge.methods.actions import Action, InCore, Solve
@@ -17,11 +17,11 @@ from pymerge.planner import pieces
 Route = Literal["core", "tiles", "dense"]
 
 
-def routed(action: Action, layer: Layer, base: TensorEntry, experts: Sequence[TensorEntry]) -> Action:
+def routed(action: Action, role: Role, base: TensorEntry, experts: Sequence[TensorEntry]) -> Action:
     """The action, or the same in the core: where all task vectors are known by factors, and R is at most half of a
     matrix's smaller side, or the method is defined by them. A weight that nobody has touched is left to others.
     """
-    if not isinstance(action, Solve) or not action.has_core or (action.needs_outputs and layer.in_axis == 0):
+    if not isinstance(action, Solve) or not action.has_core or (action.needs_outputs and role.in_axis == 0):
         return action
     rank = 0
     for entry in experts:
@@ -29,7 +29,7 @@ def routed(action: Action, layer: Layer, base: TensorEntry, experts: Sequence[Te
         if own is None:
             return action
         rank += own
-    shape = pieces.worked_shape(layer, action, base.shape)
+    shape = pieces.worked_shape(role, action, base.shape)
     takes = rank > 0 if action.minds_factors else 0 < 2 * rank <= min(shape)
     return InCore(action, (shape[0], shape[1]), rank) if takes else action
 

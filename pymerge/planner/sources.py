@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pymerge.architecture.roles import Layer, classify
+from pymerge.architecture.roles import Role, classify
 from pymerge.architecture.stacks import shared_tensors, stacks
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 
@@ -15,7 +15,7 @@ class Source:
     """A checkpoint's layers (number -> what follows the number in the name -> entry), and what is in no layer."""
 
     checkpoint: Checkpoint
-    layers: dict[int, dict[str, TensorEntry]] = field(default_factory=dict)
+    roles: dict[int, dict[str, TensorEntry]] = field(default_factory=dict)
     loose: dict[str, TensorEntry] = field(default_factory=dict)
 
     def placed(self, blocks: str, bounds: tuple[int, int], first: int, *, loose: bool) -> Checkpoint:
@@ -24,7 +24,7 @@ class Source:
         tensors = {
             f"{blocks}.{first + step}{rest}": entry
             for step, number in enumerate(range(*bounds))
-            for rest, entry in self.layers[number].items()
+            for rest, entry in self.roles[number].items()
         }
         return replace(self.checkpoint, tensors=tensors | self.loose if loose else tensors)
 
@@ -35,28 +35,28 @@ def read_source(checkpoint: Checkpoint, donor: Checkpoint, blocks: str, others: 
     A source may have its names with a prefix beyond the donor's, or without one of the donor's. Its layers under the
     paths `others` of the donor are left out.
     """
-    layers = classified(checkpoint)
-    prefix = _prefix(blocks, stacks(layers))
+    roles = classified(checkpoint)
+    prefix = _prefix(blocks, stacks(roles))
     if prefix is None:
         return None
     lost, added = prefix
     path = lost + blocks[len(added) :]
-    shared = shared_tensors(layers)
+    shared = shared_tensors(roles)
     source = Source(checkpoint)
     for name, entry in checkpoint.tensors.items():
-        layer = layers[name]
+        role = roles[name]
         renamed = name
         if name not in donor.tensors and name.startswith(lost):
             renamed = added + name[len(lost) :]
-        if layer.index is not None and layer.blocks == path and name not in shared:
-            rest = name[len(f"{layer.blocks}.{layer.index}") :]
-            source.layers.setdefault(layer.index, {})[rest] = entry
-        elif layer.blocks == path or layer.blocks not in others:
+        if role.index is not None and role.blocks == path and name not in shared:
+            rest = name[len(f"{role.blocks}.{role.index}") :]
+            source.roles.setdefault(role.index, {})[rest] = entry
+        elif role.blocks == path or role.blocks not in others:
             source.loose[renamed] = entry
     return source
 
 
-def classified(checkpoint: Checkpoint) -> dict[str, Layer]:
+def classified(checkpoint: Checkpoint) -> dict[str, Role]:
     """Roles of a checkpoint's tensors, by its own names and config.json."""
     described = {name: (entry.dtype, entry.shape) for name, entry in checkpoint.tensors.items()}
     return classify(described, checkpoint.config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from pymerge.architecture.roles import Layer
+from pymerge.architecture.roles import Role
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
 from pymerge.methods.actions import Action, Combine, Encode, InCore, Solve
@@ -56,7 +56,7 @@ class Step:
     """One output tensor (of token tables: some rows of one): what is read, what is done, where the result goes."""
 
     name: str
-    layer: Layer
+    role: Role
     action: Action
     shape: tuple[int, ...]
     dtype: str  # safetensors code of the output
@@ -137,7 +137,7 @@ class Step:
     @cached_property
     def flops(self) -> int:
         """Floating-point operations, a multiply-add counted as two."""
-        parts = self.layer.parts if isinstance(self.action, Solve) else 1
+        parts = self.role.parts if isinstance(self.action, Solve) else 1
         return sum(parts * self.action.flops(self._worked(piece), len(self.experts)) for piece in self.pieces)
 
     @cached_property
@@ -151,7 +151,7 @@ class Step:
         return max((entry.decoding_bytes for entry in self.inputs), default=0)
 
     def _worked(self, piece: Piece) -> tuple[int, ...]:
-        return pieces.worked_shape(self.layer, self.action, piece.shape)
+        return pieces.worked_shape(self.role, self.action, piece.shape)
 
     def footprint(self, piece: Piece) -> Footprint:
         """Bytes that a piece (of this step's pieces, or a smaller one) takes with this step's worker."""
@@ -166,10 +166,10 @@ class Step:
         if self.worker == "native":
             return Footprint(self._native_inputs(elements), scratch, output)
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self.decoding_bytes
-        if isinstance(self.action, Solve) and self.layer.in_axis == 0:
+        if isinstance(self.action, Solve) and self.role.in_axis == 0:
             scratch += inputs + output  # transposed copies
-        if isinstance(self.action, Solve) and self.layer.parts > 1:
-            scratch += output + inputs * self.layer.alternating  # of one part, before it is put to the others
+        if isinstance(self.action, Solve) and self.role.parts > 1:
+            scratch += output + inputs * self.role.alternating  # of one part, before it is put to the others
         return Footprint(inputs, scratch, output)
 
     def scratch(self, piece: Piece) -> int:
@@ -199,7 +199,7 @@ class Step:
     @cached_property
     def smallest(self) -> Piece:
         """The smallest piece that the action can work on: one row, one matrix, or one range of rows."""
-        return self.ranges[0] if self.ranges else pieces.smallest(self.layer, self.action, self.shape)
+        return self.ranges[0] if self.ranges else pieces.smallest(self.role, self.action, self.shape)
 
     @cached_property
     def ranges(self) -> tuple[Piece, ...]:

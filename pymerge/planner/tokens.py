@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymerge.architecture.roles import Layer
+from pymerge.architecture.roles import Role
 from pymerge.architecture.token_tables import token_tables
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.gathered import gathered
@@ -69,7 +69,7 @@ class _Source:
     rows: int
 
 
-def align(matched: Matched, layers: Mapping[str, Layer], config: MergeConfig, method: Method) -> Aligned:
+def align(matched: Matched, roles: Mapping[str, Role], config: MergeConfig, method: Method) -> Aligned:
     """Carry out the config's tokenizer keys on matched inputs; without any, the inputs are what they were.
 
     Args:
@@ -92,7 +92,7 @@ def align(matched: Matched, layers: Mapping[str, Layer], config: MergeConfig, me
         _check_same(models, settings, config)
     if settings is None or assembled:
         return Aligned(inputs, matched.sections, plan_files(tokenizer_files(None, carried, template), carried))
-    token_models, tables = _token_models(models, layers, names, settings, warnings)
+    token_models, tables = _token_models(models, roles, names, settings, warnings)
     source = _source(config, settings, token_models)
     output = source.vocabulary
     if settings.source in (UNION, BASE):
@@ -190,7 +190,7 @@ def _template(config: MergeConfig, models: Sequence[_Named], warnings: list[str]
 
 def _token_models(
     models: Sequence[_Named],
-    layers: Mapping[str, Layer],
+    roles: Mapping[str, Role],
     names: Sequence[str],
     settings: TokenizerSettings,
     warnings: list[str],
@@ -210,7 +210,7 @@ def _token_models(
     if problems:
         raise PlanError(problems)
     donor = models[0].checkpoint
-    tables = token_tables(donor.tensors, donor.config, layers, names, len(vocabularies[0].ids))
+    tables = token_tables(donor.tensors, donor.config, roles, names, len(vocabularies[0].ids))
     if not tables:
         raise PlanError(
             [

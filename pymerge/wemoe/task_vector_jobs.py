@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.finite import check_finite, is_finite
 from pymerge.common.dtypes import ITEM_SIZES
@@ -135,7 +135,7 @@ def _step(entry: TensorEntry, file: str, action: Encode, nbytes: int) -> Step:
     whole = Piece(0, entry.shape[0] if entry.shape else 1, entry.shape)
     return Step(
         name=entry.name,
-        layer=Layer(Kind.OTHER),
+        role=Role(Kind.OTHER),
         action=action,
         shape=entry.shape,
         dtype=entry.dtype,

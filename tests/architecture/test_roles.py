@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pymerge.architecture.roles import Kind, Layer, Rule, classify, positions, unused_rules
+from pymerge.architecture.roles import Kind, Role, Rule, classify, positions, unused_rules
 from pymerge.errors import PlanError
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -108,24 +108,24 @@ def expected(model: nn.Module, name: str, shape: tuple[int, ...], heads: str) ->
 @pytest.mark.parametrize(("name", "settings", "heads"), MODELS, ids=[name for name, _, _ in MODELS])
 def test_every_tensor_of_a_real_architecture(name: str, settings: dict[str, Any], heads: str) -> None:
     model, shapes, config = build(name, settings)
-    layers = classify(shapes, config)
-    assert list(layers) == list(shapes)
+    roles = classify(shapes, config)
+    assert list(roles) == list(shapes)
     wrong = {}
-    for tensor, layer in layers.items():
-        found = (layer.kind, layer.in_axis, layer.stacked)
+    for tensor, role in roles.items():
+        found = (role.kind, role.in_axis, role.stacked)
         if shapes[tensor][0] == "F32" and found != expected(model, tensor, shapes[tensor][1], heads):
-            wrong[tensor] = layer.describe()
+            wrong[tensor] = role.describe()
     assert wrong == {}
-    assert all(layer.reason for layer in layers.values())
+    assert all(role.reason for role in roles.values())
 
 
 def test_reasons_name_the_evidence() -> None:
     _, shapes, config = build("GPT2LMHeadModel", GPT)
-    layers = classify(shapes, config)
+    roles = classify(shapes, config)
     block = "transformer.h.1."
-    assert layers[block + "attn.c_attn.weight"].describe() == "linear, d_in x d_out (bias of length 96)"
-    sibling = layers[block + "attn.c_proj.weight"]
-    assert sibling == Layer(Kind.LINEAR, 0, False, f"as {block}attn.c_attn.weight", "transformer.h", 1)
+    assert roles[block + "attn.c_attn.weight"].describe() == "linear, d_in x d_out (bias of length 96)"
+    sibling = roles[block + "attn.c_proj.weight"]
+    assert sibling == Role(Kind.LINEAR, 0, False, f"as {block}attn.c_attn.weight", "transformer.h", 1)
     _, shapes, config = build("LlamaForCausalLM", DECODER)
     up = classify(shapes, config)["model.layers.0.mlp.up_proj.weight"]
     assert up.describe() == "linear, d_out x d_in (assumed as in nn.Linear)"
@@ -148,9 +148,9 @@ def test_square_experts_follow_the_other_matrix(gate_up: tuple[int, ...], down: 
     shapes: Shapes = {"l.0.experts.gate_up_proj": ("BF16", gate_up), "l.0.experts.down_proj": ("BF16", down)}
     inner = max(gate_up[1:]) // 2
     config = {"text_config": {"hidden_size": 32, "moe_intermediate_size": inner, "num_experts": 4}}
-    layers = classify(shapes, {**config, "vision_config": {"hidden_size": inner, "intermediate_size": 32}})
-    assert [layer.in_axis for layer in layers.values()] == [in_axis, in_axis]
-    assert all(layer.stacked and layer.solvable for layer in layers.values())
+    roles = classify(shapes, {**config, "vision_config": {"hidden_size": inner, "intermediate_size": 32}})
+    assert [role.in_axis for role in roles.values()] == [in_axis, in_axis]
+    assert all(role.stacked and role.solvable for role in roles.values())
 
 
 def test_square_gpt_oss_experts_follow_the_biased_one() -> None:
@@ -160,9 +160,9 @@ def test_square_gpt_oss_experts_follow_the_biased_one() -> None:
         "l.0.experts.down_proj": ("BF16", (4, 32, 32)),
         "l.0.experts.down_proj_bias": ("BF16", (4, 32)),
     }
-    layers = classify(shapes, {})
-    assert [layer.in_axis for layer in layers.values() if layer.solvable] == [0, 0]
-    assert layers["l.0.experts.down_proj"].reason == "as l.0.experts.gate_up_proj"
+    roles = classify(shapes, {})
+    assert [role.in_axis for role in roles.values() if role.solvable] == [0, 0]
+    assert roles["l.0.experts.down_proj"].reason == "as l.0.experts.gate_up_proj"
 
 
 def test_experts_as_they_are_stored_one_by_one() -> None:
@@ -172,10 +172,10 @@ def test_experts_as_they_are_stored_one_by_one() -> None:
         for expert in range(4)
         for name, shape in (("w1", (48, 32)), ("w2", (32, 48)), ("w3", (48, 32)))
     }
-    layers = classify(shapes, {"hidden_size": 32, "num_local_experts": 4})
-    found = {(layer.kind, layer.in_axis, layer.stacked, layer.blocks) for layer in layers.values()}
+    roles = classify(shapes, {"hidden_size": 32, "num_local_experts": 4})
+    found = {(role.kind, role.in_axis, role.stacked, role.blocks) for role in roles.values()}
     assert found == {(Kind.LINEAR, 1, False, "model.layers")}
-    assert [layer.index for layer in layers.values()] == [0] * 12 + [1] * 12
+    assert [role.index for role in roles.values()] == [0] * 12 + [1] * 12
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_a_convolution_with_as_many_channels_as_experts_is_no_stack() -> None:
         "l.0.conv.weight": ("F32", (8, 32, 4)),
         "l.0.moe.input_linear.weight": ("F32", (8, 96, 32)),
     }
-    layers = classify(shapes, {"num_experts": 8})
-    assert [(layer.kind, layer.stacked) for layer in layers.values()] == [
+    roles = classify(shapes, {"num_experts": 8})
+    assert [(role.kind, role.stacked) for role in roles.values()] == [
         (Kind.OTHER, False),
         (Kind.LINEAR, True),
     ]
@@ -238,9 +238,9 @@ def test_a_square_weight_follows_the_same_weight_of_other_blocks() -> None:
         "h.1.c.bias": ("F32", (32,)),
         "h.1.d.weight": ("F32", (32, 32)),
     }
-    layers = classify(shapes, {})
-    assert layers["h.1.c.weight"].describe() == "linear, d_in x d_out (as h.0.c.weight)"
-    assert layers["h.1.d.weight"].describe() == "linear, d_out x d_in (assumed as in nn.Linear)"
+    roles = classify(shapes, {})
+    assert roles["h.1.c.weight"].describe() == "linear, d_in x d_out (as h.0.c.weight)"
+    assert roles["h.1.d.weight"].describe() == "linear, d_out x d_in (assumed as in nn.Linear)"
 
 
 def test_a_bias_tells_a_linear_from_an_embedding() -> None:
@@ -268,11 +268,11 @@ def test_the_first_rule_wins_over_all_evidence() -> None:
         Rule("a.weight", Kind.HEAD),
         Rule("nothing", Kind.NORM),
     ]
-    layers = classify(shapes, {}, rules)
-    assert layers["h.0.a.weight"].describe() == r"linear, d_in x d_out (rule 'a\\.weight$')"
-    assert layers["h.0.b.weight"].kind is Kind.OTHER
-    assert layers["h.0.c"].stacked
-    assert layers["h.0.c"].reason == r"rule '\\.c$', assumed as in nn.Linear"
+    roles = classify(shapes, {}, rules)
+    assert roles["h.0.a.weight"].describe() == r"linear, d_in x d_out (rule 'a\\.weight$')"
+    assert roles["h.0.b.weight"].kind is Kind.OTHER
+    assert roles["h.0.c"].stacked
+    assert roles["h.0.c"].reason == r"rule '\\.c$', assumed as in nn.Linear"
     assert unused_rules(shapes, rules) == ["a.weight", "nothing"]
 
 
@@ -288,16 +288,16 @@ def test_rules_that_cannot_be_are_reported_together() -> None:
 def test_positions_are_mergekits() -> None:
     names = [f"enc.layers.{i}.mlp.up.weight" for i in range(5)]
     names += ["dec.block.0.layer.1.q.weight", "embed.weight", "norm.weight", "head.0.weight", "head.2.weight"]
-    layers = classify({name: ("F32", (4, 4)) for name in names}, {})
-    assert list(positions(layers, {}).values()) == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    roles = classify({name: ("F32", (4, 4)) for name in names}, {})
+    assert list(positions(roles, {}).values()) == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_extra_prediction_blocks_do_not_stretch_positions() -> None:
-    layers = classify({f"model.layers.{i}.mlp.up.weight": ("F32", (4, 4)) for i in range(6)}, {})
+    roles = classify({f"model.layers.{i}.mlp.up.weight": ("F32", (4, 4)) for i in range(6)}, {})
     config = {"num_hidden_layers": 5, "num_nextn_predict_layers": 1}
-    assert list(positions(layers, config).values()) == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
-    assert positions(layers, {})["model.layers.5.mlp.up.weight"] == 1.0
-    assert positions(layers, {})["model.layers.1.mlp.up.weight"] == 0.2
+    assert list(positions(roles, config).values()) == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert positions(roles, {})["model.layers.5.mlp.up.weight"] == 1.0
+    assert positions(roles, {})["model.layers.1.mlp.up.weight"] == 0.2
 
 
 def test_order_of_tensors_does_not_matter() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pymerge import api
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.backends.native import task_stats
 from pymerge.backends.runner import Runner
 from pymerge.engine.run import run
@@ -64,10 +64,10 @@ class Counting(Runner):
 
 
 def weights(
-    shape: tuple[int, int], dtype: torch.dtype = torch.float32, layers: int = 5
+    shape: tuple[int, int], dtype: torch.dtype = torch.float32, roles: int = 5
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Layers of different deltas: one untouched by all tasks, one by a task, one not finite, the rest ordinary."""
-    made = [make_weights(*shape, 3, dtype=dtype, seed=seed, rms=1e-4 * 3**seed) for seed in range(layers)]
+    made = [make_weights(*shape, 3, dtype=dtype, seed=seed, rms=1e-4 * 3**seed) for seed in range(roles)]
     bases, experts = [base for base, _ in made], [tasks for _, tasks in made]
     experts[1] = [bases[1].clone() for _ in experts[1]]
     experts[2][0] = bases[2].clone()
@@ -96,12 +96,12 @@ def test_wudi_solves_layers_together_and_none_changes(
     run = Counting(backend)
     together = action.run_batch(run, bases, experts, "F64")
     assert run.solved == [(3, *shape)]  # neither the layer without deltas nor the one with NaN
-    for layer, merged in enumerate(together):
-        assert_same(f"layer {layer}", merged, action.run(run, bases[layer], experts[layer], "F64"))
+    for role, merged in enumerate(together):
+        assert_same(f"layer {role}", merged, action.run(run, bases[role], experts[role], "F64"))
     assert run.solved[1:] == [shape] * 3
     assert torch.equal(together[1], bases[1].double())
     assert bool(together[3].isnan().all())
-    moved = [float((together[layer] - bases[layer].double()).norm()) for layer in (0, 2, 4)]
+    moved = [float((together[role] - bases[role].double()).norm()) for role in (0, 2, 4)]
     assert moved == sorted(moved)
     assert moved[0] > 0
 
@@ -111,9 +111,9 @@ def test_matrices_that_would_begin_elsewhere_in_memory_are_solved_alone() -> Non
     run = Counting("native")
     together = action_of("wudi", iterations=5).run_batch(run, bases, experts, "F32")
     assert run.solved == [(20, 33)] * 3
-    for layer, merged in enumerate(together):
+    for role, merged in enumerate(together):
         assert_same(
-            f"layer {layer}", merged, action_of("wudi", iterations=5).run(run, bases[layer], experts[layer], "F32")
+            f"layer {role}", merged, action_of("wudi", iterations=5).run(run, bases[role], experts[role], "F32")
         )
 
 
@@ -122,17 +122,17 @@ def test_matrices_that_would_begin_elsewhere_in_memory_are_solved_alone() -> Non
 @pytest.mark.parametrize("stacked", [False, True])
 def test_pieces_as_they_are_stored(method: str, in_axis: int, stacked: bool) -> None:
     action = action_of(method, **METHODS[method])
-    layer = Layer(Kind.LINEAR, in_axis=in_axis, stacked=stacked)
+    role = Role(Kind.LINEAR, in_axis=in_axis, stacked=stacked)
     bases, experts = weights((48, 32))
     if stacked:
         bases, experts = [base[None] for base in bases], [[expert[None] for expert in tasks] for tasks in experts]
     run = Counting("native")
-    together = solve(action, layer, run, bases, experts, "BF16")
+    together = solve(action, role, run, bases, experts, "BF16")
     if method == "wudi":
         assert run.solved == [(3, 48, 32) if in_axis == 1 else (3, 32, 48)]
     for number, merged in enumerate(together):
         assert merged.is_contiguous()
-        (alone,) = solve(action, layer, run, [bases[number]], [experts[number]], "BF16")
+        (alone,) = solve(action, role, run, [bases[number]], [experts[number]], "BF16")
         assert_same(f"piece {number}", merged, alone)
 
 
@@ -273,8 +273,8 @@ def growth(folder: Path, limit: int) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 def test_a_batch_keeps_to_the_limit(tmp_path: Path, precision: str) -> None:
-    for folder, layers in ((tmp_path / "small", 1), (tmp_path, 9)):
-        base = {f"model.layers.{n}.mlp.up_proj.weight": 0.1 * torch.randn(ROWS, COLUMNS) for n in range(layers)}
+    for folder, roles in ((tmp_path / "small", 1), (tmp_path, 9)):
+        base = {f"model.layers.{n}.mlp.up_proj.weight": 0.1 * torch.randn(ROWS, COLUMNS) for n in range(roles)}
         write_config(write_models(folder, base), "wudi", iterations=2, precision=precision)
     step = api.plan(tmp_path / "merge.yml").steps[0]
     one = step.footprint(step.pieces[0])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pymerge import api
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.engine.run import run
 from pymerge.errors import NonFiniteError, OutOfMemoryError, OutputError
 from pymerge.methods.actions import Encode
@@ -74,9 +74,7 @@ def steps(plan: Plan) -> tuple[Step, ...]:
     for step in sorted(plan.steps, key=lambda step: step.name):
         whole = (Piece(0, step.shape[0], step.shape),)
         experts, number = step.experts[1:], NAMES.index(step.name)
-        encoded = replace(
-            step, layer=Layer(Kind.OTHER), experts=experts, reads_base=True, pieces=whole, worker="encode"
-        )
+        encoded = replace(step, role=Role(Kind.OTHER), experts=experts, reads_base=True, pieces=whole, worker="encode")
         late = replace(encoded, action=Signs(step.name), file=LATE[number // 3], gathered=number % 3 * NBYTES)
         found += [late, replace(encoded, action=Difference(step.name), file=EXACT)]
     return tuple(sorted(found, key=lambda step: (step.file, step.name)))

@@ -145,7 +145,7 @@ def test_gpt2_is_merged_on_its_input_side(checkpoints, tmp_path):
     """Conv1D weights are d_in x d_out; the plan says so from the biases, and the square ones follow."""
     name, folder = checkpoints
     plan = pymerge.plan(config_of(folder, "wudi"))
-    axes = {step.name: step.layer.in_axis for step in plan.steps if step.layer.solvable}
+    axes = {step.name: step.role.in_axis for step in plan.steps if step.role.solvable}
     assert axes
     assert set(axes.values()) == ({0} if name == "gpt2" else {1})
 

@@ -243,9 +243,9 @@ def test_what_is_known_of_values(tmp_path: Path, values: list[float], dtype: tor
         write(tmp_path / name, {MASK: whole})
         plan = api.plan(write_config(tmp_path / name, "ties", weight=1.0))
         inputs = plan.inputs
-        layers = {step.name: step.layer for step in plan.steps}
+        roles = {step.name: step.role for step in plan.steps}
         section = Section(plan.config, (0, 1), inputs.experts, {})
-        found = find_constants(inputs, [MASK], layers, {MASK: section})[MASK]
+        found = find_constants(inputs, [MASK], roles, {MASK: section})[MASK]
         finite = whole[whole.isfinite()].abs()
         assert found.largest == (finite.max().item() if finite.numel() else 0.0)
         assert found.infinite == int(whole.isinf().sum())

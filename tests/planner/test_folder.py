@@ -96,8 +96,8 @@ def test_rules_find_modules_by_their_full_names(tmp_path: Path) -> None:
     rules = [{"pattern": "^2_Dense/linear.weight", "kind": "other"}]
     write_config(tmp_path, "wudi", iterations=2, more=f"layers: {json.dumps(rules)}")
     steps = {step.name: step for step in pymerge.plan(tmp_path / "merge.yml", device="cpu").steps}
-    assert not steps["2_Dense/linear.weight"].layer.solvable
-    assert steps["3_Dense/linear.weight"].layer.solvable
+    assert not steps["2_Dense/linear.weight"].role.solvable
+    assert steps["3_Dense/linear.weight"].role.solvable
     write_config(tmp_path, "wudi", iterations=2, more='layers: [{"pattern": "5_Dense", "kind": "other"}]')
     assert "pattern '5_Dense' finds no tensor" in refusals(tmp_path)[0]
 

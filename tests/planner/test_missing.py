@@ -211,7 +211,7 @@ def test_masks_are_the_bases_whatever_the_experts_have(method: str, expert: str,
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name] if name in plain else base[name]), name
     assert plan.warnings == ()
-    (mask,) = {step.layer.describe() for step in plan.steps if step.name.endswith("attn.bias") and step.shape != (24,)}
+    (mask,) = {step.role.describe() for step in plan.steps if step.name.endswith("attn.bias") and step.shape != (24,)}
     assert mask == "other (4 axes; causal mask: the base's)"
 
 

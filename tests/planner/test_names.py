@@ -384,4 +384,4 @@ def test_gate_and_up_that_alternate(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     plan = api.plan(tmp_path / "stacked/merge.yml")
     step = next(step for step in plan.steps if step.name.endswith("gate_up_proj"))
-    assert "2 weights in one, row by row" in step.layer.describe()
+    assert "2 weights in one, row by row" in step.role.describe()

@@ -165,7 +165,7 @@ def test_integer_buffers_are_copied_from_the_base(tmp_path: Path) -> None:
     plan = planned(tmp_path, "wudi", iterations=1, limits={"dtype": "bfloat16"})
     for name, dtype in (("model.position_ids", "I64"), ("model.mask", "BOOL")):
         step = steps(plan)[name]
-        assert (step.layer.kind, step.action, step.dtype, step.flops) == (Kind.BUFFER, copy(), dtype, 0)
+        assert (step.role.kind, step.action, step.dtype, step.flops) == (Kind.BUFFER, copy(), dtype, 0)
         assert step.inputs == (step.base,)
     run(plan, tmp_path / "out")
     found = load_output(tmp_path / "out")
@@ -194,7 +194,7 @@ def test_a_rule_overrides_what_a_tensor_is(models: Path) -> None:
     found = steps(planned(models, "wudi", more=more))
     assert found[DOWN].action == add_task_vectors((1.0, 1.0), 2.0)
     assert isinstance(found[QUERY.format(0)].action, SolveWudi)
-    assert (found[QUERY.format(0)].layer.in_axis, found[QUERY.format(1)].layer.in_axis) == (0, 1)
+    assert (found[QUERY.format(0)].role.in_axis, found[QUERY.format(1)].role.in_axis) == (0, 1)
     with pytest.raises(PlanError, match="layers: pattern 'nowhere' finds no tensor"):
         planned(models, "wudi", more="layers:\n  - {pattern: nowhere, kind: norm}\n")
     with pytest.raises(PlanError, match="a linear weight has 2 axes"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pymerge.architecture.roles import Kind, Layer
+from pymerge.architecture.roles import Kind, Role
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.methods.actions import copy
 from pymerge.planner.jobs import WRITE_BEHIND, Batch, Job
@@ -23,8 +23,8 @@ NO_SHARE = PoolShare(0, 0, 0)
 
 def step(worker: WorkerName) -> Step:
     entry = TensorEntry("w", "F32", (4,), Path("f"), 0, 16)
-    layer = Layer(Kind.OTHER)
-    return Step("w", layer, copy(), (4,), "F32", entry, (), True, "f", 0, 16, (PIECE,), worker=worker)
+    role = Role(Kind.OTHER)
+    return Step("w", role, copy(), (4,), "F32", entry, (), True, "f", 0, 16, (PIECE,), worker=worker)
 
 
 STEPS = {worker: step(worker) for worker in ("torch", "native")}

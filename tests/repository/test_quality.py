@@ -68,7 +68,7 @@ def test_layers_with_as_many_equations_as_unknowns_are_told_apart() -> None:
     suite.tasks = suite.tasks[:4]  # an MLP is four times as wide as what goes into it
     _, spared = exact(suite, 0)
     steps = {step.name: step for step in plan(spared.config(suite, suite.tasks, 0)).steps}
-    early = {name for name, step in steps.items() if step.layer.solvable and time_of(step) == 300.0}
+    early = {name for name, step in steps.items() if step.role.solvable and time_of(step) == 300.0}
     assert early == {name for name in steps if name.endswith("mlp.fc2.weight")}
 
 

@@ -11,7 +11,7 @@ from pymerge.checkpoint.dequantise.scaled import PACKED, Grid, Scaled, as_rows, 
 from pymerge.checkpoint.dequantise.stored import AGAIN, ORIGINAL, Stored, wrong
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import is_float8
-from pymerge.common.names import first_few, role, shorten
+from pymerge.common.names import first_few, shorten, template
 
 # config.json's quant_method where every 8-bit float of two axes has a scale.
 _ALL_SCALED = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
@@ -45,7 +45,7 @@ def find(stored: Stored) -> None:
         if not _is_described(stored, weight) or f"{weight}_g_idx" in stored.tensors:
             continue
         _add(stored, weight, codes, scales, blocks)
-        scaled.add(role(name))
+        scaled.add(template(name))
     _check_lacking(stored, lacking, scaled)
     stored.gone.update(name for name in stored.tensors if scaled and _is_mark(name))
 
@@ -159,7 +159,7 @@ def _check_lacking(stored: Stored, lacking: Iterable[TensorEntry], scaled: set[s
     Others are plain numbers.
     """
     own = (entry for entry in lacking if entry.name not in stored.gone)  # scales of other weights may be FP8
-    wanting = [entry for entry in own if stored.method in _ALL_SCALED or role(entry.name) in scaled]
+    wanting = [entry for entry in own if stored.method in _ALL_SCALED or template(entry.name) in scaled]
     if wanting:
         names = first_few(entry.name for entry in wanting)
         raise wrong(wanting[0], f"is FP8 and has no scale, as the others have ({len(wanting)} such: {names})")
