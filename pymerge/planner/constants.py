@@ -21,6 +21,7 @@ from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.names import listed
 from pymerge.methods.actions import Action, Combine
+from pymerge.methods.reduce import Reduce
 from pymerge.planner.inputs import Inputs
 from pymerge.planner.match import Section
 
@@ -59,6 +60,8 @@ class Constant:
 
 def reproduces(action: Action) -> bool:
     """Whether a merge of equal values gives that value: all do but a sum of weights that do not add up to 1."""
+    if isinstance(action, Reduce) and action.scope == "model":
+        return False  # it would, but its elements count where others are selected
     if not isinstance(action, Combine) or action.on_base or not action.weights:
         return True
     return math.isclose(math.fsum(action.weights), action.divisor, rel_tol=1e-6)
