@@ -13,7 +13,6 @@ from pymerge.config.merge_config import MergeConfig, participants
 from pymerge.config.references import file_ids, hub_reference, model_path, split_adapter
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.methods.base import Method
-from pymerge.planner.applied import Applied
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,12 @@ def open_models(
                 problems.append(str(error))
         if problems:
             raise PlanError(problems)
-    _refuse_twice(config, {name: each for name, each in opened.items() if isinstance(each, Checkpoint)})
+    models = {name: each for name, each in opened.items() if isinstance(each, Checkpoint)}
+    _refuse_twice(config, models)
+    if len(models) == len(opened) and not any(adapter for _, adapter in pairs.values()):
+        return {name: models[model] for name, (model, _) in pairs.items()}
+    from pymerge.planner.applied import Applied
+
     return Applied(config, opened).all(pairs)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from pymerge.adapters.ranks import rank_over
 from pymerge.architecture.roles import Role
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.names import listed
@@ -23,6 +22,8 @@ def routed(action: Action, role: Role, base: TensorEntry, experts: Sequence[Tens
     """
     if not isinstance(action, Solve) or not action.has_core or (action.needs_outputs and role.in_axis == 0):
         return action
+    from pymerge.adapters.ranks import rank_over
+
     rank = 0
     for entry in experts:
         own = rank_over(base, entry)

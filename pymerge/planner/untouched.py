@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pymerge.adapters.summed import summed
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.methods.actions import Action, Combine
 from pymerge.methods.base import BaseOptional, Method
@@ -41,5 +40,7 @@ def one_sum(
     whole = math.fsum(action.weights) / action.divisor
     if not action.on_base and not math.isclose(whole, 1.0, rel_tol=1e-12):
         return None
+    from pymerge.adapters.summed import summed
+
     entry = summed(base, experts, [weight / action.divisor for weight in action.weights])
     return None if entry is None else (replace(action, weights=(), divisor=1.0, on_base=False), (entry,))
