@@ -30,7 +30,7 @@ test: $(VENV)/installed  ## set up, run all tests
 	$(BIN)/python -m pytest
 
 torture: $(VENV)/installed  ## kill, fill disks and damage files by the hundred, then fuzz the parsers for 10 minutes
-	PYMERGE_TORTURE=1 $(BIN)/python -m pytest -s tests/guarantees/test_kill.py tests/guarantees/test_corruption.py
+	PYMERGE_TORTURE=1 $(BIN)/python -m pytest -s $(addprefix tests/guarantees/test_,kill.py corruption.py names_property.py)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
 	$(BIN)/python tests/guarantees/fuzz_headers.py -max_total_time=600
 

@@ -62,8 +62,8 @@ LogJson = Annotated[
 
 
 @contextmanager
-def reported() -> Iterator[None]:
-    """Errors as one line and an exit code; signals as a clean stop that the same command continues."""
+def reported(again: str = "goes on where this one stopped") -> Iterator[None]:
+    """Errors as one line and an exit code; signals as a clean stop. `again` says what the same command then does."""
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
         raise _TerminatedError
@@ -75,10 +75,10 @@ def reported() -> Iterator[None]:
         ERR.print(f"error: {error}", style="red", markup=False)
         raise SystemExit(error.exit_code) from error
     except KeyboardInterrupt:
-        ERR.print("interrupted; the same command goes on where this one stopped", markup=False)
+        ERR.print(f"interrupted; the same command {again}", markup=False)
         raise SystemExit(_INTERRUPTED) from None
     except _TerminatedError:
-        ERR.print("terminated; the same command goes on where this one stopped", markup=False)
+        ERR.print(f"terminated; the same command {again}", markup=False)
         raise SystemExit(_TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, previous)

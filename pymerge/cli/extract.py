@@ -75,7 +75,7 @@ def extract(
     log_json: LogJson = None,
 ) -> None:
     """Write what a fine-tuned model has learnt as a LoRA adapter in PEFT's form, and say what it loses."""
-    with reported(), recording(log_json):
+    with reported(again="starts again"), recording(log_json):
         from pymerge import api
 
         report = api.extract(
