@@ -25,6 +25,11 @@ def refusal(
         stand_in: whether there are others to stand in: not for the base itself, nor for a model that has none at all.
     """
     lacks = f"{expert.path} lacks {listed(missing)}"
+    if any(".experts." in name for name in missing) and (uncut := _dequantised_stacks(expert)):
+        return (  # taking the base's would leave out what the model has
+            f"{lacks}: it has {listed(uncut)}, stacks that are dequantised when they are read, and these are not cut "
+            "into single experts; save the model dequantised first, or make it the base"
+        )
     if not stand_in or config.missing_tensors == "error":
         remedy = f"list models that are fine-tuned from {donor.path}"
         if stand_in:
@@ -37,6 +42,14 @@ def refusal(
             "its order; give it these tensors, or merge without tokenizer_source"
         )
     return ""
+
+
+def _dequantised_stacks(expert: Checkpoint) -> list[str]:
+    return [
+        name
+        for name, entry in expert.tensors.items()
+        if entry.decoded_from and len(entry.shape) == 3 and ".experts." in name
+    ]
 
 
 def _alike(donor: Checkpoint, expert: Checkpoint, missing: Sequence[str]) -> str:

@@ -286,3 +286,27 @@ def test_copies_of_the_shared_embedding(prefix: str, tmp_path: Path) -> None:
     found, plan = merged(tmp_path, "base_too")
     assert found == expected
     assert any("2 tensors: " in warning and "written once" in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize("more", ["", BASE_STANDS_IN + "\nextra_tensors: ignore"])
+def test_dequantised_stacks_that_single_experts_would_be_cut_from(more: str, tmp_path: Path) -> None:
+    """Refused whatever the keys say: with the base's experts in their place the model's own would be lost."""
+    experts = "model.layers.0.mlp.experts"
+    shapes = {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}
+    generator = torch.Generator().manual_seed(5)
+    base = {EMBEDDING: torch.randn(40, 16, generator=generator)}
+    for number in range(3):
+        for name, shape in shapes.items():
+            base[f"{experts}.{number}.{name}.weight"] = torch.randn(shape, generator=generator)
+    fused = {EMBEDDING: base[EMBEDDING].clone()}
+    for name, shape in {"gate_up_proj": (3, 48, 16), "down_proj": (3, 16, 24)}.items():
+        fused[f"{experts}.{name}"] = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+        fused[f"{experts}.{name}_scale_inv"] = torch.full((3, 1, 1), 0.5)
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 1, "hidden_size": 16, "num_experts": 3}
+    write_model(tmp_path / "base", base, config=config)
+    write_model(tmp_path / "e0", fused, config=config | {"quantization_config": {"quant_method": "fp8"}})
+    text = "merge_method: linear\nbase_model: base\nmodels: [{model: e0, parameters: {weight: 1}}]\n" + more
+    (tmp_path / "merge.yml").write_text(text)
+    found = refusal(tmp_path)
+    assert "experts.gate_up_proj" in found
+    assert "not cut into single experts; save the model dequantised first" in found
