@@ -37,7 +37,7 @@ def from_smallest(M: Tensor, number: int) -> Tensor:
 
 def _smallest(sizes: Tensor, number: int) -> float:
     """The `number`-th smallest of some sizes, counted from 1."""
-    return float(np.partition(sizes.numpy(), number - 1)[number - 1])  # several times as fast as PyTorch's kthvalue
+    return float(np.partition(sizes.numpy(), number - 1)[number - 1])  # selection in linear time
 
 
 def elected_mean(parts: Sequence[Tensor]) -> Tensor:
