@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ class _Merger:
                 self._run,
                 [tensor.base.numel() for tensor in group],
                 len(group[0].experts),
-                lambda number, tensors=group: self._rows(tensors[number]),
+                [partial(self._rows, tensor) for tensor in group],
             )
             found |= {tensor.name: share for tensor, share in zip(group, shares, strict=True)}
         return found

@@ -52,19 +52,19 @@ def in_pieces(whole: Rows, first: int = 0) -> list[Rows]:
 
 
 def reduce_together(
-    action: Reduce, run: Run, sizes: Sequence[int], experts: int, load: Callable[[int], Rows]
+    action: Reduce, run: Run, sizes: Sequence[int], experts: int, load: Sequence[Callable[[], Rows]]
 ) -> list[Share]:
     """What several tensors together tell, for each of them.
 
     Args:
         sizes: elements of each tensor, in the order of their names: of equal elements the first are taken.
-        load: gives all rows of a tensor, by its number; it is called once in every pass.
+        load: for each tensor what gives all of its rows, once in every pass.
     """
     firsts = [sum(sizes[:number]) for number in range(len(sizes))]
     state = action.start((sum(sizes),), experts)
     for _ in range(state.passes):
         for number, first in enumerate(firsts):
-            for rows in in_pieces(load(number), first):
+            for rows in in_pieces(load[number](), first):
                 state.add(rows.first, state.map(run, rows))
         state.end_pass()
     return [Share(state, first) for first in firsts]

@@ -14,6 +14,7 @@ from pymerge.checkpoint.quantised import refuse_by_config, refuse_by_tensors
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, code_of
 from pymerge.errors import ArgumentError, CheckpointError
+from pymerge.live.modules import place_of
 
 
 def hold(owner: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -47,17 +48,3 @@ def hold(owner: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | 
     except CheckpointError as error:
         raise ArgumentError(str(error)) from error
     return Checkpoint(path, (path,), entries, dict(config or {}), (), {path: (0, 0)})
-
-
-def place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells tensors apart: equal for those that are the same elements of the same memory."""
-    if tensor.numel() == 0:
-        return (id(tensor),)
-    return (
-        str(tensor.device),
-        tensor.untyped_storage().data_ptr(),
-        tensor.storage_offset(),
-        tuple(tensor.shape),
-        tensor.stride(),
-        tensor.dtype,
-    )

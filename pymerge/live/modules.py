@@ -1,4 +1,4 @@
-"""Tensors of models in memory under the names that their files have, each one once, and as they are: views, no copies."""
+"""Tensors of models in memory under the names that their files have: views, no copies."""
 
 from __future__ import annotations
 
@@ -52,6 +52,20 @@ def tensors_of(owner: str, model: Model) -> dict[str, Tensor]:
             raise ArgumentError(f"{owner}: {name!r} is a {type(tensor).__name__}; pass tensors by name, or a module")
         found[name] = _checked(owner, name, tensor)
     return found
+
+
+def signature_of(model: Model) -> tuple[Any, ...]:
+    """What changes where tensors of a model are replaced by others."""
+    state = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    return tuple((name, *place_of(tensor)) for name, tensor in state.items() if isinstance(tensor, Tensor))
+
+
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells tensors apart: equal for those that are the same elements of the same memory."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return (id(tensor),)
+    begins = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+    return (tensor.device, *begins, tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def config_of(model: Model) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from pymerge.common.names import first_few, nearest
@@ -23,6 +24,16 @@ class Settings(NamedTuple):
         """The later settings, and these where those say nothing of a parameter, or of a tensor."""
         pairs = zip(self.models, later.models, strict=True)
         return Settings(_over(self.merge, later.merge), tuple(_over(own, other) for own, other in pairs))
+
+
+def required_defaults(method: Method, experts: int) -> Settings:
+    """Settings of what a config would have to say, and a call in Python need not."""
+    merge: dict[str, Setting] = {}
+    model: dict[str, Setting] = {}
+    for parameter in method.parameters:
+        if parameter.required:
+            (merge if parameter.scope == "merge" else model)[parameter.name] = Setting((Entry(parameter.default),))
+    return Settings(merge, (model,) * experts)
 
 
 def _over(own: Mapping[str, Setting], later: Mapping[str, Setting]) -> dict[str, Setting]:
@@ -53,28 +64,30 @@ def read_settings(method: Method, parameters: Mapping[str, Any], experts: int, n
         if isinstance(value, Mapping):
             _check_patterns(name, value, names)
         if parameter.scope == "merge":
-            merge[name] = _by_patterns(value, lambda one, of=parameter: of.parse(_plain(one)))
+            merge[name] = _by_patterns(parameter, value, _plain)
             continue
         for number, model in enumerate(models):
-            model[name] = _by_patterns(value, lambda one, of=parameter, at=number: of.parse(_of(of, one, at, experts)))
+            model[name] = _by_patterns(parameter, value, partial(_of, name, number=number, experts=experts))
     return Settings(merge, models)
 
 
-def _by_patterns(value: Any, parse: Callable[[Any], Any]) -> Setting:
+def _by_patterns(parameter: Parameter, value: Any, choose: Callable[[Any], Any]) -> Setting:
+    """The setting of a value, or of values by patterns; `choose` picks out of each what counts."""
     if not isinstance(value, Mapping):
-        return Setting((Entry(parse(value)),))
+        return Setting((Entry(parameter.parse(choose(value))),))
     ordered = sorted(value.items(), key=lambda item: item[0] == _REST)  # the rest comes last, wherever it is written
-    return Setting(tuple(Entry(parse(one), None if pattern == _REST else pattern) for pattern, one in ordered))
+    entries = ((parameter.parse(choose(one)), None if pattern == _REST else pattern) for pattern, one in ordered)
+    return Setting(tuple(Entry(*entry) for entry in entries))
 
 
-def _of(parameter: Parameter, value: Any, number: int, experts: int) -> Any:
+def _of(name: str, value: Any, number: int, experts: int) -> Any:
     """The value of one model, of one that is for all, or a list."""
     value = _plain(value)
     if not isinstance(value, (list, tuple)):
         return value
     if len(value) != experts:
         raise ArgumentError(
-            f"parameter {parameter.name!r} has {len(value)} values for {experts} experts; give one for each"
+            f"parameter {name!r} has {len(value)} values for {experts} experts; give one for each"
         )
     return _plain(value[number])
 
