@@ -83,7 +83,9 @@ def merge(
         if adapter or loaded.output == "adapter":
             if device not in ("auto", "cpu") or profile is not None:
                 raise ArgumentError("an adapter is made on the CPU, without a trace; leave --device and --profile out")
-            made = api.merge_adapters(
+            from pymerge.extraction.api import merge_adapters
+
+            made = merge_adapters(
                 loaded,
                 out,
                 rank=rank,
