@@ -46,7 +46,8 @@ ARROWS = {
     "wemoe": f"{_CARRIED_OUT} engine",
     "testing": f"{_CARRIED_OUT} engine api",
     "__init__": f"{_CARRIED_OUT} engine api extraction wemoe",
-    "cli": f"{_CARRIED_OUT} engine analysis api extraction wemoe",
+    "integrations": f"{_CARRIED_OUT} engine api extraction",
+    "cli": f"{_CARRIED_OUT} engine analysis api extraction wemoe integrations",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.
