@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
@@ -9,23 +10,28 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from pymerge.adapters.summed import is_sum
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import is_finite, overflow
 from pymerge.checkpoint.held import HeldEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.devices import resolve_device
+from pymerge.common.arrays import as_tensor
+from pymerge.common.devices import Device, resolve_device
 from pymerge.common.dtypes import code_of, torch_dtype, upcast
 from pymerge.common.progress import NoProgress
 from pymerge.engine.core_solver import CoreSolver
+from pymerge.engine.keeping import keep_whole, merge_kept
 from pymerge.engine.trace import Tracer
 from pymerge.engine.whole import Share, merge_whole, reduce_together
 from pymerge.engine.worker import Context, check_input, first_line, is_out_of_memory
 from pymerge.errors import ArgumentError, BackendError, OutOfMemoryError
-from pymerge.methods.actions import Action, InCore
-from pymerge.methods.reduce import Reduce
+from pymerge.live.cache import Cache, Place
+from pymerge.methods.actions import Action, Combine, InCore, Solve
+from pymerge.methods.reduce import Reduce, Reduction, reduced
 from pymerge.methods.rows import Rows
 from pymerge.ops._op import one_thread
+from pymerge.planner import pieces
 from pymerge.planner.steps import Step
 
 
@@ -36,15 +42,24 @@ class Evaluator:
         reader: reads what is not in memory.
         device: of all computations; None: of each step, where its base is.
         allow_nonfinite: do not look for NaN and infinity.
+        cache: what is known of the steps' inputs; None: nothing is to be remembered.
     """
 
-    def __init__(self, reader: Reader, device: str | torch.device | None, backend: str, allow_nonfinite: bool) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        device: str | torch.device | None,
+        backend: str,
+        allow_nonfinite: bool,
+        cache: Cache | None = None,
+    ) -> None:
         self._reader = reader
-        self._device = None if device is None else torch.device(str(resolve_device(device)))
+        self._cache = cache
+        self._device = None if device is None else _indexed(resolve_device(device))
         self._backend = backend
         self._allow_nonfinite = allow_nonfinite
         self._runners: dict[str, Runner] = {}
-        self._finite: set[tuple[str, int]] = set()  # weights whose inputs have been looked at
+        self._finite: set[Place] = set()  # weights whose inputs have been looked at
 
     def device_of(self, step: Step) -> torch.device:
         """Where a step is computed."""
@@ -66,7 +81,7 @@ class Evaluator:
             raise ArgumentError(f"{step.name}: {error}") from error
         except (MemoryError, RuntimeError) as error:
             self._refuse(step, error)
-        if not (self._allow_nonfinite or step.infinite or is_finite(made)):
+        if not (self._allow_nonfinite or step.infinite or self._bounded(step) or is_finite(made)):
             self._blame(step)
         if made.data_ptr() != out.data_ptr() or made.device != out.device:
             out.copy_(made)
@@ -85,24 +100,75 @@ class Evaluator:
             wide = [each.name for each in group if any(entry.dtype == "F64" for entry in each.inputs)]
             if wide:
                 raise ArgumentError(f"{wide[0]}: scope: model takes no float64; convert it, or set scope: tensor")
-            sizes = [step.base.numel for step in group]
-            shares = reduce_together(
-                action,
-                self._runner(self.device_of(group[0])),
-                sizes,
-                len(group[0].experts),
-                [partial(self._checked_rows, step) for step in group],
-            )
+            shares = self._shares(action, group)
             found |= {id(step): share for step, share in zip(group, shares, strict=True)}
         return found
 
-    def _merged(self, step: Step, out: Tensor, share: Share | None) -> Tensor:
-        if isinstance(step.action, InCore):
-            return self._core(step, out)
-        rows = self._checked_rows(step, out)
-        return merge_whole(step.action, step.role, self._runner(self.device_of(step)), rows, share)
+    def _shares(self, action: Reduce, group: Sequence[Step]) -> list[Share]:
+        key = (action.basis, tuple(_place(step) for step in group))
+        if self._cache is not None and key in self._cache.shares:
+            shares = self._cache.shares[key][0]
+            state = shares[0].state.serving(action)
+            return [share._replace(state=state) for share in shares]
+        sizes, experts = [step.base.numel for step in group], len(group[0].experts)
+        run = self._runner(self.device_of(group[0]))
+        load = [partial(self._checked_rows, step) for step in group]
+        shares = reduce_together(action, run, sizes, experts, load)
+        if self._cache is not None:
+            self._cache.keep_shares(key, shares, action.kept_bytes((sum(sizes),), experts))
+        return shares
 
-    def _core(self, step: Step, out: Tensor) -> Tensor:
+    def has_solved(self, step: Step) -> bool:
+        """Whether what a solver keeps of this step's matrices is there."""
+        return self._cache is not None and _place(step) in self._cache.kept
+
+    def prepare(self, steps: Sequence[Step], *, solve: bool) -> None:
+        """Keep in the cache what there is room for: first what solvers keep (`solve`), then inputs."""
+        assert self._cache is not None
+        for step in steps if solve else ():
+            action = step.action
+            if not isinstance(action, Solve) or not self._cache.fits(_kept_bytes(step)) or _kept_bytes(step) == 0:
+                continue
+            try:
+                rows = self._checked_rows(step)
+                kept = keep_whole(action, step.role, self._runner(self.device_of(step)), rows)
+            except ArgumentError as error:
+                raise ArgumentError(f"{step.name}: {error}") from error
+            except (MemoryError, RuntimeError) as error:
+                self._refuse(step, error)
+            if kept is not None:
+                self._cache.keep_solved(_place(step), kept)
+        for step in steps:
+            if isinstance(step.action, InCore) or any(is_sum(entry) for entry in step.inputs):
+                continue  # factors are read again: they are small
+            solved = _place(step) in self._cache.kept
+            for entry in (step.base,) if solved else step.inputs:
+                device = self.device_of(step)
+                if not self._is_there(entry, device) and self._cache.fits(entry.nbytes):
+                    self._cache.keep_input(entry, self.load(entry, device))
+
+    def _merged(self, step: Step, out: Tensor, share: Share | None) -> Tensor:
+        action, run = step.action, self._runner(self.device_of(step))
+        if isinstance(action, InCore):
+            return self._core(step)
+        if self._cache is not None and isinstance(action, Solve) and (kept := self._cache.kept.get(_place(step))):
+            return merge_kept(kept, action, step.role, self.load(step.base, self.device_of(step)), step.dtype)
+        rows = self._checked_rows(step, out)
+        if self._cache is not None and share is None and isinstance(action, Reduce):
+            return as_tensor(self._reduced(step, action, run, rows).merge(run, rows))
+        return merge_whole(action, step.role, run, rows, share)
+
+    def _reduced(self, step: Step, action: Reduce, run: Runner, rows: Rows) -> Reduction:
+        """The state of a tensor that is reduced: one that is kept, if it can serve this action."""
+        assert self._cache is not None
+        basis, place = action.basis, _place(step)
+        if place in self._cache.states and self._cache.states[place][0] == basis:
+            return self._cache.states[place][1].serving(action)
+        state = reduced(action, run, rows)
+        self._cache.keep_state(place, basis, state, action.kept_bytes(rows.shape, len(rows.experts)))
+        return state
+
+    def _core(self, step: Step) -> Tensor:
         """A weight that is solved by its factors, range of rows by range of rows, as files are."""
         context = Context(
             self._runner(torch.device("cpu")), self._reader, Tracer(None), NoProgress(), self._allow_nonfinite, True
@@ -120,17 +186,47 @@ class Evaluator:
         """All rows of a step on its device; of inputs that no result may show, looked at once."""
         device = self.device_of(step)
         inputs = [self.load(entry, device) for entry in step.inputs]
-        place = (step.name, step.offset)
-        looked_at = self._allow_nonfinite or place in self._finite
-        if not looked_at and (isinstance(step.action, Reduce) or not step.action.shows_nonfinite):
-            for entry, tensor in zip(step.inputs, inputs, strict=True):
-                check_input(self._reader, entry, 0, tensor)
-            self._finite.add(place)
+        self._look_at(step, inputs)
         base, experts = (inputs[0], inputs[1:]) if step.reads_base else (inputs[0], inputs)
         return Rows(base, experts, step.dtype, out=None if out is None else _room(step, out, inputs))
 
+    def _look_at(self, step: Step, inputs: Sequence[Tensor]) -> None:
+        """Look for NaN and infinity once in all inputs that no result may show, and for what bounds results."""
+        place, cache = _place(step), self._cache
+        if self._allow_nonfinite or place in self._finite:
+            return
+        bounds = cache is not None and isinstance(step.action, Combine) and not any(map(is_sum, step.inputs))
+        if bounds or isinstance(step.action, Reduce) or not step.action.shows_nonfinite:
+            for entry, tensor in zip(step.inputs, inputs, strict=True):
+                check_input(self._reader, entry, 0, tensor)
+            self._finite.add(place)
+        if cache is not None and bounds:
+            cache.peaks[place] = tuple(_peak(tensor) for tensor in inputs)
+
+    def _bounded(self, step: Step) -> bool:
+        """Whether no element of a weighted sum can be too large for its dtype."""
+        action, place = step.action, _place(step)
+        if not isinstance(action, Combine) or self._cache is None or place not in self._cache.peaks:
+            return False
+        peaks = self._cache.peaks[place]
+        if len(peaks) != len(step.inputs) or len(action.weights) != len(step.experts):
+            return False
+        base, experts = (peaks[0], peaks[1:]) if step.reads_base else (0.0, peaks)
+        base = base if action.on_base else 0.0
+        terms = [abs(weight) * (peak + base) for weight, peak in zip(action.weights, experts, strict=True)]
+        largest = torch.finfo(torch_dtype("F32" if step.dtype == "F64" else step.dtype)).max
+        return math.fsum(terms) / abs(action.divisor) + base < 0.5 * largest and math.fsum(terms) < 0.5 * largest
+
+    def _is_there(self, entry: TensorEntry, device: torch.device) -> bool:
+        return isinstance(entry, HeldEntry) and entry.tensor.device == device
+
     def load(self, entry: TensorEntry, device: torch.device) -> Tensor:
         """A tensor on a device: in the memory of who holds it, if it is there."""
+        if self._is_there(entry, device):
+            assert isinstance(entry, HeldEntry)
+            return upcast(entry.tensor)
+        if self._cache is not None and (kept := self._cache.inputs.get((entry, device))) is not None:
+            return kept
         tensor = entry.tensor if isinstance(entry, HeldEntry) else self._reader.read(entry)
         return upcast(tensor).to(device)
 
@@ -158,6 +254,28 @@ class Evaluator:
             f"{step.name}: {step.action.label} failed on {where} ({first_line(error)}); try backend='reference', and "
             "report this"
         ) from error
+
+
+def _indexed(device: Device) -> torch.device:
+    """The device as tensors on it name it."""
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    return torch.device(device.type, index) if index is not None else torch.device(device.type)
+
+
+def _place(step: Step) -> Place:
+    return step.name, step.offset
+
+
+def _kept_bytes(step: Step) -> int:
+    """Bytes of what a solver keeps of all matrices of a weight."""
+    matrices = step.role.parts * (step.shape[0] if step.role.stacked else 1)
+    worked = pieces.worked_shape(step.role, step.action, step.shape)
+    return matrices * step.action.kept_bytes(worked, len(step.experts)) if isinstance(step.action, Solve) else 0
+
+
+def _peak(tensor: Tensor) -> float:
+    """The largest magnitude."""
+    return max(abs(float(extreme)) for extreme in torch.aminmax(tensor)) if tensor.numel() else 0.0
 
 
 def _room(step: Step, out: Tensor, inputs: Sequence[Tensor]) -> Tensor | None:

@@ -92,30 +92,38 @@ class Models:
             held[BASE], aliases = _without_aliases(held[BASE])
             held |= {name: _as_tied(each, aliases) for name, each in held.items() if name != BASE}
         self.count = len(experts)
-        self.number = 0  # of times that they have been matched
         self.config = _config(method, self.method, base_name, names, options or {})
         self._held = held
         self._match()
 
-    def keep_from(self, target: Model) -> int:
-        """Copy the tensors of models that share memory with what is to be overwritten; returns their bytes."""
+    @property
+    def device(self) -> str:
+        """Where the base is, or the first tensor that is in memory; files are for the CPU."""
+        held = (each for model in self._held.values() for each in model.tensors.values())
+        return next((str(entry.tensor.device) for entry in held if isinstance(entry, HeldEntry)), "cpu")
+
+    def bytes_shared(self, target: Model) -> int:
+        """Bytes of the tensors of models that share memory with what is to be overwritten."""
+        return sum(entry.nbytes for _, _, entry in self._shared(target))
+
+    def copy_shared(self, target: Model) -> None:
+        """Copy these tensors."""
+        for owner, name, entry in list(self._shared(target)):
+            model = self._held[owner]
+            copied = replace(entry, tensor=entry.tensor.clone())
+            self._held[owner] = replace(model, tensors={**model.tensors, name: copied})
+        self._match()
+
+    def _shared(self, target: Model) -> Iterator[tuple[str, str, HeldEntry]]:
         storages = {_storage(tensor) for tensor in tensors_of("the target", target).values()}
-        copied = 0
         for owner, model in self._held.items():
-            entries = dict(model.tensors)
             for name, entry in model.tensors.items():
                 if isinstance(entry, HeldEntry) and entry.numel and _storage(entry.tensor) in storages:
-                    entries[name] = replace(entry, tensor=entry.tensor.clone())
-                    copied += entry.nbytes
-            self._held[owner] = replace(model, tensors=entries)
-        if copied:
-            self._match()
-        return copied
+                    yield owner, name, entry
 
     def _match(self) -> None:
         inputs, config = open_inputs(self.config, self.method, self._held), self.config
         problems: list[str] = []
-        self.number += 1
         donor = inputs.donor
         roles = classify(
             {name: (each.dtype, each.shape) for name, each in donor.tensors.items()}, donor.config, config.rules

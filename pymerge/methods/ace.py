@@ -11,22 +11,23 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pymerge.common.arrays import as_tensor
+from pymerge.common.arrays import as_tensor, compute_code
 from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Action, Run, Solve, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.core.ace import Formula, centred, merged
 from pymerge.methods.core.factors import Factors, Product, nothing, plain_sum
+from pymerge.methods.kept import Kept, add_to_base
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import (
     PRECISION,
     SHARED_PARAMETERS,
     Precision,
     SolverMethod,
-    add_to_base,
     not_a_number,
 )
+from pymerge.ops._op import one_thread
 from pymerge.ops.normal_equations import NormalEquations
 from pymerge.ops.spd_solve import SpdSolve
 from pymerge.ops.spectral_refine import SpectralRefine
@@ -193,6 +194,30 @@ class SolveAce(Solve):
         residual.addmm_(run(TaskSum(base, experts, ones, dtype=dtype)), average, alpha=-1.0)
         return run(SpectralRefine(X, residual, self.refined(base.shape))), float(condition)
 
+    def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
+        """Of tasks that are not heterogeneous: the refinement of others needs a decomposition for every eps."""
+        stats = run(TaskStats(base, experts))
+        norms = stats.norms.tolist()
+        if not all(map(math.isfinite, norms)) or not any(norms):
+            return None
+        kept = [t for t, norm in enumerate(norms) if norm > 0]
+        if self.is_heterogeneous([norms[t] for t in kept]):
+            return None
+        experts, means = [experts[t] for t in kept], stats.means[kept]
+        ones = [1.0] * len(experts)
+        S, N = run(NormalEquations(base, experts, ones, means, None, "F64"))
+        C = run(TaskSum(base, experts, ones, means, "F64"))
+        if self.variant == "paper":  # the deltas, not centred
+            N = N + self.mean_row(run, base, experts, Stats(stats.norms[kept], stats.traces[kept], means), ones, "F64")
+            C = C + means.sum(dim=0).to(C.dtype)
+        double = self.precision == "float64" or compute_code(base, *experts) == "F64"
+        return KeptAce(S, N, C, len(experts), "F64" if double else "F32")
+
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        rows, columns = shape
+        item = 8 if self.precision == "float64" else 4
+        return 3 * 8 * columns + item * (columns**2 + 2 * rows * columns)
+
     @staticmethod
     def mean_row(
         run: Run,
@@ -221,6 +246,45 @@ class SolveAce(Solve):
         return 8 * (6 * columns**2 + 8 * rows * columns)
 
 
+class KeptAce(Kept):
+    """V and lambda of S without ridges, N V and the sum of C_t V, from float64: any eps for a product.
+
+    X (S + e T I + 1 c) = N + e C, with c the mean of the columns of S, which no ridge changes.
+    """
+
+    kind = "eigenvectors"
+
+    def __init__(self, S: Tensor, N: Tensor, C: Tensor, tasks: int, code: str) -> None:
+        dtype = torch_dtype(code)
+        with one_thread():  # the same bits for any number of threads
+            self._values, vectors = torch.linalg.eigh(S)
+        self._prior = (S.sum(dim=0) / len(S)) @ vectors
+        self._ones = vectors.sum(dim=0)
+        self._numerator = (N @ vectors).to(dtype)
+        self._sum = (C @ vectors).to(dtype)
+        self._vectors = vectors.to(dtype)
+        self._tasks = tasks
+
+    @property
+    def nbytes(self) -> int:
+        kept = (self._values, self._prior, self._ones, self._numerator, self._sum, self._vectors)
+        return sum(each.nbytes for each in kept)
+
+    def merge(self, action: Solve, base: Tensor, out_dtype: str) -> Tensor:
+        assert isinstance(action, SolveAce)
+        values = self._values + action.eps * self._tasks
+        if len(values) and not float(values[0]) > 0.0:
+            raise ArgumentError(
+                f"the system of {len(values)} inputs is not positive definite with eps {action.eps:g}; raise it"
+            )
+        dtype = self._vectors.dtype
+        Y = torch.add(self._numerator, self._sum, alpha=action.eps).div_(values.to(dtype))  # R S^-1 V
+        row = self._prior / values
+        column = (Y @ self._ones.to(dtype)).div_(float(1.0 + row @ self._ones))
+        Y.addr_(column, row.to(dtype), alpha=-1.0)
+        return add_to_base(base, Y @ self._vectors.mT, action.scale, out_dtype)
+
+
 class Ace(SolverMethod):
     """ACE-Merging, as released or as in the paper."""
 
@@ -236,10 +300,23 @@ class Ace(SolverMethod):
             above=0.0,
         ),
         Parameter(
-            "gamma_threshold", "number", 0.3, "heterogeneity above it: below 0 always, .inf never", infinite=True
+            "gamma_threshold",
+            "number",
+            0.3,
+            "heterogeneity above it: below 0 always, .inf never",
+            infinite=True,
+            varies=False,
         ),
-        Parameter("k_frac", "number", 0.3, "share of singular directions that are refined", minimum=0.0, maximum=1.0),
-        Parameter("variant", "choice", "released", "which formulas", choices=("released", "paper")),
+        Parameter(
+            "k_frac",
+            "number",
+            0.3,
+            "share of singular directions that are refined",
+            minimum=0.0,
+            maximum=1.0,
+            varies=False,
+        ),
+        Parameter("variant", "choice", "released", "which formulas", choices=("released", "paper"), varies=False),
         *SHARED_PARAMETERS,
         PRECISION,
     )

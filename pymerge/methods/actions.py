@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pymerge.methods.core.factors import Delta, Factors
+    from pymerge.methods.kept import Kept
     from pymerge.methods.rows import Rows
 
 Result = TypeVar("Result")
@@ -99,6 +100,19 @@ class Elementwise(Action):
 
 class Solve(Action):
     """Work on whole matrices, d_out x d_in, one of a stack after the other; on tensors of PyTorch."""
+
+    scale: float  # of X, what is added to W_0
+
+    def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
+        """What merges of these matrices by this action with other parameters that may vary can be made from.
+
+        None where there is nothing but the beginning.
+        """
+        return None
+
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """Bytes of what `keep` keeps of a matrix of this shape, at most; 0 if that is nothing."""
+        return 0
 
     @abstractmethod
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:

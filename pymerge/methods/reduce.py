@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 from pymerge.common.arrays import ArrayLike
@@ -49,6 +49,10 @@ class Reduction(ABC):
     def finite(self, mapped: Any) -> bool:
         """Whether a contribution to the first pass shows that base and experts are finite in that piece."""
 
+    def serving(self, action: Reduce) -> Reduction:
+        """The state, after all passes, for an action of the same `basis`; this one is as it was."""
+        return self
+
     def add_whole(self, run: Run, whole: Rows, pieces: Sequence[Rows]) -> None:
         """Run all passes over a tensor that is in memory, `pieces` its rows; to the same state."""
         for _ in range(self.passes):
@@ -68,6 +72,11 @@ class Reduce(Action):
     def scope(self) -> Scope:
         """Extent of one reduction: a tensor, or all tensors of the model that have this very action."""
         return "tensor"
+
+    @property
+    def basis(self) -> Hashable:
+        """What the state after all passes follows from: equal for actions that one state can serve."""
+        return self
 
     @abstractmethod
     def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
@@ -97,10 +106,15 @@ class Reduce(Action):
 
 def merge_whole(action: Reduce, run: Run, whole: Rows) -> ArrayLike:
     """Merge a tensor that is in memory; the same bytes as piece by piece."""
+    return reduced(action, run, whole).merge(run, whole)
+
+
+def reduced(action: Reduce, run: Run, whole: Rows) -> Reduction:
+    """The state after all passes over a tensor that is in memory."""
     reduction = action.start(whole.shape, len(whole.experts))
     several = ranges(whole.shape)
     reduction.add_whole(run, whole, [whole.cut(*rows) for rows in several] if len(several) > 1 else [whole])
-    return reduction.merge(run, whole)
+    return reduction
 
 
 def ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:

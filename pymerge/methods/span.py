@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +45,11 @@ class InSpan(Reduce):
     @property
     def native(self) -> bool:
         return self.axis == "whole"
+
+    @property
+    def basis(self) -> Hashable:
+        """The inner products."""
+        return self.vectors, self.axis
 
     def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
         return InnerProducts(self, shape)
@@ -92,8 +98,21 @@ class InnerProducts(Reduction):
     def end_pass(self) -> None:
         import numpy as np
 
-        dots = np.concatenate(self._found)
-        self._found = []
+        self._found = [np.concatenate(self._found)]
+        self._weigh()
+
+    def serving(self, action: Reduce) -> InnerProducts:
+        assert isinstance(action, InSpan)
+        other = copy(self)
+        other._action = action
+        other._weigh()
+        return other
+
+    def _weigh(self) -> None:
+        """Make weights of the inner products."""
+        import numpy as np
+
+        (dots,) = self._found
         with np.errstate(all="ignore"):  # 0 / 0 where there is no angle
             weights = self._action.weights(dots)
         self._weights = np.where(np.isfinite(dots).all(-1), weights, math.nan)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from pymerge.methods.actions import Action, Run
+from pymerge.common.arrays import compute_code
+from pymerge.common.dtypes import torch_dtype
+from pymerge.methods.actions import Action, Run, Solve
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.core.factors import Factors, Product
 from pymerge.methods.core.flow import filtered, flow
+from pymerge.methods.kept import Kept, add_to_base
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
-from pymerge.ops.gradient_flow import GradientFlow, schedule
-from pymerge.ops.spectral_filter import Rank, SpectralFilter
+from pymerge.ops._op import one_thread
+from pymerge.ops.gradient_flow import GradientFlow, flow_gain, schedule
+from pymerge.ops.spectral_filter import Rank, SpectralFilter, filter_gain
 
 # The error of a float32 result grows with the time: at most 7e-6 of X at 300 and 3e-5 at 1300 (benchmarks/results).
 _FLOAT32_TIME = 500.0
@@ -28,10 +33,52 @@ class ClosedForm(SolveInterference):
     def has_core(self) -> bool:
         return True
 
+    def gain(self, values: Tensor) -> Tensor:
+        """h / lambda on the eigenvalues of A, ascending; 0 for directions that are left alone."""
+        raise NotImplementedError
+
+    def kept_of(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Kept:
+        system = replace(self, precision="float64").equations(run, base, experts, norms)
+        double = self.precision == "float64" or compute_code(base, *experts) == "F64"
+        return KeptFlow(system, "F64" if double else "F32")
+
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        rows, columns = shape
+        item = 8 if self.precision == "float64" else 4
+        return 8 * columns + item * (columns**2 + 2 * rows * columns)
+
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
         # A, three polynomials of it and two sums, or eigenvectors; X, B, D, a delta and its difference.
         return (8 if self.forms_in_double() else 4) * (6 * columns**2 + 6 * rows * columns)
+
+
+class KeptFlow(Kept):
+    """Y V, V and lambda of the equations, from float64: any time, and any number of directions, for a product.
+
+    Y is the right side relative to X_0, and D = (Y V) diag(h / lambda) V^T. Float32 is enough to keep them in: each
+    direction's column is rounded for itself, and the gain of small eigenvalues multiplies small columns alone.
+    """
+
+    kind = "eigenvectors"
+
+    def __init__(self, system: Equations, code: str) -> None:
+        dtype = torch_dtype(code)
+        with one_thread():  # as in the op: the same bits for any number of threads
+            self._values, vectors = torch.linalg.eigh(system.A)
+        self._turned = (system.B @ vectors).to(dtype)
+        self._vectors = vectors.to(dtype)
+        self._X = system.X.to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in (self._values, self._turned, self._vectors, self._X))
+
+    def merge(self, action: Solve, base: Tensor, out_dtype: str) -> Tensor:
+        assert isinstance(action, ClosedForm)
+        gain = action.gain(self._values).to(self._X.dtype)
+        X = self._X.addmm(self._turned * gain, self._vectors.mT)
+        return add_to_base(base, X, action.scale, out_dtype)
 
 
 @dataclass(frozen=True)
@@ -46,6 +93,9 @@ class SolveFlow(ClosedForm):
 
     def displacement(self, run: Run, system: Equations) -> Tensor:
         return run(GradientFlow(system.A, system.B, self.time))
+
+    def gain(self, values: Tensor) -> Tensor:
+        return flow_gain(values, self.time)
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
         return flow(tasks, self.time).times(self.scale)
@@ -69,6 +119,14 @@ class SolveFilter(ClosedForm):
 
     def displacement(self, run: Run, system: Equations) -> Tensor:
         return run(SpectralFilter(system.A, system.B, self.time, self.rank))
+
+    def gain(self, values: Tensor) -> Tensor:
+        return filter_gain(values, self.time, self.rank)
+
+    def kept_of(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Kept:
+        if math.isinf(self.time):  # swudi_a, of which the scale alone varies
+            return SolveInterference.kept_of(self, run, base, experts, norms)
+        return super().kept_of(run, base, experts, norms)
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
         return filtered(tasks, self.time, self.rank).times(self.scale)
