@@ -95,6 +95,11 @@ class Merger:
         return tuple(weight.name for weight in self._models.weights)
 
     @property
+    def experts(self) -> int:
+        """How many models are merged, T, beside the base."""
+        return self._models.count
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What should be known of the models."""
         return self._models.warnings
