@@ -40,7 +40,7 @@ ARROWS = {
     "config": _SAID,
     "planner": _PLANNED,
     "engine": _CARRIED_OUT,
-    "analysis": f"{_PLANNED} planner",
+    "analysis": f"{_CARRIED_OUT} engine",
     "api": f"{_CARRIED_OUT} engine",
     "extraction": f"{_CARRIED_OUT} engine api",
     "wemoe": f"{_CARRIED_OUT} engine",
