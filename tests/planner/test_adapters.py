@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pymerge import api
-from pymerge.analysis.reading import survey
+from pymerge.analysis import survey
 from pymerge.cli.tensor_table import tensor_rows
 from pymerge.engine.recheck import recheck
 from pymerge.errors import ConfigError, NonFiniteError, OutputError, PlanError
