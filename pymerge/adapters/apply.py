@@ -9,7 +9,7 @@ from functools import cached_property
 
 from pymerge.adapters.decoders import AddedBias, TokenRows
 from pymerge.adapters.experts import NUMBERED, Parameter, assign, in_memory, in_stack, stacks_of, switched, terms
-from pymerge.adapters.factors import Matrix
+from pymerge.adapters.factors import Matrix, trimmed
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Module
 from pymerge.adapters.low_rank import LowRank, Magnitude, Term
@@ -164,11 +164,11 @@ class _Builder:
             raise self._misfit(module, f"have ranks {a.shape[0]} and {b.shape[1]}")
         if len(module.a.shape) > 2:
             whole = (b.shape[0], *module.a.shape[1:])
-            if _trimmed(whole) != _trimmed(entry.shape) or math.prod(module.b.shape[2:]) != 1:
+            if trimmed(whole) != trimmed(entry.shape) or math.prod(module.b.shape[2:]) != 1:
                 groups = _groups(whole, entry)
                 raise self._misfit(module, f"give {list(whole)}, and {tensor} is {list(entry.shape)}{groups}")
             return b, a, True
-        stored = _trimmed(entry.shape)
+        stored = trimmed(entry.shape)
         plain, turned = (b.shape[0], a.shape[1]) == stored, (a.shape[1], b.shape[0]) == stored
         if not plain and not turned:
             sizes = f"{b.shape[0]} outputs and {a.shape[1]} inputs"
@@ -332,11 +332,6 @@ class _Builder:
 def _transposed(factor: Matrix) -> Matrix:
     """The factor with its axes exchanged. Of blocks there are no transposed ones: weights stored so have none."""
     return replace(factor, transposed=not factor.transposed)
-
-
-def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the window of a convolution that has one element."""
-    return shape[:2] if math.prod(shape[2:]) == 1 else shape
 
 
 def _groups(whole: tuple[int, ...], entry: TensorEntry) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from pymerge.adapters.factors import trimmed
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Module, modules_of
 from pymerge.adapters.names import AmbiguousModule, Placed
@@ -43,8 +44,8 @@ def for_base(
                 f"{files.file}: its modules of {name or 'the model'} fit {base.path} in more than one way: {error}; "
                 f"{files.merged_elsewhere}"
             ) from error
-    whole = [name for name, fit in fits.items() if not fit.lost]
-    whole = [name for name in whole if name == base.path.name] or whole
+    named = [name for name in fits if name == base.path.name]
+    whole = [name for name in named or fits if not fits[name].lost]
     taken: dict[str, str] = {}
     for name in whole:
         for module in fits[name].modules.values():
@@ -56,7 +57,7 @@ def for_base(
     others = [name for name in fits if name not in whole]
     in_part = [name for name in others if set(fits[name].modules.values()) - taken.keys()]
     if not whole or (len(whole) > 1 and others) or in_part:
-        raise _not_there(base, files, components, fits, in_part or others)
+        raise _not_there(base, files, components, fits, (not whole and named) or in_part or others)
     notes = [
         f"{files.file}: {len(components[name])} modules of {name} ({first_few(components[name])}) are left out, which "
         f"{base.path} has not; merge them in a merge of that model"
@@ -75,8 +76,8 @@ def _fit(base: Checkpoint, modules: Mapping[str, Module], placed: Placed) -> _Fi
 
 
 def _has_size(module: Module, shape: tuple[int, ...]) -> bool:
-    rows, columns = module.b.shape[0], module.a.shape[1:]
-    return shape in ((rows, *columns), (*columns, rows))
+    rows, columns = module.b.shape[0], trimmed(module.a.shape)[1:]
+    return trimmed(shape) in ((rows, *columns), (*columns, rows))
 
 
 def _not_there(
@@ -86,15 +87,14 @@ def _not_there(
     name = max(names, key=lambda each: len(fits[each].modules))
     lost = fits[name].lost
     first = components[name][lost[0]]
-    rows, columns = first.b.shape[0], first.a.shape[1:]
     words = set(lost[0].replace("_", ".").split("."))
     alike = [
         (len(words & set(tensor.replace("_", ".").split("."))), tensor)
         for tensor, entry in base.tensors.items()
-        if entry.shape in ((rows, *columns), (*columns, rows))
+        if _has_size(first, entry.shape)
     ]
     near = [tensor for _, tensor in sorted(alike, key=lambda each: (-each[0], each[1]))]
-    size = f"{rows} x {' x '.join(map(str, columns))}"
+    size = " x ".join(map(str, (first.b.shape[0], *first.a.shape[1:])))
     there = f"of size {size} there are {first_few(near)}" if near else f"nothing there has size {size}"
     of = f" of {name}" if name else ""
     return CheckpointError(

@@ -129,9 +129,10 @@ def open_adapter(path: Path) -> AdapterFiles:
 
 def _weights(folder: Path, names: set[str], config: Mapping[str, Any] | None) -> Path:
     """The file of an adapter's weights in its folder."""
-    usual = (*ADAPTER_WEIGHTS, MLX_WEIGHTS) if config is not None else ()
-    usual = (MLX_WEIGHTS, *ADAPTER_WEIGHTS) if is_of_mlx(config) else usual
-    for name in (*usual, *DIFFUSERS_WEIGHTS, *ADAPTER_WEIGHTS):
+    usual = [*ADAPTER_WEIGHTS, MLX_WEIGHTS]
+    if is_of_mlx(config):
+        usual.reverse()
+    for name in [*usual, *DIFFUSERS_WEIGHTS] if config is not None else [*DIFFUSERS_WEIGHTS, *usual]:
         if name in names:
             return folder / name
     inside = _inside(folder, names)
@@ -143,8 +144,9 @@ def _weights(folder: Path, names: set[str], config: Mapping[str, Any] | None) ->
     except CheckpointError:
         if config is None:
             raise
-    others = f"; adapters lie in {first_few(inside)}: name one of them" if inside else "; download it whole"
-    raise CheckpointError(f"{folder}: has {ADAPTER_CONFIG} and none of {', '.join(usual)}{others}")
+    there = inside or sorted(filter(is_adapter_name, names))
+    others = f"adapters lie in {first_few(there)}: name one of them" if there else "download it whole"
+    raise CheckpointError(f"{folder}: has {ADAPTER_CONFIG} and none of {', '.join(usual)}; {others}")
 
 
 def _inside(folder: Path, names: set[str]) -> list[str]:

@@ -69,6 +69,6 @@ def _refuse_other_layout(base: Checkpoint, files: AdapterFiles) -> None:
     if form is None or form.read(base.files[0]).metadata.get("format") != "mlx":
         raise CheckpointError(
             f"{files.config_file}: fine_tune_type is full: the file has whole tensors of a model of mlx, and "
-            f"{base.path} is none; convert the base (mlx_lm.convert --hf-path BASE --mlx-path OUT) and name OUT as base, "
-            f"or {files.merged_elsewhere}"
+            f"{base.path} is none; convert the base (mlx_lm.convert --hf-path BASE --mlx-path OUT) and name OUT as "
+            f"base, or {files.merged_elsewhere}"
         )
