@@ -65,7 +65,8 @@ class Front:
         Raises ArgumentError for weights that are not N, negative, or all zero.
         """
         weights = self.preference if preference is None else _unit(preference, self.metrics.shape[1])
-        return self.coefficients[_best_row(self.metrics, weights, self.direction)].copy()
+        found: Array = self.coefficients[_best_row(self.metrics, weights, self.direction)].copy()
+        return found
 
 
 def map(
@@ -83,8 +84,8 @@ def map(
 ) -> Front:
     """Find merges theta_0 + sum_t c_t tau_t that are best for some preference of the tasks, by few evaluations.
 
-    Source: MAP (arXiv 2406.07529). Merges at sampled points are evaluated; a quadratic is fitted to each metric by least
-    squares, and NSGA-III searches the quadratics for their Pareto front.
+    Source: MAP (arXiv 2406.07529). Merges at sampled points are evaluated; a quadratic is fitted to each metric by
+    least squares, and NSGA-III searches the quadratics for their Pareto front.
 
     Args:
         merger: of a method whose models have a `weight`, as task_arithmetic; its weights are taken as they are
@@ -216,4 +217,4 @@ def _unit(preference: Sequence[float] | None, tasks: int | None) -> Array:
         raise ArgumentError(f"preference={preference!r}: give a weight for each of {tasks} tasks")
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise ArgumentError(f"preference={preference!r}: give weights of 0 or more, one above 0 at least")
-    return weights / np.linalg.norm(weights)
+    return np.asarray(weights / np.linalg.norm(weights))
