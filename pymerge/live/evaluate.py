@@ -200,7 +200,8 @@ class Evaluator:
         place, cache = _place(step), self._cache
         if self._allow_nonfinite or place in self._finite:
             return
-        bounds = cache is not None and isinstance(step.action, Combine) and not any(map(is_sum, step.inputs))
+        sums = isinstance(step.action, Combine) and bool(step.action.weights)
+        bounds = cache is not None and sums and not any(map(is_sum, step.inputs))
         if bounds or isinstance(step.action, Reduce) or not step.action.shows_nonfinite:
             for entry, tensor in zip(step.inputs, inputs, strict=True):
                 check_input(self._reader, entry, 0, tensor)
