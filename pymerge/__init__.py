@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from pymerge.errors import PymergeError
     from pymerge.extraction.api import extract, merge_adapters
     from pymerge.extraction.report import ExtractReport
-    from pymerge.live.merger import Merger, merge_into
+    from pymerge.live.into import merge_into
+    from pymerge.live.merger import Merger
     from pymerge.planner.plan import Plan
 
     __version__: str
@@ -47,7 +48,7 @@ _HOMES = {
     "extract": "pymerge.extraction.api",
     "merge": "pymerge.api",
     "merge_adapters": "pymerge.extraction.api",
-    "merge_into": "pymerge.live.merger",
+    "merge_into": "pymerge.live.into",
     "merge_state_dicts": "pymerge.engine.in_memory",
     "merge_tensors": "pymerge.engine.in_memory",
     "multi": "pymerge.api",

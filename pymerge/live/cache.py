@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +28,8 @@ class Cache:
     used: int = 0
     inputs: dict[tuple[TensorEntry, torch.device], Tensor] = field(default_factory=dict)
     kept: dict[Place, list[Kept]] = field(default_factory=dict)
-    states: dict[Place, tuple[Hashable, Reduction, int]] = field(default_factory=dict)
-    shares: dict[Hashable, tuple[list[Share], int]] = field(default_factory=dict)
+    states: dict[Place, tuple[Hashable, Reduction]] = field(default_factory=dict)
+    shares: dict[Hashable, list[Share]] = field(default_factory=dict)
     peaks: dict[Place, tuple[float, ...]] = field(default_factory=dict)  # largest magnitudes of the inputs
 
     def fits(self, nbytes: int) -> bool:
@@ -50,28 +49,29 @@ class Cache:
             self.kept[place] = list(kept)
             self.used += nbytes
 
-    def keep_state(self, place: Place, basis: Hashable, state: Reduction, nbytes: int) -> None:
+    def keep_state(self, place: Place, basis: Hashable, state: Reduction) -> None:
         """Keep a state in place of the one before, if there is room."""
         if place in self.states:
-            self.used -= self.states.pop(place)[2]
-        if self.fits(nbytes):
-            self.states[place] = basis, state, nbytes
-            self.used += nbytes
+            self.used -= self.states.pop(place)[1].nbytes
+        if self.fits(state.nbytes):
+            self.states[place] = basis, state
+            self.used += state.nbytes
 
-    def keep_shares(self, key: Hashable, shares: list[Share], nbytes: int) -> None:
-        """Keep what several tensors together tell, in place of all that was kept so."""
-        self.used -= sum(kept for _, kept in self.shares.values())
+    def keep_shares(self, key: Hashable, shares: list[Share]) -> None:
+        """Keep what several tensors together tell, in place of all that was kept so; of all shares the state is one."""
+        self.used -= sum(kept[0].state.nbytes for kept in self.shares.values())
         self.shares.clear()
-        if self.fits(nbytes):
-            self.shares[key] = shares, nbytes
-            self.used += nbytes
+        if self.fits(shares[0].state.nbytes):
+            self.shares[key] = shares
+            self.used += shares[0].state.nbytes
 
-    def counts(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, int]:
         """Bytes by what they are, for people."""
         solved: dict[str, int] = {}
         for kept in self.kept.values():
             for each in kept:
                 solved[each.kind] = solved.get(each.kind, 0) + each.nbytes
-        states = sum(nbytes for *_, nbytes in self.states.values()) + sum(kept for _, kept in self.shares.values())
+        reductions = [state for _, state in self.states.values()] + [each[0].state for each in self.shares.values()]
+        states = sum(state.nbytes for state in reductions)
         found = {"inputs": sum(tensor.nbytes for tensor in self.inputs.values()), **solved, "masks and sums": states}
         return {name: nbytes for name, nbytes in found.items() if nbytes}

@@ -59,6 +59,7 @@ class Evaluator:
         self._backend = backend
         self._allow_nonfinite = allow_nonfinite
         self._runners: dict[str, Runner] = {}
+        self.once: dict[TensorEntry, Tensor] = {}  # inputs of the weight that is merged by several parameters
         self._finite: set[Place] = set()  # weights whose inputs have been looked at
 
     def device_of(self, step: Step) -> torch.device:
@@ -81,6 +82,10 @@ class Evaluator:
             raise ArgumentError(f"{step.name}: {error}") from error
         except (MemoryError, RuntimeError) as error:
             self._refuse(step, error)
+        self.accept(step, made, out)
+
+    def accept(self, step: Step, made: Tensor, out: Tensor) -> None:
+        """Look at a result, and put it where it belongs."""
         if not (self._allow_nonfinite or step.infinite or self._bounded(step) or is_finite(made)):
             self._blame(step)
         if made.data_ptr() != out.data_ptr() or made.device != out.device:
@@ -107,15 +112,15 @@ class Evaluator:
     def _shares(self, action: Reduce, group: Sequence[Step]) -> list[Share]:
         key = (action.basis, tuple(_place(step) for step in group))
         if self._cache is not None and key in self._cache.shares:
-            shares = self._cache.shares[key][0]
+            shares = self._cache.shares[key]
             state = shares[0].state.serving(action)
             return [share._replace(state=state) for share in shares]
         sizes, experts = [step.base.numel for step in group], len(group[0].experts)
-        run = self._runner(self.device_of(group[0]))
-        load = [partial(self._checked_rows, step) for step in group]
+        run = self.runner(self.device_of(group[0]))
+        load = [partial(self.checked_rows, step) for step in group]
         shares = reduce_together(action, run, sizes, experts, load)
         if self._cache is not None:
-            self._cache.keep_shares(key, shares, action.kept_bytes((sum(sizes),), experts))
+            self._cache.keep_shares(key, shares)
         return shares
 
     def has_solved(self, step: Step) -> bool:
@@ -130,8 +135,8 @@ class Evaluator:
             if not isinstance(action, Solve) or not self._cache.fits(_kept_bytes(step)) or _kept_bytes(step) == 0:
                 continue
             try:
-                rows = self._checked_rows(step)
-                kept = keep_whole(action, step.role, self._runner(self.device_of(step)), rows)
+                rows = self.checked_rows(step)
+                kept = keep_whole(action, step.role, self.runner(self.device_of(step)), rows)
             except ArgumentError as error:
                 raise ArgumentError(f"{step.name}: {error}") from error
             except (MemoryError, RuntimeError) as error:
@@ -148,12 +153,12 @@ class Evaluator:
                     self._cache.keep_input(entry, self.load(entry, device))
 
     def _merged(self, step: Step, out: Tensor, share: Share | None) -> Tensor:
-        action, run = step.action, self._runner(self.device_of(step))
+        action, run = step.action, self.runner(self.device_of(step))
         if isinstance(action, InCore):
             return self._core(step)
         if self._cache is not None and isinstance(action, Solve) and (kept := self._cache.kept.get(_place(step))):
             return merge_kept(kept, action, step.role, self.load(step.base, self.device_of(step)), step.dtype)
-        rows = self._checked_rows(step, out)
+        rows = self.checked_rows(step, out)
         if self._cache is not None and share is None and isinstance(action, Reduce):
             return as_tensor(self._reduced(step, action, run, rows).merge(run, rows))
         return merge_whole(action, step.role, run, rows, share)
@@ -165,13 +170,13 @@ class Evaluator:
         if place in self._cache.states and self._cache.states[place][0] == basis:
             return self._cache.states[place][1].serving(action)
         state = reduced(action, run, rows)
-        self._cache.keep_state(place, basis, state, action.kept_bytes(rows.shape, len(rows.experts)))
+        self._cache.keep_state(place, basis, state)
         return state
 
     def _core(self, step: Step) -> Tensor:
         """A weight that is solved by its factors, range of rows by range of rows, as files are."""
         context = Context(
-            self._runner(torch.device("cpu")), self._reader, Tracer(None), NoProgress(), self._allow_nonfinite, True
+            self.runner(torch.device("cpu")), self._reader, Tracer(None), NoProgress(), self._allow_nonfinite, True
         )
         solver = CoreSolver(context)
         base = self.load(step.base, torch.device("cpu"))
@@ -182,7 +187,7 @@ class Evaluator:
                 solver.merge(step, piece.start, base[rows], made[rows])
         return made
 
-    def _checked_rows(self, step: Step, out: Tensor | None = None) -> Rows:
+    def checked_rows(self, step: Step, out: Tensor | None = None) -> Rows:
         """All rows of a step on its device; of inputs that no result may show, looked at once."""
         device = self.device_of(step)
         inputs = [self.load(entry, device) for entry in step.inputs]
@@ -195,7 +200,8 @@ class Evaluator:
         place, cache = _place(step), self._cache
         if self._allow_nonfinite or place in self._finite:
             return
-        bounds = cache is not None and isinstance(step.action, Combine) and not any(map(is_sum, step.inputs))
+        sums = isinstance(step.action, Combine) and bool(step.action.weights)
+        bounds = cache is not None and sums and not any(map(is_sum, step.inputs))
         if bounds or isinstance(step.action, Reduce) or not step.action.shows_nonfinite:
             for entry, tensor in zip(step.inputs, inputs, strict=True):
                 check_input(self._reader, entry, 0, tensor)
@@ -225,12 +231,15 @@ class Evaluator:
         if self._is_there(entry, device):
             assert isinstance(entry, HeldEntry)
             return upcast(entry.tensor)
+        if entry in self.once:
+            return self.once[entry]
         if self._cache is not None and (kept := self._cache.inputs.get((entry, device))) is not None:
             return kept
         tensor = entry.tensor if isinstance(entry, HeldEntry) else self._reader.read(entry)
         return upcast(tensor).to(device)
 
-    def _runner(self, device: torch.device) -> Runner:
+    def runner(self, device: torch.device) -> Runner:
+        """What runs ops on a device."""
         name = str(device)
         if name not in self._runners:
             self._runners[name] = Runner(self._backend, name)

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pymerge.checkpoint.held import HeldEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.devices import resolve_device
-from pymerge.common.dtypes import torch_dtype
-from pymerge.common.names import listed
 from pymerge.common.units import parse_bytes
-from pymerge.engine.whole import Share
-from pymerge.errors import ArgumentError, PymergeError
+from pymerge.errors import ArgumentError
 from pymerge.live.cache import Cache
 from pymerge.live.evaluate import Evaluator
+from pymerge.live.many import merge_group
 from pymerge.live.models import Models, Source
 from pymerge.live.modules import Model, signature_of
 from pymerge.live.report import Report
 from pymerge.live.settings import Settings, read_settings, required_defaults
-from pymerge.live.targets import Target, backup, find_targets, restore
+from pymerge.live.targets import Target, find_targets
+from pymerge.live.write import Decided, in_dtype, new_tensor, overwrite, write
 from pymerge.methods.actions import Solve
 from pymerge.planner.budget import budget
-from pymerge.planner.steps import Step
 
 
 class Merger:
@@ -159,9 +155,30 @@ class Merger:
         merged: dict[str, Tensor] = {}
         with torch.no_grad():
             for steps, shares in self._decided(settings):
-                merged[steps[0].name] = _new(steps)
-                self._write(steps, shares, merged[steps[0].name])
+                merged[steps[0].name] = new_tensor(steps)
+                write(self._evaluator, steps, shares, merged[steps[0].name])
         return merged
+
+    def merge_many(self, parameters: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Tensor]]:
+        """What `merge` gives for each of several parameters, in one pass over the inputs where memory lets it.
+
+        Args:
+            parameters: mappings of keyword arguments of `merge`, which are checked before the first is merged.
+
+        Yields their merged tensors, in their order; those that are made together are in memory together.
+        """
+        settings = [self._read(dict(each)) for each in parameters]
+        for each in settings:
+            self._models.steps(each)
+        return self._merge_groups(settings)
+
+    def _merge_groups(self, settings: Sequence[Settings]) -> Iterator[dict[str, Tensor]]:
+        self.prepare()
+        model = sum(step.nbytes for steps in self._models.steps(self._settings) for step in steps)
+        together = max(1, (self._cache.limit - self._cache.used) // max(1, model))
+        for start in range(0, len(settings), together):
+            group = [list(self._decided(each)) for each in settings[start : start + together]]
+            yield from merge_group(self._evaluator, group)
 
     def merge_into(self, target: Model, *, atomic: bool = False, **parameters: Any) -> None:
         """Overwrite the tensors of a module, or a mapping of tensors by name, in place.
@@ -181,23 +198,15 @@ class Merger:
         settings = self._read(parameters)
         targets = self._find(target, keeps=True)
         self.prepare()
-        self._overwrite_all(targets, settings, atomic)
+        self._overwrite(targets, settings, atomic)
 
-    def _overwrite_all(self, targets: Sequence[Target], settings: Settings, atomic: bool) -> None:
-        kept = backup(targets) if atomic else None
-        done: list[str] = []
-        try:
-            with torch.no_grad():
-                for target, (steps, shares) in zip(targets, self._decided(settings, targets), strict=True):
-                    self._overwrite(target, steps, shares)
-                    done.append(target.weight.name)
-        except BaseException as error:
-            if kept is not None:
-                with torch.no_grad():
-                    restore(targets, kept)
-            elif isinstance(error, PymergeError):
-                error.args = (f"{error}; {_overwritten(done)}",)
-            raise
+    def overwrite_once(self, target: Model, *, atomic: bool) -> None:
+        """Overwrite a target that may be one of the models: the last merge of them, by the constructor's parameters."""
+        self._overwrite(self._find(target, keeps=False), self._settings, atomic)
+
+    def _overwrite(self, targets: Sequence[Target], settings: Settings, atomic: bool) -> None:
+        with torch.no_grad():
+            overwrite(self._evaluator, targets, self._decided(settings, targets), atomic)
 
     def _read(self, parameters: Mapping[str, Any]) -> Settings:
         """The settings of a later merge."""
@@ -214,31 +223,14 @@ class Merger:
     def _has_no_effect(self, name: str) -> bool:
         return self._models.method.parameter(name).no_effect
 
-    def _decided(
-        self, settings: Settings, targets: Sequence[Target] | None = None
-    ) -> Iterator[tuple[Sequence[Step], Mapping[int, Share]]]:
+    def _decided(self, settings: Settings, targets: Sequence[Target] | None = None) -> Iterator[Decided]:
         """Steps of each weight, for the dtypes of targets where there are some; shares of steps that have one."""
         decided = self._models.steps(settings)
         if targets is not None:
             pairs = zip(decided, targets, strict=True)
-            decided = [tuple(_in_dtype(step, target.dtype) for step in steps) for steps, target in pairs]
+            decided = [tuple(in_dtype(step, target.dtype) for step in steps) for steps, target in pairs]
         shares = self._evaluator.reduced([step for steps in decided for step in steps])
-        return ((steps, shares) for steps in decided)
-
-    def _write(self, steps: Sequence[Step], shares: Mapping[int, Share], out: Tensor) -> None:
-        """Merge all rows of a weight."""
-        for step in steps:
-            rows = out if len(steps) == 1 else out[step.offset : step.offset + step.shape[0]]
-            self._evaluator.merge(step, rows, shares.get(id(step)))
-
-    def _overwrite(self, target: Target, steps: Sequence[Step], shares: Mapping[int, Share]) -> None:
-        if target.whole is not None:
-            self._write(steps, shares, target.whole)
-            return
-        place = target.places()[0].device
-        merged = torch.empty(target.entry.shape, dtype=torch_dtype(target.dtype), device=place)
-        self._write(steps, shares, merged)
-        target.write(merged)
+        return (Decided(steps, shares) for steps in decided)
 
     def _find(self, model: Model, *, keeps: bool) -> list[Target]:
         """The targets in a model, as they were found the last time if it has the same tensors still.
@@ -263,61 +255,3 @@ class Merger:
         if nbytes:
             self._models.copy_shared(model)
             self._cache.used += nbytes
-
-
-def merge_into(
-    module: Model,
-    experts: Sequence[Source],
-    method: str = "wudi",
-    *,
-    base: Source | None = None,
-    device: str | torch.device | None = None,
-    backend: str = "auto",
-    atomic: bool = False,
-    options: Mapping[str, Any] | None = None,
-    **parameters: Any,
-) -> None:
-    """Merge experts into a live module, in place: its weights are the base, unless one is given.
-
-    The same values as those of a merge of files, bit for bit. Beside the module, one tensor of each model is in memory
-    at a time, of experts that are named by path. Afterwards the base is gone: for several merges there is `Merger`.
-
-    Args:
-        module: a module, or tensors by name.
-        experts, method, device, backend, options, parameters: as of `Merger`.
-        base: what the experts were trained from, if it is not the module.
-        atomic: keep a copy of the module on the CPU until all is done, and write it back if it is not.
-
-    Raises:
-        PlanError, ArgumentError, ConfigError, CheckpointError: before anything is overwritten.
-        NonFiniteError, OutOfMemoryError, BackendError: they say which tensors are overwritten.
-    """
-    merger = Merger(
-        module if base is None else base,
-        experts,
-        method,
-        device=device,
-        backend=backend,
-        cache="none",
-        options=options,
-        **parameters,
-    )
-    merger._overwrite_all(merger._find(module, keeps=False), merger._settings, atomic)
-
-
-def _new(steps: Sequence[Step]) -> Tensor:
-    """Memory for a merged tensor, where the base has it."""
-    step, base = steps[0], steps[0].base
-    shape = (sum(each.shape[0] for each in steps), *step.shape[1:]) if len(steps) > 1 else step.shape
-    place = base.tensor.device if isinstance(base, HeldEntry) else torch.device("cpu")
-    return torch.empty(shape, dtype=torch_dtype(step.dtype), device=place)
-
-
-def _in_dtype(step: Step, dtype: str) -> Step:
-    return step if step.dtype == dtype else replace(step, dtype=dtype)
-
-
-def _overwritten(done: Sequence[str]) -> str:
-    if not done:
-        return "nothing is overwritten"
-    return f"overwritten are {listed(done)}, and a part of the next may be; the others are as they were"

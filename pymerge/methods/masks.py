@@ -62,6 +62,10 @@ class Sparsifying(Reduction):
         self._factors = [1.0] * len(action.weights)
         self._bits: dict[int, ArrayLike] = {}  # by the number of a piece's first element
 
+    @property
+    def nbytes(self) -> int:
+        return sum(bits.nbytes for bits in self._bits.values())
+
     def serving(self, action: Reduce) -> Sparsifying:
         assert isinstance(action, MergeSparse)
         other = copy(self)

@@ -29,6 +29,11 @@ class Reduction(ABC):
 
     passes: int = 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of arrays that it holds after all passes."""
+        return 0
+
     @abstractmethod
     def map(self, run: Run, rows: Rows) -> Any:
         """Contribution of a piece to this pass."""

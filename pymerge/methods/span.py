@@ -84,6 +84,10 @@ class InnerProducts(Reduction):
         self._found: list[NDArray[Any]] = []
         self._weights: NDArray[Any] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in (*self._found, self._weights) if each is not None)
+
     def map(self, run: Run, rows: Rows) -> NDArray[Any]:
         return run(TaskDots(*rows.vectors(self._action.vectors), self._action.axis))
 
