@@ -17,7 +17,7 @@ from pymerge.live.merger import Merger
 from pymerge.search.nested import Node, last_two, leaves, mean_by
 from pymerge.search.pareto import search
 from pymerge.search.sampling import sample
-from pymerge.search.surrogate import ACTIVATIONS, fit, least_points, predict
+from pymerge.search.surrogate import ACTIVATIONS, fit, least_points, predict, variables_of
 from pymerge.search.trials import Evaluate, Trials
 
 Array = NDArray[np.float64]
@@ -125,7 +125,7 @@ def map(
         measured = trials.measure(sampled @ parts)
     weights = _unit(preference, measured.shape[1])
     surrogate = fit(sampled, measured, activation)
-    rows = _front(surrogate, len(parts), activation, direction, bounds, seed)
+    rows = _front(surrogate, activation, direction, bounds, seed, weights)
     metrics = predict(surrogate, rows, activation)
     return Front(
         rows @ parts, metrics, surrogate, parts, trials.samples, trials.measured, direction, activation, weights
@@ -155,22 +155,23 @@ def _two_merges(
         measured = trials.measure(sampled @ parts)
         means = np.stack([mean_by(weights, measured, node.tasks) for node in (left, right)], axis=1)
         surrogate = fit(sampled, means, activation)
-        rows = _front(surrogate, 2, activation, direction, bounds, int(rng.integers(2**31)))
-        metrics = predict(surrogate, rows, activation)
         own = np.array([weights[list(node.tasks)].sum() for node in (left, right)])
         own = own if own.any() else np.ones(2)
-        row = _best_row(metrics, own / np.linalg.norm(own), direction)
+        rows = _front(surrogate, activation, direction, bounds, int(rng.integers(2**31)), own)
+        metrics = predict(surrogate, rows, activation)
+        row = _best_row(metrics, own, direction)
         return Node(rows[row] @ parts, (*left.tasks, *right.tasks), float(metrics[row] @ own / own.sum()))
 
     return np.stack([node.coefficients for node in last_two(leaves(alone), join)])
 
 
 def _front(
-    surrogate: Array, variables: int, activation: str, direction: str, bounds: tuple[float, float], seed: int
+    surrogate: Array, activation: str, direction: str, bounds: tuple[float, float], seed: int, weights: Array
 ) -> Array:
-    """K x P coefficients on the Pareto front of the surrogates."""
+    """K x P coefficients on the Pareto front of the surrogates, with those that are best by some weights."""
     sign = 1.0 if direction == "minimize" else -1.0
-    return search(lambda rows: sign * predict(surrogate, rows, activation), variables, bounds, seed)
+    variables = variables_of(surrogate.shape[1])
+    return search(lambda rows: sign * predict(surrogate, rows, activation), variables, bounds, seed, weights)
 
 
 def _best_row(metrics: Array, weights: Array, direction: str) -> int:

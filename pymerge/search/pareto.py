@@ -28,16 +28,42 @@ def undominated(costs: Array) -> NDArray[np.bool_]:
     return mask
 
 
-def search(costs_of: Callable[[Array], Array], tasks: int, bounds: tuple[float, float], seed: int) -> Array:
+def search(
+    costs_of: Callable[[Array], Array], tasks: int, bounds: tuple[float, float], seed: int, weights: Array
+) -> Array:
     """Search for the front of least costs.
 
     Args:
         costs_of: K x T coefficients to K x N costs.
         tasks: T.
         bounds: of each coefficient.
+        weights: N, of a sum of costs that is to be least at some point of the front.
 
-    Returns K x T coefficients, those of the last population that nothing met in the search dominates.
+    Returns K x T coefficients: those of the last population that no other of it dominates, and, as some hundred points
+    are far apart where there are many tasks, the minima of the weighted sum and of each cost alone.
     """
+    found = _evolve(costs_of, tasks, bounds, seed)
+    costs = costs_of(found)
+    minima = [
+        _downhill(costs_of, found[(costs @ each).argmin()], each, bounds) for each in (weights, *np.eye(len(weights)))
+    ]
+    found = np.concatenate([found, minima])
+    found = found[np.lexsort(found.T[::-1])]
+    return np.asarray(found[undominated(costs_of(found))])
+
+
+def _downhill(costs_of: Callable[[Array], Array], start: Array, weights: Array, bounds: tuple[float, float]) -> Array:
+    """The minimum of a weighted sum of costs next to a point."""
+    from scipy.optimize import minimize
+
+    result = minimize(
+        lambda row: float(costs_of(row[None])[0] @ weights), start, method="L-BFGS-B", bounds=[bounds] * len(start)
+    )
+    return np.clip(result.x, *bounds)
+
+
+def _evolve(costs_of: Callable[[Array], Array], tasks: int, bounds: tuple[float, float], seed: int) -> Array:
+    """K x T coefficients, the last population of NSGA-III."""
     from deap import base, tools
 
     with _seeded(seed):
@@ -55,9 +81,7 @@ def search(costs_of: Callable[[Array], Array], tasks: int, bounds: tuple[float, 
         for _ in range(GENERATIONS):
             children = [_child(population, tools, bounds) for _ in range(size)]
             population = select(population + _evaluated(children, costs_of, fitness), size)
-    found = np.array(population, dtype=np.float64)
-    found = found[np.lexsort(found.T[::-1])]
-    return found[undominated(costs_of(found))]
+    return np.array(population, dtype=np.float64)
 
 
 def reference_points(count: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -18,6 +19,11 @@ _CALLS = 20_000  # of the residuals, at most
 def least_points(tasks: int) -> int:
     """How many coefficients a quadratic in T variables has: (T + 1)(T + 2) / 2."""
     return (tasks + 1) * (tasks + 2) // 2
+
+
+def variables_of(coefficients: int) -> int:
+    """The T of a quadratic with (T + 1)(T + 2) / 2 coefficients."""
+    return (math.isqrt(8 * coefficients + 1) - 3) // 2
 
 
 def features(coefficients: Array) -> Array:
