@@ -44,6 +44,7 @@ class ExtractReport:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     already_done: bool = False
+    resumed_parts: int = 0  # kept from an earlier, interrupted run
 
     def as_json(self, options: Mapping[str, Any]) -> bytes:
         """The report as it is written: the same for the same inputs and options."""
@@ -72,6 +73,8 @@ class ExtractReport:
             f"lost {percent(self.error)} of the norm of what is adapted, at most {percent(worst.error)} "
             f"({worst.name}); {percent(self.error_of_all)} of the whole difference",
         ]
+        if self.resumed_parts:
+            lines.append(f"kept {self.resumed_parts} finished parts of an interrupted run")
         return [*lines, *self._left_out(), self.note]
 
     def _left_out(self) -> list[str]:

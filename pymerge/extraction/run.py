@@ -7,18 +7,20 @@ from functools import partial
 from pathlib import Path
 
 import yaml
+from torch import Tensor
 
 from pymerge import env
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.errors import PlanError
+from pymerge.extraction.carry_out import carry_out
 from pymerge.extraction.measure import Measured, footprint, measure
 from pymerge.extraction.names import names_in_memory
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import REPORT_NAME, ExtractReport
 from pymerge.extraction.targets import Target, find_targets
 from pymerge.extraction.tied import tied_head
-from pymerge.extraction.work import Work, carry_out
+from pymerge.extraction.work import Work
 from pymerge.planner.plan import Plan
 
 
@@ -40,7 +42,7 @@ def run(
     if not any(target.place == "factors" for target in targets):
         raise PlanError([f"{base}: no linear weight or convolution is asked for; correct --include and --exclude"])
 
-    def measured(reader: Reader, target: Target) -> Measured:
+    def measured(reader: Reader, target: Target) -> Measured[Tensor]:
         return measure(reader, target, options)
 
     work = Work(
@@ -49,7 +51,7 @@ def run(
         base,
         targets,
         names,
-        tied_head(plan, options),
+        tied_head(plan, options, "leave --embeddings at skip"),
         measure=measured,
         footprint=partial(footprint, options=options),
         card=partial(_card, plan=plan, base=base),

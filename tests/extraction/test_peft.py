@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import pymerge
+from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.errors import PlanError
+from pymerge.extraction.names import is_plain
+from tests.helpers.checkpoints import write_model
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -283,3 +287,27 @@ def test_adapters_of_peft_merged_into_one(make: Callable[[], nn.Module], tmp_pat
     assert report.rank == 5
     for name, found in merged(tmp_path / "base", tmp_path / "out", type(model)).named_parameters():
         torch.testing.assert_close(found.double(), wanted[name], rtol=0, atol=2e-6)
+
+
+def test_names_that_are_the_same_in_memory(tmp_path: Path) -> None:
+    """Of plain decoders, transformers is not asked: it renames their tensors in no causal language model."""
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    loading = importlib.import_module("transformers.core_model_loading")
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    norms = [f"{word}_layernorm" for word in ("input", "post_attention", "pre_feedforward", "post_feedforward")]
+    inside = [*norms, *(f"self_attn.{word}_proj" for word in "qkvo"), "self_attn.q_norm", "self_attn.k_norm"]
+    inside += [f"mlp.{word}_proj" for word in ("gate", "up", "down")]
+    names = ["model.embed_tokens.weight", "lm_head.weight", *(f"model.layers.11.{each}.weight" for each in inside)]
+    tensors = {name: torch.zeros(2, 2) for name in names}
+    write_model(tmp_path, tensors, config={"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False})
+    assert is_plain(open_checkpoint(tmp_path))
+    seen = 0
+    for kind, architecture in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        for key in (kind, architecture):
+            found = mapping.get_checkpoint_conversion_mapping(key) or []
+            renamings = [each for each in found if isinstance(each, loading.WeightRenaming)]
+            changed = [name for name in names if loading.rename_source_key(name, renamings, [])[0] != name]
+            seen += bool(renamings)
+            # Deepseek V4 has experts, by which it is known to be no plain decoder.
+            assert not changed or kind == "deepseek_v4", (key, changed)
+    assert seen > 10
