@@ -41,12 +41,13 @@ ARROWS = {
     "planner": _PLANNED,
     "engine": _CARRIED_OUT,
     "analysis": f"{_PLANNED} planner",
-    "extraction": f"{_CARRIED_OUT} engine",
-    "api": f"{_CARRIED_OUT} engine extraction",
+    "api": f"{_CARRIED_OUT} engine",
+    "extraction": f"{_CARRIED_OUT} engine api",
     "wemoe": f"{_CARRIED_OUT} engine",
-    "testing": f"{_CARRIED_OUT} engine extraction api",
-    "__init__": f"{_CARRIED_OUT} engine extraction api wemoe",
-    "cli": f"{_CARRIED_OUT} engine analysis extraction api wemoe",
+    "testing": f"{_CARRIED_OUT} engine api",
+    "__init__": f"{_CARRIED_OUT} engine api extraction wemoe",
+    "integrations": f"{_CARRIED_OUT} engine api extraction",
+    "cli": f"{_CARRIED_OUT} engine analysis api extraction wemoe integrations",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.
