@@ -134,6 +134,6 @@ def _verified(out: Path, started: float, progress: ProgressSink, warnings: tuple
     found = verify(out, progress=progress)
     if found.problems:
         raise OutputError(
-            f"{out} holds this extraction, but damaged: " + "; ".join(found.problems) + "; give --overwrite to redo it"
+            f"{out} holds this adapter, but damaged: " + "; ".join(found.problems) + "; give --overwrite to redo it"
         )
     return read_report(out, time.perf_counter() - started, warnings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.common.dtypes import is_float
@@ -15,10 +14,17 @@ from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.targets import Target
 from pymerge.extraction.tensors import Factor, Stored
 from pymerge.extraction.tied import TiedHead
-from pymerge.output.adapter_folder import Adapted, adapter_config, bias_name, replaced, saved_name, task_type, vllm_note
+from pymerge.output.adapter_folder import (
+    Adapted,
+    Bias,
+    adapter_config,
+    bias_name,
+    replaced,
+    saved_name,
+    task_type,
+    vllm_note,
+)
 from pymerge.planner.plan import Plan
-
-Bias = Literal["none", "lora_bias", "lora_only"]
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,15 @@ def put_together(
         tensors |= {
             name: Factor(each, pair.rank, b, options.code) for b, name in zip((False, True), pair.names, strict=True)
         }
-    bias = _bias(biases, adapted, measured)
+    targets = [each.target for each in changed if each.target.place == "saved"]
+    loose = _loose(targets)
+    bias = _bias(biases, loose, adapted, measured)
     for target in _with_bias(biases, adapted, measured, bias):
         minus = target.base if bias == "lora_bias" else None
         stored = Stored((target.expert,), target.base.shape, options.code, minus)
         tensors[bias_name(target.module, added=minus is not None)] = stored
-    targets = [each.target for each in changed if each.target.place == "saved"]
-    saved = _saved(targets, plan, options, names, experts)
+    tensors |= {saved_name(each.path): Stored((each.expert,), each.base.shape, options.code) for each in loose}
+    saved = _saved([each for each in targets if each not in loose], plan, options, names, experts)
     modules = {name.rpartition(".")[0] for name in saved}
     if head is not None and names[head.table] in saved:
         saved[head.weight] = saved[names[head.table]]
@@ -110,8 +118,21 @@ def _with_factors(measured: Sequence[Measured[TensorEntry]], biased: set[str]) -
     ]
 
 
-def _bias(biases: Sequence[Target], adapted: Sequence[Adapted], measured: Sequence[Measured[TensorEntry]]) -> Bias:
+def _loose(saved: Sequence[Target]) -> list[Target]:
+    """Biases of modules that have changed in nothing else: PEFT need not replace those."""
+    weights = {target.module for target in saved if not target.is_bias}
+    return [target for target in saved if target.is_bias and target.module not in weights]
+
+
+def _bias(
+    biases: Sequence[Target],
+    loose: Sequence[Target],
+    adapted: Sequence[Adapted],
+    measured: Sequence[Measured[TensorEntry]],
+) -> Bias:
     """lora_bias is of all adapted modules, and those without a bias cannot be merged with it."""
+    if loose:
+        return "all"
     if not biases:
         return "none"
     having = {each.target.module for each in measured if each.target.place == "bias"}

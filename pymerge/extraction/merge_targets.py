@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pymerge.architecture.roles import Kind
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.common.names import listed
 from pymerge.errors import PlanError
-from pymerge.extraction.targets import Target
+from pymerge.extraction.targets import Target, modules_with_modules, without_factors
 from pymerge.extraction.tied import is_tied
 from pymerge.methods.actions import Combine, InCore
 from pymerge.planner.constants import reproduces
@@ -31,23 +31,15 @@ class Sorted:
     products: Sequence[Target]
     dense: Sequence[Target]
     whole: Sequence[Target]
+    parents: set[str]  # modules that have others inside
 
     def whole_as(self, full_tensors: str) -> list[Target]:
         """The targets that have no factors, with their places. Raises PlanError for those that have none."""
-        adapted = {target.module for target in (*self.products, *self.dense) if target.form == "module"}
-        found = []
-        for target in self.whole:
-            last = target.name.rpartition(".")[2]
-            if full_tensors != "save":
-                found.append(
-                    replace(target, place="nowhere", reason="not of low rank in some input: --full-tensors save")
-                )
-            elif last == "bias" and target.module in adapted:
-                found.append(replace(target, place="bias"))
-            elif last in ("weight", "bias") and target.module:
-                found.append(replace(target, place="saved"))
-            else:
-                found.append(replace(target, place="nowhere", reason="parameters of no module that PEFT saves"))
+        if full_tensors == "save":
+            adapted = {target.module for target in (*self.products, *self.dense) if target.form == "module"}
+            found = [without_factors(target, adapted, self.parents) for target in self.whole]
+        else:
+            found = [replace(target, place="nowhere", reason=_LEFT) for target in self.whole]
         lost = [target.name for target in found if target.place == "nowhere"]
         if lost and full_tensors == "error":
             raise PlanError([f"{listed(lost)}: changed by no product of factors; give --full-tensors save, or skip"])
@@ -58,7 +50,8 @@ class Sorted:
         return found
 
 
-def sort(plan: Plan, targets: Sequence[Target], steps: Mapping[str, Step]) -> Sorted:
+def sort(plan: Plan, targets: Sequence[Target], steps: Mapping[str, Step], names: Iterable[str]) -> Sorted:
+    """Sort the targets by what becomes of them; `names` are those of all tensors in memory."""
     files = {file for model in plan.inputs.experts if model.base is not None for file in model.files}
     products, dense, whole = [], [], []
     for target in targets:
@@ -71,7 +64,7 @@ def sort(plan: Plan, targets: Sequence[Target], steps: Mapping[str, Step]) -> So
             dense.append(target)
         else:
             products.append(target)
-    return Sorted(products, dense, whole)
+    return Sorted(products, dense, whole, modules_with_modules(names))
 
 
 def _changes(step: Step) -> bool:
@@ -96,7 +89,9 @@ def is_table(step: Step) -> bool:
 def _flat(target: Target) -> Target:
     """The target as one matrix without factors."""
     shape = target.base.shape or (1,)
-    own = replace(target, form="module", shape=(shape[0], math.prod(shape[1:])), count=1, stacked=False, depth=0)
+    own = replace(
+        target, place="nowhere", form="module", shape=(shape[0], math.prod(shape[1:])), count=1, stacked=False, depth=0
+    )
     return replace(own, kernel=(), transposed=False, uniform=False, reason="")
 
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,10 +14,8 @@ from torch import Tensor
 from pymerge import env
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.names import listed
-from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.engine.model_card import RECIPE_NAME
 from pymerge.errors import ArgumentError, PlanError
-from pymerge.extraction.carry_out import carry_out
 from pymerge.extraction.measure import Measured, footprint, measure
 from pymerge.extraction.merge_targets import is_table, sort, why_dense
 from pymerge.extraction.names import names_in_memory
@@ -49,28 +46,16 @@ def parse_rank(text: str, dtype: str = "float32") -> ExtractOptions:
         raise ArgumentError(f"rank is {text!r}; give exact, a whole number, or a share such as 0.99") from None
 
 
-def run(
-    plan: Plan,
-    rank: str,
-    out: Path,
-    *,
-    full_tensors: str = "error",
-    dtype: str = "float32",
-    overwrite: bool = False,
-    progress: ProgressSink | None = None,
-) -> ExtractReport:
-    """Merge adapters into an adapter in the folder `out`.
+def plan_merge(plan: Plan, *, rank: str, full_tensors: str, dtype: str) -> Work:
+    """Work that merges adapters into one.
 
     Args:
-        plan: of the merge, with a base.
+        plan: of the merge, in float32, with a base.
         rank: "exact", or as of `parse_rank`.
-        out: output directory, as of a merge.
         full_tensors: "error", "save" or "skip": what is done with tensors that have no factors: norms, biases.
         dtype: of what is written.
-        overwrite: replace something else that pymerge has written there.
-        progress: told about the bytes read.
 
-    Raises PlanError where the result is not of low rank, and as `carry_out` does.
+    Raises PlanError where the result is not of low rank.
     """
     options = parse_rank(rank, dtype)
     if full_tensors not in FULL_TENSORS:
@@ -80,7 +65,7 @@ def run(
         raise PlanError([f"{plan.config.name}: an adapter is of a base; set base_model"])
     names = names_in_memory(plan.inputs.donor)
     steps = {step.name: step for step in plan.steps if step.experts}
-    found = sort(plan, find_targets(plan, options, names), steps)
+    found = sort(plan, find_targets(plan, options, names), steps, names.values())
     if found.dense and rank == EXACT:
         reasons = "; ".join(sorted({why_dense(steps[target.name], plan.method.name) for target in found.dense}))
         dense = listed([target.name for target in found.dense])
@@ -99,7 +84,7 @@ def run(
             footprint(target, options) if target.place != "factors" else product_footprint(target, steps[target.name])
         )
 
-    work = Work(
+    return Work(
         plan,
         options,
         base,
@@ -115,7 +100,6 @@ def run(
         whole=whole,
         dense=found.dense,
     )
-    return carry_out(work, out, progress or NoProgress(), overwrite=overwrite)
 
 
 def _head(plan: Plan, options: ExtractOptions, whole: Sequence[Step]) -> TiedHead | None:

@@ -1,4 +1,4 @@
-"""Report of an extraction: for people, and as JSON beside the adapter."""
+"""Report on an adapter that was made: for people, and as JSON beside it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """Result of `pymerge.extract`. Errors are shares of norms: sqrt(sum of lost squares / sum of all squares)."""
+    """Result of `pymerge.extract` and `pymerge.merge_adapters`. Errors are shares of norms: sqrt(sum of lost squares / sum of all squares)."""
 
     output: Path
     tensors: tuple[TensorReport, ...]
@@ -62,14 +62,14 @@ class ExtractReport:
     def lines(self) -> list[str]:
         """The summary, for people."""
         if self.already_done:
-            return [f"{self.output} holds this very extraction already; verified"]
+            return [f"{self.output} holds this very adapter already; verified"]
         adapted = [each for each in self.tensors if each.place == "factors"]
         least = min(each.rank for each in adapted)
         ranks = f"rank {self.rank}" if least == self.rank else f"ranks {least} to {self.rank}"
         worst = max(adapted, key=lambda each: each.error)
         lines = [
-            f"extracted {len(adapted)} tensors, {ranks} ({self.parameters:,} parameters, "
-            f"{format_bytes(self.bytes_written)}) into {self.output} in {self.seconds:.1f} s",
+            f"made factors of {len(adapted)} tensors, {ranks} ({self.parameters:,} parameters, "
+            f"{format_bytes(self.bytes_written)}), in {self.output} in {self.seconds:.1f} s",
             f"lost {percent(self.error)} of the norm of what is adapted, at most {percent(worst.error)} "
             f"({worst.name}); {percent(self.error_of_all)} of the whole difference",
         ]

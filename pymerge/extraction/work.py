@@ -15,6 +15,7 @@ from torch import Tensor
 from pymerge import env
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.names import listed
 from pymerge.common.units import format_bytes
 from pymerge.errors import PlanError
 from pymerge.extraction.measure import Measured, result_bytes
@@ -85,6 +86,23 @@ class Work:
         if files:
             files[next(iter(files))] += self.result_bytes
         return files
+
+    def lines(self) -> list[str]:
+        """What would be done, for people."""
+        targets = [*self.targets, *self.whole, *self.dense]
+        factors = [target for target in targets if target.place == "factors"]
+        ranks = "of all directions that are asked for" if self.options.most is None else f"of rank {self.options.most}"
+        read = format_bytes(sum(target.bytes_read for target in targets))
+        lines = [
+            f"{len(factors)} tensors would get factors, {ranks} at most, if they have changed; reads {read}",
+            f"parts of the work that are kept if it is interrupted: {len(self.parts) + len(self.cuts)}",
+        ]
+        said = {"saved": "in modules_to_save", "bias": "as biases of adapted modules"}
+        others: dict[str, list[str]] = {}
+        for target in targets:
+            if target.place != "factors":
+                others.setdefault(said.get(target.place) or f"left out ({target.reason})", []).append(target.name)
+        return [*lines, *(f"{how}: {listed(names)}" for how, names in others.items())]
 
     @property
     def experts(self) -> dict[str, TensorEntry]:

@@ -289,6 +289,70 @@ def test_adapters_of_peft_merged_into_one(make: Callable[[], nn.Module], tmp_pat
         torch.testing.assert_close(found.double(), wanted[name], rtol=0, atol=2e-6)
 
 
+def biased() -> nn.Module:
+    return llama(attention_bias=True, mlp_bias=True)
+
+
+QV: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+TABLES: dict[str, Any] = QV | {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+QUERY: dict[str, Any] = {"r": 2, "target_modules": ["query"], "init_lora_weights": False}
+# Model, settings of two adapters, what is done with full tensors, and what the config of the result says.
+WITH_MORE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], str, dict[str, Any]]] = {
+    "head": (llama, QV | {"modules_to_save": ["lm_head"]}, QV, "save", {"modules_to_save": ["lm_head"]}),
+    "all biases": (biased, QV | {"bias": "all"}, QV | {"bias": "lora_only"}, "save", {"bias": "all"}),
+    "biases of adapted modules": (biased, QV | {"lora_bias": True}, QV, "save", {"lora_bias": True}),
+    "biases of a model with others inside": (bert, QUERY | {"bias": "all"}, QUERY, "save", {"bias": "all"}),
+    "factors of tables": (llama, TABLES, QV, "error", {"modules_to_save": None}),
+    "tied table": (
+        tied,
+        QV | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        QV,
+        "save",
+        {"modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "rows of a table": (
+        llama,
+        QV | {"trainable_token_indices": [1, 3]},
+        QV,
+        "save",
+        {"modules_to_save": ["model.embed_tokens"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WITH_MORE)
+def test_adapters_with_more_than_factors(case: str, tmp_path: Path) -> None:
+    make, *settings, full_tensors, said = WITH_MORE[case]
+    model: Any = make()
+    model.save_pretrained(tmp_path / "base")
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    wanted = {name: weight.double() for name, weight in before.items()}
+    weights = (0.5, -0.25)
+    for number, (setting, weight) in enumerate(zip(settings, weights, strict=True)):
+        adapted = peft.get_peft_model(type(model).from_pretrained(tmp_path / "base"), peft.LoraConfig(**setting))
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        adapted.save_pretrained(tmp_path / str(number))
+        for name, found in adapted.merge_and_unload().named_parameters():
+            wanted[name] += weight * (found.double() - before[name].double())
+    models = [
+        {"model": str(tmp_path / str(number)), "parameters": {"weight": weight}}
+        for number, weight in enumerate(weights)
+    ]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"), "models": models}
+    pymerge.merge_adapters(recipe, tmp_path / "out", full_tensors=full_tensors, progress=False)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {key: config[key] for key in said} == said
+    loaded = peft.PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert peft.set_peft_model_state_dict(loaded, tensors).unexpected_keys == []
+    for name, weight in loaded.merge_and_unload().named_parameters():
+        torch.testing.assert_close(weight.double(), wanted[name], rtol=0, atol=2e-6, msg=name)
+
+
 def test_names_that_are_the_same_in_memory(tmp_path: Path) -> None:
     """Of plain decoders, transformers is not asked: it renames their tensors in no causal language model."""
     mapping = importlib.import_module("transformers.conversion_mapping")
