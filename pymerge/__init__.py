@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pymerge.errors import PymergeError
     from pymerge.extraction.api import extract, merge_adapters
     from pymerge.extraction.report import ExtractReport
+    from pymerge.live.merger import Merger, merge_into
     from pymerge.planner.plan import Plan
 
     __version__: str
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ExtractReport",
     "MergeReport",
+    "Merger",
     "Plan",
     "PymergeError",
     "extract",
     "merge",
     "merge_adapters",
+    "merge_into",
     "merge_state_dicts",
     "merge_tensors",
     "multi",
@@ -35,11 +38,13 @@ __all__ = [
 _HOMES = {
     "ExtractReport": "pymerge.extraction.report",
     "MergeReport": "pymerge.engine.report",
+    "Merger": "pymerge.live.merger",
     "Plan": "pymerge.planner.plan",
     "PymergeError": "pymerge.errors",
     "extract": "pymerge.extraction.api",
     "merge": "pymerge.api",
     "merge_adapters": "pymerge.extraction.api",
+    "merge_into": "pymerge.live.merger",
     "merge_state_dicts": "pymerge.engine.in_memory",
     "merge_tensors": "pymerge.engine.in_memory",
     "multi": "pymerge.api",
