@@ -31,7 +31,10 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """Result of `pymerge.extract` and `pymerge.merge_adapters`. Errors are shares of norms: sqrt(sum of lost squares / sum of all squares)."""
+    """Result of `pymerge.extract` and `pymerge.merge_adapters`.
+
+    Errors are shares of norms: sqrt(sum of lost squares / sum of all squares).
+    """
 
     output: Path
     tensors: tuple[TensorReport, ...]
