@@ -202,7 +202,8 @@ def _renaming(old: Words, new: Words, ours: _Role, theirs: _Role) -> Renaming | 
 
 def _sound(renamings: Renamings, base: Shapes, lacking: Shapes, free: Shapes) -> Renamings:
     """Renamings that bring layers to the base, or most of what begins as they say: one tensor of a module that is
-    otherwise unlike is no evidence. Where nothing is taken away, all names begin so; then the base's modules there count."""
+    otherwise unlike is no evidence. Where nothing is taken away, all names begin so; then the base's modules there
+    count."""
     moved: dict[Renaming, list[str]] = {renaming: [] for renaming in renamings.each}
     for name in free:
         new, renaming = renamings.of(name)
