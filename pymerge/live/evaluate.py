@@ -66,7 +66,9 @@ class Evaluator:
         """Where a step is computed."""
         if self._device is not None:
             return self._device
-        held = (entry.tensor.device for entry in (step.base, *step.experts) if isinstance(entry, HeldEntry))
+        if isinstance(step.base, HeldEntry):
+            return step.base.tensor.device
+        held = (entry.tensor.device for entry in step.experts if isinstance(entry, HeldEntry))
         return next(held, torch.device("cpu"))
 
     def merge(self, step: Step, out: Tensor, share: Share | None = None) -> None:
@@ -90,8 +92,8 @@ class Evaluator:
             self._blame(step)
         if made.data_ptr() != out.data_ptr() or made.device != out.device:
             out.copy_(made)
-        elif out.ndim:  # native code wrote to it, of which autograd knows nothing
-            out.narrow(0, 0, 0).zero_()
+        else:  # native code wrote to it, of which autograd knows nothing
+            torch.autograd.graph.increment_version(out)
 
     def reduced(self, steps: Sequence[Step]) -> dict[int, Share]:
         """Shares of steps, by their ids, that are merged by what several together tell."""
