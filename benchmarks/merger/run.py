@@ -5,7 +5,8 @@
 A Llama-shaped base of 20 M parameters and three experts, bfloat16 as they are stored and float32 as they are trained,
 all in memory. `first` is the constructor and one merge into a target, `later` a merge with another time, eps, scale or
 other weights; task_arithmetic also runs beside PyTorch, which adds deltas that were made before, tensor by tensor and
-by its fused calls. Results are held against merges from the beginning. Forms take turns, medians are compared. Rows go to benchmarks/runs/<machine>/<date>-merger.json.
+by its fused calls. Results are held against merges from the beginning. Forms take turns, medians are compared.
+Rows go to benchmarks/runs/<machine>/<date>-merger.json.
 """
 
 from __future__ import annotations

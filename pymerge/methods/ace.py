@@ -14,11 +14,11 @@ from torch import Tensor
 from pymerge.common.arrays import as_tensor, compute_code
 from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError
-from pymerge.methods.actions import Action, Run, Solve, mean_of_tasks
+from pymerge.methods.actions import Action, Kept, Run, Solve, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.core.ace import Formula, centred, merged
 from pymerge.methods.core.factors import Factors, Product, nothing, plain_sum
-from pymerge.methods.kept import Kept, add_to_base
+from pymerge.methods.kept import add_to_base
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import (
     PRECISION,

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pymerge.common.arrays import compute_code
 from pymerge.common.dtypes import torch_dtype
-from pymerge.methods.actions import Action, Run, Solve
+from pymerge.methods.actions import Action, Kept, Run, Solve
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.core.factors import Factors, Product
 from pymerge.methods.core.flow import filtered, flow
-from pymerge.methods.kept import Kept, add_to_base
+from pymerge.methods.kept import add_to_base
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
 from pymerge.ops._op import one_thread
 from pymerge.ops.gradient_flow import GradientFlow, flow_gain, schedule
