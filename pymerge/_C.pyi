@@ -91,6 +91,7 @@ def magnitude_counts(  # counts int64, T x 2^bits, zeros at first
     prefixes: Sequence[int],
     shift: int,
     bits: int,
+    in_double: bool,
     threads: int,
     /,
 ) -> None: ...

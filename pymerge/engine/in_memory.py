@@ -187,11 +187,9 @@ class _Merger:
         found: dict[str, tuple[Reduction, int]] = {}
         for action, group in groups.items():
             assert isinstance(action, Reduce)
-            wide = [each.name for each in group if compute_code(each.base, *each.experts) == "F64"]
-            if wide:
-                raise ArgumentError(f"{wide[0]}: scope: model takes no float64; convert it, or set scope: tensor")
             total = sum(tensor.base.numel() for tensor in group)
-            state, first = action.start((total,), len(group[0].experts)), 0
+            known = action.on(*(compute_code(tensor.base, *tensor.experts) for tensor in group))
+            state, first = known.start((total,), len(group[0].experts)), 0
             for tensor in group:
                 found[tensor.name] = state, first
                 first += tensor.base.numel()

@@ -203,8 +203,5 @@ class Step:
 
     @cached_property
     def ranges(self) -> tuple[Piece, ...]:
-        """The pieces in which a reduction may take the tensor: none where an input is float64, whose selection would
-        need more passes."""
-        if not isinstance(self.action, Reduce) or any(entry.dtype == "F64" for entry in self.inputs):
-            return ()
-        return pieces.ranges(self.shape)
+        """The pieces in which a reduction may take the tensor."""
+        return pieces.ranges(self.shape) if isinstance(self.action, Reduce) else ()

@@ -46,6 +46,4 @@ def worker_of(step: Step, target: Target, *, allow_nonfinite: bool) -> WorkerNam
         return "native" if known and not allow_nonfinite else "torch"
     if isinstance(action, (Combine, Elementwise)):
         return "native" if known else "torch"
-    if isinstance(action, Reduce) and action.native and known and "F64" not in dtypes:
-        return "native"
-    return "torch"
+    return "native" if isinstance(action, Reduce) and action.native and known else "torch"

@@ -19,6 +19,7 @@ from pymerge.common import arrays
 from pymerge.engine import native_worker
 from pymerge.engine.run import run
 from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError
+from pymerge.planner import build
 from pymerge.planner.plan import Plan
 from tests.helpers.checkpoints import change, load_output, tree, write_config, write_models
 from tests.helpers.imports import modules_after
@@ -137,13 +138,58 @@ ONE_MODEL = ("passthrough", "nearswap", "arcee_fusion", "slerp")
 
 @pytest.mark.parametrize("case", WITHOUT_TORCH)
 def test_methods_do_without_pytorch(tmp_path: Path, case: str) -> None:
-    """Where all of it is in native code, nothing imports PyTorch; what is elementwise is no exception."""
+    """Where all of it is in native code, nothing imports PyTorch; what is elementwise is no exception, nor are float64
+    tensors, in all models or in one."""
     write_models(tmp_path, tensors(torch.bfloat16), config={"model_type": "x"})
+    change(tmp_path / "base", lambda found: found.update({NORM: found[NORM].double()}))
+    change(tmp_path / "e0", lambda found: found.update({name: found[name].double() for name in (NORM, UP)}))
     method = case.partition(",")[0]
     config = write_config(tmp_path, method, experts=1 if method in ONE_MODEL else 2, **WITHOUT_TORCH[case])
     code = f"import pymerge; pymerge.merge({str(config)!r}, {str(tmp_path / 'out')!r}, device='cpu')"
     assert modules_after(code) & {"torch", "triton", "safetensors", "transformers"} == set()
-    assert load_output(tmp_path / "out")[UP].dtype == torch.bfloat16
+    found = load_output(tmp_path / "out")
+    of_base = method != "passthrough"
+    assert (found[UP].dtype, found[NORM].dtype) == ((torch.bfloat16 if of_base else torch.float64), torch.float64)
+
+
+DOUBLE = {"all": ("base", "e0", "e1"), "base": ("base",), "expert": ("e1",), "experts": ("e0", "e1")}
+
+
+@pytest.mark.parametrize("memory", [None, "70MiB"])
+@pytest.mark.parametrize("where", DOUBLE)
+@pytest.mark.parametrize("case", WITHOUT_TORCH)
+def test_float64_gives_the_bytes_of_pytorchs_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, where: str, memory: str | None
+) -> None:
+    """In one range or several, held or read again, on one thread or three, with NaN where that is allowed."""
+    write_models(tmp_path, tensors(torch.bfloat16))
+    for folder in DOUBLE[where]:
+        change(tmp_path / folder, _widen)
+    method, parameters = case.partition(",")[0], WITHOUT_TORCH[case]
+    experts = 1 if method in ONE_MODEL else 2
+    allowed = memory is not None
+    if allowed:
+        change(tmp_path / "e0", lambda found: found[UP][1500, 7:9].copy_(torch.tensor([float("nan"), float("inf")])))
+    more = f"allow_nonfinite: {str(allowed).lower()}"
+    config = write_config(tmp_path, method, experts=experts, more=more, **parameters)
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        plan = api.plan(config, device="cpu", memory=memory)
+        assert {step.worker for step in plan.steps} == {"native"}
+        run(plan, tmp_path / threads)
+    monkeypatch.setattr(build, "worker_of", lambda *_, **__: "torch")
+    computed = api.plan(config, device="cpu")
+    assert {step.worker for step in computed.steps} == {"torch"}
+    run(computed, tmp_path / "plain")
+    assert weights(tmp_path / "1") == weights(tmp_path / "3") == weights(tmp_path / "plain")
+
+
+def _widen(found: dict[str, torch.Tensor]) -> None:
+    """In float64 what float32 cannot hold: deltas of very different sizes, in the last digits."""
+    generator = torch.Generator().manual_seed(len(found))
+    for name in (UP, NORM):
+        noise = torch.randn(found[name].shape, generator=generator, dtype=torch.float64)
+        found[name] = found[name].double() + 1e-9 * noise
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.0])
