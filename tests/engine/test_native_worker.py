@@ -21,7 +21,7 @@ from pymerge.engine.run import run
 from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from pymerge.planner import build
 from pymerge.planner.plan import Plan
-from tests.helpers.checkpoints import change, load_output, tree, write_config, write_models
+from tests.helpers.checkpoints import change, load_output, tree, write_config, write_model, write_models
 from tests.helpers.imports import modules_after
 
 UP, NORM, COUNTER = "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.counter"
@@ -182,6 +182,58 @@ def test_float64_gives_the_bytes_of_pytorchs_worker(
     assert {step.worker for step in computed.steps} == {"torch"}
     run(computed, tmp_path / "plain")
     assert weights(tmp_path / "1") == weights(tmp_path / "3") == weights(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("memory", [None, "24MiB"])
+@pytest.mark.parametrize("case", WITHOUT_TORCH)
+def test_8_bit_floats_give_the_bytes_of_pytorchs_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, memory: str | None
+) -> None:
+    """They are decoded as they are read, whatever their kind."""
+    write_models(tmp_path, tensors(torch.bfloat16))
+    for folder, kind in (("base", "e4m3fn"), ("e0", "e5m2"), ("e1", "e4m3fnuz")):
+        dtype = getattr(torch, f"float8_{kind}")
+        change(tmp_path / folder, lambda found, dtype=dtype: found.update({UP: found[UP].to(dtype)}))
+    method = case.partition(",")[0]
+    config = write_config(tmp_path, method, experts=1 if method in ONE_MODEL else 2, **WITHOUT_TORCH[case])
+    plan = api.plan(config, device="cpu", memory=memory)
+    assert {step.worker for step in plan.steps} == {"native"}
+    run(plan, tmp_path / "out")
+    monkeypatch.setattr(build, "worker_of", lambda *_, **__: "torch")
+    run(api.plan(config, device="cpu"), tmp_path / "plain")
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+
+
+FLOAT8 = ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"]
+BUFFER = f"layers: [{{pattern: '{COUNTER}', kind: buffer}}]"
+
+
+@pytest.mark.parametrize("kind", FLOAT8)
+def test_all_8_bit_floats_as_they_are_and_converted(tmp_path: Path, kind: str) -> None:
+    """A weight becomes bfloat16, a buffer stays as it is; without PyTorch."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(getattr(torch, f"float8_{kind}"))
+    finite = values[values.float().isfinite()]
+    for folder in ("base", "e0"):
+        write_model(tmp_path / folder, {NORM: finite, COUNTER: finite.clone()})
+    config = write_config(tmp_path, "passthrough", experts=1, scale=1.0, more=BUFFER)
+    code = f"import pymerge; pymerge.merge({str(config)!r}, {str(tmp_path / 'out')!r}, device='cpu')"
+    assert "torch" not in modules_after(code)
+    found = load_output(tmp_path / "out")
+    assert torch.equal(found[NORM], finite.bfloat16())
+    assert torch.equal(found[NORM].signbit(), finite.bfloat16().signbit())
+    assert torch.equal(found[COUNTER].view(torch.uint8), finite.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", [NORM, COUNTER])
+def test_an_8_bit_float_that_is_not_finite_is_named(tmp_path: Path, name: str) -> None:
+    found = {NORM: torch.ones(8).to(torch.float8_e5m2), COUNTER: torch.ones(8).to(torch.float8_e5m2)}
+    found[name].view(torch.uint8)[5] = 0x7C  # infinity
+    for folder in ("base", "e0"):
+        write_model(tmp_path / folder, found)
+    plan = native_plan(tmp_path, "passthrough", experts=1, scale=1.0, more=BUFFER)
+    with pytest.raises(NonFiniteError, match=rf"model.safetensors: tensor '{name}' has 1 values .*\[5\]"):
+        run(plan, tmp_path / "out")
 
 
 def _widen(found: dict[str, torch.Tensor]) -> None:

@@ -141,9 +141,13 @@ def test_elements_that_lie_apart_need_pytorch(models: Path) -> None:
     assert worker_of(up, found.target, allow_nonfinite=False) == "native"
 
 
-def test_8_bit_floats_need_pytorch(models: Path) -> None:
-    change(models / "e1", lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float8_e4m3fn)}))
-    assert workers(plan(models, "linear")) == {UP: "native", NORM: "torch", COUNTER: "native"}
+@pytest.mark.parametrize(("method", "parameters"), STREAMED, ids=str)
+def test_8_bit_floats_need_no_pytorch(models: Path, method: str, parameters: dict[str, Any]) -> None:
+    for folder in ("base", "e0"):
+        change(models / folder, lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float8_e4m3fn)}))
+    found = plan(models, method, **parameters)
+    assert set(workers(found).values()) == {"native"}
+    assert "F8_E4M3" in [entry.dtype for entry in step(found, NORM).inputs]
 
 
 def test_copies(models: Path) -> None:
