@@ -30,8 +30,8 @@ class Target:
 def worker_of(step: Step, target: Target, *, allow_nonfinite: bool) -> WorkerName:
     """The worker of a step on this target.
 
-    Native code takes tensors that can be read without PyTorch, in the dtypes that it computes in, or decoded to one. One
-    of another kind goes to PyTorch, alone.
+    Native code takes tensors that can be read without PyTorch, in the dtypes that it computes in, or decoded to one.
+    Others go to PyTorch, alone.
     """
     if isinstance(step.action, InCore):
         return "core"
