@@ -96,11 +96,6 @@ class Reduce(Action):
         """Bytes of the state of one tensor between two of its pieces."""
 
     @property
-    def native(self) -> bool:
-        """Whether native code has all of its ops for arrays."""
-        return True
-
-    @property
     def shows_nonfinite(self) -> bool:
         return True
 

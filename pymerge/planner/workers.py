@@ -44,6 +44,4 @@ def worker_of(step: Step, target: Target, *, allow_nonfinite: bool) -> WorkerNam
             return "native"
         # Which bits NaN has in another dtype differs between PyTorch and C++.
         return "native" if known and not allow_nonfinite else "torch"
-    if isinstance(action, (Combine, Elementwise)):
-        return "native" if known else "torch"
-    return "native" if isinstance(action, Reduce) and action.native and known else "torch"
+    return "native" if known and isinstance(action, (Combine, Elementwise, Reduce)) else "torch"

@@ -19,7 +19,8 @@ from pymerge.common import arrays
 from pymerge.engine import native_worker
 from pymerge.engine.run import run
 from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError
-from pymerge.planner import build
+from pymerge.methods import reduce
+from pymerge.planner import build, fit
 from pymerge.planner.plan import Plan
 from tests.helpers.checkpoints import change, load_output, tree, write_config, write_model, write_models
 from tests.helpers.imports import modules_after
@@ -132,6 +133,9 @@ WITHOUT_TORCH: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.5},
     "karcher": {},
     "model_stock": {},
+    "model_stock, rows": {"filter_wise": True},
+    "nuslerp, rows": {"weight": 0.4, "nuslerp_flatten": False},
+    "nuslerp, columns": {"weight": 0.4, "nuslerp_flatten": False, "nuslerp_row_wise": True},
 }
 ONE_MODEL = ("passthrough", "nearswap", "arcee_fusion", "slerp")
 
@@ -148,60 +152,70 @@ def test_methods_do_without_pytorch(tmp_path: Path, case: str) -> None:
     code = f"import pymerge; pymerge.merge({str(config)!r}, {str(tmp_path / 'out')!r}, device='cpu')"
     assert modules_after(code) & {"torch", "triton", "safetensors", "transformers"} == set()
     found = load_output(tmp_path / "out")
-    of_base = method != "passthrough"
-    assert (found[UP].dtype, found[NORM].dtype) == ((torch.bfloat16 if of_base else torch.float64), torch.float64)
+    assert (found[UP].dtype, found[NORM].dtype) == (torch.bfloat16, torch.float64)
 
 
-DOUBLE = {"all": ("base", "e0", "e1"), "base": ("base",), "expert": ("e1",), "experts": ("e0", "e1")}
+# Which models are float64, whether inputs are held between passes, whether one has NaN and infinity.
+DOUBLE = [
+    (("base", "e0", "e1"), True, False),
+    (("base",), False, False),
+    (("e1",), False, True),
+    (("e0", "e1"), True, True),
+]
 
 
-@pytest.mark.parametrize("memory", [None, "70MiB"])
-@pytest.mark.parametrize("where", DOUBLE)
+@pytest.mark.parametrize(("folders", "held", "nonfinite"), DOUBLE, ids=str)
 @pytest.mark.parametrize("case", WITHOUT_TORCH)
 def test_float64_gives_the_bytes_of_pytorchs_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, where: str, memory: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, folders: tuple[str, ...], held: bool, nonfinite: bool
 ) -> None:
-    """In one range or several, held or read again, on one thread or three, with NaN where that is allowed."""
-    write_models(tmp_path, tensors(torch.bfloat16))
-    for folder in DOUBLE[where]:
+    """In ranges, on one thread and on three."""
+    write_models(tmp_path, small())
+    for folder in folders:
         change(tmp_path / folder, _widen)
-    method, parameters = case.partition(",")[0], WITHOUT_TORCH[case]
+    if nonfinite:
+        change(tmp_path / "e0", lambda found: found[UP][100, 7:9].copy_(torch.tensor([float("nan"), float("inf")])))
+    monkeypatch.setattr(fit, "HELD_BYTES", 2**28 if held else 0)
+    more = f"allow_nonfinite: {str(nonfinite).lower()}"
+    merged = both_workers(tmp_path, monkeypatch, case, more)
+    assert merged[0] == merged[1] == merged[2]
+
+
+def small() -> dict[str, torch.Tensor]:
+    return {name: tensor[:150] if tensor.ndim == 2 else tensor for name, tensor in tensors(torch.bfloat16).items()}
+
+
+def both_workers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, case: str, more: str = ""
+) -> tuple[dict[str, bytes], ...]:
+    """Weights of the native worker on one thread and on three, and of PyTorch's with C++ ops; ranges are short."""
+    monkeypatch.setattr(reduce, "RANGE_ELEMENTS", 2**16)
+    method = case.partition(",")[0]
     experts = 1 if method in ONE_MODEL else 2
-    allowed = memory is not None
-    if allowed:
-        change(tmp_path / "e0", lambda found: found[UP][1500, 7:9].copy_(torch.tensor([float("nan"), float("inf")])))
-    more = f"allow_nonfinite: {str(allowed).lower()}"
-    config = write_config(tmp_path, method, experts=experts, more=more, **parameters)
-    for threads in ("1", "3"):
+    config = write_config(folder, method, experts=experts, more=more, **WITHOUT_TORCH[case])
+    found = []
+    for threads, worker in (("1", "native"), ("3", "native"), ("1", "torch")):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        plan = api.plan(config, device="cpu", memory=memory)
-        assert {step.worker for step in plan.steps} == {"native"}
-        run(plan, tmp_path / threads)
-    monkeypatch.setattr(build, "worker_of", lambda *_, **__: "torch")
-    computed = api.plan(config, device="cpu")
-    assert {step.worker for step in computed.steps} == {"torch"}
-    run(computed, tmp_path / "plain")
-    assert weights(tmp_path / "1") == weights(tmp_path / "3") == weights(tmp_path / "plain")
+        if worker == "torch":
+            monkeypatch.setattr(build, "worker_of", lambda *_, **__: "torch")
+        plan = api.plan(config, device="cpu")
+        assert {step.worker for step in plan.steps} == {worker}
+        run(plan, folder / "out", overwrite=True)
+        found.append(weights(folder / "out"))
+    return tuple(found)
 
 
-@pytest.mark.parametrize("memory", [None, "24MiB"])
 @pytest.mark.parametrize("case", WITHOUT_TORCH)
 def test_8_bit_floats_give_the_bytes_of_pytorchs_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, memory: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """They are decoded as they are read, whatever their kind."""
-    write_models(tmp_path, tensors(torch.bfloat16))
+    write_models(tmp_path, small())
     for folder, kind in (("base", "e4m3fn"), ("e0", "e5m2"), ("e1", "e4m3fnuz")):
         dtype = getattr(torch, f"float8_{kind}")
         change(tmp_path / folder, lambda found, dtype=dtype: found.update({UP: found[UP].to(dtype)}))
-    method = case.partition(",")[0]
-    config = write_config(tmp_path, method, experts=1 if method in ONE_MODEL else 2, **WITHOUT_TORCH[case])
-    plan = api.plan(config, device="cpu", memory=memory)
-    assert {step.worker for step in plan.steps} == {"native"}
-    run(plan, tmp_path / "out")
-    monkeypatch.setattr(build, "worker_of", lambda *_, **__: "torch")
-    run(api.plan(config, device="cpu"), tmp_path / "plain")
-    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    merged = both_workers(tmp_path, monkeypatch, case)
+    assert merged[0] == merged[1] == merged[2]
 
 
 FLOAT8 = ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"]
