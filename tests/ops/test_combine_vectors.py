@@ -28,12 +28,12 @@ def test_the_reference_is_the_formula(shape: tuple[int, ...], axis: Axis, with_b
     base, *tensors = (torch.randn(shape, generator=generator) for _ in range(3))
     weights = torch.randn(len(vectors(base, axis)), 2, generator=generator, dtype=DOUBLE).numpy()
     op = CombineVectors(base if with_base else None, tensors, weights, axis, DOUBLE)
-    merged = Runner()(op)
+    merged = op.reference()
     start = vectors(base, axis) if with_base else np.zeros_like(vectors(base, axis))
     expected = start + sum(weights[:, t, None] * (vectors(tensor, axis) - start) for t, tensor in enumerate(tensors))
     assert merged.shape == shape
     np.testing.assert_allclose(vectors(merged, axis), expected, rtol=0, atol=2e-6)
-    assert_same("of arrays", Runner()(with_arrays(op)), merged)
+    assert_same("of arrays", with_arrays(op).reference(), merged)
 
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)
