@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +30,7 @@ def bounded(step: Step, peaks: Sequence[float]) -> bool:
     if len(action.weights) != len(experts):
         return False
     base = base if action.on_base else 0.0
-    total = math.fsum(abs(weight) * (one + base) for weight, one in zip(action.weights, experts, strict=True))
+    total = sum(abs(weight) * (one + base) for weight, one in zip(action.weights, experts, strict=True))
     # Sums are made in float32 at least, and a float64 model's in float64.
     largest = 0.5 * torch.finfo(torch_dtype("F32" if step.dtype == "F64" else step.dtype)).max
     return total < largest and total / abs(action.divisor) + base < largest
