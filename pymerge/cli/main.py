@@ -1,4 +1,4 @@
-"""The command line: merge, multi, plan, report, extract, verify, methods, env, wemoe, demo, bench."""
+"""The command line: merge, multi, plan, report, extract, verify, methods, env, wemoe, mergekit-yaml, demo, bench."""
 
 from __future__ import annotations
 
@@ -344,6 +344,24 @@ def wemoe(context: typer.Context) -> None:
         from pymerge.cli.wemoe import wemoe_app
 
         wemoe_app(args=context.args, prog_name="pymerge wemoe")
+
+
+@app.command("mergekit-yaml", context_settings=_SCRIPT)
+def mergekit_yaml(context: typer.Context) -> None:
+    """Merge CONFIG_FILE into OUT_PATH, with the options of mergekit-yaml."""
+    with reported():
+        from pymerge.cli.mergekit import yaml_command
+
+        yaml_command(context.args)
+
+
+@app.command("mergekit-multi", context_settings=_SCRIPT)
+def mergekit_multi(context: typer.Context) -> None:
+    """Run the merges of CONFIG_FILE, with the options of mergekit-multi."""
+    with reported():
+        from pymerge.cli.mergekit import multi_command
+
+        multi_command(context.args)
 
 
 @app.command(context_settings=_SCRIPT)
