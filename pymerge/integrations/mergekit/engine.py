@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from pymerge.integrations.libraries import require
+from pymerge.common.libraries import require
 from pymerge.integrations.mergekit.configs import document_of
 from pymerge.integrations.mergekit.merges import merge_document
 from pymerge.integrations.mergekit.options import Options

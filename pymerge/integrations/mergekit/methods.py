@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pymerge.architecture.roles import Kind, Role, Rule, classify
 from pymerge.common.dtypes import code_of
+from pymerge.common.libraries import require
 from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
 from pymerge.errors import ArgumentError
-from pymerge.integrations.libraries import require
 from pymerge.methods import METHODS
 from pymerge.methods.base import Method, Parameter
 from pymerge.methods.solver import SolverMethod
