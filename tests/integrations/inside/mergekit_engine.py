@@ -20,8 +20,11 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 import pymerge.integrations.mergekit as integration
+from pymerge.engine.recheck import recheck
 from pymerge.errors import ArgumentError, ConfigError, OutputError
 from pymerge.integrations.mergekit import engine
+from pymerge.integrations.mergekit.__main__ import main
+from pymerge.output.verify import verify
 from tests.helpers.checkpoints import CARRIED, llama, llama_config, load_output, write_models
 from tests.helpers.vocabularies import bpe, write
 
@@ -139,10 +142,10 @@ def test_the_files_beside_the_weights(models: Path) -> None:
     assert names.isdisjoint({"README.md", "mergekit_config.yml", "tokenizer.json", "tokenizer_config.json"})
     assert names >= {"generation_config.json", "1_Pooling", "pymerge_config.yml"}
     assert load_output(models / "plain").keys() == load_output(out).keys()
-    for folder in ("out", "plain"):
-        done = subprocess.run([sys.executable, "-m", "pymerge", "verify", folder, "--deep", "all"], capture_output=True)
-        assert done.returncode == 0, done.stderr
-        assert b"changed" not in done.stderr
+    for folder in (out, models / "plain"):
+        assert verify(folder).problems == []
+        found = recheck(folder)
+        assert (len(found.tensors), found.problems, found.changes) == (29, [], [])
 
 
 def test_another_merge_is_replaced_and_files_of_others_are_not(models: Path) -> None:
@@ -236,27 +239,29 @@ def test_the_commands_of_mergekit(models: Path) -> None:
         "merge_method: linear\nparameters: {weight: 1e0}\nmodels: [{model: first}, {model: ./e2}]\n"
     )
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pymerge.integrations.mergekit", *words]
-        return subprocess.run(command, capture_output=True, text=True)
+    def run(*words: str) -> None:
+        with pytest.raises(SystemExit) as ended:  # as click ends a command
+            main([*words, "--quiet"])
+        assert ended.value.code == 0
 
-    done = run("yaml", "one.yml", "one", "--quiet", "--num-threads", "1")
-    assert done.returncode == 0, done.stderr
+    run("yaml", "one.yml", "one")
     assert (models / "one/mergekit_config.yml").read_bytes() == (models / "one.yml").read_bytes()
-    done = run("multi", "all.yml", "-I", "parts", "--out-path", "all", "--quiet")
-    assert done.returncode == 0, done.stderr
+    run("multi", "all.yml", "-I", "parts", "--out-path", "all")
     first = load_output(models / "parts/first")
     assert all(torch.equal(tensor, first[name]) for name, tensor in load_output(models / "one").items())
     assert (models / "all/pymerge_manifest.json").exists()
-    done = run("legacy", "old", "--merge", "./e0", "--merge", "./e1", "--base-model", "./base", "--weight", "0.5")
-    assert done.returncode == 0, done.stderr
+    run("legacy", "old", "--merge", "./e0", "--merge", "./e1", "--base-model", "./base", "--weight", "0.5")
     assert (models / "old/pymerge_manifest.json").exists()
-    (models / "wrong.yml").write_text(recipe + "models: [{model: ./e0}]\nmerge_metod: 3\n")
-    done = run("yaml", "wrong.yml", "wrong")
+    for words, code in ((["nothing"], 2), (["--help"], 0), ([], 0)):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == code
+
+
+def test_an_error_is_one_line_and_an_exit_code(models: Path) -> None:
+    (models / "wrong.yml").write_text("merge_method: linear\nmodels: [{model: ./e0}]\nmerge_metod: 3\n")
+    command = [sys.executable, "-m", "pymerge.integrations.mergekit", "yaml", "wrong.yml", "wrong"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if "merge_metod" in line] == [
-        "error: mergekit's config:6: unknown key 'merge_metod'; did you mean 'merge_method'?"
-    ]
+    assert "error: mergekit's config:3: unknown key 'merge_metod'; did you mean 'merge_method'?\n" in done.stderr
     assert "Traceback" not in done.stderr
-    assert run("nothing").returncode == 2
-    assert "usage" in run("--help").stdout
