@@ -150,13 +150,13 @@ def test_the_files_beside_the_weights(models: Path) -> None:
 
 def test_another_merge_is_replaced_and_files_of_others_are_not(models: Path) -> None:
     integration.replace_engine()
-    first = merged(config("linear", weight=0.5), models / "out")
-    second = merged(config("linear", 3, weight=0.5), models / "out")
+    first = merged(config("linear", base=False, weight=0.5), models / "out")
+    second = merged(config("linear", 3, base=False, weight=0.5), models / "out")
     assert not torch.equal(first["model.norm.weight"], second["model.norm.weight"])
     (models / "full").mkdir()
     (models / "full/notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt"):
-        merged(config("linear", weight=0.5), models / "full")
+        merged(config("linear", base=False, weight=0.5), models / "full")
 
 
 def test_seeds(models: Path) -> None:
@@ -169,7 +169,7 @@ def test_seeds(models: Path) -> None:
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert "random_seed: 2" in (models / "other/pymerge_config.yml").read_text()
-    merged(config("linear", weight=0.5), models / "linear", random_seed=3)
+    merged(config("linear", base=False, weight=0.5), models / "linear", random_seed=3)
     assert "random_seed" not in (models / "linear/pymerge_config.yml").read_text()
 
 
@@ -198,7 +198,7 @@ def test_what_pymerge_refuses_is_an_error_with_a_remedy(models: Path) -> None:
             MergeConfiguration.model_validate(yaml.safe_load(source)), "out", MergeOptions(), config_source=source
         )
     with pytest.raises(ArgumentError, match="safetensors only"):
-        merged(config("linear", weight=1.0), models / "out", safe_serialization=False)
+        merged(config("linear", base=False, weight=1.0), models / "out", safe_serialization=False)
     overridden = ModelReference.model_validate({"model": {"path": "./e0"}, "override_architecture": "GPT2LMHeadModel"})
     with pytest.raises(ConfigError, match="override_architecture"):
         merged(MergeConfiguration(merge_method="passthrough", models=[{"model": overridden}]), models / "out")
@@ -259,7 +259,7 @@ def test_the_commands_of_mergekit(models: Path) -> None:
 
 
 def test_an_error_is_one_line_and_an_exit_code(models: Path) -> None:
-    (models / "wrong.yml").write_text("merge_method: linear\nmodels: [{model: ./e0}]\nmerge_metod: 3\n")
+    (models / "wrong.yml").write_text("merge_method: passthrough\nmodels: [{model: ./e0}]\nmerge_metod: 3\n")
     command = [sys.executable, "-m", "pymerge.integrations.mergekit", "yaml", "wrong.yml", "wrong"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
