@@ -179,6 +179,8 @@ def _check_prefix(path: Path, prefix: bytes, file_bytes: int) -> None:
 
 
 def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
+    if metadata is None:  # as mlx writes it
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: {METADATA_KEY} does not map text to text; {AGAIN}")
     return metadata
@@ -216,7 +218,7 @@ def _check_entry(path: Path, name: str, fields: object, start: int) -> TensorEnt
 
 
 def about_dtype(dtype: str) -> str:
-    """What is to be said of a dtype that cannot be read."""
+    """Problem of a dtype that cannot be read, with the remedy."""
     if dtype in _REFUSED_DTYPES:
         return f"has dtype {dtype} ({_REFUSED_DTYPES[dtype]}): is quantised; merge the original weights instead"
     if dtype in ("C32", "C64", "C128"):

@@ -47,7 +47,7 @@ class Evaluator:
         self._finite: set[tuple[str, int]] = set()  # weights whose inputs have been looked at
 
     def device_of(self, step: Step) -> torch.device:
-        """Where a step is computed."""
+        """Device that a step is computed on."""
         if self._device is not None:
             return self._device
         held = (entry.tensor.device for entry in (step.base, *step.experts) if isinstance(entry, HeldEntry))

@@ -47,7 +47,7 @@ class Magnitudes:
 
     @classmethod
     def of(cls, rows: Rows) -> Magnitudes:
-        """Those of |W_t - W_0|."""
+        """Magnitudes of W_t - W_0."""
         return cls(rows.base, rows.experts, rows)
 
     @classmethod
@@ -159,7 +159,7 @@ class Selection:
 
     @property
     def keys(self) -> Sequence[int]:
-        """Those of the last elements that are selected, when all passes have ended."""
+        """Keys of the last elements that are selected, when all passes have ended."""
         return self._keys
 
     def of_piece(self, run: Run, piece: Magnitudes) -> Thresholds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pymerge.adapters.folder import unmerged
+from pymerge.adapters.forms import unmerged
 from pymerge.architecture.buffers import constant
 from pymerge.architecture.roles import Kind, Role, classify, positions
 from pymerge.architecture.tied import embedding_of, same_values, says_tied, tied_tensors, ties
@@ -112,7 +112,7 @@ class Fitted:
 
 
 def copied(fitted: Sequence[Fitted]) -> frozenset[str]:
-    """What is taken from the base where it is merged with these models: what all of them lack, and constants."""
+    """Tensors taken from the base where it is merged with these models: those that all lack, and constants."""
     lacking = frozenset.intersection(*(each.lacking for each in fitted)) if fitted else frozenset()
     return lacking.union(*(each.constants for each in fitted))
 
