@@ -3,8 +3,8 @@
     python -m benchmarks integrations [--size 135M 1.2B] [--methods linear,...] [--repeat N] [--data FOLDER]
 
 The checkpoints are those of `merges`. Both forms get the same arguments, take turns, and write to a folder of their
-own, which is emptied before each call. Before anything is timed, each runs once, and their tensors are compared: names and
-shapes must be the same, and the largest difference is in the results (mergekit computes in bfloat16, pymerge in
+own, which is emptied before each call. Before anything is timed, each runs once, and their tensors are compared: names
+and shapes must be the same, and the largest difference is in the results (mergekit computes in bfloat16, pymerge in
 float32). Results go to benchmarks/runs/<machine>/<date>-integrations.json.
 """
 
