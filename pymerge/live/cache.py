@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.engine.whole import Share
-from pymerge.methods.kept import Kept
+from pymerge.methods.actions import Kept
 from pymerge.methods.reduce import Reduction
 
 # Rows of a tensor, by the tensor's name and the first of the rows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
@@ -16,7 +15,7 @@ from pymerge.checkpoint.finite import is_finite, overflow
 from pymerge.checkpoint.held import HeldEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.arrays import as_tensor
+from pymerge.common.arrays import as_tensor, compute_code
 from pymerge.common.devices import Device, resolve_device
 from pymerge.common.dtypes import code_of, torch_dtype, upcast
 from pymerge.common.progress import NoProgress
@@ -26,6 +25,7 @@ from pymerge.engine.trace import Tracer
 from pymerge.engine.whole import Share, merge_whole, reduce_together
 from pymerge.engine.worker import Context, check_input, first_line, is_out_of_memory
 from pymerge.errors import ArgumentError, BackendError, OutOfMemoryError
+from pymerge.live.bounds import bounded, peak
 from pymerge.live.cache import Cache, Place
 from pymerge.methods.actions import Action, Combine, InCore, Solve
 from pymerge.methods.reduce import Reduce, Reduction, reduced
@@ -66,7 +66,9 @@ class Evaluator:
         """Device that a step is computed on."""
         if self._device is not None:
             return self._device
-        held = (entry.tensor.device for entry in (step.base, *step.experts) if isinstance(entry, HeldEntry))
+        if isinstance(step.base, HeldEntry):
+            return step.base.tensor.device
+        held = (entry.tensor.device for entry in step.experts if isinstance(entry, HeldEntry))
         return next(held, torch.device("cpu"))
 
     def merge(self, step: Step, out: Tensor, share: Share | None = None) -> None:
@@ -86,12 +88,12 @@ class Evaluator:
 
     def accept(self, step: Step, made: Tensor, out: Tensor) -> None:
         """Look at a result, and put it where it belongs."""
-        if not (self._allow_nonfinite or step.infinite or self._bounded(step) or is_finite(made)):
+        if not (self._allow_nonfinite or step.infinite or self._is_bounded(step) or is_finite(made)):
             self._blame(step)
         if made.data_ptr() != out.data_ptr() or made.device != out.device:
             out.copy_(made)
-        elif out.ndim:  # native code wrote to it, of which autograd knows nothing
-            out.narrow(0, 0, 0).zero_()
+        else:  # native code wrote to it, of which autograd knows nothing
+            torch.autograd.graph.increment_version(out)
 
     def reduced(self, steps: Sequence[Step]) -> dict[int, Share]:
         """Shares of steps, by their ids, that are merged by what several together tell."""
@@ -102,10 +104,8 @@ class Evaluator:
         found: dict[int, Share] = {}
         for action, group in groups.items():
             assert isinstance(action, Reduce)
-            wide = [each.name for each in group if any(entry.dtype == "F64" for entry in each.inputs)]
-            if wide:
-                raise ArgumentError(f"{wide[0]}: scope: model takes no float64; convert it, or set scope: tensor")
-            shares = self._shares(action, group)
+            known = action.on(*(entry.dtype for step in group for entry in step.inputs))
+            shares = self._shares(known, group)
             found |= {id(step): share for step, share in zip(group, shares, strict=True)}
         return found
 
@@ -166,6 +166,7 @@ class Evaluator:
     def _reduced(self, step: Step, action: Reduce, run: Runner, rows: Rows) -> Reduction:
         """The state of a tensor that is reduced: one that is kept, if it can serve this action."""
         assert self._cache is not None
+        action = action.on(compute_code(rows.base, *rows.experts))
         basis, place = action.basis, _place(step)
         if place in self._cache.states and self._cache.states[place][0] == basis:
             return self._cache.states[place][1].serving(action)
@@ -207,21 +208,10 @@ class Evaluator:
                 check_input(self._reader, entry, 0, tensor)
             self._finite.add(place)
         if cache is not None and bounds:
-            cache.peaks[place] = tuple(_peak(tensor) for tensor in inputs)
+            cache.peaks[place] = tuple(map(peak, inputs))
 
-    def _bounded(self, step: Step) -> bool:
-        """Whether no element of a weighted sum can be too large for its dtype."""
-        action, place = step.action, _place(step)
-        if not isinstance(action, Combine) or self._cache is None or place not in self._cache.peaks:
-            return False
-        peaks = self._cache.peaks[place]
-        if len(peaks) != len(step.inputs) or len(action.weights) != len(step.experts):
-            return False
-        base, experts = (peaks[0], peaks[1:]) if step.reads_base else (0.0, peaks)
-        base = base if action.on_base else 0.0
-        terms = [abs(weight) * (peak + base) for weight, peak in zip(action.weights, experts, strict=True)]
-        largest = torch.finfo(torch_dtype("F32" if step.dtype == "F64" else step.dtype)).max
-        return math.fsum(terms) / abs(action.divisor) + base < 0.5 * largest and math.fsum(terms) < 0.5 * largest
+    def _is_bounded(self, step: Step) -> bool:
+        return self._cache is not None and bounded(step, self._cache.peaks.get(_place(step), ()))
 
     def _is_there(self, entry: TensorEntry, device: torch.device) -> bool:
         return isinstance(entry, HeldEntry) and entry.tensor.device == device
@@ -280,11 +270,6 @@ def _kept_bytes(step: Step) -> int:
     matrices = step.role.parts * (step.shape[0] if step.role.stacked else 1)
     worked = pieces.worked_shape(step.role, step.action, step.shape)
     return matrices * step.action.kept_bytes(worked, len(step.experts)) if isinstance(step.action, Solve) else 0
-
-
-def _peak(tensor: Tensor) -> float:
-    """The largest magnitude."""
-    return max(abs(float(extreme)) for extreme in torch.aminmax(tensor)) if tensor.numel() else 0.0
 
 
 def _room(step: Step, out: Tensor, inputs: Sequence[Tensor]) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -76,8 +77,10 @@ class Merger:
         self._cache = Cache(limit.tensors if memory is None else limit.host)
         self._solves_again = exact or cache == "none"
         self._prepared = cache == "none"  # there is nothing to prepare
+        reader = Reader(self._models.inputs.stamps)
+        finalize(self, reader.close)
         self._evaluator = Evaluator(
-            Reader(self._models.inputs.stamps),
+            reader,
             device,
             backend,
             self._models.config.allow_nonfinite,

@@ -19,14 +19,14 @@ from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.events import event
 from pymerge.common.names import listed
-from pymerge.config.merge_config import MergeConfig, load_config
+from pymerge.config.merge_config import MergeConfig, load_config, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.live.checkpoints import hold
 from pymerge.live.modules import Model, config_of, place_of, tensors_of
 from pymerge.live.settings import Settings
 from pymerge.methods import get_method
 from pymerge.methods.actions import copy
-from pymerge.methods.base import Method
+from pymerge.methods.base import Method, Values
 from pymerge.planner import pieces
 from pymerge.planner.config_differences import check_configs
 from pymerge.planner.constants import Constant, differing, find_constants
@@ -152,6 +152,7 @@ class Models:
             for name in names
         )
         self.names = [weight.name for weight in self.weights if weight.role.kind is not Kind.BUFFER]
+        self._sums: dict[str, Step] = {}  # steps of the last merge, of whole weights
         self.warnings = tuple(warnings)
         for warning in self.warnings:
             event("warning", warning, level=WARNING)
@@ -164,26 +165,32 @@ class Models:
         """
         config = with_settings(self.config, settings)
         sections: dict[int, Section] = {}
+        values: dict[int, Values] = {}  # of all tensors of a section, where they have the same
         found: list[tuple[Step, ...]] = []
         wrong: dict[str, list[str]] = {}
         for weight in self.weights:
             section = sections.get(id(weight.section))
             if section is None:
                 section = sections[id(weight.section)] = replace(weight.section, config=config)
+                if settings.same_for_all:
+                    values[id(section)] = resolve(config, self.method, weight.name, 0.0, section.participants)
             try:
-                found.append(tuple(self._steps(weight, section)))
+                found.append(tuple(self._steps(weight, section, values.get(id(section)))))
             except (ArgumentError, ConfigError) as error:
                 wrong.setdefault(str(error), []).append(weight.name)
         if wrong:
             raise ArgumentError("; ".join(f"{listed(names)}: {message}" for message, names in wrong.items()))
         return found
 
-    def _steps(self, weight: Weight, section: Section) -> Iterator[Step]:
-        made = decide(section, self.method, weight.name, weight.role, weight.base, weight.constant)
+    def _steps(self, weight: Weight, section: Section, values: Values | None) -> Iterator[Step]:
+        made = decide(section, self.method, weight.name, weight.role, weight.base, weight.constant, values)
+        if (known := self._sums.get(weight.name)) is not None and known.does_like(made.action, made.experts):
+            yield known.by(made.action)
+            return
         for rows in rows_of(weight.base, made.experts):
             action = routed(made.action, made.role, rows.base, rows.experts) if rows.experts else copy()
             shape = rows.base.shape
-            yield Step(
+            step = Step(
                 name=weight.name,
                 role=made.role,
                 action=action,
@@ -199,6 +206,9 @@ class Models:
                 values=made.values,
                 infinite=weight.constant.infinite if weight.constant is not None else 0,
             )
+            if shape == weight.base.shape:
+                self._sums[weight.name] = step
+            yield step
 
 
 def with_settings(config: MergeConfig, settings: Settings) -> MergeConfig:

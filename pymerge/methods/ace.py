@@ -14,11 +14,12 @@ from torch import Tensor
 from pymerge.common.arrays import as_tensor, compute_code
 from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError
-from pymerge.methods.actions import Action, Run, Solve, mean_of_tasks
+from pymerge.methods.actions import Action, Kept, Run, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.core.ace import Formula, centred, merged
 from pymerge.methods.core.factors import Factors, Product, nothing, plain_sum
-from pymerge.methods.kept import Kept, add_to_base
+from pymerge.methods.eigenvectors import KeptAce, Ridged
+from pymerge.methods.kept import add_to_base
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import (
     PRECISION,
@@ -27,7 +28,6 @@ from pymerge.methods.solver import (
     SolverMethod,
     not_a_number,
 )
-from pymerge.ops._op import one_thread
 from pymerge.ops.normal_equations import NormalEquations
 from pymerge.ops.spd_solve import SpdSolve
 from pymerge.ops.spectral_refine import SpectralRefine
@@ -62,7 +62,7 @@ def heterogeneity(norms: Sequence[float], variant: Variant) -> float:
 
 
 @dataclass(frozen=True)
-class SolveAce(Solve):
+class SolveAce(Ridged):
     """Closed-form merge with covariances Sig_t of the centred deltas C_t = tau_t - 1 mu_t^T; returns W_0 + scale * X.
 
     X = (sum_t C_t (Sig_t + e_t I)) (sum_t (Sig_t + e_t I) + 1 c)^-1. With heterogeneous tasks (gamma above the
@@ -244,45 +244,6 @@ class SolveAce(Solve):
         # Covariance, system, factor, one task's Gram, and for the refinement eigenvectors and LAPACK's work; numerator,
         # solution, total, residual and four temporaries, in float64 at worst.
         return 8 * (6 * columns**2 + 8 * rows * columns)
-
-
-class KeptAce(Kept):
-    """V and lambda of S without ridges, N V and the sum of C_t V, from float64: any eps for a product.
-
-    X (S + e T I + 1 c) = N + e C, with c the mean of the columns of S, which no ridge changes.
-    """
-
-    kind = "eigenvectors"
-
-    def __init__(self, S: Tensor, N: Tensor, C: Tensor, tasks: int, code: str) -> None:
-        dtype = torch_dtype(code)
-        with one_thread():  # the same bits for any number of threads
-            self._values, vectors = torch.linalg.eigh(S)
-        self._prior = (S.sum(dim=0) / len(S)) @ vectors
-        self._ones = vectors.sum(dim=0)
-        self._numerator = (N @ vectors).to(dtype)
-        self._sum = (C @ vectors).to(dtype)
-        self._vectors = vectors.to(dtype)
-        self._tasks = tasks
-
-    @property
-    def nbytes(self) -> int:
-        kept = (self._values, self._prior, self._ones, self._numerator, self._sum, self._vectors)
-        return sum(each.nbytes for each in kept)
-
-    def merge(self, action: Solve, base: Tensor, out_dtype: str) -> Tensor:
-        assert isinstance(action, SolveAce)
-        values = self._values + action.eps * self._tasks
-        if len(values) and not float(values[0]) > 0.0:
-            raise ArgumentError(
-                f"the system of {len(values)} inputs is not positive definite with eps {action.eps:g}; raise it"
-            )
-        dtype = self._vectors.dtype
-        Y = torch.add(self._numerator, self._sum, alpha=action.eps).div_(values.to(dtype))  # R S^-1 V
-        row = self._prior / values
-        column = (Y @ self._ones.to(dtype)).div_(float(1.0 + row @ self._ones))
-        Y.addr_(column, row.to(dtype), alpha=-1.0)
-        return add_to_base(base, Y @ self._vectors.mT, action.scale, out_dtype)
 
 
 class Ace(SolverMethod):

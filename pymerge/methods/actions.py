@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from pymerge.common.arrays import ArrayLike
 from pymerge.ops import combine as sums
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pymerge.methods.core.factors import Delta, Factors
-    from pymerge.methods.kept import Kept
     from pymerge.methods.rows import Rows
 
 Result = TypeVar("Result")
@@ -148,6 +147,24 @@ class Solve(Action):
     def core_flops(self, shape: tuple[int, int], rank: int) -> int:
         """Operations of a matrix beside those of cores and one product."""
         return 0
+
+
+class Kept(ABC):
+    """What a solver keeps of one matrix, for merges with other parameters that may vary.
+
+    It never changes: what a merge gives does not depend on those before it.
+    """
+
+    kind: ClassVar[str]  # for people
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+
+    @abstractmethod
+    def merge(self, action: Solve, base: Tensor, out_dtype: str) -> Tensor:
+        """The merged matrix, d_out x d_in, by an action that differs from the one before in what may vary alone."""
 
 
 class SolveTogether(Solve):

@@ -1,32 +1,15 @@
-"""What solvers keep of a weight for merges with other parameters: a product, or an addition, instead of a solution."""
+"""What solvers keep of a weight whose X is the same whatever may vary: X, and its addition to W_0."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from pymerge.common.dtypes import torch_dtype
+from pymerge.methods.actions import Kept, Solve
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from pymerge.methods.actions import Solve
-
-
-class Kept(ABC):
-    """Kept of one matrix. Frozen: what a merge gives does not depend on those before it."""
-
-    kind: ClassVar[str]  # for people
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-
-    @abstractmethod
-    def merge(self, action: Solve, base: Tensor, out_dtype: str) -> Tensor:
-        """The merged matrix, d_out x d_in, by an action that differs from the one before in what may vary alone."""
 
 
 def add_to_base(base: Tensor, X: Tensor, scale: float, out_dtype: str) -> Tensor:

@@ -11,11 +11,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pymerge.methods.actions import Action, Run, Solve
+from pymerge.methods.actions import Action, Kept, Run, Solve
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.core.factors import Factors, Product
 from pymerge.methods.core.singular import isotropic, orthogonal
-from pymerge.methods.kept import Kept, KeptDelta, add_to_base, delta_bytes
+from pymerge.methods.kept import KeptDelta, add_to_base, delta_bytes
 from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, not_a_number
 from pymerge.ops._op import Op
 from pymerge.ops.isotropic import Isotropic

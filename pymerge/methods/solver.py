@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pymerge.common.arrays import compute_code
 from pymerge.common.dtypes import torch_dtype
-from pymerge.methods.actions import Action, Run, Solve, copy, mean_of_tasks
+from pymerge.methods.actions import Action, Kept, Run, Solve, copy, mean_of_tasks
 from pymerge.methods.base import Method, Parameter, Values
-from pymerge.methods.kept import Kept, KeptDelta, add_to_base, delta_bytes
+from pymerge.methods.kept import KeptDelta, add_to_base, delta_bytes
 from pymerge.ops.normal_equations import NormalEquations
 from pymerge.ops.task_stats import TaskStats
 from pymerge.ops.task_sum import TaskSum

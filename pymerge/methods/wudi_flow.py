@@ -7,18 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from pymerge.common.arrays import compute_code
-from pymerge.common.dtypes import torch_dtype
-from pymerge.methods.actions import Action, Run, Solve
+from pymerge.methods.actions import Action, Kept, Run
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.core.factors import Factors, Product
 from pymerge.methods.core.flow import filtered, flow
-from pymerge.methods.kept import Kept, add_to_base
+from pymerge.methods.eigenvectors import Filtered, KeptFlow
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
-from pymerge.ops._op import one_thread
 from pymerge.ops.gradient_flow import GradientFlow, flow_gain, schedule
 from pymerge.ops.spectral_filter import Rank, SpectralFilter, filter_gain
 
@@ -26,21 +23,17 @@ from pymerge.ops.spectral_filter import Rank, SpectralFilter, filter_gain
 _FLOAT32_TIME = 500.0
 
 
-class ClosedForm(SolveInterference):
+class ClosedForm(SolveInterference, Filtered):
     """A displacement without steps."""
 
     @property
     def has_core(self) -> bool:
         return True
 
-    def gain(self, values: Tensor) -> Tensor:
-        """h / lambda on the eigenvalues of A, ascending; 0 for directions that are left alone."""
-        raise NotImplementedError
-
     def kept_of(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Kept:
         system = replace(self, precision="float64").equations(run, base, experts, norms)
         double = self.precision == "float64" or compute_code(base, *experts) == "F64"
-        return KeptFlow(system, "F64" if double else "F32")
+        return KeptFlow(system.A, system.B, system.X, "F64" if double else "F32")
 
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
@@ -51,34 +44,6 @@ class ClosedForm(SolveInterference):
         rows, columns = shape
         # A, three polynomials of it and two sums, or eigenvectors; X, B, D, a delta and its difference.
         return (8 if self.forms_in_double() else 4) * (6 * columns**2 + 6 * rows * columns)
-
-
-class KeptFlow(Kept):
-    """Y V, V and lambda of the equations, from float64: any time, and any number of directions, for a product.
-
-    Y is the right side relative to X_0, and D = (Y V) diag(h / lambda) V^T. Float32 is enough to keep them in: each
-    direction's column is rounded for itself, and the gain of small eigenvalues multiplies small columns alone.
-    """
-
-    kind = "eigenvectors"
-
-    def __init__(self, system: Equations, code: str) -> None:
-        dtype = torch_dtype(code)
-        with one_thread():  # as in the op: the same bits for any number of threads
-            self._values, vectors = torch.linalg.eigh(system.A)
-        self._turned = (system.B @ vectors).to(dtype)
-        self._vectors = vectors.to(dtype)
-        self._X = system.X.to(dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(each.nbytes for each in (self._values, self._turned, self._vectors, self._X))
-
-    def merge(self, action: Solve, base: Tensor, out_dtype: str) -> Tensor:
-        assert isinstance(action, ClosedForm)
-        gain = action.gain(self._values).to(self._X.dtype)
-        X = self._X.addmm(self._turned * gain, self._vectors.mT)
-        return add_to_base(base, X, action.scale, out_dtype)
 
 
 @dataclass(frozen=True)

@@ -298,3 +298,17 @@ def test_results_that_overflow_are_refused() -> None:
     largest = max(float(tensor.abs().max()) for tensor in base.values())
     assert largest * 6e4 < 2 * 65504  # a weight near what still fits is computed and looked at, not refused
     merger.merge(weight=[1e3, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("method", ["wudi_flow", "tsv_m"])
+def test_a_fused_weight_is_split_by_a_rule(method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [{f"a.{name}.weight": torch.randn(8, 6, generator=generator) for name in "qkv"} for _ in range(3)]
+    fused = [{"a.qkv.weight": torch.cat(list(model.values()))} for model in parts]
+    rule = [{"pattern": "qkv", "kind": "linear", "split": 3}]
+    for exact in (True, False):
+        whole = pymerge.Merger(fused[0], fused[1:], method, options={"layers": rule}, exact=exact).merge()
+        each = pymerge.Merger(parts[0], parts[1:], method, exact=exact).merge()
+        assert torch.equal(whole["a.qkv.weight"], torch.cat([each[f"a.{name}.weight"] for name in "qkv"]))
+    joined = pymerge.Merger(fused[0], fused[1:], method).merge()
+    assert not torch.allclose(joined["a.qkv.weight"], whole["a.qkv.weight"], atol=1e-3)
