@@ -138,7 +138,8 @@ def merge_adapters(
         config: as of `plan`, with a base_model and adapters as models.
         out: output directory, as of `run`.
         rank: "exact" (the sum of all ranks), a largest rank, or below 1 the share of the sum of s^2 that is kept.
-        full_tensors: tensors that have no factors in adapters, such as norms: "error", or "skip".
+        full_tensors: what becomes of tensors that adapters have no factors of, such as norms: "error"; "merge": they
+            are merged and saved whole, which vLLM does not load; or "skip".
         dtype: of the factors: "float32", "bfloat16" or "float16".
         memory, progress, overwrite: as of `plan` and `run`.
 

@@ -65,7 +65,7 @@ def merge(
     ] = "exact",
     full_tensors: Annotated[
         str,
-        typer.Option("--full-tensors", metavar="error|skip", help="With --adapter: norms, biases and others."),
+        typer.Option("--full-tensors", metavar="error|merge|skip", help="With --adapter: norms, biases and others."),
     ] = "error",
     quiet: Quiet = False,
     verbose: Verbose = False,

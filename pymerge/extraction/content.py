@@ -19,7 +19,16 @@ from pymerge.extraction.measure import Measured
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.targets import Target
 from pymerge.extraction.tied import TiedHead
-from pymerge.output.adapter_folder import Adapted, adapter_config, bias_name, replaced, saved_name, task_type, vllm_note
+from pymerge.output.adapter_folder import (
+    Adapted,
+    adapter_config,
+    bias_name,
+    replaced,
+    saved_name,
+    task_type,
+    tokens_name,
+    vllm_note,
+)
 from pymerge.planner.plan import Plan
 
 Bias = Literal["none", "lora_bias", "lora_only"]
@@ -94,7 +103,11 @@ def put_together(
         minus = target.base if bias == "lora_bias" else None
         stored = Stored((target.expert,), target.base.shape, options.code, minus)
         tensors[bias_name(target.module, added=minus is not None)] = stored
-    saved = _saved([each.target for each in changed if each.target.place == "saved"], plan, options, names)
+    whole = [each.target for each in changed if each.target.place == "saved"]
+    saved = _saved([target for target in whole if not target.tokens], plan, options, names)
+    for target in (each for each in whole if each.tokens):
+        rows = (len(target.tokens), *target.base.shape[1:])
+        tensors[tokens_name(target.module)] = Stored((target.expert,), rows, options.code)
     modules = {name.rpartition(".")[0] for name in saved}
     if head is not None and names[head.table] in saved:
         saved[head.weight] = saved[names[head.table]]
@@ -107,12 +120,13 @@ def put_together(
         adapted,
         names.values(),
         saved=sorted(modules),
+        tokens={target.module: target.tokens for target in whole if target.tokens},
         bias=bias,
         fan_in_fan_out=turned,
         task_type=task_type(plan.inputs.donor.config),
         tied=head is not None,
     )
-    note = vllm_note(rank, plain=not saved and bias == "none")
+    note = vllm_note(rank, plain=not whole and bias == "none")
     return Content(tuple(adapted), dict(sorted(tensors.items())), config, note)
 
 
@@ -167,13 +181,14 @@ def _saved(
     """All tensors of the modules that PEFT replaces for the sake of these, by their names in memory."""
     files = {path: name for name, path in names.items()}
     known = {step.name: step for step in plan.steps if step.experts}
+    merged = {target.name: target.expert for target in targets}
     found = {}
     for paths in replaced({target.module for target in targets}, files).values():
         for path in paths:
             whole = plan.inputs.donor.tensors[files[path]]
             entries: tuple[TensorEntry, ...] = (whole,)
             if step := known.get(files[path]):
-                entries = (step.experts[0],)
+                entries = (merged.get(step.name, step.experts[0]),)
                 if step.shape != whole.shape:  # rows beyond those that both have are the base's
                     entries += (whole.rows(step.shape[0], whole.shape[0]),)
             code = options.code if is_float(whole.dtype) else whole.dtype

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import yaml
 from torch import Tensor
 
 from pymerge import env
+from pymerge.adapters.decoders import AddedBias, TokenRows
 from pymerge.adapters.low_rank import low_rank_of
 from pymerge.adapters.ranks import rank_over
+from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.checkpoint.finite import is_finite, overflow
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import torch_dtype
@@ -24,13 +26,13 @@ from pymerge.common.names import listed
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.engine.model_card import RECIPE_NAME
 from pymerge.errors import ArgumentError, NonFiniteError, PlanError
-from pymerge.extraction.dense import merge_and_cut
+from pymerge.extraction.dense import merge_and_cut, merge_whole
 from pymerge.extraction.measure import Measured
 from pymerge.extraction.names import names_in_memory
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import REPORT_NAME, ExtractReport, percent
 from pymerge.extraction.targets import Target, find_targets
-from pymerge.extraction.tied import tied_head
+from pymerge.extraction.tied import TiedHead, tied_head
 from pymerge.extraction.work import Work, carry_out
 from pymerge.methods.actions import Combine, InCore
 from pymerge.methods.core.factors import Factors, Product
@@ -39,6 +41,7 @@ from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 EXACT = "exact"
+FULL_TENSORS = ("error", "merge", "skip")
 
 
 def parse_rank(text: str, dtype: str = "float32") -> ExtractOptions:
@@ -70,55 +73,144 @@ def run(
         plan: of the merge, with a base.
         rank: "exact", or as of `parse_rank`.
         out: output directory, as of a merge.
-        full_tensors: "error" or "skip": what is done with tensors that have no factors in adapters: norms, biases.
+        full_tensors: what is done with tensors that adapters have no factors of (norms, biases, tables): "error",
+            "skip", or "merge": they are merged as tensors and saved whole (modules_to_save), of tables that were
+            trained in some rows these rows.
         dtype: of the factors.
         overwrite: replace something else that pymerge has written there.
         progress: told about the bytes read.
 
     Raises PlanError where the result is not of low rank, and as `carry_out` does.
     """
-    options = parse_rank(rank, dtype)
-    if full_tensors not in ("error", "skip"):
-        raise ArgumentError(f"full_tensors is {full_tensors!r}; choose error or skip")
     base = plan.config.base_model
     if base is None:
         raise PlanError([f"{plan.config.name}: an adapter is of a base; set base_model"])
-    names = names_in_memory(plan.inputs.donor)
-    steps = {step.name: step for step in plan.steps if step.experts}
-    targets = [target for target in find_targets(plan, options, names) if _changes(steps[target.name])]
-    reasons = {target.name: _why_full(steps[target.name], plan.method.name) for target in targets}
-    factored = [target for target in targets if target.place == "factors"]
-    full = [target.name for target in targets if target.place != "factors"]
-    dense = [target for target in factored if reasons[target.name]]
-    if dense and rank == EXACT:
-        found = "; ".join(sorted({reasons[target.name] for target in dense}))
-        raise PlanError(
-            [f"{listed([target.name for target in dense])}: {found}; give --rank N, or a share such as 0.99"]
-        )
-    if full and full_tensors == "error":
-        raise PlanError(
-            [f"{listed(full)}: no weights of modules that adapters have factors of; give --full-tensors skip"]
-        )
-    if not factored:
-        raise PlanError([f"{plan.config.name}: no adapter changes anything that the output could have; list others"])
+    chosen = choose(plan, rank, names_in_memory(plan.inputs.donor), full_tensors=full_tensors, dtype=dtype)
+    left = [target.name for target in chosen.skipped]
     work = Work(
         plan,
-        options,
+        chosen.options,
         base,
-        [target for target in factored if not reasons[target.name]],
-        names,
-        tied_head(plan, options) if any(target.form == "table" for target in factored) else None,
-        measure=lambda reader, target: _measure(reader, target, steps[target.name], options, exact=rank == EXACT),
-        footprint=lambda target: _footprint(target, steps[target.name]),
-        card=partial(_card, plan=plan, base=base, full=full),
+        chosen.products,
+        chosen.names,
+        chosen.head,
+        measure=chosen.measure,
+        footprint=chosen.footprint,
+        card=partial(_card, plan=plan, base=base, full=left),
         files={RECIPE_NAME: plan.config.source_text.encode()},
         recipe={"command": "merge --adapter", "rank": rank, "full_tensors": full_tensors},
         reads_all=False,
-        also=lambda reader: merge_and_cut(plan, dense, options, reader),
+        also=chosen.others,
     )
     report = carry_out(work, out, progress or NoProgress(), overwrite=overwrite)
-    skipped = (f"{listed(full)}: not in the adapter",) if full else ()
+    skipped = (f"{listed(left)}: not in the adapter",) if left else ()
     return replace(report, warnings=(*report.warnings, *skipped))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Targets of a merge into an adapter, by how they get there: as products of factors, cut to a rank after a dense
+    merge, as whole tensors, or not at all.
+
+    `names` are those of the base's tensors in memory.
+    """
+
+    plan: Plan
+    options: ExtractOptions
+    names: Mapping[str, str]
+    products: Sequence[Target]
+    dense: Sequence[Target]
+    whole: Sequence[Target]
+    skipped: Sequence[Target]
+    head: TiedHead | None
+    exact: bool
+
+    @cached_property
+    def _steps(self) -> dict[str, Step]:
+        return _merging(self.plan)
+
+    def measure(self, reader: Reader, target: Target) -> Measured:
+        """The factors of one of the products."""
+        return _measure(reader, target, self._steps[target.name], self.options, exact=self.exact)
+
+    def footprint(self, target: Target) -> int:
+        """Bytes that measuring one of the products takes."""
+        return _footprint(target, self._steps[target.name])
+
+    def others(self, reader: Reader) -> list[Measured]:
+        """All that are no products."""
+        cut = merge_and_cut(self.plan, self.dense, self.options, reader)
+        return cut + merge_whole(self.plan, self.whole, self.options, reader)
+
+
+def choose(
+    plan: Plan, rank: str, names: Mapping[str, str], *, full_tensors: str = "error", dtype: str = "float32"
+) -> Chosen:
+    """What a merge into an adapter does with each tensor; arguments as of `run`, `names` as of `Chosen`.
+
+    Raises PlanError for what cannot be in an adapter, ArgumentError for arguments that say nothing.
+    """
+    if full_tensors not in FULL_TENSORS:
+        raise ArgumentError(f"full_tensors is {full_tensors!r}; choose one of {', '.join(FULL_TENSORS)}")
+    options = parse_rank(rank, dtype)
+    if full_tensors == "merge":
+        options = replace(options, rest="full")
+    steps = _merging(plan)
+    targets = [target for target in find_targets(plan, options, names) if _changes(steps[target.name])]
+    if full_tensors == "merge":
+        targets = [_placed(target, steps[target.name]) for target in targets]
+    reasons = {target.name: _why_full(steps[target.name], plan.method.name) for target in targets}
+    factored = [target for target in targets if target.place == "factors"]
+    whole = [target for target in targets if target.place in ("saved", "bias")]
+    skipped = [target for target in targets if target.place == "nowhere"]
+    dense = [target for target in factored if reasons[target.name]]
+    if dense and rank == EXACT:
+        found = "; ".join(sorted({reasons[target.name] for target in dense}))
+        names_of_dense = listed([target.name for target in dense])
+        raise PlanError([f"{names_of_dense}: {found}; give a rank such as 16 (--rank), or a share such as 0.99"])
+    if skipped and full_tensors != "skip":
+        raise PlanError([_why_skipped(skipped, full_tensors)])
+    if not factored:
+        raise PlanError([f"{plan.config.name}: no adapter changes anything that the output could have; list others"])
+    head = None
+    if any(target.form == "table" for target in factored):
+        head = tied_head(plan, options)
+    elif any(target.place == "saved" and not target.tokens for target in whole):
+        head = tied_head(plan, replace(options, embeddings="full"))
+    products = [target for target in factored if not reasons[target.name]]
+    return Chosen(plan, options, names, products, dense, whole, skipped, head, rank == EXACT)
+
+
+def _merging(plan: Plan) -> dict[str, Step]:
+    return {step.name: step for step in plan.steps if step.experts}
+
+
+def _placed(target: Target, step: Step) -> Target:
+    """The target, to be written whole where some adapter has no factors of it. What is added to a bias stays that, and
+    of tables that were trained in some rows alone only these are written."""
+    changed = [entry for entry in step.experts if rank_over(step.base, entry) != 0]
+    if target.place == "factors" and all(low_rank_of(entry) for entry in changed):
+        return target
+    if not target.module:
+        return replace(target, place="nowhere")
+    decoders = [entry.decoder for entry in changed if isinstance(entry, DecodedEntry)]
+    alike = len(decoders) == len(changed)
+    if alike and all(isinstance(decoder, AddedBias) for decoder in decoders):
+        return replace(target, place="bias")
+    rows = {row for decoder in decoders if isinstance(decoder, TokenRows) for row in decoder.indices}
+    if alike and all(isinstance(decoder, TokenRows) for decoder in decoders):
+        return replace(target, place="saved", tokens=tuple(sorted(rows)))
+    return replace(target, place="saved")
+
+
+def _why_skipped(targets: Sequence[Target], full_tensors: str) -> str:
+    found = listed([target.name for target in targets])
+    if full_tensors == "merge":
+        return f"{found}: of no module that PEFT could save; give full_tensors skip (--full-tensors)"
+    return (
+        f"{found}: no weights of modules that adapters have factors of; give full_tensors merge or skip "
+        "(--full-tensors)"
+    )
 
 
 def _changes(step: Step) -> bool:

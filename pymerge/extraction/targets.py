@@ -51,6 +51,7 @@ class Target:
     uniform: bool = False
     depth: int = 0
     reason: str = ""
+    tokens: tuple[int, ...] = ()  # of a saved table: the only rows that are written
 
     @property
     def module(self) -> str:

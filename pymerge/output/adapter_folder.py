@@ -60,12 +60,18 @@ def saved_name(tensor: str) -> str:
     return f"{PREFIX}{tensor}"
 
 
+def tokens_name(module: str) -> str:
+    """Name of the rows that replace some of a table's."""
+    return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
+
+
 def adapter_config(
     base: str,
     adapted: Sequence[Adapted],
     model: Collection[str],
     *,
     saved: Sequence[str] = (),
+    tokens: Mapping[str, Sequence[int]] | None = None,
     bias: Literal["none", "lora_bias", "lora_only"] = "none",
     fan_in_fan_out: bool = False,
     task_type: str | None = None,
@@ -78,6 +84,7 @@ def adapter_config(
         adapted: all pairs of factors, at least one.
         model: names of all tensors of the base.
         saved: modules whose tensors replace the base's.
+        tokens: modules of tables of which some rows are replaced, and which.
         bias: what is done to biases of adapted modules.
         fan_in_fan_out: whether weights are stored d_in x d_out, as in GPT-2.
         task_type: PEFT's word for the kind of model; None leaves it open.
@@ -97,6 +104,7 @@ def adapter_config(
         "target_modules": targets([each.module for each in adapted if each.form != "parameter"], model),
         "target_parameters": parameters or None,
         "modules_to_save": sorted(saved) or None,
+        "trainable_token_indices": {module: list(rows) for module, rows in (tokens or {}).items()} or None,
         "bias": "lora_only" if bias == "lora_only" else "none",
         "lora_bias": bias == "lora_bias",
         "fan_in_fan_out": fan_in_fan_out,
