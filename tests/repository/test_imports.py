@@ -46,7 +46,8 @@ ARROWS = {
     "wemoe": f"{_CARRIED_OUT} engine",
     "testing": f"{_CARRIED_OUT} engine extraction api",
     "__init__": f"{_CARRIED_OUT} engine extraction api wemoe",
-    "cli": f"{_CARRIED_OUT} engine analysis extraction api wemoe",
+    "integrations": f"{_CARRIED_OUT} engine extraction api",
+    "cli": f"{_CARRIED_OUT} engine analysis extraction api wemoe integrations",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.

@@ -1,0 +1,32 @@
+"""Checks that a library is there, in a version that fits."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+from pymerge.errors import ArgumentError
+
+# Extra of pyproject.toml -> its package, the first version that fits, and the first that no longer does.
+LIBRARIES: dict[str, tuple[str, str, str | None]] = {
+    "mergekit": ("mergekit", "0.1.5", "0.2"),
+}
+
+
+def require(extra: str) -> None:
+    """Raise ArgumentError, with the command that installs it, unless the library of an extra is there and fits."""
+    package, least, below = LIBRARIES[extra]
+    remedy = f"pip install 'pymerge-engine[{extra}]'"
+    try:
+        found = version(package)
+    except PackageNotFoundError as error:
+        raise ArgumentError(f"{package} is not installed; {remedy}") from error
+    if _release(found) < _release(least) or (below is not None and _release(found) >= _release(below)):
+        wanted = f"{least} or later" + (f", before {below}" if below else "")
+        raise ArgumentError(f"{package} {found} is installed, and {wanted} is needed; {remedy}")
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """The numbers of a version: (0, 1, 5) of 0.1.5rc1."""
+    numbers = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
