@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pymerge.checkpoint.composed import StackedEntry, fill_stacked
 from pymerge.checkpoint.decoded import DecodedEntry, Span, fill_decoded
 from pymerge.checkpoint.gathered import GatheredEntry, Run, fill_gathered
+from pymerge.checkpoint.held import HeldEntry
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.names import shorten
@@ -96,6 +97,9 @@ class Reader:
                 f"{entry.name}: cannot read {entry.dtype} {shape} into {out.dtype} {tuple(out.shape)} on "
                 f"{out.device}; pass a contiguous CPU tensor of that dtype and shape"
             )
+        if isinstance(entry, HeldEntry):
+            out.copy_(entry.tensor if not entry.shape else entry.tensor[start_row : start_row + shape[0]])
+            return
         if isinstance(entry, GatheredEntry):
             fill_gathered(self.read_runs_into, entry, out, start_row, start_row + shape[0])
             return
@@ -165,6 +169,8 @@ class Reader:
 
     def announce(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are read next, so that it fetches them all at once."""
+        if isinstance(entry, HeldEntry):
+            return
         if isinstance(entry, (GatheredEntry, StackedEntry, DecodedEntry)):
             for span in _stored_rows(entry, start_row, stop_row):
                 self.announce(*span)
@@ -173,6 +179,8 @@ class Reader:
 
     def release(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are not needed again, so that inputs do not fill the page cache."""
+        if isinstance(entry, HeldEntry):
+            return
         if isinstance(entry, (GatheredEntry, StackedEntry, DecodedEntry)):
             for span in _stored_rows(entry, start_row, stop_row):
                 self.release(*span)
