@@ -15,7 +15,7 @@ from pymerge.adapters.keys import Module, read_keys
 from pymerge.adapters.low_rank import LowRank, Magnitude, Term
 from pymerge.adapters.names import Placed
 from pymerge.adapters.placing import may_be, place_modules
-from pymerge.adapters.settings import merged_by_peft, read_settings
+from pymerge.adapters.settings import Settings, merged_by_peft, read_settings
 from pymerge.adapters.ties import drop_tied_heads
 from pymerge.architecture.roles import Kind, Role, classify
 from pymerge.architecture.tied import tied_tensors, ties
@@ -28,13 +28,13 @@ from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
 
 
-def adapted(base: Checkpoint, files: AdapterFiles) -> Checkpoint:
+def adapted(base: Checkpoint, files: AdapterFiles, settings: Settings | None = None) -> Checkpoint:
     """The model that an adapter makes of its base. Its tensors have the base's names; those that it does not change are
-    the base's own entries.
+    the base's own entries. `settings` are what its config says, where something else knows better.
 
     Raises CheckpointError for all that is wrong with the adapter, or does not fit the base.
     """
-    builder = _Builder(base, files)
+    builder = _Builder(base, files, settings or read_settings(files.path / ADAPTER_CONFIG, files.config))
     builder.build()
     return replace(
         base,
@@ -53,10 +53,10 @@ def adapted(base: Checkpoint, files: AdapterFiles) -> Checkpoint:
 
 
 class _Builder:
-    def __init__(self, base: Checkpoint, files: AdapterFiles) -> None:
+    def __init__(self, base: Checkpoint, files: AdapterFiles, settings: Settings) -> None:
         self._base = base
         self._files = files
-        self.settings = read_settings(files.path / ADAPTER_CONFIG, files.config)
+        self.settings = settings
         self._keys = read_keys(files.tensors)
         self.tensors: dict[str, TensorEntry] = dict(base.tensors)
         self._terms: dict[str, list[tuple[Module, Term]]] = {}

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pymerge.backends.runner import Runner
-from pymerge.checkpoint.held import held
+from pymerge.checkpoint.held import HeldEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import upcast
 from pymerge.common.progress import NoProgress
@@ -61,7 +62,8 @@ def _kept(target: Target, merged: Tensor, base: Tensor) -> Measured:
             merged = merged[list(target.tokens)]
         else:  # the method has changed rows that no adapter has
             target = replace(target, tokens=())
-    entry = held(target.name, merged, str(target.expert.file))
+    place = Path(f"merged {target.name}"), 0, merged.nbytes
+    entry = HeldEntry(target.name, "F32", tuple(merged.shape), *place, tensor=merged)
     return Measured(replace(target, expert=entry), float(delta.double().square().sum()), 0.0)
 
 

@@ -124,6 +124,33 @@ def test_what_is_no_product_of_factors_is_refused(models: Path) -> None:
     assert any("model.norm.weight" in warning for warning in report.warnings)
 
 
+def test_whole_tensors_are_merged_as_such(models: Path) -> None:
+    """A norm and trained rows of a table, of one adapter each: half of what they change, as in a merged model."""
+    changes = {"one": {f"{PREFIX}model.norm.weight": torch.full((16,), 3.0)}, "two": {}}
+    changes["two"] = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.randn(2, 16)}
+    said: dict[str, Any] = {"one": {"modules_to_save": ["norm"]}}
+    said["two"] = {"trainable_token_indices": {"embed_tokens": [5, 2]}}
+    for name, more in changes.items():
+        kept = json.loads((models / name / "adapter_config.json").read_text())
+        own = dict(load_file(models / name / "adapter_model.safetensors")) | more
+        write_adapter(models / name, own, **{key: kept[key] for key in kept if key != "peft_type"} | said[name])
+    config = recipe(models)
+    report = api.merge_adapters(config, models / "out", full_tensors="merge", progress=False)
+    wanted = merged(models, config)
+    found = load_file(models / "out" / "adapter_model.safetensors")
+    base = load_file(models / "base" / "model.safetensors")
+    norm = base["model.norm.weight"].double() + wanted["model.norm.weight"]
+    torch.testing.assert_close(found[f"{PREFIX}model.norm.weight"].double(), norm, rtol=1e-6, atol=1e-6)
+    rows = (base["model.embed_tokens.weight"].double() + wanted["model.embed_tokens.weight"])[[2, 5]]
+    name = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
+    torch.testing.assert_close(found[name].double(), rows, rtol=1e-6, atol=1e-6)
+    written = json.loads((models / "out" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["model.norm"]
+    assert written["trainable_token_indices"] == {"model.embed_tokens": [2, 5]}
+    assert "vLLM does not load it" in report.note
+    assert verify(models / "out").problems == []
+
+
 @pytest.mark.parametrize("method", ["ties", "linear"])
 def test_what_is_dense_is_merged_and_cut(models: Path, method: str) -> None:
     """At a rank that loses nothing it is the merge itself; at a lower one what is lost is what the spectrum says."""
