@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pymerge.engine.report import MergeReport
     from pymerge.errors import PymergeError
     from pymerge.extraction import ExtractReport
+    from pymerge.live.merger import Merger, merge_into
     from pymerge.planner.plan import Plan
 
     __version__: str
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ExtractReport",
     "MergeReport",
+    "Merger",
     "Plan",
     "PymergeError",
     "extract",
     "merge",
     "merge_adapters",
+    "merge_into",
     "merge_state_dicts",
     "merge_tensors",
     "multi",
@@ -34,11 +37,13 @@ __all__ = [
 _HOMES = {
     "ExtractReport": "pymerge.extraction",
     "MergeReport": "pymerge.engine.report",
+    "Merger": "pymerge.live.merger",
     "Plan": "pymerge.planner.plan",
     "PymergeError": "pymerge.errors",
     "extract": "pymerge.api",
     "merge": "pymerge.api",
     "merge_adapters": "pymerge.api",
+    "merge_into": "pymerge.live.merger",
     "merge_state_dicts": "pymerge.engine.in_memory",
     "merge_tensors": "pymerge.engine.in_memory",
     "multi": "pymerge.api",

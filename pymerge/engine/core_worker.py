@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from pymerge.adapters.low_rank import low_rank_of
-from pymerge.architecture.roles import Role
-from pymerge.checkpoint.finite import check_finite, is_finite, overflow
-from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.checkpoint.finite import is_finite
 from pymerge.common.dtypes import torch_dtype, upcast
 from pymerge.engine.buffers import Buffers
+from pymerge.engine.core_solver import CoreSolver
 from pymerge.engine.memory import Heap
-from pymerge.engine.worker import Context, Made, Sink, failed, first_line, is_out_of_memory, raise_nonfinite
-from pymerge.errors import ArgumentError, BackendError
-from pymerge.methods.actions import TILE_ELEMENTS, InCore
-from pymerge.methods.core.factors import Delta, Factors, Product
+from pymerge.engine.worker import Context, Made, Sink, failed, raise_nonfinite
 from pymerge.ops._op import one_thread
 from pymerge.planner.jobs import Batch, Job
-from pymerge.planner.steps import Step
 
 # Memory that stays idle between rows of different sizes.
 _MOST_IDLE = 2**25
@@ -44,11 +34,9 @@ class CoreWorker:
         self._tracer = context.tracer
         self._progress = context.progress
         self._allow_nonfinite = context.allow_nonfinite
+        self._solver = CoreSolver(context)
         self._keeps_cache = context.keeps_cache
-        self._solved: dict[int, Future[Delta]] = {}  # by step
-        self._lock = threading.Lock()
         self._buffers = Buffers(min(limit // 16, _MOST_IDLE))  # for rows; of the leading thread
-        self._sums = threading.local()  # memory of each thread for products
         self._heap = Heap(limit)
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(max(1, threads), "pymerge-core", torch.set_num_threads, (1,))
@@ -72,8 +60,7 @@ class CoreWorker:
                 made = self._work(job, self._rooms(job))
         started.clear()  # futures keep their results
         if job.ends_step:
-            with self._lock:
-                self._solved.pop(id(job.step), None)
+            self._solver.forget(job.step)
         self._buffers.give(made.mapped)
         return [made._replace(mapped=None)]
 
@@ -91,8 +78,7 @@ class CoreWorker:
 
     def free(self) -> None:
         """Give back memory that no job is using; what was solved is solved again."""
-        with self._lock:
-            self._solved.clear()
+        self._solver.clear()
         self._buffers.settle(0)
         self._heap.trim()
 
@@ -117,100 +103,8 @@ class CoreWorker:
                 self._reader.release(step.base, piece.start, piece.stop)
         read = time.perf_counter_ns()
         with self._tracer.span("core", step.name):
-            self._merge(step, piece.start, upcast(rows), out)
+            self._solver.merge(step, piece.start, upcast(rows), out)
             if not self._allow_nonfinite and not is_finite(out):
                 raise_nonfinite(job, self._reader)
         self._progress.advance(step.bytes_of(piece))
         return Made(out, rows, read - began, time.perf_counter_ns() - read)
-
-    def _merge(self, step: Step, first: int, rows: Tensor, out: Tensor) -> None:
-        """Rows of the base from `first` on, and what is added to them; of a stack, whole matrices."""
-        dtype = _sum_dtype(step)
-        if not step.role.stacked:
-            self._add(self._once(step), first, rows, out, dtype)
-            return
-        for number, (matrix, room) in enumerate(zip(rows, out, strict=True), first):
-            for part in range(step.role.parts):
-                delta = self._solve(step, number, part)
-                self._add(delta, 0, _part_of(step.role, matrix, part), _part_of(step.role, room, part), dtype)
-
-    def _add(self, delta: Delta, first: int, rows: Tensor, out: Tensor, dtype: torch.dtype) -> None:
-        """A few rows at a time, which stay in the cache."""
-        count, width = rows.shape
-        step = max(1, TILE_ELEMENTS // max(1, width))
-        size = min(step, count) * width
-        room: Tensor | None = getattr(self._sums, "room", None)
-        if room is None or room.numel() < size or room.dtype != dtype:
-            room = self._sums.room = torch.empty(size, dtype=dtype)
-        for top in range(0, count, step):
-            tile = rows[top : top + step]
-            total = room[: tile.numel()].view(tile.shape)
-            out[top : top + step] = delta.rows(self._run, first + top, first + top + len(tile), total).add_(tile)
-
-    def _once(self, step: Step) -> Delta:
-        """What is added to a weight, from the thread that solves it."""
-        with self._lock:
-            solved = self._solved.get(id(step))
-            mine = solved is None
-            if solved is None:
-                solved = self._solved[id(step)] = Future()
-        if mine:
-            try:
-                solved.set_result(self._solve(step))
-            except BaseException as error:
-                solved.set_exception(error)
-        return solved.result()
-
-    def _solve(self, step: Step, matrix: int = 0, part: int = 0) -> Delta:
-        """Solve one matrix, or one part of it, from its factors."""
-        action = step.action
-        assert isinstance(action, InCore)
-        tasks = [self._factors(entry, step.role, matrix, part, action.shape) for entry in step.experts]
-        if all(task.finite for task in tasks):
-            delta = self._run_core(step, action, tasks)
-        elif self._allow_nonfinite:
-            delta = Product(torch.full((action.shape[0], 1), math.nan), torch.ones(1, action.shape[1]))
-        else:
-            self._refuse(step)
-        return delta.prepared(_sum_dtype(step), step.role.in_axis)
-
-    @staticmethod
-    def _run_core(step: Step, action: InCore, tasks: Sequence[Factors]) -> Delta:
-        try:
-            return action.solve.run_core(tasks)
-        except ArgumentError as error:
-            raise ArgumentError(f"{step.name}: {error}") from error
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            raise BackendError(
-                f"{step.name}: {action.label} failed on the factors ({first_line(error)}); report this"
-            ) from error
-
-    def _factors(self, entry: TensorEntry, role: Role, matrix: int, part: int, shape: tuple[int, int]) -> Factors:
-        """tau of an expert, d_out x d_in; none where the tensor is the base's own."""
-        found = low_rank_of(entry)
-        if found is None:
-            return Factors(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
-        with self._tracer.span("read", entry.name):
-            left, right = (torch.from_numpy(side) for side in found.factors(self._reader.read_bytes, matrix))
-        B, A = (right.mT, left.mT) if role.in_axis == 0 else (left, right)
-        return Factors(B[role.part(part, len(B))], A)
-
-    def _refuse(self, step: Step) -> NoReturn:
-        """Raise NonFiniteError, which names file and key of what an adapter stores."""
-        for entry in step.experts:
-            for part in entry.adapter_parts:
-                check_finite(part, 0, self._reader.read(part))
-        raise overflow(step.name, "F64")  # by a scale
-
-
-def _part_of(role: Role, matrix: Tensor, part: int) -> Tensor:
-    """One of the weights that a matrix holds, as it is stored: a view."""
-    outputs = role.part(part, matrix.shape[1 - role.in_axis])
-    return matrix[:, outputs] if role.in_axis == 0 else matrix[outputs]
-
-
-def _sum_dtype(step: Step) -> torch.dtype:
-    """The dtype in which W_0 and what is added to it are summed."""
-    return torch.float64 if "F64" in (step.dtype, *(entry.dtype for entry in step.inputs)) else torch.float32
