@@ -72,7 +72,7 @@ def add_merged_adapter(
     plan = plan_adapters(live, adapters, method, weights, parameters, device=device, memory=memory, dtype="float32")
     names = {name: name for name in live.base.tensors}
     chosen = choose(plan, str(rank), names, full_tensors=full_tensors)
-    with Reader({}) as reader, one_thread():
+    with Reader(plan.inputs.stamps) as reader, one_thread():
         measured = [chosen.measure(reader, target) for target in chosen.products] + chosen.others(reader)
         content = put_together(measured, plan, chosen.options, BASE, names, chosen.head)
         tensors = {name: _whole(each, reader) for name, each in content.tensors.items()}

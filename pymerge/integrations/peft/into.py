@@ -53,7 +53,7 @@ def merge_adapters_into(
     plan = plan_adapters(live, adapters, method, weights, parameters, device=device, memory=memory)
     steps = [step for step in plan.steps if step.experts]
     sink = _InPlace(live.parameters)
-    with Reader({}) as reader, Tracer() as tracer:
+    with Reader(plan.inputs.stamps) as reader, Tracer() as tracer:
         runner = Runner(plan.target.backend, plan.target.device)
         context = Context(runner, reader, tracer, NoProgress(), plan.config.allow_nonfinite, True)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from pymerge.checkpoint.model_files import ADAPTER_CONFIG
 from pymerge.common.names import nearest
 from pymerge.errors import ArgumentError
 from pymerge.integrations.libraries import require
-from pymerge.integrations.peft.entries import Numbered
+from pymerge.integrations.peft.unreadable import unreadable
+from pymerge.live.checkpoints import hold
 
 BASE = "the model"
 # What of a LoraConfig decides values beside what the layers themselves have: these say how they were made.
@@ -65,7 +66,7 @@ class Live:
         self._seen: set[int] = set()
         list(self.model.named_modules())  # which has nn.MultiheadAttention take back its weights after a forward pass
         self._visit(self.root, "", 0)
-        self.base = Checkpoint(Path(BASE), (), self._entries(), self._config(), (), {})
+        self.base = self._held()
 
     @property
     def root(self) -> nn.Module:
@@ -81,8 +82,7 @@ class Live:
         """An adapter on the base. Raises CheckpointError for what cannot be merged."""
         self._check(name)
         where = Path(f"adapter {name}")
-        numbered = Numbered(where)
-        tensors = {key: numbered.entry(key, tensor) for key, tensor in self.tensors(name)}
+        tensors = hold(str(where), dict(self.tensors(name))).tensors
         said = {key: value for key, value in self.configs[name].to_dict().items() if key not in _MADE_BY}
         config = {key: list(value) if isinstance(value, (set, frozenset)) else value for key, value in said.items()}
         settings = read_settings(where / ADAPTER_CONFIG, config)
@@ -158,22 +158,23 @@ class Live:
         for name, child in module.named_children():
             self._visit(child, f"{path}.{name}".lstrip("."), 0)
 
-    def _entries(self) -> dict[str, TensorEntry]:
-        found: dict[str, TensorEntry] = {}
+    def _held(self) -> Checkpoint:
         sizes = {layer.path: _matrix_of(layer.module) for layer in self.layers if not layer.parameter}
-        numbered = Numbered(Path(BASE))
+        found: dict[str, Tensor] = {}
+        others: dict[str, TensorEntry] = {}
         for name, tensor in self.parameters.items():
             module, _, last = name.rpartition(".")
             size = sizes.get(module) if last == "weight" else None
             if tensor.is_meta:
                 why = "is on the meta device (offloaded); load the model without offloading"
-                found[name] = numbered.unreadable(name, tuple(tensor.shape) or (1,), why)
+                others[name] = unreadable(BASE, name, tuple(tensor.shape), why)
             elif tensor.dtype.is_floating_point and tensor.element_size() > 1:
-                found[name] = numbered.entry(name, tensor)
+                found[name] = tensor
             elif size is not None:
                 why = f"is quantised ({tensor.dtype}); take that back first (model.dequantize())"
-                found[name] = numbered.unreadable(name, size, why)
-        return found
+                others[name] = unreadable(BASE, name, size, why)
+        held = hold(BASE, found, self._config())
+        return replace(held, tensors={**held.tensors, **others})
 
     def _config(self) -> dict[str, Any]:
         """config.json of the model; empty for one that has none."""
@@ -181,7 +182,7 @@ class Live:
         if not hasattr(config, "to_json_string"):
             return {}
         found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-        return found
+        return {key: value for key, value in found.items() if key != "quantization_config"}
 
     def _scales(self, name: str) -> dict[str, Scale]:
         """Scale and rank of each module, or parameter of one, as they are now."""
