@@ -48,7 +48,7 @@ ARROWS = {
     "testing": f"{_CARRIED_OUT} engine live extraction api",
     "__init__": f"{_CARRIED_OUT} engine live extraction api wemoe",
     "integrations": f"{_CARRIED_OUT} engine live extraction api",
-    "cli": f"{_CARRIED_OUT} engine live analysis extraction api wemoe integrations",
+    "cli": f"{_CARRIED_OUT} engine analysis extraction api wemoe integrations",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.
