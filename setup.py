@@ -23,6 +23,11 @@ from setuptools.errors import CompileError, LinkError
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
 INCLUDES = ["csrc", pybind11.get_include()]
+# Packages that lie elsewhere. hydra_plugins belongs to all who have plugins for Hydra: it has no __init__.py.
+PLACED = {
+    "pymerge.kernels": "kernels",
+    "hydra_plugins.pymerge_config": "pymerge/integrations/hydra/hydra_plugins/pymerge_config",
+}
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 
 
@@ -127,9 +132,14 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["pymerge", "pymerge.*"]), "pymerge.kernels"],
-    package_dir={"pymerge.kernels": "kernels"},
-    package_data={"pymerge": ["py.typed", "*.pyi"], "pymerge.backends": ["*.json"], "pymerge.analysis": ["*.html"]},
+    packages=[*find_packages(include=["pymerge", "pymerge.*"]), *PLACED],
+    package_dir=PLACED,
+    package_data={
+        "pymerge": ["py.typed", "*.pyi"],
+        "pymerge.backends": ["*.json"],
+        "pymerge.analysis": ["*.html"],
+        "pymerge.integrations.fusion_bench_config": ["method/pymerge/*.yaml"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtensions},
 )

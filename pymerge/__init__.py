@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge import wemoe
-    from pymerge.api import extract, merge, merge_adapters, multi, plan, run
+    from pymerge.api import merge, multi, plan, run
     from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
     from pymerge.engine.report import MergeReport
     from pymerge.errors import PymergeError
-    from pymerge.extraction import ExtractReport
+    from pymerge.extraction.api import extract, merge_adapters
+    from pymerge.extraction.report import ExtractReport
     from pymerge.live.merger import Merger, merge_into
     from pymerge.planner.plan import Plan
 
@@ -35,14 +36,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ExtractReport": "pymerge.extraction",
+    "ExtractReport": "pymerge.extraction.report",
     "MergeReport": "pymerge.engine.report",
     "Merger": "pymerge.live.merger",
     "Plan": "pymerge.planner.plan",
     "PymergeError": "pymerge.errors",
-    "extract": "pymerge.api",
+    "extract": "pymerge.extraction.api",
     "merge": "pymerge.api",
-    "merge_adapters": "pymerge.api",
+    "merge_adapters": "pymerge.extraction.api",
     "merge_into": "pymerge.live.merger",
     "merge_state_dicts": "pymerge.engine.in_memory",
     "merge_tensors": "pymerge.engine.in_memory",

@@ -69,9 +69,9 @@ def check_dtype(files: Files, plan: Plan) -> None:
         return
     wanted = code_of(files.dtype)
     for model in plan.inputs.all:
-        other = next((each for each in model.tensors.values() if each.dtype.startswith(("F", "BF")) and each.dtype != wanted), None)
-        if other is not None:
-            raise NotInFiles(f"it loads {model.path} as {files.dtype}, and the files have {other.dtype}")
+        others = {each.dtype for each in model.tensors.values() if is_float(each.dtype)} - {wanted}
+        if others:
+            raise NotInFiles(f"it loads {model.path} as {wanted}, and its files have {', '.join(sorted(others))}")
 
 
 def load(pool: Any, name: str, path: str | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 from fusion_bench import BaseAlgorithm, BaseModelPool, auto_register_config
 from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.models.utils import get_target_state_dict, validate_target_modules_equal
+from hydra.core.hydra_config import HydraConfig
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -22,13 +23,14 @@ from pymerge.integrations.fusion_bench.files import BASE, Files, NotInFiles, che
 from pymerge.live.merger import Merger
 from pymerge.methods import get_method
 from pymerge.methods.base import Method
+from pymerge.planner.plan import Plan
 
 log = logging.getLogger(__name__)
 _WEIGHT = "weight"
 
 
 @auto_register_config
-class Merge(LightningFabricMixin, BaseAlgorithm):  # type: ignore[misc]
+class Merge(LightningFabricMixin, BaseAlgorithm):
     """A merge of all models of a pool, by any method of pymerge.
 
     Models that a pool would load from files as they are (CausalLMPool) are merged in these, in bounded memory; those of
@@ -40,7 +42,7 @@ class Merge(LightningFabricMixin, BaseAlgorithm):  # type: ignore[misc]
             mapping by the models' names.
         weights: the parameter `weight` of each model, in the same forms.
         stream: merge from files: True, False, or "auto".
-        out_dir: folder of a streamed merge; default: merged in the folder of the run's logs.
+        out_dir: folder of a streamed merge; default: merged in the folder of Hydra's run.
         memory: limit for a streamed merge, as in `pymerge.merge`.
         device: where to compute: "auto", "cpu", "cuda", "cuda:N".
         evaluate: load a streamed merge, so that it goes on; False: it stays in `out_dir`, and nothing is evaluated.
@@ -97,28 +99,23 @@ class Merge(LightningFabricMixin, BaseAlgorithm):  # type: ignore[misc]
                 raise ArgumentError(f"method {method.name!r} has no weights; delete weights")
             given[_WEIGHT] = _plain(self.weights)
         for name, value in given.items():
-            if isinstance(value, Mapping) and name in known and known[name].scope == "model":
+            if name in known and known[name].scope == "model" and isinstance(value, (Mapping, list)):
                 given[name] = _in_order(name, value, names)
-            elif isinstance(value, list) and name in known and known[name].scope == "model" and len(value) != len(names):
-                raise ArgumentError(
-                    f"{name} has {len(value)} values for {len(names)} models ({', '.join(names)}); give one for each"
-                )
         return given
 
-    def _plan(self, files: Files, parameters: Mapping[str, Any], method: Method) -> Any:
+    def _plan(self, files: Files, parameters: Mapping[str, Any], method: Method) -> Plan:
         """The plan of a merge of files."""
-        known = {each.name: each for each in method.parameters}
-        of_models = {name: value for name, value in parameters.items() if isinstance(value, list) and known[name].scope == "model"} if known else {}
-        shared = {each.name: each.default for each in method.parameters if each.required}
-        shared |= {name: value for name, value in parameters.items() if name not in of_models}
+        of_models = {each.name for each in method.parameters if each.scope == "model"}
+        lists = {name: value for name, value in parameters.items() if name in of_models and isinstance(value, list)}
+        required = {each.name: each.default for each in method.parameters if each.required}
         names = [name for name in files.models if name != BASE]
         config: dict[str, Any] = {
             "merge_method": method.name,
             "models": [
-                {"model": files.models[name], "parameters": {key: value[at] for key, value in of_models.items()}}
+                {"model": files.models[name], "parameters": {key: value[at] for key, value in lists.items()}}
                 for at, name in enumerate(names)
             ],
-            "parameters": {key: value for key, value in shared.items() if key not in of_models},
+            "parameters": {key: value for key, value in {**required, **parameters}.items() if key not in lists},
         }
         if BASE in files.models:
             config["base_model"] = files.models[BASE]
@@ -126,7 +123,7 @@ class Merge(LightningFabricMixin, BaseAlgorithm):  # type: ignore[misc]
             config["dtype"] = str(files.dtype).removeprefix("torch.")
         return pymerge.plan(config, device=self.device, memory=self.memory)
 
-    def _streamed(self, pool: Any, plan: Any) -> nn.Module | None:
+    def _streamed(self, pool: Any, plan: Plan) -> nn.Module | None:
         out = self._out()
         if rank_zero_only.rank == 0:  # one process writes
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -141,13 +138,11 @@ class Merge(LightningFabricMixin, BaseAlgorithm):  # type: ignore[misc]
     def _out(self) -> Path:
         if self.out_dir is not None:
             return Path(self.out_dir).expanduser()
-        program = self._program
-        folder = getattr(program, "log_dir", None)
-        if folder is None and program is not None:
-            folder = program.path.get("log_dir") if program.path is not None else None
-        if folder is None:
-            raise ArgumentError("out_dir is not given, and there is no folder of logs; set out_dir, or stream: false")
-        return Path(folder) / "merged"
+        if not HydraConfig.initialized():
+            raise ArgumentError(
+                "out_dir is not given, and there is no run with a folder; set out_dir, or stream: false"
+            )
+        return Path(HydraConfig.get().runtime.output_dir, "merged")
 
     def _wait(self) -> None:
         fabric = self._fabric_instance
@@ -181,8 +176,14 @@ def _source(model: Any) -> nn.Module | dict[str, Tensor]:
     return model if isinstance(model, nn.Module) else dict(model)
 
 
-def _in_order(name: str, values: Mapping[str, Any], models: Sequence[str]) -> list[Any]:
-    """Values by the models' names in the pool's order."""
+def _in_order(name: str, values: Mapping[str, Any] | list[Any], models: Sequence[str]) -> list[Any]:
+    """A value of each model, in the pool's order."""
+    if isinstance(values, list):
+        if len(values) != len(models):
+            raise ArgumentError(
+                f"{name} has {len(values)} values for {len(models)} models ({', '.join(models)}); give one for each"
+            )
+        return values
     for model in values:
         if model not in models:
             near = nearest(str(model), models)

@@ -24,7 +24,7 @@ _KEYS: Mapping[str, tuple[Any, str]] = {
         "auto",
         "merge from files into out_dir, in bounded memory: true, false, or auto, where the pool has models in files",
     ),
-    "out_dir": (None, "of a streamed merge; default: merged in the folder of the run's logs"),
+    "out_dir": (None, "of a streamed merge; default: merged in the folder of Hydra's run"),
     "memory": (None, 'limit for a streamed merge, such as "8GiB"; default: three quarters of what is available'),
     "device": ("auto", "where to compute: auto, cpu, cuda or cuda:N"),
     "evaluate": (True, "load a streamed merge, so that it is evaluated and saved; false: leave it in out_dir"),
