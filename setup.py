@@ -28,6 +28,8 @@ PLACED = {
     "pymerge.kernels": "kernels",
     "hydra_plugins.pymerge_config": "pymerge/integrations/hydra/hydra_plugins/pymerge_config",
 }
+# Hydra's configs, in folders that are no packages.
+CONFIGS = "pymerge.integrations.fusion_bench_config.method.pymerge"
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 
 
@@ -132,13 +134,13 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["pymerge", "pymerge.*"]), *PLACED],
+    packages=[*find_packages(include=["pymerge", "pymerge.*"]), *PLACED, CONFIGS],
     package_dir=PLACED,
     package_data={
         "pymerge": ["py.typed", "*.pyi"],
         "pymerge.backends": ["*.json"],
         "pymerge.analysis": ["*.html"],
-        "pymerge.integrations.fusion_bench_config": ["method/pymerge/*.yaml"],
+        CONFIGS: ["*.yaml"],
     },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtensions},

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pymerge.common.dtypes import code_of
+from pymerge.common.dtypes import code_of, is_float
 from pymerge.planner.plan import Plan
 
 BASE = "_pretrained_"
