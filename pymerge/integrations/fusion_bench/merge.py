@@ -127,9 +127,7 @@ class Merge(LightningFabricMixin, BaseAlgorithm):
         out = self._out()
         if rank_zero_only.rank == 0:  # one process writes
             out.parent.mkdir(parents=True, exist_ok=True)
-            report = pymerge.run(plan, out, progress=False)
-            for line in (*report.warnings, *report.lines()):
-                log.info(line)
+            pymerge.run(plan, out, progress=False)
         self._wait()
         if not self.evaluate:
             return None
@@ -165,8 +163,6 @@ class Merge(LightningFabricMixin, BaseAlgorithm):
         if device is None and self._fabric_instance is not None and self._fabric_instance.device.type == "cuda":
             device = str(self._fabric_instance.device)
         merger = Merger(target if pool.has_pretrained else None, sources, method.name, device=device, **parameters)
-        for warning in merger.warnings:
-            log.warning(warning)
         merger.merge_into(target)
         return merged
 

@@ -87,7 +87,7 @@ def run(where: Path, *arguments: str, plugin: bool = True) -> subprocess.Complet
     """`fusion_bench` with these arguments, in a folder."""
     path = [*([str(PLUGIN)] if plugin else []), os.environ["PYTHONPATH"]]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "fusion_bench.scripts.cli", "fabric.loggers=null", "taskpool=dummy", *arguments]
+    command = [sys.executable, "-m", "fusion_bench.scripts.cli", *arguments, "fabric.loggers=null", "taskpool=dummy"]
     return subprocess.run(
         command, cwd=where, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -133,7 +133,7 @@ def test_the_command_for_several_methods(tmp_path: Path) -> None:
     paths = models(llama, tmp_path / "models")
     chosen = pool_of("CausalLMPool", paths, tmp_path)
     done = run(
-        tmp_path, *chosen, "-m", "method=pymerge/ties,pymerge/linear", "method.evaluate=false", "hydra.sweep.dir=sweep"
+        tmp_path, "-m", *chosen, "method=pymerge/ties,pymerge/linear", "++method.evaluate=false", "hydra.sweep.dir=sweep"
     )
     assert done.returncode == 0, done.stdout
     assert "No merged model returned" in done.stdout
@@ -145,7 +145,7 @@ def test_the_plugin_is_what_finds_the_configs(tmp_path: Path) -> None:
     done = run(tmp_path, "method=pymerge/ties", "dry_run=true", plugin=False)
     assert done.returncode != 0
     assert "Could not find 'method/pymerge/ties'" in done.stdout
-    found = run(tmp_path, "method=pymerge/ties", "dry_run=true", "--cfg", "job", "--package", "method")
+    found = run(tmp_path, "--cfg", "job", "--package", "method", "method=pymerge/ties")
     assert found.returncode == 0, found.stdout
     assert "pymerge.integrations.fusion_bench.Merge" in found.stdout
 
@@ -195,11 +195,12 @@ def test_modules_in_a_pool_stay_as_they_are() -> None:
 def test_without_a_base(tmp_path: Path) -> None:
     paths = models(llama, tmp_path)
     two = {name: paths[name] for name in NAMES[1:]}
-    average = [sum(each) / 2 for each in zip(*(state.values() for state in states(two, NAMES[1:])), strict=True)]
+    one, other = states(two, NAMES[1:])
     for stream in (True, False):
         merged = Merge("linear", stream=stream, out_dir=str(tmp_path / "out")).run(causal(two))
-        for found, wanted in zip(merged.state_dict().values(), average, strict=False):
-            torch.testing.assert_close(found, wanted)
+        found = dict(merged.state_dict())
+        for name, tensor in one.items():
+            torch.testing.assert_close(found[name], (tensor + other[name]) / 2)
     with pytest.raises(ArgumentError, match="name it _pretrained_"):
         Merge("ties").run(causal(two))
 
