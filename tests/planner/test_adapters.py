@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pymerge import api
-from pymerge.analysis.reading import survey
+from pymerge.analysis import survey
 from pymerge.cli.tensor_table import tensor_rows
 from pymerge.engine.recheck import recheck
 from pymerge.errors import ConfigError, NonFiniteError, OutputError, PlanError
@@ -253,15 +253,49 @@ def test_one_adapter_under_two_names_counts_twice(models: Path) -> None:
     same(merged(models / "merge.yml"), merged(config(models, "a0", "a0"), "twice"))
 
 
-@pytest.mark.parametrize("file", ["pytorch_lora_weights.safetensors", "adapters.safetensors"])
-def test_adapters_in_other_forms(models: Path, file: str) -> None:
-    (models / "other").mkdir()
-    save_file({"unet.a.lora.down.weight": torch.ones(2, 2)}, models / "other" / file)
-    assert f"in another form than PEFT's ('{file}'); apply it to its model where it was made" in refusal(
-        config(models, "other")
+def in_other_forms(models: Path) -> list[str]:
+    """The adapter a0 as others would write it, by the names that a config may have for it."""
+    tensors = load_file(models / "a0" / "adapter_model.safetensors")
+    mlx, kohya, diffusers = Tensors(), Tensors(), Tensors()
+    for key, tensor in tensors.items():
+        module, _, factor = key.removeprefix(STEM).removesuffix(".weight").rpartition(".")
+        flat = f"lora_unet_{module.removeprefix('model.').replace('.', '_')}"
+        mlx[f"{module}.{factor.lower()}"] = tensor.T.contiguous()
+        kohya[f"{flat}.{'lora_down' if factor == 'lora_A' else 'lora_up'}.weight"] = tensor
+        kohya[f"{flat}.alpha"] = torch.tensor(6.0)
+        diffusers[f"transformer.{module.removeprefix('model.')}.{factor}.weight"] = tensor
+    said = {"transformer.r": 3, "transformer.lora_alpha": 6}
+    (models / "mlx").mkdir()
+    save_file(mlx, models / "mlx" / "adapters.safetensors")
+    (models / "mlx" / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 3, "scale": 2.0}})
     )
-    (models / "other" / file).rename(models / "other.safetensors")
-    assert "factors of an adapter that is not merged into its weights" in refusal(config(models, "other.safetensors"))
+    save_file(kohya, models / "kohya.safetensors")
+    (models / "lora").mkdir()
+    save_file(
+        diffusers,
+        models / "lora" / "pytorch_lora_weights.safetensors",
+        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(said)},
+    )
+    files = ["mlx", "mlx/adapters.safetensors", "kohya.safetensors", "lora", "lora/pytorch_lora_weights.safetensors"]
+    return [*files, "base+mlx", "base+kohya.safetensors"]
+
+
+def test_adapters_in_other_forms(models: Path) -> None:
+    """Of mlx-lm, kohya and diffusers: the same bytes as in PEFT's form, by any name, and in a mapping."""
+    parameters = {"weight": 1.0, "density": 0.5}
+    expected = merged(config(models, "a0", "a1", method="ties", parameters=parameters), "peft")
+    names: list[Any] = [*in_other_forms(models), {"model": {"model": "base", "lora": "kohya.safetensors"}}]
+    for name in names:
+        path = config(models, name, "a1", method="ties", parameters=parameters)
+        assert planned(path).warnings == (), name
+        same(merged(path), expected)
+
+
+def test_an_adapter_in_another_form_is_no_base(models: Path) -> None:
+    in_other_forms(models)
+    for name in ("mlx", "kohya.safetensors", "lora"):
+        assert f"base_model '{name}' is an adapter" in refusal(config(models, "a1", base=name))
 
 
 def test_refusals(models: Path) -> None:

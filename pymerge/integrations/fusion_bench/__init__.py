@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pymerge.integrations.libraries import require
+from pymerge.common.libraries import require
 
 if TYPE_CHECKING:
     from pymerge.integrations.fusion_bench.merge import Merge

@@ -16,9 +16,9 @@ from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.settings import Scale, Settings, read_settings
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.model_files import ADAPTER_CONFIG
+from pymerge.common.libraries import require
 from pymerge.common.names import nearest
 from pymerge.errors import ArgumentError
-from pymerge.integrations.libraries import require
 from pymerge.integrations.peft.unreadable import unreadable
 from pymerge.live.checkpoints import hold
 
@@ -86,7 +86,7 @@ class Live:
         said = {key: value for key, value in self.configs[name].to_dict().items() if key not in _MADE_BY}
         config = {key: list(value) if isinstance(value, (set, frozenset)) else value for key, value in said.items()}
         settings = read_settings(where / ADAPTER_CONFIG, config)
-        files = AdapterFiles(where, where, config, tensors, {}, (), ())
+        files = AdapterFiles(where, where / "tensors", config, tensors, {}, (), ())
         return adapted(self.base, files, _LiveSettings(**vars(settings), scales=self._scales(name)))
 
     def unload(self) -> nn.Module:

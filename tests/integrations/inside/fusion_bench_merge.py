@@ -133,7 +133,12 @@ def test_the_command_for_several_methods(tmp_path: Path) -> None:
     paths = models(llama, tmp_path / "models")
     chosen = pool_of("CausalLMPool", paths, tmp_path)
     done = run(
-        tmp_path, "-m", *chosen, "method=pymerge/ties,pymerge/linear", "++method.evaluate=false", "hydra.sweep.dir=sweep"
+        tmp_path,
+        "-m",
+        *chosen,
+        "method=pymerge/ties,pymerge/linear",
+        "++method.evaluate=false",
+        "hydra.sweep.dir=sweep",
     )
     assert done.returncode == 0, done.stdout
     assert "No merged model returned" in done.stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pymerge.integrations.libraries import require
+from pymerge.common.libraries import require
 
 
 def test_the_library_is_found() -> None:

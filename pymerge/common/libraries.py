@@ -7,18 +7,22 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pymerge.errors import ArgumentError
 
-# Extra of pyproject.toml -> its package, the first version that fits, and the first that no longer does.
-LIBRARIES: dict[str, tuple[str, str, str | None]] = {
-    "mergekit": ("mergekit", "0.1.5", "0.2"),
-    "fusion-bench": ("fusion-bench", "0.2.33", None),
-    "peft": ("peft", "0.18", None),
+# Extra of pyproject.toml -> its packages: name, the first version that fits, and the first that no longer does.
+LIBRARIES: dict[str, tuple[tuple[str, str, str | None], ...]] = {
+    "mergekit": (("mergekit", "0.1.5", "0.2"),),
+    "fusion-bench": (("fusion-bench", "0.2.33", None),),
+    "peft": (("peft", "0.18", None),),
+    "search": (("deap", "1.4", None), ("scipy", "1.11", None)),
 }
 
 
 def require(extra: str) -> None:
-    """Raise ArgumentError, with the command that installs it, unless the library of an extra is there and fits."""
-    package, least, below = LIBRARIES[extra]
-    remedy = f"pip install 'pymerge-engine[{extra}]'"
+    """Raise ArgumentError, with the command that installs them, unless the libraries of an extra are there and fit."""
+    for package, least, below in LIBRARIES[extra]:
+        _require(package, least, below, f"pip install 'pymerge-engine[{extra}]'")
+
+
+def _require(package: str, least: str, below: str | None, remedy: str) -> None:
     try:
         found = version(package)
     except PackageNotFoundError as error:
