@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+import pymerge
 from pymerge import api
 from pymerge.errors import ArgumentError, NonFiniteError, PlanError, PymergeError
 from tests.adapters.test_peft import _quiet, gpt2, layers, llama, save, trained, vit
@@ -100,7 +101,7 @@ def test_a_new_adapter_is_that_of_the_files(tmp_path: Path, method: str, paramet
     numbers = [numbers["default"], numbers["other"]] if isinstance(numbers, dict) else numbers
     for entry, weight in zip(recipe["models"], numbers, strict=False):
         entry["parameters"] = {"weight": weight}
-    report = api.merge_adapters(
+    report = pymerge.merge_adapters(
         {"merge_method": method, **recipe, "parameters": given}, tmp_path / "out", rank=rank, progress=False
     )
     merged = integration.add_merged_adapter(model, ["default", "other"], "merged", method, rank=rank, **parameters)

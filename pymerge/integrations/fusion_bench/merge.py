@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-import pymerge
+from pymerge import api
 from pymerge.common.names import nearest
 from pymerge.errors import ArgumentError
 from pymerge.integrations.fusion_bench.files import BASE, Files, NotInFiles, check_dtype, files_of, load
@@ -121,13 +121,13 @@ class Merge(LightningFabricMixin, BaseAlgorithm):
             config["base_model"] = files.models[BASE]
         if files.dtype is not None:
             config["dtype"] = str(files.dtype).removeprefix("torch.")
-        return pymerge.plan(config, device=self.device, memory=self.memory)
+        return api.plan(config, device=self.device, memory=self.memory)
 
     def _streamed(self, pool: Any, plan: Plan) -> nn.Module | None:
         out = self._out()
         if rank_zero_only.rank == 0:  # one process writes
             out.parent.mkdir(parents=True, exist_ok=True)
-            pymerge.run(plan, out, progress=False)
+            api.run(plan, out, progress=False)
         self._wait()
         if not self.evaluate:
             return None

@@ -132,14 +132,8 @@ def test_the_command_for_several_methods(tmp_path: Path) -> None:
     """Each merge is left in the folder of its run, and nothing is loaded."""
     paths = models(llama, tmp_path / "models")
     chosen = pool_of("CausalLMPool", paths, tmp_path)
-    done = run(
-        tmp_path,
-        "-m",
-        *chosen,
-        "method=pymerge/ties,pymerge/linear",
-        "++method.evaluate=false",
-        "hydra.sweep.dir=sweep",
-    )
+    several = ["method=pymerge/ties,pymerge/linear", "++method.evaluate=false", "hydra.sweep.dir=sweep"]
+    done = run(tmp_path, "-m", *chosen, *several)
     assert done.returncode == 0, done.stdout
     assert "No merged model returned" in done.stdout
     same(load_file(tmp_path / "sweep" / "0" / "merged" / "model.safetensors"), expected(paths, "ties"))
