@@ -6,21 +6,26 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pymerge.checkpoint.reader import Reader
-from pymerge.common.dtypes import torch_dtype
+from pymerge.common.progress import NoProgress
 from pymerge.errors import ArgumentError
-from pymerge.extraction.content import Content, Stored, put_together
-from pymerge.extraction.measure import Measured
-from pymerge.extraction.merged import choose
-from pymerge.integrations.peft.live import BASE, Live
+from pymerge.extraction.carry_out import carry_out
+from pymerge.extraction.merged import plan_merge
+from pymerge.integrations.peft.live import Live
 from pymerge.integrations.peft.merging import plan_adapters
-from pymerge.ops._op import one_thread
-from pymerge.output.adapter_folder import PREFIX
+from pymerge.output.adapter_folder import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+
+# What becomes of tensors that have no factors, in the words of merges of folders: here nothing is saved.
+_FULL_TENSORS = {"error": "error", "merge": "save", "save": "save", "skip": "skip"}
+# A row that differs by less, as a share of each value, is the base's: an average of equal values.
+_ROUNDING = 4 * 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ def add_merged_adapter(
         weights: the method's weight of each adapter, in their order or by their names.
         rank: "exact" (the sum of all ranks), a largest rank, or below 1 the share of the sum of s^2 that is kept.
         full_tensors: what becomes of tensors that adapters have no factors of (modules_to_save, trained tokens,
-            biases): "error"; "merge": they are merged as tensors; "skip": the new adapter has the model's own.
+            biases): "error"; "merge", or "save" as folders have it: they are merged as tensors; "skip": the new adapter
+            has the model's own.
         device: where merges that are no products of factors compute.
         memory: limit for what is held at once, as of `pymerge.merge`.
         parameters: the method's; for one with a value for each model, a number or a sequence of numbers.
@@ -69,15 +75,19 @@ def add_merged_adapter(
     """
     live = Live(model)
     _check_name(adapter_name, live)
+    if full_tensors not in _FULL_TENSORS:
+        raise ArgumentError(f"full_tensors is {full_tensors!r}; choose one of {', '.join(_FULL_TENSORS)}")
     plan = plan_adapters(live, adapters, method, weights, parameters, device=device, memory=memory, dtype="float32")
-    names = {name: name for name in live.base.tensors}
-    chosen = choose(plan, str(rank), names, full_tensors=full_tensors)
-    with Reader(plan.inputs.stamps) as reader, one_thread():
-        measured = [chosen.measure(reader, target) for target in chosen.products] + chosen.others(reader)
-        content = put_together(measured, plan, chosen.options, BASE, names, chosen.head)
-        tensors = {name: _whole(each, reader) for name, each in content.tensors.items()}
-    _add(live, adapter_name, content, tensors)
-    return MergedAdapter(adapter_name, *_report(measured), plan.warnings)
+    work = plan_merge(plan, rank=str(rank), full_tensors=_FULL_TENSORS[full_tensors], dtype="float32")
+    with TemporaryDirectory(prefix="pymerge-") as folder:
+        report = carry_out(work, Path(folder, "adapter"), NoProgress(), overwrite=False)
+        said = json.loads(Path(folder, "adapter", CONFIG_NAME).read_bytes())
+        tensors = load_file(Path(folder, "adapter", WEIGHTS_NAME))
+    _with_tokens(live, adapters, said, tensors)
+    _add(live, adapter_name, said, tensors)
+    adapted = {each.name.removesuffix(".weight"): each for each in report.tensors if each.place == "factors"}
+    ranks = {path: each.rank for path, each in adapted.items()}
+    return MergedAdapter(adapter_name, ranks, {path: each.error**2 for path, each in adapted.items()}, plan.warnings)
 
 
 def _check_name(name: str, live: Live) -> None:
@@ -87,25 +97,35 @@ def _check_name(name: str, live: Live) -> None:
         raise ArgumentError(f"the model has an adapter {name!r} already; give another name, or delete_adapter it")
 
 
-def _whole(each: Tensor | Stored, reader: Reader) -> Tensor:
-    if not isinstance(each, Stored):
-        return each
-    found = torch.cat([piece.reshape(-1) for piece in each.pieces(reader)])
-    return found.to(torch_dtype(each.code)).view(each.shape)
+def _with_tokens(live: Live, adapters: Sequence[str], said: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Have tables that adapters train in some rows alone in the new adapter so, too: PEFT has no other form for them
+    beside those."""
+    for path, rows in live.trained_rows(adapters).items():
+        table = tensors.pop(f"{PREFIX}{path}.weight", None)
+        if table is None:
+            continue
+        base = live.parameters[f"{path}.weight"].detach().to("cpu", torch.float32)
+        others = torch.ones(len(table), dtype=torch.bool)
+        others[rows] = False
+        if bool(((table - base)[others].abs() > _ROUNDING * base[others].abs()).any()):
+            raise ArgumentError(
+                f"{path}: the merge changes more rows than adapters have trained (trainable_token_indices), for which "
+                "PEFT has no form in this model; give full_tensors='skip', or merge the folders of the adapters"
+            )
+        tensors[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = table[rows]
+        said["trainable_token_indices"] = {**(said.get("trainable_token_indices") or {}), path: rows}
+        saved = [module for module in said["modules_to_save"] or () if module not in (path, "lm_head")]
+        if not live.ties:
+            saved = [module for module in said["modules_to_save"] or () if module != path]
+        else:  # the head is the table once more
+            tensors.pop(f"{PREFIX}lm_head.weight", None)
+        said["modules_to_save"], said["ensure_weight_tying"] = saved or None, False
 
 
-def _report(measured: Sequence[Measured]) -> tuple[dict[str, int], dict[str, float]]:
-    adapted = [each for each in measured if each.target.place == "factors" and each.rank]
-    paths = {each.target.adapted(each.rank).path: each for each in adapted}
-    ranks = {path: each.rank for path, each in paths.items()}
-    return ranks, {path: each.lost / each.total if each.total else 0.0 for path, each in paths.items()}
-
-
-def _add(live: Live, name: str, content: Content, tensors: Mapping[str, Tensor]) -> None:
+def _add(live: Live, name: str, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Have PEFT make an adapter, and fill it. Whatever fails, none is left."""
     import peft
 
-    said = json.loads(content.config)
     if said["bias"] != "none":
         raise ArgumentError(
             "some adapters have biases (lora_bias) and others adapt modules without one: PEFT has no form for that in "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pymerge.adapters.apply import adapted
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.settings import Scale, Settings, read_settings
+from pymerge.architecture.tied import ties
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.model_files import ADAPTER_CONFIG
 from pymerge.common.libraries import require
@@ -88,6 +89,21 @@ class Live:
         settings = read_settings(where / ADAPTER_CONFIG, config)
         files = AdapterFiles(where, where / "tensors", config, tensors, {}, (), ())
         return adapted(self.base, files, _LiveSettings(**vars(settings), scales=self._scales(name)))
+
+    @property
+    def ties(self) -> bool:
+        """Whether the model's head is its table of tokens."""
+        return bool(ties(self.base.config))
+
+    def trained_rows(self, names: Sequence[str]) -> dict[str, list[int]]:
+        """Rows of tables that some of these adapters train, by the paths of their modules."""
+        found: dict[str, set[int]] = {}
+        for layer in self.replaced:
+            adapter = getattr(layer.module, "token_adapter", None)
+            if adapter is not None and adapter.tied_adapter is None:
+                rows = {row for name in names for row in adapter.token_indices.get(name, ())}
+                found.setdefault(layer.path, set()).update(rows)
+        return {path: sorted(rows) for path, rows in found.items() if rows}
 
     def unload(self) -> nn.Module:
         """Take all of PEFT out of the model, which keeps its own weights; returns it."""
@@ -174,7 +190,7 @@ class Live:
                 why = f"is quantised ({tensor.dtype}); take that back first (model.dequantize())"
                 others[name] = unreadable(BASE, name, size, why)
         held = hold(BASE, found, self._config())
-        return replace(held, tensors={**held.tensors, **others})
+        return replace(held, files=(), stamps={}, tensors={**held.tensors, **others})
 
     def _config(self) -> dict[str, Any]:
         """config.json of the model; empty for one that has none."""
