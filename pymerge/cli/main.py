@@ -5,9 +5,8 @@ from __future__ import annotations
 import atexit
 import gc
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -258,21 +257,19 @@ app.command(cls=VerifyCommand)(verify)
 @app.command()
 def methods() -> None:
     """List the merge methods with their parameters."""
-    _print_view("methods_view")
+    with reported():
+        from pymerge.cli.info_tables import methods_view
+
+        OUT.print(methods_view())
 
 
 @app.command("env")
 def environment() -> None:
     """Show versions, devices, and which backends work (or why not)."""
-    _print_view("env_view")
-
-
-def _print_view(name: str) -> None:
     with reported():
-        from pymerge.cli import info_tables
+        from pymerge.cli.info_tables import env_view
 
-        view: Callable[[], Any] = getattr(info_tables, name)
-        OUT.print(view())
+        OUT.print(env_view())
 
 
 for script in (wemoe, demo, bench):
