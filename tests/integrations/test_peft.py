@@ -251,6 +251,26 @@ def test_attention_of_pytorch() -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
+def tied() -> nn.Module:
+    model = llama()
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    "more", [{"trainable_token_indices": [1, 4]}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}]
+)
+def test_heads_that_are_tied(more: dict[str, Any]) -> None:
+    model = trained(tied(), config(**more))
+    wanted = logits(model)
+    integration.add_merged_adapter(model, ["default"], "again", full_tensors="merge")
+    torch.testing.assert_close(logits(model, "again"), wanted, rtol=0, atol=1e-5)
+    model.set_adapter("default")
+    merged = integration.merge_adapters_into(model, ["default"])
+    torch.testing.assert_close(logits(merged), wanted, rtol=0, atol=1e-5)
+
+
 def test_a_scale_that_was_set_counts() -> None:
     model = two()
     for module in model.modules():

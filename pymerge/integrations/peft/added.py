@@ -114,12 +114,10 @@ def _with_tokens(live: Live, adapters: Sequence[str], said: dict[str, Any], tens
             )
         tensors[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = table[rows]
         said["trainable_token_indices"] = {**(said.get("trainable_token_indices") or {}), path: rows}
-        saved = [module for module in said["modules_to_save"] or () if module not in (path, "lm_head")]
-        if not live.ties:
-            saved = [module for module in said["modules_to_save"] or () if module != path]
-        else:  # the head is the table once more
-            tensors.pop(f"{PREFIX}lm_head.weight", None)
-        said["modules_to_save"], said["ensure_weight_tying"] = saved or None, False
+        gone = {path, "lm_head"} if live.ties else {path}  # a head that is tied is the table once more
+        for module in gone:
+            tensors.pop(f"{PREFIX}{module}.weight", None)
+        said["modules_to_save"] = [module for module in said["modules_to_save"] or () if module not in gone] or None
 
 
 def _add(live: Live, name: str, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -132,6 +130,8 @@ def _add(live: Live, name: str, said: Mapping[str, Any], tensors: Mapping[str, T
             "a live model; give full_tensors='skip', or merge their folders with pymerge.merge_adapters"
         )
     fields = {key: value for key, value in said.items() if key not in ("peft_type", "base_model_name_or_path")}
+    if fields.pop("ensure_weight_tying"):  # PEFT ties those of the first adapter alone: head and table are two here
+        fields["modules_to_save"] = [*fields["modules_to_save"], "lm_head"]
     fields["target_parameters"] = _as_others_have(fields["target_parameters"], live)
     config = peft.LoraConfig(**fields)
     model = live.model

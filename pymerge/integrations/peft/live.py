@@ -87,7 +87,7 @@ class Live:
         said = {key: value for key, value in self.configs[name].to_dict().items() if key not in _MADE_BY}
         config = {key: list(value) if isinstance(value, (set, frozenset)) else value for key, value in said.items()}
         settings = read_settings(where / ADAPTER_CONFIG, config)
-        files = AdapterFiles(where, where / "tensors", config, tensors, {}, (), ())
+        files = AdapterFiles(where, where, config, tensors, {}, (), ())
         return adapted(self.base, files, _LiveSettings(**vars(settings), scales=self._scales(name)))
 
     @property
@@ -198,6 +198,8 @@ class Live:
         if not hasattr(config, "to_json_string"):
             return {}
         found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+        if not found.get("architectures"):  # which save_pretrained adds
+            found["architectures"] = [type(self.root).__name__]
         return {key: value for key, value in found.items() if key != "quantization_config"}
 
     def _scales(self, name: str) -> dict[str, Scale]:
