@@ -29,7 +29,7 @@ from pymerge.planner.plan import Plan
 
 @dataclass(frozen=True)
 class Content:
-    """What is written: tensors by their names, the config, and whether there are factors alone."""
+    """Content of an adapter: tensors by their names, the config, and whether there are factors alone."""
 
     adapted: tuple[Adapted, ...]
     tensors: Mapping[str, Factor | Stored]
@@ -110,7 +110,7 @@ def put_together(
 
 
 def _with_factors(measured: Sequence[Measured[TensorEntry]], biased: set[str]) -> list[Measured[TensorEntry]]:
-    """What gets factors: what has changed, modules of which the bias alone has, and all of what PEFT stacks."""
+    """Targets that get factors: those that changed, those whose bias alone did, and all of what PEFT stacks."""
     candidates = [each for each in measured if each.target.place == "factors"]
     together = any(each.target.uniform and each.rank for each in candidates)
     return [

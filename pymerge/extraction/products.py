@@ -58,7 +58,7 @@ def _merged(reader: Reader, target: Target, step: Step, number: int) -> tuple[Te
 
 
 def _factors(reader: Reader, target: Target, entry: Any, number: int) -> tuple[Tensor, Tensor]:
-    """What an adapter adds to a matrix; of rank 0 where it is the base's own."""
+    """Factors of what an adapter adds to a matrix; of rank 0 where it is the base's own."""
     known = low_rank_of(entry)
     if known is None:
         rows, columns = target.shape

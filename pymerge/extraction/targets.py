@@ -1,4 +1,4 @@
-"""What an extraction does with each tensor that the models have: factors, a copy, or nothing. From headers alone."""
+"""Targets of an extraction: each tensor of the models gets factors, a copy, or nothing. From headers alone."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Target:
 
 
 def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) -> list[Target]:
-    """What becomes of every tensor that differs or may differ, in the order of the plan.
+    """Target of every tensor that differs or may differ, in the order of the plan.
 
     Args:
         plan: of a merge of the fine-tuned model alone.
