@@ -130,7 +130,8 @@ def _add(live: Live, name: str, said: Mapping[str, Any], tensors: Mapping[str, T
             "a live model; give full_tensors='skip', or merge their folders with pymerge.merge_adapters"
         )
     fields = {key: value for key, value in said.items() if key not in ("peft_type", "base_model_name_or_path")}
-    if fields.pop("ensure_weight_tying"):  # PEFT ties those of the first adapter alone: head and table are two here
+    # PEFT ties head and table of the first adapter alone: those of others are two.
+    if fields.pop("ensure_weight_tying") and f"{PREFIX}lm_head.weight" in tensors:
         fields["modules_to_save"] = [*fields["modules_to_save"], "lm_head"]
     fields["target_parameters"] = _as_others_have(fields["target_parameters"], live)
     config = peft.LoraConfig(**fields)
