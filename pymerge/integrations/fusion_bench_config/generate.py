@@ -1,4 +1,4 @@
-"""What the configs say: each method with all its parameters at their defaults."""
+"""Content of the configs: each method with all its parameters at their defaults."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class Live:
             self._unwrap(inner)
 
     def _inside(self, module: Any) -> Any:
-        """What a module of PEFT is around; None for any other module."""
+        """Module that one of PEFT is around; None for any other module."""
         if isinstance(module, self._wrapper):
             adapter = getattr(module, "token_adapter", None)
             return module.original_module if adapter is None else adapter.base_layer
@@ -226,7 +226,7 @@ class Live:
 
 @dataclass(frozen=True)
 class _LiveSettings(Settings):
-    """What an adapter's config says, with the scales that its layers have."""
+    """Settings of an adapter's config, with the scales that its layers have."""
 
     scales: Mapping[str, Scale] = field(default_factory=dict)
 
