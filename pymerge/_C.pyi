@@ -38,6 +38,17 @@ def combine_files(
     check_inputs: bool,
     /,
 ) -> tuple[bool, int, int, int, int]: ...
+def combine_vectors(  # weights float64, T x columns or T x rows
+    out: Matrix,
+    base: Matrix | None,
+    tensors: Sequence[Matrix],
+    weights: int,
+    by_columns: bool,
+    rows: int,
+    columns: int,
+    threads: int,
+    /,
+) -> None: ...
 def is_finite(tensor: Matrix, /) -> bool: ...
 def task_sum(  # out contiguous; means T x columns in its dtype
     out: Matrix,
@@ -91,6 +102,7 @@ def magnitude_counts(  # counts int64, T x 2^bits, zeros at first
     prefixes: Sequence[int],
     shift: int,
     bits: int,
+    in_double: bool,
     threads: int,
     /,
 ) -> None: ...

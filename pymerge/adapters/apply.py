@@ -21,8 +21,10 @@ from pymerge.adapters.ties import drop_tied_heads
 from pymerge.architecture.tied import tied_tensors, ties
 from pymerge.checkpoint.beside import Beside
 from pymerge.checkpoint.checkpoint import Checkpoint
+from pymerge.checkpoint.compare import Relation, relation
 from pymerge.checkpoint.decoded import Decoder, decoded
 from pymerge.checkpoint.model_files import ADAPTER_CONFIG
+from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
@@ -73,8 +75,11 @@ class _Builder:
         if ties(self._base.config):
             drop_tied_heads(self._base, self._fitting.roles, keys, self._files, self.settings.keeps_tie)
         placed = place_modules(self._base, self._files, keys)
+        adapted = {module.name for module in keys.modules.values()}
         for name, entry in keys.values.items():
-            self.tensors[placed.name(name)] = entry
+            where = placed.name(name)
+            if name.rpartition(".")[0] not in adapted or not self._is_copy(entry, where):
+                self.tensors[where] = entry
         self._add_factors(placed)
         for name, found in self._terms.items():
             stacked = name in self._of_experts and len(self.tensors[name].shape) == 3
@@ -85,6 +90,14 @@ class _Builder:
         if ties(self._base.config):
             self._leave_out_tied_heads()
 
+    def _is_copy(self, entry: TensorEntry, name: str) -> bool:
+        """Whether a tensor beside factors is the base's own, as PEFT saves tables that it has adapted."""
+        base = self.tensors.get(name)
+        if base is None or base.shape != entry.shape:
+            return False
+        with Reader(self._files.stamps | self._base.stamps) as reader:
+            return relation(reader, entry, base) is Relation.SAME
+
     def _leave_out_tied_heads(self) -> None:
         """Leave out heads that the base has stored a second time: the embedding, which has changed, stands for them."""
         own, theirs = self.tensors, self._base.tensors
@@ -93,7 +106,7 @@ class _Builder:
                 del own[head]
 
     def notes(self) -> Iterable[str]:
-        """What people should know of it."""
+        """Notes for people."""
         path, said = self._files.path, self.settings.base
         if said and not may_be(said, self._base):
             yield f"{path}: was trained on {shorten(said)}, and is applied to {self._base.path}"

@@ -53,7 +53,7 @@ def token_tables(
     names: Iterable[str],
     tokens: int,
 ) -> list[str]:
-    """Those of `names` that have a row for each of a model's `tokens`: embeddings, heads and biases of heads.
+    """Names of tensors that have a row for each of a model's `tokens`: embeddings, heads and biases of heads.
 
     An embedding has, if it is as long as config.json's vocab_size, or, where none is, at least as long as the
     tokenizer. Several embeddings of different lengths leave it open: then there are none. Heads of language models

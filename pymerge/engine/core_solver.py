@@ -72,7 +72,7 @@ class CoreSolver:
             out[top : top + step] = delta.rows(self._run, first + top, first + top + len(tile), total).add_(tile)
 
     def _once(self, step: Step) -> Delta:
-        """What is added to a weight, from the thread that solves it."""
+        """Sum that is added to a weight, from the thread that solves it."""
         with self._lock:
             solved = self._solved.get(id(step))
             mine = solved is None

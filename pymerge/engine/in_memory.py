@@ -187,11 +187,8 @@ class _Merger:
         found: dict[str, Share] = {}
         for action, group in groups.items():
             assert isinstance(action, Reduce)
-            wide = [each.name for each in group if compute_code(each.base, *each.experts) == "F64"]
-            if wide:
-                raise ArgumentError(f"{wide[0]}: scope: model takes no float64; convert it, or set scope: tensor")
             shares = reduce_together(
-                action,
+                action.on(*(compute_code(tensor.base, *tensor.experts) for tensor in group)),
                 self._run,
                 [tensor.base.numel() for tensor in group],
                 len(group[0].experts),

@@ -10,14 +10,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pymerge.backends.native.combine import convert
 from pymerge.backends.native.combine_files import FileTensor, combine_files, is_finite
 from pymerge.checkpoint.reader import failed_read
+from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.arrays import Array
-from pymerge.common.dtypes import ITEM_SIZES, NATIVE
+from pymerge.common.dtypes import ITEM_SIZES, NATIVE, is_float8, native_dtype
 from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, raise_nonfinite
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Combine, Elementwise
 from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
 from pymerge.planner.jobs import Batch, Job
+from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import BLOCK_ELEMENTS, CACHE_LINE
 
 
@@ -116,10 +118,10 @@ class NativeWorker:
         """Write a weighted sum or a copy to `out`; returns nanoseconds of reading, and whether all is finite."""
         step, piece = job.step, job.piece
         inputs = step.inputs
-        if not action.weights and inputs[0].dtype == step.dtype:
+        if step.copies_bits:
             began = time.perf_counter_ns()
             self._reader.read_bytes_into(inputs[0], out.bytes, piece.start, piece.stop)
-            return time.perf_counter_ns() - began, step.dtype not in NATIVE or is_finite(out)
+            return time.perf_counter_ns() - began, _is_finite(out)
         if action.weights:
             self._run.choice("combine", frozenset({step.dtype, *(entry.dtype for entry in inputs)}), piece.shape)
         has_base = action.on_base or not action.weights
@@ -190,16 +192,27 @@ class NativeWorker:
         arrays, at = [], 0
         began = time.perf_counter_ns()
         for entry in step.inputs:
-            array = memory.at(at, entry.dtype, piece.shape)
+            array = memory.at(at, native_dtype(entry.dtype), piece.shape)
             if not filled:
-                self._reader.read_bytes_into(entry, array.bytes, piece.start, piece.stop)
+                self._fill(entry, piece, array)
             arrays.append(array)
             at += -(-array.nbytes // CACHE_LINE) * CACHE_LINE
         return arrays, time.perf_counter_ns() - began
 
+    def _fill(self, entry: TensorEntry, piece: Piece, array: Array) -> None:
+        """Read the rows of a piece, decoded where they are 8-bit floats."""
+        if entry.dtype == array.dtype:
+            self._reader.read_bytes_into(entry, array.bytes, piece.start, piece.stop)
+            return
+        from pymerge.checkpoint.dequantise.numbers import byte_table, look_up
+
+        codes = self._reader.read_bytes(entry, piece.start, piece.stop)
+        look_up(byte_table(entry.dtype), codes, array.numpy().reshape(-1))
+
     def _take_inputs(self, job: Job) -> tuple[Array, bool]:
         """Memory for the inputs of a job, and whether they are in it, held since an earlier pass."""
-        nbytes = sum(math.prod(job.piece.shape) * ITEM_SIZES[entry.dtype] + CACHE_LINE for entry in job.step.inputs)
+        sizes = [ITEM_SIZES[native_dtype(entry.dtype)] for entry in job.step.inputs]
+        nbytes = sum(math.prod(job.piece.shape) * size + CACHE_LINE for size in sizes)
         with self._lock:
             if (held := self._held.pop(_place(job), None)) is not None:
                 return held, True
@@ -217,6 +230,17 @@ class NativeWorker:
                 self._held[_place(job)] = memory
             else:
                 self._inputs.append(memory)
+
+
+def _is_finite(copied: Array) -> bool:
+    """Whether none of the elements is NaN or infinite, of any dtype."""
+    if not is_float8(copied.dtype):
+        return copied.dtype not in NATIVE or is_finite(copied)
+    import numpy as np
+
+    from pymerge.checkpoint.dequantise.numbers import byte_values
+
+    return bool(np.isfinite(byte_values(copied.dtype))[np.frombuffer(copied.bytes, np.uint8)].all())
 
 
 def _place(job: Job) -> tuple[int, int]:

@@ -24,7 +24,7 @@ DEFAULT_ENERGY, DEFAULT_MAX_RANK = 0.99, 64
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What `pymerge.extract` documents; at most one of `rank`, `energy` and `sv_epsilon`."""
+    """Options that `pymerge.extract` documents; at most one of `rank`, `energy` and `sv_epsilon`."""
 
     rank: int | None = None
     energy: float | None = None

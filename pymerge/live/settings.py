@@ -86,9 +86,7 @@ def _of(name: str, value: Any, number: int, experts: int) -> Any:
     if not isinstance(value, (list, tuple)):
         return value
     if len(value) != experts:
-        raise ArgumentError(
-            f"parameter {name!r} has {len(value)} values for {experts} experts; give one for each"
-        )
+        raise ArgumentError(f"parameter {name!r} has {len(value)} values for {experts} experts; give one for each")
     return _plain(value[number])
 
 

@@ -36,7 +36,7 @@ def routed(action: Action, role: Role, base: TensorEntry, experts: Sequence[Tens
 
 
 def remarks(actions: Iterable[tuple[str, Action]]) -> list[str]:
-    """What users should know of merges in the core, from all tensors' names and actions: each kind of remark once."""
+    """Remarks for users on merges in the core, from all tensors' names and actions: each kind of remark once."""
     found: dict[str, list[str]] = {}
     for name, action in actions:
         if isinstance(action, InCore) and (remark := action.solve.core_remark(action.shape, action.rank)):
