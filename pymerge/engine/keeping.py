@@ -1,4 +1,4 @@
-"""What is kept of whole linear weights for later merges, matrix by matrix, and merges by it. Imports PyTorch."""
+"""Keeping of whole linear weights for later merges, matrix by matrix, and merges by what is kept. Imports PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pymerge.planner import pieces
 
 
 def keep_whole(action: Solve, role: Role, run: Run, rows: Rows) -> list[Kept] | None:
-    """What is kept of all matrices of a weight, in their order; None if there is one of which nothing can be."""
+    """Keep of all matrices of a weight, in their order; None if there is one of which nothing can be kept."""
     found: list[Kept | None] = []
 
     def keep(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], code: str) -> list[Tensor]:

@@ -261,7 +261,7 @@ def _solve_matrices(
 
 
 def threads_for(matrix: Tensor) -> AbstractContextManager[None]:
-    """What products of a matrix of this shape are to be computed in: one thread, where they are small."""
+    """Threads for products of a matrix of this shape: one, where they are small."""
     rows, columns = matrix.shape
     return one_thread() if 2 * rows * columns**2 < _ONE_THREAD_FLOPS else nullcontext()
 

@@ -229,7 +229,7 @@ class Evaluator:
         return upcast(tensor).to(device)
 
     def runner(self, device: torch.device) -> Runner:
-        """What runs ops on a device."""
+        """Runner of ops on a device."""
         name = str(device)
         if name not in self._runners:
             self._runners[name] = Runner(self._backend, name)

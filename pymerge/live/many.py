@@ -46,7 +46,7 @@ def merge_group(evaluator: Evaluator, decided: Sequence[Sequence[Decided]]) -> l
 
 
 def _form(steps: Sequence[Step]) -> tuple[Any, ...]:
-    """What is the same in steps that read the same."""
+    """Features that are the same in steps which read the same."""
     return tuple((step.offset, step.shape, len(step.experts)) for step in steps)
 
 

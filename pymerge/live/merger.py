@@ -115,7 +115,7 @@ class Merger:
         return self._cache.used
 
     def report(self) -> Report:
-        """What is kept, and what has to be made again for every merge."""
+        """Report of what is kept, and what has to be made again for every merge."""
         steps = [step for steps in self._models.steps(self._settings) for step in steps]
         again = [step.name for step in steps if isinstance(step.action, Solve) and not self._evaluator.has_solved(step)]
         return Report(
@@ -163,7 +163,7 @@ class Merger:
         return merged
 
     def merge_many(self, parameters: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Tensor]]:
-        """What `merge` gives for each of several parameters, in one pass over the inputs where memory lets it.
+        """Results of `merge` for each of several parameters, in one pass over the inputs where memory lets it.
 
         Args:
             parameters: mappings of keyword arguments of `merge`, which are checked before the first is merged.

@@ -98,7 +98,7 @@ class Models:
 
     @property
     def device(self) -> str:
-        """Where the base is, or the first tensor that is in memory; files are for the CPU."""
+        """Device of the base, or of the first tensor that is in memory; the CPU for files."""
         held = (each for model in self._held.values() for each in model.tensors.values())
         return next((str(entry.tensor.device) for entry in held if isinstance(entry, HeldEntry)), "cpu")
 

@@ -11,7 +11,7 @@ from pymerge.common.units import format_bytes
 
 @dataclass(frozen=True)
 class Report:
-    """What a Merger keeps for later merges. Sizes are in bytes.
+    """Account of what a Merger keeps for later merges. Sizes are in bytes.
 
     `kept` has them by what is kept; `solved_again` are the weights that a solver solves from the beginning for every
     merge: there was no room, or there is nothing that could be kept of them.

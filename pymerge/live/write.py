@@ -20,7 +20,7 @@ from pymerge.planner.steps import Step
 
 
 class Decided(NamedTuple):
-    """What is done with a weight: its steps, and the shares, by ids of steps, of those that have one."""
+    """Decision on a weight: its steps, and the shares, by ids of steps, of those that have one."""
 
     steps: Sequence[Step]
     shares: Mapping[int, Share]

@@ -195,7 +195,7 @@ class SolveAce(Ridged):
         return run(SpectralRefine(X, residual, self.refined(base.shape))), float(condition)
 
     def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
-        """Of tasks that are not heterogeneous: the refinement of others needs a decomposition for every eps."""
+        """Eigenvectors, of tasks that are not heterogeneous: others are refined by a decomposition for every eps."""
         stats = run(TaskStats(base, experts))
         norms = stats.norms.tolist()
         if not all(map(math.isfinite, norms)) or not any(norms):

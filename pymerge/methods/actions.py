@@ -103,7 +103,7 @@ class Solve(Action):
     scale: float  # of X, what is added to W_0
 
     def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
-        """What merges of these matrices by this action with other parameters that may vary can be made from.
+        """Keep what merges of these matrices by this action with other parameters that may vary can be made from.
 
         None where there is nothing but the beginning.
         """
@@ -150,7 +150,7 @@ class Solve(Action):
 
 
 class Kept(ABC):
-    """What a solver keeps of one matrix, for merges with other parameters that may vary.
+    """Memory of a solver about one matrix, for merges with other parameters that may vary.
 
     It never changes: what a merge gives does not depend on those before it.
     """

@@ -1,4 +1,4 @@
-"""What solvers keep of a weight whose X is the same whatever may vary: X, and its addition to W_0."""
+"""X kept, of a weight for which it is the same whatever may vary, and its addition to W_0."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Reduce(Action):
 
     @property
     def basis(self) -> Hashable:
-        """What the state after all passes follows from: equal for actions that one state can serve."""
+        """Part of the action that the state after all passes follows from: equal for actions that one can serve."""
         return self
 
     @abstractmethod

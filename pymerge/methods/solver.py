@@ -114,7 +114,7 @@ class SolveInterference(Solve):
         return self.kept_of(run, base, experts, norms)
 
     def kept_of(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Kept:
-        """What is kept of a layer whose tasks have the squared norms n_t, finite and not all 0."""
+        """Keep of a layer whose tasks have the squared norms n_t, finite and not all 0."""
         system = self.equations(run, base, experts, norms)
         (D,) = self.displacements(run, [system])
         return KeptDelta(system.X.add_(D))
