@@ -3,6 +3,7 @@
 #include "bindings/combining.h"
 #include "common/finite.h"
 #include "io/combine_files.h"
+#include "ops/low_rank_sum.h"
 #include "ops/task_dots.h"
 #include "ops/task_stats.h"
 #include "ops/task_sum.h"
@@ -40,6 +41,18 @@ std::tuple<bool, std::int64_t, int, std::int64_t, std::int64_t> combine_files(
 }
 
 bool is_finite(const MatrixView& tensor) { return is_finite_cpu(tensor.data, tensor.dtype, tensor.row_stride); }
+
+void low_rank_sum(const Output& out, const MatrixView& base, const MatrixView& left, const MatrixView& right,
+                  double scale, std::int64_t rows, std::int64_t columns, std::int64_t rank, int threads) {
+    const auto check = [&](const char* what, std::int64_t numel, std::int64_t wanted) {
+        PM_CHECK(numel == wanted, "low_rank_sum: " << what << " has " << numel << " elements, not " << wanted);
+    };
+    check("the output", out.row_stride, rows * columns);
+    check("the base", base.row_stride, rows * columns);
+    check("the left factor", left.row_stride, rows * rank);
+    check("the right factor", right.row_stride, rank * columns);
+    low_rank_sum_cpu({out, base, left, right, scale, rows, columns, rank}, threads);
+}
 
 void task_sum(const Output& out, const MatrixView& base, const std::vector<MatrixView>& experts,
               const std::vector<double>& weights, Address means, std::int64_t rows, std::int64_t columns, int threads) {
@@ -86,6 +99,7 @@ void define_dense(py::module_& module) {
     module.def("combine", &combine, Unlocked());
     module.def("combine_files", &combine_files, Unlocked());
     module.def("is_finite", &is_finite, Unlocked());
+    module.def("low_rank_sum", &low_rank_sum, Unlocked());
     module.def("task_sum", &task_sum, Unlocked());
     module.def("task_stats", &task_stats, Unlocked());
     module.def("wudi_adam_step", &wudi_adam_step, Unlocked());

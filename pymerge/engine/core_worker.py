@@ -7,39 +7,47 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NoReturn
+from contextlib import ExitStack, nullcontext
+from typing import Any, NoReturn
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from pymerge.adapters.low_rank import low_rank_of
 from pymerge.architecture.roles import Role
-from pymerge.checkpoint.finite import check_finite, is_finite, overflow
+from pymerge.backends import native
+from pymerge.backends.native.combine_files import is_finite
+from pymerge.backends.runner import Runner
+from pymerge.checkpoint import finite
+from pymerge.checkpoint.finite import check_finite, overflow
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.dtypes import torch_dtype, upcast
-from pymerge.engine.buffers import Buffers
+from pymerge.common.arrays import Array, rows_of
+from pymerge.common.blas import one_blas_thread
+from pymerge.common.dtypes import ITEM_SIZES, NATIVE, upcast
 from pymerge.engine.memory import Heap
 from pymerge.engine.worker import Context, Made, Sink, failed, first_line, is_out_of_memory, raise_nonfinite
 from pymerge.errors import ArgumentError, BackendError
-from pymerge.methods.actions import TILE_ELEMENTS, InCore
+from pymerge.methods.actions import InCore
 from pymerge.methods.core.factors import Delta, Factors, Product
 from pymerge.ops._op import one_thread
 from pymerge.planner.jobs import Batch, Job
+from pymerge.planner.pieces import rows_at_once
 from pymerge.planner.steps import Step
 
-# Memory that stays idle between rows of different sizes.
-_MOST_IDLE = 2**25
+# Pieces of memory that stay idle between rows of different sizes.
+_MOST_IDLE = 4
 
 
 class CoreWorker:
-    """Solves each weight once, by the first thread that needs it, and adds the result to the base row range by row
-    range.
+    """Solves each weight once, by the first thread that needs it, and adds the result to the base a few rows at a time,
+    which stay in the cache.
 
-    Each job is computed on one thread: then no result depends on how many there are.
+    Each job is computed on one thread, and so is each product of numpy: then no result depends on how many there are.
     """
 
-    def __init__(self, context: Context, threads: int, limit: int) -> None:
-        self._run = context.run
+    def __init__(self, context: Context, threads: int, jobs: Sequence[Job], limit: int) -> None:
+        on_cpu = context.run.device.type == "cpu"  # where factors are, whatever computes other steps
+        self._run = context.run if on_cpu else Runner()
         self._reader = context.reader
         self._tracer = context.tracer
         self._progress = context.progress
@@ -47,20 +55,33 @@ class CoreWorker:
         self._keeps_cache = context.keeps_cache
         self._solved: dict[int, Future[Delta]] = {}  # by step
         self._lock = threading.Lock()
-        self._buffers = Buffers(min(limit // 16, _MOST_IDLE))  # for rows; of the leading thread
-        self._sums = threading.local()  # memory of each thread for products
+        self._outputs: list[Array] = []  # memory that nobody uses
+        self._rooms = threading.local()  # memory of each thread for rows of the base
         self._heap = Heap(limit)
-        self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(max(1, threads), "pymerge-core", torch.set_num_threads, (1,))
+        self._stack = ExitStack()
+        self._stack.enter_context(one_blas_thread())
+        self._with_torch = any(_core(job.step).solve.core_needs_torch for job in jobs)
+        if self._with_torch:
+            import torch
+
+            self._stack.callback(torch.set_num_threads, torch.get_num_threads())  # what later threads start with
+        self._pool = ThreadPoolExecutor(max(1, threads), "pymerge-core", self._begin)
+
+    def _begin(self) -> None:
+        """A thread of the pool begins."""
+        if self._with_torch:
+            import torch
+
+            torch.set_num_threads(1)
 
     def start(self, job: Job) -> Future[Made]:
         """Have a thread work on a job."""
         self._reader.announce(job.step.base, job.piece.start, job.piece.stop)
         try:
-            rooms = self._rooms(job)
+            out = self._room(job)
         except MemoryError as error:
             return failed(error)
-        return self._pool.submit(self._work, job, rooms)
+        return self._pool.submit(self._work, job, out)
 
     def finish(self, batch: Batch, started: list[Future[Made]]) -> list[Made]:
         """Wait for a job, or work on it now."""
@@ -68,22 +89,21 @@ class CoreWorker:
         if started:
             made = started[0].result()
         else:
-            with one_thread():
-                made = self._work(job, self._rooms(job))
+            with one_thread() if self._with_torch else nullcontext():
+                made = self._work(job, self._room(job))
         started.clear()  # futures keep their results
         if job.ends_step:
             with self._lock:
                 self._solved.pop(id(job.step), None)
-        self._buffers.give(made.mapped)
-        return [made._replace(mapped=None)]
+        return [made]
 
-    def store(self, job: Job, merged: Tensor, sink: Sink) -> None:
+    def store(self, job: Job, merged: Array, sink: Sink) -> None:
         """Give merged rows to the sink."""
-        sink.write(job.step.name, merged)
+        sink.write(job.step.name, merged.bytes)
 
-    def reuse(self, merged: Tensor) -> None:
+    def reuse(self, merged: Array) -> None:
         """Nobody uses the memory of merged rows any more."""
-        self._buffers.give(merged)
+        self._outputs.append(merged.whole())
 
     def freed(self, batch: Batch) -> None:
         """A batch has had its turn."""
@@ -93,59 +113,71 @@ class CoreWorker:
         """Give back memory that no job is using; what was solved is solved again."""
         with self._lock:
             self._solved.clear()
-        self._buffers.settle(0)
+        self._outputs.clear()
         self._heap.trim()
 
     def close(self) -> None:
         """End the threads, after the jobs that are worked on."""
         self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads)  # what later threads start with
+        self._stack.close()
 
-    def _rooms(self, job: Job) -> tuple[Tensor, Tensor]:
-        """Memory for rows of the base and for those of the result. Raises MemoryError."""
-        codes = job.step.base.dtype, job.step.dtype
-        rows, out = (self._buffers.take(job.piece.shape, torch_dtype(code)) for code in codes)
-        return rows, out
+    def _room(self, job: Job) -> Array:
+        """Memory for rows of the result. Raises MemoryError."""
+        nbytes = job.step.bytes_made(job.piece)
+        for index, idle in enumerate(self._outputs):
+            if idle.nbytes == nbytes:
+                return self._outputs.pop(index).at(0, job.step.dtype, job.piece.shape)
+        if len(self._outputs) > _MOST_IDLE:
+            self._outputs.pop(0)
+        return Array.mapped(nbytes).at(0, job.step.dtype, job.piece.shape)
 
-    def _work(self, job: Job, rooms: tuple[Tensor, Tensor]) -> Made:
-        """Add what is solved to rows; `mapped` hands back the memory that these were in."""
-        step, piece, began = job.step, job.piece, time.perf_counter_ns()
-        rows, out = rooms
-        with self._tracer.span("read", step.base.name, step.base.stored_in(piece.start, piece.stop)):
-            self._reader.read_into(step.base, rows, piece.start, piece.stop)
-            if not self._keeps_cache:
-                self._reader.release(step.base, piece.start, piece.stop)
-        read = time.perf_counter_ns()
+    def _work(self, job: Job, out: Array) -> Made:
+        """Add what is solved to rows of the base."""
+        step, piece, began, reading = job.step, job.piece, time.perf_counter_ns(), 0
+        count = rows_at_once(step.role, step.shape)
         with self._tracer.span("core", step.name):
-            self._merge(step, piece.start, upcast(rows), out)
-            if not self._allow_nonfinite and not is_finite(out):
+            for first in range(piece.start, piece.stop, count):
+                stop = min(first + count, piece.stop)
+                started = time.perf_counter_ns()
+                rows = self._read(step.base, first, stop)
+                reading += time.perf_counter_ns() - started
+                room = rows_of(out, first - piece.start, stop - piece.start)
+                self._merge(step, first, rows, room)
+            if not self._allow_nonfinite and not _is_finite(out):
                 raise_nonfinite(job, self._reader)
+        if not self._keeps_cache:
+            self._reader.release(step.base, piece.start, piece.stop)
         self._progress.advance(step.bytes_of(piece))
-        return Made(out, rows, read - began, time.perf_counter_ns() - read)
+        return Made(out, None, reading, time.perf_counter_ns() - began - reading)
 
-    def _merge(self, step: Step, first: int, rows: Tensor, out: Tensor) -> None:
-        """Rows of the base from `first` on, and what is added to them; of a stack, whole matrices."""
-        dtype = _sum_dtype(step)
-        if not step.role.stacked:
-            self._add(self._once(step), first, rows, out, dtype)
-            return
-        for number, (matrix, room) in enumerate(zip(rows, out, strict=True), first):
-            for part in range(step.role.parts):
-                delta = self._solve(step, number, part)
-                self._add(delta, 0, _part_of(step.role, matrix, part), _part_of(step.role, room, part), dtype)
+    def _read(self, entry: TensorEntry, first: int, stop: int) -> Array:
+        """Rows of the base, in memory of this thread's that the next ones will have."""
+        if entry.needs_torch or entry.dtype not in NATIVE:
+            return Array.of(upcast(self._reader.read(entry, first, stop)))
+        shape = (stop - first, *entry.shape[1:])
+        nbytes = math.prod(shape) * ITEM_SIZES[entry.dtype]
+        room: Array | None = getattr(self._rooms, "base", None)
+        if room is None or room.nbytes < nbytes:
+            room = self._rooms.base = Array.mapped(nbytes)
+        rows = room.at(0, entry.dtype, shape)
+        with self._tracer.span("read", entry.name, entry.stored_in(first, stop)):
+            self._reader.read_bytes_into(entry, rows.bytes, first, stop)
+        return rows
 
-    def _add(self, delta: Delta, first: int, rows: Tensor, out: Tensor, dtype: torch.dtype) -> None:
-        """A few rows at a time, which stay in the cache."""
-        count, width = rows.shape
-        step = max(1, TILE_ELEMENTS // max(1, width))
-        size = min(step, count) * width
-        room: Tensor | None = getattr(self._sums, "room", None)
-        if room is None or room.numel() < size or room.dtype != dtype:
-            room = self._sums.room = torch.empty(size, dtype=dtype)
-        for top in range(0, count, step):
-            tile = rows[top : top + step]
-            total = room[: tile.numel()].view(tile.shape)
-            out[top : top + step] = delta.rows(self._run, first + top, first + top + len(tile), total).add_(tile)
+    def _merge(self, step: Step, first: int, rows: Array, out: Array) -> None:
+        """Rows of the base from `first` on, and what is added to them; of a stack, one matrix."""
+        role, base, merged = step.role, _matrix(rows, step.role.stacked), _matrix(out, step.role.stacked)
+        if not role.stacked:
+            self._once(step).add(self._run, base, first, merged)
+        elif role.parts == 1:
+            self._solve(step, first).add(self._run, base, 0, merged)
+        else:
+            for number in range(role.parts):
+                outputs = role.part(number, base.shape[1 - role.in_axis])
+                place = (slice(None), outputs) if role.in_axis == 0 else (outputs, slice(None))
+                part, room = _copy(base, place), _copy(merged, place)
+                self._solve(step, first, number).add(self._run, part, 0, room)
+                _words(merged)[place] = _words(room)
 
     def _once(self, step: Step) -> Delta:
         """What is added to a weight, from the thread that solves it."""
@@ -163,16 +195,17 @@ class CoreWorker:
 
     def _solve(self, step: Step, matrix: int = 0, part: int = 0) -> Delta:
         """Solve one matrix, or one part of it, from its factors."""
-        action = step.action
-        assert isinstance(action, InCore)
+        action = _core(step)
         tasks = [self._factors(entry, step.role, matrix, part, action.shape) for entry in step.experts]
+        double = "F64" in (step.dtype, *(entry.dtype for entry in step.inputs))
         if all(task.finite for task in tasks):
             delta = self._run_core(step, action, tasks)
         elif self._allow_nonfinite:
-            delta = Product(torch.full((action.shape[0], 1), math.nan), torch.ones(1, action.shape[1]))
+            delta = Product(np.full((action.shape[0], 1), math.nan), np.ones((1, action.shape[1])))
         else:
             self._refuse(step)
-        return delta.prepared(_sum_dtype(step), step.role.in_axis)
+        with np.errstate(over="ignore"):  # the result is looked at
+            return delta.prepared(double, step.role.in_axis)
 
     @staticmethod
     def _run_core(step: Step, action: InCore, tasks: Sequence[Factors]) -> Delta:
@@ -180,7 +213,7 @@ class CoreWorker:
             return action.solve.run_core(tasks)
         except ArgumentError as error:
             raise ArgumentError(f"{step.name}: {error}") from error
-        except RuntimeError as error:
+        except (RuntimeError, np.linalg.LinAlgError) as error:
             if is_out_of_memory(error):
                 raise
             raise BackendError(
@@ -191,10 +224,10 @@ class CoreWorker:
         """tau of an expert, d_out x d_in; none where the tensor is the base's own."""
         found = low_rank_of(entry)
         if found is None:
-            return Factors(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
+            return Factors(np.zeros((shape[0], 0)), np.zeros((0, shape[1])))
         with self._tracer.span("read", entry.name):
-            left, right = (torch.from_numpy(side) for side in found.factors(self._reader.read_bytes, matrix))
-        B, A = (right.mT, left.mT) if role.in_axis == 0 else (left, right)
+            left, right = found.factors(self._reader.read_bytes, matrix)
+        B, A = (right.T, left.T) if role.in_axis == 0 else (left, right)
         return Factors(B[role.part(part, len(B))], A)
 
     def _refuse(self, step: Step) -> NoReturn:
@@ -205,12 +238,27 @@ class CoreWorker:
         raise overflow(step.name, "F64")  # by a scale
 
 
-def _part_of(role: Role, matrix: Tensor, part: int) -> Tensor:
-    """One of the weights that a matrix holds, as it is stored: a view."""
-    outputs = role.part(part, matrix.shape[1 - role.in_axis])
-    return matrix[:, outputs] if role.in_axis == 0 else matrix[outputs]
+def _core(step: Step) -> InCore:
+    assert isinstance(step.action, InCore)
+    return step.action
 
 
-def _sum_dtype(step: Step) -> torch.dtype:
-    """The dtype in which W_0 and what is added to it are summed."""
-    return torch.float64 if "F64" in (step.dtype, *(entry.dtype for entry in step.inputs)) else torch.float32
+def _is_finite(values: Array) -> bool:
+    """Whether no element is NaN or infinite, by native code where there is any."""
+    return finite.is_finite(values.tensor()) if native.missing() else is_finite(values)
+
+
+def _matrix(rows: Array, stacked: bool) -> Array:
+    """Rows of any axes as a matrix; of a stack, the one that they are."""
+    return rows.at(0, rows.dtype, rows.shape[1:] if stacked else (rows.shape[0], math.prod(rows.shape[1:])))
+
+
+def _copy(values: Array, place: tuple[slice, slice]) -> Array:
+    """Some rows or columns in memory of their own."""
+    copied = np.ascontiguousarray(_words(values)[place])
+    return Array(copied.ctypes.data, values.dtype, copied.shape, copied)
+
+
+def _words(values: Array) -> NDArray[Any]:
+    """The elements of any dtype as whole numbers of their size, to be moved."""
+    return np.frombuffer(values.bytes, f"u{ITEM_SIZES[values.dtype]}").reshape(values.shape)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -19,6 +20,7 @@ from pymerge.adapters.low_rank import low_rank_of
 from pymerge.adapters.ranks import rank_over
 from pymerge.checkpoint.finite import is_finite, overflow
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.blas import one_blas_thread
 from pymerge.common.dtypes import torch_dtype
 from pymerge.common.names import listed
 from pymerge.common.progress import NoProgress, ProgressSink
@@ -166,11 +168,15 @@ def _merged(reader: Reader, target: Target, step: Step, number: int) -> tuple[Te
         return found[0]
     assert isinstance(action, InCore)
     turned = step.role.in_axis == 0
-    tasks = [Factors(right.mT, left.mT) if turned else Factors(left, right) for left, right in found]
-    delta = action.solve.run_core(tasks)
+    arrays = [(left.numpy(), right.numpy()) for left, right in found]
+    with one_blas_thread():
+        delta = action.solve.run_core(
+            [Factors(right.T, left.T) if turned else Factors(left, right) for left, right in arrays]
+        )
     if not isinstance(delta, Product):
         raise PlanError([f"{step.name}: {action.label} gives no product of factors; merge into a model"])
-    return (delta.K.mT, delta.P.mT) if turned else (delta.P, delta.K)
+    P, K = (torch.from_numpy(np.ascontiguousarray(side)) for side in delta)
+    return (K.mT, P.mT) if turned else (P, K)
 
 
 def _factors(reader: Reader, target: Target, entry: Any, number: int) -> tuple[Tensor, Tensor]:

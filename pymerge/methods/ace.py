@@ -6,18 +6,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from pymerge.common.arrays import as_tensor
+from pymerge.common.arrays import as_tensor, dtype_of
 from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Action, Run, Solve, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
-from pymerge.methods.core.ace import Formula, centred, merged
-from pymerge.methods.core.factors import Factors, Product, nothing, plain_sum
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import (
     PRECISION,
@@ -33,6 +28,11 @@ from pymerge.ops.spectral_refine import SpectralRefine
 from pymerge.ops.task_gram import TaskGram
 from pymerge.ops.task_stats import Stats, TaskStats
 from pymerge.ops.task_sum import TaskSum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pymerge.methods.core.factors import Factors, Product
 
 # Keeps logarithms and divisions of the released code finite. It belongs to the released numbers.
 _TINY = 1e-12
@@ -92,7 +92,7 @@ class SolveAce(Solve):
         experts = [experts[t] for t in kept]
         stats = Stats(stats.norms[kept], stats.traces[kept], stats.means[kept])
 
-        double = self.precision == "float64" or base.dtype == torch.float64
+        double = self.precision == "float64" or dtype_of(base) == "F64"
         # The refinement amplifies errors by the inverse of the gap between two singular values.
         if self.precision == "auto" and not double:
             double = heterogeneous or self.needs_double(run, base, experts, stats)
@@ -106,6 +106,9 @@ class SolveAce(Solve):
         return True
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
+        from pymerge.methods.core.ace import Formula, centred, merged
+        from pymerge.methods.core.factors import nothing, plain_sum
+
         found = centred(tasks)
         norms, traces = found.space.norms, found.traces
         if not norms:
@@ -203,6 +206,8 @@ class SolveAce(Solve):
         dtype: str,
     ) -> Tensor:
         """sum_t mu_t^T Sig_t, a row of d_in: what the column means add to sum_t tau_t Sig_t beyond C_t Sig_t."""
+        import torch
+
         row = torch.zeros(base.shape[1], dtype=torch_dtype(dtype), device=base.device)
         for t, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
             centred = run(TaskSum(base, [expert], [1.0], stats.means[t : t + 1], dtype))

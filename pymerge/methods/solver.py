@@ -8,10 +8,7 @@ import statistics
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pymerge.common.arrays import compute_code
 from pymerge.common.dtypes import torch_dtype
@@ -20,6 +17,9 @@ from pymerge.methods.base import Method, Parameter, Values
 from pymerge.ops.normal_equations import NormalEquations
 from pymerge.ops.task_stats import TaskStats
 from pymerge.ops.task_sum import TaskSum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Precision = Literal["auto", "float32", "float64"]
 
@@ -130,11 +130,15 @@ class SolveInterference(Solve):
 
 def not_a_number(base: Tensor, out_dtype: str) -> Tensor:
     """NaN of the base's shape: where non-finite inputs are allowed, every element depends on every input."""
+    import torch
+
     return torch.full_like(base, math.nan, dtype=torch_dtype(out_dtype))
 
 
 def add_to_base(base: Tensor, X: Tensor, scale: float, out_dtype: str) -> Tensor:
     """W_0 + scale * X, added in the wider of X's and the output's dtype, rounded once."""
+    import torch
+
     dtype = torch_dtype(out_dtype)
     wide = torch.promote_types(X.dtype, dtype)
     return base.to(wide).add(X.to(wide), alpha=scale).to(dtype)

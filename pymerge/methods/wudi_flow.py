@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from pymerge.methods.actions import Action, Run
 from pymerge.methods.base import Parameter, Values
-from pymerge.methods.core.factors import Factors, Product
-from pymerge.methods.core.flow import filtered, flow
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
 from pymerge.ops.gradient_flow import GradientFlow, schedule
 from pymerge.ops.spectral_filter import Rank, SpectralFilter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pymerge.methods.core.factors import Factors, Product
 
 # The error of a float32 result grows with the time: at most 7e-6 of X at 300 and 3e-5 at 1300 (benchmarks/results).
 _FLOAT32_TIME = 500.0
@@ -48,6 +49,8 @@ class SolveFlow(ClosedForm):
         return run(GradientFlow(system.A, system.B, self.time))
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
+        from pymerge.methods.core.flow import flow
+
         return flow(tasks, self.time).times(self.scale)
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
@@ -71,6 +74,8 @@ class SolveFilter(ClosedForm):
         return run(SpectralFilter(system.A, system.B, self.time, self.rank))
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
+        from pymerge.methods.core.flow import filtered
+
         return filtered(tasks, self.time, self.rank).times(self.scale)
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:

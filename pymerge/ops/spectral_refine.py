@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import Op, check_matrix
-from pymerge.ops._singular import numerical_triplets
+from pymerge.ops._singular import Matrix, numerical_triplets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class SpectralRefine(Op["Tensor"]):
         return X + isotropic_term(self.D.double() + X.double(), self.k).to(X.dtype)
 
 
-def isotropic_term(M: Tensor, k: int, larger: int | None = None) -> Tensor:
+def isotropic_term(M: Matrix, k: int, larger: int | None = None) -> Matrix:
     """mean(s_1..s_k) U_k V_k^T of M in float64; `larger`: of the sides of the weight that M is the core of."""
     U, s, V = numerical_triplets(M, k, larger=larger)
-    return s.sum() / k * (U @ V.mT)
+    return s.sum() / k * (U @ V.T)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pymerge.architecture.roles import Role
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.dtypes import ITEM_SIZES, memory_item_size
+from pymerge.common.dtypes import ITEM_SIZES, NATIVE, memory_item_size
 from pymerge.methods.actions import Action, Combine, Encode, InCore, Solve
 from pymerge.methods.base import Values
 from pymerge.methods.reduce import Reduce
@@ -92,6 +92,13 @@ class Step:
         return route_of(self.action)
 
     @property
+    def needs_torch(self) -> bool:
+        """Whether PyTorch is imported for it, on a target that takes arrays."""
+        if not isinstance(self.action, InCore):
+            return self.worker != "native"
+        return self.action.solve.core_needs_torch or self.base.needs_torch or self.base.dtype not in NATIVE
+
+    @property
     def bytes_input(self) -> int:
         """Bytes of the inputs on the disk."""
         if isinstance(self.action, InCore):
@@ -161,7 +168,8 @@ class Step:
         if piece.shape != self.shape or self.group is not None:
             scratch += self._kept_bytes
         if isinstance(self.action, InCore):
-            inputs = elements * memory_item_size(self.base.dtype) + self.base.decoding_bytes
+            rows = pieces.rows_at_once(self.role, self.shape) * math.prod(self.shape[1:])
+            inputs = min(elements, rows) * memory_item_size(self.base.dtype) + self.base.decoding_bytes
             return Footprint(inputs, scratch, output)
         if self.worker == "native":
             return Footprint(self._native_inputs(elements), scratch, output)
