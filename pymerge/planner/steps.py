@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pymerge.architecture.roles import Role
+from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE, memory_item_size
 from pymerge.methods.actions import Action, Combine, Encode, InCore, Solve
@@ -17,6 +18,9 @@ from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
 from pymerge.planner.routes import Route, route_of
 
+if TYPE_CHECKING:
+    from pymerge.adapters.low_rank import LowRank
+
 # Workers of a step: native code on arrays, ops on tensors of PyTorch, or threads of PyTorch that encode each tensor, or
 # solve each by its factors.
 WorkerName = Literal["native", "torch", "encode", "core"]
@@ -25,6 +29,23 @@ WorkerName = Literal["native", "torch", "encode", "core"]
 # are combined.
 BLOCK_ELEMENTS = 2**16
 CACHE_LINE = 64  # bytes; inputs of a piece begin at multiples of it
+
+
+def plain_product(entry: TensorEntry) -> LowRank | None:
+    """What an adapter's tensor is made of, where that is a base, read without PyTorch, plus one product."""
+    from pymerge.adapters.low_rank import low_rank_of
+
+    found = low_rank_of(entry)
+    if found is None or not found.plain or any(part.needs_torch or part.dtype not in NATIVE for part in found.parts):
+        return None
+    return found
+
+
+def _base_of(entry: TensorEntry, base: TensorEntry) -> bool:
+    """Whether an adapter's tensor starts from this one, or from rows of it."""
+    assert isinstance(entry, DecodedEntry)
+    part = entry.decoder.parts[0]
+    return part.file == base.file and part.shape[1:] == base.shape[1:] and part.name == base.name
 
 
 @dataclass(frozen=True)
@@ -103,7 +124,37 @@ class Step:
         """Bytes of the inputs on the disk."""
         if isinstance(self.action, InCore):
             return self.base.stored_bytes + self._factor_bytes
-        return sum(entry.stored_bytes for entry in self.inputs)
+        return sum(self.bytes_of_input(entry, 0, self._rows) for entry in self.inputs)
+
+    @property
+    def _rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def bytes_of_input(self, entry: TensorEntry, start: int, stop: int) -> int:
+        """Bytes of the disk that are read for rows of an input; an adapter's are made of the base's, which are there."""
+        if entry in self._on_base:
+            rows, own = max(1, self._rows), sum(part.stored_bytes for part in entry.adapter_parts)
+            return own * stop // rows - own * start // rows
+        return entry.stored_in(start, stop)
+
+    @cached_property
+    def _on_base(self) -> frozenset[TensorEntry]:
+        """The experts that are adapters of the base, where that is read."""
+        if not self.reads_base or self.base.needs_torch:
+            return frozenset()
+        return frozenset(entry for entry in self.experts if entry.adapter_parts and _base_of(entry, self.base))
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether experts are made of the base's rows while these are in memory."""
+        return bool(self._on_base)
+
+    @cached_property
+    def product(self) -> LowRank | None:
+        """What the only input is made of, where that is taken as it is, and is the base plus one product."""
+        if not isinstance(self.action, Combine) or self.action.weights or not self.inputs[0].adapter_parts:
+            return None
+        return plain_product(self.inputs[0])
 
     @cached_property
     def _factor_bytes(self) -> int:
@@ -120,7 +171,7 @@ class Step:
         if isinstance(self.action, InCore):
             share = self._factor_bytes * piece.stop // self.shape[0] - self._factor_bytes * piece.start // self.shape[0]
             return self.base.stored_in(piece.start, piece.stop) + share
-        return sum(entry.stored_in(piece.start, piece.stop) for entry in self.inputs)
+        return sum(self.bytes_of_input(entry, piece.start, piece.stop) for entry in self.inputs)
 
     def bytes_made(self, piece: Piece) -> int:
         """Bytes of a piece in the output."""
@@ -174,6 +225,7 @@ class Step:
         if self.worker == "native":
             return Footprint(self._native_inputs(elements), scratch, output)
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self.decoding_bytes
+        inputs += elements * memory_item_size(self.base.dtype) * self.holds_base
         if isinstance(self.action, Solve) and self.role.in_axis == 0:
             scratch += inputs + output  # transposed copies
         if isinstance(self.action, Solve) and self.role.parts > 1:
@@ -186,6 +238,10 @@ class Step:
 
     def _native_inputs(self, elements: int) -> int:
         sizes = [ITEM_SIZES[entry.dtype] for entry in self.inputs]
+        if self.product is not None:
+            base, width = self.product.base, max(1, math.prod(self.shape[1:]))
+            rows = min(elements, pieces.rows_at_once(self.role, self.shape) * width)
+            return rows * ITEM_SIZES[base.dtype] + base.decoding_bytes + self.product.product_bytes(elements // width)
         if self.by_blocks:
             return min(BLOCK_ELEMENTS, elements) * sum(sizes)
         return sum(elements * size + CACHE_LINE for size in sizes) + self.decoding_bytes
