@@ -83,9 +83,8 @@ class Tiled {
         for_each_item(chunk_count(p_.columns, kernels_.width), threads_, [&](std::int64_t panel) { pack(panel); }, 16);
         const std::int64_t blocks = chunk_count(p_.columns, block_);
         for_each_item(chunks * blocks, threads_, [&](std::int64_t item) {
-            for_each_tile(item % chunks, [&](std::int64_t begin, std::int64_t end) {
-                sum(begin, end, item / chunks * block_);
-            });
+            for_each_tile(item % chunks,
+                          [&](std::int64_t begin, std::int64_t end) { sum(begin, end, item / chunks * block_); });
         });
     }
 
@@ -93,9 +92,8 @@ class Tiled {
     template <class F>
     void for_each_tile(std::int64_t chunk, F&& f) const {
         const std::int64_t first = chunk * chunk_rows;
-        kernels_.for_each_tile(std::min(chunk_rows, p_.rows - first), [&](std::int64_t begin, std::int64_t end) {
-            f(first + begin, first + end);
-        });
+        kernels_.for_each_tile(std::min(chunk_rows, p_.rows - first),
+                               [&](std::int64_t begin, std::int64_t end) { f(first + begin, first + end); });
     }
 
     // Columns of the right factor that a tile takes, those beyond the last one zero.

@@ -108,13 +108,18 @@ class LowRank(OfAdapter):
         rights = [loader.values(term.right) for term in self.terms]
         return rights[0] if len(rights) == 1 else np.concatenate(rights)
 
-    def left(self, read: ReadRows, start: int, stop: int) -> Array:
-        """Of a plain one these rows of all left factors side by side, with their scales, in the dtype of the sum."""
+    def left(self, read: ReadRows, start: int, stop: int) -> tuple[Array, float]:
+        """Of a plain one these rows of all left factors side by side, in the dtype of the sum, and a scale.
+
+        The product of one term is scaled as PEFT scales it, at the end; those of several are by their left factors.
+        """
         import numpy as np
 
         loader = Loader(read, self._kind)
+        if len(self.terms) == 1:
+            return loader.some(self.terms[0].left, start, stop), self.terms[0].scale
         lefts = [loader.some(term.left, start, stop) * loader.kind(term.scale) for term in self.terms]
-        return np.ascontiguousarray(lefts[0] if len(lefts) == 1 else np.concatenate(lefts, axis=1))
+        return np.concatenate(lefts, axis=1), 1.0
 
     def product_bytes(self, rows: int) -> int:
         """Bytes that the right factors and so many rows of the left ones take, with what is made of them on the way."""

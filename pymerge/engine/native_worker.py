@@ -159,7 +159,7 @@ class NativeWorker:
     def _sum(self, job: Job, product: LowRank, out: Array) -> tuple[int, bool]:
         """Write the base plus a product to `out`, a few rows at a time; returns as `_combine` does."""
         step, piece, reading = job.step, job.piece, 0
-        left, right = self._factors(job, step.inputs[0], product, step.dtype == "F64")
+        left, right, scale = self._factors(job, step.inputs[0], product, step.dtype == "F64")
         out = out.at(0, step.dtype, (out.shape[0], right.shape[1]))
         count = rows_at_once(step.role, step.shape)
         memory = self._take(min(count, out.shape[0]) * right.shape[1] * ITEM_SIZES[product.base.dtype])
@@ -169,12 +169,12 @@ class NativeWorker:
             began = time.perf_counter_ns()
             self._reader.read_bytes_into(product.base, rows.bytes, piece.start + first, piece.start + stop)
             reading += time.perf_counter_ns() - began
-            self._run(LowRankSum(rows, rows_of(left, first, stop), right, out=rows_of(out, first, stop)))
+            self._run(LowRankSum(rows, rows_of(left, first, stop), right, scale, out=rows_of(out, first, stop)))
         self._give(memory)
         return reading, is_finite(out)
 
-    def _factors(self, job: Job, entry: TensorEntry, product: LowRank, wide: bool) -> tuple[Array, Array]:
-        """Rows of a product's left factor, and all of its right one, which the jobs of a step share."""
+    def _factors(self, job: Job, entry: TensorEntry, product: LowRank, wide: bool) -> tuple[Array, Array, float]:
+        """Rows of a product's left factor, all of its right one, which the jobs of a step share, and its scale."""
         import numpy as np
 
         kind = np.float64 if wide or entry.dtype == "F64" else np.float32
@@ -189,8 +189,8 @@ class NativeWorker:
                 right.set_result(product.right(self._reader.read_bytes).astype(kind, copy=False))
             except BaseException as error:
                 right.set_exception(error)
-        left = product.left(self._reader.read_bytes, job.piece.start, job.piece.stop).astype(kind, copy=False)
-        return Array.of(left), Array.of(right.result())
+        left, scale = product.left(self._reader.read_bytes, job.piece.start, job.piece.stop)
+        return Array.of(left.astype(kind, copy=False)), Array.of(right.result()), scale
 
     def _compute(self, job: Job, out: Array | None) -> tuple[Made, bool]:
         """Read the inputs and run ops on them; returns what was made, and whether all that was looked at is finite."""
@@ -263,9 +263,9 @@ class NativeWorker:
             held = HeldRows(self._reader, step.base, piece.start, base.bytes)
             held.read_bytes_into(entry, to.bytes, piece.start, piece.stop)
             return
-        left, right = self._factors(job, entry, product, False)
+        left, right, scale = self._factors(job, entry, product, False)
         rows, result = (each.at(0, each.dtype, (piece.shape[0], right.shape[1])) for each in (base, to))
-        self._run(LowRankSum(rows, left, right, out=result))
+        self._run(LowRankSum(rows, left, right, scale, out=result))
 
     def _take_inputs(self, job: Job) -> tuple[Array, bool]:
         """Memory for the inputs of a job, and whether they are in it, held since an earlier pass."""

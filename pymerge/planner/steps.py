@@ -131,7 +131,7 @@ class Step:
         return self.shape[0] if self.shape else 1
 
     def bytes_of_input(self, entry: TensorEntry, start: int, stop: int) -> int:
-        """Bytes of the disk that are read for rows of an input; an adapter's are made of the base's, which are there."""
+        """Bytes that are read of files for rows of an input; an adapter's are made of the base's, which are there."""
         if entry in self._on_base:
             rows, own = max(1, self._rows), sum(part.stored_bytes for part in entry.adapter_parts)
             return own * stop // rows - own * start // rows
