@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge import wemoe
-    from pymerge.api import extract, merge, merge_adapters, multi, plan, run
+    from pymerge.api import merge, multi, plan, run
     from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
     from pymerge.engine.report import MergeReport
     from pymerge.errors import PymergeError
-    from pymerge.extraction import ExtractReport
+    from pymerge.extraction.api import extract, merge_adapters
+    from pymerge.extraction.report import ExtractReport
+    from pymerge.live.merger import Merger, merge_into
     from pymerge.planner.plan import Plan
 
     __version__: str
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ExtractReport",
     "MergeReport",
+    "Merger",
     "Plan",
     "PymergeError",
     "extract",
     "merge",
     "merge_adapters",
+    "merge_into",
     "merge_state_dicts",
     "merge_tensors",
     "multi",
@@ -32,13 +36,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ExtractReport": "pymerge.extraction",
+    "ExtractReport": "pymerge.extraction.report",
     "MergeReport": "pymerge.engine.report",
+    "Merger": "pymerge.live.merger",
     "Plan": "pymerge.planner.plan",
     "PymergeError": "pymerge.errors",
-    "extract": "pymerge.api",
+    "extract": "pymerge.extraction.api",
     "merge": "pymerge.api",
-    "merge_adapters": "pymerge.api",
+    "merge_adapters": "pymerge.extraction.api",
+    "merge_into": "pymerge.live.merger",
     "merge_state_dicts": "pymerge.engine.in_memory",
     "merge_tensors": "pymerge.engine.in_memory",
     "multi": "pymerge.api",

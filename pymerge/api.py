@@ -1,8 +1,8 @@
-"""The Python interface to merges of files: `plan`, `run`, `merge`, `multi`, `merge_adapters`, `extract`."""
+"""The Python interface to merges of files: `plan`, `run`, `merge`, `multi`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
     from pymerge.config.multi import Stage
-    from pymerge.extraction import ExtractReport
 
 
 def plan(
@@ -119,46 +118,6 @@ def merge(
     return run(planned, out, progress=progress, overwrite=overwrite, profile=profile)
 
 
-def merge_adapters(
-    config: str | Path | Mapping[str, Any] | MergeConfig,
-    out: str | Path,
-    *,
-    rank: str | int | float = "exact",
-    full_tensors: str = "error",
-    dtype: str = "float32",
-    memory: int | str | None = None,
-    progress: bool = True,
-    overwrite: bool = False,
-) -> ExtractReport:
-    """Merge adapters into an adapter in PEFT's form, in the directory `out`.
-
-    The base's weights are read only where the merge is no product of factors.
-
-    Args:
-        config: as of `plan`, with a base_model and adapters as models.
-        out: output directory, as of `run`.
-        rank: "exact" (the sum of all ranks), a largest rank, or below 1 the share of the sum of s^2 that is kept.
-        full_tensors: tensors that have no factors in adapters, such as norms: "error", or "skip".
-        dtype: of the factors: "float32", "bfloat16" or "float16".
-        memory, progress, overwrite: as of `plan` and `run`.
-
-    Raises:
-        PlanError: a merged tensor is not of low rank, and no lower rank is asked for; nothing is written.
-        PymergeError: another of its subclasses, see pymerge.errors.
-    """
-    from pymerge.extraction.merged import run as carry_out_merge
-
-    return carry_out_merge(
-        plan(config, device="cpu", memory=memory, dtype="float32"),
-        str(rank),
-        Path(out),
-        full_tensors=full_tensors,
-        dtype=dtype,
-        overwrite=overwrite,
-        progress=ProgressBar("merging") if progress else NoProgress(),
-    )
-
-
 def plan_stages(
     stages: list[Stage],
     *,
@@ -233,85 +192,3 @@ def multi(
         settled = replace(settled, warnings=(*settled.warnings, *delta_warnings(settled)))
         reports.append(run(settled, stage.out, progress=progress, overwrite=overwrite))
     return reports
-
-
-def extract(
-    base: str | Path,
-    model: str | Path,
-    out: str | Path,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    sv_epsilon: float | None = None,
-    max_rank: int | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    embeddings: str = "skip",
-    rest: str = "skip",
-    dtype: str = "float32",
-    algorithm: str = "auto",
-    split: str = "sqrt",
-    seed: int = 0,
-    memory: int | str | None = None,
-    progress: bool = True,
-    overwrite: bool = False,
-) -> ExtractReport:
-    """Write what a fine-tuned model has learnt as a LoRA adapter of its base, in PEFT's form, into the directory `out`.
-
-    Each linear weight and convolution gets the best factors of its rank; the report states what they lose. Without
-    `rank`, `energy` and `sv_epsilon`, a tensor gets the smallest rank that keeps 99 % of the sum of s^2, at most 64.
-
-    Args:
-        base: folder, file or Hub name of the base, which adapter_config.json will name as it is written here.
-        model: the fine-tuned model.
-        out: new or empty directory, or one that holds this very extraction, which is then verified.
-        rank: of every tensor, or less where its difference has less.
-        energy: the smallest rank that keeps this share of the sum of s^2 of a tensor.
-        sv_epsilon: singular values above this one are kept, at least one.
-        max_rank: no tensor gets more.
-        include, exclude: regular expressions; tensors whose names some `include` finds, and no `exclude`.
-        embeddings: embeddings and heads: "skip", "lora", or "full" (modules_to_save).
-        rest: norms, biases and others: "skip", or "full" (modules_to_save; biases of adapted modules as such).
-        dtype: of what is written.
-        algorithm: "auto" chooses by shape and options: "random" (a sketch, refined) or "gram" (all singular values);
-            "svd" is a whole decomposition in float64.
-        split: where the singular values go: "sqrt" half to each factor, "b" or "a".
-        seed: of the sketch.
-        memory: limit for what is held at once, as of `plan`.
-        progress: show a progress bar on standard error.
-        overwrite: replace something else that pymerge has written in `out`.
-
-    Raises:
-        ArgumentError: an option is not what it can be.
-        PymergeError: another of its subclasses, see pymerge.errors. The output is then absent, or marked unfinished.
-    """
-    from pymerge.extraction import ExtractOptions
-    from pymerge.extraction import run as carry_out_extraction
-
-    options = ExtractOptions(
-        rank,
-        energy,
-        sv_epsilon,
-        max_rank,
-        tuple(include),
-        tuple(exclude),
-        embeddings,
-        rest,
-        dtype,
-        algorithm,
-        split,
-        seed,
-    )
-    config = {
-        "merge_method": "task_arithmetic",
-        "base_model": str(base),
-        "models": [{"model": str(model), "parameters": {"weight": 1.0}}],
-    }
-    return carry_out_extraction(
-        plan(config, device="cpu", memory=memory),
-        options,
-        Path(out),
-        base=str(base),
-        overwrite=overwrite,
-        progress=ProgressBar("extracting") if progress else NoProgress(),
-    )

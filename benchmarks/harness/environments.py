@@ -2,12 +2,15 @@
 
 They lie in $PYMERGE_BENCH_CACHE, or ~/.cache/pymerge-bench, one folder for each list of packages; removing a folder
 makes the next run install it again. PyTorch comes first and stays pinned: a peer's own requirements cannot replace it.
+Libraries that call pymerge run in its own environment instead, from folders of packages beside those that it has.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +21,17 @@ TORCH = "torch==2.13.0"
 FUSION_BENCH = ("fusion-bench==0.2.33",)
 MERGEKIT = ("mergekit==0.1.5",)
 PEFT = ("peft==0.21.2",)
+# For `packages_beside`: with what they need and the environment of the tests does not have.
+MERGEKIT_BESIDE = (*MERGEKIT, "immutables==0.21")
+SENTENCE_TRANSFORMERS_BESIDE = (
+    "sentence-transformers==6.2.0",
+    "scikit-learn==1.9.1",
+    "scipy==1.17.1",
+    "joblib==1.6.0",
+    "threadpoolctl==3.8.0",
+    "narwhals==2.29.0",
+    "cloudpickle==3.1.3",
+)
 
 
 def cache() -> Path:
@@ -46,6 +60,32 @@ def environment(packages: Sequence[str], *, checkout: bool = False) -> Path:
         frozen = subprocess.run([folder / "bin/python", "-m", "pip", "freeze"], capture_output=True, check=True)
         done.write_bytes(frozen.stdout)
     return folder / "bin"
+
+
+def packages_beside(packages: Sequence[str]) -> Path:
+    """A folder for PYTHONPATH with exactly these packages, for this interpreter, beside what it has installed.
+
+    It is made in seconds if it is not there. The folder does not depend on the checkout: nothing is built, and what
+    the packages require is not looked at.
+    """
+    key = hashlib.sha256("\n".join([sys.version, *packages]).encode()).hexdigest()[:8]
+    folder = cache() / "beside" / f"{packages[0].replace('==', '-')}-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it
+        if not folder.exists():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, "--no-deps", "--target", str(unfinished), *packages], check=True)
+            unfinished.rename(folder)
+    return folder
+
+
+def variables_beside(*lists: Sequence[str]) -> dict[str, str]:
+    """This process's environment variables for a child that has these lists of packages, and this checkout."""
+    path = [*(str(packages_beside(packages)) for packages in lists), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"}
 
 
 def _pip(folder: Path, *arguments: str, build_cuda: bool = True) -> None:

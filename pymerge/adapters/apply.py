@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 
 from pymerge.adapters.decoders import AddedBias, TokenRows
 from pymerge.adapters.experts import NUMBERED, Parameter, assign, in_memory, in_stack, stacks_of, terms
-from pymerge.adapters.factors import Matrix, matrix
+from pymerge.adapters.factors import Matrix
+from pymerge.adapters.fitting import Fitting
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Module, read_keys
 from pymerge.adapters.low_rank import LowRank, Magnitude, Term
@@ -17,7 +18,6 @@ from pymerge.adapters.names import Placed
 from pymerge.adapters.placing import may_be, place_modules
 from pymerge.adapters.settings import merged_by_peft, read_settings
 from pymerge.adapters.ties import drop_tied_heads
-from pymerge.architecture.roles import Kind, Role, classify
 from pymerge.architecture.tied import tied_tensors, ties
 from pymerge.checkpoint.beside import Beside
 from pymerge.checkpoint.checkpoint import Checkpoint
@@ -57,6 +57,7 @@ class _Builder:
         self._base = base
         self._files = files
         self.settings = read_settings(files.path / ADAPTER_CONFIG, files.config)
+        self._fitting = Fitting(base, files, self.settings)
         self._keys = read_keys(files.tensors)
         self.tensors: dict[str, TensorEntry] = dict(base.tensors)
         self._terms: dict[str, list[tuple[Module, Term]]] = {}
@@ -70,7 +71,7 @@ class _Builder:
         if not (keys.modules or keys.values or keys.tokens):
             raise CheckpointError(f"{self._files.file}: has no tensors; save the adapter again")
         if ties(self._base.config):
-            drop_tied_heads(self._base, self._layers, keys, self._files, self.settings.keeps_tie)
+            drop_tied_heads(self._base, self._fitting.roles, keys, self._files, self.settings.keeps_tie)
         placed = place_modules(self._base, self._files, keys)
         for name, entry in keys.values.items():
             self.tensors[placed.name(name)] = entry
@@ -87,7 +88,7 @@ class _Builder:
     def _leave_out_tied_heads(self) -> None:
         """Leave out heads that the base has stored a second time: the embedding, which has changed, stands for them."""
         own, theirs = self.tensors, self._base.tensors
-        for head, embedding in tied_tensors(self._base, self._layers).items():
+        for head, embedding in tied_tensors(self._base, self._fitting.roles).items():
             if own[head] is theirs[head] and own[embedding] is not theirs[embedding]:
                 del own[head]
 
@@ -108,11 +109,6 @@ class _Builder:
             )
         if self._twice:
             yield f"{path}: {first_few(self._twice)} is added twice, as PEFT adds it in nn.MultiheadAttention"
-
-    @cached_property
-    def _layers(self) -> dict[str, Role]:
-        tensors = {name: (entry.dtype, entry.shape) for name, entry in self._base.tensors.items()}
-        return classify(tensors, self._base.config)
 
     @cached_property
     def _stacks(self) -> dict[str, list[Parameter]]:
@@ -138,12 +134,12 @@ class _Builder:
             elif single and (found := NUMBERED.fullmatch(where)):
                 self._add_single(modules[0], found["experts"])
             else:
-                raise self._no_fit(modules[0], where)
+                raise self._fitting.no_fit(modules[0], where)
 
     def _add_matrix(self, module: Module, tensor: str) -> None:
         """Factors of a module with one weight."""
         entry, where = self.tensors[tensor], tensor.rpartition(".")[0]
-        left, right = self._sides(module, tensor, entry)
+        left, right = self._fitting.sides(module, tensor, entry)
         attention = f"{where.rpartition('.')[0]}.in_proj_weight" in self.tensors
         outer = attention and (module.outer, 0) in self._keys.modules  # nn.MultiheadAttention
         scale = self._scale(module, module.outer if outer else module.name, right.shape[0])
@@ -155,48 +151,6 @@ class _Builder:
             self._add_bias(module, tensor, scale)
         self._add_magnitude(module, tensor, left)
 
-    def _sides(self, module: Module, tensor: str, entry: TensorEntry) -> tuple[Matrix, Matrix]:
-        """Both factors as they stand in the stored weight: B and A, or A and B transposed."""
-        a, b = self._factor(module, module.a, "a"), self._factor(module, module.b, "b")
-        if b.shape[1] != a.shape[0]:
-            raise self._misfit(module, f"have ranks {a.shape[0]} and {b.shape[1]}")
-        if len(module.a.shape) > 2:
-            whole = (b.shape[0], *module.a.shape[1:])
-            if whole != entry.shape or math.prod(module.b.shape[2:]) != 1:
-                groups = _groups(whole, entry)
-                raise self._misfit(module, f"give {list(whole)}, and {tensor} is {list(entry.shape)}{groups}")
-            return b, a
-        plain, turned = (b.shape[0], a.shape[1]) == entry.shape, (a.shape[1], b.shape[0]) == entry.shape
-        if not plain and not turned:
-            sizes = f"{b.shape[0]} outputs and {a.shape[1]} inputs"
-            raise self._misfit(module, f"are for {sizes}, and {tensor} is {list(entry.shape)}")
-        if module.embedding:
-            if not turned:
-                raise self._misfit(module, f"are for a table of {a.shape[1]} rows, and {tensor} is {list(entry.shape)}")
-        elif plain and turned:
-            turned = self._is_transposed(tensor)
-        if not turned:
-            return b, a
-        return _transposed(a), _transposed(b)
-
-    def _is_transposed(self, tensor: str) -> bool:
-        """Whether a square weight is stored as inputs x outputs; fan_in_fan_out decides if the base does not."""
-        role = self._layers[tensor]
-        decided = role.kind is Kind.LINEAR and not role.reason.startswith("assumed")
-        return role.in_axis == 0 if decided else self.settings.transposed
-
-    def _stack_is_transposed(self, stack: str) -> bool | None:
-        role = self._layers[stack]
-        return role.in_axis == 0 if role.kind is Kind.LINEAR else None
-
-    def _factor(self, module: Module, entry: TensorEntry, side: str) -> Matrix:
-        blocks = self.settings.blocks
-        if blocks is not None and any(part in module.name for part in (blocks.a if side == "a" else blocks.b)):
-            if entry.shape[0] % blocks.count:
-                raise self._misfit(module, f"have {entry.shape[0]} rows, which {blocks.count} blocks do not divide")
-            return replace(matrix(entry), blocks=blocks.count)
-        return matrix(entry)
-
     def _scale(self, module: Module, name: str, rank: int) -> float:
         said = self.settings.scale(name)
         if said.several:
@@ -206,12 +160,14 @@ class _Builder:
         return said.value
 
     def _add_stacks(self, modules: list[Module], where: str, parameters: list[Parameter]) -> None:
-        fits = assign(modules, parameters, self.settings.parameters, self._stack_is_transposed)
+        fits = assign(modules, parameters, self.settings.parameters, self._fitting.stack_is_transposed)
         if fits is None:
-            raise self._no_fit(modules[0], where)
+            raise self._fitting.no_fit(modules[0], where)
         for fit in fits:
             if len(fit.module.fields) > 2:
-                raise self._misfit(fit.module, "have a bias or lengths beside them, which no stack of experts has")
+                raise self._fitting.misfit(
+                    fit.module, "have a bias or lengths beside them, which no stack of experts has"
+                )
             rank = fit.module.a.shape[0] // fit.parameter.shape[0]
             scale = self._scale(fit.module, f"{fit.module.name}.{fit.parameter.name}", rank)
             for name, term in terms(fit, scale):
@@ -221,7 +177,7 @@ class _Builder:
         """Factors of one expert, of which the base has a stack."""
         found = in_stack(module, experts, self.tensors, self._scale(module, module.name, module.a.shape[0]))
         if found is None or len(module.fields) > 2:
-            raise self._no_fit(module, experts)
+            raise self._fitting.no_fit(module, experts)
         self._add_term(found[0], module, found[1])
 
     def _add_term(self, tensor: str, module: Module, term: Term) -> None:
@@ -242,7 +198,7 @@ class _Builder:
                 f"{merged_by_peft(self._files.path)}"
             )
         if entry.shape != self.tensors[name].shape:
-            raise self._misfit(
+            raise self._fitting.misfit(
                 module, f"have a bias {list(entry.shape)}, and {name} is {list(self.tensors[name].shape)}"
             )
         self._put(name, AddedBias(self.tensors[name], entry, scale))
@@ -261,7 +217,7 @@ class _Builder:
         of_rows = not left.transposed
         length = shape[0] if of_rows else math.prod(shape[1:])
         if entry.numel != length:
-            raise self._misfit(module, f"have {entry.numel} lengths for {tensor} {list(shape)}")
+            raise self._fitting.misfit(module, f"have {entry.numel} lengths for {tensor} {list(shape)}")
         self._magnitudes[tensor] = Magnitude(entry, of_rows)
 
     def _add_tokens(self, placed: Placed, module: str, entry: TensorEntry) -> None:
@@ -288,29 +244,3 @@ class _Builder:
     def _put(self, name: str, decoder: Decoder) -> None:
         own = self._base.tensors.get(name, self.tensors[name])
         self.tensors[name] = decoded(name, decoder, own.output_dtype)
-
-    def _misfit(self, module: Module, text: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self._files.file}: the factors of {module.name} {text}, in {self._base.path}; name the model that the "
-            "adapter is for"
-        )
-
-    def _no_fit(self, module: Module, where: str) -> CheckpointError:
-        shapes: Mapping[str, list[int]] = {
-            name: list(entry.shape) for name, entry in self._base.tensors.items() if name.startswith(f"{where}.")
-        }
-        there = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:4])
-        sizes = f"A {list(module.a.shape)}, B {list(module.b.shape)}"
-        return CheckpointError(
-            f"{self._files.file}: the factors of {module.name} ({sizes}) fit nothing of {where} in {self._base.path} "
-            f"({there or 'which has no tensors'}); {merged_by_peft(self._files.path)}"
-        )
-
-
-def _transposed(factor: Matrix) -> Matrix:
-    """The factor with its axes exchanged. Of blocks there are no transposed ones: weights stored so have none."""
-    return replace(factor, transposed=True)
-
-
-def _groups(whole: tuple[int, ...], entry: TensorEntry) -> str:
-    return " (grouped convolutions cannot be merged)" if len(whole) == len(entry.shape) else ""

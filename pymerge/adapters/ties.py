@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Keys, Module
 from pymerge.adapters.settings import merged_by_peft
-from pymerge.architecture.roles import Kind, Role, is_head_name
+from pymerge.architecture.roles import Kind, Role
 from pymerge.architecture.token_tables import has_tokens
+from pymerge.architecture.words import is_head_name
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.compare import Relation, relation
 from pymerge.checkpoint.reader import Reader

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pymerge.architecture.roles import Kind, Role, is_head_name
+from pymerge.architecture.roles import Kind, Role
+from pymerge.architecture.words import is_head_name
 from pymerge.checkpoint.checkpoint import TensorEntry
 
 _LANGUAGE_HEADS = {"lm_head", "embed_out"}

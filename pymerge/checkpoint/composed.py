@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from pymerge.checkpoint.held import HeldEntry
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 
@@ -73,16 +74,23 @@ class StackedEntry(TensorEntry):
 
 
 def can_be_cut(entry: TensorEntry) -> bool:
-    """Whether parts of a tensor can be told by their place: it lies in its file as it is, row by row."""
-    return type(entry) in (TensorEntry, PartEntry) and entry.strides is None
+    """Whether parts of a tensor can be told by their place: it lies in its file as it is, row by row, or in memory."""
+    return type(entry) in (TensorEntry, PartEntry, HeldEntry) and entry.strides is None
 
 
 def matrix_of(stack: TensorEntry, number: int) -> TensorEntry:
     """One matrix of a stored stack, E x rows x columns."""
     _, rows, columns = stack.shape
+    if isinstance(stack, HeldEntry):
+        return _matrix_in_memory(stack, number)
     nbytes = rows * columns * ITEM_SIZES[stack.dtype]
     name, offset = f"{stack.name}[{number}]", stack.offset + number * nbytes
     return PartEntry(name, stack.dtype, (rows, columns), stack.file, offset, nbytes, whole=stored(stack)[0])
+
+
+def _matrix_in_memory(stack: HeldEntry, number: int) -> HeldEntry:
+    part = stack.rows(number, number + 1)
+    return replace(part, name=f"{stack.name}[{number}]", shape=stack.shape[1:], first_row=0, tensor=part.tensor[0])
 
 
 def rows_of_matrix(matrix: TensorEntry, start: int, stop: int) -> TensorEntry:
@@ -94,6 +102,9 @@ def rows_of_matrix(matrix: TensorEntry, start: int, stop: int) -> TensorEntry:
 def transposed(matrix: TensorEntry) -> TensorEntry:
     """A stored matrix, or each of a stored stack, with its last two axes exchanged."""
     *outer, rows, columns = matrix.shape
+    if isinstance(matrix, HeldEntry):
+        shape = (*outer, columns, rows)
+        return replace(matrix, name=f"{matrix.name}.mT", shape=shape, tensor=matrix.tensor.mT)
     steps = [rows * columns] * len(outer)
     strides = matrix.strides or (*steps, columns, 1)
     turned = (*strides[:-2], strides[-1], strides[-2])

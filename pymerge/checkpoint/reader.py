@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import TYPE_CHECKING
 from pymerge.checkpoint.composed import StackedEntry, fill_stacked
 from pymerge.checkpoint.decoded import DecodedEntry, Span, fill_decoded
 from pymerge.checkpoint.gathered import GatheredEntry, Run, fill_gathered
+from pymerge.checkpoint.held import HeldEntry
+from pymerge.checkpoint.open_files import OpenFiles
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.names import shorten
@@ -28,20 +28,8 @@ CHUNK_BYTES = 64 << 20
 # Of a view whose elements lie apart, read at once and sorted out in memory: this much where most of it is wanted,
 # and no more than a page where the most part is not.
 _DENSE_BYTES, _SPARSE_BYTES = 4 << 20, 4 << 10
-# Eight experts of 160 shards would pass the usual limit of 1024 descriptors a process.
-_MAX_DESCRIPTORS = 128
 # The page cache holds files in blocks of at most this size.
 _LARGEST_FOLIO = 2 << 20
-
-
-class _Descriptor:
-    """An open file and how many reads use it right now."""
-
-    __slots__ = ("number", "users")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.users = 0
 
 
 class Reader:
@@ -51,10 +39,7 @@ class Reader:
     """
 
     def __init__(self, stamps: Mapping[Path, tuple[int, int]]) -> None:
-        self._stamps = dict(stamps)
-        self._lock = threading.Lock()
-        self._descriptors: OrderedDict[Path, _Descriptor] = OrderedDict()  # least recently used first
-        self._closed = False
+        self._files = OpenFiles(stamps)
 
     def __enter__(self) -> Reader:
         return self
@@ -66,9 +51,7 @@ class Reader:
 
     def close(self) -> None:
         """Close all files; those being read by other threads are closed when their read ends."""
-        with self._lock:
-            self._closed = True
-            self._close_idle(0)
+        self._files.close()
 
     def read(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
         """Rows `start_row` to `stop_row` (exclusive; None: to the end) along dim 0, as a fresh CPU tensor.
@@ -96,6 +79,9 @@ class Reader:
                 f"{entry.name}: cannot read {entry.dtype} {shape} into {out.dtype} {tuple(out.shape)} on "
                 f"{out.device}; pass a contiguous CPU tensor of that dtype and shape"
             )
+        if isinstance(entry, HeldEntry):
+            out.copy_(entry.tensor if not entry.shape else entry.tensor[start_row : start_row + shape[0]])
+            return
         if isinstance(entry, GatheredEntry):
             fill_gathered(self.read_runs_into, entry, out, start_row, start_row + shape[0])
             return
@@ -105,9 +91,9 @@ class Reader:
         if entry.strides is None:
             self.read_bytes_into(entry, bytes_of(out), start_row, stop_row)
             return
-        with self._descriptor(entry.file) as descriptor:
+        with self._files.descriptor(entry.file) as descriptor:
             _fill_strided(entry, descriptor, out, entry.strides, offset)
-            self._check_stamp(entry.file, descriptor)
+            self._files.check(entry.file, descriptor)
 
     def read_bytes(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> bytearray:
         """Read as `read` does, but give row-major bytes."""
@@ -141,11 +127,11 @@ class Reader:
         At its end the files are checked, as after any read.
         """
         with ExitStack() as stack:
-            descriptors = [stack.enter_context(self._descriptor(entry.file)) for entry in entries]
+            descriptors = [stack.enter_context(self._files.descriptor(entry.file)) for entry in entries]
             offsets = [_span(entry, start_row, stop_row)[1] for entry in entries]
             yield list(zip(descriptors, offsets, strict=True))
             for entry, descriptor in zip(entries, descriptors, strict=True):
-                self._check_stamp(entry.file, descriptor)
+                self._files.check(entry.file, descriptor)
 
     def read_runs_into(self, entry: TensorEntry, out: torch.Tensor, runs: Sequence[Run]) -> None:
         """Runs of rows of a stored tensor into those of a contiguous CPU tensor of its dtype and row shape."""
@@ -157,14 +143,16 @@ class Reader:
 
         row_bytes = entry.nbytes // max(1, entry.shape[0])
         view = bytes_of(out)
-        with self._descriptor(entry.file) as descriptor:
+        with self._files.descriptor(entry.file) as descriptor:
             for at, row, count in runs:
                 part = view[at * row_bytes : (at + count) * row_bytes]
                 _fill(entry, descriptor, part, entry.offset + row * row_bytes, count * row_bytes)
-            self._check_stamp(entry.file, descriptor)
+            self._files.check(entry.file, descriptor)
 
     def announce(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are read next, so that it fetches them all at once."""
+        if isinstance(entry, HeldEntry):
+            return
         if isinstance(entry, (GatheredEntry, StackedEntry, DecodedEntry)):
             for span in _stored_rows(entry, start_row, stop_row):
                 self.announce(*span)
@@ -173,6 +161,8 @@ class Reader:
 
     def release(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are not needed again, so that inputs do not fill the page cache."""
+        if isinstance(entry, HeldEntry):
+            return
         if isinstance(entry, (GatheredEntry, StackedEntry, DecodedEntry)):
             for span in _stored_rows(entry, start_row, stop_row):
                 self.release(*span)
@@ -185,62 +175,8 @@ class Reader:
         # Length 0 would mean "to the end of the file". macOS has no posix_fadvise; this is only advice.
         if nbytes and hasattr(os, "posix_fadvise"):
             start = offset // alignment * alignment
-            with self._descriptor(entry.file) as descriptor:
+            with self._files.descriptor(entry.file) as descriptor:
                 os.posix_fadvise(descriptor, start, offset + nbytes - start, getattr(os, advice))
-
-    @contextmanager
-    def _descriptor(self, path: Path) -> Iterator[int]:
-        with self._lock:
-            if self._closed:
-                raise ArgumentError(f"{path}: the reader is closed; make a new Reader")
-            if path not in self._descriptors:
-                self._descriptors[path] = _Descriptor(self._open(path))
-            held = self._descriptors[path]
-            self._descriptors.move_to_end(path)
-            held.users += 1
-            self._close_idle(_MAX_DESCRIPTORS)
-        try:
-            yield held.number
-        finally:
-            with self._lock:
-                held.users -= 1
-                if self._closed:
-                    self._close_idle(0)
-
-    def _open(self, path: Path) -> int:
-        if path not in self._stamps:
-            raise ArgumentError(f"{path}: is not a file of this plan; give the reader the stamps of its checkpoint")
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be opened ({error.strerror}); was it moved since the plan was made?"
-                " Put it back or plan again"
-            ) from error
-        try:
-            self._check_stamp(path, descriptor)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _check_stamp(self, path: Path, descriptor: int) -> None:
-        status = os.fstat(descriptor)
-        if (status.st_size, status.st_mtime_ns) != self._stamps[path]:
-            raise CheckpointError(
-                f"{path}: changed since the plan was made ({self._stamps[path][0]} bytes then, "
-                f"{status.st_size} now); make sure that nothing writes to it and start again"
-            )
-
-    def _close_idle(self, keep: int) -> None:
-        """Close unused descriptors, least recently used first, until `keep` are open. The lock is held."""
-        for path in list(self._descriptors):
-            if len(self._descriptors) <= keep:
-                break
-            if self._descriptors[path].users == 0:
-                os.close(self._descriptors.pop(path).number)
 
 
 def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tuple[int, ...], int, int]:

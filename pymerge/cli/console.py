@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from pymerge.errors import PymergeError
+from pymerge.errors import ArgumentError, PymergeError
 
 # In a file or a pipe, wide enough that tables keep one line a row.
 OUT = Console(width=None if sys.stdout.isatty() else 160)
@@ -94,3 +95,12 @@ def print_lines(lines: Iterable[str]) -> None:
     """Lines for people, as they are."""
     for line in lines:
         OUT.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def tensor_count(option: str, text: str, least: int) -> int | None:
+    """A number of tensors, at least `least`; None for all."""
+    if text == "all":
+        return None
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise ArgumentError(f"{option} is {text!r}; give a number of tensors, or all")
+    return int(text)

@@ -76,9 +76,9 @@ def extract(
 ) -> None:
     """Write what a fine-tuned model has learnt as a LoRA adapter in PEFT's form, and say what it loses."""
     with reported(again="starts again"), recording(log_json):
-        from pymerge import api
+        from pymerge.extraction.api import extract as carry_out
 
-        report = api.extract(
+        report = carry_out(
             base,
             model,
             out,

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import atexit
 import gc
-import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable
-from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from pymerge.cli.console import (
     OUT,
@@ -30,10 +25,13 @@ from pymerge.cli.console import (
     print_lines,
     print_warnings,
     reported,
+    tensor_count,
 )
 from pymerge.cli.extract import extract
+from pymerge.cli.scripts import OWN_OPTIONS, bench, demo, wemoe
+from pymerge.cli.verify import VerifyCommand, verify
 from pymerge.common.events import event, recording
-from pymerge.errors import ArgumentError, OutputError
+from pymerge.errors import ArgumentError
 
 app = typer.Typer(
     help="Merge fine-tuned models of one base into one model.",
@@ -42,7 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_DEEP = "16"  # tensors that `verify --deep` computes
 
 
 @app.command()
@@ -86,7 +83,9 @@ def merge(
         if adapter or loaded.output == "adapter":
             if device not in ("auto", "cpu") or profile is not None:
                 raise ArgumentError("an adapter is made on the CPU, without a trace; leave --device and --profile out")
-            made = api.merge_adapters(
+            from pymerge.extraction.api import merge_adapters
+
+            made = merge_adapters(
                 loaded,
                 out,
                 rank=rank,
@@ -233,7 +232,9 @@ def report(
         from pymerge.common.progress import NoProgress, ProgressBar
 
         planned = api.plan(config, device="cpu", memory=memory)
-        found = survey(planned, _count("--spectra", spectra, 0), NoProgress() if quiet else ProgressBar("measuring"))
+        found = survey(
+            planned, tensor_count("--spectra", spectra, 0), NoProgress() if quiet else ProgressBar("measuring")
+        )
         page = write_report(planned, found, out)
         event("report", f"wrote {page}", page=page)
         if not quiet:
@@ -241,76 +242,7 @@ def report(
 
 
 app.command()(extract)
-
-
-class _Verify(TyperCommand):
-    """The command with a value of --deep added where none is given, which Typer's options cannot express."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        filled: list[str] = []
-        for argument, following in zip_longest(args, args[1:], fillvalue=""):
-            filled.append(argument)
-            if argument == "--deep" and not re.fullmatch("[0-9]+|all", following):
-                filled.append(_DEEP)
-        return super().parse_args(ctx, filled)
-
-
-@app.command(cls=_Verify)
-def verify(
-    out: Annotated[Path, typer.Argument(help="Directory that `pymerge merge` wrote.", show_default=False)],
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")] = False,
-    deep: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[N|all]",
-            help=f"Compute N tensors ({_DEEP} without a number, or all) again from recipe and inputs, compare bytes.",
-            show_default=False,
-        ),
-    ] = None,
-    quiet: Quiet = False,
-    log_json: LogJson = None,
-) -> None:
-    """Read a merged model again and compare every byte with its manifest."""
-    with reported(), recording(log_json):
-        from pymerge.common.progress import NoProgress, ProgressBar
-        from pymerge.output.verify import verify as verify_output
-
-        count = None if deep is None else _count("--deep", deep, 1)
-        progress = NoProgress() if quiet else ProgressBar("verifying")
-        report = verify_output(out, progress=progress, allow_nonfinite=allow_nonfinite)
-        lines = [f"{out}: {report.tensors} tensors, {report.parameters:,} parameters, all as written"]
-        if deep is not None and not report.problems:
-            lines.append(_verify_deep(out, count, report.problems, quiet))
-        if report.problems:
-            raise OutputError(f"{out} is not as it was written:\n" + "\n".join(f"- {p}" for p in report.problems))
-        event("verified", lines[-1], output=out, tensors=report.tensors, parameters=report.parameters)
-        if not quiet:
-            print_lines(lines)
-
-
-def _count(option: str, text: str, least: int) -> int | None:
-    """A number of tensors, at least `least`; None for all."""
-    if text == "all":
-        return None
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
-        raise ArgumentError(f"{option} is {text!r}; give a number of tensors, or all")
-    return int(text)
-
-
-def _verify_deep(out: Path, count: int | None, problems: list[str], quiet: bool) -> str:
-    """Compute tensors again; adds to `problems` and returns the summary."""
-    from pymerge.common.progress import NoProgress, ProgressBar
-    from pymerge.engine.recheck import recheck
-
-    found = recheck(out, count, progress=NoProgress() if quiet else ProgressBar("computing again"))
-    changed = [f"changed since the merge: {change}" for change in found.changes]
-    if found.problems:
-        problems += found.problems + changed
-    elif not quiet:
-        print_warnings(tuple(changed))
-    text = f"{out}: {len(found.tensors)} tensors computed again, the same bytes"
-    event("recomputed", text, tensors=found.tensors, changes=found.changes, problems=found.problems)
-    return text
+app.command(cls=VerifyCommand)(verify)
 
 
 @app.command()
@@ -333,43 +265,8 @@ def _print_view(name: str) -> None:
         OUT.print(view())
 
 
-# These take their own options, --help among them.
-_SCRIPT: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-
-
-@app.command(context_settings=_SCRIPT)
-def wemoe(context: typer.Context) -> None:
-    """Merged models whose MLPs mix base and experts for each input: build, info, adapt."""
-    with reported():
-        from pymerge.cli.wemoe import wemoe_app
-
-        wemoe_app(args=context.args, prog_name="pymerge wemoe")
-
-
-@app.command(context_settings=_SCRIPT)
-def demo(context: typer.Context) -> None:
-    """Merge the example experts by every method and compare them on their tasks (in a checkout only)."""
-    _run_module("examples.glyphs.demo", context.args)
-
-
-@app.command(context_settings=_SCRIPT)
-def bench(context: typer.Context) -> None:
-    """Time every op on every backend that runs here, beside PyTorch (in a checkout only)."""
-    _run_module("benchmarks", ["ops", *context.args])
-
-
-def _run_module(name: str, arguments: list[str]) -> NoReturn:
-    """Run a module of the checkout that is no part of the installation, in the folder where the user is."""
-    with reported():
-        root = Path(__file__).resolve().parents[2]
-        folder = root / name.split(".")[0]
-        if not folder.is_dir():
-            raise OutputError(f"{name} is not installed ({folder} is missing); clone the repository for it")
-        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # Not a module of that name in the working directory.
-        variables = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, "-m", name, *arguments]
-        raise SystemExit(subprocess.run(command, check=False, env=variables).returncode)
+for script in (wemoe, demo, bench):
+    app.command(context_settings=OWN_OPTIONS)(script)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,18 @@ from pymerge.architecture.constants import may_be_constant
 from pymerge.architecture.roles import Kind, Role, classify
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_values
-from pymerge.common.arrays import as_tensor, compute_code, join
+from pymerge.common.arrays import compute_code
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
 from pymerge.common.names import nearest
 from pymerge.engine.state_dicts import check_integers, check_plain
-from pymerge.engine.torch_worker import merge_rows, solve
+from pymerge.engine.whole import Share, merge_whole, reduce_together
 from pymerge.errors import ArgumentError
 from pymerge.methods import get_method
-from pymerge.methods.actions import Action, Solve
+from pymerge.methods.actions import Action
 from pymerge.methods.base import Method, Values
-from pymerge.methods.reduce import Reduce, Reduction, ranges
+from pymerge.methods.reduce import Reduce
 from pymerge.methods.rows import Rows
-from pymerge.planner import pieces
 from pymerge.planner.constants import reproduces
 
 
@@ -178,65 +178,41 @@ class _Merger:
         action = self._method.action(name, role.solvable, self._values, len(experts))
         return reproduces(action) or not bool(torch.isfinite(base).all())
 
-    def reduced(self, tensors: Sequence[_Tensor]) -> dict[str, tuple[Reduction, int]]:
-        """For each tensor that is merged by what all tensors together tell: its state, and its first element there."""
+    def reduced(self, tensors: Sequence[_Tensor]) -> dict[str, Share]:
+        """The shares of the tensors that are merged by what all tensors together tell."""
         groups: dict[Action, list[_Tensor]] = {}
         for tensor in sorted(tensors, key=lambda tensor: tensor.name):  # of equal elements the first are taken
             if isinstance(tensor.action, Reduce) and tensor.action.scope == "model" and tensor.base.numel():
                 groups.setdefault(tensor.action, []).append(tensor)
-        found: dict[str, tuple[Reduction, int]] = {}
+        found: dict[str, Share] = {}
         for action, group in groups.items():
             assert isinstance(action, Reduce)
             wide = [each.name for each in group if compute_code(each.base, *each.experts) == "F64"]
             if wide:
                 raise ArgumentError(f"{wide[0]}: scope: model takes no float64; convert it, or set scope: tensor")
-            total = sum(tensor.base.numel() for tensor in group)
-            state, first = action.start((total,), len(group[0].experts)), 0
-            for tensor in group:
-                found[tensor.name] = state, first
-                first += tensor.base.numel()
-            for _ in range(state.passes):
-                for tensor in group:
-                    for rows in self._pieces(tensor, found[tensor.name][1]):
-                        state.add(rows.first, state.map(self._run, rows))
-                state.end_pass()
+            shares = reduce_together(
+                action,
+                self._run,
+                [tensor.base.numel() for tensor in group],
+                len(group[0].experts),
+                [partial(self._rows, tensor) for tensor in group],
+            )
+            found |= {tensor.name: share for tensor, share in zip(group, shares, strict=True)}
         return found
 
-    def finished(self, tensor: _Tensor, states: Mapping[str, tuple[Reduction, int]]) -> Tensor:
+    def finished(self, tensor: _Tensor, shares: Mapping[str, Share]) -> Tensor:
         """The merged tensor, on the base's device."""
-        action, base = tensor.action, tensor.base
-        if action is None:
-            return base.clone()
+        if tensor.action is None:
+            return tensor.base.clone()
         try:
-            if tensor.name in states:
-                state, first = states[tensor.name]
-                merged = as_tensor(join([state.merge(self._run, rows) for rows in self._pieces(tensor, first)]))
-            elif isinstance(action, Solve):
-                merged = self._solved(tensor, action)
-            else:
-                merged = merge_rows(action, self._run, self._rows(tensor))
+            merged = merge_whole(tensor.action, tensor.role, self._run, self._rows(tensor), shares.get(tensor.name))
         except ArgumentError as error:
             raise ArgumentError(f"{tensor.name}: {error}") from error
-        return merged.to(base.device)
+        return merged.to(tensor.base.device)
 
-    def _rows(self, tensor: _Tensor, first: int = 0) -> Rows:
+    def _rows(self, tensor: _Tensor) -> Rows:
         base, *experts = self._moved(tensor)
-        return Rows(base, experts, code_of(tensor.dtype), first)
-
-    def _pieces(self, tensor: _Tensor, first: int) -> list[Rows]:
-        """The rows as files are merged, whose sums are rounded the same."""
-        whole = self._rows(tensor, first)
-        several = ranges(whole.shape)
-        return [whole.cut(*rows) for rows in several] if len(several) > 1 else [whole]
-
-    def _solved(self, tensor: _Tensor, action: Solve) -> Tensor:
-        base, *experts = self._moved(tensor)
-        whole = pieces.split(tensor.role, action, tuple(base.shape), max_elements=max(1, base.numel()))
-        code, merged = code_of(tensor.dtype), []
-        for rows in (slice(piece.start, piece.stop) for piece in whole):
-            tasks = [expert[rows] for expert in experts]
-            merged += solve(action, tensor.role, self._run, [base[rows]], [tasks], code)
-        return merged[0] if len(merged) == 1 else torch.cat(merged)
+        return Rows(base, experts, code_of(tensor.dtype))
 
     def _moved(self, tensor: _Tensor) -> list[Tensor]:
         device = torch.device(str(self._run.device))

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pymerge.backends.native.combine import convert
 from pymerge.backends.native.combine_files import FileTensor, combine_files, is_finite
-from pymerge.checkpoint.held_rows import HeldRows
 from pymerge.checkpoint.reader import failed_read
 from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.checkpoint.shared_rows import SharedRows
 from pymerge.common.arrays import Array, rows_of
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE
 from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, raise_nonfinite
@@ -260,7 +260,7 @@ class NativeWorker:
             return
         product = plain_product(entry)
         if product is None or not product.base.same_bytes(step.base):
-            held = HeldRows(self._reader, step.base, piece.start, base.bytes)
+            held = SharedRows(self._reader, step.base, piece.start, base.bytes)
             held.read_bytes_into(entry, to.bytes, piece.start, piece.stop)
             return
         left, right, scale = self._factors(job, entry, product, False)

@@ -35,11 +35,12 @@ from pymerge.output.claim import (
     remove_earlier,
     work_name,
 )
+from pymerge.output.contents import Contents, drop_damaged
 from pymerge.output.files import WORK_FOLDER
 from pymerge.output.identity import Identity
-from pymerge.output.layout import ShardLayout, TensorLayout, full_name
+from pymerge.output.layout import ShardLayout
 from pymerge.output.publish import check_names, publish_files
-from pymerge.output.shard import ShardFile, found_layout, is_whole
+from pymerge.output.shard import ShardFile
 
 if TYPE_CHECKING:
     import torch
@@ -85,13 +86,8 @@ class OutputDirectory:
         self.overwrite = overwrite
         self.keeps_cache = keeps_cache
         self._work = self.path / WORK_FOLDER
-        self._late = dict(late or {})
+        self._contents = Contents(self.layouts, beside, late or {})
         self._copied = copied
-        self._files = [*(layout.file for layout in (*self.layouts, *beside)), *self._late]
-        self._shards: dict[str, ShardLayout] = {}
-        self._places: dict[str, tuple[ShardLayout, TensorLayout]] = {}
-        for layout in (*self.layouts, *beside):
-            self._place(layout)
         self._active: dict[str, ShardFile] = {}
         self._created: list[Path] = []  # directories made by this run, outermost first
         self._lock: FileIO | None = None
@@ -113,8 +109,7 @@ class OutputDirectory:
     @property
     def beside(self) -> tuple[ShardLayout, ...]:
         """Layouts of the files that are not the model's, in their order; of late ones those that are settled."""
-        known = self._files[len(self.layouts) :]
-        return tuple(self._shards[file] for file in known if file in self._shards)
+        return self._contents.beside
 
     @property
     def checksums(self) -> dict[str, dict[str, str]]:
@@ -134,19 +129,19 @@ class OutputDirectory:
             self._lock = acquire_lock(self.path)
             state = self._check_claim()
             if state is None:
-                self._check_space(self._files, earlier_bytes(self.path))
+                self._check_space(self._contents.files, earlier_bytes(self.path))
                 remove_earlier(self.path)
-                state = State(self.identity, self._files)
+                state = State(self.identity, self._contents.files)
                 state.save(self._work)
             self._state = state
             install(_NOTE, self._work / NOTE_NAME, self._work / TEMPORARY_NAME)
             with os_errors(self._work, "resuming"):
-                self._drop_damaged(state)
-            unfinished = [file for file in self._files if file not in state.finished]
+                drop_damaged(self.path, self._contents, state)
+            unfinished = [file for file in self._contents.files if file not in state.finished]
             self._check_space(unfinished, 0)
             for file in unfinished:
-                if file not in self._late:
-                    self._finish_empty(self._shards[file])
+                if file not in self._contents.late:
+                    self._finish_empty(self._contents.layouts[file])
         except BaseException:
             self.abandon()
             raise
@@ -154,9 +149,9 @@ class OutputDirectory:
 
     def settle(self, layout: ShardLayout) -> None:
         """Say what a late file holds, before its first tensor is written."""
-        if layout.file not in self._late or layout.file in self._shards:
+        if layout.file not in self._contents.late or layout.file in self._contents.layouts:
             raise _internal(f"{self.path}: {layout.file} is not a file that has yet to get its layout")
-        self._place(layout)
+        self._contents.place(layout)
         self._finish_empty(layout)
 
     def write(self, tensor_name: str, data: torch.Tensor | memoryview) -> None:
@@ -167,9 +162,9 @@ class OutputDirectory:
         pieces do not fit the plan.
         """
         state = self._own_state()
-        if tensor_name not in self._places:
+        if tensor_name not in self._contents.places:
             raise _internal(f"{self.path}: tensor {tensor_name} is not in the plan")
-        layout, tensor = self._places[tensor_name]
+        layout, tensor = self._contents.places[tensor_name]
         if not isinstance(data, memoryview):
             from pymerge.common.dtypes import bytes_of, code_of
 
@@ -200,7 +195,7 @@ class OutputDirectory:
         allowed or writing fails, and CheckpointError when a file to be copied is not what the manifest says.
         """
         state = self._own_state()
-        unfinished = [file for file in self._files if file not in state.finished]
+        unfinished = [file for file in self._contents.files if file not in state.finished]
         if unfinished:
             raise _internal(f"{self.path}: {len(unfinished)} shards are unfinished, {unfinished[0]} among them")
         state.publishing = check_names(self.path, self.layouts, self.beside, files)
@@ -246,44 +241,10 @@ class OutputDirectory:
                     fsync_directory(folder.parent)
 
     def _check_claim(self) -> State | None:
-        return check_claim(self.path, self.identity, self._files, overwrite=self.overwrite)
-
-    def _drop_damaged(self, state: State) -> None:
-        """Keep the shards whose size, header and checksums are as recorded, remove the others. Raises OSError."""
-        if state.finished:
-            nbytes = sum(self._size(file) for file in state.finished if file in self._files)
-            text = f"checking {len(state.finished)} finished shards ({nbytes:,} bytes) of an interrupted run"
-            event("checking_shards", text, shards=sorted(state.finished), bytes=nbytes)
-        for file in self._files:
-            (self._work / partial_name(file)).unlink(missing_ok=True)
-            places = [self._work / work_name(file), *([self.path / file] if file in state.publishing else [])]
-            layouts = [self._shards.get(file) or found_layout(place) for place in places]
-            digests = state.finished.get(file, {})
-            whole = [
-                layout
-                for place, layout in zip(places, layouts, strict=True)
-                if layout is not None and is_whole(place, layout, digests)
-            ]
-            if whole and file in self._late:
-                self._place(whole[0])
-            if not whole:
-                if state.finished.pop(file, None) is not None:
-                    text = f"{file}: was finished and is no longer as it was written; it is made again"
-                    event("shard_damaged", text, level=logging.WARNING, file=file)
-                for place in places:
-                    place.unlink(missing_ok=True)
-        state.save(self._work)
-
-    def _place(self, layout: ShardLayout) -> None:
-        self._shards[layout.file] = layout
-        self._places |= {full_name(layout.file, tensor.name): (layout, tensor) for tensor in layout.tensors}
-
-    def _size(self, file: str) -> int:
-        """Bytes of a file; as far as they are known, of a late one."""
-        return self._shards[file].nbytes if file in self._shards else self._late[file]
+        return check_claim(self.path, self.identity, self._contents.files, overwrite=self.overwrite)
 
     def _check_space(self, files: Sequence[str], reclaimed: int) -> None:
-        needed = sum(self._size(file) for file in files) + self._copied
+        needed = sum(self._contents.size(file) for file in files) + self._copied
         with os_errors(self.path, "asking for free space"):
             free = free_bytes(self.path) + reclaimed
         if needed > free:

@@ -8,23 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pymerge.architecture.buffers import constant as named_constant
-from pymerge.architecture.roles import Kind, Role, classify, unused_rules
+from pymerge.architecture.roles import classify, unused_rules
 from pymerge.architecture.token_tables import rows_of
-from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.common.dtypes import ITEM_SIZES, MERGED
 from pymerge.common.names import listed
-from pymerge.config.merge_config import MergeConfig, resolve
+from pymerge.config.merge_config import MergeConfig
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
-from pymerge.methods.actions import Action, Combine, copy
-from pymerge.methods.base import Method, Values
+from pymerge.methods.actions import Action, copy
 from pymerge.methods.reduce import Reduce
 from pymerge.output.layout import ShardLayout, full_name, layout_file, layout_shards
 from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
 from pymerge.planner.config_differences import check_configs
 from pymerge.planner.constants import Constant, differing, find_constants
+from pymerge.planner.decide import copies, decide
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
@@ -35,7 +34,6 @@ from pymerge.planner.plan import Plan
 from pymerge.planner.routes import remarks, routed
 from pymerge.planner.steps import Group, Step
 from pymerge.planner.tokens import align
-from pymerge.planner.untouched import one_sum, untouched
 from pymerge.planner.workers import Target, worker_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -137,40 +135,29 @@ def draft_plan(
             name = full_name(shard.file, tensor.name)
             role, entry = whole.roles[name], whole.tensors[name]
             try:
-                action, experts, values = _action(whole.sections[name], method, name, role)
+                found = decide(whole.sections[name], method, name, role, entry, constants.get(name))
             except (ArgumentError, ConfigError) as error:
                 wrong.setdefault(str(error), []).append(name)
                 continue
-            constant = constants.get(name)
-            what = named_constant(name, entry.shape)
-            if name in whole.sections[name].copied:
-                role = replace(role, reason=f"{role.reason}; {what or 'in no expert'}: the base's")
-            elif constant is not None and (what or constant.passes(action)):
-                action, experts, values = copy(), (), None
-                role = replace(role, reason=f"{role.reason}, {constant.reason}")
-            elif untouched(method, action, entry, experts, whole.sections[name]):
-                action, experts, values = copy(), (), None
-            reads_base = method.needs_base
-            if (found := one_sum(action, entry, experts)) is not None:
-                (action, experts), reads_base = found, False
-            for rows in rows_of(entry, experts):
-                action_here = routed(action, role, rows.base, rows.experts) if rows.experts else copy()
+            role, constant = found.role, constants.get(name)
+            for rows in rows_of(entry, found.experts):
+                action = routed(found.action, role, rows.base, rows.experts) if rows.experts else copy()
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
                         name=name,
                         role=role,
-                        action=action_here,
+                        action=action,
                         shape=rows.base.shape,
                         dtype=tensor.dtype,
                         base=rows.base,
                         experts=rows.experts,
-                        reads_base=reads_base or _copies(action_here),
+                        reads_base=found.reads_base or copies(action),
                         file=shard.file,
                         offset=tensor.offset + (tensor.nbytes - nbytes if rows.start else 0),
                         nbytes=nbytes,
-                        pieces=tuple(pieces.split(role, action_here, rows.base.shape, CHUNK_ELEMENTS)),
-                        values=values,
+                        pieces=tuple(pieces.split(role, action, rows.base.shape, CHUNK_ELEMENTS)),
+                        values=found.values,
                         infinite=constant.infinite if constant is not None else 0,
                     )
                 )
@@ -226,25 +213,6 @@ def _assigned(
     grouped = [replace(step, group=found.get(id(step))) for step in steps]
     nonfinite = config.allow_nonfinite
     return [replace(step, worker=worker_of(step, target, allow_nonfinite=nonfinite)) for step in grouped]
-
-
-def _copies(action: Action) -> bool:
-    """Whether the base's tensor is taken as it is."""
-    return isinstance(action, Combine) and not action.weights and action.on_base
-
-
-def _action(
-    section: Section, method: Method, name: str, role: Role
-) -> tuple[Action, tuple[TensorEntry, ...], Values | None]:
-    """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
-    if role.kind is Kind.BUFFER or not section.experts or name in section.copied:
-        return copy(), (), None
-    names = section.input_names(name, role)
-    values = resolve(section.config, method, name, section.positions[name], section.participants, names)
-    action = method.action(name, role.solvable, values, len(section.experts))
-    if _copies(action):
-        return action, (), values
-    return action, tuple(expert.tensors[name] for expert in section.experts), values
 
 
 def _placed_module(

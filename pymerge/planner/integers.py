@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from pymerge.architecture.roles import Kind, Role, Rule, Tensors, classify
+from pymerge.architecture.facts import Tensors
+from pymerge.architecture.roles import Kind, Role, Rule, classify
 from pymerge.checkpoint.compare import Relation, relation
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from pymerge.adapters.folder import unmerged
 from pymerge.architecture.buffers import constant
-from pymerge.architecture.roles import Kind, Role, classify, is_head_name, positions
+from pymerge.architecture.roles import Kind, Role, classify, positions
 from pymerge.architecture.tied import embedding_of, same_values, says_tied, tied_tensors, ties
 from pymerge.architecture.token_tables import is_token_table
+from pymerge.architecture.words import is_head_name
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.compare import Relation, relation
 from pymerge.checkpoint.reader import Reader

@@ -145,7 +145,7 @@ class Step:
         return frozenset(entry for entry in self.experts if entry.adapter_parts and _base_of(entry, self.base))
 
     @property
-    def holds_base(self) -> bool:
+    def shares_base(self) -> bool:
         """Whether experts are made of the base's rows while these are in memory."""
         return bool(self._on_base)
 
@@ -225,7 +225,7 @@ class Step:
         if self.worker == "native":
             return Footprint(self._native_inputs(elements), scratch, output)
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self.decoding_bytes
-        inputs += elements * memory_item_size(self.base.dtype) * self.holds_base
+        inputs += elements * memory_item_size(self.base.dtype) * self.shares_base
         if isinstance(self.action, Solve) and self.role.in_axis == 0:
             scratch += inputs + output  # transposed copies
         if isinstance(self.action, Solve) and self.role.parts > 1:

@@ -13,16 +13,20 @@ from pymerge.architecture.token_tables import token_tables
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.checkpoint.gathered import gathered
 from pymerge.checkpoint.model_files import plain_files
-from pymerge.config.merge_config import MergeConfig, participants
+from pymerge.config.merge_config import MergeConfig
 from pymerge.config.references import hub_reference, model_path
 from pymerge.errors import CheckpointError, PlanError
 from pymerge.methods.base import Method
 from pymerge.planner.inputs import Inputs
 from pymerge.planner.match import Matched, Section
+from pymerge.planner.tokenizer_models import (
+    NamedModel,
+    assembled_models,
+    check_one_vocabulary,
+    named_models,
+    template_of,
+)
 from pymerge.tokenizers.files import (
-    FAST_FILE,
-    VOCABULARY_FILES,
-    Files,
     Vocabulary,
     read_files,
     read_json,
@@ -32,7 +36,6 @@ from pymerge.tokenizers.files import (
 from pymerge.tokenizers.output import tokenizer_files, union, with_tokens, without_rows_beyond
 from pymerge.tokenizers.planned import TokenPlan, describe_rows, plan_files
 from pymerge.tokenizers.settings import BASE, UNION, TokenizerSettings
-from pymerge.tokenizers.templates import choose_template
 
 if TYPE_CHECKING:
     from pymerge.checkpoint.row_map import RowMap
@@ -49,16 +52,6 @@ class Aligned:
     inputs: Inputs
     sections: Mapping[str, Section]
     tokens: TokenPlan
-
-
-@dataclass(frozen=True)
-class _Named:
-    """A model of the merge: its name in the config, where that stands, and its tokenizer files."""
-
-    name: str
-    place: str
-    checkpoint: Checkpoint
-    files: Files
 
 
 @dataclass(frozen=True)
@@ -85,11 +78,11 @@ def align(matched: Matched, roles: Mapping[str, Role], config: MergeConfig, meth
     if settings is None and config.chat_template is None:
         return Aligned(inputs, matched.sections, TokenPlan())
     assembled = bool(config.slices or config.modules)
-    models = _assembled_models(inputs, config) if assembled else _named_models(inputs, config, method)
-    template = _template(config, models, warnings)
+    models = assembled_models(inputs, config) if assembled else named_models(inputs, config, method)
+    template = template_of(config, models, warnings)
     carried = models[0].files
     if settings is not None and assembled:
-        _check_same(models, settings, config)
+        check_one_vocabulary(models, settings, config)
     if settings is None or assembled:
         return Aligned(inputs, matched.sections, plan_files(tokenizer_files(None, carried, template), carried))
     token_models, tables = _token_models(models, roles, names, settings, warnings)
@@ -121,75 +114,8 @@ def align(matched: Matched, roles: Mapping[str, Role], config: MergeConfig, meth
     return Aligned(inputs, sections, tokens)
 
 
-def _named_models(inputs: Inputs, config: MergeConfig, method: Method) -> list[_Named]:
-    """The donor, then the experts, each folder once."""
-    chosen = participants(config, method)
-    places: list[tuple[str | int, ...]] = [("models", number, "model") for number in chosen]
-    names = [config.models[number].model for number in chosen]
-    places.insert(0, ("base_model",) if config.base_model else places[0])
-    names.insert(0, config.base_model or names[0])
-    found: dict[Path, _Named] = {}
-    for name, place, checkpoint in zip(names, places, (inputs.donor, *inputs.experts), strict=True):
-        if checkpoint.path not in found:
-            files = _tokenizer_of(checkpoint)
-            found[checkpoint.path] = _Named(name, config.place(*place), checkpoint, files)
-    return list(found.values())
-
-
-def _tokenizer_of(checkpoint: Checkpoint) -> Files:
-    """The tokenizer files of a model; those of its base for an adapter that comes without."""
-    names = checkpoint.other_files
-    if checkpoint.base is not None and not any(name.name in (FAST_FILE, *VOCABULARY_FILES) for name in names):
-        return _tokenizer_of(checkpoint.base)
-    folder = checkpoint.path if checkpoint.base is None else checkpoint.files[0].parent
-    return read_files(folder, names)
-
-
-def _assembled_models(inputs: Inputs, config: MergeConfig) -> list[_Named]:
-    """The donor of an output that is put together from slices or modules, then the other models."""
-    found = []
-    for checkpoint in inputs.all:
-        files = _tokenizer_of(checkpoint)
-        found.append(_Named(str(checkpoint.path), config.name, checkpoint, files))
-    return found
-
-
-def _check_same(models: Sequence[_Named], settings: TokenizerSettings, config: MergeConfig) -> None:
-    """Raise PlanError unless all models have one vocabulary: rows of slices and modules are not gathered."""
-    place = config.place(settings.key)
-    if settings.tokens or settings.pad_to_multiple_of is not None:
-        raise PlanError(
-            [f"{place}: tokens and pad_to_multiple_of work with models, not with slices or modules; delete them"]
-        )
-    read = read_vocabularies({model.checkpoint.path: model.files for model in models})
-    first = read[models[0].checkpoint.path]
-    for path, vocabulary in read.items():
-        if isinstance(vocabulary, CheckpointError):
-            raise PlanError([f"{place}: {vocabulary}, or delete {settings.key}"]) from vocabulary
-        if isinstance(first, Vocabulary) and vocabulary.ids != first.ids:
-            raise PlanError(
-                [
-                    f"{place}: slices and modules need models of one vocabulary, and that of {path} is another "
-                    f"than that of {first.folder}; give the models one vocabulary first, in merges of their own"
-                ]
-            )
-
-
-def _template(config: MergeConfig, models: Sequence[_Named], warnings: list[str]) -> str | None:
-    """The output's chat template; None to leave that of the tokenizer."""
-    if config.chat_template is None:
-        return None
-    if not models[0].files:
-        place = config.place("chat_template")
-        raise PlanError([f"{place}: {models[0].checkpoint.path} has no tokenizer files; delete chat_template"])
-    found = choose_template(config.chat_template, [model.files for model in models])
-    if found is None:
-        warnings.append("chat_template: auto: no model has a chat template, so the output has none")
-    return found
-
-
 def _token_models(
-    models: Sequence[_Named],
+    models: Sequence[NamedModel],
     roles: Mapping[str, Role],
     names: Sequence[str],
     settings: TokenizerSettings,
@@ -282,7 +208,7 @@ def _maps(
     return maps
 
 
-def _gathered(inputs: Inputs, models: Sequence[_Named], tables: Sequence[str], maps: Sequence[RowMap]) -> Inputs:
+def _gathered(inputs: Inputs, models: Sequence[NamedModel], tables: Sequence[str], maps: Sequence[RowMap]) -> Inputs:
     """The inputs with the token tables as their maps say; a model whose rows stay where they are keeps its own."""
     sources = {name: tuple(model.checkpoint.tensors[name] for model in models) for name in tables}
     aligned: dict[Path, Checkpoint] = {}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pymerge.architecture.roles import is_head_name
+from pymerge.architecture.words import is_head_name
 from pymerge.checkpoint.checkpoint import open_checkpoint, read_header
 from pymerge.checkpoint.reader import Reader
 from pymerge.errors import CheckpointError

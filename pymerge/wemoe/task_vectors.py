@@ -18,16 +18,8 @@ from torch import Tensor
 from pymerge.checkpoint.checkpoint import TensorEntry, read_header
 from pymerge.common.files import atomic_write, fsync_directory
 from pymerge.errors import ArgumentError, CheckpointError
-from pymerge.ops.routed.task_storage import (
-    NARROW_COLUMNS,
-    DenseTasks,
-    LowRankTasks,
-    SparseTasks,
-    Tasks,
-    low_rank_tasks,
-    pruned_tasks,
-    sparse_tasks,
-)
+from pymerge.ops.routed.compress import low_rank_tasks, pruned_tasks, sparse_tasks
+from pymerge.ops.routed.task_storage import NARROW_COLUMNS, DenseTasks, LowRankTasks, SparseTasks, Tasks
 from pymerge.wemoe.spec import StorageSpec
 
 TASKS_PREFIX = "wemoe-task-vectors"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pymerge.checkpoint import open_files
 from pymerge.checkpoint import reader as reader_module
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from pymerge.checkpoint.reader import Reader
@@ -94,7 +95,7 @@ def test_a_scalar_cannot_be_split(checkpoint: Checkpoint) -> None:
 
 
 def test_many_threads_and_more_files_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "_MAX_DESCRIPTORS", 3)
+    monkeypatch.setattr(open_files, "_MAX_DESCRIPTORS", 3)
     entries: list[TensorEntry] = []
     stamps: dict[Path, tuple[int, int]] = {}
     for number in range(12):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pymerge import api
 from pymerge.errors import ArgumentError, NonFiniteError, OutputError, PlanError
+from pymerge.extraction import api
 from pymerge.output.verify import verify
 from tests.helpers.checkpoints import Tensors, change, llama, llama_config, pymerge, tree, write_model
 

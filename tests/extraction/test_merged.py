@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pymerge import api
+from pymerge.api import merge
 from pymerge.errors import ArgumentError, NonFiniteError, PlanError
+from pymerge.extraction import api
 from pymerge.output.verify import verify
 from tests.helpers.adapters import factors, write_adapter
 from tests.helpers.checkpoints import Tensors, llama, llama_config, pymerge, write_model
@@ -61,7 +62,7 @@ def deltas(folder: Path) -> Tensors:
 
 def merged(models: Path, config: dict[str, Any]) -> Tensors:
     """What the same merge into a model adds to the base, of tensors that it changes."""
-    api.merge(config, models / "model", progress=False, dtype="float64")
+    merge(config, models / "model", progress=False, dtype="float64")
     base, found = (load_file(models / name / "model.safetensors") for name in ("base", "model"))
     taus = {name: found[name].double() - base[name].double() for name in base}
     return {name: tau for name, tau in taus.items() if bool(tau.any())}
@@ -167,5 +168,5 @@ def test_the_config_may_say_so(models: Path) -> None:
     assert pymerge("merge", models / "merge.yml", models / "out").code == 0
     assert (models / "out" / "adapter_config.json").exists()
     with pytest.raises(PlanError, match="merge_adapters"):
-        api.merge(config, models / "other", progress=False)
+        merge(config, models / "other", progress=False)
     assert not (models / "other").exists()

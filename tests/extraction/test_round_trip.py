@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pymerge import api
+from pymerge.api import merge
+from pymerge.extraction import api
 from tests.helpers.checkpoints import Tensors, llama, llama_config, write_model
 
 RANK = 3
@@ -73,7 +74,7 @@ def test_the_adapter_on_the_base_is_the_fine_tuned_model(model: str, embeddings:
         "base_model": str(tmp_path / "base"),
         "models": [{"model": str(tmp_path / "out"), "parameters": {"weight": 1.0}}],
     }
-    api.merge(recipe, tmp_path / "again", progress=False)
+    merge(recipe, tmp_path / "again", progress=False)
     found = load_file(tmp_path / "again" / "model.safetensors")
     assert found.keys() == tuned.keys()
     for name, tensor in tuned.items():

@@ -9,7 +9,8 @@ from torch import Tensor
 from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
 from pymerge.ops.mix_weights import MixWeights
-from pymerge.ops.routed.task_storage import DenseTasks, Tasks, low_rank_tasks, pruned_tasks
+from pymerge.ops.routed.compress import low_rank_tasks, pruned_tasks
+from pymerge.ops.routed.task_storage import DenseTasks, Tasks
 from pymerge.testing.cases import implementations
 from pymerge.testing.compare import assert_accurate, assert_same
 

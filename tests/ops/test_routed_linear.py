@@ -13,8 +13,9 @@ from pymerge import _C
 from pymerge.backends.native.routed_linear import NativeKernels, NativePasses
 from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
+from pymerge.ops.routed.compress import low_rank_tasks, pruned_tasks
 from pymerge.ops.routed.kernels import Kernels, TorchPasses
-from pymerge.ops.routed.task_storage import DenseTasks, LowRankTasks, SparseTasks, Tasks, low_rank_tasks, pruned_tasks
+from pymerge.ops.routed.task_storage import DenseTasks, LowRankTasks, SparseTasks, Tasks
 from pymerge.ops.routed_linear import RoutedLinear, choose_form, run
 from pymerge.testing.cases import implementations
 from pymerge.testing.compare import assert_accurate, assert_same

@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from pymerge.errors import ArgumentError
-from pymerge.ops.routed.task_storage import (
-    DenseTasks,
-    low_rank_tasks,
-    magnitude_quantile,
-    prune,
-    pruned_tasks,
-    sparse_tasks,
-)
+from pymerge.ops.routed.compress import low_rank_tasks, magnitude_quantile, prune, pruned_tasks, sparse_tasks
+from pymerge.ops.routed.task_storage import DenseTasks
 from pymerge.testing.compare import assert_same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class HeldRows:
+class SharedRows:
     """Reads tensors as a Reader does, and takes from memory what is there: rows of `entry` from `start` on."""
 
     def __init__(self, reader: Reader, entry: TensorEntry, start: int, rows: memoryview) -> None:

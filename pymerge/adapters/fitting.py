@@ -1,0 +1,103 @@
+"""Factors held against the weights of the base that they are for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+
+from pymerge.adapters.factors import Matrix, matrix
+from pymerge.adapters.folder import AdapterFiles
+from pymerge.adapters.keys import Module
+from pymerge.adapters.settings import Settings, merged_by_peft
+from pymerge.architecture.roles import Kind, Role, classify
+from pymerge.checkpoint.checkpoint import Checkpoint
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.errors import CheckpointError
+
+
+class Fitting:
+    """Which way round factors stand in the weights of a base, and the errors of those that fit none."""
+
+    def __init__(self, base: Checkpoint, files: AdapterFiles, settings: Settings) -> None:
+        self._base = base
+        self._files = files
+        self._settings = settings
+
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """Roles of the base's tensors."""
+        tensors = {name: (entry.dtype, entry.shape) for name, entry in self._base.tensors.items()}
+        return classify(tensors, self._base.config)
+
+    def sides(self, module: Module, tensor: str, entry: TensorEntry) -> tuple[Matrix, Matrix]:
+        """Both factors as they stand in the stored weight: B and A, or A and B transposed."""
+        a, b = self._factor(module, module.a, "a"), self._factor(module, module.b, "b")
+        if b.shape[1] != a.shape[0]:
+            raise self.misfit(module, f"have ranks {a.shape[0]} and {b.shape[1]}")
+        if len(module.a.shape) > 2:
+            whole = (b.shape[0], *module.a.shape[1:])
+            if whole != entry.shape or math.prod(module.b.shape[2:]) != 1:
+                groups = _groups(whole, entry)
+                raise self.misfit(module, f"give {list(whole)}, and {tensor} is {list(entry.shape)}{groups}")
+            return b, a
+        plain, turned = (b.shape[0], a.shape[1]) == entry.shape, (a.shape[1], b.shape[0]) == entry.shape
+        if not plain and not turned:
+            sizes = f"{b.shape[0]} outputs and {a.shape[1]} inputs"
+            raise self.misfit(module, f"are for {sizes}, and {tensor} is {list(entry.shape)}")
+        if module.embedding:
+            if not turned:
+                raise self.misfit(module, f"are for a table of {a.shape[1]} rows, and {tensor} is {list(entry.shape)}")
+        elif plain and turned:
+            turned = self._is_transposed(tensor)
+        if not turned:
+            return b, a
+        return _transposed(a), _transposed(b)
+
+    def _is_transposed(self, tensor: str) -> bool:
+        """Whether a square weight is stored as inputs x outputs; fan_in_fan_out decides if the base does not."""
+        role = self.roles[tensor]
+        decided = role.kind is Kind.LINEAR and not role.reason.startswith("assumed")
+        return role.in_axis == 0 if decided else self._settings.transposed
+
+    def stack_is_transposed(self, stack: str) -> bool | None:
+        """Whether the matrices of a stack are stored as inputs x outputs; None if it is not known as linear."""
+        role = self.roles[stack]
+        return role.in_axis == 0 if role.kind is Kind.LINEAR else None
+
+    def _factor(self, module: Module, entry: TensorEntry, side: str) -> Matrix:
+        blocks = self._settings.blocks
+        if blocks is not None and any(part in module.name for part in (blocks.a if side == "a" else blocks.b)):
+            if entry.shape[0] % blocks.count:
+                raise self.misfit(module, f"have {entry.shape[0]} rows, which {blocks.count} blocks do not divide")
+            return replace(matrix(entry), blocks=blocks.count)
+        return matrix(entry)
+
+    def misfit(self, module: Module, text: str) -> CheckpointError:
+        """The error of factors whose shapes are not those of the tensor that they name."""
+        return CheckpointError(
+            f"{self._files.file}: the factors of {module.name} {text}, in {self._base.path}; name the model that the "
+            "adapter is for"
+        )
+
+    def no_fit(self, module: Module, where: str) -> CheckpointError:
+        """The error of factors for a module of which the base has no tensor."""
+        shapes: Mapping[str, list[int]] = {
+            name: list(entry.shape) for name, entry in self._base.tensors.items() if name.startswith(f"{where}.")
+        }
+        there = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:4])
+        sizes = f"A {list(module.a.shape)}, B {list(module.b.shape)}"
+        return CheckpointError(
+            f"{self._files.file}: the factors of {module.name} ({sizes}) fit nothing of {where} in {self._base.path} "
+            f"({there or 'which has no tensors'}); {merged_by_peft(self._files.path)}"
+        )
+
+
+def _transposed(factor: Matrix) -> Matrix:
+    """The factor with its axes exchanged. Of blocks there are no transposed ones: weights stored so have none."""
+    return replace(factor, transposed=True)
+
+
+def _groups(whole: tuple[int, ...], entry: TensorEntry) -> str:
+    return " (grouped convolutions cannot be merged)" if len(whole) == len(entry.shape) else ""

@@ -1,0 +1,1 @@
+"""Merges in memory: into live modules, and many merges of the same models."""

@@ -1,0 +1,72 @@
+"""Decisions on tensors: what is done with each one of an output, by which parameters, and what is read for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pymerge.architecture.buffers import constant as named_constant
+from pymerge.architecture.roles import Kind, Role
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.config.merge_config import resolve
+from pymerge.methods.actions import Action, Combine, copy
+from pymerge.methods.base import Method, Values
+from pymerge.planner.constants import Constant
+from pymerge.planner.match import Section
+from pymerge.planner.untouched import one_sum, untouched
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with a tensor: its role, with the reason; the entries of the experts that take part, and the
+    parameters (None for a copy); whether the base's is read."""
+
+    role: Role
+    action: Action
+    experts: tuple[TensorEntry, ...]
+    values: Values | None
+    reads_base: bool
+
+
+def decide(
+    section: Section, method: Method, name: str, role: Role, base: TensorEntry, constant: Constant | None
+) -> Decision:
+    """The decision on one tensor of the output.
+
+    Args:
+        name, role, base: of the tensor; `base` is the donor's entry.
+        constant: what is known of its values, if it is one.
+
+    Raises ArgumentError, ConfigError for parameters that do not fit it.
+    """
+    action, experts, values = _action(section, method, name, role)
+    what = named_constant(name, base.shape)
+    if name in section.copied:
+        role = replace(role, reason=f"{role.reason}; {what or 'in no expert'}: the base's")
+    elif constant is not None and (what or constant.passes(action)):
+        action, experts, values = copy(), (), None
+        role = replace(role, reason=f"{role.reason}, {constant.reason}")
+    elif untouched(method, action, base, experts, section):
+        action, experts, values = copy(), (), None
+    reads_base = method.needs_base
+    if (found := one_sum(action, base, experts)) is not None:
+        (action, experts), reads_base = found, False
+    return Decision(role, action, experts, values, reads_base or copies(action))
+
+
+def copies(action: Action) -> bool:
+    """Whether the base's tensor is taken as it is."""
+    return isinstance(action, Combine) and not action.weights and action.on_base
+
+
+def _action(
+    section: Section, method: Method, name: str, role: Role
+) -> tuple[Action, tuple[TensorEntry, ...], Values | None]:
+    """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
+    if role.kind is Kind.BUFFER or not section.experts or name in section.copied:
+        return copy(), (), None
+    names = section.input_names(name, role)
+    values = resolve(section.config, method, name, section.positions[name], section.participants, names)
+    action = method.action(name, role.solvable, values, len(section.experts))
+    if copies(action):
+        return action, (), values
+    return action, tuple(expert.tensors[name] for expert in section.experts), values
