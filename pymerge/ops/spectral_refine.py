@@ -42,7 +42,8 @@ class SpectralRefine(Op["Tensor"]):
     def reference(self) -> Tensor:
         """X in its own dtype, the term rounded to it once."""
         X = self.X
-        return X + isotropic_term(self.D.double() + X.double(), self.k).to(X.dtype)
+        refined: Tensor = X + isotropic_term(self.D.double() + X.double(), self.k).to(X.dtype)
+        return refined
 
 
 def isotropic_term(M: Matrix, k: int, larger: int | None = None) -> Matrix:
