@@ -8,8 +8,7 @@
 //            strips, hi hi is exact, and is all that is computed; else hi lo + lo hi + lo lo besides.
 //   TF32     everything else: centred task vectors, too, since minus its mean no tau~ fits in 16 bits. hi hi + hi lo +
 //            lo hi, within 2^-21 of |tau_i tau_j|.
-// Tensor cores round sums towards zero, which adds up: the product of two strips starts at 0 there, and is added to the
-// tile in float32, in groups.
+// Tensor cores round sums towards zero, which adds up: products of strips start at 0, and join the tile in float32.
 #include "ops/task_gram.h"
 
 #include "common/device.h"

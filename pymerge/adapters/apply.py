@@ -8,21 +8,23 @@ from dataclasses import replace
 from functools import cached_property
 
 from pymerge.adapters.decoders import AddedBias, TokenRows
-from pymerge.adapters.experts import NUMBERED, Parameter, assign, in_memory, in_stack, stacks_of, terms
-from pymerge.adapters.factors import Matrix
+from pymerge.adapters.experts import NUMBERED, Parameter, assign, in_memory, in_stack, stacks_of, switched, terms
 from pymerge.adapters.fitting import Fitting
 from pymerge.adapters.folder import AdapterFiles
-from pymerge.adapters.keys import Module, read_keys
+from pymerge.adapters.keys import Module
 from pymerge.adapters.low_rank import LowRank, Magnitude, Term
 from pymerge.adapters.names import Placed
 from pymerge.adapters.placing import may_be, place_modules
-from pymerge.adapters.settings import merged_by_peft, read_settings
+from pymerge.adapters.read import read_adapter
+from pymerge.adapters.settings import several_fit
 from pymerge.adapters.ties import drop_tied_heads
 from pymerge.architecture.tied import tied_tensors, ties
 from pymerge.checkpoint.beside import Beside
 from pymerge.checkpoint.checkpoint import Checkpoint
+from pymerge.checkpoint.compare import Relation, relation
 from pymerge.checkpoint.decoded import Decoder, decoded
 from pymerge.checkpoint.model_files import ADAPTER_CONFIG
+from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
@@ -56,11 +58,11 @@ class _Builder:
     def __init__(self, base: Checkpoint, files: AdapterFiles) -> None:
         self._base = base
         self._files = files
-        self.settings = read_settings(files.path / ADAPTER_CONFIG, files.config)
+        self.settings, self._keys = read_adapter(base, files)
         self._fitting = Fitting(base, files, self.settings)
-        self._keys = read_keys(files.tensors)
         self.tensors: dict[str, TensorEntry] = dict(base.tensors)
         self._terms: dict[str, list[tuple[Module, Term]]] = {}
+        self._of_experts: set[str] = set()
         self._magnitudes: dict[str, Magnitude] = {}
         self._other_ranks: list[str] = []
         self._several: dict[tuple[str, ...], str] = {}
@@ -73,17 +75,28 @@ class _Builder:
         if ties(self._base.config):
             drop_tied_heads(self._base, self._fitting.roles, keys, self._files, self.settings.keeps_tie)
         placed = place_modules(self._base, self._files, keys)
+        adapted = {module.name for module in keys.modules.values()}
         for name, entry in keys.values.items():
-            self.tensors[placed.name(name)] = entry
+            where = placed.name(name)
+            if name.rpartition(".")[0] not in adapted or not self._is_copy(entry, where):
+                self.tensors[where] = entry
         self._add_factors(placed)
         for name, found in self._terms.items():
-            stacked = len(self.tensors[name].shape) == 3 and len(found[0][0].a.shape) == 2
+            stacked = name in self._of_experts and len(self.tensors[name].shape) == 3
             own = tuple(term for _, term in found)
             self._put(name, LowRank(self.tensors[name], own, stacked, self._magnitudes.get(name)))
         for module, entry in keys.tokens.items():
             self._add_tokens(placed, module, entry)
         if ties(self._base.config):
             self._leave_out_tied_heads()
+
+    def _is_copy(self, entry: TensorEntry, name: str) -> bool:
+        """Whether a tensor beside factors is the base's own, as PEFT saves tables that it has adapted."""
+        base = self.tensors.get(name)
+        if base is None or base.shape != entry.shape:
+            return False
+        with Reader(self._files.stamps | self._base.stamps) as reader:
+            return relation(reader, entry, base) is Relation.SAME
 
     def _leave_out_tied_heads(self) -> None:
         """Leave out heads that the base has stored a second time: the embedding, which has changed, stands for them."""
@@ -98,10 +111,7 @@ class _Builder:
         if said and not may_be(said, self._base):
             yield f"{path}: was trained on {shorten(said)}, and is applied to {self._base.path}"
         for several, module in self._several.items():
-            yield (
-                f"{path / ADAPTER_CONFIG}: the patterns {first_few(several)} all fit {module}; the first is taken, as "
-                "PEFT does, which sorts them when it saves"
-            )
+            yield several_fit(self.settings.file, several, module)
         if self._other_ranks:
             yield (
                 f"{path}: {len(self._other_ranks)} modules ({first_few(self._other_ranks)}) have another rank than "
@@ -120,6 +130,9 @@ class _Builder:
             alike.setdefault(module.name, []).append(module)
         for name, modules in alike.items():
             where = placed.modules[name]
+            if modules[0].turned and len(modules[0].a.shape) == 3:
+                self._add_switched(modules[0], where)
+                continue
             single = len(modules) == 1 and modules[0].depth == 0
             weights = (f"{where}.weight", f"{where}.in_proj_weight")
             tensor = next((weight for weight in weights if weight in self.tensors), None)
@@ -139,7 +152,7 @@ class _Builder:
     def _add_matrix(self, module: Module, tensor: str) -> None:
         """Factors of a module with one weight."""
         entry, where = self.tensors[tensor], tensor.rpartition(".")[0]
-        left, right = self._fitting.sides(module, tensor, entry)
+        left, right, of_rows = self._fitting.sides(module, tensor, entry)
         attention = f"{where.rpartition('.')[0]}.in_proj_weight" in self.tensors
         outer = attention and (module.outer, 0) in self._keys.modules  # nn.MultiheadAttention
         scale = self._scale(module, module.outer if outer else module.name, right.shape[0])
@@ -149,9 +162,11 @@ class _Builder:
         self._add_term(tensor, module, Term(left, right, scale))
         if "bias" in module.fields:
             self._add_bias(module, tensor, scale)
-        self._add_magnitude(module, tensor, left)
+        self._add_magnitude(module, tensor, of_rows)
 
     def _scale(self, module: Module, name: str, rank: int) -> float:
+        if module.scale is not None:
+            return module.scale
         said = self.settings.scale(name)
         if said.several:
             self._several.setdefault(said.several, name)
@@ -170,15 +185,26 @@ class _Builder:
                 )
             rank = fit.module.a.shape[0] // fit.parameter.shape[0]
             scale = self._scale(fit.module, f"{fit.module.name}.{fit.parameter.name}", rank)
-            for name, term in terms(fit, scale):
-                self._add_term(name, fit.module, term)
+            self._add_experts(fit.module, terms(fit, scale))
+
+    def _add_switched(self, module: Module, where: str) -> None:
+        """Factors of all experts' matrices of one kind, as mlx-lm has them."""
+        found = switched(module, where, self.tensors, self._scale(module, module.name, module.a.shape[1]))
+        if found is None or len(module.fields) > 2:
+            raise self._fitting.no_fit(module, where)
+        self._add_experts(module, found)
 
     def _add_single(self, module: Module, experts: str) -> None:
         """Factors of one expert, of which the base has a stack."""
         found = in_stack(module, experts, self.tensors, self._scale(module, module.name, module.a.shape[0]))
         if found is None or len(module.fields) > 2:
             raise self._fitting.no_fit(module, experts)
-        self._add_term(found[0], module, found[1])
+        self._add_experts(module, [found])
+
+    def _add_experts(self, module: Module, found: Iterable[tuple[str, Term]]) -> None:
+        for name, term in found:
+            self._of_experts.add(name)
+            self._add_term(name, module, term)
 
     def _add_term(self, tensor: str, module: Module, term: Term) -> None:
         others = self._terms.setdefault(tensor, [])
@@ -186,7 +212,7 @@ class _Builder:
         if taken:
             raise CheckpointError(
                 f"{self._files.file}: {module.name} and {taken[0].name} both adapt {tensor} of {self._base.path}; "
-                f"{merged_by_peft(self._files.path)}"
+                f"{self._files.merged_elsewhere}"
             )
         others.append((module, term))
 
@@ -195,7 +221,7 @@ class _Builder:
         if name not in self.tensors:
             raise CheckpointError(
                 f"{entry.file}: tensor {shorten(entry.name)} is added to a bias, and {self._base.path} has no {name}; "
-                f"{merged_by_peft(self._files.path)}"
+                f"{self._files.merged_elsewhere}"
             )
         if entry.shape != self.tensors[name].shape:
             raise self._fitting.misfit(
@@ -203,18 +229,17 @@ class _Builder:
             )
         self._put(name, AddedBias(self.tensors[name], entry, scale))
 
-    def _add_magnitude(self, module: Module, tensor: str, left: Matrix) -> None:
+    def _add_magnitude(self, module: Module, tensor: str, of_rows: bool) -> None:
         entry = module.fields.get("lora_magnitude_vector")
         if (entry is not None) != self.settings.dora:
             has, said = "has no" if entry is None else "has a", str(self.settings.dora).lower()
             raise CheckpointError(
-                f"{self._files.file}: {has} lora_magnitude_vector of {module.name}, and {ADAPTER_CONFIG} says "
+                f"{self._files.file}: {has} lora_magnitude_vector of {module.name}, and {self.settings.file.name} says "
                 f"use_dora: {said}; correct it, or save the adapter again"
             )
         if entry is None:
             return
         shape = self.tensors[tensor].shape
-        of_rows = not left.transposed
         length = shape[0] if of_rows else math.prod(shape[1:])
         if entry.numel != length:
             raise self._fitting.misfit(module, f"have {entry.numel} lengths for {tensor} {list(shape)}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pymerge.adapters.factors import Matrix, matrix
+from pymerge.adapters.factors import Matrix
 from pymerge.adapters.keys import Module
 from pymerge.adapters.low_rank import Term
 from pymerge.checkpoint.safetensors_file import TensorEntry
 
 NUMBERED = re.compile(r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<name>\w+)")
+# What mlx-lm makes of the experts of a block: a module with a stack for each of their matrices.
+SWITCHED = re.compile(r"(?P<around>.*)\.switch_mlp\.(?P<name>\w+)")
 # Names of an expert's matrices in files, by the parameter that stacks them in memory, the upper one first.
 _STACKED = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down_proj": (("w2",), ("down_proj",))}
 
@@ -130,14 +132,64 @@ def in_stack(module: Module, experts: str, tensors: Mapping[str, TensorEntry], s
     found = NUMBERED.fullmatch(module.name)
     if found is None:
         return None
+    return _in_stack(module, found["name"], int(found["number"]), experts, tensors, scale)
+
+
+def _in_stack(
+    module: Module, word: str, number: int, experts: str, tensors: Mapping[str, TensorEntry], scale: float
+) -> tuple[str, Term] | None:
     for name, spellings in _STACKED.items():
-        words = next((words for words in spellings if found["name"] in words), None)
+        words = next((words for words in spellings if word in words), None)
         entry = tensors.get(f"{experts}.{name}")
         if words is None or entry is None or len(entry.shape) != 3:
             continue
         count, rows, columns = entry.shape
-        size, number = (module.b.shape[0], module.a.shape[1]), int(found["number"])
+        size = (module.left.shape[0], module.right.shape[1])
         if size == (rows // len(words), columns) and number < count:
-            first = words.index(found["name"]) * size[0]
-            return f"{experts}.{name}", Term(matrix(module.b), matrix(module.a), scale, first, number)
+            return f"{experts}.{name}", Term(module.left, module.right, scale, words.index(word) * size[0], number)
     return None
+
+
+def switched(
+    module: Module, where: str, tensors: Mapping[str, TensorEntry], scale: float
+) -> list[tuple[str, Term]] | None:
+    """What factors of all experts, E x rank x inputs and E x outputs x rank, add to which tensors of the base: to one
+    stack, to matrices of single experts, or to the stack that transformers makes; None if they do not fit."""
+    count, rank, columns = module.a.shape
+    rows = module.b.shape[1]
+    if module.b.shape != (count, rows, rank):
+        return None
+    each = [
+        replace(module, fields={"lora_A": _matrix(module.a, e), "lora_B": _matrix(module.b, e)}, turned=False)
+        for e in range(count)
+    ]
+    own = f"{where}.weight"
+    if own in tensors:
+        fits = tensors[own].shape == (count, rows, columns)
+        return [(own, Term(one.left, one.right, scale, 0, e)) for e, one in enumerate(each)] if fits else None
+    experts, _, word = where.rpartition(".")
+    spelled = next(
+        (f"{experts}.{{}}.{one}.weight" for one in _alike(word) if f"{experts}.0.{one}.weight" in tensors), ""
+    )
+    if spelled:
+        names = [spelled.format(e) for e in range(count)]
+        fits = all(name in tensors and tensors[name].shape == (rows, columns) for name in names)
+        fits = fits and spelled.format(count) not in tensors
+        return (
+            [(name, Term(one.left, one.right, scale)) for name, one in zip(names, each, strict=True)] if fits else None
+        )
+    found = [_in_stack(one, word, e, experts, tensors, scale) for e, one in enumerate(each)]
+    whole = [one for one in found if one is not None]
+    return whole if len(whole) == count == tensors[whole[0][0]].shape[0] else None
+
+
+def _alike(word: str) -> tuple[str, ...]:
+    """Words for a matrix of an expert in files, its own first."""
+    places = [(words.index(word), spellings) for spellings in _STACKED.values() for words in spellings if word in words]
+    return (word, *(words[at] for at, spellings in places for words in spellings))
+
+
+def _matrix(entry: TensorEntry, number: int) -> TensorEntry:
+    """One matrix of a stack, as if it were stored for itself."""
+    part = entry.rows(number, number + 1)
+    return replace(part, shape=entry.shape[1:], first_row=0)

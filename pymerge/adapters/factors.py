@@ -45,6 +45,11 @@ def matrix(entry: TensorEntry) -> Matrix:
     return Matrix(entry, (0, entry.shape[0], 1), (0, math.prod(entry.shape[1:]), 1))
 
 
+def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the window of a convolution that has one element: a matrix does the same."""
+    return shape[:2] if math.prod(shape[2:]) == 1 else shape
+
+
 class Loader:
     """Reads parts of tensors as arrays of one type, and keeps whole ones while it lives."""
 

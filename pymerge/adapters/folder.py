@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, plain_files
+from pymerge.adapters.forms import Form, form_of, is_alone, is_of_mlx, unmerged
+from pymerge.adapters.settings import merged_by_peft
+from pymerge.checkpoint.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DIFFUSERS_WEIGHTS,
+    MLX_WEIGHTS,
+    plain_files,
+)
+from pymerge.checkpoint.model_files import is_adapter as is_adapter_name
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.checkpoint.weight_files import find_weights, read_json
+from pymerge.checkpoint.weight_files import choose, find_weights, has_usual, read_json
 from pymerge.checkpoint.weight_formats import format_of
 from pymerge.common.names import first_few
 from pymerge.errors import CheckpointError
 
-_FACTORS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
-_OTHERS = (".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".hada_w", ".lokr_w", ".lora_a", ".lora_b")
+_SAVE = f"save it with PEFT's save_pretrained, or, if diffusers has written it, call it {DIFFUSERS_WEIGHTS[0]}"
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
     """An opened adapter: adapter_config.json, and the tensors of its one file, under the names that they have there.
 
-    `stamps` has the size and time of both; `other_files`, relative to `path`, are what else lies there, a tokenizer
-    among it.
+    `path` is the folder, or the file where others may lie beside it; `metadata` is that of the file's header. `config`
+    is empty where the form has none. `stamps` has size and time of what is read; `other_files`, relative to `path`, are
+    what else lies there, a tokenizer among it.
     """
 
     path: Path
@@ -35,23 +44,58 @@ class AdapterFiles:
     other_files: tuple[Path, ...]
     notes: tuple[str, ...]
     origin: str = ""
+    form: Form = Form.PEFT
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def config_file(self) -> Path:
+        return self.file.parent / ADAPTER_CONFIG
+
+    @property
+    def merged_elsewhere(self) -> str:
+        """How those who have written it make a model of it, as a remedy."""
+        if self.form is Form.PEFT:
+            return merged_by_peft(self.path)
+        if self.form is Form.MLX:
+            return (
+                f"fuse it with mlx-lm (mlx_lm.fuse --model BASE --adapter-path {str(self.file.parent)!r} "
+                "--save-path OUT) and name OUT"
+            )
+        return (
+            f"fuse it with diffusers (pipe.load_lora_weights({str(self.file)!r}), pipe.fuse_lora(), "
+            "pipe.unload_lora_weights(), pipe.save_pretrained(OUT)) and name the folder of the part in OUT"
+        )
 
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder, or a file, is that of an adapter alone. Adapters beside whole weights are left to those."""
     if not os.path.isdir(path):
-        return path.name in ADAPTER_WEIGHTS and os.path.isfile(path.parent / ADAPTER_CONFIG)
+        return os.path.isfile(path) and _is_adapter_file(path)
     names = _names(path)
-    own = ADAPTER_CONFIG in names or bool(set(ADAPTER_WEIGHTS) & names)
-    if not own and not _inside(path, names):
+    own = ADAPTER_CONFIG in names or any(map(is_adapter_name, names))
+    if has_usual(names) and ADAPTER_CONFIG not in names:
         return False
     try:
-        found = find_weights(path)
+        choice = choose(path, sorted(names))
+        if choice is None:
+            return own or bool(_inside(path, names))
+        return not choice.is_index and _is_adapter_file(path / choice.name)
     except CheckpointError:
+        return own
+
+
+def _is_adapter_file(file: Path) -> bool:
+    config = os.path.isfile(file.parent / ADAPTER_CONFIG)
+    if file.name in ADAPTER_WEIGHTS and config:
         return True
-    if ADAPTER_CONFIG not in names or len(found.files) > 1:
-        return False
-    return _has_factors(found.form.read(found.files[0]).entries)
+    form = format_of(file)
+    if file.name in DIFFUSERS_WEIGHTS or form is None or not (config or file.suffix == ".safetensors"):
+        return file.name in DIFFUSERS_WEIGHTS
+    try:
+        names = form.read(file).entries
+    except CheckpointError:
+        return False  # said when it is opened as a model
+    return is_alone(names) or (config and bool(unmerged(names))) or (config and is_adapter_name(file.name))
 
 
 def open_adapter(path: Path) -> AdapterFiles:
@@ -59,54 +103,55 @@ def open_adapter(path: Path) -> AdapterFiles:
     folder = path if os.path.isdir(path) else path.parent
     config_file = folder / ADAPTER_CONFIG
     names = _names(folder)
-    if ADAPTER_CONFIG not in names and (inside := _inside(folder, names)):
-        raise CheckpointError(f"{folder}: has adapters in {first_few(inside)}; name one of these folders")
-    if ADAPTER_CONFIG not in names:
-        raise CheckpointError(
-            f"{folder}: has weights of an adapter and no {ADAPTER_CONFIG}, which says how they are scaled; save it "
-            "with PEFT's save_pretrained"
-        )
-    file = path if path != folder else _weights(folder, names)
+    config = read_json(config_file, unique=True) if ADAPTER_CONFIG in names else None
+    file = path if path != folder else _weights(folder, names, config)
     form = format_of(file)
     if form is None:
         raise CheckpointError(f"{file}: is neither safetensors nor of torch.save; save the adapter with safetensors")
     header = form.read(file)
-    config = read_json(config_file, unique=True)
+    kind = form_of(file.name, header.entries, config, header.metadata)
+    stamps = {file: (header.file_bytes, header.mtime_ns)}
+    if kind in (Form.DIFFUSERS, Form.KOHYA):
+        return AdapterFiles(path, file, {}, header.entries, stamps, (), header.notes, "", kind, header.metadata)
+    if config is None:
+        raise CheckpointError(
+            f"{path}: has weights of an adapter and no {ADAPTER_CONFIG}, which says how they are scaled; "
+            + ("copy it from where mlx-lm has saved them" if kind is Form.MLX else _SAVE)
+        )
     status = config_file.stat()
-    stamps = {file: (header.file_bytes, header.mtime_ns), config_file: (status.st_size, status.st_mtime_ns)}
-    others = tuple(name for name in plain_files(folder) if name.name != ADAPTER_CONFIG)
-    return AdapterFiles(folder, file, config, header.entries, stamps, others, header.notes)
+    stamps[config_file] = (status.st_size, status.st_mtime_ns)
+    if kind is Form.PEFT:
+        path, others = folder, tuple(name for name in plain_files(folder) if name.name != ADAPTER_CONFIG)
+    else:
+        others = ()
+    return AdapterFiles(path, file, config, header.entries, stamps, others, header.notes, "", kind, header.metadata)
 
 
-def _weights(folder: Path, names: set[str]) -> Path:
-    for name in ADAPTER_WEIGHTS:
+def _weights(folder: Path, names: set[str], config: Mapping[str, Any] | None) -> Path:
+    """The file of an adapter's weights in its folder."""
+    usual = [*ADAPTER_WEIGHTS, MLX_WEIGHTS]
+    if is_of_mlx(config):
+        usual.reverse()
+    for name in [*usual, *DIFFUSERS_WEIGHTS] if config is not None else [*DIFFUSERS_WEIGHTS, *usual]:
         if name in names:
             return folder / name
-    try:
-        return find_weights(folder).files[0]
-    except CheckpointError:
-        pass
     inside = _inside(folder, names)
-    found = f"; adapters lie in {first_few(inside)}: name one of them" if inside else "; download it whole"
-    raise CheckpointError(f"{folder}: has {ADAPTER_CONFIG} and none of {', '.join(ADAPTER_WEIGHTS)}{found}")
+    if inside and config is None:
+        raise CheckpointError(f"{folder}: has adapters in {first_few(inside)}; name one of these folders")
+    try:
+        found: Path = find_weights(folder).files[0]
+        return found
+    except CheckpointError:
+        if config is None:
+            raise
+    there = inside or sorted(filter(is_adapter_name, names))
+    others = f"adapters lie in {first_few(there)}: name one of them" if there else "download it whole"
+    raise CheckpointError(f"{folder}: has {ADAPTER_CONFIG} and none of {', '.join(usual)}; {others}")
 
 
 def _inside(folder: Path, names: set[str]) -> list[str]:
     """Folders in a folder that hold an adapter each."""
     return sorted(name for name in names if os.path.isfile(folder / name / ADAPTER_CONFIG))
-
-
-def unmerged(tensors: Iterable[str]) -> list[str]:
-    """Names that adapters have for factors, of PEFT and of others: in a model they are not merged into its weights."""
-    return [name for name in tensors if any(part in name for part in _FACTORS) or _is_other(name)]
-
-
-def _is_other(name: str) -> bool:
-    return any(part in name for part in _OTHERS[:-2]) or name.endswith(_OTHERS[-2:])
-
-
-def _has_factors(tensors: Mapping[str, TensorEntry]) -> bool:
-    return any(part in name for name in tensors for part in _FACTORS)
 
 
 def _names(path: Path) -> set[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from pymerge.adapters.factors import Matrix, matrix
 from pymerge.adapters.settings import merged_by_peft
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import is_float
@@ -21,8 +22,8 @@ _OTHERS = (
 )  # fmt: skip
 _IGNORED = ("original_module", "lora_monteclora_sampler", "_extra_state")
 _GATHER = (
-    "save it again with the shards gathered (deepspeed.zero.GatheredParameters, or FSDP's summon_full_params, around "
-    "save_pretrained)"
+    "save it again, after training with ZeRO-3 or FSDP with the shards gathered (deepspeed.zero.GatheredParameters, or "
+    "FSDP's summon_full_params, around save_pretrained)"
 )
 
 
@@ -34,6 +35,8 @@ class Module:
     depth: int = 0
     outer: str = ""  # the module of which the file counts it as a part twice: nn.MultiheadAttention
     fields: dict[str, TensorEntry] = field(default_factory=dict)  # by the names of _FACTORS, and "bias"
+    scale: float | None = None  # where the file says it of this module alone
+    turned: bool = False  # both factors are stored transposed: inputs x rank and rank x outputs
 
     @property
     def embedding(self) -> bool:
@@ -46,6 +49,16 @@ class Module:
     @property
     def b(self) -> TensorEntry:
         return self.fields["lora_embedding_B" if self.embedding else "lora_B"]
+
+    @property
+    def right(self) -> Matrix:
+        """A, rank x inputs."""
+        return replace(matrix(self.a), transposed=self.turned)
+
+    @property
+    def left(self) -> Matrix:
+        """B, outputs x rank."""
+        return replace(matrix(self.b), transposed=self.turned)
 
 
 @dataclass
@@ -66,7 +79,7 @@ def read_keys(tensors: Mapping[str, TensorEntry]) -> Keys:
     for around, rest, saved in keys.saved:
         saved.take_saved(around, rest)
     for module in keys.modules.values():
-        _check(module)
+        check_pair(module, _GATHER)
     return keys
 
 
@@ -126,17 +139,7 @@ class _Key:
             raise self._unknown()
         found = self._keys.modules.setdefault((module, depth), Module(module, depth, outer))
         what = "bias" if parameter == "bias" else word
-        if what in found.fields:
-            raise CheckpointError(
-                f"{self._entry.file}: tensors {shorten(found.fields[what].name)} and {shorten(self._key)} are the same "
-                "factor; keep one of them"
-            )
-        if not is_float(self._entry.dtype):
-            raise CheckpointError(
-                f"{self._entry.file}: tensor {shorten(self._key)} has dtype {self._entry.dtype}, which no factor has; "
-                "save the adapter again in bfloat16 or float32"
-            )
-        found.fields[what] = self._entry
+        add_field(found, what, self._entry)
 
     def _name_of(self, rest: list[str], parameters: tuple[str, ...]) -> str:
         """The parameter that follows a word, behind the name of an adapter if there is one."""
@@ -170,8 +173,8 @@ class _Key:
         )
 
 
-def _check(module: Module) -> None:
-    """Raise CheckpointError unless a module has both factors, whole, of one rank."""
+def check_pair(module: Module, remedy: str, words: tuple[str, str] = ("A", "B")) -> None:
+    """Raise CheckpointError unless a module has both factors, whole, with axes. Files call them lora_ and a word."""
     first = next(iter(module.fields.values()))
     pair = ("lora_embedding_A", "lora_embedding_B") if module.embedding else ("lora_A", "lora_B")
     if module.embedding and {"lora_A", "lora_B"} & module.fields.keys():
@@ -181,13 +184,29 @@ def _check(module: Module) -> None:
     lacking = [field for field in pair if field not in module.fields]
     if lacking:
         there = first_few(entry.name for entry in module.fields.values())
-        raise CheckpointError(f"{first.file}: has {there}, but no {lacking[0]} of {module.name}; {_GATHER}")
+        other = lacking[0][:-1] + words[pair.index(lacking[0])]
+        raise CheckpointError(f"{first.file}: has {there}, but no {other} of {module.name}; {remedy}")
     for entry in (module.a, module.b):
         if len(entry.shape) < 2 or 0 in entry.shape:
             raise CheckpointError(
-                f"{entry.file}: tensor {shorten(entry.name)} has shape {list(entry.shape)}: a shard of ZeRO-3 or FSDP, "
-                f"not the factor; {_GATHER}"
+                f"{entry.file}: tensor {shorten(entry.name)} has shape {list(entry.shape)}, which no factor has; "
+                f"{remedy}"
             )
+
+
+def add_field(module: Module, what: str, entry: TensorEntry) -> None:
+    """Give a module one more tensor. Raises CheckpointError if it has it already, or it is not of floats."""
+    if what in module.fields:
+        raise CheckpointError(
+            f"{entry.file}: tensors {shorten(module.fields[what].name)} and {shorten(entry.name)} are the same "
+            "factor; keep one of them"
+        )
+    if not is_float(entry.dtype):
+        raise CheckpointError(
+            f"{entry.file}: tensor {shorten(entry.name)} has dtype {entry.dtype}, which no factor has; "
+            "save the adapter again in bfloat16 or float32"
+        )
+    module.fields[what] = entry
 
 
 def modules_of(names: Iterable[str]) -> Iterator[str]:

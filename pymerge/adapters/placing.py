@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pymerge.adapters.experts import NUMBERED
+from pymerge.adapters.experts import NUMBERED, SWITCHED
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Keys, modules_of
 from pymerge.adapters.memory_names import modules_in_memory
 from pymerge.adapters.names import AmbiguousModule, Placed, place
-from pymerge.adapters.settings import merged_by_peft
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.common.names import first_few
 from pymerge.errors import CheckpointError
@@ -25,22 +24,31 @@ def place_modules(base: Checkpoint, files: AdapterFiles, keys: Keys) -> Placed:
     known = set(modules_of(base.tensors))
     try:
         placed = place(wanted, known)
-        single = {name: found["experts"] for name in placed.lost if (found := NUMBERED.fullmatch(name))}
+        single = {name: experts for name in placed.lost if (experts := _experts(name))}
         stacks = place(single.values(), known) if single else Placed({})
     except AmbiguousModule as error:
         raise CheckpointError(
-            f"{files.file}: its modules fit {base.path} in more than one way: {error}; {merged_by_peft(files.path)}"
+            f"{files.file}: its modules fit {base.path} in more than one way: {error}; {files.merged_elsewhere}"
         ) from error
     modules = dict(placed.modules)
     for name, experts in single.items():
         if experts in stacks.modules:
-            modules[name] = f"{stacks.modules[experts]}.{name[len(experts) + 1 :]}"
+            last = name.rpartition(".")[2] if SWITCHED.fullmatch(name) else name[len(experts) + 1 :]
+            modules[name] = f"{stacks.modules[experts]}.{last}"
     lost = [name for name in placed.lost if name not in modules]
     if lost and (keys.modules or keys.tokens):
         others = [name.rpartition(".")[0] for name in keys.values]
         modules |= _by_memory(base, [*lost, *(name for name in others if name not in known)])
         _refuse_lost(base, files, keys, [name for name in lost if name not in modules])
     return Placed(modules, (), placed.beginning)
+
+
+def _experts(name: str) -> str | None:
+    """The module of all experts that one is in, or that mlx-lm has stacks of."""
+    if found := NUMBERED.fullmatch(name):
+        return found["experts"]
+    found = SWITCHED.fullmatch(name)
+    return f"{found['around']}.experts" if found else None
 
 
 def _by_memory(base: Checkpoint, lost: list[str]) -> dict[str, str]:
@@ -72,7 +80,7 @@ def _refuse_lost(base: Checkpoint, files: AdapterFiles, keys: Keys, lost: list[s
         alike = f"; of its size there are {first_few(same, 6)}" if same else ""
     raise CheckpointError(
         f"{files.file}: adapts {first_few(lost)}, which {base.path} has not{alike}; name the model that "
-        f"it is for, or {merged_by_peft(files.path)}"
+        f"it is for, or {files.merged_elsewhere}"
     )
 
 

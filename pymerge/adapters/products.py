@@ -19,8 +19,6 @@ Array = NDArray[Any]
 TILE_ROWS = 16
 _TILE_COLUMNS = 512
 _TILE_DEPTH = 32
-# Scratch of `add_product`: two tiles of float64.
-TILE_BYTES = 2 * 8 * TILE_ROWS * _TILE_COLUMNS
 
 
 def as_array(data: bytes | bytearray, code: str, kind: type) -> Array:

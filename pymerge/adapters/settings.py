@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pymerge.common.names import shorten
+from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
 
 # peft_type: nothing is added to weights, so that there is nothing to merge.
@@ -67,22 +67,21 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Settings:
-    """What adapter_config.json says, as far as it decides values. Made by `read_settings`."""
+    """What adapter_config.json says, as far as it decides values. `read_settings` makes it of PEFT's."""
 
     file: Path
-    rank: int
-    alpha: float
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-    rslora: bool
-    dora: bool
-    lora_bias: bool
-    transposed: bool  # fan_in_fan_out
-    parameters: tuple[str, ...]  # target_parameters
-    tokens: Any  # trainable_token_indices
-    blocks: Blocks | None
-    keeps_tie: bool  # ensure_weight_tying
-    base: str  # base_model_name_or_path
+    rank: int = 1
+    alpha: float = 1.0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    transposed: bool = False  # fan_in_fan_out
+    parameters: tuple[str, ...] = ()  # target_parameters
+    tokens: Any = None  # trainable_token_indices
+    blocks: Blocks | None = None
+    keeps_tie: bool = False  # ensure_weight_tying
+    base: str = ""  # base_model_name_or_path
     notes: tuple[str, ...] = ()
 
     def scale(self, module: str) -> Scale:
@@ -107,10 +106,12 @@ def _fitting(patterns: Mapping[str, Any], module: str) -> Iterator[str]:
     return (pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module))
 
 
-def read_settings(file: Path, config: Mapping[str, Any]) -> Settings:
-    """Check what an adapter_config.json says. Raises CheckpointError for all that cannot be read, with a remedy."""
-    _refuse_kind(file, config)
-    _refuse_variants(file, config)
+def read_settings(file: Path, config: Mapping[str, Any], remedy: str = "") -> Settings:
+    """Check what an adapter_config.json says. Raises CheckpointError for all that cannot be read, with a remedy: to
+    apply it with PEFT, unless another one is given."""
+    remedy = remedy or merged_by_peft(file.parent)
+    _refuse_kind(file, config, remedy)
+    _refuse_variants(file, config, remedy)
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     if type(rank) is not int or rank < 1:
         raise _wrong(file, "r", rank, "a whole number from 1 on")
@@ -134,7 +135,6 @@ def read_settings(file: Path, config: Mapping[str, Any]) -> Settings:
         alphas={pattern: float(value) for pattern, value in alphas.items()},
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
-        lora_bias=bool(config.get("lora_bias")),
         transposed=bool(config.get("fan_in_fan_out")),
         parameters=tuple(map(str, config.get("target_parameters") or ())),
         tokens=config.get("trainable_token_indices"),
@@ -142,6 +142,14 @@ def read_settings(file: Path, config: Mapping[str, Any]) -> Settings:
         keeps_tie=bool(config.get("ensure_weight_tying")),
         base=str(config.get("base_model_name_or_path") or ""),
         notes=tuple(notes),
+    )
+
+
+def several_fit(file: Path, patterns: Iterable[str], module: str) -> str:
+    """What is said where several patterns fit a module."""
+    return (
+        f"{file}: the patterns {first_few(patterns)} all fit {module}; the first is taken, as PEFT does, which sorts "
+        "them when it saves"
     )
 
 
@@ -153,13 +161,12 @@ def merged_by_peft(folder: Path) -> str:
     )
 
 
-def _refuse_kind(file: Path, config: Mapping[str, Any]) -> None:
+def _refuse_kind(file: Path, config: Mapping[str, Any], remedy: str) -> None:
     kind = config.get("peft_type")
-    if kind is None and "fine_tune_type" in config:
-        raise CheckpointError(f"{file}: is of mlx-lm, not of PEFT; fuse it there (mlx_lm.fuse), and name the result")
     if kind is None:
         raise CheckpointError(
-            f"{file}: names no peft_type, so that it is of no adapter of PEFT; give one that PEFT has saved"
+            f"{file}: names neither a peft_type nor a fine_tune_type, so that it is of no adapter of PEFT or mlx-lm; "
+            "give one that they have saved"
         )
     kind = str(kind).rpartition(".")[2].upper()
     if kind == "LORA":
@@ -169,16 +176,16 @@ def _refuse_kind(file: Path, config: Mapping[str, Any]) -> None:
             f"{file}: is an adapter of type {kind}, which changes no weights, so that no merge of it exists; "
             "leave it out of the config"
         )
-    text = f"{file}: is an adapter of type {shorten(kind)}, and only LORA is read; {merged_by_peft(file.parent)}"
+    text = f"{file}: is an adapter of type {shorten(kind)}, and only LORA is read; {remedy}"
     if kind in _ADDITIVE:
         text += ", or turn it into LoRA with peft.tuners.lora.conversion.save_as_lora"
     raise CheckpointError(text)
 
 
-def _refuse_variants(file: Path, config: Mapping[str, Any]) -> None:
+def _refuse_variants(file: Path, config: Mapping[str, Any], remedy: str) -> None:
     for key, what in _VARIANTS.items():
         if config.get(key):
-            remedy = "leave it out of the config" if key in _UNMERGED else merged_by_peft(file.parent)
+            remedy = "leave it out of the config" if key in _UNMERGED else remedy
             raise CheckpointError(f"{file}: has {key}: it is {what}; {remedy}")
     init = str(config.get("init_lora_weights", True)).lower()
     if _CHANGED_BASE.fullmatch(init):
@@ -186,12 +193,11 @@ def _refuse_variants(file: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{file}: has init_lora_weights: {init}, whose training starts from a changed base; save it with "
             "path_initial_model_for_weight_conversion, which makes a plain adapter of it"
-            + (f", or {merged_by_peft(file.parent)}" if exact else "")
+            + (f", or {remedy}" if exact else "")
         )
     if init not in _PLAIN_INITS:
         raise CheckpointError(
-            f"{file}: has init_lora_weights: {shorten(init)}, which may change the base when it is loaded; "
-            f"{merged_by_peft(file.parent)}"
+            f"{file}: has init_lora_weights: {shorten(init)}, which may change the base when it is loaded; {remedy}"
         )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Keys, Module
-from pymerge.adapters.settings import merged_by_peft
 from pymerge.architecture.roles import Kind, Role
 from pymerge.architecture.token_tables import has_tokens
 from pymerge.architecture.words import is_head_name
@@ -62,7 +61,7 @@ def _untied(base: Checkpoint, files: AdapterFiles, name: str) -> CheckpointError
     other = "embedding" if _is_head(name) or _is_head(name.rpartition(".")[0]) else "head"
     return CheckpointError(
         f"{files.file}: changes {name} alone, which {base.path} ties to its {other}, and PEFT unties them in training; "
-        f"write the base with a head of its own (tie_word_embeddings: false), or {merged_by_peft(files.path)}"
+        f"write the base with a head of its own (tie_word_embeddings: false), or {files.merged_elsewhere}"
     )
 
 
@@ -71,7 +70,7 @@ def _is_head(module: str) -> bool:
 
 
 def _size(module: Module) -> tuple[int, ...]:
-    return module.b.shape[0], module.a.shape[1]
+    return module.left.shape[0], module.right.shape[1]
 
 
 def _equal(reader: Reader, head: Module, embedding: Module) -> bool:

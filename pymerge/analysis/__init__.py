@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from pymerge.analysis.measures import Analysis, Spectrum, TensorMeasures
 from pymerge.analysis.page import write_report
-from pymerge.analysis.reading import survey
+from pymerge.analysis.run import survey
 
 __all__ = ["Analysis", "Spectrum", "TensorMeasures", "survey", "write_report"]

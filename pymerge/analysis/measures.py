@@ -70,48 +70,51 @@ class TensorMeasures:
         return block(self.name)
 
 
-class Sums:
-    """Adds up the measures of one tensor, range after range."""
+def sums_of(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    """Sums over some elements of W_0 and T tensors W_t of one shape, any floating dtype, as one float64 vector:
+    ||W_0||^2, sum_t ||tau_t||_1, ||sum_t tau_t||_1, T numbers of elements where tau_t is 0, T x T inner products.
 
-    def __init__(self, tasks: int) -> None:
-        self._base_square = 0.0
-        self._dots = torch.zeros(tasks, tasks, dtype=torch.float64)
-        self._absolute = self._net = 0.0
-        self._unchanged = torch.zeros(tasks, dtype=torch.int64)
+    Differences are formed in float32 at least; these sums too, and float64 adds up those of all pieces: pictures need
+    no more than some digits.
+    """
+    dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+    origin = base.to(dtype).flatten()
+    taus = origin.new_empty(len(experts), origin.numel())
+    for tau, expert in zip(taus, experts, strict=True):
+        torch.sub(expert.to(dtype).flatten(), origin, out=tau)
+    square = origin.dot(origin)
+    dots = taus @ taus.mT
+    net = taus.sum(dim=0).abs_().sum()
+    unchanged = (taus == 0).sum(dim=1)
+    absolute = taus.abs_().sum()
+    return torch.cat([torch.stack([square, absolute, net]).double(), unchanged.double(), dots.double().flatten()])
 
-    def add(self, base: Tensor, experts: Sequence[Tensor]) -> None:
-        """Add some elements: W_0 and T tensors W_t of one shape, any floating dtype.
 
-        Differences are formed in float32 at least; sums of a range too, and float64 adds up the ranges: pictures need
-        no more than some digits.
-        """
-        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        origin = base.to(dtype).flatten()
-        taus = torch.stack([expert.to(dtype).flatten() - origin for expert in experts])
-        self._base_square += float(origin.dot(origin))
-        self._dots += (taus @ taus.mT).double()
-        self._net += float(taus.sum(dim=0).abs_().sum())
-        self._unchanged += (taus == 0).sum(dim=1)
-        self._absolute += float(taus.abs_().sum())
+def sums_bytes(tasks: int) -> int:
+    """Bytes of what `sums_of` gives."""
+    return 8 * (3 + tasks + tasks**2)
 
-    @property
-    def finite(self) -> bool:
-        """Whether all numbers so far were."""
-        return math.isfinite(self._absolute) and math.isfinite(self._base_square)
 
-    def result(self, name: str, kind: str, shape: tuple[int, ...]) -> TensorMeasures:
-        """The measures of the tensor."""
-        return TensorMeasures(
-            name,
-            kind,
-            shape,
-            math.prod(shape),
-            self._base_square,
-            tuple(map(tuple, self._dots.tolist())),
-            self._absolute,
-            self._net,
-            tuple(self._unchanged.tolist()),
-        )
+def is_measured(sums: Tensor) -> bool:
+    """Whether the elements were finite, and their differences small enough for the sums."""
+    return bool(torch.isfinite(sums[:2]).all())
+
+
+def tensor_measures(name: str, kind: str, shape: tuple[int, ...], sums: Tensor) -> TensorMeasures:
+    """The measures of a tensor from the sums over all of its elements."""
+    tasks = math.isqrt(len(sums) - 3)  # T^2 + T numbers behind the first three: below (T + 1)^2
+    (square, absolute, net), unchanged, dots = sums[:3].tolist(), sums[3 : 3 + tasks], sums[3 + tasks :]
+    return TensorMeasures(
+        name,
+        kind,
+        shape,
+        math.prod(shape),
+        square,
+        tuple(map(tuple, dots.view(tasks, tasks).tolist())),
+        absolute,
+        net,
+        tuple(map(int, unchanged.tolist())),
+    )
 
 
 @dataclass(frozen=True)

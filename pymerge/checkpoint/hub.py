@@ -11,6 +11,8 @@ from pymerge.checkpoint.checkpoint import weights_of
 from pymerge.checkpoint.model_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    DIFFUSERS_WEIGHTS,
+    MLX_WEIGHTS,
     SKIPPED_FOLDERS,
     WEIGHT_SUFFIXES,
     is_skipped,
@@ -86,9 +88,10 @@ def _is_whole(folder: Path) -> bool:
 
 def _adapter_weights(names: Collection[str]) -> str | None:
     """The weight file of an adapter alone, by the names in its folder; None if that holds something else."""
-    if ADAPTER_CONFIG not in names or "config.json" in names:
+    if "config.json" in names:
         return None
-    return next((name for name in ADAPTER_WEIGHTS if name in names), None)
+    usual = (*ADAPTER_WEIGHTS, MLX_WEIGHTS) if ADAPTER_CONFIG in names else ()
+    return next((name for name in (*usual, *DIFFUSERS_WEIGHTS) if name in names), None)
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -29,10 +29,12 @@ WEIGHT_SUFFIXES = (
 _INDEX_SUFFIX = re.compile(r"\.index(\.[^.]+)?\.json")  # of the variant fp16: .index.fp16.json
 # What a training run leaves beside a model, and adapters: no weights of it.
 _LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)([._-].*)?")
-_ADAPTERS = re.compile(r"(adapter_model|pytorch_lora_weights)([._-].*)?|adapters?\.[^.]+")
+_ADAPTERS = re.compile(r"(adapter_model|pytorch_lora_weights)([._-].*)?|(\d+_)?adapters?\.[^.]+")
 ADAPTER_CONFIG = "adapter_config.json"
-# As PEFT looks for them, and then vLLM.
+# As PEFT looks for them, and then vLLM; those of mlx-lm, which has such a config, too; those of diffusers.
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+MLX_WEIGHTS = "adapters.safetensors"
+DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 # Exports and leftovers of a training run: they describe other weights than the merged ones.
 SKIPPED_FOLDERS = ("runs", "onnx", "openvino", "coreml", "__pycache__")
 _CHECKPOINT = re.compile(r"checkpoint-|global_step\d")

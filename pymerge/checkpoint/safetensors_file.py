@@ -179,6 +179,8 @@ def _check_prefix(path: Path, prefix: bytes, file_bytes: int) -> None:
 
 
 def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
+    if metadata is None:  # as mlx writes it
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: {METADATA_KEY} does not map text to text; {AGAIN}")
     return metadata

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from pymerge.checkpoint.gguf.folder import find_gguf
 from pymerge.checkpoint.model_files import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     WEIGHT_SUFFIXES,
     is_adapter,
     is_leftover,
@@ -157,13 +156,7 @@ def no_weights(path: Path, names: Sequence[str]) -> CheckpointError:
         return CheckpointError(
             f"{path}: is a folder of the Hub's cache, not a model; give one of its snapshots: {first_few(commits)}"
         )
-    adapters = [name for name in names if is_adapter(name)]
-    if adapters and ADAPTER_CONFIG not in names and not set(ADAPTER_WEIGHTS) & set(names):
-        return CheckpointError(
-            f"{path}: is an adapter in another form than PEFT's ({first_few(adapters)}); apply it to its model where "
-            "it was made, or convert it to PEFT"
-        )
-    if ADAPTER_CONFIG in names or adapters:
+    if ADAPTER_CONFIG in names or any(map(is_adapter, names)):
         return CheckpointError(
             f"{path}: is an adapter, without the model that it is for; "
             "name it under models, with its model as base_model or as BASE+ADAPTER"

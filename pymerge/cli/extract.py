@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,12 @@ class Embeddings(str, Enum):
 class Rest(str, Enum):
     skip = "skip"
     full = "full"
+
+
+class FullTensors(str, Enum):
+    error = "error"
+    save = "save"
+    skip = "skip"
 
 
 class AdapterDtype(str, Enum):
@@ -70,34 +76,38 @@ def extract(
     split: Annotated[Split, typer.Option(help="Where singular values go: both factors, B or A.")] = Split.sqrt,
     seed: Annotated[int, typer.Option(help="Of the random sketch.")] = 0,
     memory: Memory = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another output in OUT.")] = False,
     quiet: Quiet = False,
     log_json: LogJson = None,
 ) -> None:
-    """Write what a fine-tuned model has learnt as a LoRA adapter in PEFT's form, and say what it loses."""
-    with reported(again="starts again"), recording(log_json):
-        from pymerge.extraction.api import extract as carry_out
+    """Write what a fine-tuned model has learnt as a LoRA adapter in PEFT's form, and say what it loses.
 
-        report = carry_out(
-            base,
-            model,
-            out,
-            rank=rank,
-            energy=energy,
-            sv_epsilon=sv_epsilon,
-            max_rank=max_rank,
-            include=include or (),
-            exclude=exclude or (),
-            embeddings=embeddings.value,
-            rest=rest.value,
-            dtype=dtype.value,
-            algorithm=algorithm.value,
-            split=split.value,
-            seed=seed,
-            memory=memory,
-            progress=not quiet,
-            overwrite=overwrite,
-        )
+    The same command continues an interrupted extraction, and verifies a finished one.
+    """
+    with reported(), recording(log_json):
+        from pymerge.extraction.api import extract as carry_out
+        from pymerge.extraction.api import extraction
+        from pymerge.extraction.options import ExtractOptions
+
+        given: dict[str, Any] = {
+            "rank": rank,
+            "energy": energy,
+            "sv_epsilon": sv_epsilon,
+            "max_rank": max_rank,
+            "include": tuple(include or ()),
+            "exclude": tuple(exclude or ()),
+            "embeddings": embeddings.value,
+            "rest": rest.value,
+            "dtype": dtype.value,
+            "algorithm": algorithm.value,
+            "split": split.value,
+            "seed": seed,
+        }
+        if dry_run:
+            print_lines(extraction(base, model, ExtractOptions(**given), memory).lines())
+            return
+        report = carry_out(base, model, out, **given, memory=memory, progress=not quiet, overwrite=overwrite)
         if not quiet:
             print_warnings(report.warnings)
             print_lines(report.lines())

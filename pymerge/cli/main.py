@@ -5,9 +5,8 @@ from __future__ import annotations
 import atexit
 import gc
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,7 +26,7 @@ from pymerge.cli.console import (
     reported,
     tensor_count,
 )
-from pymerge.cli.extract import extract
+from pymerge.cli.extract import FullTensors, extract
 from pymerge.cli.scripts import OWN_OPTIONS, bench, demo, wemoe
 from pymerge.cli.verify import VerifyCommand, verify
 from pymerge.common.events import event, recording
@@ -58,12 +57,19 @@ def merge(
     ] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Merge adapters into an adapter in PEFT's form.")] = False,
     rank: Annotated[
-        str, typer.Option(metavar="exact|N|0.99", help="With --adapter: its rank, or the share of s^2 that it keeps.")
-    ] = "exact",
+        str | None,
+        typer.Option(
+            metavar="exact|N|0.99",
+            help="Of an adapter: its rank, or the share of s^2 that it keeps.",
+            show_default="exact",
+        ),
+    ] = None,
     full_tensors: Annotated[
-        str,
-        typer.Option("--full-tensors", metavar="error|skip", help="With --adapter: norms, biases and others."),
-    ] = "error",
+        FullTensors | None,
+        typer.Option(
+            "--full-tensors", help="Beside an adapter's factors: norms, biases and others.", show_default="error"
+        ),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     log_json: LogJson = None,
@@ -76,28 +82,31 @@ def merge(
         from pymerge import api
         from pymerge.config.merge_config import load_config
 
-        if dry_run:
-            _show_plan(config, memory, max_shard_size, dtype, device)
-            return
         loaded = load_config(config)
         if adapter or loaded.output == "adapter":
             if device not in ("auto", "cpu") or profile is not None:
                 raise ArgumentError("an adapter is made on the CPU, without a trace; leave --device and --profile out")
-            from pymerge.extraction.api import merge_adapters
+            from pymerge.extraction.api import merge_adapters, merge_of_adapters
 
-            made = merge_adapters(
-                loaded,
-                out,
-                rank=rank,
-                full_tensors=full_tensors,
-                dtype=dtype.value if dtype else "float32",
-                memory=memory,
-                progress=not quiet,
-                overwrite=overwrite,
-            )
+            of: dict[str, Any] = {
+                "rank": rank,
+                "full_tensors": full_tensors.value if full_tensors else None,
+                "dtype": dtype.value if dtype else None,
+                "backend": backend.value if backend else None,
+                "memory": memory,
+            }
+            if dry_run:
+                print_lines(merge_of_adapters(loaded, **of).lines())
+                return
+            made = merge_adapters(loaded, out, **of, progress=not quiet, overwrite=overwrite)
             if not quiet:
                 print_warnings(made.warnings)
                 print_lines(made.lines())
+            return
+        if rank is not None or full_tensors is not None:
+            raise ArgumentError("--rank and --full-tensors are of adapters; add --adapter, or leave them out")
+        if dry_run:
+            _show_plan(config, memory, max_shard_size, dtype, device)
             return
         report = api.merge(
             loaded,
@@ -248,21 +257,19 @@ app.command(cls=VerifyCommand)(verify)
 @app.command()
 def methods() -> None:
     """List the merge methods with their parameters."""
-    _print_view("methods_view")
+    with reported():
+        from pymerge.cli.info_tables import methods_view
+
+        OUT.print(methods_view())
 
 
 @app.command("env")
 def environment() -> None:
     """Show versions, devices, and which backends work (or why not)."""
-    _print_view("env_view")
-
-
-def _print_view(name: str) -> None:
     with reported():
-        from pymerge.cli import info_tables
+        from pymerge.cli.info_tables import env_view
 
-        view: Callable[[], Any] = getattr(info_tables, name)
-        OUT.print(view())
+        OUT.print(env_view())
 
 
 for script in (wemoe, demo, bench):

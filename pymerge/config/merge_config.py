@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PrivateAttr, StrictBool, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from pymerge.architecture.roles import Rule
 from pymerge.common.names import nearest
@@ -40,6 +49,8 @@ class MergeConfig(Strict):
     layers: tuple[LayerRule, ...] = ()
     allow_nonfinite: StrictBool = False
     output: Literal["model", "adapter"] = "model"
+    rank: StrictStr | StrictInt | StrictFloat | None = None  # of an adapter
+    full_tensors: Literal["error", "save", "skip"] | None = None  # beside an adapter's factors
     extra_tensors: Literal["heads", "error", "ignore"] = "heads"
     missing_tensors: Literal["error", "base"] = "error"
     vocabulary: Literal["strict", "base"] = "strict"

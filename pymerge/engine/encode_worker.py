@@ -1,4 +1,4 @@
-"""Encode worker: jobs that make several tensors of one, in PyTorch on threads of a pool, each job on one."""
+"""Encode worker: jobs that make other tensors of some, in PyTorch on threads of a pool, each job on one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import code_of, upcast
 from pymerge.engine.memory import Heap
-from pymerge.engine.worker import Context, Encoded, Made, Sink
+from pymerge.engine.worker import Context, Encoded, Made, Sink, rows_read
 from pymerge.methods.actions import Encode
 from pymerge.ops._op import one_thread
 from pymerge.output.layout import layout_file
@@ -20,7 +20,7 @@ from pymerge.planner.jobs import Batch, Job
 
 
 class EncodeWorker:
-    """Reads whole tensors and encodes them.
+    """Reads tensors, or rows of them, and encodes them.
 
     Threads of a team would wait for each other at every small operation, so each job is computed on one. What is made
     for a file whose layout nobody could plan is gathered until it is whole; `jobs` are all that it will be given.
@@ -41,7 +41,7 @@ class EncodeWorker:
     def start(self, job: Job) -> Future[Made]:
         """Have a thread work on a job."""
         for entry in job.step.inputs:
-            self._reader.announce(entry)
+            self._reader.announce(entry, job.piece.start, job.piece.stop)
         return self._pool.submit(self._work, job)
 
     def finish(self, batch: Batch, started: list[Future[Made]]) -> list[Made]:
@@ -71,18 +71,20 @@ class EncodeWorker:
     def _work(self, job: Job) -> Made:
         action, began = job.step.action, time.perf_counter_ns()
         assert isinstance(action, Encode)
-        inputs = [self._read(entry) for entry in job.step.inputs]
+        inputs = [self._read(job, entry) for entry in job.step.inputs]
         read = time.perf_counter_ns()
         with self._tracer.span("encode", job.step.name):
-            tensors = action.run(inputs)
+            tensors = action.run(inputs, job.piece.start)
         return Made(Encoded(tensors), None, read - began, time.perf_counter_ns() - read)
 
-    def _read(self, entry: TensorEntry) -> Tensor:
-        with self._tracer.span("read", entry.name, entry.stored_bytes):
-            tensor = upcast(self._reader.read(entry))
+    def _read(self, job: Job, entry: TensorEntry) -> Tensor:
+        piece = job.piece
+        nbytes = entry.stored_in(piece.start, piece.stop)
+        with self._tracer.span("read", entry.name, nbytes):
+            tensor = upcast(self._reader.read(entry, *rows_read(job)))
             if not self._keeps_cache:
-                self._reader.release(entry)
-        self._progress.advance(entry.stored_bytes)
+                self._reader.release(entry, piece.start, piece.stop)
+        self._progress.advance(nbytes)
         return tensor
 
     def store(self, job: Job, merged: Encoded, sink: Sink) -> None:

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pymerge.backends.native.combine import convert
 from pymerge.backends.native.combine_files import FileTensor, combine_files, is_finite
@@ -15,6 +15,7 @@ from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.checkpoint.shared_rows import SharedRows
 from pymerge.common.arrays import Array, rows_of
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE
+from pymerge.engine.factors_of_steps import FactorsOfSteps
 from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, raise_nonfinite
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Combine, Elementwise
@@ -48,7 +49,7 @@ class NativeWorker:
         self._outputs: list[Array] = []  # memory that nobody uses
         self._inputs: list[Array] = []
         self._held: dict[tuple[int, int], Array] = {}  # inputs between passes, by step and first row
-        self._rights: dict[tuple[int, TensorEntry], Future[Any]] = {}  # factors, by step and input
+        self._factors = FactorsOfSteps(context.reader)
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="pymerge-native")
 
@@ -66,10 +67,8 @@ class NativeWorker:
         """Wait for a job, or work on it now."""
         (job,) = batch.jobs
         made = started[0].result() if started else self.work(job, self._room(job))
-        if job.ends_step and self._rights:
-            with self._lock:
-                for key in [key for key in self._rights if key[0] == id(job.step)]:
-                    del self._rights[key]
+        if job.ends_step:
+            self._factors.forget(job.step)
         started.clear()  # futures keep their results
         return [made]
 
@@ -89,7 +88,7 @@ class NativeWorker:
         with self._lock:
             self._inputs.clear()
             self._held.clear()
-            self._rights.clear()
+        self._factors.clear()
 
     def close(self) -> None:
         """End the threads, after the jobs that are worked on."""
@@ -159,7 +158,7 @@ class NativeWorker:
     def _sum(self, job: Job, product: LowRank, out: Array) -> tuple[int, bool]:
         """Write the base plus a product to `out`, a few rows at a time; returns as `_combine` does."""
         step, piece, reading = job.step, job.piece, 0
-        left, right, scale = self._factors(job, step.inputs[0], product, step.dtype == "F64")
+        left, right, scale = self._factors.of(job, step.inputs[0], product, step.dtype == "F64")
         out = out.at(0, step.dtype, (out.shape[0], right.shape[1]))
         count = rows_at_once(step.role, step.shape)
         memory = self._take(min(count, out.shape[0]) * right.shape[1] * ITEM_SIZES[product.base.dtype])
@@ -172,25 +171,6 @@ class NativeWorker:
             self._run(LowRankSum(rows, rows_of(left, first, stop), right, scale, out=rows_of(out, first, stop)))
         self._give(memory)
         return reading, is_finite(out)
-
-    def _factors(self, job: Job, entry: TensorEntry, product: LowRank, wide: bool) -> tuple[Array, Array, float]:
-        """Rows of a product's left factor, all of its right one, which the jobs of a step share, and its scale."""
-        import numpy as np
-
-        kind = np.float64 if wide or entry.dtype == "F64" else np.float32
-        key = id(job.step), entry
-        with self._lock:
-            right = self._rights.get(key)
-            mine = right is None
-            if right is None:
-                right = self._rights[key] = Future()
-        if mine:
-            try:
-                right.set_result(product.right(self._reader.read_bytes).astype(kind, copy=False))
-            except BaseException as error:
-                right.set_exception(error)
-        left, scale = product.left(self._reader.read_bytes, job.piece.start, job.piece.stop)
-        return Array.of(left.astype(kind, copy=False)), Array.of(right.result()), scale
 
     def _compute(self, job: Job, out: Array | None) -> tuple[Made, bool]:
         """Read the inputs and run ops on them; returns what was made, and whether all that was looked at is finite."""
@@ -263,7 +243,7 @@ class NativeWorker:
             held = SharedRows(self._reader, step.base, piece.start, base.bytes)
             held.read_bytes_into(entry, to.bytes, piece.start, piece.stop)
             return
-        left, right, scale = self._factors(job, entry, product, False)
+        left, right, scale = self._factors.of(job, entry, product, False)
         rows, result = (each.at(0, each.dtype, (piece.shape[0], right.shape[1])) for each in (base, to))
         self._run(LowRankSum(rows, left, right, scale, out=result))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from pymerge.output.layout import ShardLayout, full_name
 from pymerge.output.manifest import read_manifest
 from pymerge.planner.budget import budget
 from pymerge.planner.build import build_plan
-from pymerge.planner.jobs import batches
+from pymerge.planner.jobs import FINISHED, batches, only
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 # What `pymerge verify` need not know: the output's division into files is checked against its manifest.
 _NOT_COMPARED = "output files"
-_DONE = ""  # no file of a plan
 
 
 @dataclass
@@ -146,14 +145,7 @@ def _compare_plan(out: Path, plan: Plan, base: int, written: dict[str, Any], rep
 
 def _digests(plan: Plan, names: Collection[str], progress: ProgressSink) -> dict[str, str]:
     """sha256 of these output tensors, computed again by the executor."""
-    # Steps that are not asked for stand in a file that is done: they have jobs only if a reduction of the whole model
-    # must know them.
-    steps = [
-        step if step.name in names else replace(step, file=_DONE)
-        for step in plan.steps
-        if step.name in names or step.group is not None
-    ]
-    queue = batches(steps, plan.budget, {_DONE})
+    queue = batches(only(plan.steps, names), plan.budget, {FINISHED})
     progress.start(sum(job.step.bytes_of(job.piece) for batch in queue for job in batch.jobs if job.reads))
     sink = _Digests()
     try:

@@ -81,8 +81,7 @@ def run(
         NonFiniteError: an input holds NaN or infinity (and the config does not allow it), or a result overflows.
         OutOfMemoryError: the machine has less memory than the plan was told.
     """
-    if plan.config.output == "adapter":
-        raise PlanError([f"{plan.config.place('output')}: an adapter is made by pymerge merge, or merge_adapters"])
+    refuse_adapter(plan)
     started = time.perf_counter()
     progress = progress or NoProgress()
     device, extras = plan.target.device, plan.extras
@@ -179,6 +178,16 @@ def _log_plan(plan: Plan) -> None:
     event("plan", text, **plan.summary(), backend=plan.target.backend, device=str(plan.target.device))
     for warning in plan.warnings:
         event("warning", warning, level=WARNING)
+
+
+def refuse_adapter(plan: Plan) -> None:
+    """Raise PlanError where the config asks for an adapter, or says what only an adapter has."""
+    config = plan.config
+    if config.output == "adapter":
+        raise PlanError([f"{config.place('output')}: an adapter is made by pymerge merge, or merge_adapters"])
+    for key in ("rank", "full_tensors"):
+        if getattr(config, key) is not None:
+            raise PlanError([f"{config.place(key)}: {key} is of an adapter; add output: adapter, or delete it"])
 
 
 def refuse_inputs(plan: Plan, out: Path) -> None:

@@ -38,8 +38,6 @@ from pymerge.ops._op import at_most_threads, one_thread
 from pymerge.planner.jobs import READ_THREADS, Batch, Job
 from pymerge.planner.pieces import by_rows
 
-Loads = Sequence[Future[list[Tensor]]]  # of each job of a batch, all inputs
-
 # A product below this takes less than a millisecond: waiting for other threads costs more than they give, and small
 # float64 products round differently for each number of them.
 _ONE_THREAD_FLOPS = 2**25

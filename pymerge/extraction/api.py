@@ -8,11 +8,13 @@ from typing import Any
 
 from pymerge.api import plan
 from pymerge.common.progress import NoProgress, ProgressBar
-from pymerge.config.merge_config import MergeConfig
-from pymerge.extraction.merged import run as merge_factors
+from pymerge.config.merge_config import MergeConfig, load_config
+from pymerge.extraction.carry_out import carry_out
+from pymerge.extraction.extracted import plan_extraction
+from pymerge.extraction.merged import EXACT, plan_merge
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import ExtractReport
-from pymerge.extraction.run import run as extract_factors
+from pymerge.extraction.work import Work
 
 
 def extract(
@@ -44,7 +46,8 @@ def extract(
     Args:
         base: folder, file or Hub name of the base, which adapter_config.json will name as it is written here.
         model: the fine-tuned model.
-        out: new or empty directory, or one that holds this very extraction, which is then verified.
+        out: new or empty directory, or one that holds this very extraction, finished (it is verified) or not (it goes
+            on).
         rank: of every tensor, or less where its difference has less.
         energy: the smallest rank that keeps this share of the sum of s^2 of a tensor.
         sv_epsilon: singular values above this one are kept, at least one.
@@ -79,28 +82,29 @@ def extract(
         split,
         seed,
     )
+    work = extraction(base, model, options, memory)
+    bar = ProgressBar("extracting") if progress else NoProgress()
+    return carry_out(work, Path(out), bar, overwrite=overwrite)
+
+
+def extraction(base: str | Path, model: str | Path, options: ExtractOptions, memory: int | str | None = None) -> Work:
+    """All that `extract` would do, from the headers of both models; arguments and errors are those of `extract`."""
     config = {
         "merge_method": "task_arithmetic",
         "base_model": str(base),
         "models": [{"model": str(model), "parameters": {"weight": 1.0}}],
     }
-    return extract_factors(
-        plan(config, device="cpu", memory=memory),
-        options,
-        Path(out),
-        base=str(base),
-        overwrite=overwrite,
-        progress=ProgressBar("extracting") if progress else NoProgress(),
-    )
+    return plan_extraction(plan(config, device="cpu", memory=memory), options, str(base))
 
 
 def merge_adapters(
     config: str | Path | Mapping[str, Any] | MergeConfig,
     out: str | Path,
     *,
-    rank: str | int | float = "exact",
-    full_tensors: str = "error",
-    dtype: str = "float32",
+    rank: str | int | float | None = None,
+    full_tensors: str | None = None,
+    dtype: str | None = None,
+    backend: str | None = None,
     memory: int | str | None = None,
     progress: bool = True,
     overwrite: bool = False,
@@ -111,22 +115,42 @@ def merge_adapters(
 
     Args:
         config: as of `pymerge.plan`, with a base_model and adapters as models.
-        out: output directory, as of `pymerge.run`.
+        out: new or empty directory, or one that holds this very merge, finished (it is verified) or not (it goes on).
         rank: "exact" (the sum of all ranks), a largest rank, or below 1 the share of the sum of s^2 that is kept.
-        full_tensors: tensors that have no factors in adapters, such as norms: "error", or "skip".
-        dtype: of the factors: "float32", "bfloat16" or "float16".
-        memory, progress, overwrite: as of `pymerge.plan` and `pymerge.run`.
+            Default: the config's `rank`, or "exact".
+        full_tensors: tensors that have no factors, such as norms: "error", "save" (modules_to_save and biases), or
+            "skip". Default: the config's `full_tensors`, or "error".
+        dtype: of what is written: "float32", "bfloat16" or "float16". Default: the config's, or float32.
+        backend, memory, progress, overwrite: as of `pymerge.plan` and `pymerge.run`.
 
     Raises:
         PlanError: a merged tensor is not of low rank, and no lower rank is asked for; nothing is written.
         PymergeError: another of its subclasses, see pymerge.errors.
     """
-    return merge_factors(
-        plan(config, device="cpu", memory=memory, dtype="float32"),
-        str(rank),
-        Path(out),
-        full_tensors=full_tensors,
-        dtype=dtype,
-        overwrite=overwrite,
-        progress=ProgressBar("merging") if progress else NoProgress(),
+    work = merge_of_adapters(config, rank=rank, full_tensors=full_tensors, dtype=dtype, backend=backend, memory=memory)
+    bar = ProgressBar("merging") if progress else NoProgress()
+    return carry_out(work, Path(out), bar, overwrite=overwrite)
+
+
+def merge_of_adapters(
+    config: str | Path | Mapping[str, Any] | MergeConfig,
+    *,
+    rank: str | int | float | None = None,
+    full_tensors: str | None = None,
+    dtype: str | None = None,
+    backend: str | None = None,
+    memory: int | str | None = None,
+) -> Work:
+    """All that `merge_adapters` would do, from headers; arguments and errors are those of `merge_adapters`."""
+    loaded = config if isinstance(config, MergeConfig) else load_config(config)
+    return plan_merge(
+        plan(loaded, device="cpu", backend=backend, memory=memory, dtype="float32"),
+        rank=str(_first(rank, loaded.rank, EXACT)),
+        full_tensors=_first(full_tensors, loaded.full_tensors, "error"),
+        dtype=_first(dtype, loaded.out_dtype, loaded.dtype, "float32"),
     )
+
+
+def _first(*values: Any) -> Any:
+    """The first of some values that is given."""
+    return next(value for value in values if value is not None)

@@ -1,9 +1,8 @@
-"""Merged tensors that are no products of factors: merged by the executor, and cut to a rank one after the other."""
+"""Merged tensors that are no products of factors: merged by the executor, to be cut to a rank or kept whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -12,58 +11,78 @@ from torch import Tensor
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import upcast
-from pymerge.common.progress import NoProgress
+from pymerge.common.progress import ProgressSink
 from pymerge.engine.executor import Executor
 from pymerge.engine.trace import Tracer
-from pymerge.engine.worker import Context
+from pymerge.engine.worker import Context, Sink
 from pymerge.extraction.deltas import Delta
 from pymerge.extraction.measure import Measured, cut, footprint
 from pymerge.extraction.options import ExtractOptions
+from pymerge.extraction.parts import Part
 from pymerge.extraction.targets import Target
 from pymerge.ops._op import one_thread
 from pymerge.output.layout import ShardLayout
-from pymerge.planner.jobs import batches
+from pymerge.planner.jobs import FINISHED, Batch, batches, only
 from pymerge.planner.plan import Plan
 
-_DONE = ""  # no file of a plan
+Keep = Callable[[Part, Sequence[Measured[Tensor]]], None]
 
 
-def merge_and_cut(plan: Plan, targets: Sequence[Target], options: ExtractOptions, reader: Reader) -> list[Measured]:
-    """Factors of the merged differences, in the order of the targets. Memory holds one of them beside the executor's
-    pieces."""
-    wanted = {target.name: target for target in targets}
-    if not wanted:
-        return []
-    # Steps that are not asked for stand in a file that is done: they have jobs only if a reduction of the whole model
-    # must know them.
-    steps = [
-        step if step.name in wanted else replace(step, file=_DONE)
-        for step in plan.steps
-        if step.name in wanted or step.group is not None
-    ]
-    sink = _Cut(wanted, options, reader)
+def merge(plan: Plan, names: Collection[str], sink: Sink, reader: Reader, progress: ProgressSink) -> None:
+    """Merge the tensors of these names in float32, and give them to a sink."""
+    _execute(plan, _batches(plan, names), sink, reader, progress, plan.budget.tensors)
+
+
+def merge_and_cut(
+    plan: Plan, parts: Sequence[Part], options: ExtractOptions, reader: Reader, progress: ProgressSink, keep: Keep
+) -> None:
+    """Cut the merged differences of all targets of these parts to factors. `keep` takes each part when it is whole.
+
+    Memory holds one difference beside the executor's pieces.
+    """
+    targets = [target for part in parts for target in part.targets]
+    if not targets:
+        return
     beside = max(footprint(target, options) for target in targets)
     limit = max(plan.budget.tensors - beside, plan.budget.tensors // 2)
+    sink = _Cut(parts, options, reader, keep)
+    _execute(plan, _batches(plan, {target.name for target in targets}), sink, reader, progress, limit)
+
+
+def work_bytes(plan: Plan, names: Collection[str]) -> int:
+    """Bytes that progress is told of while tensors of these names are merged."""
+    jobs = [job for batch in _batches(plan, names) for job in batch.jobs]
+    read = sum(job.step.bytes_of(job.piece) for job in jobs if job.reads)
+    return read + sum(job.step.bytes_made(job.piece) for job in jobs if job.merges)
+
+
+def _batches(plan: Plan, names: Collection[str]) -> list[Batch]:
+    return batches(only(plan.steps, names), plan.budget, {FINISHED})
+
+
+def _execute(
+    plan: Plan, queue: Sequence[Batch], sink: Sink, reader: Reader, progress: ProgressSink, limit: int
+) -> None:
     with Tracer() as tracer:
         runner = Runner(plan.target.backend, plan.target.device)
-        context = Context(runner, reader, tracer, NoProgress(), False, plan.keeps_cache)
-        Executor(context, sink, plan.target.threads).run(batches(steps, plan.budget, {_DONE}), limit)
-    return [sink.measured[target.name] for target in targets]
+        context = Context(runner, reader, tracer, progress, False, plan.keeps_cache)
+        Executor(context, sink, plan.target.threads).run(queue, limit)
 
 
 class _Cut:
     """Sink that gathers the difference of each tensor to the base, and cuts it when it is whole."""
 
-    def __init__(self, wanted: Mapping[str, Target], options: ExtractOptions, reader: Reader) -> None:
-        self.measured: dict[str, Measured] = {}
-        self._wanted = wanted
+    def __init__(self, parts: Sequence[Part], options: ExtractOptions, reader: Reader, keep: Keep) -> None:
+        self._places = {target.name: (part, target) for part in parts for target in part.targets}
         self._options = options
         self._reader = reader
+        self._keep = keep
         self._gathered: dict[str, tuple[Tensor, int]] = {}  # the difference, and how many elements are there
+        self._measured: dict[str, Measured[Tensor]] = {}  # of parts that are not whole
 
     def write(self, tensor_name: str, data: Tensor | memoryview) -> None:
         """Take the next rows of a tensor, in float32."""
-        target = self._wanted[tensor_name]
+        part, target = self._places[tensor_name]
         rows = torch.frombuffer(data, dtype=torch.float32) if isinstance(data, memoryview) else data.reshape(-1)
         shape = target.base.shape
         whole, there = self._gathered.get(tensor_name) or (torch.empty(target.base.numel), 0)
@@ -75,7 +94,9 @@ class _Cut:
         if there + rows.numel() == whole.numel():
             del self._gathered[tensor_name]
             with one_thread():
-                self.measured[tensor_name] = cut(target, self._options, list(_matrices(target, whole)))
+                self._measured[tensor_name] = cut(target, self._options, list(_matrices(target, whole)))
+            if all(each.name in self._measured for each in part.targets):
+                self._keep(part, [self._measured.pop(each.name) for each in part.targets])
 
     def settle(self, layout: ShardLayout) -> None:
         """Take the layout of a file; all of a merge's are planned."""

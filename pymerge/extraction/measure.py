@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.finite import is_finite, overflow
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import torch_dtype
@@ -21,15 +23,18 @@ from pymerge.extraction.targets import Target
 _READING = 40
 
 
+Side = TypeVar("Side", Tensor, TensorEntry)
+
+
 @dataclass(frozen=True)
-class Measured:
+class Measured(Generic[Side]):
     """Squares of the norms of a difference and of what is lost of it; of factors, `left` right of each matrix as it is
-    stored (rows x rank, rank x columns)."""
+    stored (rows x rank, rank x columns), in memory or in a file."""
 
     target: Target
     total: float
     lost: float
-    pairs: tuple[tuple[Tensor, Tensor], ...] = field(default=(), repr=False)
+    pairs: tuple[tuple[Side, Side], ...] = field(default=(), repr=False)
     algorithm: str = ""
 
     @property
@@ -37,8 +42,13 @@ class Measured:
         """The largest rank of its matrices; 0 where nothing has changed."""
         return max((int(left.shape[1]) for left, _ in self.pairs), default=0)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(left.nbytes + right.nbytes for left, right in self.pairs)
 
-def measure(reader: Reader, target: Target, options: ExtractOptions) -> Measured:
+
+def measure(reader: Reader, target: Target, options: ExtractOptions) -> Measured[Tensor]:
     """Read both tensors, and work out the factors where the target is to have some."""
     if target.place != "factors":
         delta = difference(reader, target.base, target.expert, target.shape, held=False)
@@ -52,7 +62,7 @@ def measure(reader: Reader, target: Target, options: ExtractOptions) -> Measured
     return cut(target, options, deltas)
 
 
-def cut(target: Target, options: ExtractOptions, deltas: Iterable[Delta]) -> Measured:
+def cut(target: Target, options: ExtractOptions, deltas: Iterable[Delta]) -> Measured[Tensor]:
     """The factors of a target's matrices, one after the other."""
     pairs, total, lost, algorithm = [], 0.0, 0.0, ""
     for number, delta in enumerate(deltas):

@@ -1,4 +1,4 @@
-"""Report of an extraction: for people, and as JSON beside the adapter."""
+"""Report on an adapter that was made: for people, and as JSON beside it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """Result of `pymerge.extract`. Errors are shares of norms: sqrt(sum of lost squares / sum of all squares)."""
+    """Result of `pymerge.extract` and `pymerge.merge_adapters`.
+
+    Errors are shares of norms: sqrt(sum of lost squares / sum of all squares).
+    """
 
     output: Path
     tensors: tuple[TensorReport, ...]
@@ -44,6 +47,7 @@ class ExtractReport:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     already_done: bool = False
+    resumed_parts: int = 0  # kept from an earlier, interrupted run
 
     def as_json(self, options: Mapping[str, Any]) -> bytes:
         """The report as it is written: the same for the same inputs and options."""
@@ -61,17 +65,19 @@ class ExtractReport:
     def lines(self) -> list[str]:
         """The summary, for people."""
         if self.already_done:
-            return [f"{self.output} holds this very extraction already; verified"]
+            return [f"{self.output} holds this very adapter already; verified"]
         adapted = [each for each in self.tensors if each.place == "factors"]
         least = min(each.rank for each in adapted)
         ranks = f"rank {self.rank}" if least == self.rank else f"ranks {least} to {self.rank}"
         worst = max(adapted, key=lambda each: each.error)
         lines = [
-            f"extracted {len(adapted)} tensors, {ranks} ({self.parameters:,} parameters, "
-            f"{format_bytes(self.bytes_written)}) into {self.output} in {self.seconds:.1f} s",
+            f"made factors of {len(adapted)} tensors, {ranks} ({self.parameters:,} parameters, "
+            f"{format_bytes(self.bytes_written)}), in {self.output} in {self.seconds:.1f} s",
             f"lost {percent(self.error)} of the norm of what is adapted, at most {percent(worst.error)} "
             f"({worst.name}); {percent(self.error_of_all)} of the whole difference",
         ]
+        if self.resumed_parts:
+            lines.append(f"kept {self.resumed_parts} finished parts of an interrupted run")
         return [*lines, *self._left_out(), self.note]
 
     def _left_out(self) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from pymerge.architecture.roles import Kind, Role
@@ -57,6 +58,11 @@ class Target:
         """Path of the module that has it."""
         return self.path.rpartition(".")[0]
 
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the bias of its module."""
+        return self.name.rpartition(".")[2] == "bias"
+
     def adapted(self, rank: int) -> Adapted:
         """The pair of factors, of this rank."""
         parameter = self.path.rpartition(".")[2] if self.form == "parameter" else ""
@@ -94,7 +100,8 @@ def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) 
             found[step.name] = replace(target, reason="not asked for")
     _nest(found)
     adapted = {each.module for each in found.values() if each.place == "factors" and each.form == "module"}
-    return [_with_rest(target, adapted, options) for target in found.values()]
+    parents = modules_with_modules(names.values())
+    return [_with_rest(target, adapted, parents, options) for target in found.values()]
 
 
 def _with_factors(target: Target, role: Role, config: Mapping[str, Any], options: ExtractOptions) -> Target:
@@ -135,18 +142,32 @@ def _nest(found: dict[str, Target]) -> None:
             found[name] = replace(found[name], depth=depth)
 
 
-def _with_rest(target: Target, adapted: set[str], options: ExtractOptions) -> Target:
-    """The target with its place, if it has none: biases go with the factors of their module."""
+def _with_rest(target: Target, adapted: set[str], parents: set[str], options: ExtractOptions) -> Target:
+    """The target with its place, if it has none."""
     if target.place != "nowhere" or target.reason:
         return target
-    last = target.name.rpartition(".")[2]
     if options.rest == "skip":
         return replace(target, reason="norms, biases, routers and others: --rest full")
-    if last == "bias" and target.module in adapted:
+    return without_factors(target, adapted, parents)
+
+
+def without_factors(target: Target, adapted: set[str], parents: set[str]) -> Target:
+    """The target with its place among what is written as it is: biases go with the factors of their module.
+
+    PEFT replaces a module with all that is inside it: `parents`, which have modules, are not for it.
+    """
+    if target.is_bias and target.module in adapted:
         return replace(target, place="bias")
-    if last in ("weight", "bias") and target.module:
+    weight = target.name.rpartition(".")[2] == "weight" and target.module not in parents
+    if target.module and (target.is_bias or weight):
         return replace(target, place="saved")
     return replace(target, reason="parameters of no module that PEFT saves")
+
+
+def modules_with_modules(names: Iterable[str]) -> set[str]:
+    """Paths of the modules that have others inside, from the names of all tensors in memory."""
+    modules = {name.rpartition(".")[0] for name in names}
+    return {path for module in modules for path in accumulate(module.split(".")[:-1], "{}.{}".format)}
 
 
 def _transposed(config: Mapping[str, Any]) -> bool:

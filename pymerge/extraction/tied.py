@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
 
 from pymerge.architecture.roles import Kind
 from pymerge.architecture.tied import ties
@@ -32,31 +31,54 @@ class TiedHead:
         return f"{self.module}.weight"
 
 
-def tied_head(plan: Plan, options: ExtractOptions) -> TiedHead | None:
+def is_tied(plan: Plan) -> bool:
+    """Whether other modules of the model are made of its table of tokens."""
+    return _shares(plan) or _tied_table(plan) is not None
+
+
+def tied_head(plan: Plan, options: ExtractOptions, leave: str) -> TiedHead | None:
     """The head of a language model that ties it to its table of tokens; None if there is none, or it is not asked for.
 
-    Raises PlanError where PEFT would get a table wrong that other modules are made of.
+    Raises PlanError where PEFT would get a table wrong that other modules are made of; it ends with the remedy `leave`.
     """
     if options.embeddings == "skip":
         return None
-    config = plan.inputs.donor.config
-    architecture = str((config.get("architectures") or [""])[0])
-    heads = [step for step in plan.steps if step.role.kind is Kind.HEAD and len(step.shape) == 2]
-    if architecture.endswith(_SHARING) and (ties(config) is not False or config.get("is_encoder_decoder")):
-        _refuse(plan, f"{architecture} makes several modules of one table; leave --embeddings at skip")
-    if task_type(config) != _CAUSAL or heads:
-        return None
-    tables = [step.name for step in plan.steps if step.role.kind is Kind.EMBEDDING and has_tokens(step.name)]
-    if not tables or not options.takes(tables[0]):
+    where = plan.inputs.donor.path
+    if _shares(plan):
+        architecture = _architecture(plan)
+        raise PlanError([f"{where}: {architecture} makes several modules of one table; {leave}"])
+    table = _tied_table(plan)
+    if table is None or not options.takes(table):
         return None
     if options.embeddings == "lora":
-        _refuse(
-            plan, f"{tables[0]} is the head too, and PEFT would add its factors twice; give --embeddings full or skip"
+        raise PlanError(
+            [
+                f"{where}: {table} is the head too, and PEFT would add its factors twice; give --embeddings full, "
+                f"or {leave}"
+            ]
         )
-    if tables[0].split(".")[-2:] != [_TABLE, "weight"]:
-        _refuse(plan, f"{tables[0]} is the head too, which PEFT knows of a table called {_TABLE} alone; --exclude it")
-    return TiedHead(_HEAD, tables[0])
+    if table.split(".")[-2:] != [_TABLE, "weight"]:
+        raise PlanError(
+            [f"{where}: {table} is the head too, which PEFT knows of a table called {_TABLE} alone; {leave}"]
+        )
+    return TiedHead(_HEAD, table)
 
 
-def _refuse(plan: Plan, reason: str) -> NoReturn:
-    raise PlanError([f"{plan.inputs.donor.path}: {reason}"])
+def _architecture(plan: Plan) -> str:
+    return str((plan.inputs.donor.config.get("architectures") or [""])[0])
+
+
+def _shares(plan: Plan) -> bool:
+    config = plan.inputs.donor.config
+    sharing = _architecture(plan).endswith(_SHARING)
+    return sharing and (ties(config) is not False or bool(config.get("is_encoder_decoder")))
+
+
+def _tied_table(plan: Plan) -> str | None:
+    """The table of a causal language model without a head of its own."""
+    if task_type(plan.inputs.donor.config) != _CAUSAL:
+        return None
+    if any(step.role.kind is Kind.HEAD and len(step.shape) == 2 for step in plan.steps):
+        return None
+    tables = (step.name for step in plan.steps if step.role.kind is Kind.EMBEDDING and has_tokens(step.name))
+    return next(tables, None)

@@ -196,14 +196,16 @@ class InCore(Action):
 
 
 class Encode(Action):
-    """Work on whole tensors that gives several others, whose sizes may depend on the values; for `Extras` of a plan.
+    """Work on a tensor, or on rows of it, that gives others, whose sizes may depend on the values: what lies beside a
+    model (`Extras` of a plan), or numbers about it.
 
     On tensors of PyTorch on the CPU, by a thread of its own: the results do not depend on how many there are.
     """
 
     @abstractmethod
-    def run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The tensors that are written, by their names, from all that are read, the base first.
+    def run(self, inputs: Sequence[Tensor], first_row: int) -> dict[str, Tensor]:
+        """The tensors that are written, by their names, from all that are read, the base first: their rows from
+        `first_row` on.
 
         Raises NonFiniteError, which names file and tensor, for what must not be written.
         """

@@ -124,14 +124,6 @@ def output(out: ArrayLike | None, like: Tensor, out_dtype: str | None) -> Tensor
     return torch.empty(like.shape, dtype=result_dtype(out_dtype, like), device=like.device)
 
 
-def into(out: ArrayLike | None, result: Tensor) -> Tensor:
-    """A reference's result, in the memory that was given for it, if any was."""
-    if out is None:
-        return result
-    target = as_tensor(out)
-    return target.copy_(result.view(target.shape))
-
-
 def check_task_tensors(op: str, base: ArrayLike, experts: Sequence[ArrayLike], *, ndim: int | None = None) -> None:
     """Raise ArgumentError unless all experts are floating tensors of the base's shape, on the base's device."""
     shape = base.shape

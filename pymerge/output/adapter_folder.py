@@ -17,6 +17,7 @@ PREFIX = "base_model.model."
 
 # Linear, convolution and Conv1D modules have factors of one name; tables, and parameters of no module, of others.
 Form = Literal["module", "table", "parameter"]
+Bias = Literal["none", "lora_bias", "lora_only", "all"]
 
 # The ranks for which vLLM makes room; --max-lora-rank is one of them, 16 unless it is given.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -66,7 +67,7 @@ def adapter_config(
     model: Collection[str],
     *,
     saved: Sequence[str] = (),
-    bias: Literal["none", "lora_bias", "lora_only"] = "none",
+    bias: Bias = "none",
     fan_in_fan_out: bool = False,
     task_type: str | None = None,
     tied: bool = False,
@@ -78,7 +79,8 @@ def adapter_config(
         adapted: all pairs of factors, at least one.
         model: names of all tensors of the base.
         saved: modules whose tensors replace the base's.
-        bias: what is done to biases of adapted modules.
+        bias: what is done to biases: of adapted modules something is added (lora_bias), or they are replaced
+            (lora_only); or any may be replaced (all).
         fan_in_fan_out: whether weights are stored d_in x d_out, as in GPT-2.
         task_type: PEFT's word for the kind of model; None leaves it open.
         tied: whether a head is replaced with the table that it is made of.
@@ -97,7 +99,7 @@ def adapter_config(
         "target_modules": targets([each.module for each in adapted if each.form != "parameter"], model),
         "target_parameters": parameters or None,
         "modules_to_save": sorted(saved) or None,
-        "bias": "lora_only" if bias == "lora_only" else "none",
+        "bias": "none" if bias == "lora_bias" else bias,
         "lora_bias": bias == "lora_bias",
         "fan_in_fan_out": fan_in_fan_out,
         "ensure_weight_tying": tied,

@@ -17,12 +17,19 @@ class Contents:
     """Layouts of the files that a run writes: those of the model, others beside it, and late ones.
 
     `late` maps the names of files whose content is not known yet to the bytes to set aside for them; they get their
-    layout by `place`.
+    layout by `place`. So do those of `interim`, which are never published.
     """
 
-    def __init__(self, model: Sequence[ShardLayout], beside: Sequence[ShardLayout], late: Mapping[str, int]) -> None:
-        self.late = dict(late)
-        self.files = [*(layout.file for layout in (*model, *beside)), *late]
+    def __init__(
+        self,
+        model: Sequence[ShardLayout],
+        beside: Sequence[ShardLayout],
+        late: Mapping[str, int],
+        interim: Mapping[str, int],
+    ) -> None:
+        self.late = {**late, **interim}
+        self.files = [*(layout.file for layout in (*model, *beside)), *self.late]
+        self._interim = frozenset(interim)
         self.layouts: dict[str, ShardLayout] = {}
         self.places: dict[str, tuple[ShardLayout, TensorLayout]] = {}  # by full names of tensors
         self._model = len(model)
@@ -32,7 +39,8 @@ class Contents:
     @property
     def beside(self) -> tuple[ShardLayout, ...]:
         """Layouts of the files that are not the model's, in their order; of late ones those that are settled."""
-        return tuple(self.layouts[file] for file in self.files[self._model :] if file in self.layouts)
+        published = (file for file in self.files[self._model :] if file not in self._interim)
+        return tuple(self.layouts[file] for file in published if file in self.layouts)
 
     def place(self, layout: ShardLayout) -> None:
         """Take the layout of a file."""

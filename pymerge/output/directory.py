@@ -61,8 +61,9 @@ class OutputDirectory:
     """An output directory that belongs to this process between `open` and `publish` or `abandon`.
 
     `layouts` are the weight files of the model, `beside` other files of tensors. Those of `late`, which maps their
-    names to the bytes to set aside for them, get their layout by `settle`, when their content is known. `copied` are
-    the bytes of files that `publish` copies. `identity` is what the merge is made of: a run with the same one goes on
+    names to the bytes to set aside for them, get their layout by `settle`, when their content is known. So do those of
+    `interim`, which are never published: what an interrupted run need not work out again. `copied` are the bytes of
+    files that `publish` copies. `identity` is what the merge is made of: a run with the same one goes on
     where an earlier run stopped. Not thread-safe: one thread writes. As a context manager it opens, and abandons what
     was not published. Without `keeps_cache`, what is written goes to the disk at once and does not stay in the page
     cache.
@@ -76,6 +77,7 @@ class OutputDirectory:
         identity: Identity,
         beside: Sequence[ShardLayout] = (),
         late: Mapping[str, int] | None = None,
+        interim: Mapping[str, int] | None = None,
         copied: int = 0,
         overwrite: bool = False,
         keeps_cache: bool = True,
@@ -86,7 +88,7 @@ class OutputDirectory:
         self.overwrite = overwrite
         self.keeps_cache = keeps_cache
         self._work = self.path / WORK_FOLDER
-        self._contents = Contents(self.layouts, beside, late or {})
+        self._contents = Contents(self.layouts, beside, late or {}, interim or {})
         self._copied = copied
         self._active: dict[str, ShardFile] = {}
         self._created: list[Path] = []  # directories made by this run, outermost first
@@ -110,6 +112,10 @@ class OutputDirectory:
     def beside(self) -> tuple[ShardLayout, ...]:
         """Layouts of the files that are not the model's, in their order; of late ones those that are settled."""
         return self._contents.beside
+
+    def place_of(self, file: str) -> Path:
+        """Path of an interim file that is finished, until `publish`."""
+        return self._work / work_name(file)
 
     @property
     def checksums(self) -> dict[str, dict[str, str]]:
@@ -205,16 +211,17 @@ class OutputDirectory:
         self._created.clear()
         self._remove_work(state)
 
-    def abandon(self) -> None:
+    def abandon(self, *, keep: bool = True) -> None:
         """Stop writing. Finished shards are kept for the next run, beside a note how to go on.
 
-        Without any, everything that this run created is removed. Does nothing after `publish`.
+        Without any, or unless they are to be kept, everything that this run created is removed. Does nothing after
+        `publish`.
         """
         for shard in self._active.values():
             shard.discard()
         self._active.clear()
         state, self._state = self._state, None
-        if state is not None and state.finished:
+        if state is not None and state.finished and keep:
             self._created.clear()
             self._release()
             return

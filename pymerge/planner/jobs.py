@@ -19,6 +19,7 @@ WRITE_BEHIND = 2
 # Pieces of other tensors between two passes of one, if there are so many: the first pass is all done then.
 BETWEEN_PASSES = 8
 READ_THREADS = 4
+FINISHED = ""  # no file of a plan
 # Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; the
 # cores of a CPU it does. Untimed: a guess at what a GPU takes.
 BATCH_ELEMENTS = {"cpu": 0, "cuda": 16 * 2**20}
@@ -128,6 +129,16 @@ def ordered(steps: Sequence[Step], limit: int, finished: Collection[str] = ()) -
     alternating = list(_alternating(unfinished))
     fits = all(job.footprint.peak <= limit for job in alternating)
     return found + (alternating if fits else [job for step in unfinished for job in _own_passes(step)])
+
+
+def only(steps: Iterable[Step], names: Collection[str]) -> list[Step]:
+    """The steps of these tensors, for `ordered` or `batches` with `FINISHED` among the finished files. Others are there
+    if a reduction of the whole model must know them."""
+    return [
+        step if step.name in names else replace(step, file=FINISHED)
+        for step in steps
+        if step.name in names or step.group is not None
+    ]
 
 
 def _model_passes(steps: Sequence[Step], unfinished: Sequence[Step]) -> Iterator[Job]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pymerge.adapters.folder import unmerged
+from pymerge.adapters.forms import unmerged
 from pymerge.architecture.buffers import constant
 from pymerge.architecture.roles import Kind, Role, classify, positions
 from pymerge.architecture.tied import embedding_of, same_values, says_tied, tied_tensors, ties

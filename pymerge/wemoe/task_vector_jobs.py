@@ -44,7 +44,7 @@ class StoreTaskVectors(Encode):
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         return self.parameter.scratch
 
-    def run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def run(self, inputs: Sequence[Tensor], first_row: int) -> dict[str, Tensor]:
         base, *experts = inputs
         tasks = list(zip(self.parameter.experts, experts, strict=True))
         if self.parameter.dense:
@@ -106,7 +106,7 @@ class MakeRouter(Encode):
         """None: parameters are written as they are made."""
         return 0
 
-    def run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def run(self, inputs: Sequence[Tensor], first_row: int) -> dict[str, Tensor]:
         return one_routers_tensors(self.spec, self.index, make_router(self.spec, self.index, self.seed))
 
 

@@ -107,7 +107,8 @@ def save(model: nn.Module, folder: Path) -> Path:
 
 
 def compared(make: Callable[[], nn.Module], config: Any, tmp_path: Path) -> tuple[dict[str, float], int]:
-    """For each tensor the largest difference in units of the last place, and how many tensors the adapter changes."""
+    """For each tensor the largest difference in units in the last place of its largest value, in which all sums are
+    rounded, and how many tensors the adapter changes."""
     base = save(make(), tmp_path / "base")
     trained(make(), config).save_pretrained(tmp_path / "adapter")
     expected = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter").merge_and_unload()
@@ -121,8 +122,8 @@ def differences(
     assert found.keys() == merged.keys()
     errors = {}
     for name, tensor in found.items():
-        unit = np.spacing(torch.maximum(base[name].abs(), merged[name].abs()).float().numpy())
-        errors[name] = float((np.abs((tensor - merged[name]).numpy()) / unit).max())
+        unit = np.spacing(np.float32(torch.maximum(base[name].abs(), merged[name].abs()).max()))
+        errors[name] = float((tensor - merged[name]).abs().max() / unit)
     return errors, sum(not torch.equal(merged[name], base[name]) for name in base)
 
 
@@ -177,7 +178,8 @@ def test_what_peft_merges(what: str, tmp_path: Path) -> None:
     make, config, changes = CASES[what]
     errors, changed = compared(make, config(), tmp_path)
     assert changed == changes
-    # Where this was written all bits are the same, but of out_proj, whose product PEFT adds twice.
+    # Processors add up products in orders of their own; on some all bits are the same, but of out_proj, which is added
+    # twice.
     assert max(errors.values()) <= 2, {name: error for name, error in errors.items() if error > 2}
 
 
@@ -186,7 +188,7 @@ def test_convolutions(dora: bool, tmp_path: Path) -> None:
     """PEFT computes them by a convolution, in another order."""
     errors, changed = compared(layers, lora(["one", "two", "point", "three"], use_dora=dora), tmp_path)
     assert changed == 4
-    assert max(errors.values()) <= 20
+    assert max(errors.values()) <= 2
 
 
 def test_sixteen_bits(tmp_path: Path) -> None:

@@ -66,8 +66,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         kind: ({"peft_type": kind}, (kind, "changes no weights", "leave it out"))
         for kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "XLORA", "POLY", "CARTRIDGE", "ADAPTION_PROMPT")
     },
-    "mlx-lm": ({"peft_type": None, "fine_tune_type": "lora"}, ("mlx-lm", "fuse")),
-    "another library": ({"peft_type": None, "config": {}}, ("names no peft_type",)),
+    "another library": ({"peft_type": None, "config": {}}, ("names neither a peft_type nor a fine_tune_type",)),
     "activated": ({"alora_invocation_tokens": [1, 2]}, ("alora_invocation_tokens", "leave it out")),
     "Arrow": ({"arrow_config": {"top_k": 2}}, ("arrow_config",)),
     "QALoRA": ({"use_qalora": True}, ("use_qalora", MERGE)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def deltas(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_measures_are_those_of_the_formulas(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pymerge.analysis.reading._RANGE_ELEMENTS", 100)  # several ranges of most tensors
+    monkeypatch.setattr("pymerge.analysis.jobs.PIECE_ELEMENTS", 100)  # several ranges of most tensors
     found = survey(pymerge.plan(config))
     taus = deltas(config.parent)
     assert {tensor.name for tensor in found.tensors} == set(taus)
@@ -61,6 +62,22 @@ def test_measures_are_those_of_the_formulas(config: Path, monkeypatch: pytest.Mo
     np.testing.assert_allclose(cosines(found.dots), whole @ whole.T / np.outer(lengths, lengths), atol=1e-6)
     assert found.base_norm == pytest.approx(math.sqrt(sum(float(t.double().square().sum()) for t in llama().values())))
     assert found.experts == ("e0", "e1", "e2")
+
+
+def test_numbers_do_not_depend_on_threads_or_memory(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pymerge.analysis.jobs.PIECE_ELEMENTS", 100)
+    plan = pymerge.plan(config)
+    alone = survey(replace(plan, target=replace(plan.target, threads=1)), spectra=3)
+    several = survey(replace(plan, target=replace(plan.target, threads=5)), spectra=3)
+    assert several == alone
+    assert survey(pymerge.plan(config, memory="200KiB"), spectra=3) == alone
+
+
+def test_a_budget_below_one_piece_is_refused(config: Path) -> None:
+    plan = pymerge.plan(config, memory="200KiB")
+    small = replace(plan, budget=replace(plan.budget, host=1000))
+    with pytest.raises(PlanError, match=r"measuring 'lm_head.weight' holds .* the limit is 1000B .*; give --memory"):
+        survey(small)
 
 
 def test_singular_values(config: Path) -> None:
@@ -84,7 +101,7 @@ def test_a_few_spectra_are_spread_over_roles(config: Path) -> None:
 
 
 def test_weights_beyond_the_memory_are_named(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pymerge.analysis.reading._SPECTRUM_MATRICES", 2**40)
+    monkeypatch.setattr("pymerge.analysis.jobs.SPECTRUM_MATRICES", 2**40)
     found = survey(pymerge.plan(config), spectra=2)
     assert found.spectra == ()
     assert len(found.left_out) == 2
@@ -158,9 +175,10 @@ def test_names_are_escaped(config: Path) -> None:
     assert "a&amp;b" in text
 
 
-def test_bad_input(config: Path, tmp_path: Path) -> None:
-    change(tmp_path / "e1", lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
-    message = r"e1/model\.safetensors: tensor 'model\.norm\.weight' has \d+ values that are NaN"
+def test_bad_input(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pymerge.analysis.jobs.PIECE_ELEMENTS", 10)
+    change(tmp_path / "e1", lambda tensors: tensors["model.norm.weight"][12:].fill_(math.nan))
+    message = r"e1/model\.safetensors: tensor 'model\.norm\.weight' has \d+ values that are NaN .* at \[12\]; repair"
     with pytest.raises(NonFiniteError, match=message):
         survey(pymerge.plan(config))
     without = config.read_text().replace("base_model: base\n", "").replace("task_arithmetic", "linear")

@@ -50,7 +50,7 @@ class Signs(Encode):
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         return NBYTES
 
-    def run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def run(self, inputs: Sequence[Tensor], first_row: int) -> dict[str, Tensor]:
         if self.name in self.failures:
             self.failures.remove(self.name)
             raise MemoryError("none is left")
@@ -64,7 +64,7 @@ class Signs(Encode):
 class Difference(Signs):
     """W_1 - W_0."""
 
-    def run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def run(self, inputs: Sequence[Tensor], first_row: int) -> dict[str, Tensor]:
         return {f"{self.name}::difference": inputs[1] - inputs[0]}
 
 
@@ -176,10 +176,10 @@ def test_a_run_that_fails_goes_on_where_it_stopped(models: Path, monkeypatch: py
     run(planned(models), models / "whole")
     encode = Signs.run
 
-    def failing(self: Signs, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def failing(self: Signs, inputs: Sequence[Tensor], first_row: int) -> dict[str, Tensor]:
         if self.name == NAMES[4]:
             raise NonFiniteError(f"{self.name} is not finite")
-        return encode(self, inputs)
+        return encode(self, inputs, first_row)
 
     with monkeypatch.context() as patched:
         patched.setattr(Signs, "run", failing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pymerge.checkpoint.reader import Reader
 from pymerge.errors import ArgumentError, NonFiniteError, OutputError, PlanError
 from pymerge.extraction import api
+from pymerge.extraction.measure import Measured, measure
+from pymerge.extraction.options import ExtractOptions
+from pymerge.extraction.targets import Target
 from pymerge.output.verify import verify
 from tests.helpers.checkpoints import Tensors, change, llama, llama_config, pymerge, tree, write_model
 
@@ -198,6 +203,35 @@ def test_publishing_that_was_stopped_is_completed(models: Path, monkeypatch: pyt
     assert verify(models / "out").problems == []
 
 
+def test_what_is_measured_is_kept_when_it_is_interrupted(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pymerge.extraction.parts.PART_BYTES", 60_000)
+    extract = partial(api.extract, models / "base", models / "tuned", rest="full", progress=False)
+    extract(models / "whole")
+    names: list[str] = []
+
+    def counted(reader: Reader, target: Target, options: ExtractOptions) -> Measured[torch.Tensor]:
+        names.append(target.name)
+        if stopping and target.name == "model.layers.1.self_attn.q_proj.weight":
+            raise KeyboardInterrupt
+        return measure(reader, target, options)
+
+    monkeypatch.setattr("pymerge.extraction.extracted.measure", counted)
+    stopping = True
+    with pytest.raises(KeyboardInterrupt):
+        extract(models / "out")
+    assert os.listdir(models / "out") == [".pymerge"]
+    first = set(names)
+    with pytest.raises(OutputError, match="holds an unfinished merge"):
+        extract(models / "out", rank=3)
+    names.clear()
+    stopping = False
+    report = extract(models / "out")
+    assert report.resumed_parts > 0
+    assert first - set(names)
+    assert any("finished parts" in line for line in report.lines())
+    assert tree(models / "out") == tree(models / "whole")
+
+
 def test_refusals_come_before_any_output(models: Path) -> None:
     nothing = r"equals .*base in all that would be adapted"
     write_model(models / "same", load_file(models / "base" / "model.safetensors"))
@@ -235,6 +269,10 @@ def test_the_command(models: Path) -> None:
     assert "--max-lora-rank" in done.out
     assert pymerge("verify", models / "out").code == 0
     assert "without --deep" in pymerge("verify", "--deep", models / "out").errors[0]
+    done = pymerge("extract", *models_of, "--rest", "full", "--dry-run", models / "other")
+    assert "14 tensors would get factors" in done.out
+    assert "in modules_to_save: 5 tensors: " in done.out
+    assert not (models / "other").exists()
     done = pymerge("extract", *models_of, "--rank", "0", models / "other")
     assert "rank is 0" in done.errors[0]
     assert not (models / "other").exists()

@@ -14,9 +14,14 @@ from safetensors.torch import load_file
 from pymerge.api import merge
 from pymerge.errors import ArgumentError, NonFiniteError, PlanError
 from pymerge.extraction import api
+from pymerge.extraction.deltas import Delta
+from pymerge.extraction.measure import Measured, cut
+from pymerge.extraction.options import ExtractOptions
+from pymerge.extraction.report import ExtractReport
+from pymerge.extraction.targets import Target
 from pymerge.output.verify import verify
 from tests.helpers.adapters import factors, write_adapter
-from tests.helpers.checkpoints import Tensors, llama, llama_config, pymerge, write_model
+from tests.helpers.checkpoints import Tensors, llama, llama_config, pymerge, tree, write_model
 
 PREFIX = "base_model.model."
 WORDS = [f"self_attn.{word}_proj" for word in "qkvo"] + [f"mlp.{word}_proj" for word in ("gate", "up", "down")]
@@ -122,7 +127,8 @@ def test_what_is_no_product_of_factors_is_refused(models: Path) -> None:
         api.merge_adapters(recipe(models), models / "out", progress=False)
     assert not (models / "out").exists()
     report = api.merge_adapters(recipe(models), models / "out", full_tensors="skip", progress=False)
-    assert any("model.norm.weight" in warning for warning in report.warnings)
+    assert any(line.startswith("left out") and "model.norm.weight" in line for line in report.lines())
+    assert report.error < 1e-6 < 0.05 < report.error_of_all
 
 
 @pytest.mark.parametrize("method", ["ties", "linear"])
@@ -142,6 +148,86 @@ def test_what_is_dense_is_merged_and_cut(models: Path, method: str) -> None:
     for name, tau in wanted.items():
         s = np.linalg.svd(tau.numpy(), compute_uv=False)
         assert errors[name] == pytest.approx(float(np.linalg.norm(s[2:]) / np.linalg.norm(s)), rel=1e-3)
+
+
+def with_norm(models: Path) -> None:
+    """Give the second adapter a norm and a bias of its own."""
+    two = dict(load_file(models / "two" / "adapter_model.safetensors"))
+    two[f"{PREFIX}model.norm.weight"] = torch.linspace(0.0, 1.0, 16)
+    config = json.loads((models / "two" / "adapter_config.json").read_text())
+    write_adapter(models / "two", two, **config | {"modules_to_save": ["norm"]})
+
+
+@pytest.mark.parametrize(("method", "rank"), [("task_arithmetic", "exact"), ("ties", 64)])
+def test_full_tensors_that_are_saved(models: Path, method: str, rank: str | int) -> None:
+    """On the base, the adapter gives what the same merge gives as a model."""
+    with_norm(models)
+    parameters = {"parameters": {"density": 0.5}} if method == "ties" else {}
+    report = api.merge_adapters(
+        recipe(models, method, **parameters), models / "out", rank=rank, full_tensors="save", progress=False
+    )
+    assert report.error_of_all < 1e-6
+    assert "vLLM does not load it" in report.note
+    assert {each.name: each.place for each in report.tensors}["model.norm.weight"] == "saved"
+    again = {**recipe(models), "models": [{"model": str(models / "out"), "parameters": {"weight": 1.0}}]}
+    for name, config in {"merged": recipe(models, method, **parameters), "again": again}.items():
+        merge(config, models / name, progress=False)
+    found, wanted = (load_file(models / name / "model.safetensors") for name in ("again", "merged"))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_base_that_is_scaled_is_changed_everywhere(models: Path) -> None:
+    """Weights that do not add up to 1 scale norms too, which nobody may lose in silence."""
+    scaled = recipe(models, "linear", parameters={"normalize": False})
+    with pytest.raises(PlanError, match=r"input_layernorm\.weight.*--full-tensors"):
+        api.merge_adapters(scaled, models / "out", rank=4, progress=False)
+    assert not (models / "out").exists()
+
+
+def test_merges_that_are_interrupted_go_on(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pymerge.extraction.parts.PART_BYTES", 6000)
+    with_norm(models)
+    more = {"parameters": {"density": 0.5}}
+
+    def merge_to(folder: str) -> ExtractReport:
+        config = recipe(models, "ties", **more)
+        return api.merge_adapters(config, models / folder, rank=3, full_tensors="save", progress=False)
+
+    merge_to("whole")
+    with monkeypatch.context() as patch:
+
+        def stopping(target: Target, options: ExtractOptions, deltas: list[Delta]) -> Measured[torch.Tensor]:
+            if target.name == "model.layers.1.mlp.up_proj.weight":
+                raise KeyboardInterrupt
+            return cut(target, options, deltas)
+
+        patch.setattr("pymerge.extraction.dense.cut", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            merge_to("out")
+    assert merge_to("out").resumed_parts > 1
+    assert tree(models / "out") == tree(models / "whole")
+
+
+def test_the_config_says_rank_dtype_and_full_tensors(models: Path) -> None:
+    with_norm(models)
+    config = recipe(models, output="adapter", rank=2, full_tensors="save", dtype="bfloat16")
+    (models / "merge.yml").write_text(json.dumps(config))
+    assert pymerge("merge", models / "merge.yml", models / "out").code == 0
+    found = load_file(models / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert json.loads((models / "out" / "adapter_config.json").read_text())["r"] == 2
+    assert f"{PREFIX}model.norm.weight" in found
+    done = pymerge("merge", models / "merge.yml", models / "other", "--full-tensors", "error")
+    assert "--full-tensors save" in done.errors[0]
+    done = pymerge("merge", models / "merge.yml", models / "other", "--dry-run")
+    assert "in modules_to_save: 1 tensor: model.norm.weight" in done.out
+    (models / "merge.yml").write_text(json.dumps(recipe(models, rank=2)))
+    done = pymerge("merge", models / "merge.yml", models / "other")
+    assert "rank is of an adapter; add output: adapter" in done.errors[0]
+    assert "add --adapter" in pymerge("merge", models / "merge.yml", models / "other", "--rank", "3").errors[0]
+    assert not (models / "other").exists()
 
 
 def test_nan_in_a_factor(models: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import pymerge
+from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.errors import PlanError
+from pymerge.extraction.names import is_plain
+from tests.helpers.checkpoints import write_model
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -283,3 +287,91 @@ def test_adapters_of_peft_merged_into_one(make: Callable[[], nn.Module], tmp_pat
     assert report.rank == 5
     for name, found in merged(tmp_path / "base", tmp_path / "out", type(model)).named_parameters():
         torch.testing.assert_close(found.double(), wanted[name], rtol=0, atol=2e-6)
+
+
+def biased() -> nn.Module:
+    return llama(attention_bias=True, mlp_bias=True)
+
+
+QV: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+TABLES: dict[str, Any] = QV | {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+QUERY: dict[str, Any] = {"r": 2, "target_modules": ["query"], "init_lora_weights": False}
+# Model, settings of two adapters, what is done with full tensors, and what the config of the result says.
+WITH_MORE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], str, dict[str, Any]]] = {
+    "head": (llama, QV | {"modules_to_save": ["lm_head"]}, QV, "save", {"modules_to_save": ["lm_head"]}),
+    "all biases": (biased, QV | {"bias": "all"}, QV | {"bias": "lora_only"}, "save", {"bias": "all"}),
+    "biases of adapted modules": (biased, QV | {"lora_bias": True}, QV, "save", {"lora_bias": True}),
+    "biases of a model with others inside": (bert, QUERY | {"bias": "all"}, QUERY, "save", {"bias": "all"}),
+    "factors of tables": (llama, TABLES, QV, "error", {"modules_to_save": None}),
+    "tied table": (
+        tied,
+        QV | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        QV,
+        "save",
+        {"modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "rows of a table": (
+        llama,
+        QV | {"trainable_token_indices": [1, 3]},
+        QV,
+        "save",
+        {"modules_to_save": ["model.embed_tokens"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WITH_MORE)
+def test_adapters_with_more_than_factors(case: str, tmp_path: Path) -> None:
+    make, *settings, full_tensors, said = WITH_MORE[case]
+    model: Any = make()
+    model.save_pretrained(tmp_path / "base")
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    wanted = {name: weight.double() for name, weight in before.items()}
+    weights = (0.5, -0.25)
+    for number, (setting, weight) in enumerate(zip(settings, weights, strict=True)):
+        adapted = peft.get_peft_model(type(model).from_pretrained(tmp_path / "base"), peft.LoraConfig(**setting))
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        adapted.save_pretrained(tmp_path / str(number))
+        for name, found in adapted.merge_and_unload().named_parameters():
+            wanted[name] += weight * (found.double() - before[name].double())
+    models = [
+        {"model": str(tmp_path / str(number)), "parameters": {"weight": weight}}
+        for number, weight in enumerate(weights)
+    ]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"), "models": models}
+    pymerge.merge_adapters(recipe, tmp_path / "out", full_tensors=full_tensors, progress=False)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {key: config[key] for key in said} == said
+    loaded = peft.PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert peft.set_peft_model_state_dict(loaded, tensors).unexpected_keys == []
+    for name, weight in loaded.merge_and_unload().named_parameters():
+        torch.testing.assert_close(weight.double(), wanted[name], rtol=0, atol=2e-6, msg=name)
+
+
+def test_names_that_are_the_same_in_memory(tmp_path: Path) -> None:
+    """Of plain decoders, transformers is not asked: it renames their tensors in no causal language model."""
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    loading = importlib.import_module("transformers.core_model_loading")
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    norms = [f"{word}_layernorm" for word in ("input", "post_attention", "pre_feedforward", "post_feedforward")]
+    inside = [*norms, *(f"self_attn.{word}_proj" for word in "qkvo"), "self_attn.q_norm", "self_attn.k_norm"]
+    inside += [f"mlp.{word}_proj" for word in ("gate", "up", "down")]
+    names = ["model.embed_tokens.weight", "lm_head.weight", *(f"model.layers.11.{each}.weight" for each in inside)]
+    tensors = {name: torch.zeros(2, 2) for name in names}
+    write_model(tmp_path, tensors, config={"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False})
+    assert is_plain(open_checkpoint(tmp_path))
+    seen = 0
+    for kind, architecture in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        for key in (kind, architecture):
+            found = mapping.get_checkpoint_conversion_mapping(key) or []
+            renamings = [each for each in found if isinstance(each, loading.WeightRenaming)]
+            changed = [name for name in names if loading.rename_source_key(name, renamings, [])[0] != name]
+            seen += bool(renamings)
+            # Deepseek V4 has experts, by which it is known to be no plain decoder.
+            assert not changed or kind == "deepseek_v4", (key, changed)
+    assert seen > 10

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.helpers.adapters import factors, write_adapter
 from tests.helpers.checkpoints import (
     CARRIED,
     checksums,
@@ -39,7 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Scene:
-    """A command, what its output must be, when it begins to write and ends, what is in the directory before."""
+    """A command, what its output must be, when it begins to write and ends, what is in the directory before, and what
+    its process does first."""
 
     name: str
     arguments: tuple[str | Path, ...]
@@ -47,22 +51,30 @@ class Scene:
     begins: float
     ends: float
     prepare: Callable[[Path], object]
+    before: Callable[[], object] | None
 
 
-def scene(folder: Path, name: str, *more: str, prepare: Callable[[Path], object] = lambda out: None) -> Scene:
-    """The merge of folder/NAME.yml, done once without a break to know its bytes and how long it takes."""
-    arguments = ("merge", folder / f"{name}.yml", *more)
+def scene(
+    folder: Path,
+    name: str,
+    *more: str | Path,
+    command: str = "merge",
+    prepare: Callable[[Path], object] = lambda out: None,
+    before: Callable[[], object] | None = None,
+) -> Scene:
+    """The merge of folder/NAME.yml, or another command, done once without a break to know its bytes and its time."""
+    arguments = ("merge", folder / f"{name}.yml", *more) if command == "merge" else (command, *more)
     out = folder / f"unbroken-{name}{len(more)}"
     prepare(out)
     started = time.monotonic()
-    running = start(*arguments, out)
+    running = start(*arguments, out, before=before)
     running.wait_until((out / ".pymerge").exists)
     begins = time.monotonic() - started
     running.wait_until(lambda: (out / "pymerge_manifest.json").exists() and not (out / ".pymerge").exists())
     ends = time.monotonic() - started
     done = running.wait()
     assert done.code == 0, done
-    return Scene(name, arguments, checksums(out), begins, ends, prepare)
+    return Scene(name, arguments, checksums(out), begins, ends, prepare, before)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +101,35 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
     ]
 
 
+def small_parts() -> None:
+    """Have adapters made in parts of two tensors or so."""
+    importlib.import_module("pymerge.extraction.parts").PART_BYTES = 5000
+
+
+@pytest.fixture(scope="module")
+def scenes_of_adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
+    """An extraction, an exact merge of adapters, and one that is cut, with norms that are saved."""
+    folder = tmp_path_factory.mktemp("kill")
+    base = llama(blocks=3)
+    write_models(folder, base, experts=1, config=llama_config(base))
+    modules = [name.removesuffix(".weight") for name in base if "_proj" in name]
+    norm = {"base_model.model.model.norm.weight": torch.ones(16)}
+    for name, more in (("one", {}), ("two", norm)):
+        write_adapter(folder / name, factors(base, modules, 3, len(more)) | more, r=3, modules_to_save=["norm"])
+    for method, parameters in {"task_arithmetic": "weight: 0.5", "ties": "{weight: 1.0, density: 0.5}"}.items():
+        models = "".join(f"  - {{model: {name}}}\n" for name in ("one", "two"))
+        text = f"merge_method: {method}\nbase_model: base\nmodels:\n{models}parameters: {parameters}\n"
+        (folder / f"{method}.yml").write_text(text.replace("parameters: weight", "parameters:\n  weight"))
+    models = ("--base", folder / "base", "--model", folder / "e0", "--rest", "full", "--rank", "4")
+    merged = ("--adapter", "--full-tensors", "save")
+    pymerge("extract", *models, folder / "warm")
+    return [
+        scene(folder, "extract", *models, command="extract", before=small_parts),
+        scene(folder, "task_arithmetic", *merged, before=small_parts),
+        scene(folder, "ties", *merged, "--rank", "4", before=small_parts),
+    ]
+
+
 def stage(out: Path) -> str:
     """How far a merge had come when it was stopped."""
     file = out / ".pymerge/state.json"
@@ -104,6 +145,18 @@ def stage(out: Path) -> str:
 def test_a_merge_stopped_anywhere_gives_the_same_bytes(
     scenes: list[Scene], tmp_path: Path, number: signal.Signals
 ) -> None:
+    stop_anywhere(scenes, tmp_path, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_adapter_stopped_anywhere_has_the_same_bytes(
+    scenes_of_adapters: list[Scene], tmp_path: Path, number: signal.Signals
+) -> None:
+    stop_anywhere(scenes_of_adapters, tmp_path, number)
+
+
+def stop_anywhere(scenes: list[Scene], tmp_path: Path, number: signal.Signals) -> None:
+    """Send a signal at random moments, `KILLS` times, and run the command again until it ends."""
     generator = random.Random(number.value)
     stages: Counter[str] = Counter()
     stopped = again = 0
@@ -116,7 +169,7 @@ def test_a_merge_stopped_anywhere_gives_the_same_bytes(
         chosen.prepare(out)
         in_row = 0
         while True:
-            running = start(*chosen.arguments, out)
+            running = start(*chosen.arguments, out, before=chosen.before)
             if in_row < 3 and (in_row == 0 or generator.random() < 0.3):
                 running.send_after(generator.uniform(0.9 * chosen.begins, 1.05 * chosen.ends), number)
             done = running.wait()

@@ -41,7 +41,7 @@ ARROWS = {
     "planner": _PLANNED,
     "engine": _CARRIED_OUT,
     "live": f"{_CARRIED_OUT} engine",
-    "analysis": f"{_PLANNED} planner",
+    "analysis": f"{_CARRIED_OUT} engine",
     "api": f"{_CARRIED_OUT} engine",
     "extraction": f"{_CARRIED_OUT} engine api",
     "wemoe": f"{_CARRIED_OUT} engine",

@@ -1,16 +1,15 @@
-"""`pymerge extract`: the difference of a fine-tuned model to its base, as an adapter."""
+"""The difference of a fine-tuned model to its base as an adapter: what `pymerge extract` does."""
 
 from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 
 import yaml
+from torch import Tensor
 
 from pymerge import env
 from pymerge.checkpoint.reader import Reader
-from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.errors import PlanError
 from pymerge.extraction.measure import Measured, footprint, measure
 from pymerge.extraction.names import names_in_memory
@@ -18,45 +17,36 @@ from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import REPORT_NAME, ExtractReport
 from pymerge.extraction.targets import Target, find_targets
 from pymerge.extraction.tied import tied_head
-from pymerge.extraction.work import Work, carry_out
+from pymerge.extraction.work import Work
 from pymerge.planner.plan import Plan
 
 
-def run(
-    plan: Plan,
-    options: ExtractOptions,
-    out: Path,
-    *,
-    base: str,
-    overwrite: bool = False,
-    progress: ProgressSink | None = None,
-) -> ExtractReport:
-    """Extract the difference of the plan's only expert to its base, which the config of the folder calls `base`.
+def plan_extraction(plan: Plan, options: ExtractOptions, base: str) -> Work:
+    """Work that extracts the difference of the plan's only expert to its base, which the folder's config calls `base`.
 
-    Raises PlanError where nothing can be extracted, and as `carry_out` does.
+    Raises PlanError where nothing can be extracted.
     """
     names = names_in_memory(plan.inputs.donor)
     targets = find_targets(plan, options, names)
     if not any(target.place == "factors" for target in targets):
         raise PlanError([f"{base}: no linear weight or convolution is asked for; correct --include and --exclude"])
 
-    def measured(reader: Reader, target: Target) -> Measured:
+    def measured(reader: Reader, target: Target) -> Measured[Tensor]:
         return measure(reader, target, options)
 
-    work = Work(
+    return Work(
         plan,
         options,
         base,
         targets,
         names,
-        tied_head(plan, options),
+        tied_head(plan, options, "leave --embeddings at skip"),
         measure=measured,
         footprint=partial(footprint, options=options),
         card=partial(_card, plan=plan, base=base),
         files={},
         recipe={"command": "extract", "options": json.dumps(options.values())},
     )
-    return carry_out(work, out, progress or NoProgress(), overwrite=overwrite)
 
 
 def _card(report: ExtractReport, plan: Plan, base: str) -> bytes:

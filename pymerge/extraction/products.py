@@ -1,0 +1,79 @@
+"""Merged differences that are products of factors: sums of adapters, and what solvers find in the space of factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pymerge.adapters.low_rank import low_rank_of
+from pymerge.adapters.ranks import rank_over
+from pymerge.checkpoint.finite import is_finite, overflow
+from pymerge.checkpoint.reader import Reader
+from pymerge.common.blas import one_blas_thread
+from pymerge.common.dtypes import torch_dtype
+from pymerge.errors import NonFiniteError, PlanError
+from pymerge.extraction.measure import Measured
+from pymerge.extraction.options import ExtractOptions
+from pymerge.extraction.targets import Target
+from pymerge.methods.actions import Combine, InCore
+from pymerge.methods.core.factors import Factors, Product
+from pymerge.ops._truncate import truncate
+from pymerge.planner.steps import Step
+
+
+def measure_product(
+    reader: Reader, target: Target, step: Step, options: ExtractOptions, *, exact: bool
+) -> Measured[Tensor]:
+    """The factors of the merged difference of one tensor."""
+    pairs, total, lost = [], 0.0, 0.0
+    dtype = torch_dtype(options.code)
+    for number in range(target.count):
+        left, right = _merged(reader, target, step, number)
+        if not (is_finite(left) and is_finite(right)):
+            raise NonFiniteError(f"{target.name}: the adapters' factors hold NaN or infinity; use sound adapters")
+        smaller = exact and left.shape[1] <= min(target.shape)
+        cut = truncate(left, right, options.rank, None if exact else options.energy)
+        total, lost = total + cut.kept + cut.lost, lost + (0.0 if smaller else cut.lost)
+        pair = (left.to(dtype), right.to(dtype)) if smaller else (cut.B.to(dtype), cut.A.to(dtype))
+        if not all(map(is_finite, pair)):
+            raise overflow(target.name, options.code)
+        pairs.append(pair)
+    return Measured(target, total, lost, tuple(pairs), "qr")
+
+
+def _merged(reader: Reader, target: Target, step: Step, number: int) -> tuple[Tensor, Tensor]:
+    """Left and right factors of the merged difference of a matrix as it is stored, in float64."""
+    found = [_factors(reader, target, entry, number) for entry in step.experts]
+    action = step.action
+    if isinstance(action, Combine):
+        return found[0]
+    assert isinstance(action, InCore)
+    turned = step.role.in_axis == 0
+    arrays = [(left.numpy(), right.numpy()) for left, right in found]
+    with one_blas_thread():
+        delta = action.solve.run_core(
+            [Factors(right.T, left.T) if turned else Factors(left, right) for left, right in arrays]
+        )
+    if not isinstance(delta, Product):
+        raise PlanError([f"{step.name}: {action.label} gives no product of factors; merge into a model"])
+    P, K = (torch.from_numpy(np.ascontiguousarray(side)) for side in delta)
+    return (K.mT, P.mT) if turned else (P, K)
+
+
+def _factors(reader: Reader, target: Target, entry: Any, number: int) -> tuple[Tensor, Tensor]:
+    """What an adapter adds to a matrix; of rank 0 where it is the base's own."""
+    known = low_rank_of(entry)
+    if known is None:
+        rows, columns = target.shape
+        return torch.zeros(rows, 0, dtype=torch.float64), torch.zeros(0, columns, dtype=torch.float64)
+    left, right = known.factors(reader.read_bytes, number)
+    return torch.from_numpy(left), torch.from_numpy(right)
+
+
+def footprint(target: Target, step: Step) -> int:
+    """Bytes that a target takes: factors as read, joined, orthonormal and cut, in float64."""
+    rank = sum(rank_over(step.base, entry) or 0 for entry in step.experts)
+    return 8 * (target.count + 6) * rank * sum(target.shape) + 8 * 8 * rank**2
