@@ -124,13 +124,13 @@ def store_rounded(to, offsets, x, mask, TO_BF16: tl.constexpr):
 
 
 def as_bits(out: Tensor) -> Tensor:
-    """What `store_rounded` writes to: the tensor itself, or bfloat16 as int16."""
+    """Memory that `store_rounded` writes to: the tensor itself, or bfloat16 as int16."""
     return out.view(torch.int16) if out.dtype == torch.bfloat16 else out
 
 
 @triton.jit
 def word_places(BLOCK: tl.constexpr):
-    """Of a program that works on BLOCK elements: its words of 32 flags, and [words, 32] offsets of the elements."""
+    """Words of 32 flags of a program that works on BLOCK elements, and [words, 32] offsets of the elements."""
     word = tl.program_id(0).to(tl.int64) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
     return word, word[:, None] * 32 + tl.arange(0, 32)[None, :]
 

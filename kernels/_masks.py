@@ -1,4 +1,4 @@
-"""What magnitude_mask and random_mask share: flags written as bits, and L1 norms in float64.
+"""Parts that magnitude_mask and random_mask share: flags written as bits, and L1 norms in float64.
 
 Every program writes the sums of its own elements; they are added in the order of the programs, which is the same on
 every run.
@@ -36,7 +36,7 @@ def store_mask(bits, norms, task, word, words, flags, delta):
 
 
 class Output(NamedTuple):
-    """What a launch writes, and its sizes."""
+    """Outputs of a launch, and its sizes."""
 
     bits: Tensor  # [T, words] int32
     norms: Tensor  # [T, 2, programs] float64: sums of each program

@@ -38,6 +38,17 @@ def combine_files(
     check_inputs: bool,
     /,
 ) -> tuple[bool, int, int, int, int]: ...
+def combine_vectors(  # weights float64, T x columns or T x rows
+    out: Matrix,
+    base: Matrix | None,
+    tensors: Sequence[Matrix],
+    weights: int,
+    by_columns: bool,
+    rows: int,
+    columns: int,
+    threads: int,
+    /,
+) -> None: ...
 def is_finite(tensor: Matrix, /) -> bool: ...
 def low_rank_sum(  # each of one row; factors float32 or float64
     out: Matrix,
@@ -103,6 +114,7 @@ def magnitude_counts(  # counts int64, T x 2^bits, zeros at first
     prefixes: Sequence[int],
     shift: int,
     bits: int,
+    in_double: bool,
     threads: int,
     /,
 ) -> None: ...

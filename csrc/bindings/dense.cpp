@@ -3,6 +3,7 @@
 #include "bindings/combining.h"
 #include "common/finite.h"
 #include "io/combine_files.h"
+#include "ops/combine_vectors.h"
 #include "ops/low_rank_sum.h"
 #include "ops/task_dots.h"
 #include "ops/task_stats.h"
@@ -38,6 +39,16 @@ std::tuple<bool, std::int64_t, int, std::int64_t, std::int64_t> combine_files(
         combine_files_cpu({out, base ? &*base : nullptr, tensors.data(), weights.data(), divisor,
                            static_cast<std::int64_t>(tensors.size()), out.row_stride, block, check_inputs});
     return {result.finite, result.failed, result.error, result.at, result.reading_ns};
+}
+
+void combine_vectors(const Output& out, const std::optional<MatrixView>& base, const std::vector<MatrixView>& tensors,
+                     Address weights, bool by_columns, std::int64_t rows, std::int64_t columns, int threads) {
+    PM_CHECK(out.row_stride == rows * columns,
+             "combine_vectors: " << out.row_stride << " elements of output for " << rows << " x " << columns);
+    check_elements("combine_vectors", out.row_stride, base, tensors, "tensor");
+    combine_vectors_cpu(
+        {out, or_none(base), tensors.data(), pointer<const double>(weights), by_columns, count(tensors), rows, columns},
+        threads);
 }
 
 bool is_finite(const MatrixView& tensor) { return is_finite_cpu(tensor.data, tensor.dtype, tensor.row_stride); }
@@ -98,6 +109,7 @@ void task_dots(Address out, const std::optional<MatrixView>& base, const std::ve
 void define_dense(py::module_& module) {
     module.def("combine", &combine, Unlocked());
     module.def("combine_files", &combine_files, Unlocked());
+    module.def("combine_vectors", &combine_vectors, Unlocked());
     module.def("is_finite", &is_finite, Unlocked());
     module.def("low_rank_sum", &low_rank_sum, Unlocked());
     module.def("task_sum", &task_sum, Unlocked());

@@ -41,14 +41,14 @@ void trim_threshold(Address keys, Address ends, const Base& base, const Experts&
 }
 
 void magnitude_counts(Address counts, const Base& base, const Experts& experts,
-                      const std::vector<std::uint32_t>& prefixes, int shift, int bits, int threads) {
+                      const std::vector<std::uint64_t>& prefixes, int shift, int bits, bool in_double, int threads) {
     check_one_each("magnitude_counts", experts, "prefixes", prefixes);
     magnitude_counts_cpu({pointer<std::int64_t>(counts), or_none(base), experts.data(), prefixes.data(), shift, bits,
-                          count(experts), common_elements("magnitude_counts", base, experts)},
+                          in_double, count(experts), common_elements("magnitude_counts", base, experts)},
                          threads);
 }
 
-std::int64_t magnitude_place(const Base& base, const MatrixView& expert, std::uint32_t key, std::int64_t left) {
+std::int64_t magnitude_place(const Base& base, const MatrixView& expert, std::uint64_t key, std::int64_t left) {
     return magnitude_place_cpu(or_none(base), expert, key, left, common_elements("magnitude_place", base, {expert}));
 }
 

@@ -14,7 +14,7 @@
 
 namespace pymerge {
 
-// Codes that Python passes (pymerge/backends/native.py holds the same table).
+// Codes that Python passes (pymerge/common/dtypes.py holds the same table).
 enum class DType : std::int32_t { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 
 struct Half {

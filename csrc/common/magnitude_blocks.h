@@ -10,32 +10,35 @@ namespace pymerge {
 
 constexpr std::int64_t magnitude_block = 2048;  // a block's delta and keys stay in the first-level cache
 
-PM_TARGET_CLONES static inline void find_keys(std::uint32_t* __restrict keys, const float* __restrict delta,
+template <class A, class K>
+PM_TARGET_CLONES static inline void find_keys(MagnitudeKey<K>* __restrict keys, const A* __restrict delta,
                                               std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(delta[i]);
+    for (std::int64_t i = 0; i < n; ++i) keys[i] = magnitude_key(static_cast<K>(delta[i]));
 }
 
-PM_TARGET_CLONES static inline void find_matching(std::uint32_t* __restrict flags, const std::uint32_t* __restrict keys,
-                                                  std::uint32_t prefix, int shift, std::int64_t n) {
+template <class Key>
+PM_TARGET_CLONES static inline void find_matching(std::uint32_t* __restrict flags, const Key* __restrict keys,
+                                                  Key prefix, int shift, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) flags[i] = (keys[i] >> shift) == prefix;
 }
 
-// Calls f(keys, n, at) for each block of elements begin to end of one task.
-template <class F>
+// Calls f(keys, n, at) for each block of elements begin to end of one task. Deltas are formed in A, the keys are K's.
+template <class A, class K = A, class F>
 void for_each_key_block(const MatrixView& base, const MatrixView& expert, std::int64_t begin, std::int64_t end, F&& f) {
-    float delta[magnitude_block];
-    std::uint32_t keys[magnitude_block];
+    A delta[magnitude_block];
+    MagnitudeKey<K> keys[magnitude_block];
     for (std::int64_t at = begin; at < end; at += magnitude_block) {
         const std::int64_t n = std::min(magnitude_block, end - at);
         task_deltas(delta, base, expert, at, n);
-        find_keys(keys, delta, n);
+        find_keys<A, K>(keys, delta, n);
         f(keys, n, at);
     }
 }
 
-// Calls f(key) for the keys of a block that start with `prefix`.
-template <class F>
-void for_each_matching(const std::uint32_t* keys, std::int64_t n, std::uint32_t prefix, int shift, F&& f) {
+// Calls f(key) for the keys of a block that start with `prefix`: a key shifted right by so many bits, fewer than it
+// has.
+template <class Key, class F>
+void for_each_matching(const Key* keys, std::int64_t n, Key prefix, int shift, F&& f) {
     std::uint32_t flags[magnitude_block];
     std::uint64_t words[magnitude_block / 64] = {};
     find_matching(flags, keys, prefix, shift, n);

@@ -70,17 +70,27 @@ __attribute__((target("arch=x86-64-v4"))) static inline void fill_lanes_avx512(N
 
 #endif
 
-inline Norms block_norms(const float* delta, const std::uint32_t* flags, std::int64_t n) {
-    NormLanes lanes;
+inline void fill_lanes(NormLanes& lanes, const float* delta, const std::uint32_t* flags, std::int64_t n) {
 #if defined(PM_AVX512)
-    if (has_avx512()) {
-        fill_lanes_avx512(lanes, delta, flags, n);
-    } else {
-        fill_lanes_anywhere(lanes, delta, flags, n);
-    }
-#else
-    fill_lanes_anywhere(lanes, delta, flags, n);
+    if (has_avx512()) return fill_lanes_avx512(lanes, delta, flags, n);
 #endif
+    fill_lanes_anywhere(lanes, delta, flags, n);
+}
+
+// float64 is rare, and goes the plain way.
+inline void fill_lanes(NormLanes& lanes, const double* delta, const std::uint32_t* flags, std::int64_t n) {
+    lanes = {};
+    for (std::int64_t i = 0; i < n / NormLanes::count * NormLanes::count; ++i) {
+        const double size = std::fabs(delta[i]);
+        lanes.before[i % NormLanes::count] += size;
+        lanes.after[i % NormLanes::count] += flags[i] != 0 ? size : 0.0;
+    }
+}
+
+template <class A>
+Norms block_norms(const A* delta, const std::uint32_t* flags, std::int64_t n) {
+    NormLanes lanes;
+    fill_lanes(lanes, delta, flags, n);
     for (std::int64_t i = n / NormLanes::count * NormLanes::count; i < n; ++i) {
         const double size = std::fabs(static_cast<double>(delta[i]));
         lanes.before[0] += size;

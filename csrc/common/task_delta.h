@@ -1,4 +1,5 @@
-// Elements of task vectors tau_t = W_t - W_0 in float32, straight from the stored types, and their magnitudes.
+// Elements of task vectors tau_t = W_t - W_0, straight from the stored types, and their magnitudes. Deltas are formed
+// in float32, or in float64 where one of both is float64.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +9,32 @@
 
 namespace pymerge {
 
-PM_HOST_DEVICE float task_delta(float value, float base) { return value - base; }
+template <class A>
+PM_HOST_DEVICE A task_delta(A value, A base) {
+    return value - base;
+}
 
 // Magnitudes are ordered as their bits are, NaN above infinity.
 PM_HOST_DEVICE std::uint32_t magnitude_key(float delta) { return bit_copy<std::uint32_t>(delta) & 0x7fffffffu; }
+PM_HOST_DEVICE std::uint64_t magnitude_key(double delta) {
+    return bit_copy<std::uint64_t>(delta) & 0x7fffffffffffffffu;
+}
+
+template <class A>
+using MagnitudeKey = decltype(magnitude_key(A{}));
+
+template <class A>
+constexpr int key_bits = 8 * sizeof(A) - 1;
+
+inline bool is_double_delta(const MatrixView& base, const MatrixView& expert) {
+    return is_double(base) || is_double(expert);
+}
+
+// Calls f with the Tag of the type that these deltas are formed in.
+template <class F>
+decltype(auto) in_delta_type(const MatrixView& base, const MatrixView& expert, F&& f) {
+    return is_double_delta(base, expert) ? f(Tag<double>{}) : f(Tag<float>{});
+}
 
 // Calls f(const T* at (row, column)) for the stored type.
 template <class F>
@@ -26,10 +49,11 @@ inline void check_rows(const char* label, const MatrixView& m, std::int64_t rows
     PM_CHECK(m.row_stride >= columns, label << " has row stride " << m.row_stride << " for " << columns << " columns");
 }
 
-// out = W_t - W_0 of `n` elements of a row.
+// out = W_t - W_0 of `n` elements of a row, in float32.
 void row_deltas(float* out, const MatrixView& base, const MatrixView& expert, std::int64_t row, std::int64_t column,
                 std::int64_t n);
 // The same of tensors that are seen as one row, from `begin` on; W_t where the base is null.
 void task_deltas(float* out, const MatrixView& base, const MatrixView& expert, std::int64_t begin, std::int64_t n);
+void task_deltas(double* out, const MatrixView& base, const MatrixView& expert, std::int64_t begin, std::int64_t n);
 
 }  // namespace pymerge

@@ -4,6 +4,7 @@
 #include "common/mask_block.h"
 #include "common/philox_words.h"
 #include "common/ranked_draw.h"
+#include "common/sorted_draw.h"
 
 namespace pymerge {
 namespace {
@@ -25,11 +26,12 @@ PM_TARGET_CLONES void flag_block(std::uint32_t* __restrict flags, const std::uin
     for (std::int64_t i = 0; i < n; ++i) flags[i] = (words[i] < below) | all;
 }
 
+template <class A>
 Norms mask_segment(const RandomMaskParams& p, std::int64_t task, std::int64_t begin) {
     const std::int64_t numel = p.rows * p.columns, end = std::min(numel, begin + segment);
     std::uint8_t* bits = p.out.bits + task * mask_bytes(numel);
     const std::uint64_t limit = random_limit((p.lowest[task] + p.highest[task]) / 2);
-    float delta[block_size];
+    A delta[block_size];
     std::uint32_t room[block_size + 6], flags[block_size];
     Norms norms;
     for (std::int64_t at = begin; at < end; at += block_size) {
@@ -44,6 +46,7 @@ Norms mask_segment(const RandomMaskParams& p, std::int64_t task, std::int64_t be
 }
 
 // A thread's buffers for rows of so many columns.
+template <class A>
 struct RowBuffers {
     RowBuffers(const std::uint64_t* limits, std::int64_t columns)
         : draw(limits, columns),
@@ -51,21 +54,22 @@ struct RowBuffers {
           room(static_cast<std::size_t>(columns) + 6),
           flags(static_cast<std::size_t>(columns) + 2 * word_bits) {}
 
-    RankedDraw draw;
-    std::vector<float> delta;
+    std::conditional_t<std::is_same_v<A, float>, RankedDraw, SortedDraw> draw;
+    std::vector<A> delta;
     std::vector<std::uint32_t> room;
     std::vector<std::uint32_t> flags;
 };
 
+template <class A>
 Norms mask_rows(const RandomMaskParams& p, std::int64_t task, std::int64_t row, std::int64_t end,
                 const std::vector<std::uint64_t>& limits) {
     const std::int64_t columns = p.columns, numel = p.rows * columns;
     std::uint8_t* bits = p.out.bits + task * mask_bytes(numel) + row * columns / 8;
-    RowBuffers buffers(limits.data(), columns);
+    RowBuffers<A> buffers(limits.data(), columns);
     std::int64_t waiting = 0;  // flags of rows before that do not fill a word
     Norms norms;
     for (; row < end; ++row) {
-        float* delta = buffers.delta.data();
+        A* delta = buffers.delta.data();
         task_deltas(delta, p.base, p.experts[task], row * columns, columns);
         const std::uint32_t* words = words_of(buffers.room.data(), p.keys[task], p.first + row * columns, columns);
         std::uint32_t* flags = buffers.flags.data() + waiting;
@@ -98,7 +102,6 @@ std::vector<std::uint64_t> limits_of(double lowest, double highest, std::int64_t
 void random_mask_cpu(const RandomMaskParams& p, int threads) {
     const std::int64_t numel = p.rows * p.columns;
     PM_CHECK(p.columns < std::int64_t{1} << 30, "random_mask: rows of " << p.columns << " elements; use the reference");
-    PM_CHECK(p.base.dtype != DType::f64, "random_mask: the base is float64; use the reference");
     // Rows in groups that fill words.
     const std::int64_t together = std::max<std::int64_t>(1, word_bits * p.columns);
     const std::int64_t rows = std::max<std::int64_t>(1, segment / together) * word_bits;
@@ -115,11 +118,14 @@ void random_mask_cpu(const RandomMaskParams& p, int threads) {
         const std::int64_t t = item % p.count, place = item / p.count;
         const auto& of_ranks = limits[static_cast<std::size_t>(t)];
         Norms& norms = parts[static_cast<std::size_t>(t * items + place)];
-        if (of_ranks.empty()) {
-            if (place < segments) norms = mask_segment(p, t, place * segment);
-        } else if (place < groups) {
-            norms = mask_rows(p, t, place * rows, std::min(p.rows, (place + 1) * rows), of_ranks);
-        }
+        in_delta_type(p.base, p.experts[t], [&](auto tag) {
+            using A = typename decltype(tag)::type;
+            if (of_ranks.empty()) {
+                if (place < segments) norms = mask_segment<A>(p, t, place * segment);
+            } else if (place < groups) {
+                norms = mask_rows<A>(p, t, place * rows, std::min(p.rows, (place + 1) * rows), of_ranks);
+            }
+        });
     });
     if (p.out.before != nullptr) sum_norms(parts, p.count, items, p.out.before, p.out.after);
 }

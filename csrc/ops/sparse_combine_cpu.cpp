@@ -17,11 +17,13 @@ PM_TARGET_CLONES void read_block(A* __restrict to, const T* __restrict from, std
     for (std::int64_t i = 0; i < n; ++i) to[i] = load<A>(from[i]);
 }
 
-template <class T>
-PM_TARGET_CLONES void keep_range(float* __restrict kept, const float* __restrict origin, const T* __restrict values,
-                                 KeyRange range, std::int32_t n) {
-    for (std::int32_t i = 0; i < n; ++i) {
-        kept[i] = static_cast<float>(static_cast<std::int32_t>(range(load<float>(values[i]) - origin[i], i)));
+// Magnitudes are compared as D's: of a task without float64 in float, whatever type A all is computed in.
+template <class D, class A, class T>
+PM_TARGET_CLONES void keep_range(A* __restrict kept, const A* __restrict origin, const T* __restrict values,
+                                 KeyRange<D> range, typename KeyRange<D>::Number n) {
+    for (typename KeyRange<D>::Number i = 0; i < n; ++i) {
+        const D delta = task_delta(load<D>(values[i]), static_cast<D>(origin[i]));
+        kept[i] = static_cast<A>(static_cast<std::int32_t>(range(delta, i)));
     }
 }
 
@@ -68,11 +70,14 @@ void combine_block(const SparseCombineParams& p, A all, std::int64_t begin, std:
     const auto mask = [&](std::int64_t t) {
         if (p.bits != nullptr) {
             unpack_bits<A>(kept, p.bits + t * mask_bytes(p.numel) + begin / 8, n);
-        } else if constexpr (sizeof(A) == sizeof(float)) {
-            if (p.kept.keys == nullptr) return;
-            const KeyRange range = key_range(p.kept, p.dropped, t, begin);
-            with_values(p.experts[t], begin,
-                        [&](auto* values) { keep_range(kept, origin, values, range, static_cast<std::int32_t>(n)); });
+        } else if (p.kept.keys != nullptr) {
+            in_delta_type(p.base, p.experts[t], [&](auto tag) {
+                using D = typename decltype(tag)::type;
+                using Number = typename KeyRange<D>::Number;
+                const KeyRange<D> range = key_range<D>(p.kept, p.dropped, t, begin);
+                with_values(p.experts[t], begin,
+                            [&](auto* values) { keep_range<D>(kept, origin, values, range, static_cast<Number>(n)); });
+            });
         }
     };
     A* sums = p.elect ? vote : total;
@@ -122,7 +127,6 @@ void combine_all(const SparseCombineParams& p, int threads) {
 void sparse_combine_cpu(const SparseCombineParams& p, int threads) {
     bool in_double = p.base.dtype == DType::f64;
     for (std::int64_t t = 0; t < p.count; ++t) in_double |= p.experts[t].dtype == DType::f64;
-    PM_CHECK(!in_double || p.kept.keys == nullptr, "sparse_combine: an input is float64; give masks as bits");
     if (in_double) {
         combine_all<double>(p, threads);
     } else {

@@ -23,7 +23,7 @@ struct SparseFused {
     const T* base;
     const T* experts[most_sparse_fused];
     const std::uint8_t* bits[most_sparse_fused];
-    KeyRange ranges[most_sparse_fused];
+    KeyRange<float> ranges[most_sparse_fused];
     float sizes[most_sparse_fused];
     float weights[most_sparse_fused];
     float all;
@@ -37,7 +37,7 @@ PM_TARGET_CLONES static void sparse_elements(const SparseFused<T>& p, std::int64
     const float all = p.all, scale = p.scale;
     for (std::int64_t begin = 0; begin < n; begin += sparse_fused_elements) {
         std::uint32_t words[count];
-        KeyRange ranges[count];
+        KeyRange<float> ranges[count];
         for (int t = 0; t < count; ++t) {
             words[t] = ~0u;
             if constexpr (mask == Mask::bits) memcpy(&words[t], p.bits[t] + begin / 8, sizeof(words[t]));
@@ -103,7 +103,7 @@ void sparse_fused(const SparseCombineParams& p, float all, std::int64_t begin, s
     for (std::int64_t t = 0; t < p.count; ++t) {
         f.experts[t] = static_cast<const T*>(p.experts[t].data) + begin;
         if (p.bits != nullptr) f.bits[t] = p.bits + t * mask_bytes(p.numel) + begin / 8;
-        f.ranges[t] = key_range(p.kept, p.dropped, t, begin);
+        f.ranges[t] = key_range<float>(p.kept, p.dropped, t, begin);
         f.sizes[t] = static_cast<float>(p.sizes[t]);
         f.weights[t] = static_cast<float>(p.weights[t]);
     }

@@ -17,7 +17,7 @@ HEAD_SCALE = 16.0
 
 @dataclass(frozen=True)
 class GlyphVitConfig:
-    """What config.json holds beside the model type."""
+    """Content of config.json beside the model type."""
 
     image_size: int = 32
     stem_channels: tuple[int, ...] = (24, 48)

@@ -106,7 +106,7 @@ class _Builder:
                 del own[head]
 
     def notes(self) -> Iterable[str]:
-        """What people should know of it."""
+        """Notes for people."""
         path, said = self._files.path, self.settings.base
         if said and not may_be(said, self._base):
             yield f"{path}: was trained on {shorten(said)}, and is applied to {self._base.path}"

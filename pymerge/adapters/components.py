@@ -83,7 +83,7 @@ def _has_size(module: Module, shape: tuple[int, ...]) -> bool:
 def _not_there(
     base: Checkpoint, files: AdapterFiles, components: Components, fits: Mapping[str, _Fit], names: Collection[str]
 ) -> CheckpointError:
-    """What is wrong with the component that fits best of those that should."""
+    """Problem of the component that fits best of those that should."""
     name = max(names, key=lambda each: len(fits[each].modules))
     lost = fits[name].lost
     first = components[name][lost[0]]

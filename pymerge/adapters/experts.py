@@ -107,7 +107,7 @@ def _fit(module: Module, parameter: Parameter, transposed: Callable[[str], bool 
 
 
 def terms(fit: Fit, scale: float) -> Iterator[tuple[str, Term]]:
-    """What is added to which stored tensors."""
+    """Terms that are added to stored tensors, with the names of these."""
     count, rows, _ = fit.parameter.shape
     for number in range(count):
         names = (fit.parameter.stack,) if fit.parameter.stack else fit.parameter.parts[number]
@@ -128,7 +128,7 @@ def _factors(fit: Fit, number: int, count: int, rows: tuple[int, int]) -> tuple[
 
 
 def in_stack(module: Module, experts: str, tensors: Mapping[str, TensorEntry], scale: float) -> tuple[str, Term] | None:
-    """What factors of a single expert's matrix add to the stack that the base has of all; None if they do not fit."""
+    """Term that factors of a single expert add to the stack that the base has of all; None if they do not fit."""
     found = NUMBERED.fullmatch(module.name)
     if found is None:
         return None
@@ -153,8 +153,8 @@ def _in_stack(
 def switched(
     module: Module, where: str, tensors: Mapping[str, TensorEntry], scale: float
 ) -> list[tuple[str, Term]] | None:
-    """What factors of all experts, E x rank x inputs and E x outputs x rank, add to which tensors of the base: to one
-    stack, to matrices of single experts, or to the stack that transformers makes; None if they do not fit."""
+    """Terms of factors of all experts, E x rank x inputs and E x outputs x rank, with the tensors that they are added
+    to: one stack, matrices of single experts, or the stack that transformers makes; None if they do not fit."""
     count, rank, columns = module.a.shape
     rows = module.b.shape[1]
     if module.b.shape != (count, rows, rank):

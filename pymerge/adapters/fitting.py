@@ -18,7 +18,7 @@ from pymerge.errors import CheckpointError
 
 
 class Fitting:
-    """Which way round factors stand in the weights of a base, and the errors of those that fit none."""
+    """Rule for how factors stand in the weights of a base, and errors of those that fit none."""
 
     def __init__(self, base: Checkpoint, files: AdapterFiles, settings: Settings) -> None:
         self._base = base

@@ -53,7 +53,7 @@ class AdapterFiles:
 
     @property
     def merged_elsewhere(self) -> str:
-        """How those who have written it make a model of it, as a remedy."""
+        """Remedy: how those who have written it make a model of it."""
         if self.form is Form.PEFT:
             return merged_by_peft(self.path)
         if self.form is Form.MLX:

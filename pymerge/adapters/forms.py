@@ -20,7 +20,7 @@ _OTHERS = (".hada_w", ".lokr_w")
 
 
 class Form(str, Enum):
-    """Who writes adapters like it."""
+    """Writer of adapters like it."""
 
     PEFT = "PEFT"
     MLX = "mlx-lm"

@@ -29,7 +29,7 @@ _GATHER = (
 
 @dataclass
 class Module:
-    """What a file has of an adapted module, or of a parameter of one: `depth` says how many others are around it."""
+    """Tensors of an adapted module, or of a parameter of one: `depth` says how many others are around it."""
 
     name: str
     depth: int = 0

@@ -18,7 +18,7 @@ _AGAIN = "copy the adapter again from where mlx-lm has saved it"
 
 
 def read_mlx(base: Checkpoint, files: AdapterFiles) -> tuple[Settings, Keys]:
-    """What adapter_config.json and the file say. Raises CheckpointError for what mlx-lm itself does not read."""
+    """Settings of adapter_config.json and keys of the file. Raises CheckpointError for what mlx-lm does not read."""
     kind = files.config.get("fine_tune_type", "lora")
     said = files.config.get("model")
     settings = Settings(

@@ -28,7 +28,7 @@ class Beginning:
         return module[len(self.text) :] if module.startswith(self.text) else None
 
     def describe(self) -> str:
-        """What is done to names."""
+        """Words for what is done to names."""
         return f"{self.text!r} {'put before' if self.added else 'taken away from'} its names"
 
 

@@ -1,4 +1,4 @@
-"""What solvers in the space of factors must know of an expert's tensor: its rank over the base."""
+"""Rank of an expert's tensor over the base, which solvers in the space of factors must know."""
 
 from __future__ import annotations
 

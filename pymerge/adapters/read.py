@@ -1,4 +1,4 @@
-"""What an adapter's files say, whatever their form."""
+"""Adapters read, whatever the form of their files."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Settings:
-    """What adapter_config.json says, as far as it decides values. `read_settings` makes it of PEFT's."""
+    """Settings of adapter_config.json, as far as it decides values. `read_settings` makes it of PEFT's."""
 
     file: Path
     rank: int = 1
@@ -146,7 +146,7 @@ def read_settings(file: Path, config: Mapping[str, Any], remedy: str = "") -> Se
 
 
 def several_fit(file: Path, patterns: Iterable[str], module: str) -> str:
-    """What is said where several patterns fit a module."""
+    """Note for a module that several patterns fit."""
     return (
         f"{file}: the patterns {first_few(patterns)} all fit {module}; the first is taken, as PEFT does, which sorts "
         "them when it saves"
@@ -154,7 +154,7 @@ def several_fit(file: Path, patterns: Iterable[str], module: str) -> str:
 
 
 def merged_by_peft(folder: Path) -> str:
-    """How PEFT makes a model of an adapter, as a remedy."""
+    """Remedy: how PEFT makes a model of an adapter."""
     return (
         f"apply it with PEFT (PeftModel.from_pretrained(BASE, {str(folder)!r}).merge_and_unload()"
         ".save_pretrained(OUT)) and name OUT"

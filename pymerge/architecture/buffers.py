@@ -11,7 +11,7 @@ _MASKS = {"masked_bias", "causal_mask", "attn_mask", "attention_mask"}
 
 
 def constant(name: str, shape: Sequence[int]) -> str:
-    """What constant a tensor is, by its name and shape; "" for what may have been trained.
+    """Kind of constant that a tensor is, by its name and shape; "" for what may have been trained.
 
     GPT-2 and its kin call their mask attn.bias: 1 x 1 x n x n, which no bias of a layer is.
     """

@@ -1,4 +1,4 @@
-"""What a config.json says about its weights, by meaning, however its keys are spelt.
+"""Facts that a config.json tells of its weights, by meaning, however its keys are spelt.
 
 A rule on names of keys, not a table of architectures. transformers 5 has `rope_parameters.rope_theta` where 4 had
 `rope_theta`; a language model inside another one stands under `text_config`; what is null, or not used, says nothing.
@@ -85,7 +85,7 @@ _ROPE_TYPES = {"mrope": "default", "su": "longrope"}
 
 @dataclass(frozen=True)
 class Fact:
-    """What a config says: the key as it is spelt there, its value as it stands there, and what is compared."""
+    """Fact of a config: the key as it is spelt there, its value as it stands there, and what is compared."""
 
     key: str
     shown: Any
@@ -94,7 +94,7 @@ class Fact:
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Fact]:
-    """What a config says about its weights, by meaning: "rope_theta", "vision_config.hidden_act".
+    """Facts about the weights of a config, by meaning: "rope_theta", "vision_config.hidden_act".
 
     A language model's inner config wins over what is around it. `rope_scaling.rope_type` is there only if positions are
     scaled.

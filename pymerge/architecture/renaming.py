@@ -43,7 +43,7 @@ class Renaming:
         return ".".join([*new, *words[len(self.old) :]])
 
     def describe(self) -> str:
-        """What it does to an expert's names."""
+        """Words for what it does to an expert's names."""
         old, new = ("".join(f"{word}." for word in words) for words in (self.old, self.new))
         if not new:
             return f"{old!r} taken away from its names"
@@ -59,7 +59,7 @@ class _Role:
 
 
 class Renamings:
-    """What brings an expert's names to those of the base."""
+    """Renamings that bring an expert's names to those of the base."""
 
     def __init__(self, each: Sequence[Renaming], base: Shapes) -> None:
         self.each = sorted(each, key=lambda renaming: (-len(renaming.old), renaming.old))
@@ -156,7 +156,7 @@ def _candidates(missing: Sequence[_Role], free: Sequence[_Role]) -> Iterator[tup
 
 
 def _pair(ours: _Role, theirs: _Role) -> tuple[Renaming, bool] | None:
-    """What brings their names to ours, and whether the shapes are the same; None if nothing does.
+    """Renamings that bring their names to ours, and whether the shapes are the same; None if nothing does.
 
     A single matrix may have another number of rows: a table of tokens.
     """
@@ -201,8 +201,9 @@ def _renaming(old: Words, new: Words, ours: _Role, theirs: _Role) -> Renaming | 
 
 
 def _sound(renamings: Renamings, base: Shapes, lacking: Shapes, free: Shapes) -> Renamings:
-    """Those that bring layers to the base, or most of what begins as they say: one tensor of a module that is otherwise
-    unlike is no evidence. Where nothing is taken away, all names begin so; then the base's modules there count."""
+    """Renamings that bring layers to the base, or most of what begins as they say: one tensor of a module that is
+    otherwise unlike is no evidence. Where nothing is taken away, all names begin so; then the base's modules there
+    count."""
     moved: dict[Renaming, list[str]] = {renaming: [] for renaming in renamings.each}
     for name in free:
         new, renaming = renamings.of(name)

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a model: files that its output takes over, weights of something else among them.
+"""Files beside the weights of a model that its output takes over, weights of something else among them.
 
 A folder may hold the same model once more (in another format or dtype, or before an export) and weights of something
 else that its loader wants: a projection, a speech tokenizer. The former would contradict merged weights and stay

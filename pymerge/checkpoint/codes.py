@@ -83,7 +83,7 @@ def _is_weight_name(name: str) -> bool:
 
 
 class _Beside:
-    """What may be scales: of the same module as a tensor, under its own name, or its name under a prefix."""
+    """Tensors that may be scales: of the same module as a tensor, under its own name, or its name under a prefix."""
 
     def __init__(self, tensors: Described) -> None:
         self._tensors = tensors
@@ -152,7 +152,7 @@ class _Beside:
 
 
 def _said_of(scale: Sequence[str]) -> set[str] | None:
-    """Of what a name of these words says that it is the scale; None if it is not called a scale."""
+    """Name of the tensor whose scale a name of these words says to be; None if it is not called a scale."""
     return None if _SCALES.isdisjoint(scale) else set(scale) - _SCALES - _OF_SCALES - _WEIGHTS
 
 

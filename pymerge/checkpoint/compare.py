@@ -14,7 +14,7 @@ _COMPARED_BYTES = 16 << 20
 
 
 class Relation(Enum):
-    """How the values of one tensor are to those of another."""
+    """Relation of the values of one tensor to those of another."""
 
     SAME = "same"
     CROPPED = "cropped"  # of another length along some axes, and the same where both have values

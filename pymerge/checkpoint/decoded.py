@@ -61,7 +61,7 @@ class Decoder(ABC):
 
     @property
     def adapter_parts(self) -> tuple[TensorEntry, ...]:
-        """Those of the parts that are of an adapter, which changes a model's tensor."""
+        """Parts that are of an adapter, which changes a model's tensor."""
         return ()
 
     @property
@@ -76,7 +76,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def spans(self, start: int, stop: int) -> Iterator[Span]:
-        """What is read for rows `start` to `stop` along the first axis."""
+        """Spans that are read for rows `start` to `stop` along the first axis."""
 
     @abstractmethod
     def decode(self, read: ReadRows, out: NDArray[np.float32], start: int, stop: int) -> None:
@@ -144,7 +144,7 @@ class DecodedEntry(TensorEntry):
         return replace(self, shape=shape, nbytes=nbytes, first_row=self.first_row + start)
 
     def spans(self, start: int, stop: int) -> Iterator[Span]:
-        """What is read of the files for rows `start` to `stop` of this entry."""
+        """Spans of the files that are read for rows `start` to `stop` of this entry."""
         return self.decoder.spans(self.first_row + start, self.first_row + stop)
 
 

@@ -45,7 +45,7 @@ def refuse_parts(folder: Path, names: Iterable[str]) -> None:
 
 
 def part_note(path: Path) -> str:
-    """What to say of a file that is one of several model-parallel parts, "" if it is not."""
+    """Note on a file that is one of several model-parallel parts, "" if it is not."""
     if not _META.fullmatch(path.name):
         return ""
     others = [other.name for other in path.parent.iterdir() if _META.fullmatch(other.name) and other.name != path.name]

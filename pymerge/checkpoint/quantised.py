@@ -61,7 +61,7 @@ def refuse_modelopt(folder: Path) -> None:
 
 
 def modelopt_algorithm(folder: Path) -> str | None:
-    """What ModelOpt's file in a directory says of its weights; None if it says nothing, or only of the cache."""
+    """Algorithm that ModelOpt's file in a directory names; None if it names none, or only one of the cache."""
     try:
         settings = parse_json_object(read_text_file(folder / MODELOPT_FILE), unique=False).get("quantization")
     except (OSError, ValueError):

@@ -75,7 +75,7 @@ _CODES = {
 
 
 def remedy_of(kind: str) -> str:
-    """What to do about a format; any format will do."""
+    """Remedy for a format; any format will do."""
     return REMEDIES.get(kind, _DEQUANTISE)
 
 

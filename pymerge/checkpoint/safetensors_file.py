@@ -218,7 +218,7 @@ def _check_entry(path: Path, name: str, fields: object, start: int) -> TensorEnt
 
 
 def about_dtype(dtype: str) -> str:
-    """What is to be said of a dtype that cannot be read."""
+    """Problem of a dtype that cannot be read, with the remedy."""
     if dtype in _REFUSED_DTYPES:
         return f"has dtype {dtype} ({_REFUSED_DTYPES[dtype]}): is quantised; merge the original weights instead"
     if dtype in ("C32", "C64", "C128"):

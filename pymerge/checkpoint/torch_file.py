@@ -65,7 +65,7 @@ def read_torch_header(path: Path | str) -> Header:
 
 
 def _about_object(name: str) -> str:
-    """What is to be said of an object where tensors should be."""
+    """Problem of an object where tensors should be."""
     if any(word in name.lower() for word in _QUANTISED):
         return f"so its weights are quantised; {ORIGINAL}, or dequantise() them where the file was made"
     return f"which is no plain tensor, and pymerge runs no code of a file; {CONVERT}"

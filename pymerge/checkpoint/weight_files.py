@@ -147,7 +147,7 @@ def _only(path: Path, found: Sequence[str], form: WeightFormat) -> Choice:
 
 
 def no_weights(path: Path, names: Sequence[str]) -> CheckpointError:
-    """What is wrong with a directory of these names, none of which can be its weights.
+    """Problem of a directory of these names, none of which can be its weights.
 
     Raises CheckpointError itself where they are parts of a model.
     """

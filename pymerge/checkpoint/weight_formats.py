@@ -76,7 +76,7 @@ GGUF = WeightFormat("model", (".gguf",), _read_gguf)
 
 
 def how_to_convert(name: str) -> str:
-    """What to do with a weight file that cannot be read, by its suffix."""
+    """Remedy for a weight file that cannot be read, by its suffix."""
     flag = _FLAGS.get(Path(name.removesuffix(".index.json")).suffix)
     if flag:  # the last version that reads them
         return f"convert it with transformers 4 (from_pretrained(..., {flag}=True), then save_pretrained)"

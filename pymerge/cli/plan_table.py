@@ -92,7 +92,7 @@ def _kind(role: Role) -> str:
 
 
 def _marks(step: Step) -> str:
-    """What is special about the values that a step reads."""
+    """Marks of a step that reads special values."""
     entries = [each for entry in step.inputs for each in of_sum(entry)]
     ranks = [entry.decoder.kind for entry in entries if isinstance(entry, DecodedEntry) and entry.adapter_parts]
     adapters = f", {_count(len(ranks), 'adapter')}, {max(ranks)}" if ranks else ""
@@ -100,7 +100,7 @@ def _marks(step: Step) -> str:
 
 
 def _applied(expert: Checkpoint) -> str:
-    """What an expert is applied to, if it is an adapter."""
+    """Model that an expert is applied to, if it is an adapter."""
     return f" (adapter, on {expert.base.path})" if expert.base is not None else ""
 
 

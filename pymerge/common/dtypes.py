@@ -68,6 +68,16 @@ def memory_item_size(code: str) -> int:
     return ITEM_SIZES[code] + (ITEM_SIZES["BF16"] if is_float8(code) else 0)
 
 
+def native_dtype(code: str) -> str:
+    """The code of the values that native code gets of a stored tensor: 8-bit floats as float32, others as they are."""
+    return "F32" if is_float8(code) else code
+
+
+def native_item_size(code: str) -> int:
+    """Bytes that an element takes while native code reads it: an 8-bit float is there twice, as stored and decoded."""
+    return ITEM_SIZES[code] + (ITEM_SIZES["F32"] if is_float8(code) else 0)
+
+
 @cache
 def torch_dtype(code: str) -> torch.dtype:
     """The torch dtype of a code. Imports PyTorch."""

@@ -68,7 +68,7 @@ def _exists(name: str, directory: Path | None) -> bool:
 
 
 def _how_to_name(name: str) -> str:
-    """What may be wrong with the name of a model that is not found."""
+    """Hint on the name of a model that is not found."""
     on_the_hub = _HUB_URL.match(name)
     if on_the_hub:
         return f"write {on_the_hub['repository']} for that model of the Hugging Face Hub"
@@ -122,7 +122,7 @@ class KnownModels:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where a name leads."""
+    """Place that a name leads to."""
 
     name: str
     directory: Path | None

@@ -74,7 +74,7 @@ class CoreSolver:
                 _words(merged)[place] = _words(room)
 
     def _once(self, step: Step) -> Delta:
-        """What is added to a weight, from the thread that solves it."""
+        """Sum that is added to a weight, from the thread that solves it."""
         with self._lock:
             solved = self._solved.get(id(step))
             mine = solved is None

@@ -14,7 +14,7 @@ from pymerge.checkpoint.reader import failed_read
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.checkpoint.shared_rows import SharedRows
 from pymerge.common.arrays import Array, rows_of
-from pymerge.common.dtypes import ITEM_SIZES, NATIVE
+from pymerge.common.dtypes import ITEM_SIZES, NATIVE, is_float8, native_dtype
 from pymerge.engine.factors_of_steps import FactorsOfSteps
 from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, raise_nonfinite
 from pymerge.errors import ArgumentError
@@ -23,7 +23,7 @@ from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
 from pymerge.ops.low_rank_sum import LowRankSum
 from pymerge.planner.jobs import Batch, Job
-from pymerge.planner.pieces import rows_at_once
+from pymerge.planner.pieces import Piece, rows_at_once
 from pymerge.planner.steps import BLOCK_ELEMENTS, CACHE_LINE, plain_product
 
 if TYPE_CHECKING:
@@ -107,13 +107,10 @@ class NativeWorker:
         nbytes = step.bytes_of(piece)
         out = None if room is None else room.at(0, step.dtype, piece.shape)
         with self._tracer.span("combine", step.name, nbytes):
-            if isinstance(step.action, Combine) and step.by_blocks:
+            if isinstance(step.action, Combine) and (step.by_blocks or step.product):
                 assert out is not None
-                reading, finite = self._combine(job, step.action, out)
-                made = Made(out, None, reading)
-            elif step.product is not None:
-                assert out is not None
-                reading, finite = self._sum(job, step.product, out)
+                product, action = step.product, step.action
+                reading, finite = self._sum(job, product, out) if product else self._combine(job, action, out)
                 made = Made(out, None, reading)
             else:
                 try:
@@ -133,10 +130,10 @@ class NativeWorker:
         """Write a weighted sum or a copy to `out`; returns nanoseconds of reading, and whether all is finite."""
         step, piece = job.step, job.piece
         inputs = step.inputs
-        if not action.weights and inputs[0].dtype == step.dtype:
+        if step.copies_bits:
             began = time.perf_counter_ns()
             self._reader.read_bytes_into(inputs[0], out.bytes, piece.start, piece.stop)
-            return time.perf_counter_ns() - began, step.dtype not in NATIVE or is_finite(out)
+            return time.perf_counter_ns() - began, _is_finite(out)
         if action.weights:
             self._run.choice("combine", frozenset({step.dtype, *(entry.dtype for entry in inputs)}), piece.shape)
         has_base = action.on_base or not action.weights
@@ -225,7 +222,7 @@ class NativeWorker:
         at = 0
         began = time.perf_counter_ns()
         for entry in step.inputs:
-            array = memory.at(at, entry.dtype, piece.shape)
+            array = memory.at(at, native_dtype(entry.dtype), piece.shape)
             if not filled:
                 self._read_one(job, entry, array, arrays[0] if arrays and step.reads_base else None)
             arrays.append(array)
@@ -235,21 +232,31 @@ class NativeWorker:
     def _read_one(self, job: Job, entry: TensorEntry, to: Array, base: Array | None) -> None:
         """Read an input; what is made of the base's rows is made of those in memory, if they are there."""
         step, piece = job.step, job.piece
-        if base is None or not entry.adapter_parts:
-            self._reader.read_bytes_into(entry, to.bytes, piece.start, piece.stop)
+        if base is None or base.dtype != step.base.dtype or not entry.adapter_parts:
+            self._fill(entry, piece, to)
             return
         product = plain_product(entry)
         if product is None or not product.base.same_bytes(step.base):
-            held = SharedRows(self._reader, step.base, piece.start, base.bytes)
-            held.read_bytes_into(entry, to.bytes, piece.start, piece.stop)
-            return
+            shared = SharedRows(self._reader, step.base, piece.start, base.bytes)
+            return shared.read_bytes_into(entry, to.bytes, piece.start, piece.stop)
         left, right, scale = self._factors.of(job, entry, product, False)
         rows, result = (each.at(0, each.dtype, (piece.shape[0], right.shape[1])) for each in (base, to))
         self._run(LowRankSum(rows, left, right, scale, out=result))
 
+    def _fill(self, entry: TensorEntry, piece: Piece, array: Array) -> None:
+        """Read the rows of a piece, decoded where they are 8-bit floats."""
+        if entry.dtype == array.dtype:
+            self._reader.read_bytes_into(entry, array.bytes, piece.start, piece.stop)
+            return
+        from pymerge.checkpoint.dequantise.numbers import byte_table, look_up
+
+        codes = self._reader.read_bytes(entry, piece.start, piece.stop)
+        look_up(byte_table(entry.dtype), codes, array.numpy().reshape(-1))
+
     def _take_inputs(self, job: Job) -> tuple[Array, bool]:
         """Memory for the inputs of a job, and whether they are in it, held since an earlier pass."""
-        nbytes = sum(math.prod(job.piece.shape) * ITEM_SIZES[entry.dtype] + CACHE_LINE for entry in job.step.inputs)
+        sizes = [ITEM_SIZES[native_dtype(entry.dtype)] for entry in job.step.inputs]
+        nbytes = sum(math.prod(job.piece.shape) * size + CACHE_LINE for size in sizes)
         with self._lock:
             if (held := self._held.pop(_place(job), None)) is not None:
                 return held, True
@@ -266,7 +273,6 @@ class NativeWorker:
         return Array.mapped(nbytes)
 
     def _give(self, memory: Array) -> None:
-        """Nobody uses this memory any more."""
         with self._lock:
             self._inputs.append(memory)
 
@@ -277,6 +283,17 @@ class NativeWorker:
                 self._held[_place(job)] = memory
         if not holds:
             self._give(memory)
+
+
+def _is_finite(copied: Array) -> bool:
+    """Whether none of the elements is NaN or infinite, of any dtype."""
+    if not is_float8(copied.dtype):
+        return copied.dtype not in NATIVE or is_finite(copied)
+    import numpy as np
+
+    from pymerge.checkpoint.dequantise.numbers import byte_values
+
+    return bool(np.isfinite(byte_values(copied.dtype))[np.frombuffer(copied.bytes, np.uint8)].all())
 
 
 def _place(job: Job) -> tuple[int, int]:

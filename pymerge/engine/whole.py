@@ -54,7 +54,7 @@ def in_pieces(whole: Rows, first: int = 0) -> list[Rows]:
 def reduce_together(
     action: Reduce, run: Run, sizes: Sequence[int], experts: int, load: Sequence[Callable[[], Rows]]
 ) -> list[Share]:
-    """What several tensors together tell, for each of them.
+    """States of reductions over several tensors together, for each of them.
 
     Args:
         sizes: elements of each tensor, in the order of their names: of equal elements the first are taken.

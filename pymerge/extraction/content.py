@@ -29,7 +29,7 @@ from pymerge.planner.plan import Plan
 
 @dataclass(frozen=True)
 class Content:
-    """What is written: tensors by their names, the config, and whether there are factors alone."""
+    """Content of an adapter: tensors by their names, the config, and whether there are factors alone."""
 
     adapted: tuple[Adapted, ...]
     tensors: Mapping[str, Factor | Stored]
@@ -69,8 +69,9 @@ def put_together(
     biases = [each.target for each in changed if each.target.place == "bias"]
     given = _with_factors(measured, {target.module for target in biases})
     if not any(each.rank for each in given):
-        expert = plan.inputs.experts[0].path
-        raise PlanError([f"{expert}: equals {base} in all that would be adapted; there is nothing to extract"])
+        models = plan.inputs.experts
+        what = "the merge" if len(models) > 1 else str(models[0].path)
+        raise PlanError([f"{what} equals {base} in all that would be adapted; there is nothing to write"])
     rank = max(each.rank for each in given)
     adapted, tensors = [], dict[str, Factor | Stored]()
     for each in given:
@@ -110,7 +111,7 @@ def put_together(
 
 
 def _with_factors(measured: Sequence[Measured[TensorEntry]], biased: set[str]) -> list[Measured[TensorEntry]]:
-    """What gets factors: what has changed, modules of which the bias alone has, and all of what PEFT stacks."""
+    """Targets that get factors: those that changed, those whose bias alone did, and all of what PEFT stacks."""
     candidates = [each for each in measured if each.target.place == "factors"]
     together = any(each.target.uniform and each.rank for each in candidates)
     return [

@@ -74,7 +74,7 @@ def factorise(delta: Delta, options: ExtractOptions, key: int) -> Triplets:
 
 
 def _count(s: Tensor, total: float, options: ExtractOptions) -> int:
-    """How many of the singular values are kept, at least one."""
+    """Number of the singular values that are kept, at least one."""
     count = int((s > _ROUNDING * s[0]).sum())
     if options.sv_epsilon is not None:
         count = min(count, int((s > options.sv_epsilon).sum()))

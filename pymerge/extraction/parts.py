@@ -63,7 +63,7 @@ def keep(part: Part, found: Sequence[Measured[torch.Tensor]], output: OutputDire
 
 
 def kept(part: Part, header: Header, reader: Reader) -> Iterator[Measured[TensorEntry]]:
-    """What was found of a part's targets, their factors in the file with this header."""
+    """Result for a part's targets, their factors in the file with this header."""
     entries = header.entries
     notes = json.loads(reader.read_bytes(entries[_NOTES]))
     for number, (target, (total, lost, algorithm)) in enumerate(zip(part.targets, notes, strict=True)):

@@ -17,7 +17,7 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of one tensor that has changed: `place` is "factors", "saved", "bias" or "nowhere"."""
+    """Report on one tensor that has changed: `place` is "factors", "saved", "bias" or "nowhere"."""
 
     name: str
     place: str

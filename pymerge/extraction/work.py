@@ -24,6 +24,7 @@ from pymerge.extraction.parts import Part, divide
 from pymerge.extraction.report import ExtractReport
 from pymerge.extraction.targets import Target
 from pymerge.extraction.tied import TiedHead
+from pymerge.planner.folder import beside_warnings
 from pymerge.planner.plan import Plan
 
 WHOLE_NAME = "whole.safetensors"  # the interim file of merges that are kept as they are
@@ -31,7 +32,7 @@ WHOLE_NAME = "whole.safetensors"  # the interim file of merges that are kept as 
 
 @dataclass(frozen=True)
 class Work:
-    """What `carry_out` does.
+    """Work for `carry_out`.
 
     `base` is the base as adapter_config.json names it, `names` are those of its tensors in memory. `measure` is done to
     the `targets`, on a pool of threads. `card` gives the front matter's base and the text of README.md, `files` come
@@ -52,6 +53,7 @@ class Work:
     reads_all: bool = True  # of both tensors of a target
     whole: Sequence[Target] = ()  # are merged, and then measured as others are
     dense: Sequence[Target] = ()  # are merged, and cut to factors
+    zeros: Sequence[Target] = ()  # are not read: they get factors of zeros, if their like get some
 
     def identity(self) -> dict[str, str]:
         """All that decides the bytes of the output."""
@@ -63,12 +65,12 @@ class Work:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """What is measured."""
+        """Targets that are measured."""
         return tuple(divide([*self.targets, *self.whole], "measured"))
 
     @cached_property
     def cuts(self) -> tuple[Part, ...]:
-        """What is merged and cut to factors."""
+        """Targets that are merged and cut to factors."""
         return tuple(divide(self.dense, "cut"))
 
     @property
@@ -87,8 +89,14 @@ class Work:
             files[next(iter(files))] += self.result_bytes
         return files
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The plan's, but for those about files that a merged model has beside its weights."""
+        beside = set(beside_warnings(self.plan.inputs))
+        return tuple(warning for warning in self.plan.warnings if warning not in beside)
+
     def lines(self) -> list[str]:
-        """What would be done, for people."""
+        """Lines about what would be done, for people."""
         targets = [*self.targets, *self.whole, *self.dense]
         factors = [target for target in targets if target.place == "factors"]
         ranks = "of all directions that are asked for" if self.options.most is None else f"of rank {self.options.most}"
@@ -106,7 +114,7 @@ class Work:
 
     @property
     def experts(self) -> dict[str, TensorEntry]:
-        """What becomes of the base's tensors, as far as the inputs have it."""
+        """Entries that replace the base's, as far as the inputs have them."""
         return {step.name: step.experts[0] for step in self.plan.steps if step.experts} if self.reads_all else {}
 
     def check_memory(self) -> None:

@@ -49,7 +49,7 @@ class Evaluator:
         self._finite: set[tuple[str, int]] = set()  # weights whose inputs have been looked at
 
     def device_of(self, step: Step) -> torch.device:
-        """Where a step is computed."""
+        """Device that a step is computed on."""
         if self._device is not None:
             return self._device
         held = (entry.tensor.device for entry in (step.base, *step.experts) if isinstance(entry, HeldEntry))
@@ -84,12 +84,9 @@ class Evaluator:
         found: dict[int, Share] = {}
         for action, group in groups.items():
             assert isinstance(action, Reduce)
-            wide = [each.name for each in group if any(entry.dtype == "F64" for entry in each.inputs)]
-            if wide:
-                raise ArgumentError(f"{wide[0]}: scope: model takes no float64; convert it, or set scope: tensor")
             sizes = [step.base.numel for step in group]
             shares = reduce_together(
-                action,
+                action.on(*(entry.dtype for step in group for entry in step.inputs)),
                 self._runner(self.device_of(group[0])),
                 sizes,
                 len(group[0].experts),

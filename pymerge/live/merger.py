@@ -69,7 +69,7 @@ class Merger:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What should be known of the models."""
+        """Warnings about the models."""
         return self._models.warnings
 
     def merge(self, **parameters: Any) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ BASE = "the base"
 
 
 def expert_name(number: int) -> str:
-    """What messages call an expert that is in memory."""
+    """Name that messages have for an expert in memory."""
     return f"expert {number}"
 
 
@@ -149,7 +149,7 @@ class Models:
             event("warning", warning, level=WARNING)
 
     def steps(self, settings: Settings) -> list[tuple[Step, ...]]:
-        """What is to be done with each weight, in the order of `weights`: one step, of token tables one for rows that
+        """Steps of all weights, in the order of `weights`: one step, of token tables one for rows that
         all models have and one for the others.
 
         Raises ConfigError, ArgumentError, which name the tensors, for parameters that do not fit them.

@@ -55,13 +55,13 @@ def tensors_of(owner: str, model: Model) -> dict[str, Tensor]:
 
 
 def signature_of(model: Model) -> tuple[Any, ...]:
-    """What changes where tensors of a model are replaced by others."""
+    """Signature of a model's tensors, which changes where they are replaced by others."""
     state = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
     return tuple((name, *place_of(tensor)) for name, tensor in state.items() if isinstance(tensor, Tensor))
 
 
 def place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells tensors apart: equal for those that are the same elements of the same memory."""
+    """Key of a tensor, equal for those that are the same elements of the same memory."""
     if tensor.numel() == 0 or tensor.is_meta:
         return (id(tensor),)
     begins = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
@@ -69,7 +69,7 @@ def place_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def config_of(model: Model) -> dict[str, Any]:
-    """What config.json would say of a module; {} where it has no config."""
+    """Config of a module as config.json would have it; {} where it has no config."""
     config = getattr(unwrapped(model), "config", None) if isinstance(model, nn.Module) else None
     if isinstance(config, dict):
         return dict(config)

@@ -24,7 +24,7 @@ _OWNER = "the target"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a weight is written: the parts of its rows in memory; one, but for experts in a stack."""
+    """Place where a weight is written: the parts of its rows in memory; one, but for experts in a stack."""
 
     weight: Weight
     entry: TensorEntry

@@ -129,7 +129,7 @@ class Solve(Action):
         raise NotImplementedError(f"{self.label} has no form for factors")
 
     def core_remark(self, shape: tuple[int, int], rank: int) -> str | None:
-        """What a user should know of this merge of factors of rank R together, with the remedy."""
+        """Remark for users on this merge of factors of rank R together, with the remedy."""
         return None
 
     def core_scratch(self, shape: tuple[int, int], rank: int, experts: int) -> int:

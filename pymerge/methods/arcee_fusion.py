@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pymerge.common.arrays import ArrayLike, compute_code
+from pymerge.common.arrays import ArrayLike
 from pymerge.methods.actions import Action, Run
 from pymerge.methods.base import Method, Values
 from pymerge.methods.reduce import Reduce, Reduction
@@ -34,10 +33,10 @@ class TakeImportant(Reduce):
         return False
 
     def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
-        return Important(shape)
+        return Important(self, shape)
 
     def passes(self, shape: tuple[int, ...]) -> int:
-        return len(digits())
+        return len(digits(self.double))
 
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         return 8 * math.prod(shape[:-1]) + len(_QUARTERS) * SCRATCH_BYTES
@@ -47,22 +46,22 @@ class TakeImportant(Reduce):
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         ops = RowDivergence.scratch(shape, experts, native) + arcee_fusion.ArceeFusion.scratch(shape, experts, native)
-        # Scores; tensors have them in float64 at most, and copies. Counts of the quartiles.
-        scores = (4 if native else 2 * 8) * math.prod(shape)
+        # Scores; of tensors counted in float64, and copies. Counts of the quartiles.
+        scores = ((8 if self.double else 4) if native else 2 * 8) * math.prod(shape)
         return ops + scores + (len(_QUARTERS) * SCRATCH_BYTES if native else 0)
 
 
 class Important(Reduction):
     """The divergences of the rows, and the quartiles of the importances that follow from them."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, action: TakeImportant, shape: tuple[int, ...]) -> None:
         numel = math.prod(shape)
         # The value of rank r from below is the least of the numel - r largest.
         self._counts = [numel - (numel - 1) * quarter // 4 for quarter in _QUARTERS] if numel else []
         self._by_row: dict[int, NDArray[Any]] = {}  # divergences, by the number of a piece's first element
-        self._selection = Selection(numel, self._counts, keys_only=True)
-        self._double = False
-        self.passes = len(digits())
+        self._selection = Selection(numel, self._counts, keys_only=True, double=action.double)
+        self._double = action.double
+        self.passes = action.passes(shape)
 
     def map(self, run: Run, rows: Rows) -> Any:
         known = self._by_row.get(rows.first)
@@ -79,13 +78,6 @@ class Important(Reduction):
 
     def end_pass(self) -> None:
         self._selection.end_pass()
-
-    def add_whole(self, run: Run, whole: Rows, pieces: Sequence[Rows]) -> None:
-        self._double = compute_code(whole.base, *whole.experts) == "F64"
-        bits = 63 if self._double else 31
-        self.passes = len(digits(bits))
-        self._selection = Selection(whole.numel, self._counts, keys_only=True, bits=bits)
-        super().add_whole(run, whole, pieces)
 
     def merge(self, run: Run, rows: Rows) -> ArrayLike:
         import numpy as np

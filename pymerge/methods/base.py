@@ -87,7 +87,7 @@ class Parameter:
 
 
 def _as_meant(text: str, *, flag: bool) -> str | None:
-    """How YAML has what a text seems to mean: numbers and flags stand without quotes, with a point; None if unknown."""
+    """Form in YAML of what a text seems to mean: numbers and flags without quotes, with a point; None if unknown."""
     text = text.strip()
     if flag:
         return f"{text.lower()} without quotes" if text.lower() in ("true", "false") else None

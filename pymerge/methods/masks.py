@@ -130,7 +130,7 @@ class KeepMagnitudes(MergeSparse):
     def _passes_to_select(self, shape: tuple[int, ...]) -> int:
         numel = math.prod(shape)
         ranks = [rank for ranks in self.ranks(numel) for rank in ranks]
-        return passes_to_select(numel, ranks, frugal=self.scope == "model")
+        return passes_to_select(numel, ranks, double=self.double, of_model=self.scope == "model")
 
     @property
     def _selections(self) -> int:
@@ -155,9 +155,9 @@ class Selecting(Sparsifying):
         super().__init__(action, shape)
         numel = math.prod(shape)
         begins, ends = zip(*action.ranks(numel), strict=True)
-        frugal = action.scope == "model"
-        self._kept = Selection(numel, ends, frugal=frugal)
-        self._dropped = Selection(numel, begins, frugal=frugal) if any(begins) else None
+        keys = {"double": action.double, "of_model": action.scope == "model"}
+        self._kept = Selection(numel, ends, **keys)
+        self._dropped = Selection(numel, begins, **keys) if any(begins) else None
         self._selections = [each for each in (self._kept, self._dropped) if each is not None]
         self._to_select = self.passes - action.rescale
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pymerge.common.arrays import ArrayLike
+from pymerge.common.arrays import ArrayLike, compute_code
 from pymerge.methods.actions import Action, Run
 from pymerge.methods.rows import Rows
 
@@ -57,12 +58,21 @@ class Reduction(ABC):
             self.end_pass()
 
 
+@dataclass(frozen=True)
 class Reduce(Action):
     """Passes over all pieces that add up what decides the merge, and one that merges, piece by piece.
 
     The pieces depend on the shape alone (pymerge.methods.reduce.ranges): sums over them are rounded the same whether
     the tensor is in memory or is read again for each pass.
     """
+
+    # Whether an input is float64, of any tensor of the scope: keys to select by then are, and take more passes.
+    double: bool = field(default=False, kw_only=True)
+
+    def on(self, *dtypes: str) -> Reduce:
+        """The action for inputs of these dtypes."""
+        double = "F64" in dtypes
+        return self if double == self.double else replace(self, double=double)
 
     @property
     def scope(self) -> Scope:
@@ -86,18 +96,13 @@ class Reduce(Action):
         """Bytes of the state of one tensor between two of its pieces."""
 
     @property
-    def native(self) -> bool:
-        """Whether native code has all of its ops for arrays."""
-        return True
-
-    @property
     def shows_nonfinite(self) -> bool:
         return True
 
 
 def merge_whole(action: Reduce, run: Run, whole: Rows) -> ArrayLike:
     """Merge a tensor that is in memory; the same bytes as piece by piece."""
-    reduction = action.start(whole.shape, len(whole.experts))
+    reduction = action.on(compute_code(whole.base, *whole.experts)).start(whole.shape, len(whole.experts))
     several = ranges(whole.shape)
     reduction.add_whole(run, whole, [whole.cut(*rows) for rows in several] if len(several) > 1 else [whole])
     return reduction.merge(run, whole)

@@ -40,7 +40,7 @@ class SelectCalculateErase(Reduce):
         return Differing(self, shape, experts)
 
     def passes(self, shape: tuple[int, ...]) -> int:
-        return (len(digits()) if self.selects else 0) + 1
+        return (len(digits(self.double)) if self.selects else 0) + 1
 
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         if not self.selects:
@@ -52,8 +52,8 @@ class SelectCalculateErase(Reduce):
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         items = math.prod(shape)
-        # Variances and masks; tensors have them in float64 at most, and copies.
-        variances = 4 * items + SCRATCH_BYTES if native else 2 * 8 * items
+        # Variances and masks; of tensors counted in float64, and copies.
+        variances = (8 if self.double else 4) * items + SCRATCH_BYTES if native else 2 * 8 * items
         selecting = variances + row_bytes(items) if self.selects else 0
         return selecting + sce.Sce.scratch(shape, experts, native)
 
@@ -65,7 +65,7 @@ class Differing(Reduction):
         self.passes = action.passes(shape)
         self._action = action
         self._numel = math.prod(shape)
-        self._selection = Selection(self._numel, [None]) if action.selects else None
+        self._selection = Selection(self._numel, [None], double=action.double) if action.selects else None
         self._to_select = self.passes - 1
         self._nonzero: int | None = 0 if action.selects else None  # None: no longer of interest
         self._energies = [0.0] * experts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pymerge.common.arrays import ArrayLike
+from pymerge.common.arrays import ArrayLike, compute_code
 from pymerge.common.shapes import exact
 from pymerge.methods.actions import Run
 from pymerge.methods.rows import Rows
@@ -16,24 +16,24 @@ from pymerge.ops.trim_threshold import Thresholds, TrimThreshold
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Bits of the float32 keys that one pass decides, from the top.
+# Bits of the keys that one pass decides, from the top.
 _DIGIT = 16
-_LAST = 15  # of float32 keys
-_INFINITY = 0x7F800000  # its key; those of NaN are larger
+_LAST = 15  # which those of float32 and of float64 both end with
+_INFINITY = 0x7F800000  # its key in float32; those of NaN are larger
 # Bytes kept of each piece and task behind the last pass: how many elements have each value of the last digit.
 BYTES_OF_PIECE = 4 << _LAST
 # Bytes of the counts of one piece, and of all together.
 SCRATCH_BYTES = 3 * 8 << _DIGIT
 
 
-def digits(key_bits: int = 31) -> list[int]:
-    """Bits that each pass decides of keys (31 bits in float32, 63 in float64), from the top."""
-    return [_DIGIT] * (key_bits // _DIGIT) + [key_bits % _DIGIT]
+def digits(double: bool) -> list[int]:
+    """Bits that each pass decides, from the top, of keys of 31 bits, or of 63 where deltas are float64."""
+    return [*[_DIGIT] * (3 if double else 1), _LAST]
 
 
-def passes_to_select(numel: int, counts: Sequence[int], *, frugal: bool = False) -> int:
+def passes_to_select(numel: int, counts: Sequence[int], *, double: bool = False, of_model: bool = False) -> int:
     """Number of passes over all pieces that a `Selection` needs."""
-    return 0 if all(exact(numel, count) is not None for count in counts) else len(digits()) + frugal
+    return 0 if all(exact(numel, count) is not None for count in counts) else len(digits(double)) + of_model
 
 
 class Magnitudes:
@@ -47,7 +47,7 @@ class Magnitudes:
 
     @classmethod
     def of(cls, rows: Rows) -> Magnitudes:
-        """Those of |W_t - W_0|."""
+        """Magnitudes of W_t - W_0."""
         return cls(rows.base, rows.experts, rows)
 
     @classmethod
@@ -67,9 +67,10 @@ class Selection:
         counts: how many are selected of each task; None: `choose` tells it before the first pass ends, or anything is
             found.
         keys_only: nothing is selected, the key of the last element is wanted, even if that is the least of all.
-        bits: of the keys.
-        frugal: count in a pass of its own how many elements of each piece have the last key, so that a piece costs
-            4 bytes a task, not `BYTES_OF_PIECE`.
+        double: an input is float64, and so are the keys of the tasks whose deltas it is in.
+        of_model: the pieces are those of many tensors. How many elements of each one have the last key is counted in a
+            pass of its own, so that a piece costs 4 bytes a task, not `BYTES_OF_PIECE`. And where any tensor is float64
+            the keys of all are, to be compared.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class Selection:
         counts: Sequence[int | None],
         *,
         keys_only: bool = False,
-        bits: int = 31,
-        frugal: bool = False,
+        double: bool = False,
+        of_model: bool = False,
     ) -> None:
         known = [None if count is None or keys_only else exact(numel, count) for count in counts]
         self._numel = numel
@@ -90,7 +91,9 @@ class Selection:
         self._open = [task for task, found in enumerate(known) if found is None]
         # To be taken of those that start as the key does.
         self._left = {task: counts[task] or 0 for task in self._open}
-        self._digits = [*digits(bits), 0] if frugal else digits(bits)
+        self._digits = [*digits(double), 0] if of_model else digits(double)
+        self._double = double
+        self._converts = double and of_model
         self._total: NDArray[Any] | None = None
         self._of_pieces: list[tuple[int, NDArray[Any]]] = []  # number of the first element, counts of the last digit
         self._ties: dict[int, dict[int, tuple[int, int]]] = {}  # by task and first element: how many are taken, of all
@@ -115,11 +118,12 @@ class Selection:
             return None
         bits, *lower = self._digits
         vectors = [piece.vectors[task] for task in self._open]
-        return run(MagnitudeCounts(piece.base, vectors, [self._keys[task] for task in self._open], sum(lower), bits))
+        prefixes = [self._keys[task] for task in self._open]
+        return run(MagnitudeCounts(piece.base, vectors, prefixes, sum(lower), bits, self._converts))
 
     def finite(self, counts: NDArray[Any] | None) -> bool:
         """Whether the counts of the first digit show that no task has NaN or infinity."""
-        if counts is None or len(counts) < len(self._counts):
+        if counts is None or len(counts) < len(self._counts) or self._double:
             return False
         return not counts[:, _INFINITY >> _LAST :].any()
 
@@ -159,17 +163,32 @@ class Selection:
 
     @property
     def keys(self) -> Sequence[int]:
-        """Those of the last elements that are selected, when all passes have ended."""
+        """Keys of the last elements that are selected, when all passes have ended."""
         return self._keys
 
     def of_piece(self, run: Run, piece: Magnitudes) -> Thresholds:
         """The thresholds of a piece; indices count from its first element."""
         import numpy as np
 
-        ends = [min(max(end - piece.first, 0), piece.numel) for end in self._ends]
+        keys, ends = list(self._keys), [min(max(end - piece.first, 0), piece.numel) for end in self._ends]
+        for task in self._open if self._converts else ():
+            if compute_code(piece.base, piece.vectors[task]) == "F32":
+                keys[task], same = in_float32(keys[task])
+                ends[task] = ends[task] if same else 0
         for task, shares in self._ties.items():
             taken, ties = shares[piece.first]
             if taken < ties:
-                place = MagnitudePlace(piece.base, piece.vectors[task], self._keys[task], taken)
+                place = MagnitudePlace(piece.base, piece.vectors[task], keys[task], taken)
                 ends[task] = run(place) if taken else 0
-        return Thresholds(np.array(self._keys, np.int64), np.array(ends, np.int64))
+        return Thresholds(np.array(keys, np.int64), np.array(ends, np.int64))
+
+
+def in_float32(key: int) -> tuple[int, bool]:
+    """The largest key of float32 that is not above one of float64, and whether both are the same number."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        number = np.array(key).view(np.float64)
+        nearest = number.astype(np.float32)
+        below = np.where(nearest > number, np.nextafter(nearest, np.float32(0.0)), nearest)
+    return int(below.view(np.int32)), int(below.astype(np.float64).view(np.int64)) == key

@@ -41,10 +41,6 @@ class InSpan(Reduce):
     def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         """c, [G, T] float64, from the inner products, [G, T, T] float64."""
 
-    @property
-    def native(self) -> bool:
-        return self.axis == "whole"
-
     def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
         return InnerProducts(self, shape)
 
@@ -61,9 +57,9 @@ class InSpan(Reduce):
         return (models + 3) * models * math.prod(shape)
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
+        turned = (8 if self.double else 4) * math.prod(shape) * (experts + 1) if self.axis == "columns" else 0
         if native:
-            return 0
-        turned = 4 * math.prod(shape) * (experts + 1) if self.axis == "columns" else 0
+            return turned
         ops = TaskDots.scratch(shape, experts, native) + Combine.scratch(shape, experts, native)
         return ops + turned + self.kept_bytes(shape, experts)
 

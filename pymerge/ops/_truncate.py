@@ -63,6 +63,6 @@ def truncate(B: Tensor, A: Tensor, rank: int | None = None, energy: float | None
 
 
 def enough(squares: Tensor, wanted: float) -> int:
-    """How many of the numbers, in their order, have a sum of at least `wanted`; all where none do."""
+    """Number of the numbers, in their order, that have a sum of at least `wanted`; all where none do."""
     reached = squares.cumsum(0) >= wanted
     return int(reached.int().argmax()) + 1 if bool(reached.any()) else len(squares)

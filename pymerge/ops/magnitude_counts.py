@@ -23,7 +23,7 @@ class MagnitudeCounts(Op["NDArray[Any]"]):
     """Numbers of |tau_t| with each value of a digit: [T, 2^bits] int64, on the CPU.
 
     A key is the magnitude's bits as an integer; the digit is (key >> shift) & (2^bits - 1). Deltas in float32 (float64
-    if an input is).
+    if an input is), and so are the keys: of 31 bits, or 63.
     """
 
     summary = "how many |tau_t| have each value of a digit of their bits"
@@ -33,6 +33,7 @@ class MagnitudeCounts(Op["NDArray[Any]"]):
     prefixes: Sequence[int]  # T numbers; of task t only elements whose key >> (shift + bits) is prefixes[t] count
     shift: int  # bits of the key below the digit
     bits: int  # of the digit; with 0 there is one value
+    in_double: bool = False  # the keys of float32 deltas are those of the same numbers in float64, too
 
     def check(self) -> None:
         """Raise ArgumentError unless tensors agree, each has a prefix, and the digit is one of a key."""
@@ -53,7 +54,7 @@ class MagnitudeCounts(Op["NDArray[Any]"]):
         counts = torch.zeros(len(self.experts), bins, dtype=torch.int64, device=device)
         for t, (expert, prefix) in enumerate(zip(self.experts, self.prefixes, strict=True)):
             for _, _, delta in delta_blocks(self.base, expert):
-                keys = magnitude_keys(delta)
+                keys = magnitude_keys(delta.double() if self.in_double else delta)
                 matching = keys[(keys >> (shift + self.bits)) == prefix] >> shift
                 counts[t] += torch.bincount(matching & (bins - 1), minlength=bins)
         found: NDArray[Any] = counts.cpu().numpy()

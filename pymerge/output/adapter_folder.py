@@ -47,7 +47,7 @@ class Adapted:
 
     @property
     def path(self) -> str:
-        """What PEFT's patterns of ranks are held against."""
+        """Name that PEFT's patterns of ranks are held against."""
         return f"{self.module}.{self.parameter}" if self.parameter else self.module
 
 
@@ -148,7 +148,7 @@ def task_type(config: Mapping[str, Any]) -> str | None:
 
 
 def vllm_note(rank: int, *, plain: bool = True) -> str:
-    """What vLLM needs for an adapter of this rank; `plain`: without tensors that replace the base's, and biases."""
+    """Note on vLLM for an adapter of this rank; `plain`: without tensors that replace the base's, and biases."""
     if not plain:
         return "vLLM does not load it: it has modules_to_save or biases; leave them out for vLLM"
     fits = next((each for each in VLLM_RANKS if each >= rank), None)

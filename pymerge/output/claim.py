@@ -1,4 +1,4 @@
-"""Who may write into a directory: the lock, the state of an unfinished merge, what --overwrite removes."""
+"""Claim on an output directory: the lock, the state of an unfinished merge, what --overwrite removes."""
 
 from __future__ import annotations
 

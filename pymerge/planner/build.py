@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from pymerge.common.names import listed
 from pymerge.config.merge_config import MergeConfig
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
-from pymerge.methods.actions import Action, copy
+from pymerge.methods.actions import copy
+from pymerge.methods.base import Method
 from pymerge.methods.reduce import Reduce
 from pymerge.output.layout import ShardLayout, full_name, layout_file, layout_shards
 from pymerge.planner import pieces
@@ -25,7 +26,7 @@ from pymerge.planner.config_differences import check_configs
 from pymerge.planner.constants import Constant, differing, find_constants
 from pymerge.planner.decide import copies, decide
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
-from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
+from pymerge.planner.folder import Part, Whole, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.integers import check_integers
 from pymerge.planner.match import Section, match_tensors
@@ -128,9 +129,32 @@ def draft_plan(
     )
     constants = {main.full_name(name): constant for name, constant in constants.items()}
     placed_modules = tuple(_placed_module(module, constants, wanted, warnings, config) for module in modules)
-    steps = []
+    steps = _steps(method, whole, (*placed, *placed_modules), constants)
+    return Plan(
+        config=config,
+        method=method,
+        inputs=inputs,
+        steps=tuple(_assigned(steps, config, target, whole.sections)),
+        layouts=placed,
+        modules=placed_modules,
+        warnings=(*config.warnings, *warnings, *remarks((step.name, step.action) for step in steps)),
+        budget=budget,
+        config_json=config_json,
+        dtype=wanted,
+        base_parameters=sum(whole.tensors[name].numel for name in whole.names),
+        tokens=tokens,
+        target=target,
+        carried=inputs.carried if donor.stamps else {},
+    )
+
+
+def _steps(
+    method: Method, whole: Whole, layouts: Iterable[ShardLayout], constants: Mapping[str, Constant]
+) -> list[Step]:
+    """The steps of all output tensors, in the order of their files. Raises PlanError with all mistakes."""
+    steps: list[Step] = []
     wrong: dict[str, list[str]] = {}  # the same mistake is often made for many tensors
-    for shard in (*placed, *placed_modules):
+    for shard in layouts:
         for tensor in shard.tensors:
             name = full_name(shard.file, tensor.name)
             role, entry = whole.roles[name], whole.tensors[name]
@@ -163,22 +187,7 @@ def draft_plan(
                 )
     if wrong:
         raise PlanError(f"{listed(names)}: {message}" for message, names in wrong.items())
-    return Plan(
-        config=config,
-        method=method,
-        inputs=inputs,
-        steps=tuple(_assigned(steps, config, target, whole.sections)),
-        layouts=placed,
-        modules=placed_modules,
-        warnings=(*config.warnings, *warnings, *remarks((step.name, step.action) for step in steps)),
-        budget=budget,
-        config_json=config_json,
-        dtype=wanted,
-        base_parameters=sum(whole.tensors[name].numel for name in whole.names),
-        tokens=tokens,
-        target=target,
-        carried=inputs.carried if donor.stamps else {},
-    )
+    return steps
 
 
 def _assigned(
@@ -186,33 +195,29 @@ def _assigned(
 ) -> list[Step]:
     """The steps with their workers, and those that are reduced together in groups; empty tensors are in none.
 
-    A group is in the order of its names, whatever the order in files: of equal elements the first are taken.
-
-    Raises PlanError for float64 among the latter, whose selection would take more passes.
+    A group is in the order of its names, whatever the order in files: of equal elements the first are taken. Actions of
+    reductions are those for the dtypes of their inputs, of a group for all.
     """
     assembled = bool(config.slices or config.modules)  # otherwise all is merged from the same models, in all folders
-    groups: dict[tuple[int, Action], list[Step]] = {}
+    groups: dict[tuple[int, Reduce], list[Step]] = {}
     for step in steps:
         if isinstance(step.action, Reduce) and step.action.scope == "model" and 0 not in step.shape:
             groups.setdefault((id(sections[step.name]) if assembled else 0, step.action), []).append(step)
-    found: dict[int, Group] = {}
-    for number, unordered in enumerate(groups.values()):
+    found: dict[int, Step] = {}
+    for number, ((_, action), unordered) in enumerate(groups.items()):
         together = sorted(unordered, key=lambda step: step.name)  # stable: rows of one tensor keep their order
-        wide = [step.name for step in together if any(entry.dtype == "F64" for entry in step.inputs)]
-        if wide:
-            raise PlanError(
-                [
-                    f"{listed(wide)}: scope: model selects among float32 magnitudes, and an input is float64; "
-                    "convert it, or set scope: tensor"
-                ]
-            )
         first, numel = 0, sum(math.prod(step.shape) for step in together)
+        known = action.on(*(entry.dtype for step in together for entry in step.inputs))
         for step in together:
-            found[id(step)] = Group(number, numel, first)
+            found[id(step)] = replace(step, action=known, group=Group(number, numel, first))
             first += math.prod(step.shape)
-    grouped = [replace(step, group=found.get(id(step))) for step in steps]
+    for step in steps:
+        if isinstance(step.action, Reduce) and id(step) not in found:
+            known = step.action.on(*(entry.dtype for entry in step.inputs))
+            found[id(step)] = replace(step, action=known)
     nonfinite = config.allow_nonfinite
-    return [replace(step, worker=worker_of(step, target, allow_nonfinite=nonfinite)) for step in grouped]
+    assigned = [found.get(id(step), step) for step in steps]
+    return [replace(step, worker=worker_of(step, target, allow_nonfinite=nonfinite)) for step in assigned]
 
 
 def _placed_module(

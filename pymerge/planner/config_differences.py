@@ -131,7 +131,7 @@ def _said(donor: Checkpoint, file: str, found: list[tuple[Difference, Path]], ou
 
 
 def _place(model: Path, file: str) -> Path:
-    """Where a model says something: a GGUF file has its config inside."""
+    """Place where a model says something: a GGUF file has its config inside."""
     return model if model.suffix == ".gguf" else model / file
 
 

@@ -34,7 +34,7 @@ _LARGEST = {"F16": 65504.0, "BF16": 2.0**128 - 2.0**120, "F32": 2.0**128 - 2.0**
 
 @dataclass(frozen=True)
 class Constant:
-    """What is known of the values of a constant: its dtype, its largest finite magnitude, and how many are infinite.
+    """Values of a constant, as far as known: their dtype, the largest finite magnitude, and how many are infinite.
 
     If models differ in one that is known by its name (inv_freq), it is the base's: it `differs`.
     """
@@ -109,7 +109,7 @@ def _own(reader: Reader, name: str, base: TensorEntry) -> Constant | None:
 
 
 def _constant(reader: Reader, base: TensorEntry, *others: TensorEntry) -> Constant | None:
-    """What is known of a tensor's values; None if the models differ, or there is NaN among them."""
+    """Facts about a tensor's values; None if the models differ, or there is NaN among them."""
     if not all(_same(reader, base, other) for other in others):
         return None
     sign, infinity = 1 << (8 * ITEM_SIZES[base.dtype] - 1), _INFINITY[base.dtype]

@@ -17,7 +17,7 @@ from pymerge.planner.untouched import one_sum, untouched
 
 @dataclass(frozen=True)
 class Decision:
-    """What is done with a tensor: its role, with the reason; the entries of the experts that take part, and the
+    """Decision on a tensor: its role, with the reason; the entries of the experts that take part, and the
     parameters (None for a copy); whether the base's is read."""
 
     role: Role

@@ -37,7 +37,7 @@ _RENAMED = {"word_embedding_dimension": "embedding_dimension"}
 
 @dataclass(frozen=True)
 class Part:
-    """What the output's files in one folder are merged from: `inputs` under the donor's names, which tensors are
+    """Inputs of the output's files in one folder: `inputs` under the donor's names, which tensors are
     written, in the donor's order, their roles and sections."""
 
     folder: str
@@ -142,7 +142,7 @@ def match_modules(
 
 
 def beside_warnings(inputs: Inputs) -> Iterator[str]:
-    """What is said of weight files that lie beside those that are merged."""
+    """Warnings about weight files that lie beside those that are merged."""
     donor = inputs.donor
     if copied := donor.beside.copied:
         yield f"{donor.path}: copied as they are, not merged: {first_few(map(str, copied), 8)}"
@@ -186,7 +186,7 @@ def _decisive(model: Checkpoint) -> list[Module]:
 
 
 def _unlike(donor: Checkpoint, expert: Checkpoint) -> Iterator[str]:
-    """In what the modules of an expert are not those of the donor."""
+    """Difference of the modules of an expert to those of the donor."""
     ours, theirs = _decisive(donor), _decisive(expert)
     if [module.kind for module in ours] != [module.kind for module in theirs]:
         kinds = [", ".join(module.kind for module in each) for each in (theirs, ours)]

@@ -83,7 +83,7 @@ def check_integers(
 
 
 def _difference(reader: Reader, one: TensorEntry, two: TensorEntry) -> str:
-    """How the integers of an expert differ from the base's, "" if they do not."""
+    """Difference of an expert's integers to the base's, "" if there is none."""
     found = relation(reader, one, two)
     if found is Relation.SAME:
         return ""

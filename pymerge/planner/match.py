@@ -112,7 +112,7 @@ class Fitted:
 
 
 def copied(fitted: Sequence[Fitted]) -> frozenset[str]:
-    """What is taken from the base where it is merged with these models: what all of them lack, and constants."""
+    """Tensors taken from the base where it is merged with these models: those that all lack, and constants."""
     lacking = frozenset.intersection(*(each.lacking for each in fitted)) if fitted else frozenset()
     return lacking.union(*(each.constants for each in fitted))
 

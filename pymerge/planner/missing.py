@@ -19,7 +19,7 @@ def refusal(
     *,
     stand_in: bool,
 ) -> str:
-    """What is wrong with an expert that lacks some of the tensors that the donor has; "" if the base's stand in.
+    """Problem of an expert that lacks some of the tensors that the donor has; "" if the base's stand in.
 
     Args:
         stand_in: whether there are others to stand in: not for the base itself, nor for a model that has none at all.

@@ -57,7 +57,7 @@ def output_dtypes(
 
 
 def _wide(tensors: Mapping[str, TensorEntry], names: Iterable[str]) -> list[str]:
-    """Those of `names` that a 16-bit model keeps wider than 16 bits; none of another model's.
+    """Names that a 16-bit model keeps wider than 16 bits; none of another model's.
 
     A model is a 16-bit one if more than half of the elements of its floating tensors are: of float16, bfloat16 or 8-bit
     floats. What it has as float32 (biases of routers, A_log, inverse frequencies, norms) has a reason to be so.

@@ -49,7 +49,7 @@ def _costs_less(core: InCore, dense: Solve, experts: int) -> bool:
 
 
 def remarks(actions: Iterable[tuple[str, Action]]) -> list[str]:
-    """What users should know of merges in the core, from all tensors' names and actions: each kind of remark once."""
+    """Remarks for users on merges in the core, from all tensors' names and actions: each kind of remark once."""
     found: dict[str, list[str]] = {}
     for name, action in actions:
         if isinstance(action, InCore) and (remark := action.solve.core_remark(action.shape, action.rank)):

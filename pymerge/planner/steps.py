@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pymerge.architecture.roles import Role
 from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.dtypes import ITEM_SIZES, NATIVE, memory_item_size
+from pymerge.common.dtypes import ITEM_SIZES, NATIVE, is_float8, memory_item_size, native_item_size
 from pymerge.methods.actions import Action, Combine, Encode, InCore, Solve
 from pymerge.methods.base import Values
 from pymerge.methods.reduce import Reduce
@@ -140,7 +140,7 @@ class Step:
     @cached_property
     def _on_base(self) -> frozenset[TensorEntry]:
         """The experts that are adapters of the base, where that is read."""
-        if not self.reads_base or self.base.needs_torch:
+        if not self.reads_base or self.base.needs_torch or self.base.dtype not in NATIVE:
             return frozenset()
         return frozenset(entry for entry in self.experts if entry.adapter_parts and _base_of(entry, self.base))
 
@@ -198,10 +198,18 @@ class Step:
         parts = self.role.parts if isinstance(self.action, Solve) else 1
         return sum(parts * self.action.flops(self._worked(piece), len(self.experts)) for piece in self.pieces)
 
+    @property
+    def copies_bits(self) -> bool:
+        """Whether the result is the only input, in its dtype."""
+        copies = isinstance(self.action, Combine) and not self.action.weights
+        return copies and self.inputs[0].dtype == self.dtype
+
     @cached_property
     def by_blocks(self) -> bool:
         """Whether native code reads and combines the inputs block by block, without memory for them."""
-        return isinstance(self.action, Combine) and all(entry.contiguous for entry in self.inputs)
+        if not isinstance(self.action, Combine) or not all(entry.contiguous for entry in self.inputs):
+            return False
+        return self.copies_bits or not any(is_float8(entry.dtype) for entry in self.inputs)
 
     @cached_property
     def decoding_bytes(self) -> int:
@@ -237,7 +245,7 @@ class Step:
         return self.action.scratch(self._worked(piece), len(self.experts), self.worker == "native")
 
     def _native_inputs(self, elements: int) -> int:
-        sizes = [ITEM_SIZES[entry.dtype] for entry in self.inputs]
+        sizes = [native_item_size(entry.dtype) for entry in self.inputs]
         if self.product is not None:
             base, width = self.product.base, max(1, math.prod(self.shape[1:]))
             rows = min(elements, pieces.rows_at_once(self.role, self.shape) * width)
@@ -267,8 +275,5 @@ class Step:
 
     @cached_property
     def ranges(self) -> tuple[Piece, ...]:
-        """The pieces in which a reduction may take the tensor: none where an input is float64, whose selection would
-        need more passes."""
-        if not isinstance(self.action, Reduce) or any(entry.dtype == "F64" for entry in self.inputs):
-            return ()
-        return pieces.ranges(self.shape)
+        """The pieces in which a reduction may take the tensor."""
+        return pieces.ranges(self.shape) if isinstance(self.action, Reduce) else ()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pymerge import env
 from pymerge.common.devices import Device
-from pymerge.common.dtypes import NATIVE, is_float8
+from pymerge.common.dtypes import NATIVE, native_dtype
 from pymerge.methods.actions import Combine, Elementwise, InCore
 from pymerge.methods.reduce import Reduce
 from pymerge.planner.steps import Step, WorkerName
@@ -30,22 +30,18 @@ class Target:
 def worker_of(step: Step, target: Target, *, allow_nonfinite: bool) -> WorkerName:
     """The worker of a step on this target.
 
-    Native code takes tensors that can be read without PyTorch, in the dtypes that it computes in. One of another kind
-    goes to PyTorch, alone.
+    Native code takes tensors that can be read without PyTorch, in the dtypes that it computes in, or decoded to one.
+    Others go to PyTorch, alone.
     """
     if isinstance(step.action, InCore):
         return "core"
     if not target.takes_arrays or any(entry.needs_torch for entry in step.inputs):
         return "torch"
-    action, dtypes = step.action, {step.dtype, *(entry.dtype for entry in step.inputs)}
-    known = dtypes <= NATIVE.keys()
+    action = step.action
+    known = {step.dtype, *(native_dtype(entry.dtype) for entry in step.inputs)} <= NATIVE.keys()
     if isinstance(action, Combine) and not action.weights:
-        if len(dtypes) == 1:
-            return "torch" if is_float8(step.dtype) else "native"
+        if step.copies_bits:
+            return "native"
         # Which bits NaN has in another dtype differs between PyTorch and C++.
         return "native" if known and not allow_nonfinite else "torch"
-    if isinstance(action, (Combine, Elementwise)):
-        return "native" if known else "torch"
-    if isinstance(action, Reduce) and action.native and known and "F64" not in dtypes:
-        return "native"
-    return "torch"
+    return "native" if known and isinstance(action, (Combine, Elementwise, Reduce)) else "torch"

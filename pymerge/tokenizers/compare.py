@@ -17,7 +17,7 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Mismatch:
-    """What two tokenizers differ in: `file` is the one that both have; `moved` tokens have another number or none in
+    """Difference of two tokenizers: `file` is the one that both have; `moved` tokens have another number or none in
     one of them, `first` is the first of them, with its numbers; 0 where the files could only be compared as bytes."""
 
     file: str
@@ -28,7 +28,7 @@ class Mismatch:
 def mismatch(
     ours: Path, theirs: Path, common: Collection[str], known: dict[Path, dict[str, int] | None] | None = None
 ) -> Mismatch | None:
-    """How the vocabularies in two folders differ, by the files that both have; None if they agree, or nobody can tell.
+    """Difference of two folders' vocabularies, by the files that both have; None if they agree, or nobody can tell.
 
     Files are read only as far as they differ in size or content; `known` keeps the numbers of those that were, for the
     next call.

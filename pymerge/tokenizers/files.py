@@ -45,7 +45,7 @@ def is_tokenizer_file(name: Path) -> bool:
 
 
 def read_files(folder: Path, names: Iterable[Path]) -> dict[str, bytes]:
-    """Those of a folder's files that belong to its tokenizer: name -> content. CheckpointError if one can't be read."""
+    """Files of a folder that belong to its tokenizer: name -> content. CheckpointError if one can't be read."""
     found = {}
     for name in names:
         if is_tokenizer_file(name):

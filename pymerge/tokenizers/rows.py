@@ -31,7 +31,7 @@ class TokenModel:
 
 @dataclass(frozen=True)
 class _Donors:
-    """For each row of the output: the table (or ZERO, AVERAGE) and row of a model that lacks the token."""
+    """Donor of each row of the output: the table (or ZERO, AVERAGE) and row of a model that lacks the token."""
 
     source: NDArray[np.int64]
     row: NDArray[np.int64]

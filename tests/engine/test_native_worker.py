@@ -19,8 +19,10 @@ from pymerge.common import arrays
 from pymerge.engine import native_worker
 from pymerge.engine.run import run
 from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError
+from pymerge.methods import reduce
+from pymerge.planner import build, fit
 from pymerge.planner.plan import Plan
-from tests.helpers.checkpoints import change, load_output, tree, write_config, write_models
+from tests.helpers.checkpoints import change, load_output, tree, write_config, write_model, write_models
 from tests.helpers.imports import modules_after
 
 UP, NORM, COUNTER = "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.counter"
@@ -131,19 +133,129 @@ WITHOUT_TORCH: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.5},
     "karcher": {},
     "model_stock": {},
+    "model_stock, rows": {"filter_wise": True},
+    "nuslerp, rows": {"weight": 0.4, "nuslerp_flatten": False},
+    "nuslerp, columns": {"weight": 0.4, "nuslerp_flatten": False, "nuslerp_row_wise": True},
 }
 ONE_MODEL = ("passthrough", "nearswap", "arcee_fusion", "slerp")
 
 
 @pytest.mark.parametrize("case", WITHOUT_TORCH)
 def test_methods_do_without_pytorch(tmp_path: Path, case: str) -> None:
-    """Where all of it is in native code, nothing imports PyTorch; what is elementwise is no exception."""
+    """Where all of it is in native code, nothing imports PyTorch; what is elementwise is no exception, nor are float64
+    tensors, in all models or in one."""
     write_models(tmp_path, tensors(torch.bfloat16), config={"model_type": "x"})
+    change(tmp_path / "base", lambda found: found.update({NORM: found[NORM].double()}))
+    change(tmp_path / "e0", lambda found: found.update({name: found[name].double() for name in (NORM, UP)}))
     method = case.partition(",")[0]
     config = write_config(tmp_path, method, experts=1 if method in ONE_MODEL else 2, **WITHOUT_TORCH[case])
     code = f"import pymerge; pymerge.merge({str(config)!r}, {str(tmp_path / 'out')!r}, device='cpu')"
     assert modules_after(code) & {"torch", "triton", "safetensors", "transformers"} == set()
-    assert load_output(tmp_path / "out")[UP].dtype == torch.bfloat16
+    found = load_output(tmp_path / "out")
+    assert (found[UP].dtype, found[NORM].dtype) == (torch.bfloat16, torch.float64)
+
+
+# Which models are float64, whether inputs are held between passes, whether one has NaN and infinity.
+DOUBLE = [
+    (("base", "e0", "e1"), True, False),
+    (("base",), False, False),
+    (("e1",), False, True),
+    (("e0", "e1"), True, True),
+]
+
+
+@pytest.mark.parametrize(("folders", "held", "nonfinite"), DOUBLE, ids=str)
+@pytest.mark.parametrize("case", WITHOUT_TORCH)
+def test_float64_gives_the_bytes_of_pytorchs_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, folders: tuple[str, ...], held: bool, nonfinite: bool
+) -> None:
+    """In ranges, on one thread and on three."""
+    write_models(tmp_path, small())
+    for folder in folders:
+        change(tmp_path / folder, _widen)
+    if nonfinite:
+        change(tmp_path / "e0", lambda found: found[UP][100, 7:9].copy_(torch.tensor([float("nan"), float("inf")])))
+    monkeypatch.setattr(fit, "HELD_BYTES", 2**28 if held else 0)
+    more = f"allow_nonfinite: {str(nonfinite).lower()}"
+    merged = both_workers(tmp_path, monkeypatch, case, more)
+    assert merged[0] == merged[1] == merged[2]
+
+
+def small() -> dict[str, torch.Tensor]:
+    return {name: tensor[:150] if tensor.ndim == 2 else tensor for name, tensor in tensors(torch.bfloat16).items()}
+
+
+def both_workers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, case: str, more: str = ""
+) -> tuple[dict[str, bytes], ...]:
+    """Weights of the native worker on one thread and on three, and of PyTorch's with C++ ops; ranges are short."""
+    monkeypatch.setattr(reduce, "RANGE_ELEMENTS", 2**16)
+    method = case.partition(",")[0]
+    experts = 1 if method in ONE_MODEL else 2
+    config = write_config(folder, method, experts=experts, more=more, **WITHOUT_TORCH[case])
+    found = []
+    for threads, worker in (("1", "native"), ("3", "native"), ("1", "torch")):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        if worker == "torch":
+            monkeypatch.setattr(build, "worker_of", lambda *_, **__: "torch")
+        plan = api.plan(config, device="cpu")
+        assert {step.worker for step in plan.steps} == {worker}
+        run(plan, folder / "out", overwrite=True)
+        found.append(weights(folder / "out"))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("case", WITHOUT_TORCH)
+def test_8_bit_floats_give_the_bytes_of_pytorchs_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """They are decoded as they are read, whatever their kind."""
+    write_models(tmp_path, small())
+    for folder, kind in (("base", "e4m3fn"), ("e0", "e5m2"), ("e1", "e4m3fnuz")):
+        dtype = getattr(torch, f"float8_{kind}")
+        change(tmp_path / folder, lambda found, dtype=dtype: found.update({UP: found[UP].to(dtype)}))
+    merged = both_workers(tmp_path, monkeypatch, case)
+    assert merged[0] == merged[1] == merged[2]
+
+
+FLOAT8 = ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"]
+BUFFER = f"layers: [{{pattern: '{COUNTER}', kind: buffer}}]"
+
+
+@pytest.mark.parametrize("kind", FLOAT8)
+def test_all_8_bit_floats_as_they_are_and_converted(tmp_path: Path, kind: str) -> None:
+    """A weight becomes bfloat16, a buffer stays as it is; without PyTorch."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(getattr(torch, f"float8_{kind}"))
+    finite = values[values.float().isfinite()]
+    for folder in ("base", "e0"):
+        write_model(tmp_path / folder, {NORM: finite, COUNTER: finite.clone()})
+    config = write_config(tmp_path, "passthrough", experts=1, scale=1.0, more=BUFFER)
+    code = f"import pymerge; pymerge.merge({str(config)!r}, {str(tmp_path / 'out')!r}, device='cpu')"
+    assert "torch" not in modules_after(code)
+    found = load_output(tmp_path / "out")
+    assert torch.equal(found[NORM], finite.bfloat16())
+    assert torch.equal(found[NORM].signbit(), finite.bfloat16().signbit())
+    assert torch.equal(found[COUNTER].view(torch.uint8), finite.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", [NORM, COUNTER])
+def test_an_8_bit_float_that_is_not_finite_is_named(tmp_path: Path, name: str) -> None:
+    found = {NORM: torch.ones(8).to(torch.float8_e5m2), COUNTER: torch.ones(8).to(torch.float8_e5m2)}
+    found[name].view(torch.uint8)[5] = 0x7C  # infinity
+    for folder in ("base", "e0"):
+        write_model(tmp_path / folder, found)
+    plan = native_plan(tmp_path, "passthrough", experts=1, scale=1.0, more=BUFFER)
+    with pytest.raises(NonFiniteError, match=rf"model.safetensors: tensor '{name}' has 1 values .*\[5\]"):
+        run(plan, tmp_path / "out")
+
+
+def _widen(found: dict[str, torch.Tensor]) -> None:
+    """In float64 what float32 cannot hold: deltas of very different sizes, in the last digits."""
+    generator = torch.Generator().manual_seed(len(found))
+    for name in (UP, NORM):
+        noise = torch.randn(found[name].shape, generator=generator, dtype=torch.float64)
+        found[name] = found[name].double() + 1e-9 * noise
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.0])

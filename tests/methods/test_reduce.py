@@ -42,7 +42,6 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("ramplus_tl", {"epsilon": 1e-3}, 2),
     ("arcee_fusion", {}, 3),
 ]
-IN_PYTORCH = ("nuslerp_flatten", "filter_wise")
 DRAWN = ("dare_ties", "dare_linear", "della")
 
 
@@ -76,19 +75,17 @@ def test_ranges_give_the_bytes_of_the_whole(
     """
     path = config(models, method, parameters)
     held, ranged = plans = [api.plan(path, device="cpu", memory=memory) for memory in (None, LIMIT)]
-    native = set(parameters).isdisjoint(IN_PYTORCH)
-    assert {step.worker for plan in plans for step in plan.steps} == {"native" if native else "torch"}
+    assert {step.worker for plan in plans for step in plan.steps} == {"native"}
     assert [plan.steps[0].held for plan in plans] == [passes > 1, False]
     assert {len(plan.steps[0].pieces) for plan in plans} == {3}
     assert ranged.steps[0].bytes_read == passes * held.steps[0].bytes_read
     assert ranged.peak_memory <= LIMIT
     files = [merged(plan, tmp_path / f"out-{index}") for index, plan in enumerate(plans)]
-    if native:
-        monkeypatch.setattr(build, "worker_of", lambda *_, **__: "torch")
-        plans = [api.plan(path, device="cpu", memory=memory) for memory in (None, LIMIT)]
-        assert {step.worker for plan in plans for step in plan.steps} == {"torch"}
-        assert max(plan.peak_memory for plan in plans[1:]) <= LIMIT
-        files += [merged(plan, tmp_path / f"computed-{index}") for index, plan in enumerate(plans)]
+    monkeypatch.setattr(build, "worker_of", lambda *_, **__: "torch")
+    plans = [api.plan(path, device="cpu", memory=memory) for memory in (None, LIMIT)]
+    assert {step.worker for plan in plans for step in plan.steps} == {"torch"}
+    assert max(plan.peak_memory for plan in plans[1:]) <= LIMIT
+    files += [merged(plan, tmp_path / f"computed-{index}") for index, plan in enumerate(plans)]
     assert files == files[:1] * len(files)
     names = ("base", "e0") if method in ("slerp", "arcee_fusion") else ("base", "e0", "e1")
     base, *experts = (load_file(models / name / "model.safetensors")[EMBEDDING] for name in names)

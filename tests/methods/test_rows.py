@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.runner import Runner
-from pymerge.common.arrays import Array, ArrayLike, as_tensor
+from pymerge.common.arrays import Array, ArrayLike, as_tensor, compute_code
 from pymerge.common.dtypes import code_of
 from pymerge.methods import METHODS
 from pymerge.methods.actions import Action, Combine, Elementwise
@@ -22,6 +22,7 @@ from pymerge.testing.compare import assert_same
 
 SHAPES = [(), (1,), (77,), (33, 65), (64, 128), (3, 5, 7), (0, 4)]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+WITH_DOUBLE = [torch.bfloat16, torch.float64, torch.float32]
 SPARSE = {"weight": 0.6, "density": 0.4}
 # Method, number of models, parameters.
 CASES: list[tuple[str, int, dict[str, Any]]] = [
@@ -80,6 +81,7 @@ def in_pieces(action: Reduce, run: Runner, pieces: list[Rows]) -> list[ArrayLike
     elements = sum(rows.numel for rows in pieces)
     columns = pieces[0].shape[1:]
     shape = (elements // max(1, int(np.prod(columns))), *columns) if pieces[0].shape else ()
+    action = action.on(compute_code(pieces[0].base, *pieces[0].experts))
     state = action.start(shape, len(pieces[0].experts))
     for _ in range(state.passes):
         for rows in pieces:
@@ -88,7 +90,7 @@ def in_pieces(action: Reduce, run: Runner, pieces: list[Rows]) -> list[ArrayLike
     return [state.merge(run, rows) for rows in pieces]
 
 
-@pytest.mark.parametrize("dtypes", [*[[dtype] for dtype in FLOATS], FLOATS], ids=str)
+@pytest.mark.parametrize("dtypes", [*[[dtype] for dtype in WITH_DOUBLE], FLOATS, WITH_DOUBLE], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_arrays_and_tensors(shape: tuple[int, ...], dtypes: list[torch.dtype]) -> None:
     for method, models, parameters in CASES:
@@ -108,13 +110,14 @@ def test_arrays_and_tensors(shape: tuple[int, ...], dtypes: list[torch.dtype]) -
             assert_same(label, room.tensor(), expected)
 
 
+@pytest.mark.parametrize("dtypes", [FLOATS, [torch.float64], WITH_DOUBLE], ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if isinstance(action_of(*case), Reduce)], ids=str)
-def test_pieces_of_arrays_and_tensors(case: tuple[str, int, dict[str, Any]]) -> None:
+def test_pieces_of_arrays_and_tensors(case: tuple[str, int, dict[str, Any]], dtypes: list[torch.dtype]) -> None:
     """Where ranks and sums are of the whole tensor, it is merged the same in pieces."""
     method, models, _ = case
     action, run = action_of(*case), Runner("native")
     assert isinstance(action, Reduce)
-    base, experts = tensors((64, 96), FLOATS, models)
+    base, experts = tensors((64, 96), dtypes, models)
     whole = Rows(base, experts, "F32")
     arrays = Rows(Array.of(base), [Array.of(expert) for expert in experts], "F32")
     found = []

@@ -12,9 +12,11 @@ from torch import Tensor
 from pymerge.backends.runner import Runner
 from pymerge.common.arrays import Array, as_tensor
 from pymerge.methods.rows import Rows
-from pymerge.methods.selection import Magnitudes, Selection, digits, passes_to_select
+from pymerge.methods.selection import Magnitudes, Selection, digits, in_float32, passes_to_select
+from pymerge.ops._bitmask import unpack
 from pymerge.ops.magnitude_mask import MagnitudeMask
 from pymerge.ops.trim_threshold import TrimThreshold
+from tests.helpers.oracles import kept_magnitudes
 
 
 def pieces_of(rows: Rows, ends: list[int]) -> list[Rows]:
@@ -28,10 +30,10 @@ def count_all(selection: Selection, run: Any, pieces: list[Magnitudes], passes: 
         selection.end_pass()
 
 
-@pytest.mark.parametrize("frugal", [False, True])
+@pytest.mark.parametrize("of_model", [False, True])
 @pytest.mark.parametrize("kind", ["reference", "native", "arrays"])
 @pytest.mark.parametrize("count", [0, 1, 700, 1500, 2999, 3000])
-def test_by_pieces_the_elements_of_the_whole(kind: str, count: int, frugal: bool) -> None:
+def test_by_pieces_the_elements_of_the_whole(kind: str, count: int, of_model: bool) -> None:
     """Magnitudes of five values: the last one that is taken is in many elements, of several pieces."""
     run = Runner("native" if kind == "arrays" else kind)
     generator = torch.Generator().manual_seed(count)
@@ -44,8 +46,9 @@ def test_by_pieces_the_elements_of_the_whole(kind: str, count: int, frugal: bool
     if kind == "arrays":
         everything = Rows(Array.of(base), [Array.of(expert) for expert in experts], "F32")
     pieces = pieces_of(everything, [512, 1024, 2944, 3000])
-    selection = Selection(3000, counts, frugal=frugal)
-    count_all(selection, run, [Magnitudes.of(piece) for piece in pieces], passes_to_select(3000, counts, frugal=frugal))
+    selection = Selection(3000, counts, of_model=of_model)
+    passes = passes_to_select(3000, counts, of_model=of_model)
+    count_all(selection, run, [Magnitudes.of(piece) for piece in pieces], passes)
     bits = [
         as_tensor(run(MagnitudeMask(piece.base, piece.experts, selection.of_piece(run, Magnitudes.of(piece)))).bits)
         for piece in pieces
@@ -67,8 +70,8 @@ def test_pieces_without_elements(kind: str, ends: list[int]) -> None:
     generator = torch.Generator().manual_seed(1)
     experts = [torch.randint(-2, 3, (3000,), generator=generator) / 8]
     pieces = pieces_of(Rows(torch.zeros(3000), experts, "F32"), ends)
-    selection = Selection(3000, [1000], frugal=True)
-    count_all(selection, run, [Magnitudes.of(piece) for piece in pieces], passes_to_select(3000, [1000], frugal=True))
+    selection = Selection(3000, [1000], of_model=True)
+    count_all(selection, run, [Magnitudes.of(piece) for piece in pieces], passes_to_select(3000, [1000], of_model=True))
     taken = 0
     for piece in pieces:
         masks = run(MagnitudeMask(piece.base, piece.experts, selection.of_piece(run, Magnitudes.of(piece))))
@@ -84,11 +87,74 @@ def test_values_of_ranks_are_exact(dtype: torch.dtype) -> None:
     values[7], values[8], values[9] = 0.0, 3e-39, 1e30
     ordered = values.sort().values
     ranks = (0, 1, 2, 1200, 2500, 3333, 4998, 4999)
-    bits = 31 if dtype == torch.float32 else 63
+    double = dtype == torch.float64
     counts = [len(values) - rank for rank in ranks]
-    selection = Selection(len(values), counts, keys_only=True, bits=bits)
+    selection = Selection(len(values), counts, keys_only=True, double=double)
     pieces = pieces_of(Rows(values, [values], "F32"), [1700, 3400, 5000])
     scores = [Magnitudes.scores(piece.base, piece, len(ranks)) for piece in pieces]
-    count_all(selection, Runner(), scores, len(digits(bits)))
+    count_all(selection, Runner(), scores, len(digits(double)))
     integer = torch.int32 if dtype == torch.float32 else torch.int64
     assert torch.tensor(selection.keys).to(integer).view(dtype).tolist() == ordered[list(ranks)].tolist()
+
+
+WIDE = {"double": True, "of_model": True}
+
+
+@pytest.mark.parametrize("kind", ["reference", "native", "arrays"])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("count", [1, 700, 1500, 2999])
+def test_tensors_of_several_dtypes_as_one_vector(kind: str, ties: bool, count: int) -> None:
+    """Elements of float32 and of float64 deltas compared with each other: those of all in float64."""
+    run = Runner("native" if kind == "arrays" else kind)
+    generator = torch.Generator().manual_seed(count)
+    dtypes = [torch.bfloat16, torch.float64, torch.float32, torch.float64, torch.float16]
+    experts = [
+        torch.randint(-4, 5, (600,), generator=generator).double() / 8
+        if ties
+        else torch.randn(600, generator=generator, dtype=torch.float64)
+        for _ in dtypes
+    ]
+    experts = [expert.to(dtype) for expert, dtype in zip(experts, dtypes, strict=True)]
+    expected = kept_magnitudes(torch.cat([expert.double() for expert in experts]).numpy(), 0, count)
+    pieces = []
+    for number, expert in enumerate(experts):
+        base = torch.zeros(600, dtype=torch.bfloat16)
+        rows = Rows(base, [expert], "F32", 600 * number)
+        pieces.append(Rows(Array.of(base), [Array.of(expert)], "F32", 600 * number) if kind == "arrays" else rows)
+    selection = Selection(3000, [count], **WIDE)
+    count_all(selection, run, [Magnitudes.of(piece) for piece in pieces], passes_to_select(3000, [count], **WIDE))
+    found = []
+    for piece in pieces:
+        thresholds = selection.of_piece(run, Magnitudes.of(piece))
+        bits = as_tensor(run(MagnitudeMask(piece.base, piece.experts, thresholds)).bits)
+        found.append(unpack(bits[0], 0, 600).numpy())
+    np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+@pytest.mark.parametrize("count", [0, 3000])
+def test_nothing_and_everything_of_several_dtypes(count: int) -> None:
+    run, selection = Runner("native"), Selection(3000, [count], **WIDE)
+    assert passes_to_select(3000, [count], **WIDE) == 0
+    for dtype in (torch.float32, torch.float64):
+        expert = torch.randn(3000, dtype=dtype).index_fill_(0, torch.tensor([5]), float("nan"))
+        rows = Rows(torch.zeros(3000), [expert], "F32")
+        masks = run(MagnitudeMask(rows.base, rows.experts, selection.of_piece(run, Magnitudes.of(rows))))
+        assert int(unpack(as_tensor(masks.bits)[0], 0, 3000).sum()) == count
+
+
+def test_keys_of_float64_in_float32() -> None:
+    """The largest float32 that is not larger, and whether it is the same number."""
+
+    def key(number: float) -> int:
+        return int(np.array(number).view(np.int64))
+
+    numbers = [0.0, 1.0, 0.1, 1e-45, 1e-46, 3e-39, 2.0**-126, 3.5e38, 3.4028234663852886e38, 1e300, 5e-324, np.inf]
+    for number in numbers:
+        found, same = in_float32(key(number))
+        value = float(np.array(found, np.int32).view(np.float32))
+        assert value <= number
+        assert same == (value == number)
+        if not np.isinf(number):
+            assert float(np.array(found + 1, np.int32).view(np.float32)) > number
+    assert in_float32(key(np.nan)) == (int(np.float32(np.nan).view(np.int32)), True)
+    assert in_float32(key(1e300))[0] == in_float32(key(np.inf))[0] - 1

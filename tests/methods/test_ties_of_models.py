@@ -18,7 +18,7 @@ import pymerge
 from pymerge import api
 from pymerge.engine.recheck import recheck
 from pymerge.engine.run import run
-from pymerge.errors import ArgumentError, NonFiniteError, OutputError, PlanError
+from pymerge.errors import ArgumentError, NonFiniteError, OutputError
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.verify import verify
 from pymerge.planner import fit
@@ -79,9 +79,14 @@ def floats(model: Tensors) -> Model:
 
 
 def task_vectors(base: Tensors, experts: list[Tensors]) -> list[Model]:
-    """In float32, in which elements are compared."""
+    """In float32, or in float64 where one of both is, in which elements are compared."""
     merged = [name for name, tensor in base.items() if tensor.is_floating_point()]
-    return [{name: as_float64(expert[name].float() - base[name].float()) for name in merged} for expert in experts]
+
+    def delta(one: torch.Tensor, other: torch.Tensor) -> NDArray[np.float64]:
+        wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+        return as_float64(one.to(wide) - other.to(wide))
+
+    return [{name: delta(expert[name], base[name]) for name in merged} for expert in experts]
 
 
 def expected(
@@ -357,17 +362,35 @@ def test_other_densities_are_other_groups(models: Path) -> None:
         check({name: found[name] for name in sorted(names)}, wanted, part[0])
 
 
-def test_float64_is_refused(models: Path) -> None:
+@BACKENDS
+@pytest.mark.parametrize("coarse", [False, True])
+def test_float64_beside_other_dtypes(tmp_path: Path, coarse: bool, backend: str) -> None:
+    """All magnitudes are compared as float64, those of float32 deltas too: in files and in memory, the same."""
+    base, experts = in_memory(coarse, experts=2)
+    for model in (base, experts[1]):
+        model["model.norm.weight"] = model["model.norm.weight"].double() + (0.0 if coarse else 1e-12)
+    experts[0][UP] = experts[0][UP].double() + (0.0 if coarse else 1e-12)
+    write_model(tmp_path / "base", base)
+    for number, expert in enumerate(experts):
+        write_model(tmp_path / f"e{number}", expert)
+    plan = api.plan(config(tmp_path, weight=0.5, density=0.3, rescale=False), device="cpu", backend=backend)
+    assert {step.worker for step in plan.steps} == {"native" if backend == "native" else "torch"}
+    assert {step.passes for step in plan.steps if step.group} == {6}
+    run(plan, tmp_path / "out")
+    found = load_output(tmp_path / "out")
+    check(found, expected(base, experts, [0.3] * 2, [0.5] * 2, normalize=True, rescale=False), base)
+    merged = pymerge.merge_state_dicts(
+        base, experts, "ties", backend=backend, weight=0.5, density=0.3, rescale=False, **SCOPE
+    )
+    for name, tensor in merged.items():
+        assert_same(name, tensor, found[name])
+
+
+def test_float64_that_is_not_selected_takes_no_passes(models: Path) -> None:
     change(models / "e0", lambda tensors: tensors.update({UP: tensors[UP].double()}))
-    with pytest.raises(PlanError, match=rf"{UP}: scope: model selects among float32 magnitudes.* set scope: tensor"):
-        api.plan(config(models), device="cpu")
-    api.plan(config(models, scope="tensor"), device="cpu")
     density = [{"filter": "up_proj", "value": 1.0}, {"value": 0.3}]
-    run(api.plan(config(models, density=density), device="cpu"), models / "out")  # it is in no group
-    base, experts = in_memory()
-    experts[1][UP] = experts[1][UP].double()
-    with pytest.raises(ArgumentError, match=rf"{UP}: scope: model takes no float64; convert it, or set scope: tensor"):
-        pymerge.merge_state_dicts(base, experts, "ties", density=0.3, **SCOPE)
+    plan = api.plan(config(models, density=density, rescale=False), device="cpu")
+    assert {step.passes for step in plan.steps if step.group} == {4}  # it is in no group
 
 
 @BACKENDS

@@ -1,4 +1,4 @@
-"""combine_vectors: sums with weights for each row or column against float64, in PyTorch and in Triton."""
+"""combine_vectors: sums with weights for each row or column against float64, on every backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pymerge.errors import ArgumentError
 from pymerge.ops.combine_vectors import CombineVectors
 from pymerge.testing.cases import FLOATS, LAYOUTS, implementations, task_case
 from pymerge.testing.compare import assert_accurate, assert_same
-from tests.helpers.arrays import with_arrays
+from tests.helpers.arrays import assert_same_results, in_cpp, with_arrays
 from tests.helpers.vectors import vectors
 
 RUNS = implementations("combine_vectors")
@@ -28,12 +28,12 @@ def test_the_reference_is_the_formula(shape: tuple[int, ...], axis: Axis, with_b
     base, *tensors = (torch.randn(shape, generator=generator) for _ in range(3))
     weights = torch.randn(len(vectors(base, axis)), 2, generator=generator, dtype=DOUBLE).numpy()
     op = CombineVectors(base if with_base else None, tensors, weights, axis, DOUBLE)
-    merged = Runner()(op)
+    merged = op.reference()
     start = vectors(base, axis) if with_base else np.zeros_like(vectors(base, axis))
     expected = start + sum(weights[:, t, None] * (vectors(tensor, axis) - start) for t, tensor in enumerate(tensors))
     assert merged.shape == shape
     np.testing.assert_allclose(vectors(merged, axis), expected, rtol=0, atol=2e-6)
-    assert_same("of arrays", Runner()(with_arrays(op)), merged)
+    assert_same("of arrays", with_arrays(op).reference(), merged)
 
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)
@@ -73,10 +73,26 @@ def test_a_result_is_written_where_it_is_wanted(backend: str, device: str) -> No
     run, out, weights = Runner(backend, device), torch.full((13, 77), float("nan"), device=device), np.ones((77, 2))
     assert run(CombineVectors(case.base, case.experts, weights, "columns", "F32", out)) is out
     assert_same("out", out, run(CombineVectors(case.base, case.experts, weights, "columns", "F32")))
-    room = Array.mapped(out.nbytes).at(0, "F32", (13, 77))
-    Runner()(with_arrays(CombineVectors(case.base, case.experts, weights, "columns", "F32", room)))
-    if backend == "reference":
+    if backend in ("reference", "native"):
+        room = Array.mapped(out.nbytes).at(0, "F32", (13, 77))
+        run(with_arrays(CombineVectors(case.base, case.experts, weights, "columns", "F32", room)))
         assert_same("array", room.tensor(), out)
+
+
+@pytest.mark.parametrize("shape", [(300, 1111), (2111, 70), (1, 70_000), (0, 3), (3, 0), ()], ids=str)
+@pytest.mark.parametrize("axis", AXES)
+def test_float64_arrays_and_threads_in_cpp(shape: tuple[int, ...], axis: Axis) -> None:
+    generator = torch.Generator().manual_seed(5)
+    base, *tensors = (torch.randn(shape, generator=generator, dtype=DOUBLE) for _ in range(3))
+    tensors[1] = tensors[1].bfloat16()
+    rows, columns = vector_shape(shape, axis)
+    weights = torch.randn(columns if axis == "columns" else rows, 2, generator=generator, dtype=DOUBLE).numpy()
+    for origin in (base, None):
+        op = CombineVectors(origin, tensors, weights, axis, DOUBLE)
+        found = in_cpp(op, 1)
+        torch.testing.assert_close(found, op.reference(), rtol=0, atol=1e-14)
+        for threads in (1, 2, 5):
+            assert_same_results(f"{threads}", in_cpp(with_arrays(op), threads), found)
 
 
 def test_errors_name_what_is_wrong() -> None:

@@ -34,14 +34,34 @@ def test_counts_of_a_digit(backend: str, shape: tuple[int, ...], shift: int, bit
         np.testing.assert_array_equal(row, np.bincount(matching, minlength=1 << bits))
 
 
-def test_counts_of_float64_keys() -> None:
-    expert = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    keys = expert.abs().numpy().view(np.int64)
-    for shift, bits in ((52, 11), (40, 12)):
-        prefix = int(keys[0] >> (shift + bits))
-        found = Runner("native")(MagnitudeCounts(None, [expert], [prefix], shift, bits))
-        matching = keys[keys >> (shift + bits) == prefix] >> shift & ((1 << bits) - 1)
-        np.testing.assert_array_equal(found[0], np.bincount(matching, minlength=1 << bits))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("in_double", [False, True])
+@pytest.mark.parametrize(("shift", "bits"), [(47, 16), (31, 16), (15, 16), (0, 15), (52, 11), (40, 12), (0, 0)])
+def test_counts_of_float64_keys(backend: str, in_double: bool, shift: int, bits: int) -> None:
+    """A task has the keys of its own deltas, or all have those of float64."""
+    base, experts = weights((63, 65), torch.bfloat16, torch.bfloat16, torch.float64)
+    experts[1] += 1e-12
+    deltas = [delta(base, experts[0]), experts[1].numpy() - base.double().numpy()]
+    if in_double:
+        deltas[0] = deltas[0].astype(np.float64)
+    keys = [np.abs(each).view(f"i{each.itemsize}").reshape(-1).astype(np.int64) for each in deltas]
+    prefixes = [int(each[2000] >> (shift + bits)) for each in keys]
+    op = MagnitudeCounts(base, experts, prefixes, shift, bits, in_double)
+    found = Runner(backend)(op)
+    for row, each, prefix in zip(found, keys, prefixes, strict=True):
+        matching = each[each >> (shift + bits) == prefix] >> shift & ((1 << bits) - 1)
+        np.testing.assert_array_equal(row, np.bincount(matching, minlength=1 << bits))
+    for threads in (1, 3):
+        assert_same_results(f"{threads}", in_cpp(with_arrays(op), threads), found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_key_starts_with_more_bits_than_it_has(backend: str) -> None:
+    expert = torch.tensor([1.0, -1.5])
+    one = int(expert.view(torch.int32)[0])
+    for prefix in (one + (1 << 32), (1 << 62) + one, 1 << 31):
+        assert Runner(backend)(MagnitudeCounts(None, [expert], [prefix], 0, 0)).tolist() == [[0]]
+    assert Runner(backend)(MagnitudeCounts(None, [expert], [one], 0, 0)).tolist() == [[1]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

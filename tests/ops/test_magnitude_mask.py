@@ -56,6 +56,31 @@ def test_float64_is_selected_in_float64(backend: str) -> None:
         np.testing.assert_array_equal(flags(masks, (100,))[0], kept_magnitudes(expert.numpy(), 0, 10))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_float64_beside_other_dtypes(share: float) -> None:
+    """Several segments of a thread; each task in its own precision; norms in float64."""
+    base, experts = weights((300, 333), torch.bfloat16, torch.float64, torch.bfloat16, torch.float64)
+    count = int(share * 99_900)
+    kept, dropped = (TrimThreshold(base, experts, [each] * 3).reference() for each in (count, count // 3))
+    op = MagnitudeMask(base, experts, kept, dropped)
+    expected = op.reference()
+    for threads in (1, 3):
+        assert_masks(f"{threads}", in_cpp(op, threads), expected)
+        assert_same_results(f"{threads}", in_cpp(with_arrays(op), threads), in_cpp(op, 1))
+    assert [int(mask.sum()) for mask in flags(expected, (300, 333))] == [count - count // 3] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_float64_is_the_largest(backend: str) -> None:
+    expert = torch.tensor([1.0, math.nan, -math.inf, 2.0, 0.0], dtype=torch.float64)
+    run = Runner(backend)
+    for count, expected in ((0, []), (1, [1]), (2, [1, 2]), (3, [1, 2, 3])):
+        masks = run(MagnitudeMask(None, [expert], run(TrimThreshold(None, [expert], [count]))))
+        assert np.flatnonzero(flags(masks, (5,))[0]).tolist() == expected
+        assert math.isnan(masks.before[0])
+        assert math.isnan(masks.after[0])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_is_the_largest_and_stays_in_the_norms(backend: str) -> None:
     base, expert = torch.zeros(5), torch.tensor([1.0, math.nan, -math.inf, 2.0, 0.0])

@@ -46,7 +46,10 @@ def test_layouts(layout: str) -> None:
 def test_float64_is_searched_in_float64() -> None:
     expert = torch.tensor([1.0, 1.0 + 2.0**-40, -1.0 - 2.0**-40], dtype=torch.float64)
     key = int(expert.view(torch.int64)[1])
-    assert [Runner("native")(MagnitudePlace(None, expert, key, count)) for count in (1, 2)] == [2, 3]
+    for backend in BACKENDS:
+        assert [Runner(backend)(MagnitudePlace(None, expert, key, count)) for count in (1, 2)] == [2, 3]
+        narrow = MagnitudePlace(None, expert.float(), int(expert.float().view(torch.int32)[0]) + (1 << 32), 1)
+        assert Runner(backend)(narrow) == 3  # no float32 has a key of so many bits
 
 
 def test_a_count_of_nothing_is_an_error() -> None:

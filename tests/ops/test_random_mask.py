@@ -88,6 +88,31 @@ def test_arrays_give_the_same_bits(shape: tuple[int, ...], ranked: bool) -> None
     assert_same_results(str(shape), run(with_arrays(op)), run(op))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (3, 7), (70, 901), (2, 40_000)], ids=str)
+@pytest.mark.parametrize("ties", [False, True])
+def test_float64_beside_other_dtypes(shape: tuple[int, ...], ties: bool) -> None:
+    """Ranks of each task in its own precision."""
+    base, experts = weights(shape, torch.bfloat16, torch.float64, torch.bfloat16, torch.float64, ties=ties)
+    if not ties:  # equal in float32, in an order of their own in float64
+        order = torch.randperm(math.prod(shape), generator=torch.Generator().manual_seed(2))
+        experts[2] = base.double() + 1.0 + 2.0**-40 * order.view(shape)
+    for lowest, highest in (([0.3] * 3, [0.3] * 3), ([0.2, 0.0, 0.1], [0.6, 1.0, 0.9])):
+        op = RandomMask(base, experts, lowest, highest, KEYS, 64)
+        expected = op.reference()
+        for threads in (1, 3):
+            assert_masks(f"{threads}", in_cpp(op, threads), expected)
+            assert_same_results(f"{threads}", in_cpp(with_arrays(op), threads), in_cpp(op, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_float64_has_the_largest_rank(backend: str) -> None:
+    expert = torch.tensor([1.0, math.nan, -math.inf, 2.0, 0.0], dtype=torch.float64)
+    ranked = Runner(backend)(RandomMask(torch.zeros(5), [expert], [0.0], [1.0], [7]))
+    assert flags(ranked, (5,))[0][1]
+    assert not flags(ranked, (5,))[0][4]
+    assert math.isnan(ranked.before[0])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_has_the_largest_rank(backend: str) -> None:
     base, expert = torch.zeros(5), torch.tensor([1.0, math.nan, -math.inf, 2.0, 0.0])

@@ -21,6 +21,7 @@ from pymerge.testing.cases import FLOATS, LAYOUTS, implementations, task_case
 from tests.helpers.arrays import assert_same_results, in_cpp, with_arrays
 from tests.helpers.sparse import SHAPES, SIZES, inputs, on_cpu, weights
 
+WIDTHS = (torch.float64, torch.float32, torch.float64)
 BACKENDS = ["reference", *[name for name, device in implementations("trim_threshold") if device == "cpu"]]
 
 
@@ -40,7 +41,7 @@ def test_backends_give_the_references_thresholds(backend: str, device: str, ties
     assert run.choices["trim_threshold"].backend == backend
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(FLOATS, repeat=2)), ids=str)
+@pytest.mark.parametrize("dtypes", list(itertools.product((torch.float64, *FLOATS), repeat=2)), ids=str)
 @pytest.mark.parametrize("ties", [False, True])
 def test_thresholds_are_the_same_in_cpp(dtypes: tuple[torch.dtype, ...], ties: bool) -> None:
     base, experts = weights((600, 1000), *dtypes, dtypes[1], ties=ties)
@@ -58,6 +59,34 @@ def test_a_threshold_says_how_many_ties_are_kept() -> None:
         found = [Runner(backend)(TrimThreshold(origin, [expert], [count])) for count in (0, 3, 4, 5, 6)]
         assert [int(each.keys[0]) for each in found] == [NOTHING, one, one, one, 0]
         assert [int(each.ends[0]) for each in found] == [0, 2, 3, 6, 6]  # 6: all of them
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_each_task_is_searched_in_its_own_precision(ties: bool) -> None:
+    """Float64 beside others: exact in each digit, over several segments, on any number of threads."""
+    base, experts = weights((600, 1000), torch.bfloat16, torch.float64, torch.bfloat16, torch.float64, ties=ties)
+    if not ties:  # the last digits alone differ
+        experts[2] = base.double() + 1.0 + 2.0**-52 * torch.randperm(600_000).view(600, 1000)
+    for count in (1, 123_456, 599_999):
+        op = TrimThreshold(base, experts, [count, count, count])
+        expected = op.reference()
+        for threads in (1, 3):
+            assert_same_results(f"{count}", in_cpp(op, threads), expected)
+            assert_same_results(f"{count}", in_cpp(with_arrays(op), threads), expected)
+        kept = [(expert.to(wide) - base.to(wide)).abs() for expert, wide in zip(experts, WIDTHS, strict=True)]
+        for sizes, key in zip(kept, expected.keys.tolist(), strict=True):
+            last = sizes.flatten().sort(descending=True).values[count - 1]
+            assert key == int(last.view(torch.int64 if last.dtype == torch.float64 else torch.int32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_float64_is_larger_than_infinity(backend: str) -> None:
+    expert = torch.tensor([1.0, math.nan, -math.inf, 2.0, 0.0, math.inf], dtype=torch.float64)
+    found = Runner(backend)(TrimThreshold(None, [expert] * 5, [1, 2, 3, 4, 5]))
+    infinity = int(torch.tensor(math.inf, dtype=torch.float64).view(torch.int64))
+    assert int(found.keys[0]) > infinity
+    assert found.keys[1:3].tolist() == [infinity, infinity]
+    assert found.ends[:4].tolist() == [6, 3, 6, 6]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -41,30 +41,33 @@ def step(plan: Plan, name: str = UP) -> Step:
     return next(step for step in plan.steps if step.name == name)
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("linear", {}),
-        ("task_arithmetic", {}),
-        ("passthrough", {"scale": 0.5}),
-        ("ties", {"weight": 0.5}),
-        ("ties", SPARSE),
-        ("ties", {**SPARSE, "scope": "model"}),
-        ("dare_linear", SPARSE),
-        ("della", SPARSE),
-        ("breadcrumbs_ties", SPARSE),
-        ("slerp", {"t": 0.5}),
-        ("nuslerp", {"weight": 0.5}),
-        ("multislerp", {"weight": 0.5}),
-        ("karcher", {}),
-        ("model_stock", {}),
-        ("nearswap", {"t": 0.1}),
-        ("ram", {}),
-        ("ramplus_tl", {}),
-        ("sce", {"select_topk": 0.5}),
-        ("arcee_fusion", {}),
-    ],
-)
+STREAMED: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {}),
+    ("task_arithmetic", {}),
+    ("passthrough", {"scale": 0.5}),
+    ("ties", {"weight": 0.5}),
+    ("ties", SPARSE),
+    ("ties", {**SPARSE, "scope": "model"}),
+    ("dare_linear", SPARSE),
+    ("della", SPARSE),
+    ("breadcrumbs_ties", SPARSE),
+    ("slerp", {"t": 0.5}),
+    ("nuslerp", {"weight": 0.5}),
+    ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False}),
+    ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("multislerp", {"weight": 0.5}),
+    ("karcher", {}),
+    ("model_stock", {}),
+    ("model_stock", {"filter_wise": True}),
+    ("nearswap", {"t": 0.1}),
+    ("ram", {}),
+    ("ramplus_tl", {}),
+    ("sce", {"select_topk": 0.5}),
+    ("arcee_fusion", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "parameters"), STREAMED, ids=str)
 def test_methods_whose_ops_are_all_in_native_code(models: Path, method: str, parameters: dict[str, Any]) -> None:
     found = plan(models, method, **parameters)
     assert set(workers(found).values()) == {"native"}
@@ -78,32 +81,46 @@ def test_solvers_need_pytorch_for_linear_weights_alone(models: Path, method: str
     assert found.needs_torch
 
 
+@pytest.mark.parametrize("folders", [["base"], ["e1"], ["base", "e0", "e1"]], ids=str)
+@pytest.mark.parametrize(("method", "parameters"), STREAMED, ids=str)
+def test_float64_needs_no_pytorch(models: Path, folders: list[str], method: str, parameters: dict[str, Any]) -> None:
+    for folder in folders:
+        change(models / folder, lambda tensors: tensors.update({NORM: tensors[NORM].double()}))
+    found = plan(models, method, **parameters)
+    assert set(workers(found).values()) == {"native"}
+    assert all((entry.dtype == "F64") == (entry.file.parent.name in folders) for entry in step(found, NORM).inputs)
+
+
+@pytest.mark.parametrize(("method", "parameters"), STREAMED, ids=str)
+def test_a_result_of_float64_needs_no_pytorch(models: Path, method: str, parameters: dict[str, Any]) -> None:
+    found = plan(models, method, more="out_dtype: float64", **parameters)
+    assert (step(found).dtype, set(workers(found).values())) == ("F64", {"native"})
+
+
 @pytest.mark.parametrize(
-    ("method", "parameters"),
+    ("method", "parameters", "passes"),
     [
-        ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False}),
-        ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
-        ("model_stock", {"filter_wise": True}),
+        ("ties", SPARSE, 5),
+        ("breadcrumbs", {**SPARSE, "rescale": True}, 6),
+        ("sce", {"select_topk": 0.5}, 6),
+        ("arcee_fusion", {}, 5),
+        ("della", SPARSE, 2),
+        ("karcher", {}, 2),
     ],
 )
-def test_weights_for_each_row_or_column_need_pytorch(models: Path, method: str, parameters: dict[str, Any]) -> None:
-    assert workers(plan(models, method, **parameters)) == {UP: "torch", NORM: "torch", COUNTER: "native"}
-
-
-@pytest.mark.parametrize("folder", ["base", "e1"])
-@pytest.mark.parametrize(
-    ("method", "parameters", "worker"),
-    [("ties", SPARSE, "torch"), ("karcher", {}, "torch"), ("ties", {"weight": 0.5}, "native"), ("ram", {}, "native")],
-)
-def test_float64_is_reduced_by_pytorch(
-    models: Path, folder: str, method: str, parameters: dict[str, Any], worker: str
+def test_keys_of_float64_take_twice_the_passes(
+    tmp_path: Path, method: str, parameters: dict[str, Any], passes: int
 ) -> None:
-    change(models / folder, lambda tensors: tensors.update({NORM: tensors[NORM].double()}))
-    assert workers(plan(models, method, **parameters)) == {UP: "native", NORM: worker, COUNTER: "native"}
-
-
-def test_a_result_of_float64_is_reduced_by_pytorch(models: Path) -> None:
-    assert workers(plan(models, "ties", more="out_dtype: float64", **SPARSE))[UP] == "torch"
+    """Where a tensor is in several pieces; its state and scratch are what float64 takes."""
+    base = {UP: torch.zeros(3000, 1000), NORM: torch.ones(16)}
+    write_models(tmp_path, base)
+    narrow = step(plan(tmp_path, method, **parameters))
+    for folder in ("base", "e0", "e1"):
+        change(tmp_path / folder, lambda tensors: tensors.update({UP: tensors[UP].double()}))
+    wide = step(plan(tmp_path, method, **parameters))
+    selects = method not in ("della", "karcher")
+    assert (len(wide.pieces), wide.passes, narrow.passes) == (2, passes, passes - 2 * selects)
+    assert wide.footprint(wide.pieces[0]).scratch >= narrow.footprint(narrow.pieces[0]).scratch
 
 
 def test_elements_that_lie_apart_need_pytorch(models: Path) -> None:
@@ -114,9 +131,13 @@ def test_elements_that_lie_apart_need_pytorch(models: Path) -> None:
     assert worker_of(up, found.target, allow_nonfinite=False) == "native"
 
 
-def test_8_bit_floats_need_pytorch(models: Path) -> None:
-    change(models / "e1", lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float8_e4m3fn)}))
-    assert workers(plan(models, "linear")) == {UP: "native", NORM: "torch", COUNTER: "native"}
+@pytest.mark.parametrize(("method", "parameters"), STREAMED, ids=str)
+def test_8_bit_floats_need_no_pytorch(models: Path, method: str, parameters: dict[str, Any]) -> None:
+    for folder in ("base", "e0"):
+        change(models / folder, lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float8_e4m3fn)}))
+    found = plan(models, method, **parameters)
+    assert set(workers(found).values()) == {"native"}
+    assert "F8_E4M3" in {entry.dtype for entry in step(found, NORM).inputs}
 
 
 def test_copies(models: Path) -> None:

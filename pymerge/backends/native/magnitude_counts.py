@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from pymerge.backends.native._arguments import contiguous, flat, numpy_address, optional
 from pymerge.ops.magnitude_counts import MagnitudeCounts
 
-DTYPES = frozenset({"F32", "F16", "BF16"})  # it computes in float32
-
 
 def compute(op: MagnitudeCounts, threads: int) -> NDArray[Any]:
     """The counts."""
@@ -21,5 +19,6 @@ def compute(op: MagnitudeCounts, threads: int) -> NDArray[Any]:
     base = None if op.base is None else contiguous(op.base)
     inputs = [contiguous(expert) for expert in op.experts]
     experts, prefixes = [flat(expert) for expert in inputs], list(op.prefixes)
-    _C.magnitude_counts(numpy_address(counts), optional(base), experts, prefixes, op.shift, op.bits, threads)
+    digit = op.shift, op.bits, op.in_double
+    _C.magnitude_counts(numpy_address(counts), optional(base), experts, prefixes, *digit, threads)
     return counts

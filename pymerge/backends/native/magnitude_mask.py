@@ -7,8 +7,6 @@ from pymerge.backends.native._masks import mask_addresses, no_masks, threshold_a
 from pymerge.ops._bitmask import TaskMasks
 from pymerge.ops.magnitude_mask import MagnitudeMask
 
-DTYPES = frozenset({"F32", "F16", "BF16"})  # it computes in float32
-
 
 def compute(op: MagnitudeMask, threads: int) -> TaskMasks:
     """The masks."""

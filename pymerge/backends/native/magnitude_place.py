@@ -5,8 +5,6 @@ from __future__ import annotations
 from pymerge.backends.native._arguments import contiguous, flat, optional
 from pymerge.ops.magnitude_place import MagnitudePlace
 
-DTYPES = frozenset({"F32", "F16", "BF16"})  # it computes in float32
-
 
 def compute(op: MagnitudePlace, threads: int) -> int:
     """The index."""

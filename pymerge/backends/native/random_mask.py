@@ -8,8 +8,6 @@ from pymerge.ops._bitmask import TaskMasks
 from pymerge.ops._op import numel_of
 from pymerge.ops.random_mask import RandomMask
 
-DTYPES = frozenset({"F32", "F16", "BF16"})  # it computes in float32
-
 
 def compute(op: RandomMask, threads: int) -> TaskMasks:
     """The masks."""

@@ -14,17 +14,14 @@ def compute(op: SparseCombine, threads: int) -> ArrayLike:
 
     out = output(op.out, op.base, op.out_dtype)
     base, inputs = contiguous(op.base), [contiguous(expert) for expert in op.experts]
-    kept, dropped, bits = op.kept, op.dropped, None if op.bits is None else contiguous(op.bits)
-    selection = op.selection()
-    if selection is not None and "F64" in selection.dtypes:  # the C++ compares float32 magnitudes
-        kept, dropped, bits = None, None, selection.reference().bits
+    bits = None if op.bits is None else contiguous(op.bits)
     _C.sparse_combine(
         flat(out),
         flat(base),
         [flat(expert) for expert in inputs],
         0 if bits is None else address(bits),
-        threshold_addresses(kept),
-        threshold_addresses(dropped),
+        threshold_addresses(op.kept),
+        threshold_addresses(op.dropped),
         op.sizes,
         numbers(op.weights),
         op.elect,

@@ -7,8 +7,6 @@ import numpy as np
 from pymerge.backends.native._arguments import contiguous, flat, numpy_address, optional
 from pymerge.ops.trim_threshold import Thresholds, TrimThreshold
 
-DTYPES = frozenset({"F32", "F16", "BF16"})  # it computes in float32
-
 
 def compute(op: TrimThreshold, threads: int) -> Thresholds:
     """The thresholds."""

@@ -49,7 +49,7 @@ class Found:
 
 
 def true_of_plain(files: tuple[Path, ...], tensors: Mapping[str, TensorEntry]) -> tuple[Path, ...]:
-    """Those of the files beside these tensors that are true of an output as well, whose weights are plain."""
+    """Files beside these tensors that are true of an output as well, whose weights are plain."""
     decoded = any(entry.decoded_from for entry in tensors.values())
     return tuple(path for path in files if not decoded or path.name not in _FILES)
 
@@ -105,7 +105,7 @@ def dequantise(
 
 
 def _said(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What a config.json, or a config inside it, says of quantisation."""
+    """Quantisation that a config.json, or a config inside it, tells of."""
     for key, value in config.items():
         if key in _CONFIG_KEYS and value:
             yield value if isinstance(value, Mapping) else {"quant_method": str(value)}
@@ -153,7 +153,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _notes(stored: Stored, idle: set[str]) -> Iterator[str]:
-    """What people should know, without the model's path."""
+    """Notes for people, without the model's path."""
     kinds: dict[str, list[str]] = {}
     for entry in stored.decoded.values():
         kinds.setdefault(entry.decoder.kind, []).append(entry.name)

@@ -38,7 +38,7 @@ class Grid:
 
     @property
     def label(self) -> str:
-        """What there is a scale for, for people."""
+        """Words for what there is a scale for."""
         if self.shape == (1, 1, 1):
             return "one scale"
         if self.shape[2] == 1 and self.height == 1:

@@ -21,7 +21,7 @@ _CHECKED_ELEMENTS = 2**16
 
 
 class Stored:
-    """What is stored, and what has been found of it: decoded tensors by the names of their codes, and names of
+    """Stored tensors, and what has been found of them: decoded tensors by the names of their codes, and names of
     tensors that are `gone`, because the values have them in, or `idle`, because they are no part of the weights.
 
     Args:

@@ -34,7 +34,7 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 
 
 class Said(NamedTuple):
-    """What a file tells: its values (of `read_values`), shapes under the names of transformers, and the
+    """Facts that a file tells: its values (of `read_values`), shapes under the names of transformers, and the
     numbers of the tensors that stand for settings of rotary embeddings."""
 
     values: Mapping[str, Any]

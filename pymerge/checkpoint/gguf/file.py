@@ -62,7 +62,7 @@ def read_gguf(path: Path) -> Header:
 
 
 def _targets(path: Path, name: str, architecture: Architecture, placed: Mapping[str, Place]) -> dict[str, Target]:
-    """What each tensor is in transformers, without those that are no parameters there."""
+    """Names of the tensors in transformers, without those that are no parameters there."""
     found = {key: architecture.target(key) for key in placed if key not in architecture.derived}
     unknown = [key for key, target in found.items() if target is None]
     if unknown:
@@ -177,7 +177,7 @@ def _notes(path: Path, placed: Mapping[str, Place]) -> Iterator[str]:
 
 
 def _base_notes(path: Path, derived: Mapping[str, Place], config: Mapping[str, Any]) -> Iterator[str]:
-    """What an output that is made after this file lacks."""
+    """Notes on what an output that is made after this file lacks."""
     yield (
         f"{path}: GGUF has no config.json and no tokenizer of transformers: config.json is made from what the file "
         "says, and the output has no tokenizer; to have the original's, put the file into a folder with them and give "

@@ -209,7 +209,7 @@ class _Cursor:
             self.position += length
 
     def _at(self, nbytes: int, what: str) -> int:
-        """Where the position is in the chunk, after which so many bytes are there."""
+        """Position within the chunk, after which so many bytes are there."""
         at = self.position - self._start
         if at + nbytes > len(self._chunk):
             before = self.position

@@ -45,7 +45,7 @@ class Place(NamedTuple):
 
 
 def places(path: Path, header: GGUFHeader) -> dict[str, Place]:
-    """Where each tensor lies. Raises CheckpointError for encodings that are not known, shapes that these do not allow,
+    """Places of all tensors. Raises CheckpointError for encodings that are not known, shapes that these do not allow,
     and tensors that lie in each other or beyond the end of the file."""
     found = {name: _place(path, tensor) for name, tensor in header.tensors.items()}
     _check_apart(path, found.values(), header.file_bytes)

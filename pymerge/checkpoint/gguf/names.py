@@ -48,7 +48,7 @@ class Architecture:
     derived: frozenset[str] = field(default=frozenset({"rope_freqs.weight"}))
 
     def target(self, name: str) -> Target | None:
-        """What a tensor of GGUF is in transformers; None for one that is not known."""
+        """Target of a tensor of GGUF in transformers; None for one that is not known."""
         found = _NAME.fullmatch(name)
         if found is None:
             return None

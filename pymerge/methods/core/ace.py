@@ -38,7 +38,7 @@ def centred(tasks: Sequence[Factors]) -> Centred:
 
 @dataclass(frozen=True)
 class Formula:
-    """What the released code and the paper do with these tasks."""
+    """Formula of the released code or of the paper for these tasks."""
 
     weights: Sequence[float]  # w_t of the covariances
     ridges: Sequence[float]  # e_t
