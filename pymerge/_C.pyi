@@ -50,6 +50,18 @@ def combine_vectors(  # weights float64, T x columns or T x rows
     /,
 ) -> None: ...
 def is_finite(tensor: Matrix, /) -> bool: ...
+def low_rank_sum(  # each of one row; factors float32 or float64
+    out: Matrix,
+    base: Matrix,
+    left: Matrix,
+    right: Matrix,
+    scale: float,
+    rows: int,
+    columns: int,
+    rank: int,
+    threads: int,
+    /,
+) -> None: ...
 def task_sum(  # out contiguous; means T x columns in its dtype
     out: Matrix,
     base: Matrix,

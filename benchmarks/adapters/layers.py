@@ -21,8 +21,8 @@ from benchmarks.harness.targets import Row
 from benchmarks.peers.published import alternate, seconds_of
 from benchmarks.solvers.cases import action, ours
 from pymerge.backends.runner import Runner
+from pymerge.common.blas import one_blas_thread
 from pymerge.methods.core.factors import Delta, Factors
-from pymerge.ops._op import one_thread
 from pymerge.testing.bench import summary
 
 METHODS = ("wudi_flow", "ace")
@@ -45,14 +45,14 @@ class Layer:
 
     def reduced(self, method: str) -> Delta:
         """X as a product, by one thread, as a merge computes it."""
-        with one_thread():
-            tasks = [Factors(B.double(), A.double()) for B, A in self.pairs]
+        with one_blas_thread():
+            tasks = [Factors(B.double().numpy(), A.double().numpy()) for B, A in self.pairs]
             return action(method, "auto", EPS).run_core(tasks)
 
     def summed(self, method: str) -> Tensor:
         """W_0 + X."""
-        delta = self.reduced(method).prepared(torch.float32, 1)
-        return delta.rows(Runner("auto", "cpu"), 0, self.d_out, self.out).add_(self.base)
+        self.reduced(method).prepared(False, 1).add(Runner("auto", "cpu"), self.base, 0, self.out)
+        return self.out
 
     def compare(self, method: str, seconds: float) -> Iterator[Row]:
         """Rows of one method: the difference of both forms' X, and what they take in turns."""
@@ -60,8 +60,8 @@ class Layer:
         began = time.perf_counter()
         exact = ours(method, "auto", EPS, out=torch.float64)(self.base, self.experts) - self.base.double()
         known = {"dense": time.perf_counter() - began}
-        delta = self.reduced(method).prepared(torch.float64, 1)
-        found = delta.rows(Runner("auto", "cpu"), 0, self.d_out, torch.empty_like(exact))
+        found = torch.empty_like(exact)
+        self.reduced(method).prepared(True, 1).add(Runner("auto", "cpu"), torch.zeros_like(exact), 0, found)
         difference = float((found - exact).norm() / exact.norm())
         if difference > AGREEMENT:
             yield {"kind": "disagreement", **about, "method": method, "difference": difference}

@@ -11,6 +11,7 @@ from benchmarks.peers import published
 from pymerge.ops.gradient_flow import GradientFlow, schedule
 from pymerge.ops.isotropic import Isotropic
 from pymerge.ops.low_rank_adam import LowRankAdam
+from pymerge.ops.low_rank_sum import LowRankSum
 from pymerge.ops.normal_equations import NormalEquations, outputs_first
 from pymerge.ops.singular_sum import SingularSum
 from pymerge.ops.spd_solve import SpdSolve
@@ -75,6 +76,14 @@ def wudi_adam(steps: int, lr: float) -> Peer:
 
 
 RANK = 48  # of three adapters of the usual size
+
+
+def adapter(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Factors of float32, of a product that is small beside the weights."""
+    rank, generator = _rank(layer.size), torch.Generator().manual_seed(0)
+    left = torch.randn(layer.size.d_out, rank, generator=generator)
+    right = torch.randn(rank, layer.size.d_in, generator=generator)
+    return left.mul_(1e-3).to(layer.base.device), right.mul_(rank**-0.5).to(layer.base.device)
 
 
 def _rank(size: Size) -> int:
@@ -268,6 +277,21 @@ CASES = {
         computes="float32",
         settings=f"{ADAM_STEPS} steps, rank {RANK}",
         peer=ADAM_ON_WHOLE_MATRICES,
+    ),
+    "low_rank_sum": Case(
+        lambda layer: LowRankSum(layer.base, *adapter(layer)),
+        flops=lambda layer: 2 * layer.size.numel * _rank(layer.size),
+        bytes=lambda size, item: 2 * item * size.numel + 4 * (size.d_in + size.d_out) * _rank(size),
+        work=lambda size: size.numel * (2 * _rank(size) + 20),
+        computes="float32",
+        settings=f"rank {RANK}",
+        peer=Peer(
+            "PEFT's merge",
+            lambda layer: (layer.base + torch.mm(*adapter(layer)),),
+            work=lambda size: size.numel * (2 * _rank(size) + 20),
+            memory=lambda size: 12 * size.numel,
+            tolerance=1e-2,  # the product is rounded to the weights' dtype there, or the sum to float32
+        ),
     ),
     "gradient_flow": Case(
         lambda layer: GradientFlow(*layer.equations, TIME),

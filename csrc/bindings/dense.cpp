@@ -4,6 +4,7 @@
 #include "common/finite.h"
 #include "io/combine_files.h"
 #include "ops/combine_vectors.h"
+#include "ops/low_rank_sum.h"
 #include "ops/task_dots.h"
 #include "ops/task_stats.h"
 #include "ops/task_sum.h"
@@ -52,6 +53,18 @@ void combine_vectors(const Output& out, const std::optional<MatrixView>& base, c
 
 bool is_finite(const MatrixView& tensor) { return is_finite_cpu(tensor.data, tensor.dtype, tensor.row_stride); }
 
+void low_rank_sum(const Output& out, const MatrixView& base, const MatrixView& left, const MatrixView& right,
+                  double scale, std::int64_t rows, std::int64_t columns, std::int64_t rank, int threads) {
+    const auto check = [&](const char* what, std::int64_t numel, std::int64_t wanted) {
+        PM_CHECK(numel == wanted, "low_rank_sum: " << what << " has " << numel << " elements, not " << wanted);
+    };
+    check("the output", out.row_stride, rows * columns);
+    check("the base", base.row_stride, rows * columns);
+    check("the left factor", left.row_stride, rows * rank);
+    check("the right factor", right.row_stride, rank * columns);
+    low_rank_sum_cpu({out, base, left, right, scale, rows, columns, rank}, threads);
+}
+
 void task_sum(const Output& out, const MatrixView& base, const std::vector<MatrixView>& experts,
               const std::vector<double>& weights, Address means, std::int64_t rows, std::int64_t columns, int threads) {
     check_one_each("task_sum", experts, "weights", weights);
@@ -98,6 +111,7 @@ void define_dense(py::module_& module) {
     module.def("combine_files", &combine_files, Unlocked());
     module.def("combine_vectors", &combine_vectors, Unlocked());
     module.def("is_finite", &is_finite, Unlocked());
+    module.def("low_rank_sum", &low_rank_sum, Unlocked());
     module.def("task_sum", &task_sum, Unlocked());
     module.def("task_stats", &task_stats, Unlocked());
     module.def("wudi_adam_step", &wudi_adam_step, Unlocked());

@@ -93,6 +93,47 @@ class LowRank(OfAdapter):
             found.setdefault(term.number, []).append(term)
         return found
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is the base plus one product, of all rows."""
+        rows = self.base.shape[0]
+        whole = all(term.first == 0 and term.left.shape[0] == rows for term in self.terms)
+        return whole and not self.stacked and self.magnitude is None
+
+    def right(self, read: ReadRows) -> Array:
+        """Of a plain one all right factors, one above the other, R x columns, in the dtype of the sum."""
+        import numpy as np
+
+        loader = Loader(read, self._kind)
+        rights = [loader.values(term.right) for term in self.terms]
+        return rights[0] if len(rights) == 1 else np.concatenate(rights)
+
+    def left(self, read: ReadRows, start: int, stop: int) -> tuple[Array, float]:
+        """Of a plain one these rows of all left factors side by side, in the dtype of the sum, and a scale.
+
+        The product of one term is scaled as PEFT scales it, at the end; those of several are by their left factors.
+        """
+        import numpy as np
+
+        loader = Loader(read, self._kind)
+        if len(self.terms) == 1:
+            return loader.some(self.terms[0].left, start, stop), self.terms[0].scale
+        lefts = [loader.some(term.left, start, stop) * loader.kind(term.scale) for term in self.terms]
+        return np.concatenate(lefts, axis=1), 1.0
+
+    def product_bytes(self, rows: int) -> int:
+        """Bytes that the right factors and so many rows of the left ones take, with what is made of them on the way."""
+        rank = sum(term.rank for term in self.terms)
+        columns = math.prod(self.base.shape[1:])
+        widest = max(term.right.entry.nbytes for term in self.terms)
+        return ITEM_SIZES[self.dtype] * rank * (2 * columns + 3 * rows + 64) + widest
+
+    @property
+    def _kind(self) -> type:
+        import numpy as np
+
+        return np.float64 if self.dtype == "F64" else np.float32
+
     def factors(self, read: ReadRows, number: int = 0) -> tuple[Array, Array]:
         """All that is added to a matrix as left (rows x R) @ right (R x columns), in float64, scales in `left`."""
         import numpy as np

@@ -6,7 +6,7 @@ import ctypes
 import math
 import mmap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, overload
 
 from pymerge.common.dtypes import ITEM_SIZES, code_of, torch_dtype
 
@@ -134,6 +134,10 @@ def map_pages(nbytes: int) -> mmap.mmap:
     return pages
 
 
+@overload
+def rows_of(values: Array, start: int, stop: int) -> Array: ...
+@overload
+def rows_of(values: ArrayLike, start: int, stop: int) -> ArrayLike: ...
 def rows_of(values: ArrayLike, start: int, stop: int) -> ArrayLike:
     """Rows `start` to `stop` along the first axis, in the same memory."""
     if not isinstance(values, Array):

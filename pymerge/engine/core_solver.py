@@ -6,36 +6,40 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from pymerge.adapters.low_rank import low_rank_of
 from pymerge.architecture.roles import Role
+from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_finite, overflow
 from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.arrays import Array, rows_of
+from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.engine.worker import Context, first_line, is_out_of_memory
 from pymerge.errors import ArgumentError, BackendError
-from pymerge.methods.actions import TILE_ELEMENTS, InCore
+from pymerge.methods.actions import InCore
 from pymerge.methods.core.factors import Delta, Factors, Product
+from pymerge.planner.pieces import rows_at_once
 from pymerge.planner.steps import Step
 
 
 class CoreSolver:
     """Solves each weight once, by the first thread that needs it, until it is to `forget` it.
 
-    Its callers compute on one thread: then no result depends on how many there are.
+    Its callers compute on one thread, in `one_blas_thread`: then no result depends on how many there are.
     """
 
     def __init__(self, context: Context) -> None:
-        self._run = context.run
+        on_cpu = context.run.device.type == "cpu"  # where factors are, whatever computes other steps
+        self._run = context.run if on_cpu else Runner()
         self._reader = context.reader
         self._tracer = context.tracer
         self._allow_nonfinite = context.allow_nonfinite
         self._solved: dict[int, Future[Delta]] = {}  # by step
         self._lock = threading.Lock()
-        self._sums = threading.local()  # memory of each thread for products
 
     def forget(self, step: Step) -> None:
         """A weight is done."""
@@ -47,29 +51,27 @@ class CoreSolver:
         with self._lock:
             self._solved.clear()
 
-    def merge(self, step: Step, first: int, rows: Tensor, out: Tensor) -> None:
+    def merge(self, step: Step, first: int, rows: Array, out: Array) -> None:
         """Write to `out` rows of the base from `first` on with what is added to them; of a stack, whole matrices."""
-        dtype = _sum_dtype(step)
-        if not step.role.stacked:
-            self._add(self._once(step), first, rows, out, dtype)
-            return
-        for number, (matrix, room) in enumerate(zip(rows, out, strict=True), first):
-            for part in range(step.role.parts):
-                delta = self._solve(step, number, part)
-                self._add(delta, 0, _part_of(step.role, matrix, part), _part_of(step.role, room, part), dtype)
+        count = rows_at_once(step.role, step.shape)
+        for start in range(0, rows.shape[0], count):
+            stop = min(start + count, rows.shape[0])
+            self._merge(step, first + start, rows_of(rows, start, stop), rows_of(out, start, stop))
 
-    def _add(self, delta: Delta, first: int, rows: Tensor, out: Tensor, dtype: torch.dtype) -> None:
-        """A few rows at a time, which stay in the cache."""
-        count, width = rows.shape
-        step = max(1, TILE_ELEMENTS // max(1, width))
-        size = min(step, count) * width
-        room: Tensor | None = getattr(self._sums, "room", None)
-        if room is None or room.numel() < size or room.dtype != dtype:
-            room = self._sums.room = torch.empty(size, dtype=dtype)
-        for top in range(0, count, step):
-            tile = rows[top : top + step]
-            total = room[: tile.numel()].view(tile.shape)
-            out[top : top + step] = delta.rows(self._run, first + top, first + top + len(tile), total).add_(tile)
+    def _merge(self, step: Step, first: int, rows: Array, out: Array) -> None:
+        """Rows of the base from `first` on, and what is added to them; of a stack, one matrix."""
+        role, base, merged = step.role, _matrix(rows, step.role.stacked), _matrix(out, step.role.stacked)
+        if not role.stacked:
+            self._once(step).add(self._run, base, first, merged)
+        elif role.parts == 1:
+            self._solve(step, first).add(self._run, base, 0, merged)
+        else:
+            for number in range(role.parts):
+                outputs = role.part(number, base.shape[1 - role.in_axis])
+                place = (slice(None), outputs) if role.in_axis == 0 else (outputs, slice(None))
+                part, room = _copy(base, place), _copy(merged, place)
+                self._solve(step, first, number).add(self._run, part, 0, room)
+                _words(merged)[place] = _words(room)
 
     def _once(self, step: Step) -> Delta:
         """Sum that is added to a weight, from the thread that solves it."""
@@ -87,16 +89,17 @@ class CoreSolver:
 
     def _solve(self, step: Step, matrix: int = 0, part: int = 0) -> Delta:
         """Solve one matrix, or one part of it, from its factors."""
-        action = step.action
-        assert isinstance(action, InCore)
+        action = core_of(step)
         tasks = [self._factors(entry, step.role, matrix, part, action.shape) for entry in step.experts]
+        double = "F64" in (step.dtype, *(entry.dtype for entry in step.inputs))
         if all(task.finite for task in tasks):
             delta = self._run_core(step, action, tasks)
         elif self._allow_nonfinite:
-            delta = Product(torch.full((action.shape[0], 1), math.nan), torch.ones(1, action.shape[1]))
+            delta = Product(np.full((action.shape[0], 1), math.nan), np.ones((1, action.shape[1])))
         else:
             self._refuse(step)
-        return delta.prepared(_sum_dtype(step), step.role.in_axis)
+        with np.errstate(over="ignore"):  # the result is looked at
+            return delta.prepared(double, step.role.in_axis)
 
     @staticmethod
     def _run_core(step: Step, action: InCore, tasks: Sequence[Factors]) -> Delta:
@@ -104,7 +107,7 @@ class CoreSolver:
             return action.solve.run_core(tasks)
         except ArgumentError as error:
             raise ArgumentError(f"{step.name}: {error}") from error
-        except RuntimeError as error:
+        except (RuntimeError, np.linalg.LinAlgError) as error:
             if is_out_of_memory(error):
                 raise
             raise BackendError(
@@ -115,10 +118,10 @@ class CoreSolver:
         """tau of an expert, d_out x d_in; none where the tensor is the base's own."""
         found = low_rank_of(entry)
         if found is None:
-            return Factors(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
+            return Factors(np.zeros((shape[0], 0)), np.zeros((0, shape[1])))
         with self._tracer.span("read", entry.name):
-            left, right = (torch.from_numpy(side) for side in found.factors(self._reader.read_bytes, matrix))
-        B, A = (right.mT, left.mT) if role.in_axis == 0 else (left, right)
+            left, right = found.factors(self._reader.read_bytes, matrix)
+        B, A = (right.T, left.T) if role.in_axis == 0 else (left, right)
         return Factors(B[role.part(part, len(B))], A)
 
     def _refuse(self, step: Step) -> NoReturn:
@@ -129,12 +132,28 @@ class CoreSolver:
         raise overflow(step.name, "F64")  # by a scale
 
 
-def _part_of(role: Role, matrix: Tensor, part: int) -> Tensor:
-    """One of the weights that a matrix holds, as it is stored: a view."""
-    outputs = role.part(part, matrix.shape[1 - role.in_axis])
-    return matrix[:, outputs] if role.in_axis == 0 else matrix[outputs]
+def _core(step: Step) -> InCore:
+    assert isinstance(step.action, InCore)
+    return step.action
 
 
-def _sum_dtype(step: Step) -> torch.dtype:
-    """The dtype in which W_0 and what is added to it are summed."""
-    return torch.float64 if "F64" in (step.dtype, *(entry.dtype for entry in step.inputs)) else torch.float32
+def _matrix(rows: Array, stacked: bool) -> Array:
+    """Rows of any axes as a matrix; of a stack, the one that they are."""
+    return rows.at(0, rows.dtype, rows.shape[1:] if stacked else (rows.shape[0], math.prod(rows.shape[1:])))
+
+
+def _copy(values: Array, place: tuple[slice, slice]) -> Array:
+    """Some rows or columns in memory of their own."""
+    copied = np.ascontiguousarray(_words(values)[place])
+    return Array(copied.ctypes.data, values.dtype, copied.shape, copied)
+
+
+def _words(values: Array) -> NDArray[Any]:
+    """The elements of any dtype as whole numbers of their size, to be moved."""
+    return np.frombuffer(values.bytes, f"u{ITEM_SIZES[values.dtype]}").reshape(values.shape)
+
+
+def core_of(step: Step) -> InCore:
+    """The action of a step that is solved by its factors."""
+    assert isinstance(step.action, InCore)
+    return step.action

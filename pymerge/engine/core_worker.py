@@ -2,53 +2,72 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 
-import torch
-from torch import Tensor
-
-from pymerge.checkpoint.finite import is_finite
-from pymerge.common.dtypes import torch_dtype, upcast
-from pymerge.engine.buffers import Buffers
-from pymerge.engine.core_solver import CoreSolver
+from pymerge.backends import native
+from pymerge.backends.native.combine_files import is_finite
+from pymerge.checkpoint import finite
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.arrays import Array, rows_of
+from pymerge.common.blas import one_blas_thread
+from pymerge.common.dtypes import ITEM_SIZES, NATIVE, upcast
+from pymerge.engine.core_solver import CoreSolver, core_of
 from pymerge.engine.memory import Heap
 from pymerge.engine.worker import Context, Made, Sink, failed, raise_nonfinite
 from pymerge.ops._op import one_thread
 from pymerge.planner.jobs import Batch, Job
+from pymerge.planner.pieces import rows_at_once
 
-# Memory that stays idle between rows of different sizes.
-_MOST_IDLE = 2**25
+# Pieces of memory that stay idle between rows of different sizes.
+_MOST_IDLE = 4
 
 
 class CoreWorker:
-    """Solves each weight once, by the first thread that needs it, and adds the result to the base row range by row
-    range.
+    """Solves each weight once, by the first thread that needs it, and adds the result to the base a few rows at a time,
+    which stay in the cache.
 
-    Each job is computed on one thread: then no result depends on how many there are.
+    Each job is computed on one thread, and so is each product of numpy: then no result depends on how many there are.
     """
 
-    def __init__(self, context: Context, threads: int, limit: int) -> None:
-        self._run = context.run
+    def __init__(self, context: Context, threads: int, jobs: Sequence[Job], limit: int) -> None:
         self._reader = context.reader
         self._tracer = context.tracer
         self._progress = context.progress
         self._allow_nonfinite = context.allow_nonfinite
-        self._solver = CoreSolver(context)
         self._keeps_cache = context.keeps_cache
-        self._buffers = Buffers(min(limit // 16, _MOST_IDLE))  # for rows; of the leading thread
+        self._solver = CoreSolver(context)
+        self._outputs: list[Array] = []  # memory that nobody uses
+        self._rooms = threading.local()  # memory of each thread for rows of the base
         self._heap = Heap(limit)
-        self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(max(1, threads), "pymerge-core", torch.set_num_threads, (1,))
+        self._stack = ExitStack()
+        self._stack.enter_context(one_blas_thread())
+        self._with_torch = any(core_of(job.step).solve.core_needs_torch for job in jobs)
+        if self._with_torch:
+            import torch
+
+            self._stack.callback(torch.set_num_threads, torch.get_num_threads())  # what later threads start with
+        self._pool = ThreadPoolExecutor(max(1, threads), "pymerge-core", self._begin)
+
+    def _begin(self) -> None:
+        """A thread of the pool begins."""
+        if self._with_torch:
+            import torch
+
+            torch.set_num_threads(1)
 
     def start(self, job: Job) -> Future[Made]:
         """Have a thread work on a job."""
         self._reader.announce(job.step.base, job.piece.start, job.piece.stop)
         try:
-            rooms = self._rooms(job)
+            out = self._room(job)
         except MemoryError as error:
             return failed(error)
-        return self._pool.submit(self._work, job, rooms)
+        return self._pool.submit(self._work, job, out)
 
     def finish(self, batch: Batch, started: list[Future[Made]]) -> list[Made]:
         """Wait for a job, or work on it now."""
@@ -56,21 +75,20 @@ class CoreWorker:
         if started:
             made = started[0].result()
         else:
-            with one_thread():
-                made = self._work(job, self._rooms(job))
+            with one_thread() if self._with_torch else nullcontext():
+                made = self._work(job, self._room(job))
         started.clear()  # futures keep their results
         if job.ends_step:
             self._solver.forget(job.step)
-        self._buffers.give(made.mapped)
-        return [made._replace(mapped=None)]
+        return [made]
 
-    def store(self, job: Job, merged: Tensor, sink: Sink) -> None:
+    def store(self, job: Job, merged: Array, sink: Sink) -> None:
         """Give merged rows to the sink."""
-        sink.write(job.step.name, merged)
+        sink.write(job.step.name, merged.bytes)
 
-    def reuse(self, merged: Tensor) -> None:
+    def reuse(self, merged: Array) -> None:
         """Nobody uses the memory of merged rows any more."""
-        self._buffers.give(merged)
+        self._outputs.append(merged.whole())
 
     def freed(self, batch: Batch) -> None:
         """A batch has had its turn."""
@@ -79,32 +97,58 @@ class CoreWorker:
     def free(self) -> None:
         """Give back memory that no job is using; what was solved is solved again."""
         self._solver.clear()
-        self._buffers.settle(0)
+        self._outputs.clear()
         self._heap.trim()
 
     def close(self) -> None:
         """End the threads, after the jobs that are worked on."""
         self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads)  # what later threads start with
+        self._stack.close()
 
-    def _rooms(self, job: Job) -> tuple[Tensor, Tensor]:
-        """Memory for rows of the base and for those of the result. Raises MemoryError."""
-        codes = job.step.base.dtype, job.step.dtype
-        rows, out = (self._buffers.take(job.piece.shape, torch_dtype(code)) for code in codes)
-        return rows, out
+    def _room(self, job: Job) -> Array:
+        """Memory for rows of the result. Raises MemoryError."""
+        nbytes = job.step.bytes_made(job.piece)
+        for index, idle in enumerate(self._outputs):
+            if idle.nbytes == nbytes:
+                return self._outputs.pop(index).at(0, job.step.dtype, job.piece.shape)
+        if len(self._outputs) > _MOST_IDLE:
+            self._outputs.pop(0)
+        return Array.mapped(nbytes).at(0, job.step.dtype, job.piece.shape)
 
-    def _work(self, job: Job, rooms: tuple[Tensor, Tensor]) -> Made:
-        """Add what is solved to rows; `mapped` hands back the memory that these were in."""
-        step, piece, began = job.step, job.piece, time.perf_counter_ns()
-        rows, out = rooms
-        with self._tracer.span("read", step.base.name, step.base.stored_in(piece.start, piece.stop)):
-            self._reader.read_into(step.base, rows, piece.start, piece.stop)
-            if not self._keeps_cache:
-                self._reader.release(step.base, piece.start, piece.stop)
-        read = time.perf_counter_ns()
+    def _work(self, job: Job, out: Array) -> Made:
+        """Add what is solved to rows of the base."""
+        step, piece, began, reading = job.step, job.piece, time.perf_counter_ns(), 0
+        count = rows_at_once(step.role, step.shape)
         with self._tracer.span("core", step.name):
-            self._solver.merge(step, piece.start, upcast(rows), out)
-            if not self._allow_nonfinite and not is_finite(out):
+            for first in range(piece.start, piece.stop, count):
+                stop = min(first + count, piece.stop)
+                started = time.perf_counter_ns()
+                rows = self._read(step.base, first, stop)
+                reading += time.perf_counter_ns() - started
+                room = rows_of(out, first - piece.start, stop - piece.start)
+                self._solver.merge(step, first, rows, room)
+            if not self._allow_nonfinite and not _is_finite(out):
                 raise_nonfinite(job, self._reader)
+        if not self._keeps_cache:
+            self._reader.release(step.base, piece.start, piece.stop)
         self._progress.advance(step.bytes_of(piece))
-        return Made(out, rows, read - began, time.perf_counter_ns() - read)
+        return Made(out, None, reading, time.perf_counter_ns() - began - reading)
+
+    def _read(self, entry: TensorEntry, first: int, stop: int) -> Array:
+        """Rows of the base, in memory of this thread's that the next ones will have."""
+        if entry.needs_torch or entry.dtype not in NATIVE:
+            return Array.of(upcast(self._reader.read(entry, first, stop)))
+        shape = (stop - first, *entry.shape[1:])
+        nbytes = math.prod(shape) * ITEM_SIZES[entry.dtype]
+        room: Array | None = getattr(self._rooms, "base", None)
+        if room is None or room.nbytes < nbytes:
+            room = self._rooms.base = Array.mapped(nbytes)
+        rows = room.at(0, entry.dtype, shape)
+        with self._tracer.span("read", entry.name, entry.stored_in(first, stop)):
+            self._reader.read_bytes_into(entry, rows.bytes, first, stop)
+        return rows
+
+
+def _is_finite(values: Array) -> bool:
+    """Whether no element is NaN or infinite, by native code where there is any."""
+    return finite.is_finite(values.tensor()) if native.missing() else is_finite(values)

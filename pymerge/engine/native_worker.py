@@ -6,21 +6,28 @@ import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from pymerge.backends.native.combine import convert
 from pymerge.backends.native.combine_files import FileTensor, combine_files, is_finite
 from pymerge.checkpoint.reader import failed_read
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.arrays import Array
+from pymerge.checkpoint.shared_rows import SharedRows
+from pymerge.common.arrays import Array, rows_of
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE, is_float8, native_dtype
+from pymerge.engine.factors_of_steps import FactorsOfSteps
 from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, raise_nonfinite
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Combine, Elementwise
 from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
+from pymerge.ops.low_rank_sum import LowRankSum
 from pymerge.planner.jobs import Batch, Job
-from pymerge.planner.pieces import Piece
-from pymerge.planner.steps import BLOCK_ELEMENTS, CACHE_LINE
+from pymerge.planner.pieces import Piece, rows_at_once
+from pymerge.planner.steps import BLOCK_ELEMENTS, CACHE_LINE, plain_product
+
+if TYPE_CHECKING:
+    from pymerge.adapters.low_rank import LowRank
 
 
 class NativeWorker:
@@ -42,6 +49,7 @@ class NativeWorker:
         self._outputs: list[Array] = []  # memory that nobody uses
         self._inputs: list[Array] = []
         self._held: dict[tuple[int, int], Array] = {}  # inputs between passes, by step and first row
+        self._factors = FactorsOfSteps(context.reader)
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="pymerge-native")
 
@@ -59,6 +67,8 @@ class NativeWorker:
         """Wait for a job, or work on it now."""
         (job,) = batch.jobs
         made = started[0].result() if started else self.work(job, self._room(job))
+        if job.ends_step:
+            self._factors.forget(job.step)
         started.clear()  # futures keep their results
         return [made]
 
@@ -78,6 +88,7 @@ class NativeWorker:
         with self._lock:
             self._inputs.clear()
             self._held.clear()
+        self._factors.clear()
 
     def close(self) -> None:
         """End the threads, after the jobs that are worked on."""
@@ -96,9 +107,10 @@ class NativeWorker:
         nbytes = step.bytes_of(piece)
         out = None if room is None else room.at(0, step.dtype, piece.shape)
         with self._tracer.span("combine", step.name, nbytes):
-            if isinstance(step.action, Combine) and step.by_blocks:
+            if isinstance(step.action, Combine) and (step.by_blocks or step.product):
                 assert out is not None
-                reading, finite = self._combine(job, step.action, out)
+                product, action = step.product, step.action
+                reading, finite = self._sum(job, product, out) if product else self._combine(job, action, out)
                 made = Made(out, None, reading)
             else:
                 try:
@@ -139,6 +151,23 @@ class NativeWorker:
             if done.failed >= 0:
                 raise failed_read(inputs[done.failed], done.errno, done.offset)
         return done.reading, done.finite
+
+    def _sum(self, job: Job, product: LowRank, out: Array) -> tuple[int, bool]:
+        """Write the base plus a product to `out`, a few rows at a time; returns as `_combine` does."""
+        step, piece, reading = job.step, job.piece, 0
+        left, right, scale = self._factors.of(job, step.inputs[0], product, step.dtype == "F64")
+        out = out.at(0, step.dtype, (out.shape[0], right.shape[1]))
+        count = rows_at_once(step.role, step.shape)
+        memory = self._take(min(count, out.shape[0]) * right.shape[1] * ITEM_SIZES[product.base.dtype])
+        for first in range(0, out.shape[0], count):
+            stop = min(first + count, out.shape[0])
+            rows = memory.at(0, product.base.dtype, (stop - first, right.shape[1]))
+            began = time.perf_counter_ns()
+            self._reader.read_bytes_into(product.base, rows.bytes, piece.start + first, piece.start + stop)
+            reading += time.perf_counter_ns() - began
+            self._run(LowRankSum(rows, rows_of(left, first, stop), right, scale, out=rows_of(out, first, stop)))
+        self._give(memory)
+        return reading, is_finite(out)
 
     def _compute(self, job: Job, out: Array | None) -> tuple[Made, bool]:
         """Read the inputs and run ops on them; returns what was made, and whether all that was looked at is finite."""
@@ -189,15 +218,30 @@ class NativeWorker:
     def _read(self, job: Job, memory: Array, filled: bool) -> tuple[list[Array], int]:
         """The inputs of a job in memory, each from a cache line on, and nanoseconds of reading."""
         step, piece = job.step, job.piece
-        arrays, at = [], 0
+        arrays: list[Array] = []
+        at = 0
         began = time.perf_counter_ns()
         for entry in step.inputs:
             array = memory.at(at, native_dtype(entry.dtype), piece.shape)
             if not filled:
-                self._fill(entry, piece, array)
+                self._read_one(job, entry, array, arrays[0] if arrays and step.reads_base else None)
             arrays.append(array)
             at += -(-array.nbytes // CACHE_LINE) * CACHE_LINE
         return arrays, time.perf_counter_ns() - began
+
+    def _read_one(self, job: Job, entry: TensorEntry, to: Array, base: Array | None) -> None:
+        """Read an input; what is made of the base's rows is made of those in memory, if they are there."""
+        step, piece = job.step, job.piece
+        if base is None or base.dtype != step.base.dtype or not entry.adapter_parts:
+            self._fill(entry, piece, to)
+            return
+        product = plain_product(entry)
+        if product is None or not product.base.same_bytes(step.base):
+            shared = SharedRows(self._reader, step.base, piece.start, base.bytes)
+            return shared.read_bytes_into(entry, to.bytes, piece.start, piece.stop)
+        left, right, scale = self._factors.of(job, entry, product, False)
+        rows, result = (each.at(0, each.dtype, (piece.shape[0], right.shape[1])) for each in (base, to))
+        self._run(LowRankSum(rows, left, right, scale, out=result))
 
     def _fill(self, entry: TensorEntry, piece: Piece, array: Array) -> None:
         """Read the rows of a piece, decoded where they are 8-bit floats."""
@@ -216,20 +260,29 @@ class NativeWorker:
         with self._lock:
             if (held := self._held.pop(_place(job), None)) is not None:
                 return held, True
+        return self._take(nbytes), False
+
+    def _take(self, nbytes: int) -> Array:
+        """Memory of so many bytes or more."""
+        with self._lock:
             for index, memory in enumerate(self._inputs):
                 if memory.nbytes >= nbytes:
-                    return self._inputs.pop(index), False
+                    return self._inputs.pop(index)
             if self._inputs:  # too small: sooner or later all are as large as the largest pieces
                 self._inputs.pop()
-        return Array.mapped(nbytes), False
+        return Array.mapped(nbytes)
+
+    def _give(self, memory: Array) -> None:
+        with self._lock:
+            self._inputs.append(memory)
 
     def _return_inputs(self, job: Job, memory: Array, holds: bool) -> None:
         """Keep memory for later use, or what is in it for the next pass."""
         with self._lock:
             if holds:
                 self._held[_place(job)] = memory
-            else:
-                self._inputs.append(memory)
+        if not holds:
+            self._give(memory)
 
 
 def _is_finite(copied: Array) -> bool:

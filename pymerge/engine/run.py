@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pymerge.backends import native
 from pymerge.backends.runner import Runner, check_backend
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.blas import blas_name
 from pymerge.common.devices import Device, resolve_device
 from pymerge.common.events import event
 from pymerge.common.names import printable
@@ -43,17 +44,18 @@ def resolve_target(device: str | torch.device, backend: str) -> Target:
 def processor(plan: Plan) -> str:
     """Name of the processor, as far as the bytes of the output may depend on it.
 
-    That is the name of the GPU, or the instructions that PyTorch uses on this CPU. Native code on arrays gives the same
-    bytes with all instructions of an architecture.
+    That is the name of the GPU, or the instructions that PyTorch and numpy use on this CPU. Native code on arrays gives
+    the same bytes with all instructions of an architecture.
     """
     device = plan.target.device
+    numpys = f" {blas_name()}".rstrip() if plan.needs_blas else ""
     if not plan.needs_torch:
-        return platform.machine()
+        return platform.machine() + numpys
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.get_device_name(str(device))
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return torch.cuda.get_device_name(str(device)) + numpys
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{numpys}"
 
 
 def run(

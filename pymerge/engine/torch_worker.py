@@ -13,7 +13,9 @@ from torch import Tensor
 
 from pymerge.architecture.roles import Role
 from pymerge.checkpoint.finite import is_finite
+from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.checkpoint.shared_rows import SharedRows
 from pymerge.common.arrays import as_tensor
 from pymerge.common.dtypes import torch_dtype, upcast
 from pymerge.engine.memory import Heap
@@ -85,13 +87,21 @@ class TorchWorker:
         """Read the inputs of a job; by a thread of the pool."""
         for entry in job.step.inputs:
             self._reader.announce(entry, job.piece.start, job.piece.stop)
-        return [self._load_one(job, entry, room) for entry, room in zip(job.step.inputs, rooms, strict=True)]
+        reader = self._sharing(job) if job.step.shares_base else self._reader
+        return [self._load_one(job, reader, entry, room) for entry, room in zip(job.step.inputs, rooms, strict=True)]
 
-    def _load_one(self, job: Job, entry: TensorEntry, room: Tensor | None) -> Tensor:
+    def _sharing(self, job: Job) -> SharedRows:
+        """A reader that has the base's rows, of which the adapters' are made."""
+        base, piece = job.step.base, job.piece
+        with self._tracer.span("read", base.name):
+            rows = self._reader.read_bytes(base, piece.start, piece.stop)
+        return SharedRows(self._reader, base, piece.start, memoryview(rows))
+
+    def _load_one(self, job: Job, reader: Reader | SharedRows, entry: TensorEntry, room: Tensor | None) -> Tensor:
         piece = job.piece
-        nbytes = entry.stored_in(piece.start, piece.stop)
+        nbytes = job.step.bytes_of_input(entry, piece.start, piece.stop)
         with self._tracer.span("read", entry.name, nbytes):
-            tensor = upcast(self._transfer.load(self._reader, entry, piece, room))
+            tensor = upcast(self._transfer.load(reader, entry, piece, room))
             if job.reads_last and not self._keeps_cache:
                 self._reader.release(entry, piece.start, piece.stop)
         self._progress.advance(nbytes)

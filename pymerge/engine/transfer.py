@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.shared_rows import SharedRows
 from pymerge.common.dtypes import torch_dtype
 from pymerge.engine.buffers import Buffers
 from pymerge.engine.trace import Tracer
@@ -36,7 +37,7 @@ class Transfer(Protocol):
     def prepare(self, entry: TensorEntry, piece: Piece) -> Tensor | None:
         """Memory for a piece of a stored tensor that will be loaded; by the computing thread."""
 
-    def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+    def load(self, reader: Reader | SharedRows, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         """The piece on the device; `room` is what `prepare` returned for it. By a reader thread."""
 
     def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
@@ -64,7 +65,7 @@ class NoTransfer:
     def prepare(self, entry: TensorEntry, piece: Piece) -> Tensor:
         return self._buffers.take(piece.shape, torch_dtype(entry.dtype))
 
-    def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+    def load(self, reader: Reader | SharedRows, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         assert room is not None
         reader.read_into(entry, room, piece.start, piece.stop)
         return room
@@ -98,7 +99,7 @@ class CudaTransfer:
 
     def prepare(self, entry: TensorEntry, piece: Piece) -> None: ...
 
-    def load(self, reader: Reader, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
+    def load(self, reader: Reader | SharedRows, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         staged = self._pinned(piece.shape, torch_dtype(entry.dtype))
         reader.read_into(entry, staged, piece.start, piece.stop)
         with self._tracer.span("copy", entry.name), _CUDA.stream(self._in):

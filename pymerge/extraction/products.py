@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from pymerge.adapters.low_rank import low_rank_of
 from pymerge.adapters.ranks import rank_over
 from pymerge.checkpoint.finite import check_finite, is_finite
 from pymerge.checkpoint.reader import Reader
+from pymerge.common.blas import one_blas_thread
 from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import NonFiniteError, PlanError
 from pymerge.extraction.measure import Measured, too_large
@@ -72,11 +74,15 @@ def _merged(reader: Reader, target: Target, step: Step, number: int) -> tuple[Te
         return found[0]
     assert isinstance(action, InCore)
     turned = step.role.in_axis == 0
-    tasks = [Factors(right.mT, left.mT) if turned else Factors(left, right) for left, right in found]
-    delta = action.solve.run_core(tasks)
+    arrays = [(left.numpy(), right.numpy()) for left, right in found]
+    with one_blas_thread():
+        delta = action.solve.run_core(
+            [Factors(right.T, left.T) if turned else Factors(left, right) for left, right in arrays]
+        )
     if not isinstance(delta, Product):
         raise PlanError([f"{step.name}: {action.label} gives no product of factors; merge into a model"])
-    return (delta.K.mT, delta.P.mT) if turned else (delta.P, delta.K)
+    P, K = (torch.from_numpy(np.ascontiguousarray(side)) for side in delta)
+    return (K.mT, P.mT) if turned else (P, K)
 
 
 def _factors(reader: Reader, target: Target, entry: Any, number: int) -> tuple[Tensor, Tensor]:

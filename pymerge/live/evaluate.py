@@ -15,7 +15,8 @@ from pymerge.checkpoint.finite import is_finite, overflow
 from pymerge.checkpoint.held import HeldEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.arrays import as_tensor, compute_code
+from pymerge.common.arrays import Array, as_tensor, compute_code
+from pymerge.common.blas import one_blas_thread
 from pymerge.common.devices import Device, resolve_device
 from pymerge.common.dtypes import code_of, torch_dtype, upcast
 from pymerge.common.progress import NoProgress
@@ -182,10 +183,10 @@ class Evaluator:
         solver = CoreSolver(context)
         base = self.load(step.base, torch.device("cpu"))
         made = torch.empty(step.shape, dtype=torch_dtype(step.dtype))
-        with one_thread():
+        with one_thread(), one_blas_thread():
             for piece in step.pieces:
                 rows = slice(piece.start, piece.stop)
-                solver.merge(step, piece.start, base[rows], made[rows])
+                solver.merge(step, piece.start, Array.of(base[rows].contiguous()), Array.of(made[rows]))
         return made
 
     def checked_rows(self, step: Step, out: Tensor | None = None) -> Rows:

@@ -6,18 +6,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from pymerge.common.arrays import as_tensor, compute_code
+from pymerge.common.arrays import as_tensor, compute_code, dtype_of
 from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Action, Kept, Run, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
-from pymerge.methods.core.ace import Formula, centred, merged
-from pymerge.methods.core.factors import Factors, Product, nothing, plain_sum
 from pymerge.methods.eigenvectors import KeptAce, Ridged
 from pymerge.methods.kept import add_to_base
 from pymerge.methods.rows import Rows
@@ -34,6 +29,11 @@ from pymerge.ops.spectral_refine import SpectralRefine
 from pymerge.ops.task_gram import TaskGram
 from pymerge.ops.task_stats import Stats, TaskStats
 from pymerge.ops.task_sum import TaskSum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pymerge.methods.core.factors import Factors, Product
 
 # Keeps logarithms and divisions of the released code finite. It belongs to the released numbers.
 _TINY = 1e-12
@@ -93,7 +93,7 @@ class SolveAce(Ridged):
         experts = [experts[t] for t in kept]
         stats = Stats(stats.norms[kept], stats.traces[kept], stats.means[kept])
 
-        double = self.precision == "float64" or base.dtype == torch.float64
+        double = self.precision == "float64" or dtype_of(base) == "F64"
         # The refinement amplifies errors by the inverse of the gap between two singular values.
         if self.precision == "auto" and not double:
             double = heterogeneous or self.needs_double(run, base, experts, stats)
@@ -107,6 +107,9 @@ class SolveAce(Ridged):
         return True
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
+        from pymerge.methods.core.ace import Formula, centred, merged
+        from pymerge.methods.core.factors import nothing, plain_sum
+
         found = centred(tasks)
         norms, traces = found.space.norms, found.traces
         if not norms:
@@ -228,6 +231,8 @@ class SolveAce(Ridged):
         dtype: str,
     ) -> Tensor:
         """sum_t mu_t^T Sig_t, a row of d_in: what the column means add to sum_t tau_t Sig_t beyond C_t Sig_t."""
+        import torch
+
         row = torch.zeros(base.shape[1], dtype=torch_dtype(dtype), device=base.device)
         for t, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
             centred = run(TaskSum(base, [expert], [1.0], stats.means[t : t + 1], dtype))

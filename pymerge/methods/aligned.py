@@ -6,22 +6,22 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from pymerge.common.shapes import key_of
 from pymerge.methods.actions import Action, Run, Solve
 from pymerge.methods.base import Method, Parameter, Values
-from pymerge.methods.core.aligned import balanced, one_sided, two_sided
-from pymerge.methods.core.entries import drawn, elected_mean, from_smallest, largest, total_of
-from pymerge.methods.core.factors import Factors, Product
 from pymerge.methods.kept import add_to_base
 from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, not_a_number
 from pymerge.ops._op import one_thread, task_vector
 from pymerge.ops.isotropic import equalised
 from pymerge.ops.singular_sum import orthogonal_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pymerge.methods.core.aligned import Sides
+    from pymerge.methods.core.factors import Factors, Product
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,34 @@ class SolveAligned(Solve):
         return True
 
     @abstractmethod
-    def product(self, tasks: Sequence[Factors]) -> Product:
-        """X."""
+    def product(self, tasks: Sequence[Sides]) -> Sides:
+        """X, by tensors of PyTorch."""
+
+    @property
+    def core_needs_torch(self) -> bool:
+        return True
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
-        return self.product(tasks).times(self.scale)
+        import torch
+
+        from pymerge.methods.core.aligned import Sides
+        from pymerge.methods.core.factors import Product
+
+        with one_thread():
+            X = self.product([Sides(torch.from_numpy(task.B), torch.from_numpy(task.A)) for task in tasks])
+        return Product(X.left.numpy(), X.right.numpy()).times(self.scale)
 
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
+        import torch
+
+        from pymerge.methods.core.aligned import balanced
+
         taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
         if not all(bool(tau.isfinite().all()) for tau in taus):
             return not_a_number(base, out_dtype)
         with one_thread():
-            X = self.product([balanced(tau) for tau in taus]).whole()
+            left, right = self.product([balanced(tau) for tau in taus])
+            X = left @ right
         return add_to_base(base, X, self.scale, out_dtype)
 
     def core_scratch(self, shape: tuple[int, int], rank: int, experts: int) -> int:
@@ -61,8 +77,12 @@ class SolveAligned(Solve):
 
     def drawn(self, parts: Sequence[Tensor]) -> Tensor:
         """DARE: the sum of what is drawn of each task."""
+        from pymerge.methods.core.entries import drawn
+        from pymerge.methods.core.factors import total_of
+
         pairs = zip(parts, self.keys, strict=True)
-        return total_of(drawn(part, self.density, key) for part, key in pairs)
+        total: Tensor = total_of(drawn(part, self.density, key) for part, key in pairs)
+        return total
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         small, large = sorted(shape)
@@ -82,12 +102,18 @@ class MergeOneSide(SolveAligned):
     released: bool
     label: ClassVar[str] = "knots"
 
-    def product(self, tasks: Sequence[Factors]) -> Product:
+    def product(self, tasks: Sequence[Sides]) -> Sides:
+        from pymerge.methods.core.aligned import one_sided
+
         return one_sided(tasks, self.cutoff, self.released, self._merged)
 
     def _merged(self, parts: Sequence[Tensor]) -> Tensor:
+        from pymerge.methods.core.entries import elected_mean, from_smallest, largest
+        from pymerge.methods.core.factors import total_of
+
         if self.merge == "linear":
-            return total_of(parts)
+            total: Tensor = total_of(parts)
+            return total
         if self.merge == "dare":
             return self.drawn(parts)
         count = int(self.density * parts[0].numel())
@@ -105,33 +131,45 @@ class MergeTwoSides(SolveAligned):
     cart_weight: float
     label: ClassVar[str] = "core_space"
 
-    def product(self, tasks: Sequence[Factors]) -> Product:
+    def product(self, tasks: Sequence[Sides]) -> Sides:
+        from pymerge.methods.core.aligned import two_sided
+
         return two_sided(tasks, self._merged)
 
     def _merged(self, parts: Sequence[Tensor]) -> Tensor:
         M = self._by_rule(parts)
-        return equalised([M], 1.0, (M.shape[0], M.shape[1])) if self.isotropic else M
+        if not self.isotropic:
+            return M
+        X: Tensor = equalised([M], 1.0, (M.shape[0], M.shape[1]))
+        return X
 
     def _by_rule(self, parts: Sequence[Tensor]) -> Tensor:
+        from pymerge.methods.core.entries import elected_mean, largest
+        from pymerge.methods.core.factors import total_of
+
         shape = (parts[0].shape[0], parts[0].shape[1])
         if self.merge == "ties":
             return elected_mean([largest(part, int(self.density * part.numel())) for part in parts])
         if self.merge == "dare":
             return self.drawn(parts)
         if self.merge == "tsv":
-            return orthogonal_sum(parts, len(parts), shape)
-        total = total_of(parts)
+            X: Tensor = orthogonal_sum(parts, len(parts), shape)
+            return X
+        total: Tensor = total_of(parts)
         if self.merge == "sum":
             return total
         mean = total / len(parts)
         if self.merge == "cart":
             rank = math.ceil(self.cart_rank * min(shape))
-            return mean + self.cart_weight * total_of(_leading(part - mean, rank) for part in parts)
+            lead: Tensor = total_of(_leading(part - mean, rank) for part in parts)
+            return mean + self.cart_weight * lead
         return mean
 
 
 def _leading(M: Tensor, rank: int) -> Tensor:
     """M on its leading singular directions."""
+    import torch
+
     U, s, Vh = torch.linalg.svd(M, full_matrices=False)
     leading: Tensor = (U[:, :rank] * s[:rank]) @ Vh[:rank]
     return leading

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Kept, Solve
 from pymerge.methods.kept import add_to_base
-from pymerge.ops._op import one_thread
+from pymerge.ops._singular import eigenvectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Filtered(Solve):
@@ -39,8 +40,7 @@ class KeptFlow(Kept):
 
     def __init__(self, A: Tensor, B: Tensor, X: Tensor, code: str) -> None:
         dtype = torch_dtype(code)
-        with one_thread():  # as in the op: the same bits for any number of threads
-            self._values, vectors = torch.linalg.eigh(A)
+        self._values, vectors = eigenvectors(A)  # as in the op
         self._turned = (B @ vectors).to(dtype)
         self._vectors = vectors.to(dtype)
         self._X = X.to(dtype)
@@ -66,8 +66,7 @@ class KeptAce(Kept):
 
     def __init__(self, S: Tensor, N: Tensor, C: Tensor, tasks: int, code: str) -> None:
         dtype = torch_dtype(code)
-        with one_thread():  # the same bits for any number of threads
-            self._values, vectors = torch.linalg.eigh(S)
+        self._values, vectors = eigenvectors(S)
         self._prior = (S.sum(dim=0) / len(S)) @ vectors
         self._ones = vectors.sum(dim=0)
         self._numerator = (N @ vectors).to(dtype)
@@ -88,7 +87,7 @@ class KeptAce(Kept):
                 f"the system of {len(values)} inputs is not positive definite with eps {action.eps:g}; raise it"
             )
         dtype = self._vectors.dtype
-        Y = torch.add(self._numerator, self._sum, alpha=action.eps).div_(values.to(dtype))  # R S^-1 V
+        Y = self._numerator.add(self._sum, alpha=action.eps).div_(values.to(dtype))  # R S^-1 V
         row = self._prior / values
         column = (Y @ self._ones.to(dtype)).div_(float(1.0 + row @ self._ones))
         Y.addr_(column, row.to(dtype), alpha=-1.0)

@@ -7,20 +7,21 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from pymerge.methods.actions import Action, Kept, Run, Solve
 from pymerge.methods.base import Parameter, Values
-from pymerge.methods.core.factors import Factors, Product
-from pymerge.methods.core.singular import isotropic, orthogonal
 from pymerge.methods.kept import KeptDelta, add_to_base, delta_bytes
 from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, not_a_number
 from pymerge.ops._op import Op
 from pymerge.ops.isotropic import Isotropic
 from pymerge.ops.singular_sum import SingularSum
 from pymerge.ops.task_stats import TaskStats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pymerge.methods.core.factors import Factors, Product
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class SumOrthogonal(SolveSingular):
         return SingularSum(base, experts)
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
+        from pymerge.methods.core.singular import orthogonal
+
         return orthogonal(tasks).times(self.scale)
 
 
@@ -89,6 +92,8 @@ class MakeIsotropic(SolveSingular):
         return Isotropic(base, experts, self.common, self.over_rank)
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
+        from pymerge.methods.core.singular import isotropic
+
         return isotropic(tasks, self.common, self.over_rank).times(self.scale)
 
     def core_remark(self, shape: tuple[int, int], rank: int) -> str | None:

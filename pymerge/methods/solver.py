@@ -8,10 +8,7 @@ import statistics
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pymerge.common.arrays import compute_code
 from pymerge.common.dtypes import torch_dtype
@@ -21,6 +18,9 @@ from pymerge.methods.kept import KeptDelta, add_to_base, delta_bytes
 from pymerge.ops.normal_equations import NormalEquations
 from pymerge.ops.task_stats import TaskStats
 from pymerge.ops.task_sum import TaskSum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Precision = Literal["auto", "float32", "float64"]
 
@@ -153,4 +153,6 @@ class SolveInterference(Solve):
 
 def not_a_number(base: Tensor, out_dtype: str) -> Tensor:
     """NaN of the base's shape: where non-finite inputs are allowed, every element depends on every input."""
+    import torch
+
     return torch.full_like(base, math.nan, dtype=torch_dtype(out_dtype))

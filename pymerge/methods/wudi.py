@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pymerge.methods.actions import Action, Run, SolveTogether
 from pymerge.methods.base import Parameter, Values
-from pymerge.methods.core.descent import BLOCK_ELEMENTS, descent
-from pymerge.methods.core.factors import Delta, Factors
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
+from pymerge.ops.low_rank_adam import BLOCK_ELEMENTS
 from pymerge.ops.normal_equations import outputs_first
 from pymerge.ops.wudi_adam import WudiAdam
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pymerge.methods.core.factors import Delta, Factors
 
 PUBLISHED_LR = 1e-5
 # Root mean square of the deltas of the published setting (CLIP ViT-B/32, 8 tasks), to which lr 1e-5 belongs.
@@ -49,7 +50,13 @@ class SolveWudi(SolveInterference, SolveTogether):
     def needs_outputs(self) -> bool:
         return True
 
+    @property
+    def core_needs_torch(self) -> bool:
+        return True
+
     def run_core(self, tasks: Sequence[Factors]) -> Delta:
+        from pymerge.methods.core.descent import descent
+
         return descent(tasks, self.iterations, self.learning_rate, self.scale, self.precision == "float64")
 
     def core_scratch(self, shape: tuple[int, int], rank: int, experts: int) -> int:
@@ -74,6 +81,8 @@ class SolveWudi(SolveInterference, SolveTogether):
         matrices = [matrix for system in systems for matrix in (system.A, system.B)]
         if len(systems) < 2 or any(matrix.nbytes % _ALIGNMENT for matrix in matrices):
             return super().displacements(run, systems)
+        import torch
+
         A, B = torch.stack(matrices[::2]), torch.stack(matrices[1::2])
         rates = [self.learning_rate(each.rms) for each in systems]
         return run(WudiAdam(A, B, self.iterations, rates)).unbind()

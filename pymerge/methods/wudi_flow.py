@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from pymerge.common.arrays import compute_code
 from pymerge.methods.actions import Action, Kept, Run
 from pymerge.methods.base import Parameter, Values
-from pymerge.methods.core.factors import Factors, Product
-from pymerge.methods.core.flow import filtered, flow
 from pymerge.methods.eigenvectors import Filtered, KeptFlow
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
 from pymerge.ops.gradient_flow import GradientFlow, flow_gain, schedule
 from pymerge.ops.spectral_filter import Rank, SpectralFilter, filter_gain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pymerge.methods.core.factors import Factors, Product
 
 # The error of a float32 result grows with the time: at most 7e-6 of X at 300 and 3e-5 at 1300 (benchmarks/results).
 _FLOAT32_TIME = 500.0
@@ -63,6 +64,8 @@ class SolveFlow(ClosedForm):
         return flow_gain(values, self.time)
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
+        from pymerge.methods.core.flow import flow
+
         return flow(tasks, self.time).times(self.scale)
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
@@ -94,6 +97,8 @@ class SolveFilter(ClosedForm):
         return super().kept_of(run, base, experts, norms)
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
+        from pymerge.methods.core.flow import filtered
+
         return filtered(tasks, self.time, self.rank).times(self.scale)
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:

@@ -1,13 +1,16 @@
-"""Leading singular triplets and orthogonal factors, in float64: what the methods on singular vectors share."""
+"""Leading singular triplets and orthogonal factors, in float64: what the methods on singular vectors share.
+
+On tensors of PyTorch, or on arrays of numpy, whose results are of the same kind. Cores of task vectors are arrays.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pymerge.ops._op import one_thread
 
-if TYPE_CHECKING:
-    from torch import Tensor
+# A tensor of PyTorch, or an array of numpy.
+Matrix = Any
 
 # Singular values below this share of the largest drown in the rounding of a float64 Gram (square root of 1e-16, with
 # two digits to spare); then only a direct SVD resolves their directions.
@@ -19,59 +22,87 @@ _WEIGHT_EPS = 2.0**-23
 _DEPENDENT = 1e-10
 
 
-def leading_triplets(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def functions(M: Matrix) -> Any:
+    """torch or numpy, whichever M is of: what is used here has one name in both."""
+    if hasattr(M, "data_ptr"):
+        import torch
+
+        return torch
+    import numpy as np
+
+    return np
+
+
+def in_double(M: Matrix) -> Matrix:
+    """M in float64."""
+    return M.double() if hasattr(M, "data_ptr") else M.astype("float64", copy=False)
+
+
+def eigenvectors(M: Matrix) -> tuple[Matrix, Matrix]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix, on one thread.
+
+    Of arrays as many as numpy takes: callers see to them.
+    """
+    if not hasattr(M, "data_ptr"):
+        values, vectors = functions(M).linalg.eigh(M)
+        return values, vectors
+    with one_thread():
+        values, vectors = functions(M).linalg.eigh(M)
+    return values, vectors
+
+
+def singular_vectors(M: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """U, s and V^T of a matrix, s descending, as many as its smaller side; threads as of `eigenvectors`."""
+    if not hasattr(M, "data_ptr"):
+        U, s, Vh = functions(M).linalg.svd(M, full_matrices=False)
+        return U, s, Vh
+    with one_thread():
+        U, s, Vh = functions(M).linalg.svd(M, full_matrices=False)
+    return U, s, Vh
+
+
+def leading_triplets(M: Matrix, k: int) -> tuple[Matrix, Matrix, Matrix]:
     """Return (U d_out x k, s (k), V d_in x k), the k leading singular triplets of M in float64.
 
     They come from the eigenvectors of the smaller Gram matrix, or where that cannot resolve the k-th, from an SVD.
     Signs, and bases inside groups of equal singular values, are arbitrary; U V^T does not depend on them unless a
     group is cut by k.
     """
-    import torch
-
-    M = M.to(torch.float64)
+    M, xp = in_double(M), functions(M)
     tall = M.shape[0] >= M.shape[1]
-    gram = M.mT @ M if tall else M @ M.mT
-    with one_thread():
-        values, vectors = torch.linalg.eigh(gram)
-    s = values.flip(0)[:k].clamp(min=0.0).sqrt()
+    values, vectors = eigenvectors(M.T @ M if tall else M @ M.T)
+    s = xp.sqrt(xp.clip(xp.flip(values, (0,))[:k], 0.0, None))
     if float(s[-1]) <= _GRAM_LIMIT * float(s[0]):
-        with one_thread():
-            U, s, Vh = torch.linalg.svd(M, full_matrices=False)
-        return U[:, :k], s[:k], Vh[:k].mT
-    basis = vectors.flip(1)[:, :k]
-    other = (M if tall else M.mT) @ (basis / s)
+        U, s, Vh = singular_vectors(M)
+        return U[:, :k], s[:k], Vh[:k].T
+    basis = xp.flip(vectors, (1,))[:, :k]
+    other = (M if tall else M.T) @ (basis / s)
     return (other, s, basis) if tall else (basis, s, other)
 
 
 def numerical_triplets(
-    M: Tensor, k: int, scale: Tensor | None = None, larger: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    M: Matrix, k: int, scale: Matrix | None = None, larger: int | None = None
+) -> tuple[Matrix, Matrix, Matrix]:
     """`leading_triplets` without those that are rounding: at most k, none for a matrix of zeros.
 
     `scale` is the size of what M was computed from, where that is larger than M's largest singular value, `larger` the
     larger side of the weight that M is the core of, if it is one.
     """
-    import torch
-
     if k == 0 or not M.any():
-        U, s, V = (M.new_zeros(size, dtype=torch.float64) for size in ((M.shape[0], 0), (0,), (M.shape[1], 0)))
-        return U, s, V
+        M = in_double(M)
+        return M[:, :0], M[:1, :0].reshape(-1), M.T[:, :0]
     U, s, V = leading_triplets(M, k)
     count = int((s > (larger or max(M.shape)) * _WEIGHT_EPS * (s[0] if scale is None else scale)).sum())
     return U[:, :count], s[:count], V[:, :count]
 
 
-def orthogonalised(U: Tensor) -> Tensor:
+def orthogonalised(U: Matrix) -> Matrix:
     """Return U (U^T U)^(-1/2), the orthogonal polar factor of U (n x m, m <= n): the nearest orthonormal columns.
 
     Where columns depend on each other it is the partial isometry on the space that they span, so that equal columns
     share one direction instead of being sent to arbitrary ones.
     """
-    import torch
-
-    with one_thread():
-        values, vectors = torch.linalg.eigh(U.mT @ U)
+    values, vectors = eigenvectors(U.T @ U)
     kept = values > _DEPENDENT
     basis = vectors[:, kept]
-    factor: Tensor = U @ (basis / values[kept].sqrt()) @ basis.mT
-    return factor
+    return U @ (basis / functions(U).sqrt(values[kept])) @ basis.T

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops._singular import numerical_triplets, orthogonalised
+from pymerge.ops._singular import Matrix, functions, numerical_triplets, orthogonalised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,23 +47,21 @@ class Isotropic(Op["Tensor"]):
 
         base, experts = as_tensor(self.base), [as_tensor(expert) for expert in self.experts]
         taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
-        return equalised(taus, self.common, (base.shape[0], base.shape[1]), self.over_rank).to(
-            compute_dtype(base, *experts)
-        )
+        X: Tensor = equalised(taus, self.common, (base.shape[0], base.shape[1]), self.over_rank)
+        return X.to(compute_dtype(base, *experts))
 
 
-def equalised(taus: Sequence[Tensor], common: float, shape: tuple[int, int], over_rank: bool = False) -> Tensor:
+def equalised(taus: Sequence[Matrix], common: float, shape: tuple[int, int], over_rank: bool = False) -> Matrix:
     """X of task vectors, or of their cores between orthonormal bases, in float64; `shape` is that of the weight."""
-    import torch
-
+    xp = functions(taus[0])
     size, larger, tasks = min(shape), max(shape), len(taus)
     specific = min(round((size - int(size * common)) / tasks), size // tasks)  # triplets of each task
-    total = taus[0].clone()
+    total = taus[0]
     for tau in taus[1:]:
-        total += tau
+        total = total + tau
     U, s, V = numerical_triplets(total, size - specific * tasks, larger=larger)
     if specific > 0:
-        parts = [numerical_triplets(tau - U @ (U.mT @ tau), specific, tau.norm(), larger) for tau in taus]
-        U, s, V = (torch.cat(part, dim=-1) for part in zip(*parts, (U, s, V), strict=True))
+        parts = [numerical_triplets(tau - U @ (U.T @ tau), specific, xp.linalg.norm(tau), larger) for tau in taus]
+        U, s, V = (xp.concatenate(part, axis=-1) for part in zip(*parts, (U, s, V), strict=True))
         U, V = orthogonalised(U), orthogonalised(V)
-    return s.sum() / max(1, len(s) if over_rank else size) * U @ V.mT
+    return s.sum() / max(1, len(s) if over_rank else size) * U @ V.T

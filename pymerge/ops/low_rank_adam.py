@@ -14,6 +14,9 @@ from pymerge.ops.wudi_adam import bias_corrections
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Elements of the rows that all steps are made on, one after the other: so few that they stay in the cache.
+BLOCK_ELEMENTS = 2**16
+
 
 @dataclass(frozen=True, eq=False)
 class LowRankAdam(Op["Tensor"]):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops._singular import numerical_triplets, orthogonalised
+from pymerge.ops._singular import Matrix, functions, numerical_triplets, orthogonalised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,15 +40,14 @@ class SingularSum(Op["Tensor"]):
 
         base, experts = as_tensor(self.base), [as_tensor(expert) for expert in self.experts]
         taus = (task_vector(base, expert, None, torch.float64) for expert in experts)
-        X = orthogonal_sum(taus, len(experts), (base.shape[0], base.shape[1]))
+        X: Tensor = orthogonal_sum(taus, len(experts), (base.shape[0], base.shape[1]))
         return X.to(compute_dtype(base, *experts))
 
 
-def orthogonal_sum(taus: Iterable[Tensor], tasks: int, shape: tuple[int, int]) -> Tensor:
+def orthogonal_sum(taus: Iterable[Matrix], tasks: int, shape: tuple[int, int]) -> Matrix:
     """X of so many task vectors, or of their cores between orthonormal bases, of a weight of this shape; in float64."""
-    import torch
-
     k = int(min(shape) * (1 / tasks))
     triplets = [numerical_triplets(tau, k, larger=max(shape)) for tau in taus]
-    U, s, V = (torch.cat(part, dim=-1) for part in zip(*triplets, strict=True))
-    return (orthogonalised(U) * s) @ orthogonalised(V).mT
+    xp = functions(triplets[0][0])
+    U, s, V = (xp.concatenate(part, axis=-1) for part in zip(*triplets, strict=True))
+    return (orthogonalised(U) * s) @ orthogonalised(V).T

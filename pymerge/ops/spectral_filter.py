@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import Op, one_thread
+from pymerge.ops._op import Op
+from pymerge.ops._singular import Matrix, eigenvectors, functions, in_double
 from pymerge.ops.gradient_flow import check_system
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ class SpectralFilter(Op["Tensor"]):
         A, B, time = self.A, self.B, self.time
         if A.numel() == 0:
             return torch.zeros_like(B)
-        with one_thread():
-            values, vectors = torch.linalg.eigh(A)
+        values, vectors = eigenvectors(A)
         leading = filter_gain(values, time, self.rank)
         count = int((leading != 0).sum())
         gain, basis = leading[len(leading) - count :], vectors[:, len(leading) - count :]
@@ -82,14 +82,15 @@ def filter_gain(values: Tensor, time: float, rank: Rank) -> Tensor:
     return gain
 
 
-def kept(values: Tensor, rank: Rank) -> int:
+def kept(values: Matrix, rank: Rank) -> int:
     """K, the number of leading directions of the eigenvalues (any order) that a rank rule keeps, at least 1.
 
     A share rho keeps floor(d_in rho + 0.999). "participation_sqrt" keeps ceil((sum a)^2 / sum a^2) with a the square
     roots of the eigenvalues: how many directions would carry the same norm if all carried alike.
     """
-    size = values.numel()
+    size = len(values)
     if rank != "participation_sqrt":
         return min(size, max(1, math.floor(size * rank + 0.999)))
-    roots = values.double().clamp(min=FLOOR).sqrt()
-    return min(size, max(1, math.ceil(float(roots.sum() ** 2 / roots.square().sum()))))
+    xp = functions(values)
+    roots = xp.sqrt(xp.clip(in_double(values), FLOOR, None))
+    return min(size, max(1, math.ceil(float(roots.sum() ** 2 / (roots * roots).sum()))))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import Op, check_matrix
-from pymerge.ops._singular import numerical_triplets
+from pymerge.ops._singular import Matrix, numerical_triplets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,10 +42,11 @@ class SpectralRefine(Op["Tensor"]):
     def reference(self) -> Tensor:
         """X in its own dtype, the term rounded to it once."""
         X = self.X
-        return X + isotropic_term(self.D.double() + X.double(), self.k).to(X.dtype)
+        refined: Tensor = X + isotropic_term(self.D.double() + X.double(), self.k).to(X.dtype)
+        return refined
 
 
-def isotropic_term(M: Tensor, k: int, larger: int | None = None) -> Tensor:
+def isotropic_term(M: Matrix, k: int, larger: int | None = None) -> Matrix:
     """mean(s_1..s_k) U_k V_k^T of M in float64; `larger`: of the sides of the weight that M is the core of."""
     U, s, V = numerical_triplets(M, k, larger=larger)
-    return s.sum() / k * (U @ V.mT)
+    return s.sum() / k * (U @ V.T)

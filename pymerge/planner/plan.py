@@ -97,7 +97,13 @@ class Plan:
     @property
     def needs_torch(self) -> bool:
         """Whether a step is carried out by PyTorch; otherwise it is not imported."""
-        return any(step.worker != "native" for step in (*self.steps, *self.extras.steps))
+        steps = (*self.steps, *self.extras.steps)
+        return not self.target.takes_arrays or any(step.needs_torch for step in steps)
+
+    @property
+    def needs_blas(self) -> bool:
+        """Whether numpy multiplies and decomposes matrices, whose results depend on its version and the processor."""
+        return any(step.worker == "core" for step in self.steps)
 
     @property
     def keeps_cache(self) -> bool:
@@ -172,6 +178,7 @@ class Plan:
         headers = hashlib.sha256(b"".join(layout.header for layout in self.files))
         versions = env.package_versions()
         decisive = ["pymerge-engine", *(["torch"] if self.needs_torch else [])]
+        decisive += ["numpy"] if self.needs_blas else []
         decisive += ["triton"] if device.startswith("cuda") else []
         decisive += ["gguf"] if any(path.suffix == ".gguf" for path in self.inputs.stamps) else []
         parts = {f"{name} version": versions[name] for name in decisive}

@@ -15,10 +15,13 @@ from pymerge.planner import pieces
 # they are read. "dense": on whole matrices.
 Route = Literal["core", "tiles", "dense"]
 
+# Operations of the dense form for one of the core's, where both take as long together with what comes before.
+_DENSE_MORE = 4
+
 
 def routed(action: Action, role: Role, base: TensorEntry, experts: Sequence[TensorEntry]) -> Action:
-    """The action, or the same in the core: where all task vectors are known by factors, and R is at most half of a
-    matrix's smaller side, or the method is defined by them. A weight that nobody has touched is left to others.
+    """The action, or the same in the core: where all task vectors are known by factors, and that costs less, or the
+    method is defined by them. A weight that nobody has touched is left to others.
     """
     if not isinstance(action, Solve) or not action.has_core or (action.needs_outputs and role.in_axis == 0):
         return action
@@ -33,8 +36,18 @@ def routed(action: Action, role: Role, base: TensorEntry, experts: Sequence[Tens
             return action
         rank += own
     shape = pieces.worked_shape(role, action, base.shape)
-    takes = rank > 0 if action.minds_factors else 0 < 2 * rank <= min(shape)
-    return InCore(action, (shape[0], shape[1]), rank) if takes else action
+    core = InCore(action, (shape[0], shape[1]), rank)
+    takes = rank > 0 and (action.minds_factors or _costs_less(core, action, len(experts)))
+    return core if takes else action
+
+
+def _costs_less(core: InCore, dense: Solve, experts: int) -> bool:
+    """Whether a matrix is solved sooner by its factors; timed, they were whenever this says so, or nearly as soon.
+
+    What is dense has more to do than is counted: all experts are made of their factors before, and PyTorch is imported.
+    """
+    beside = dense.core_flops(core.shape, core.rank)
+    return (core.flops(core.shape, experts) - beside) / _DENSE_MORE + beside <= dense.flops(core.shape, experts)
 
 
 def remarks(actions: Iterable[tuple[str, Action]]) -> list[str]:

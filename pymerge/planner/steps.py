@@ -8,17 +8,21 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pymerge.architecture.roles import Role
+from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.checkpoint.safetensors_file import TensorEntry
-from pymerge.common.dtypes import ITEM_SIZES, is_float8, memory_item_size, native_item_size
+from pymerge.common.dtypes import ITEM_SIZES, NATIVE, is_float8, memory_item_size, native_item_size
 from pymerge.methods.actions import Action, Combine, Encode, InCore, Solve
 from pymerge.methods.base import Values
 from pymerge.methods.reduce import Reduce
 from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
 from pymerge.planner.routes import Route, route_of
+
+if TYPE_CHECKING:
+    from pymerge.adapters.low_rank import LowRank
 
 # Workers of a step: native code on arrays, ops on tensors of PyTorch, or threads of PyTorch that encode each tensor, or
 # solve each by its factors.
@@ -28,6 +32,23 @@ WorkerName = Literal["native", "torch", "encode", "core"]
 # are combined.
 BLOCK_ELEMENTS = 2**16
 CACHE_LINE = 64  # bytes; inputs of a piece begin at multiples of it
+
+
+def plain_product(entry: TensorEntry) -> LowRank | None:
+    """What an adapter's tensor is made of, where that is a base, read without PyTorch, plus one product."""
+    from pymerge.adapters.low_rank import low_rank_of
+
+    found = low_rank_of(entry)
+    if found is None or not found.plain or any(part.needs_torch or part.dtype not in NATIVE for part in found.parts):
+        return None
+    return found
+
+
+def _base_of(entry: TensorEntry, base: TensorEntry) -> bool:
+    """Whether an adapter's tensor starts from this one, or from rows of it."""
+    assert isinstance(entry, DecodedEntry)
+    part = entry.decoder.parts[0]
+    return part.file == base.file and part.shape[1:] == base.shape[1:] and part.name == base.name
 
 
 @dataclass(frozen=True)
@@ -109,11 +130,48 @@ class Step:
         return route_of(self.action)
 
     @property
+    def needs_torch(self) -> bool:
+        """Whether PyTorch is imported for it, on a target that takes arrays."""
+        if not isinstance(self.action, InCore):
+            return self.worker != "native"
+        return self.action.solve.core_needs_torch or self.base.needs_torch or self.base.dtype not in NATIVE
+
+    @property
     def bytes_input(self) -> int:
         """Bytes of the inputs on the disk."""
         if isinstance(self.action, InCore):
             return self.base.stored_bytes + self._factor_bytes
-        return sum(entry.stored_bytes for entry in self.inputs)
+        return sum(self.bytes_of_input(entry, 0, self._rows) for entry in self.inputs)
+
+    @property
+    def _rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def bytes_of_input(self, entry: TensorEntry, start: int, stop: int) -> int:
+        """Bytes that are read of files for rows of an input; an adapter's are made of the base's, which are there."""
+        if entry in self._on_base:
+            rows, own = max(1, self._rows), sum(part.stored_bytes for part in entry.adapter_parts)
+            return own * stop // rows - own * start // rows
+        return entry.stored_in(start, stop)
+
+    @cached_property
+    def _on_base(self) -> frozenset[TensorEntry]:
+        """The experts that are adapters of the base, where that is read."""
+        if not self.reads_base or self.base.needs_torch or self.base.dtype not in NATIVE:
+            return frozenset()
+        return frozenset(entry for entry in self.experts if entry.adapter_parts and _base_of(entry, self.base))
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether experts are made of the base's rows while these are in memory."""
+        return bool(self._on_base)
+
+    @cached_property
+    def product(self) -> LowRank | None:
+        """What the only input is made of, where that is taken as it is, and is the base plus one product."""
+        if not isinstance(self.action, Combine) or self.action.weights or not self.inputs[0].adapter_parts:
+            return None
+        return plain_product(self.inputs[0])
 
     @cached_property
     def _factor_bytes(self) -> int:
@@ -130,7 +188,7 @@ class Step:
         if isinstance(self.action, InCore):
             share = self._factor_bytes * piece.stop // self.shape[0] - self._factor_bytes * piece.start // self.shape[0]
             return self.base.stored_in(piece.start, piece.stop) + share
-        return sum(entry.stored_in(piece.start, piece.stop) for entry in self.inputs)
+        return sum(self.bytes_of_input(entry, piece.start, piece.stop) for entry in self.inputs)
 
     def bytes_made(self, piece: Piece) -> int:
         """Bytes of a piece in the output."""
@@ -186,11 +244,13 @@ class Step:
         if piece.shape != self.shape or self.group is not None:
             scratch += self._kept_bytes
         if isinstance(self.action, InCore):
-            inputs = elements * memory_item_size(self.base.dtype) + self.base.decoding_bytes
+            rows = pieces.rows_at_once(self.role, self.shape) * math.prod(self.shape[1:])
+            inputs = min(elements, rows) * memory_item_size(self.base.dtype) + self.base.decoding_bytes
             return Footprint(inputs, scratch, output)
         if self.worker == "native":
             return Footprint(self._native_inputs(elements), scratch, output)
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self.decoding_bytes
+        inputs += elements * memory_item_size(self.base.dtype) * self.shares_base
         if isinstance(self.action, Solve) and self.role.in_axis == 0:
             scratch += inputs + output  # transposed copies
         if isinstance(self.action, Solve) and self.role.parts > 1:
@@ -203,6 +263,10 @@ class Step:
 
     def _native_inputs(self, elements: int) -> int:
         sizes = [native_item_size(entry.dtype) for entry in self.inputs]
+        if self.product is not None:
+            base, width = self.product.base, max(1, math.prod(self.shape[1:]))
+            rows = min(elements, pieces.rows_at_once(self.role, self.shape) * width)
+            return rows * ITEM_SIZES[base.dtype] + base.decoding_bytes + self.product.product_bytes(elements // width)
         if self.by_blocks:
             return min(BLOCK_ELEMENTS, elements) * sum(sizes)
         return sum(elements * size + CACHE_LINE for size in sizes) + self.decoding_bytes

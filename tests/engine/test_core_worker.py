@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,16 +169,46 @@ def test_the_same_bytes_for_any_threads_and_memory(tmp_path: Path, monkeypatch: 
     assert len(set(found)) == 1
 
 
+@pytest.mark.parametrize("method", ["wudi_flow", "ace", "tsv_m"])
+def test_many_ranks_beside_a_small_side_are_still_solved_by_factors(method: str, tmp_path: Path) -> None:
+    """R is more than half of the smaller side: what costs less is chosen, and the result is the same."""
+    base = base_model(torch.float32)
+    write_model(tmp_path / "base", base, config=llama_config(base))
+    for number in range(2):
+        write_products(tmp_path / f"e{number}", tmp_path / "base", factors_of(number, 8, [UP], base))
+    plan = plan_of(tmp_path, method, 2, more="")
+    assert min(step_of(plan, UP).shape) < 2 * 16
+    assert step_of(plan, UP).route == "core"
+    run(plan, tmp_path / "out")
+    sums = [moved(base, factors_of(number, 8, [UP], base))[UP] for number in range(2)]
+    expected = pymerge.merge_tensors(base[UP].double(), sums, method)
+    torch.testing.assert_close(load_output(tmp_path / "out")[UP].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_merges_in_the_core_import_no_pytorch(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "wudi_flow")
+    assert not plan.needs_torch
+    file = write_config(tmp_path, "wudi_flow", experts=len(EXPERTS), more=RULES)
+    code = (
+        "import sys; from pathlib import Path; from pymerge import api; "
+        f"api.merge(Path({str(file)!r}), Path({str(tmp_path / 'out')!r}), progress=False); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert step_of(planned(tmp_path, "wudi"), UP).needs_torch
+
+
 def test_methods_that_are_defined_by_factors_take_them_whatever_their_rank(tmp_path: Path) -> None:
     base = base_model(torch.float32)
     write_model(tmp_path / "base", base, config=llama_config(base))
     for number in range(2):
-        write_products(tmp_path / f"e{number}", tmp_path / "base", factors_of(number, 14, [UP], base))
-    assert step_of(plan_of(tmp_path, "wudi_flow", 2, more=""), UP).route == "dense"
+        write_products(tmp_path / f"e{number}", tmp_path / "base", factors_of(number, 20, [UP], base))
+    assert step_of(plan_of(tmp_path, "iso_c", 2, more=""), UP).route == "dense"
     plan = plan_of(tmp_path, "core_space", 2, more="")
     assert step_of(plan, UP).route == "core"
     run(plan, tmp_path / "out")
-    sums = [moved(base, factors_of(number, 14, [UP], base))[UP] for number in range(2)]
+    sums = [moved(base, factors_of(number, 20, [UP], base))[UP] for number in range(2)]
     torch.testing.assert_close(load_output(tmp_path / "out")[UP].double(), sum(sums) / 2, rtol=1e-5, atol=1e-7)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,16 +32,16 @@ class Layer:
             B = torch.randn(self.d_out, rank, generator=generator, dtype=torch.float64)
             A = torch.randn(rank, self.d_in, generator=generator, dtype=torch.float64)
             size = self.rms * (1.0 + task) / max(1, rank) ** 0.5
-            factors = Factors(B * (size * 1e3), A * 1e-3)
+            factors = Factors((B * (size * 1e3)).numpy(), (A * 1e-3).numpy())
             if task in self.copies and found:
                 factors = found[0]
-            found.append(Factors(torch.zeros_like(factors.B), factors.A) if task in self.zeros else factors)
+            found.append(Factors(np.zeros_like(factors.B), factors.A) if task in self.zeros else factors)
         return found
 
 
 def dense(factors: list[Factors]) -> list[Tensor]:
     """tau_t, d_out x d_in."""
-    return [B @ A for B, A in factors]
+    return [torch.from_numpy(B @ A) for B, A in factors]
 
 
 @st.composite

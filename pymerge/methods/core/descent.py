@@ -7,15 +7,22 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from pymerge.methods.core.factors import Delta, Factors, Product, Run, nothing, row_space
+from pymerge.common.arrays import Array, ArrayLike, dtype_of, rows_of
+from pymerge.methods.core.factors import (
+    Delta,
+    Factors,
+    Matrix,
+    Product,
+    Run,
+    nothing,
+    row_space,
+    total_of,
+)
 from pymerge.methods.core.flow import moves, shares
-from pymerge.ops.low_rank_adam import LowRankAdam
-
-# Elements of the rows that all steps are made on, one after the other: so few that they stay in the cache.
-BLOCK_ELEMENTS = 2**16
+from pymerge.ops.combine import Combine
+from pymerge.ops.low_rank_adam import BLOCK_ELEMENTS, LowRankAdam
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,28 +30,34 @@ class Descent:
     """scale * (X_0 + D): D of all steps is elementwise, and of full rank; its rows do not depend on each other."""
 
     start: Product  # X_0
-    Q: Tensor  # d_in x q, of A = Q C Q^T
-    C: Tensor
-    P: Tensor  # d_out x q, of B_0 = P Q^T
+    Q: Matrix  # d_in x q, of A = Q C Q^T
+    C: Matrix
+    P: Matrix  # d_out x q, of B_0 = P Q^T
     iterations: int
     lr: float
     scale: float
 
-    def prepared(self, dtype: torch.dtype, in_axis: int) -> Delta:
+    def prepared(self, double: bool, in_axis: int) -> Delta:
         """It in the dtype of the sum; only of weights that are stored d_out x d_in, whose rows can be had alone."""
         assert in_axis == 1
-        steps = torch.promote_types(self.Q.dtype, dtype)
-        Q, C, P = (matrix.to(steps).contiguous() for matrix in (self.Q, self.C, self.P))
-        return replace(self, start=self.start.prepared(dtype, in_axis), Q=Q, C=C, P=P)
+        kind = np.float64 if double else self.Q.dtype
+        Q, C, P = (np.ascontiguousarray(matrix, kind) for matrix in (self.Q, self.C, self.P))
+        return replace(self, start=self.start.prepared(double, in_axis), Q=Q, C=C, P=P)
 
-    def rows(self, run: Run, first: int, last: int, out: Tensor) -> Tensor:
-        """Write rows `first` to `last` to `out`."""
-        self.start.rows(run, first, last, out)
-        step = max(1, BLOCK_ELEMENTS // max(1, out.shape[1]))
-        for top in range(first, last, step):
-            P = self.P[top : min(top + step, last)]
-            out[top - first : top - first + len(P)] += run(LowRankAdam(self.Q, self.C, P, self.iterations, self.lr))
-        return out.mul_(self.scale)
+    def add(self, run: Run, base: ArrayLike, first: int, out: ArrayLike) -> None:
+        """Write W_0 plus rows from `first` on to `out`. Imports PyTorch."""
+        import torch
+
+        rows, width = base.shape
+        Q, C = torch.from_numpy(self.Q), torch.from_numpy(self.C)
+        step = max(1, BLOCK_ELEMENTS // max(1, width))
+        for top in range(0, rows, step):
+            stop = min(top + step, rows)
+            P = self.P[first + top : first + stop]
+            total = self.start.P[first + top : first + stop] @ self.start.K
+            total += run(LowRankAdam(Q, C, torch.from_numpy(P), self.iterations, self.lr)).numpy()
+            tensors = [rows_of(base, top, stop), Array.of(total)]
+            run(Combine(None, tensors, [1.0, self.scale], out=rows_of(out, top, stop), out_dtype=dtype_of(out)))
 
 
 def descent(
@@ -58,9 +71,9 @@ def descent(
     if not len(space):
         return nothing(space.shape)
     parts = shares(space)
-    moved = torch.cat(moves(space, parts))
+    moved = np.concatenate(moves(space, parts))
     rms = math.sqrt(statistics.fmean(norm / math.prod(space.shape) for norm in space.norms))
-    start = space.product(space.joined, torch.cat(space.L))
-    dtype = torch.float64 if double else torch.float32
-    Q, C, P = (matrix.to(dtype) for matrix in (space.Q, torch.stack(parts).sum(dim=0), space.joined @ moved))
+    start = space.product(space.joined, np.concatenate(space.L))
+    kind = np.float64 if double else np.float32
+    Q, C, P = (matrix.astype(kind) for matrix in (space.Q, total_of(parts), space.joined @ moved))
     return Descent(start, Q, C, P, iterations, rate(rms), scale)

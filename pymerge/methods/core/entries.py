@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pymerge.methods.core.factors import total_of
 from pymerge.ops._philox import uniform_words
 
 # Philox's numbers are of 32 bits.
@@ -42,7 +43,7 @@ def _smallest(sizes: Tensor, number: int) -> float:
 
 def elected_mean(parts: Sequence[Tensor]) -> Tensor:
     """The mean, at each entry, of those that have the sign of the sum; where the sum is 0, the sign of most entries."""
-    vote = total_of(parts).sign_()
+    vote = total_of(parts).sign()
     vote = torch.where(vote == 0, vote.sum().sign(), vote)
     total, counts = torch.zeros_like(vote), torch.zeros_like(vote)
     for part in parts:
@@ -50,15 +51,6 @@ def elected_mean(parts: Sequence[Tensor]) -> Tensor:
         total += part * agrees
         counts += agrees
     return total / counts.clamp_(min=1.0)
-
-
-def total_of(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of one or more, in their order."""
-    first, *others = parts
-    total = first.clone()
-    for other in others:
-        total += other
-    return total
 
 
 def drawn(M: Tensor, density: float, key: int) -> Tensor:

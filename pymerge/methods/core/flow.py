@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from pymerge.methods.core.factors import Factors, Product, RowSpace, nothing, row_space
+from pymerge.methods.core.factors import Factors, Matrix, Product, RowSpace, nothing, row_space, total_of
 from pymerge.ops.spectral_filter import FLOOR, RANK_SLACK, Rank, kept
 
 # lambda t below which (1 - e^{-lambda t}) / lambda is t to rounding.
@@ -21,9 +20,9 @@ def flow(tasks: Sequence[Factors], time: float) -> Product:
     if not len(space):
         return nothing(space.shape)
     parts = shares(space)
-    values, vectors = torch.linalg.eigh(torch.stack(parts).sum(dim=0))
-    x = (values * time).clamp(min=_STANDING)
-    return _moved(space, parts, vectors, time * (-torch.expm1(-x) / x))
+    values, vectors = np.linalg.eigh(total_of(parts))
+    x = np.maximum(values * time, _STANDING)
+    return _moved(space, parts, vectors, time * (-np.expm1(-x) / x))
 
 
 def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product:
@@ -35,23 +34,23 @@ def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product:
     if not len(space):
         return nothing(space.shape)
     parts = shares(space)
-    values, vectors = torch.linalg.eigh(torch.stack(parts).sum(dim=0))
+    values, vectors = np.linalg.eigh(total_of(parts))
     d_in = space.shape[1]
-    count = min(len(values), kept(torch.cat([values.new_zeros(d_in - len(values)), values]), rank))
+    count = min(len(values), kept(np.concatenate([np.zeros(d_in - len(values)), values]), rank))
     if math.isinf(time):
-        noise = RANK_SLACK * torch.finfo(values.dtype).eps * d_in * float(values[-1])
+        noise = RANK_SLACK * np.finfo(values.dtype).eps * d_in * float(values[-1])
         count = min(count, int((values > noise).sum()))
-    leading = values[len(values) - count :].clamp(min=FLOOR)
-    gain = 1.0 / leading if math.isinf(time) else -torch.expm1(-leading * time) / leading
+    leading = np.maximum(values[len(values) - count :], FLOOR)
+    gain = 1.0 / leading if math.isinf(time) else -np.expm1(-leading * time) / leading
     return _moved(space, parts, vectors[:, len(values) - count :], gain)
 
 
-def shares(space: RowSpace) -> list[Tensor]:
+def shares(space: RowSpace) -> list[Matrix]:
     """G_t / n_t of A = Q (sum_t G_t / n_t) Q^T, q x q."""
     return [gram / norm for gram, norm in zip(space.grams(space.B), space.norms, strict=True)]
 
 
-def moves(space: RowSpace, parts: Sequence[Tensor]) -> list[Tensor]:
+def moves(space: RowSpace, parts: Sequence[Matrix]) -> list[Matrix]:
     """The rows of B_0 = sum_t (tau_t - X_0) G_t / n_t in the core, to each B_s: -L_s sum_{t != s} G_t / n_t.
 
     Task t moves all but itself, which is summed without it and not by a difference.
@@ -59,11 +58,11 @@ def moves(space: RowSpace, parts: Sequence[Tensor]) -> list[Tensor]:
     found = []
     for s, L in enumerate(space.L):
         others = [part for t, part in enumerate(parts) if t != s]
-        found.append(-L @ torch.stack(others).sum(dim=0) if others else torch.zeros_like(L))
+        found.append(-L @ total_of(others) if others else np.zeros_like(L))
     return found
 
 
-def _moved(space: RowSpace, parts: Sequence[Tensor], basis: Tensor, gain: Tensor) -> Product:
+def _moved(space: RowSpace, parts: Sequence[Matrix], basis: Matrix, gain: Matrix) -> Product:
     """X_0 + B_0 V diag(gain) V^T with V = Q basis."""
-    rows = [L + (move @ basis * gain) @ basis.mT for L, move in zip(space.L, moves(space, parts), strict=True)]
-    return space.product(space.joined, torch.cat(rows))
+    rows = [L + (move @ basis * gain) @ basis.T for L, move in zip(space.L, moves(space, parts), strict=True)]
+    return space.product(space.joined, np.concatenate(rows))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from pymerge.methods.core.factors import Factors, Product, nothing, row_space
+from pymerge.methods.core.factors import Factors, Matrix, Product, nothing, row_space, split
 from pymerge.ops.isotropic import equalised
 from pymerge.ops.singular_sum import orthogonal_sum
 
 # The merged core from those of all tasks (zeros where one did not touch the weight) and the shape of the weight.
-Merge = Callable[[Sequence[Tensor], tuple[int, int]], Tensor]
+Merge = Callable[[Sequence[Matrix], tuple[int, int]], Matrix]
 
 
 def on_cores(tasks: Sequence[Factors], merge: Merge) -> Product:
@@ -20,10 +19,10 @@ def on_cores(tasks: Sequence[Factors], merge: Merge) -> Product:
     space = row_space(tasks)
     if not len(space):
         return nothing(space.shape)
-    basis, R = torch.linalg.qr(space.joined)
-    parts = R.split([len(L) for L in space.L], dim=1)
+    basis, R = np.linalg.qr(space.joined)
+    parts = split([len(L) for L in space.L], R, axis=1)
     cores = [part @ L for part, L in zip(parts, space.L, strict=True)]
-    cores += [torch.zeros_like(cores[0])] * (len(tasks) - len(space))
+    cores += [np.zeros_like(cores[0])] * (len(tasks) - len(space))
     return space.product(basis, merge(cores, space.shape))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 
 from pymerge.backends.runner import Runner
+from pymerge.common.arrays import Array
 from pymerge.methods import METHODS
 from pymerge.methods.actions import Solve
 from pymerge.methods.base import Values
@@ -58,7 +60,12 @@ def core(layer: Layer, method: str, **parameters):
     """X by the factors."""
     action = action_of(method, len(layer.ranks), **parameters)
     assert action.has_core
-    return action.run_core(layer.factors()).whole()
+    return found(action, layer.factors())
+
+
+def found(action: Solve, factors):
+    """X of some factors, as a tensor."""
+    return torch.from_numpy(action.run_core(factors).whole())
 
 
 def agree(found, expected, tolerance: float = 1e-12) -> None:
@@ -87,12 +94,13 @@ def test_a_small_ridge_costs_the_digits_that_the_condition_takes(variant, thresh
 
 
 def rows_of(delta, layer: Layer, dtype=torch.float64, step: int = 7):
-    """X row range by row range, as it is added to a base."""
-    prepared, found = delta.prepared(dtype, 1), []
+    """X row range by row range, added to a base of zeros."""
+    prepared, parts = delta.prepared(dtype == torch.float64, 1), []
     for first in range(0, layer.d_out, step):
-        out = torch.empty(min(step, layer.d_out - first), layer.d_in, dtype=dtype)
-        found.append(prepared.rows(Runner(), first, first + len(out), out))
-    return torch.cat(found)
+        base = torch.zeros(min(step, layer.d_out - first), layer.d_in, dtype=dtype)
+        parts.append(torch.empty_like(base))
+        prepared.add(Runner(), Array.of(base), first, Array.of(parts[-1]))
+    return torch.cat(parts)
 
 
 @pytest.mark.parametrize(
@@ -118,33 +126,33 @@ def test_wudi_by_factors_in_float32_is_no_worse_than_with_whole_matrices(rms):
     experts = [tau.float() for tau in dense(layer.factors())]
     usual = action_of("wudi", 3, **parameters).run(Runner(), base, experts, "F64").double() - total
     delta = action_of("wudi", 3, **parameters).run_core(layer.factors())
-    found = rows_of(delta, layer, torch.float32).double() - total
-    assert float((found - exact).norm()) <= float((usual - exact).norm())
-    assert float((found - exact).norm()) < 1e-5 * float(exact.norm())
+    moved = rows_of(delta, layer, torch.float32).double() - total
+    assert float((moved - exact).norm()) <= float((usual - exact).norm())
+    assert float((moved - exact).norm()) < 1e-5 * float(exact.norm())
 
 
 @pytest.mark.parametrize("method", ["wudi_flow", "swudi_a", "ace", "tsv_m", "iso_c", "iso_cts"])
 def test_only_the_task_vectors_matter(method):
     """Other factors of the same task vectors, ranks in another order, and ranks of zeros change nothing."""
     layer, action = Layer(30, 22, (3, 2, 3)), action_of(method, 3)
-    expected = action.run_core(layer.factors()).whole()
+    expected = found(action, layer.factors())
     generator = torch.Generator().manual_seed(1)
     turned = []
     for B, A in layer.factors():
-        M = torch.randn(len(A), len(A), generator=generator, dtype=torch.float64)
-        turned.append(Factors(B @ M * 1e3, torch.linalg.inv(M) @ A * 1e-3))
-    reordered = [Factors(B.flip(1), A.flip(0)) for B, A in layer.factors()]
-    padded = [Factors(torch.cat([B, B], 1), torch.cat([A, 0 * A])) for B, A in layer.factors()]
+        M = torch.randn(len(A), len(A), generator=generator, dtype=torch.float64).numpy()
+        turned.append(Factors(B @ M * 1e3, np.linalg.inv(M) @ A * 1e-3))
+    reordered = [Factors(B[:, ::-1], A[::-1]) for B, A in layer.factors()]
+    padded = [Factors(np.hstack([B, B]), np.vstack([A, 0 * A])) for B, A in layer.factors()]
     for tasks in (turned, reordered, padded):
-        agree(action.run_core(tasks).whole(), expected, 1e-10)
+        agree(found(action, tasks), expected, 1e-10)
 
 
 def test_columns_that_cancel_are_no_task():
     """B A is 0 but for rounding: dividing by its norm would make noise of it."""
     layer = Layer(20, 16, (2, 2))
-    B, A = torch.rand(20, 1, dtype=torch.float64), torch.rand(1, 16, dtype=torch.float64)
-    nothing = Factors(torch.cat([B, -B], 1), torch.cat([A, A]))
+    B, A = np.random.default_rng(0).random((20, 1)), np.random.default_rng(1).random((1, 16))
+    nothing = Factors(np.hstack([B, -B]), np.vstack([A, A]))
     tasks = layer.factors()
     for method in ("wudi_flow", "swudi_a"):
         action = action_of(method, 3)
-        agree(action.run_core([*tasks, nothing]).whole(), action.run_core(tasks).whole(), 1e-11)
+        agree(found(action, [*tasks, nothing]), found(action, tasks), 1e-11)

@@ -1,0 +1,56 @@
+"""Factors of adapters' tensors, for the jobs that add their product to rows of the base."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.arrays import Array
+from pymerge.planner.jobs import Job
+from pymerge.planner.steps import Step
+
+if TYPE_CHECKING:
+    from pymerge.adapters.low_rank import LowRank
+
+
+class FactorsOfSteps:
+    """Reads rows of left factors for each job, and right factors once for all jobs of a step, until it is to `forget`
+    them. By any thread."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._lock = threading.Lock()
+        self._rights: dict[tuple[int, TensorEntry], Future[Any]] = {}  # by step and input
+
+    def of(self, job: Job, entry: TensorEntry, product: LowRank, wide: bool) -> tuple[Array, Array, float]:
+        """Left and right factor of a plain product for a job's rows, in float64 if `wide`, and its scale."""
+        import numpy as np
+
+        kind = np.float64 if wide or entry.dtype == "F64" else np.float32
+        key = id(job.step), entry
+        with self._lock:
+            right = self._rights.get(key)
+            mine = right is None
+            if right is None:
+                right = self._rights[key] = Future()
+        if mine:
+            try:
+                right.set_result(product.right(self._reader.read_bytes).astype(kind, copy=False))
+            except BaseException as error:
+                right.set_exception(error)
+        left, scale = product.left(self._reader.read_bytes, job.piece.start, job.piece.stop)
+        return Array.of(left.astype(kind, copy=False)), Array.of(right.result()), scale
+
+    def forget(self, step: Step) -> None:
+        """A tensor is done."""
+        with self._lock:
+            for key in [key for key in self._rights if key[0] == id(step)]:
+                del self._rights[key]
+
+    def clear(self) -> None:
+        """Forget all; what is needed is read again."""
+        with self._lock:
+            self._rights.clear()
