@@ -29,8 +29,14 @@ SUITES: Mapping[str, Mapping[str, Command]] = {
     "merges": {
         "": Command("benchmarks.merges.run", "whole merges, beside mergekit and a floor that only reads and writes"),
     },
+    "integrations": {
+        "": Command("benchmarks.integrations.run", "mergekit's run_merge in one process, as it is and by pymerge"),
+    },
     "adapters": {
         "": Command("benchmarks.adapters.run", "merges of adapters, beside whole weights and mergekit"),
+    },
+    "merger": {
+        "": Command("benchmarks.merger.run", "later merges of the same models in memory, beside the first and PyTorch"),
     },
     "wemoe": {
         "": Command("benchmarks.wemoe.run", "one routed MLP, beside FusionBench's module and the base MLP"),
