@@ -134,7 +134,9 @@ def changed(draw: st.DrawFn, tensors: Tensors) -> Tensors:
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_every_tensor_is_used_or_named(written: Source, data: st.DataObject) -> None:
     tensors = written.tensors
     for _ in range(data.draw(st.integers(1, 2))):
