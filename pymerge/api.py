@@ -150,6 +150,13 @@ def plan_stages(
     return plans
 
 
+def settle_stage(stage: Stage, planned: Plan) -> Plan:
+    """The plan of a stage whose turn has come: what earlier stages were to write is there."""
+    stage.out.parent.mkdir(parents=True, exist_ok=True)
+    settled = planned.settled()
+    return replace(settled, warnings=(*settled.warnings, *delta_warnings(settled)))
+
+
 def multi(
     config: str | Path,
     out: str | Path | None = None,
@@ -187,8 +194,5 @@ def multi(
     plans = plan_stages(stages, device=device, backend=backend, memory=memory, max_shard_size=max_shard_size)
     reports = []
     for stage, planned in zip(stages, plans, strict=True):
-        stage.out.parent.mkdir(parents=True, exist_ok=True)
-        settled = planned.settled()
-        settled = replace(settled, warnings=(*settled.warnings, *delta_warnings(settled)))
-        reports.append(run(settled, stage.out, progress=progress, overwrite=overwrite))
+        reports.append(run(settle_stage(stage, planned), stage.out, progress=progress, overwrite=overwrite))
     return reports

@@ -29,6 +29,9 @@ SUITES: Mapping[str, Mapping[str, Command]] = {
     "merges": {
         "": Command("benchmarks.merges.run", "whole merges, beside mergekit and a floor that only reads and writes"),
     },
+    "integrations": {
+        "": Command("benchmarks.integrations.run", "mergekit's run_merge in one process, as it is and by pymerge"),
+    },
     "adapters": {
         "": Command("benchmarks.adapters.run", "merges of adapters, beside whole weights and mergekit"),
     },

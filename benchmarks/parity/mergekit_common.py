@@ -1,7 +1,7 @@
-"""What mergekit's own tests import as tests.common, with pymerge in place of mergekit: runs in mergekit's environment.
+"""What mergekit's own tests import as tests.common, with pymerge in place of mergekit: runs beside mergekit.
 
-mergekit's source distribution has its tests but not this module. The names are those that the tests use; PYMERGE is the
-command that merges.
+mergekit's source distribution has its tests but not this module. The names are those that the tests use. PYMERGE is the
+command that merges; without it mergekit's own `run_merge` does, with pymerge as its engine.
 """
 
 from __future__ import annotations
@@ -28,17 +28,11 @@ def run_and_check_merge(
 ) -> None:
     """Merge, look for NaN, and hand the output to `validate`; ValueError with pymerge's words if it refuses."""
     with tempfile.TemporaryDirectory() as folder:
-        file, out = Path(folder, "merge.yml"), Path(folder, "out")
-        document = _plain(config.model_dump(mode="json", by_alias=True))
-        for model in document.get("models", ()) if document["merge_method"] in _NO_WEIGHT else ():
-            model.get("parameters", {}).pop("weight", None)
-        file.write_text(yaml.safe_dump(document))
-        command = [os.environ["PYMERGE"], "merge", str(file), str(out), "--quiet"]
-        # The surroundings are mergekit's; pymerge has an environment of its own.
-        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
-        if done.returncode:
-            raise ValueError(done.stderr)
+        out = Path(folder, "out")
+        if "PYMERGE" in os.environ:
+            run_command(config, Path(folder, "merge.yml"), out)
+        else:
+            run_engine(config, out)
         files = sorted(out.glob("*.safetensors"))
         assert files, "no weights were written"
         assert (out / "config.json").exists()
@@ -46,6 +40,36 @@ def run_and_check_merge(
             assert not any(bool(tensor.isnan().any()) for each in files for tensor in load_file(each).values())
         if validate is not None:
             validate(str(out))
+
+
+def run_command(config: Any, file: Path, out: Path) -> None:
+    """Merge by pymerge's command."""
+    document = _plain(config.model_dump(mode="json", by_alias=True))
+    for model in document.get("models", ()) if document["merge_method"] in _NO_WEIGHT else ():
+        model.get("parameters", {}).pop("weight", None)
+    file.write_text(yaml.safe_dump(document))
+    command = [os.environ["PYMERGE"], "merge", str(file), str(out), "--quiet"]
+    # The surroundings are mergekit's; pymerge has an environment of its own.
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    if done.returncode:
+        raise ValueError(done.stderr)
+
+
+def run_engine(config: Any, out: Path) -> None:
+    """Merge by mergekit's `run_merge` in this process, which is pymerge's."""
+    import mergekit.merge
+    from mergekit.options import MergeOptions
+
+    from pymerge.errors import PymergeError
+    from pymerge.integrations.mergekit import replace_engine
+
+    replace_engine(lenient=True)
+    try:
+        mergekit.merge.run_merge(config, str(out), MergeOptions(quiet=True))
+    except PymergeError as error:
+        raise ValueError(str(error)) from error
+    assert (out / "pymerge_manifest.json").exists()
 
 
 def _plain(value: Any) -> Any:

@@ -2,8 +2,9 @@
 
     python -m benchmarks parity tests [--keep FOLDER]
 
-The tests come with mergekit's source distribution from PyPI, and are run from there, in mergekit's environment, with
-mergekit_common.py for the module that merges. The examples folder is not part of the distribution: of example
+The tests come with mergekit's source distribution from PyPI, and are run from there, with mergekit_common.py for the
+module that merges: in mergekit's environment with pymerge's command, and in a process that has both, through mergekit's
+`run_merge` with pymerge as its engine. The examples folder is not part of the distribution: of example
 configs there are those of its README, parts of configs that name models of the Hub: they are read and checked, not
 merged.
 Results go to benchmarks/runs/<machine>/<date>-parity-tests.json; the exit code is 1 if a test fails for which
@@ -20,7 +21,7 @@ import sys
 import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +50,34 @@ def source(folder: Path) -> Path:
     return archive.with_name(archive.name.removesuffix(".tar.gz"))
 
 
-def run_tests(unpacked: Path) -> list[Row]:
-    """A row for each test."""
+def command() -> tuple[Path, dict[str, str]]:
+    """Python and variables for the tests with pymerge's command: an environment of mergekit's."""
     binaries = environments.environment(environments.MERGEKIT)
     tools = environments.cache() / "environments" / "pytest"
     if not tools.exists():
-        command = [binaries / "python", "-m", "pip", "install", "--quiet", "--target", tools, "pytest==9.0.1"]
-        subprocess.run(command, check=True)
+        pip = [binaries / "python", "-m", "pip", "install", "--quiet", "--target", tools, "pytest==9.0.1"]
+        subprocess.run(pip, check=True)
+    ours = str(Path(sys.executable).parent / "pymerge")
+    return binaries / "python", {**os.environ, "PYTHONPATH": str(tools), "PYMERGE": ours, "HF_HUB_OFFLINE": "1"}
+
+
+def engine() -> tuple[Path, dict[str, str]]:
+    """Python and variables for the tests through mergekit's `run_merge`: mergekit beside this environment."""
+    return Path(sys.executable), environments.variables_beside(environments.MERGEKIT_BESIDE)
+
+
+def run_tests(unpacked: Path, form: Callable[[], tuple[Path, dict[str, str]]]) -> list[Row]:
+    """A row for each test, merged by `command` or `engine`."""
+    python, variables = form()
     # Not the package beside the tests: what is installed.
-    work = unpacked / "alone"
+    work = unpacked / form.__name__
     (work / "tests").mkdir(parents=True)
     (work / "tests/__init__.py").touch()
     for name in FILES:
         shutil.copy(unpacked / "tests" / name, work / "tests" / name)
     shutil.copy(HERE / "mergekit_common.py", work / "tests" / "common.py")
-    variables = {
-        **os.environ,
-        "PYTHONPATH": str(tools),
-        "PYMERGE": str(Path(sys.executable).parent / "pymerge"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [binaries / "python", "-m", "pytest", "-q", "--junit-xml", "found.xml", "tests"]
-    subprocess.run(command, cwd=work, env=variables, check=False)
+    arguments = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junit-xml", "found.xml", "tests"]
+    subprocess.run(arguments, cwd=work, env=variables, check=False)
     rows = []
     for case in ElementTree.parse(work / "found.xml").iter("testcase"):
         file = next(name for name in FILES if name.removesuffix(".py") in str(case.get("classname")).split("."))
@@ -79,7 +86,9 @@ def run_tests(unpacked: Path) -> list[Row]:
         said = None if failure is None else str(failure.get("message"))[-400:]
         reason = next((why for pattern, why in DIFFERS.items() if re.search(pattern, name)), None)
         verdict = "passes" if said is None else "explained" if reason else "fails"
-        rows.append({"kind": "test", "name": name, "verdict": verdict, "said": said, "reason": reason})
+        rows.append(
+            {"kind": "test", "form": form.__name__, "name": name, "verdict": verdict, "said": said, "reason": reason}
+        )
     return rows
 
 
@@ -113,11 +122,11 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         unpacked = source(options.keep or Path(temporary))
         results = ResultsFile("parity-tests", mergekit=environments.MERGEKIT)
-        results.rows += run_tests(unpacked) + check_examples(unpacked)
+        results.rows += run_tests(unpacked, command) + run_tests(unpacked, engine) + check_examples(unpacked)
     results.write()
     for row in results.rows:
         if row["verdict"] != "passes":
-            print(f"{row['verdict']}: {row['name']}: {row.get('reason') or row['said']}")
+            print(f"{row['verdict']}: {row.get('form', '')} {row['name']}: {row.get('reason') or row['said']}")
     bad = [row for row in results.rows if row["verdict"] == "fails"]
     print(f"{len(results.rows)} tests and configs, {len(bad)} fail; written to {results.path}")
     if bad:

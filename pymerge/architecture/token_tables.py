@@ -16,7 +16,7 @@ _OTHER_TABLES = ("position", "pos_emb", "wpe", "token_type", "segment", "relativ
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRows:
     """Rows of a tensor from row `start` on: the entries of these rows; without experts they are the base's alone."""
 
     start: int
@@ -91,12 +91,12 @@ def has_tokens(embedding: str) -> bool:
     return not any(word in embedding for word in _OTHER_TABLES)
 
 
-def rows_of(base: TensorEntry, experts: Sequence[TensorEntry]) -> list[Rows]:
+def rows_of(base: TensorEntry, experts: Sequence[TensorEntry]) -> list[TableRows]:
     """The rows that all have, and then those beyond, which are the base's; usually all rows at once."""
     if all(expert.shape == base.shape for expert in experts):
-        return [Rows(0, base, tuple(experts))]
+        return [TableRows(0, base, tuple(experts))]
     common = min(entry.shape[0] for entry in (base, *experts))
-    both = Rows(0, base.rows(0, common), tuple(expert.rows(0, common) for expert in experts))
+    both = TableRows(0, base.rows(0, common), tuple(expert.rows(0, common) for expert in experts))
     if common == base.shape[0]:
         return [both]
-    return [both, Rows(common, base.rows(common, base.shape[0]), ())]
+    return [both, TableRows(common, base.rows(common, base.shape[0]), ())]

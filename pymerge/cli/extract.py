@@ -29,6 +29,11 @@ class FullTensors(str, Enum):
     skip = "skip"
 
 
+class Missing(str, Enum):
+    error = "error"
+    base = "base"
+
+
 class AdapterDtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -75,6 +80,9 @@ def extract(
     algorithm: Annotated[Algorithm, typer.Option(help="How factors are found.")] = Algorithm.auto,
     split: Annotated[Split, typer.Option(help="Where singular values go: both factors, B or A.")] = Split.sqrt,
     seed: Annotated[int, typer.Option(help="Of the random sketch.")] = 0,
+    missing_tensors: Annotated[
+        Missing, typer.Option("--missing-tensors", help="Tensors that the model has not; base: as in the base.")
+    ] = Missing.error,
     memory: Memory = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another output in OUT.")] = False,
@@ -105,9 +113,21 @@ def extract(
             "seed": seed,
         }
         if dry_run:
-            print_lines(extraction(base, model, ExtractOptions(**given), memory).lines())
+            planned = extraction(
+                base, model, ExtractOptions(**given), missing_tensors=missing_tensors.value, memory=memory
+            )
+            print_lines(planned.lines())
             return
-        report = carry_out(base, model, out, **given, memory=memory, progress=not quiet, overwrite=overwrite)
+        report = carry_out(
+            base,
+            model,
+            out,
+            **given,
+            missing_tensors=missing_tensors.value,
+            memory=memory,
+            progress=not quiet,
+            overwrite=overwrite,
+        )
         if not quiet:
             print_warnings(report.warnings)
             print_lines(report.lines())

@@ -1,4 +1,4 @@
-"""The command line: merge, multi, plan, report, extract, verify, methods, env, wemoe, demo, bench."""
+"""The command line: merge, multi, plan, report, extract, verify, methods, env, wemoe, mergekit-yaml, demo, bench."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pymerge.cli.console import (
     tensor_count,
 )
 from pymerge.cli.extract import FullTensors, extract
-from pymerge.cli.scripts import OWN_OPTIONS, bench, demo, wemoe
+from pymerge.cli.scripts import OWN_OPTIONS, bench, demo, mergekit_multi, mergekit_yaml, wemoe
 from pymerge.cli.verify import VerifyCommand, verify
 from pymerge.common.events import event, recording
 from pymerge.errors import ArgumentError
@@ -272,8 +272,8 @@ def environment() -> None:
         OUT.print(env_view())
 
 
-for script in (wemoe, demo, bench):
-    app.command(context_settings=OWN_OPTIONS)(script)
+for script in (wemoe, mergekit_yaml, mergekit_multi, demo, bench):
+    app.command(script.__name__.replace("_", "-"), context_settings=OWN_OPTIONS)(script)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Commands that are programs of their own: `pymerge wemoe`, and `demo` and `bench` of a checkout."""
+"""Commands that are programs of their own: `wemoe`, those of mergekit, and `demo` and `bench` of a checkout."""
 
 from __future__ import annotations
 
@@ -23,6 +23,22 @@ def wemoe(context: typer.Context) -> None:
         from pymerge.cli.wemoe import wemoe_app
 
         wemoe_app(args=context.args, prog_name="pymerge wemoe")
+
+
+def mergekit_yaml(context: typer.Context) -> None:
+    """Merge CONFIG_FILE into OUT_PATH, with the options of mergekit-yaml."""
+    with reported():
+        from pymerge.cli.mergekit import yaml_command
+
+        yaml_command(context.args)
+
+
+def mergekit_multi(context: typer.Context) -> None:
+    """Run the merges of CONFIG_FILE, with the options of mergekit-multi."""
+    with reported():
+        from pymerge.cli.mergekit import multi_command
+
+        multi_command(context.args)
 
 
 def demo(context: typer.Context) -> None:

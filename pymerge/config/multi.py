@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -17,9 +17,6 @@ from pymerge.config.document import Document, Location, parse_documents, read_te
 from pymerge.config.merge_config import MergeConfig, check_config
 from pymerge.config.references import places
 from pymerge.errors import ArgumentError, ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 # Keys whose value can be a model.
 _REFERENCES = ("model", "base_model", "path", "source", "tokenizer_source")
@@ -35,7 +32,14 @@ class Stage:
     out: Path
 
 
-def read_stages(config: str | Path, out: Path | None, intermediate: Path | None) -> list[Stage]:
+def read_stages(
+    config: str | Path,
+    out: Path | None,
+    intermediate: Path | None,
+    *,
+    adjust: Callable[[Document], None] | None = None,
+    beside_file: bool = True,
+) -> list[Stage]:
     """Read the documents of a file, in the order in which they must run.
 
     Args:
@@ -43,6 +47,8 @@ def read_stages(config: str | Path, out: Path | None, intermediate: Path | None)
         out: folder of the document without `name`; None if all have one.
         intermediate: folder in which every document with a `name` has a folder of that name; default: `out` with
             ".stages" behind it.
+        adjust: changes a document before anything but its name is looked at.
+        beside_file: relative names of models are looked up in the folder of the file first.
 
     Raises:
         ConfigError: with one line for each problem: names that are missing, unknown, given twice, or that need each
@@ -52,9 +58,9 @@ def read_stages(config: str | Path, out: Path | None, intermediate: Path | None)
     text = isinstance(config, str) and "\n" in config
     path = None if text else Path(config).expanduser()
     documents = parse_documents(str(config) if path is None else read_text(path), "config" if text else str(path))
-    reader = _Reader(documents, None if path is None else path.resolve().parent)
+    reader = _Reader(documents, path.resolve().parent if path is not None and beside_file else None, adjust)
     if None in reader.documents and out is None:
-        raise ArgumentError("no folder for the document without a name; give OUT")
+        raise ArgumentError("no folder for the document without a name; give one, behind the config or by --out-path")
     if None not in reader.documents and out is not None:
         raise ArgumentError(f"every document has a name, so nothing goes to {out}; give --intermediate-dir alone")
     if intermediate is None:
@@ -79,6 +85,7 @@ class _Reader:
 
     found: list[Document]
     directory: Path | None
+    adjust: Callable[[Document], None] | None = None
     documents: dict[str | None, Document] = field(default_factory=dict)
     _problems: list[str] = field(default_factory=list)
 
@@ -86,6 +93,8 @@ class _Reader:
         for document in self.found:
             document.directory = self.directory
             name = document.data.pop("name", None) if isinstance(document.data, dict) else None
+            if self.adjust is not None:
+                self.adjust(document)
             if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
                 document.add(("name",), f"name is {name!r}; it names a folder: use letters, digits, '-', '_' and '.'")
             elif name in self.documents:

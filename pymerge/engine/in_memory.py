@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.constants import may_be_constant
-from pymerge.architecture.roles import Kind, Role, classify
+from pymerge.architecture.roles import Kind, Role, Rule, classify
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_values
 from pymerge.common.arrays import compute_code
@@ -81,6 +81,7 @@ def merge_state_dicts(
     *,
     device: str | torch.device | None = None,
     backend: str = "auto",
+    rules: Sequence[Rule] = (),
     **parameters: Any,
 ) -> dict[str, Tensor]:
     """Merge whole models in memory, tensor by tensor.
@@ -89,6 +90,7 @@ def merge_state_dicts(
         base: name -> tensor. Names and shapes decide what each tensor is (see pymerge.architecture.roles).
         experts: T mappings with the same names and shapes.
         method, device, backend, parameters: as in `merge_tensors`.
+        rules: what tensors are, against names and shapes, as `layers` of a config.
 
     Returns:
         The base's names with merged tensors, in the base's dtypes and on its devices. Integers are the base's, and so
@@ -111,7 +113,7 @@ def merge_state_dicts(
     for index, expert in enumerate(experts):
         check_plain(f"expert {index}", expert)
     described = {name: (code_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in base.items()}
-    roles = classify(described, {})
+    roles = classify(described, {}, rules)
     check_integers(base, experts, roles)
     where = device or next((tensor.device for tensor in base.values()), torch.device("cpu"))
     merger = _Merger(method, parameters, len(experts), where, backend)

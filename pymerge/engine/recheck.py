@@ -26,14 +26,14 @@ from pymerge.output.manifest import read_manifest
 from pymerge.planner.budget import budget
 from pymerge.planner.build import build_plan
 from pymerge.planner.jobs import FINISHED, batches, only
-from pymerge.planner.plan import Plan
+from pymerge.planner.plan import GIVEN_FILES, Plan
 from pymerge.planner.steps import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What `pymerge verify` need not know: the output's division into files is checked against its manifest.
-_NOT_COMPARED = "output files"
+# What `pymerge verify` need not know: files and the division of the output into them are checked by its manifest.
+_NOT_COMPARED = ("output files", GIVEN_FILES)
 
 
 @dataclass
@@ -76,8 +76,8 @@ def recheck(out: Path | str, count: int | None = None, *, progress: ProgressSink
     recorded = manifest["identity"]
     report = RecheckReport(
         changes=differences(
-            {part: text for part, text in recorded.items() if part != _NOT_COMPARED},
-            {part: text for part, text in now.items() if part != _NOT_COMPARED},
+            {part: text for part, text in recorded.items() if part not in _NOT_COMPARED},
+            {part: text for part, text in now.items() if part not in _NOT_COMPARED},
         )
     )
     written = {

@@ -209,6 +209,8 @@ def _publish(plan: Plan, output: OutputDirectory) -> None:
     if plan.config_json is not None:
         files[Path(donor.folder, "config.json").as_posix()] = plan.config_json
     files["README.md"] = model_card(plan)
+    files = {name: source for name, source in files.items() if name not in plan.given}
+    files |= {name: data for name, data in plan.given.items() if data is not None}
     files[RECIPE_NAME] = plan.config.source_text.encode()
     layouts = output.beside[len(plan.modules) :]
     beside = plan.extras.files(layouts)

@@ -9,6 +9,8 @@ from typing import Any
 from pymerge.api import plan
 from pymerge.common.progress import NoProgress, ProgressBar
 from pymerge.config.merge_config import MergeConfig, load_config
+from pymerge.config.references import same_model
+from pymerge.errors import PlanError
 from pymerge.extraction.carry_out import carry_out
 from pymerge.extraction.extracted import plan_extraction
 from pymerge.extraction.merged import EXACT, plan_merge
@@ -26,14 +28,15 @@ def extract(
     energy: float | None = None,
     sv_epsilon: float | None = None,
     max_rank: int | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     embeddings: str = "skip",
     rest: str = "skip",
     dtype: str = "float32",
     algorithm: str = "auto",
     split: str = "sqrt",
     seed: int = 0,
+    missing_tensors: str = "error",
     memory: int | str | None = None,
     progress: bool = True,
     overwrite: bool = False,
@@ -52,7 +55,8 @@ def extract(
         energy: the smallest rank that keeps this share of the sum of s^2 of a tensor.
         sv_epsilon: singular values above this one are kept, at least one.
         max_rank: no tensor gets more.
-        include, exclude: regular expressions; tensors whose names some `include` finds, and no `exclude`.
+        include, exclude: regular expressions; tensors whose names some `include` finds, and no `exclude`. Others are
+            not read.
         embeddings: embeddings and heads: "skip", "lora", or "full" (modules_to_save).
         rest: norms, biases and others: "skip", or "full" (modules_to_save; biases of adapted modules as such).
         dtype: of what is written.
@@ -60,6 +64,7 @@ def extract(
             "svd" is a whole decomposition in float64.
         split: where the singular values go: "sqrt" half to each factor, "b" or "a".
         seed: of the sketch.
+        missing_tensors: tensors of the base that the model has not: "error", or "base": they count as the base's.
         memory: limit for what is held at once, as of `pymerge.plan`.
         progress: show a progress bar on standard error.
         overwrite: replace something else that pymerge has written in `out`.
@@ -73,8 +78,8 @@ def extract(
         energy,
         sv_epsilon,
         max_rank,
-        tuple(include),
-        tuple(exclude),
+        (include,) if isinstance(include, str) else tuple(include),
+        (exclude,) if isinstance(exclude, str) else tuple(exclude),
         embeddings,
         rest,
         dtype,
@@ -82,15 +87,28 @@ def extract(
         split,
         seed,
     )
-    work = extraction(base, model, options, memory)
+    work = extraction(base, model, options, missing_tensors=missing_tensors, memory=memory)
     bar = ProgressBar("extracting") if progress else NoProgress()
     return carry_out(work, Path(out), bar, overwrite=overwrite)
 
 
-def extraction(base: str | Path, model: str | Path, options: ExtractOptions, memory: int | str | None = None) -> Work:
+def extraction(
+    base: str | Path,
+    model: str | Path,
+    options: ExtractOptions,
+    *,
+    missing_tensors: str = "error",
+    memory: int | str | None = None,
+) -> Work:
     """All that `extract` would do, from the headers of both models; arguments and errors are those of `extract`."""
+    if same_model(str(base), str(model)):
+        raise PlanError([f"{model}: is the base itself; give the model that was fine-tuned from it"])
     config = {
         "merge_method": "task_arithmetic",
+        # What the base has no place for, an adapter has none for either; a warning lists it.
+        "vocabulary": "base",
+        "extra_tensors": "ignore",
+        "missing_tensors": missing_tensors,
         "base_model": str(base),
         "models": [{"model": str(model), "parameters": {"weight": 1.0}}],
     }

@@ -12,7 +12,7 @@ from pymerge.checkpoint.reader import Reader
 from pymerge.common.events import event
 from pymerge.common.progress import ProgressSink
 from pymerge.engine.run import refuse_inputs
-from pymerge.errors import OutputError, PlanError
+from pymerge.errors import NonFiniteError, OutputError, PlanError
 from pymerge.extraction.content import Content, put_together
 from pymerge.extraction.measure import Measured
 from pymerge.extraction.report import REPORT_NAME, ExtractReport, TensorReport, read_report, share
@@ -41,7 +41,7 @@ def carry_out(work: Work, out: Path, progress: ProgressSink, *, overwrite: bool)
     identity = work.identity()
     manifest = read_manifest(out)
     if manifest is not None and manifest["identity"] == identity and not overwrite:
-        return _verified(out, started, progress, plan.warnings)
+        return _verified(out, started, progress, work.warnings)
     with OutputDirectory(
         out,
         (),
@@ -58,13 +58,14 @@ def carry_out(work: Work, out: Path, progress: ProgressSink, *, overwrite: bool)
         found = work_out(work, output, progress)
         experts = {**work.experts, **found.experts}
         try:
-            content = put_together(found.measured, plan, work.options, work.base, work.names, work.head, experts)
-        except PlanError:  # the same command would end the same
+            measured = [*found.measured, *(Measured[TensorEntry](target, 0.0, 0.0) for target in work.zeros)]
+            content = put_together(measured, plan, work.options, work.base, work.names, work.head, experts)
+            with Reader(found.stamps) as reader:
+                _write(content, output, reader)
+        except (PlanError, NonFiniteError):  # the same command would end the same
             output.abandon(keep=False)
             raise
-        with Reader(found.stamps) as reader:
-            _write(content, output, reader)
-        report = _report(found.measured, content, output, plan.warnings, resumed, time.perf_counter() - started)
+        report = _report(found.measured, content, output, work.warnings, resumed, time.perf_counter() - started)
         files = {REPORT_NAME: report.as_json(work.options.values()), "README.md": work.card(report), **work.files}
         files[CONFIG_NAME] = content.config  # last: it makes the folder an adapter
         manifest = build_manifest(

@@ -69,8 +69,9 @@ def put_together(
     biases = [each.target for each in changed if each.target.place == "bias"]
     given = _with_factors(measured, {target.module for target in biases})
     if not any(each.rank for each in given):
-        expert = plan.inputs.experts[0].path
-        raise PlanError([f"{expert}: equals {base} in all that would be adapted; there is nothing to extract"])
+        models = plan.inputs.experts
+        what = "the merge" if len(models) > 1 else str(models[0].path)
+        raise PlanError([f"{what} equals {base} in all that would be adapted; there is nothing to write"])
     rank = max(each.rank for each in given)
     adapted, tensors = [], dict[str, Factor | Stored]()
     for each in given:

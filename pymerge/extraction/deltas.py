@@ -109,8 +109,8 @@ def difference(
 
 def _refuse(entries: tuple[TensorEntry, ...], values: list[Tensor], start: int) -> None:
     for entry, tensor in zip(entries, values, strict=True):
-        check_finite(entry, start, tensor, "use a sound checkpoint, or leave the tensor out with exclude")
+        check_finite(entry, start, tensor, "use a sound checkpoint, or leave the tensor out with --exclude")
     raise NonFiniteError(
         f"{entries[1].file}: tensor {entries[1].name!r} differs from the base's by more than float32 holds; "
-        "leave it out with exclude"
+        "leave it out with --exclude"
     )

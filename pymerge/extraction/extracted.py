@@ -15,7 +15,7 @@ from pymerge.extraction.measure import Measured, footprint, measure
 from pymerge.extraction.names import names_in_memory
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import REPORT_NAME, ExtractReport
-from pymerge.extraction.targets import Target, find_targets
+from pymerge.extraction.targets import Target, experts_beside, find_targets
 from pymerge.extraction.tied import tied_head
 from pymerge.extraction.work import Work
 from pymerge.planner.plan import Plan
@@ -46,6 +46,7 @@ def plan_extraction(plan: Plan, options: ExtractOptions, base: str) -> Work:
         card=partial(_card, plan=plan, base=base),
         files={},
         recipe={"command": "extract", "options": json.dumps(options.values())},
+        zeros=experts_beside(plan, targets, names),
     )
 
 

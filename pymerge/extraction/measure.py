@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from pymerge.checkpoint.checkpoint import TensorEntry
-from pymerge.checkpoint.finite import is_finite, overflow
+from pymerge.checkpoint.finite import is_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import torch_dtype
 from pymerge.common.shapes import key_of
+from pymerge.engine.worker import first_line, is_out_of_memory
+from pymerge.errors import ArgumentError, NonFiniteError
 from pymerge.extraction.deltas import BLOCK, Delta, difference, is_held
 from pymerge.extraction.factorise import Triplets, algorithm_of, factorise, scratch
 from pymerge.extraction.options import ExtractOptions
@@ -67,7 +69,13 @@ def cut(target: Target, options: ExtractOptions, deltas: Iterable[Delta]) -> Mea
     pairs, total, lost, algorithm = [], 0.0, 0.0, ""
     for number, delta in enumerate(deltas):
         algorithm = algorithm_of(target.shape, options, held=delta.held)
-        triplets = factorise(delta, options, key_of(options.seed, target.name, number))
+        try:
+            triplets = factorise(delta, options, key_of(options.seed, target.name, number))
+        except RuntimeError as error:  # LAPACK's; memory that runs out is one, too
+            if is_out_of_memory(error):
+                raise
+            what = f"{target.name}: algorithm {algorithm} fails on the difference ({first_line(error)})"
+            raise ArgumentError(f"{what}; give --algorithm svd, or --exclude it") from error
         left, right = _split(triplets, options, target)
         pairs.append((left, right))
         total += triplets.total
@@ -107,8 +115,16 @@ def _split(triplets: Triplets, options: ExtractOptions, target: Target) -> tuple
     dtype = torch_dtype(options.code)
     pair = (triplets.U * of_left).to(dtype), (of_right[:, None] * triplets.V.mT).to(dtype).contiguous()
     if not all(map(is_finite, pair)):
-        raise overflow(target.name, options.code)
+        raise too_large(target.name, options.code)
     return pair
+
+
+def too_large(name: str, code: str) -> NonFiniteError:
+    """The error of values that are finite, but not in the output's dtype."""
+    wider = {"F16": "give --dtype bfloat16 or float32", "BF16": "give --dtype float32"}
+    dtype = str(torch_dtype(code)).removeprefix("torch.")
+    remedy = wider.get(code, "leave it out, or use smaller weights")
+    return NonFiniteError(f"{name}: the adapter would have values that {dtype} cannot hold; {remedy}")
 
 
 def _lost(delta: Delta, left: Tensor, right: Tensor) -> float:

@@ -104,6 +104,8 @@ def why_dense(step: Step, method: str) -> str:
         total = math.fsum(action.weights) / action.divisor
         scaled = f"its weights add up to {total:g}, so that the base is scaled"
         return scaled if action.weights else ""  # the plan has made one sum of all that is one
+    if isinstance(action, InCore) and action.solve.needs_outputs:  # it goes row by row, and not in the factors' space
+        return f"{method} leaves the space of the factors, in which wudi_flow, of the same loss, stays"
     if isinstance(action, InCore) and step.role.parts == 1:
         return ""
     return f"{method} does not give products of factors"

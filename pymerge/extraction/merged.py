@@ -23,13 +23,18 @@ from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.products import footprint as product_footprint
 from pymerge.extraction.products import measure_product
 from pymerge.extraction.report import REPORT_NAME, ExtractReport, percent
-from pymerge.extraction.targets import Target, find_targets
+from pymerge.extraction.targets import Target, experts_beside, find_targets
 from pymerge.extraction.tied import TiedHead, tied_head
 from pymerge.extraction.work import Work
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 EXACT = "exact"
+_INSTEAD = {
+    "slices": "they have the layers of their base: list models",
+    "modules": "they have the layers of their base: list models",
+    "allow_nonfinite": "their factors are finite: delete it, and use sound adapters",
+}
 FULL_TENSORS = ("error", "save", "skip")
 
 
@@ -63,6 +68,10 @@ def plan_merge(plan: Plan, *, rank: str, full_tensors: str, dtype: str) -> Work:
     base = plan.config.base_model
     if base is None:
         raise PlanError([f"{plan.config.name}: an adapter is of a base; set base_model"])
+    config = plan.config
+    for key in ("slices", "modules", "allow_nonfinite"):
+        if getattr(config, key):
+            raise PlanError([f"{config.place(key)}: {key} is not for adapters; {_INSTEAD[key]}"])
     names = names_in_memory(plan.inputs.donor)
     steps = {step.name: step for step in plan.steps if step.experts}
     found = sort(plan, find_targets(plan, options, names), steps, names.values())
@@ -99,6 +108,7 @@ def plan_merge(plan: Plan, *, rank: str, full_tensors: str, dtype: str) -> Work:
         reads_all=False,
         whole=whole,
         dense=found.dense,
+        zeros=experts_beside(plan, [*found.products, *found.dense, *whole], names),
     )
 
 

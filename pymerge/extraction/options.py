@@ -48,6 +48,10 @@ class ExtractOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ArgumentError(f"{name} is {value!r}; give a whole number of at least 1")
+        for name in ("energy", "sv_epsilon"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ArgumentError(f"{name} is {value!r}; give a number")
         if self.energy is not None and not 0.0 < self.energy <= 1.0:
             raise ArgumentError(f"energy is {self.energy}; give a share of the sum of s^2 above 0 and at most 1")
         if self.sv_epsilon is not None and not 0.0 <= self.sv_epsilon < float("inf"):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from pymerge.adapters.low_rank import low_rank_of
 from pymerge.adapters.ranks import rank_over
-from pymerge.checkpoint.finite import is_finite, overflow
+from pymerge.checkpoint.finite import check_finite, is_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import NonFiniteError, PlanError
-from pymerge.extraction.measure import Measured
+from pymerge.extraction.measure import Measured, too_large
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.targets import Target
 from pymerge.methods.actions import Combine, InCore
 from pymerge.methods.core.factors import Factors, Product
 from pymerge.ops._truncate import truncate
 from pymerge.planner.steps import Step
+
+# A product whose norm is below this share of its factors' is rounding: they cancel each other.
+_ROUNDING = 1e-14
 
 
 def measure_product(
@@ -31,15 +34,34 @@ def measure_product(
     for number in range(target.count):
         left, right = _merged(reader, target, step, number)
         if not (is_finite(left) and is_finite(right)):
-            raise NonFiniteError(f"{target.name}: the adapters' factors hold NaN or infinity; use sound adapters")
+            _refuse(reader, step)
         smaller = exact and left.shape[1] <= min(target.shape)
         cut = truncate(left, right, options.rank, None if exact else options.energy)
-        total, lost = total + cut.kept + cut.lost, lost + (0.0 if smaller else cut.lost)
-        pair = (left.to(dtype), right.to(dtype)) if smaller else (cut.B.to(dtype), cut.A.to(dtype))
+        if cut.kept + cut.lost <= (_ROUNDING * float(left.norm() * right.norm())) ** 2:
+            pairs.append((left[:, :0].to(dtype), right[:0].to(dtype)))
+            continue
+        B, A = (left, right) if smaller else (cut.B, cut.A)
+        pair = B.to(dtype), A.to(dtype)
         if not all(map(is_finite, pair)):
-            raise overflow(target.name, options.code)
+            raise too_large(target.name, options.code)
         pairs.append(pair)
-    return Measured(target, total, lost, tuple(pairs), "qr")
+        total += cut.kept + cut.lost
+        lost += _norm(torch.cat([left, -pair[0].double()], dim=1), torch.cat([right, pair[1].double()]))
+    return Measured(target, total, lost, tuple(pairs) if total > 0 else (), "qr")
+
+
+def _norm(left: Tensor, right: Tensor) -> float:
+    """||left right||_F^2, to rounding of the factors."""
+    R, S = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right.mT, mode="r").R
+    return float((R @ S.mT).square().sum())
+
+
+def _refuse(reader: Reader, step: Step) -> NoReturn:
+    """Raise NonFiniteError, which names file and key of what an adapter stores."""
+    for entry in step.experts:
+        for part in entry.adapter_parts:
+            check_finite(part, 0, reader.read(part), "use a sound adapter")
+    raise NonFiniteError(f"{step.name}: a scale makes the factors infinite; use smaller weights, or sound adapters")
 
 
 def _merged(reader: Reader, target: Target, step: Step, number: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -85,7 +85,7 @@ def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) 
     donor = plan.inputs.donor
     found: dict[str, Target] = {}
     for step in plan.steps:
-        if not step.experts or not is_float(step.base.dtype) or step.name in found:
+        if not step.experts or not is_float(step.base.dtype) or step.name in found or not options.takes(step.name):
             continue
         base, expert = step.base, step.experts[0]
         shape = base.shape or (1,)
@@ -94,14 +94,30 @@ def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) 
         target = Target(step.name, path, base, expert, (whole or shape)[0], "nowhere", matrix)
         if is_router(step.name, donor.tensors):
             found[step.name] = target
-        elif options.takes(step.name):
-            found[step.name] = _with_factors(target, step.role, donor.config, options)
         else:
-            found[step.name] = replace(target, reason="not asked for")
+            found[step.name] = _with_factors(target, step.role, donor.config, options)
     _nest(found)
     adapted = {each.module for each in found.values() if each.place == "factors" and each.form == "module"}
     parents = modules_with_modules(names.values())
     return [_with_rest(target, adapted, parents, options) for target in found.values()]
+
+
+def experts_beside(plan: Plan, targets: Sequence[Target], names: Mapping[str, str]) -> list[Target]:
+    """Matrices of experts that no target is, and that get factors of zeros where others get some: PEFT stacks those of
+    all matrices of all experts, and mistakes them for each other where some are missing."""
+    if not any(_is_numbered(target.name) and target.place == "factors" for target in targets):
+        return []
+    known, found = {target.name for target in targets}, []
+    for step in plan.steps:
+        if step.role.kind is Kind.LINEAR and _is_numbered(step.name) and step.name not in known:
+            path, (rows, columns) = names.get(step.name, step.name), step.base.shape
+            target = Target(step.name, path, step.base, step.base, rows, "factors", (rows, columns), uniform=True)
+            found.append(replace(target, transposed=step.role.in_axis == 0))
+    return found
+
+
+def _is_numbered(name: str) -> bool:
+    return bool(_NUMBERED.match(name)) and name.endswith(".weight")
 
 
 def _with_factors(target: Target, role: Role, config: Mapping[str, Any], options: ExtractOptions) -> Target:
@@ -119,8 +135,7 @@ def _with_factors(target: Target, role: Role, config: Mapping[str, Any], options
         stack = replace(target, place="factors", form="parameter", shape=(shape[1], shape[2]), count=shape[0])
         return replace(stack, stacked=True, transposed=turned, uniform=True)
     if role.kind is Kind.LINEAR and last == "weight":
-        numbered = bool(_NUMBERED.match(target.name))
-        return replace(target, place="factors", transposed=role.in_axis == 0, uniform=numbered)
+        return replace(target, place="factors", transposed=role.in_axis == 0, uniform=_is_numbered(target.name))
     if role.kind is Kind.LINEAR:
         return replace(target, reason="parameters of no module that PEFT adapts")
     low, high = _CONVOLUTION

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pymerge.checkpoint.checkpoint import TensorEntry
+from pymerge.checkpoint.finite import is_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import torch_dtype, upcast
 from pymerge.extraction.deltas import BLOCK
-from pymerge.extraction.measure import Measured
+from pymerge.extraction.measure import Measured, too_large
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class Stored:
                 values = upcast(reader.read(entry, *span))
                 if self.minus is not None:
                     values = values.float() - upcast(reader.read(self.minus, *span)).float()
-                yield values.to(dtype)
+                written = values.to(dtype)
+                if not is_finite(written):
+                    raise too_large(entry.name, self.code)
+                yield written
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from pymerge.extraction.parts import Part, divide
 from pymerge.extraction.report import ExtractReport
 from pymerge.extraction.targets import Target
 from pymerge.extraction.tied import TiedHead
+from pymerge.planner.folder import beside_warnings
 from pymerge.planner.plan import Plan
 
 WHOLE_NAME = "whole.safetensors"  # the interim file of merges that are kept as they are
@@ -52,6 +53,7 @@ class Work:
     reads_all: bool = True  # of both tensors of a target
     whole: Sequence[Target] = ()  # are merged, and then measured as others are
     dense: Sequence[Target] = ()  # are merged, and cut to factors
+    zeros: Sequence[Target] = ()  # are not read: they get factors of zeros, if their like get some
 
     def identity(self) -> dict[str, str]:
         """All that decides the bytes of the output."""
@@ -86,6 +88,12 @@ class Work:
         if files:
             files[next(iter(files))] += self.result_bytes
         return files
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The plan's, but for those about files that a merged model has beside its weights."""
+        beside = set(beside_warnings(self.plan.inputs))
+        return tuple(warning for warning in self.plan.warnings if warning not in beside)
 
     def lines(self) -> list[str]:
         """Lines about what would be done, for people."""

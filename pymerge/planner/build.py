@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from pymerge.config.merge_config import MergeConfig
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.methods import get_method
 from pymerge.methods.actions import copy
+from pymerge.methods.base import Method
 from pymerge.methods.reduce import Reduce
 from pymerge.output.layout import ShardLayout, full_name, layout_file, layout_shards
 from pymerge.planner import pieces
@@ -25,7 +26,7 @@ from pymerge.planner.config_differences import check_configs
 from pymerge.planner.constants import Constant, differing, find_constants
 from pymerge.planner.decide import copies, decide
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
-from pymerge.planner.folder import Part, beside_warnings, joined, match_modules
+from pymerge.planner.folder import Part, Whole, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.integers import check_integers
 from pymerge.planner.match import Section, match_tensors
@@ -128,9 +129,32 @@ def draft_plan(
     )
     constants = {main.full_name(name): constant for name, constant in constants.items()}
     placed_modules = tuple(_placed_module(module, constants, wanted, warnings, config) for module in modules)
-    steps = []
+    steps = _steps(method, whole, (*placed, *placed_modules), constants)
+    return Plan(
+        config=config,
+        method=method,
+        inputs=inputs,
+        steps=tuple(_assigned(steps, config, target, whole.sections)),
+        layouts=placed,
+        modules=placed_modules,
+        warnings=(*config.warnings, *warnings, *remarks((step.name, step.action) for step in steps)),
+        budget=budget,
+        config_json=config_json,
+        dtype=wanted,
+        base_parameters=sum(whole.tensors[name].numel for name in whole.names),
+        tokens=tokens,
+        target=target,
+        carried=inputs.carried if donor.stamps else {},
+    )
+
+
+def _steps(
+    method: Method, whole: Whole, layouts: Iterable[ShardLayout], constants: Mapping[str, Constant]
+) -> list[Step]:
+    """The steps of all output tensors, in the order of their files. Raises PlanError with all mistakes."""
+    steps: list[Step] = []
     wrong: dict[str, list[str]] = {}  # the same mistake is often made for many tensors
-    for shard in (*placed, *placed_modules):
+    for shard in layouts:
         for tensor in shard.tensors:
             name = full_name(shard.file, tensor.name)
             role, entry = whole.roles[name], whole.tensors[name]
@@ -163,22 +187,7 @@ def draft_plan(
                 )
     if wrong:
         raise PlanError(f"{listed(names)}: {message}" for message, names in wrong.items())
-    return Plan(
-        config=config,
-        method=method,
-        inputs=inputs,
-        steps=tuple(_assigned(steps, config, target, whole.sections)),
-        layouts=placed,
-        modules=placed_modules,
-        warnings=(*config.warnings, *warnings, *remarks((step.name, step.action) for step in steps)),
-        budget=budget,
-        config_json=config_json,
-        dtype=wanted,
-        base_parameters=sum(whole.tensors[name].numel for name in whole.names),
-        tokens=tokens,
-        target=target,
-        carried=inputs.carried if donor.stamps else {},
-    )
+    return steps
 
 
 def _assigned(

@@ -28,6 +28,8 @@ from pymerge.planner.window import Forecast, forecast
 from pymerge.planner.workers import Target
 from pymerge.tokenizers.planned import TokenPlan
 
+GIVEN_FILES = "given files"  # the part of an identity
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,6 +50,7 @@ class Plan:
     target: Target
     carried: Mapping[Path, str]  # sizes and times of the donor's other files, when the plan was made
     extras: Extras = field(default_factory=Extras)  # files beside the model; sizes below are the model's alone
+    given: Mapping[str, bytes | None] = field(default_factory=dict)  # small files to add, or (None) to leave out
 
     @property
     def bytes_read(self) -> int:
@@ -181,6 +184,9 @@ class Plan:
             parts["tokenizer"] = self.tokens.digest
         parts |= {"output dtype": self.dtype or "as in the base", "output files": headers.hexdigest()}
         parts |= {"backend": backend, "device": device, "processor": processor}
+        if self.given:
+            digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.given.items() if data is not None}
+            parts[GIVEN_FILES] = json.dumps([sorted(digests.items()), sorted(self.given.keys() - digests.keys())])
         return parts | dict(self.extras.identity)
 
 

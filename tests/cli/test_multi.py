@@ -139,7 +139,7 @@ def test_problems_of_names_have_lines(models: Path) -> None:
 
 
 def test_folders_must_be_said(models: Path) -> None:
-    with pytest.raises(ArgumentError, match="no folder for the document without a name; give OUT"):
+    with pytest.raises(ArgumentError, match="no folder for the document without a name; give one"):
         read_stages(models / "multi.yml", None, models / "parts")
     named = "name: x\nmerge_method: linear\nmodels: [{model: /e0, parameters: {weight: 1}}]\n"
     with pytest.raises(ArgumentError, match="every document has a name"):

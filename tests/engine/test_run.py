@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 import pymerge
 from pymerge import api
 from pymerge.config.multi import read_stages
+from pymerge.engine.recheck import recheck
 from pymerge.engine.report import MergeReport
 from pymerge.errors import BackendError, CheckpointError, OutputError
+from pymerge.output.verify import verify
 from tests.helpers.checkpoints import (
     CARRIED,
     change,
@@ -111,6 +114,24 @@ merge_method: linear
 models: [{model: e0}, {model: e1}]
 parameters: {weight: 1}
 """
+
+
+def test_files_that_are_given_or_left_out(models: Path) -> None:
+    """They are part of the merge, but not of what computes it again."""
+    plan = replace(
+        pymerge.plan(write_config(models, "linear"), device="cpu"), given={"a/b.txt": b"", "tokenizer.json": None}
+    )
+    pymerge.run(plan, models / "out", progress=False)
+    assert (models / "out/a/b.txt").read_bytes() == b""
+    assert not (models / "out/tokenizer.json").exists()
+    assert verify(models / "out").problems == []
+    assert recheck(models / "out").changes == []
+    assert pymerge.run(plan, models / "out", progress=False).already_done
+    for given in ({}, {"a/b.txt": b"more"}, {"a/b.txt": b"", "tokenizer.json": None, "README.md": None}):
+        with pytest.raises(OutputError, match="differs in: given files"):
+            pymerge.run(replace(plan, given=given), models / "out", progress=False)
+    with pytest.raises(OutputError, match="no relative file name"):
+        pymerge.run(replace(plan, given={"../x": b""}), models / "other", progress=False)
 
 
 def test_stages_are_planned_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,9 +234,16 @@ def test_what_is_measured_is_kept_when_it_is_interrupted(models: Path, monkeypat
 
 def test_refusals_come_before_any_output(models: Path) -> None:
     nothing = r"equals .*base in all that would be adapted"
+    large = {name: tensor.clone() for name, tensor in load_file(models / "base" / "model.safetensors").items()}
+    large["model.layers.0.mlp.up_proj.weight"] += 3e38
+    write_model(models / "large", large)
     write_model(models / "same", load_file(models / "base" / "model.safetensors"))
     cases: list[tuple[Path, dict[str, object], type[Exception], str]] = [
         (models / "same", {}, PlanError, nothing),
+        (models / "base", {}, PlanError, "is the base itself"),
+        (models / "large", {"dtype": "float16"}, NonFiniteError, "float16 cannot hold; give --dtype"),
+        (models / "large", {"algorithm": "random", "rank": 3}, ArgumentError, "--algorithm svd"),
+        (models / "tuned", {"energy": "0.5"}, ArgumentError, "energy is '0.5'"),
         (models / "tuned", {"include": ["no such"]}, PlanError, "--include"),
         (models / "tuned", {"memory": "100KiB"}, PlanError, "--memory"),
         (models / "tuned", {"rank": 2, "energy": 0.5}, ArgumentError, "rank and energy"),
@@ -259,6 +266,31 @@ def test_nan_is_named(models: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"tuned.*model\.layers\.1\.mlp\.up_proj\.weight.*\[3, 4\]"):
         api.extract(models / "base", models / "tuned", models / "out", progress=False)
     assert not (models / "out").exists()
+
+
+def test_what_the_base_has_no_place_for_is_left_out(models: Path) -> None:
+    """A longer vocabulary, and a head for a task."""
+
+    def longer(tensors: Tensors) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], torch.ones(3, 48)])
+        tensors["score.weight"] = torch.ones(2, 48)
+
+    api.extract(models / "base", models / "tuned", models / "plain", progress=False)
+    change(models / "tuned", longer)
+    report = api.extract(models / "base", models / "tuned", models / "out", progress=False)
+    weights = [(models / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "out")]
+    assert weights[0] == weights[1]
+    assert any("from row 32 on, they are left out" in warning for warning in report.warnings)
+    assert any("score.weight" in warning for warning in report.warnings)
+
+
+def test_tensors_that_the_model_has_not(models: Path) -> None:
+    change(models / "tuned", lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"))
+    with pytest.raises(PlanError, match="missing_tensors"):
+        api.extract(models / "base", models / "tuned", models / "out", progress=False)
+    api.extract(models / "base", models / "tuned", models / "out", missing_tensors="base", progress=False)
+    assert len(products(models / "out")) == 13
 
 
 def test_the_command(models: Path) -> None:

@@ -230,11 +230,61 @@ def test_the_config_says_rank_dtype_and_full_tensors(models: Path) -> None:
     assert not (models / "other").exists()
 
 
+def test_merges_that_are_the_base(models: Path) -> None:
+    """Nothing is written of adapters that add nothing, or the same once more and once less."""
+    one = dict(load_file(models / "one" / "adapter_model.safetensors"))
+    zero = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in one.items()}
+    write_adapter(models / "zero", zero, r=4, lora_alpha=8)
+    config = recipe(models)
+    for names, weights in ((("zero", "zero"), (1, 1)), (("one", "two"), (0, 0)), (("one", "one"), (1, -1))):
+        entries = [
+            {"model": str(models / name), "parameters": {"weight": weight}}
+            for name, weight in zip(names, weights, strict=True)
+        ]
+        for rank in ("exact", 2):
+            with pytest.raises(PlanError, match="the merge equals"):
+                api.merge_adapters({**config, "models": entries}, models / "out", rank=rank, progress=False)
+            assert not (models / "out").exists()
+
+
+def test_what_rounding_loses_is_counted(models: Path) -> None:
+    wide, narrow = (
+        api.merge_adapters(recipe(models), models / dtype, dtype=dtype, progress=False).error
+        for dtype in ("float32", "bfloat16")
+    )
+    assert wide < 1e-7
+    assert 5e-4 < narrow < 1e-2
+
+
+def test_wudi_is_dense(models: Path) -> None:
+    with pytest.raises(PlanError, match=r"wudi_flow.*--rank"):
+        api.merge_adapters(recipe(models, "wudi"), models / "out", progress=False)
+    more = {"parameters": {"iterations": 10}}
+    api.merge_adapters(recipe(models, "wudi", **more), models / "out", rank=64, progress=False)
+    for name, tau in merged(models, recipe(models, "wudi", **more)).items():
+        torch.testing.assert_close(deltas(models / "out")[name], tau, rtol=0, atol=1e-5 * float(tau.abs().max()))
+
+
+def test_what_no_adapter_can_be(models: Path) -> None:
+    with pytest.raises(PlanError, match="allow_nonfinite is not for adapters"):
+        api.merge_adapters(recipe(models, allow_nonfinite=True), models / "out", progress=False)
+    sources = [{"sources": [{"model": str(models / "one"), "layer_range": [0, 2]}]}]
+    sliced = {"merge_method": "passthrough", "base_model": str(models / "base"), "slices": sources}
+    with pytest.raises(PlanError, match="slices is not for adapters"):
+        api.merge_adapters(sliced, models / "out", progress=False)
+    two = dict(load_file(models / "two" / "adapter_model.safetensors"))
+    two[f"{PREFIX}model.norm.weight"] = torch.full((16,), 1e6)
+    write_adapter(models / "two", two, r=3, lora_alpha=3, modules_to_save=["norm"])
+    with pytest.raises(NonFiniteError, match=r"model\.norm\.weight.*float16.*--dtype"):
+        api.merge_adapters(recipe(models), models / "out", full_tensors="save", dtype="float16", progress=False)
+    assert not (models / "out").exists()
+
+
 def test_nan_in_a_factor(models: Path) -> None:
     one = dict(load_file(models / "one" / "adapter_model.safetensors"))
     one[f"{PREFIX}model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = float("nan")
     write_adapter(models / "one", one, r=4, lora_alpha=8)
-    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
+    with pytest.raises(NonFiniteError, match=r"one/adapter_model.*layers\.1\.mlp\.up_proj\.lora_B\.weight.*\[0, 0\]"):
         api.merge_adapters(recipe(models), models / "out", progress=False)
     assert not (models / "out").exists()
 

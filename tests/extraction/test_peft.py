@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -287,6 +288,26 @@ def test_adapters_of_peft_merged_into_one(make: Callable[[], nn.Module], tmp_pat
     assert report.rank == 5
     for name, found in merged(tmp_path / "base", tmp_path / "out", type(model)).named_parameters():
         torch.testing.assert_close(found.double(), wanted[name], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("left_out", ["experts.1.", "w2"])
+def test_experts_that_are_left_out(left_out: str, tmp_path: Path) -> None:
+    """PEFT stacks the factors of all experts: those that are not asked for have zeros."""
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return low_rank(name, weight) if "experts" in name else torch.zeros_like(weight)
+
+    base, tuned, model = saved(mixtral, change, tmp_path)
+    before = dict(type(model).from_pretrained(base).named_parameters())
+    pymerge.extract(base, tuned, tmp_path / "out", rank=RANK, exclude=re.escape(left_out), progress=False)
+    found = dict(merged(base, tmp_path / "out", type(model)).named_parameters())
+    for name, weight in model.named_parameters():
+        wanted = weight.detach().clone()
+        if "experts" in name and left_out == "w2" and "down" in name:
+            wanted = before[name]
+        elif "experts" in name and left_out != "w2":
+            wanted[1] = before[name][1]
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=2e-6, msg=name)
 
 
 def biased() -> nn.Module:

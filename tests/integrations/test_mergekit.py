@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.harness.environments import MERGEKIT_BESIDE
+from benchmarks.harness.environments import MERGEKIT_BESIDE, SENTENCE_TRANSFORMERS_BESIDE
+from benchmarks.parity import mergekit_tests
 from tests.helpers.libraries import run_inside
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mergekit_engine"])
+
+@pytest.mark.parametrize("name", ["mergekit_engine", "mergekit_methods"])
 def test_inside_mergekit(name: str) -> None:
     run_inside(name, MERGEKIT_BESIDE)
+
+
+def test_inside_sentence_transformers() -> None:
+    run_inside("sentence_transformers", MERGEKIT_BESIDE, SENTENCE_TRANSFORMERS_BESIDE)
+
+
+def test_mergekits_own_tests_of_merges_pass_through_the_engine(tmp_path: Path) -> None:
+    """But for those of which the benchmark says why."""
+    rows = mergekit_tests.run_tests(mergekit_tests.source(tmp_path), mergekit_tests.engine)
+    assert len(rows) == 49
+    assert {row["name"].partition("::")[2] for row in rows if row["verdict"] != "passes"} == {*mergekit_tests.DIFFERS}
+    assert not [row for row in rows if row["verdict"] == "fails"]
