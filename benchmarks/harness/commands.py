@@ -35,6 +35,9 @@ SUITES: Mapping[str, Mapping[str, Command]] = {
     "adapters": {
         "": Command("benchmarks.adapters.run", "merges of adapters, beside whole weights and mergekit"),
     },
+    "merger": {
+        "": Command("benchmarks.merger.run", "later merges of the same models in memory, beside the first and PyTorch"),
+    },
     "wemoe": {
         "": Command("benchmarks.wemoe.run", "one routed MLP, beside FusionBench's module and the base MLP"),
         "build": Command("benchmarks.wemoe.build", "builds of WEMoE directories, beside the disk"),

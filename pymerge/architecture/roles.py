@@ -37,6 +37,7 @@ class Rule(NamedTuple):
     kind: Kind
     in_axis: int | None = None
     stacked: bool | None = None
+    split: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Role:
     """One tensor's place in the model.
 
     `in_axis` is the input axis of a linear weight's matrix: 1 for d_out x d_in (nn.Linear), 0 for
-    d_in x d_out (GPT-2's Conv1D). A stacked weight holds E such matrices along its first axis, and each of them
-    may hold several weights, its `parts`, along d_out: gate and up, above each other, or `alternating` row by row.
+    d_in x d_out (GPT-2's Conv1D). A stacked weight holds E such matrices along its first axis. A matrix may hold
+    several weights, its `parts`, along d_out: gate and up, above each other, or `alternating` row by row.
     `blocks` and `index` name the block of the tensor: "model.layers" and 3 for model.layers.3.mlp.up_proj.weight;
     "" and None outside.
     """
@@ -94,11 +95,13 @@ def classify(tensors: Tensors, config: Mapping[str, Any], rules: Sequence[Rule] 
         rules: the user's word; the first rule that finds a name wins over all evidence (see `unused_rules`).
 
     Raises:
-        PlanError: a rule calls a tensor linear whose shape cannot be a matrix or a stack of matrices.
+        PlanError: a rule calls a tensor linear whose shape cannot be a matrix or a stack of matrices, or splits one
+            into parts that are not equal.
     """
     facts = Facts(tensors, config)
     roles: dict[str, Role] = {}
     undecided: dict[str, bool] = {}  # name -> stacked
+    split: dict[str, tuple[int, str]] = {}  # the user's word on parts, and its pattern
     problems = []
     for name in tensors:
         rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
@@ -112,6 +115,8 @@ def classify(tensors: Tensors, config: Mapping[str, Any], rules: Sequence[Rule] 
                 )
             if rule is None or rule.in_axis is None:
                 undecided[name] = role.stacked
+            if rule is not None and rule.split is not None:
+                split[name] = rule.split, rule.pattern
         blocks, index = facts.block(name)
         roles[name] = replace(role, blocks=blocks, index=index)
     if problems:
@@ -119,8 +124,15 @@ def classify(tensors: Tensors, config: Mapping[str, Any], rules: Sequence[Rule] 
     for name, (in_axis, reason) in input_axes(undecided, facts).items():
         known = roles[name].reason
         roles[name] = replace(roles[name], in_axis=in_axis, reason=f"{known}, {reason}" if known else reason)
+    for name, (count, pattern) in split.items():
+        outputs = tensors[name][1][-2 if roles[name].in_axis == 1 else -1]
+        if outputs % count:
+            problems.append(f"layers: rule {pattern!r} splits {name!r} in {count}, and it has {outputs} outputs")
+        roles[name] = replace(roles[name], parts=count)
+    if problems:
+        raise PlanError(problems)
     for name, role in roles.items():
-        if role.stacked:
+        if role.stacked and name not in split:
             parts, alternating = joined_parts(name, role.in_axis, tensors[name][1][2 - role.in_axis], facts.families)
             roles[name] = replace(role, parts=parts, alternating=alternating)
     return roles

@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictBool,
+    StrictInt,
     StrictStr,
     model_validator,
 )
@@ -106,9 +107,11 @@ class LayerRule(Strict):
     kind: Kind
     in_axis: Annotated[Literal[0, 1], BeforeValidator(_axis)] | None = None
     stacked: StrictBool | None = None
+    split: Annotated[StrictInt, Field(ge=1)] | None = None  # equal parts along d_out, weights of their own
 
     @model_validator(mode="after")
     def _only_linear(self) -> LayerRule:
-        if self.kind is not Kind.LINEAR and (self.in_axis is not None or self.stacked is not None):
-            raise ValueError("of kind 'linear' to have in_axis or stacked")
+        given = (self.in_axis, self.stacked, self.split)
+        if self.kind is not Kind.LINEAR and any(each is not None for each in given):
+            raise ValueError("of kind 'linear' to have in_axis, stacked or split")
         return self

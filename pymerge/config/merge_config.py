@@ -104,7 +104,7 @@ class MergeConfig(Strict):
     @property
     def rules(self) -> tuple[Rule, ...]:
         """`layers` as pymerge.architecture.roles.classify takes them."""
-        return tuple(Rule(rule.pattern, rule.kind, rule.in_axis, rule.stacked) for rule in self.layers)
+        return tuple(Rule(rule.pattern, rule.kind, rule.in_axis, rule.stacked, rule.split) for rule in self.layers)
 
 
 def load_config(source: str | Path | Mapping[str, Any], *, directory: Path | None = None) -> MergeConfig:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 
 import torch
@@ -207,6 +208,17 @@ def solve(
 
     `role` stands for all: of a stack each tensor is one matrix, 1 x ..., and its parts are weights of their own.
     """
+    return by_matrices(partial(_solve_matrices, action, run), role, bases, experts, out_dtype)
+
+
+# Merges L matrices, d_out x d_in, given those of the base and, for each of them, those of the experts, in a dtype.
+Compute = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]], str], list[Tensor]]
+
+
+def by_matrices(
+    compute: Compute, role: Role, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str
+) -> list[Tensor]:
+    """Have matrices computed of L linear weights of one shape as they are stored, in a fixed order; see `solve`."""
     if role.stacked:
         bases, experts = [base[0] for base in bases], [[expert[0] for expert in tasks] for tasks in experts]
 
@@ -214,28 +226,23 @@ def solve(
         return (matrix.mT if role.in_axis == 0 else matrix).contiguous()
 
     bases, experts = [turned(base) for base in bases], [[turned(expert) for expert in tasks] for tasks in experts]
-    merged = _solve_parts(action, role, run, bases, experts, out_dtype)
+    merged = _by_parts(compute, role, bases, experts, out_dtype)
     merged = [matrix.mT.contiguous() for matrix in merged] if role.in_axis == 0 else merged
     return [matrix.unsqueeze(0) for matrix in merged] if role.stacked else merged
 
 
-def _solve_parts(
-    action: Solve,
-    role: Role,
-    run: Run,
-    bases: Sequence[Tensor],
-    experts: Sequence[Sequence[Tensor]],
-    out_dtype: str,
+def _by_parts(
+    compute: Compute, role: Role, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str
 ) -> list[Tensor]:
     """Merge matrices, d_out x d_in, each of their parts alone, as where it is stored so."""
     if role.parts == 1:
-        return _solve_matrices(action, run, bases, experts, out_dtype)
+        return compute(bases, experts, out_dtype)
     merged = [base.new_empty(base.shape, dtype=torch_dtype(out_dtype)) for base in bases]
     for number in range(role.parts):
         rows = role.part(number, bases[0].shape[0])
         own = [base[rows].contiguous() for base in bases]
         tasks = [[expert[rows].contiguous() for expert in each] for each in experts]
-        for whole, part in zip(merged, _solve_matrices(action, run, own, tasks, out_dtype), strict=True):
+        for whole, part in zip(merged, compute(own, tasks, out_dtype), strict=True):
             whole[rows] = part
     return merged
 
@@ -247,11 +254,16 @@ def _solve_matrices(
     experts: Sequence[Sequence[Tensor]],
     out_dtype: str,
 ) -> list[Tensor]:
-    rows, columns = bases[0].shape
-    with one_thread() if 2 * rows * columns**2 < _ONE_THREAD_FLOPS else nullcontext():
+    with threads_for(bases[0]):
         if isinstance(action, SolveTogether):
             return action.run_batch(run, bases, experts, out_dtype)
         return [action.run(run, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
+
+
+def threads_for(matrix: Tensor) -> AbstractContextManager[None]:
+    """Threads for products of a matrix of this shape: one, where they are small."""
+    rows, columns = matrix.shape
+    return one_thread() if 2 * rows * columns**2 < _ONE_THREAD_FLOPS else nullcontext()
 
 
 def _tensor(made: Made) -> Tensor:

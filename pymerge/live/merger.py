@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
+from weakref import finalize
 
 import torch
 from torch import Tensor
 
-from pymerge.checkpoint.held import HeldEntry
 from pymerge.checkpoint.reader import Reader
-from pymerge.common.dtypes import torch_dtype
-from pymerge.common.names import listed
-from pymerge.engine.whole import Share
-from pymerge.errors import PymergeError
+from pymerge.common.devices import resolve_device
+from pymerge.common.units import parse_bytes
+from pymerge.errors import ArgumentError
+from pymerge.live.cache import Cache
 from pymerge.live.evaluate import Evaluator
+from pymerge.live.many import merge_group
 from pymerge.live.models import Models, Source
 from pymerge.live.modules import Model, signature_of
+from pymerge.live.report import Report
 from pymerge.live.settings import Settings, read_settings, required_defaults
-from pymerge.live.targets import Target, backup, find_targets, restore
-from pymerge.planner.steps import Step
+from pymerge.live.targets import Target, find_targets
+from pymerge.live.write import Decided, in_dtype, new_tensor, overwrite, write
+from pymerge.methods.actions import Solve
+from pymerge.planner.budget import budget
 
 
 class Merger:
@@ -35,6 +38,12 @@ class Merger:
         method: a name of `pymerge methods`.
         device: where to compute; default: each tensor where the base has it, of files on the CPU.
         backend: as in `merge`.
+        cache: "auto" keeps what later merges need not make again, as far as `memory` goes; "none" keeps nothing.
+        memory: most bytes of what is kept, or as "8GiB"; default: three quarters of what is available, on CUDA the
+            device's share.
+        exact: have solvers begin at the beginning each time, for the very bits of a merge of files. Otherwise wudi_flow
+            and swudi keep eigenvectors for other times, and ace for other eps: within 5e-5 of float64 and of files, and
+            the same bytes whatever was merged before.
         options: other keys of a config: layers, vocabulary, extra_tensors, missing_tensors, allow_nonfinite, dtype.
         parameters: the method's, of all merges that do not say otherwise; see `merge`.
 
@@ -51,15 +60,32 @@ class Merger:
         *,
         device: str | torch.device | None = None,
         backend: str = "auto",
+        cache: Literal["auto", "none"] = "auto",
+        memory: int | str | None = None,
+        exact: bool = False,
         options: Mapping[str, Any] | None = None,
         **parameters: Any,
     ) -> None:
+        if cache not in ("auto", "none"):
+            raise ArgumentError(f"cache is {cache!r}; choose 'auto' or 'none'")
         self._models = Models(base, experts, method, options)
         self._settings = required_defaults(self._models.method, self._models.count)
-        self._settings = self._read(parameters)
+        given = read_settings(self._models.method, parameters, self._models.count, self._models.names)
+        self._settings = self._settings.updated(given)
         self._models.steps(self._settings)  # parameters that do not fit are refused now
-        self._reader = Reader(self._models.inputs.stamps)
-        self._evaluator = Evaluator(self._reader, device, backend, self._models.config.allow_nonfinite)
+        limit = budget(resolve_device(device or self._models.device), None if memory is None else parse_bytes(memory))
+        self._cache = Cache(limit.tensors if memory is None else limit.host)
+        self._solves_again = exact or cache == "none"
+        self._prepared = cache == "none"  # there is nothing to prepare
+        reader = Reader(self._models.inputs.stamps)
+        finalize(self, reader.close)
+        self._evaluator = Evaluator(
+            reader,
+            device,
+            backend,
+            self._models.config.allow_nonfinite,
+            None if cache == "none" else self._cache,
+        )
         self._targets: tuple[Any, list[Target]] | None = None
 
     @property
@@ -68,9 +94,52 @@ class Merger:
         return tuple(weight.name for weight in self._models.weights)
 
     @property
+    def experts(self) -> int:
+        """How many models are merged, T, beside the base."""
+        return self._models.count
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings about the models."""
         return self._models.warnings
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """Names of the parameters that later merges may change."""
+        known = self._models.method.parameters
+        return tuple(each.name for each in known if (each.varies or self._solves_again) and not each.no_effect)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that are kept: at most `memory`."""
+        return self._cache.used
+
+    def report(self) -> Report:
+        """Report of what is kept, and what has to be made again for every merge."""
+        steps = [step for steps in self._models.steps(self._settings) for step in steps]
+        again = [step.name for step in steps if isinstance(step.action, Solve) and not self._evaluator.has_solved(step)]
+        return Report(
+            self._models.method.name,
+            len(self._models.weights),
+            sum(weight.base.numel for weight in self._models.weights),
+            self.varying,
+            self._cache.limit,
+            self._cache.counts(),
+            tuple(again),
+            self.warnings,
+        )
+
+    def prepare(self) -> None:
+        """Keep all that does not depend on what may vary; the first merge does it otherwise.
+
+        Raises NonFiniteError, ArgumentError, OutOfMemoryError as `merge`.
+        """
+        if self._prepared:
+            return
+        with torch.no_grad():
+            steps = [step for steps in self._models.steps(self._settings) for step in steps]
+            self._evaluator.prepare(steps, solve=not self._solves_again)
+        self._prepared = True
 
     def merge(self, **parameters: Any) -> dict[str, Tensor]:
         """New tensors by name, in the base's dtypes, each where the base has it (of files on the CPU).
@@ -84,15 +153,35 @@ class Merger:
             ArgumentError: a parameter that is not what it can be.
             NonFiniteError: an input holds NaN or infinity, or a result overflows.
         """
+        settings = self._read(parameters)
+        self.prepare()
         merged: dict[str, Tensor] = {}
         with torch.no_grad():
-            for steps, shares in self._decided(self._read(parameters)):
-                step, base = steps[0], steps[0].base
-                shape = (sum(each.shape[0] for each in steps), *step.shape[1:]) if len(steps) > 1 else step.shape
-                place = base.tensor.device if isinstance(base, HeldEntry) else torch.device("cpu")
-                merged[step.name] = torch.empty(shape, dtype=torch_dtype(step.dtype), device=place)
-                self._write(steps, shares, merged[step.name])
+            for steps, shares in self._decided(settings):
+                merged[steps[0].name] = new_tensor(steps)
+                write(self._evaluator, steps, shares, merged[steps[0].name])
         return merged
+
+    def merge_many(self, parameters: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Tensor]]:
+        """Results of `merge` for each of several parameters, in one pass over the inputs where memory lets it.
+
+        Args:
+            parameters: mappings of keyword arguments of `merge`, which are checked before the first is merged.
+
+        Yields their merged tensors, in their order; those that are made together are in memory together.
+        """
+        settings = [self._read(dict(each)) for each in parameters]
+        for each in settings:
+            self._models.steps(each)
+        return self._merge_groups(settings)
+
+    def _merge_groups(self, settings: Sequence[Settings]) -> Iterator[dict[str, Tensor]]:
+        self.prepare()
+        model = sum(step.nbytes for steps in self._models.steps(self._settings) for step in steps)
+        together = max(1, (self._cache.limit - self._cache.used) // max(1, model))
+        for start in range(0, len(settings), together):
+            group = [list(self._decided(each)) for each in settings[start : start + together]]
+            yield from merge_group(self._evaluator, group)
 
     def merge_into(self, target: Model, *, atomic: bool = False, **parameters: Any) -> None:
         """Overwrite the tensors of a module, or a mapping of tensors by name, in place.
@@ -110,101 +199,62 @@ class Merger:
             PymergeError: what `merge` raises; without `atomic` it says which tensors are overwritten.
         """
         settings = self._read(parameters)
-        self._models.keep_from(target)
-        self._overwrite_all(self._find(target), settings, atomic)
+        targets = self._find(target, keeps=True)
+        self.prepare()
+        self._overwrite(targets, settings, atomic)
 
-    def _overwrite_all(self, targets: Sequence[Target], settings: Settings, atomic: bool) -> None:
-        kept = backup(targets) if atomic else None
-        done: list[str] = []
-        try:
-            with torch.no_grad():
-                for target, (steps, shares) in zip(targets, self._decided(settings, targets), strict=True):
-                    self._overwrite(target, steps, shares)
-                    done.append(target.weight.name)
-        except BaseException as error:
-            if kept is not None:
-                with torch.no_grad():
-                    restore(targets, kept)
-            elif isinstance(error, PymergeError):
-                error.args = (f"{error}; {_overwritten(done)}",)
-            raise
+    def overwrite_once(self, target: Model, *, atomic: bool) -> None:
+        """Overwrite a target that may be one of the models: the last merge of them, by the constructor's parameters."""
+        self._overwrite(self._find(target, keeps=False), self._settings, atomic)
+
+    def _overwrite(self, targets: Sequence[Target], settings: Settings, atomic: bool) -> None:
+        with torch.no_grad():
+            overwrite(self._evaluator, targets, self._decided(settings, targets), atomic)
 
     def _read(self, parameters: Mapping[str, Any]) -> Settings:
+        """The settings of a later merge."""
         later = read_settings(self._models.method, parameters, self._models.count, self._models.names)
+        given = {*later.merge, *(name for own in later.models for name in own)}
+        if fixed := [name for name in given if name not in self.varying and not self._has_no_effect(name)]:
+            raise ArgumentError(
+                f"{fixed[0]!r} cannot vary between merges of {self._models.method.name!r}, which would have to begin "
+                f"at the beginning: give it to another Merger, or exact=True to this one; what may vary: "
+                f"{', '.join(self.varying)}"
+            )
         return self._settings.updated(later)
 
-    def _decided(
-        self, settings: Settings, targets: Sequence[Target] | None = None
-    ) -> Iterator[tuple[Sequence[Step], Mapping[int, Share]]]:
+    def _has_no_effect(self, name: str) -> bool:
+        return self._models.method.parameter(name).no_effect
+
+    def _decided(self, settings: Settings, targets: Sequence[Target] | None = None) -> Iterator[Decided]:
         """Steps of each weight, for the dtypes of targets where there are some; shares of steps that have one."""
         decided = self._models.steps(settings)
         if targets is not None:
             pairs = zip(decided, targets, strict=True)
-            decided = [tuple(_in_dtype(step, target.dtype) for step in steps) for steps, target in pairs]
+            decided = [tuple(in_dtype(step, target.dtype) for step in steps) for steps, target in pairs]
         shares = self._evaluator.reduced([step for steps in decided for step in steps])
-        return ((steps, shares) for steps in decided)
+        return (Decided(steps, shares) for steps in decided)
 
-    def _write(self, steps: Sequence[Step], shares: Mapping[int, Share], out: Tensor) -> None:
-        """Merge all rows of a weight."""
-        for step in steps:
-            rows = out if len(steps) == 1 else out[step.offset : step.offset + step.shape[0]]
-            self._evaluator.merge(step, rows, shares.get(id(step)))
+    def _find(self, model: Model, *, keeps: bool) -> list[Target]:
+        """The targets in a model, as they were found the last time if it has the same tensors still.
 
-    def _overwrite(self, target: Target, steps: Sequence[Step], shares: Mapping[int, Share]) -> None:
-        if target.whole is not None:
-            self._write(steps, shares, target.whole)
-            return
-        place = target.places()[0].device
-        merged = torch.empty(target.entry.shape, dtype=torch_dtype(target.dtype), device=place)
-        self._write(steps, shares, merged)
-        target.write(merged)
-
-    def _find(self, model: Model) -> list[Target]:
-        """The targets in a model, as they were found the last time if it has the same tensors still."""
-        signature = (id(model), self._models.number, signature_of(model))
+        With `keeps`, tensors of the models that are to be merged again are copied where they would be overwritten.
+        """
+        signature = (id(model), signature_of(model))
         if self._targets is None or self._targets[0] != signature:
+            if keeps:
+                self._keep(model)
             self._targets = signature, find_targets(self._models, model)
         return self._targets[1]
 
-
-def merge_into(
-    module: Model,
-    experts: Sequence[Source],
-    method: str = "wudi",
-    *,
-    base: Source | None = None,
-    device: str | torch.device | None = None,
-    backend: str = "auto",
-    atomic: bool = False,
-    options: Mapping[str, Any] | None = None,
-    **parameters: Any,
-) -> None:
-    """Merge experts into a live module, in place: its weights are the base, unless one is given.
-
-    The same values as those of a merge of files, bit for bit. Beside the module, one tensor of each model is in memory
-    at a time, of experts that are named by path. Afterwards the base is gone: for several merges there is `Merger`.
-
-    Args:
-        module: a module, or tensors by name.
-        experts, method, device, backend, options, parameters: as of `Merger`.
-        base: what the experts were trained from, if it is not the module.
-        atomic: keep a copy of the module on the CPU until all is done, and write it back if it is not.
-
-    Raises:
-        PlanError, ArgumentError, ConfigError, CheckpointError: before anything is overwritten.
-        NonFiniteError, OutOfMemoryError, BackendError: they say which tensors are overwritten.
-    """
-    merger = Merger(
-        module if base is None else base, experts, method, device=device, backend=backend, options=options, **parameters
-    )
-    merger._overwrite_all(merger._find(module), merger._settings, atomic)
-
-
-def _in_dtype(step: Step, dtype: str) -> Step:
-    return step if step.dtype == dtype else replace(step, dtype=dtype)
-
-
-def _overwritten(done: Sequence[str]) -> str:
-    if not done:
-        return "nothing is overwritten"
-    return f"overwritten are {listed(done)}, and a part of the next may be; the others are as they were"
+    def _keep(self, model: Model) -> None:
+        nbytes = self._models.bytes_shared(model)
+        if not self._cache.fits(nbytes):
+            raise ArgumentError(
+                f"the target shares {nbytes} bytes with models of the merge, which must be copied before it is "
+                f"overwritten, and {self._cache.used} of the {self._cache.limit} bytes of memory are used; give more, "
+                "another target, or a base by path"
+            )
+        if nbytes:
+            self._models.copy_shared(model)
+            self._cache.used += nbytes

@@ -19,14 +19,14 @@ from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.events import event
 from pymerge.common.names import listed
-from pymerge.config.merge_config import MergeConfig, load_config
+from pymerge.config.merge_config import MergeConfig, load_config, resolve
 from pymerge.errors import ArgumentError, ConfigError, PlanError
 from pymerge.live.checkpoints import hold
 from pymerge.live.modules import Model, config_of, place_of, tensors_of
 from pymerge.live.settings import Settings
 from pymerge.methods import get_method
 from pymerge.methods.actions import copy
-from pymerge.methods.base import Method
+from pymerge.methods.base import Method, Values
 from pymerge.planner import pieces
 from pymerge.planner.config_differences import check_configs
 from pymerge.planner.constants import Constant, differing, find_constants
@@ -92,30 +92,38 @@ class Models:
             held[BASE], aliases = _without_aliases(held[BASE])
             held |= {name: _as_tied(each, aliases) for name, each in held.items() if name != BASE}
         self.count = len(experts)
-        self.number = 0  # of times that they have been matched
         self.config = _config(method, self.method, base_name, names, options or {})
         self._held = held
         self._match()
 
-    def keep_from(self, target: Model) -> int:
-        """Copy the tensors of models that share memory with what is to be overwritten; returns their bytes."""
+    @property
+    def device(self) -> str:
+        """Device of the base, or of the first tensor that is in memory; the CPU for files."""
+        held = (each for model in self._held.values() for each in model.tensors.values())
+        return next((str(entry.tensor.device) for entry in held if isinstance(entry, HeldEntry)), "cpu")
+
+    def bytes_shared(self, target: Model) -> int:
+        """Bytes of the tensors of models that share memory with what is to be overwritten."""
+        return sum(entry.nbytes for _, _, entry in self._shared(target))
+
+    def copy_shared(self, target: Model) -> None:
+        """Copy these tensors."""
+        for owner, name, entry in list(self._shared(target)):
+            model = self._held[owner]
+            copied = replace(entry, tensor=entry.tensor.clone())
+            self._held[owner] = replace(model, tensors={**model.tensors, name: copied})
+        self._match()
+
+    def _shared(self, target: Model) -> Iterator[tuple[str, str, HeldEntry]]:
         storages = {_storage(tensor) for tensor in tensors_of("the target", target).values()}
-        copied = 0
         for owner, model in self._held.items():
-            entries = dict(model.tensors)
             for name, entry in model.tensors.items():
                 if isinstance(entry, HeldEntry) and entry.numel and _storage(entry.tensor) in storages:
-                    entries[name] = replace(entry, tensor=entry.tensor.clone())
-                    copied += entry.nbytes
-            self._held[owner] = replace(model, tensors=entries)
-        if copied:
-            self._match()
-        return copied
+                    yield owner, name, entry
 
     def _match(self) -> None:
         inputs, config = open_inputs(self.config, self.method, self._held), self.config
         problems: list[str] = []
-        self.number += 1
         donor = inputs.donor
         roles = classify(
             {name: (each.dtype, each.shape) for name, each in donor.tensors.items()}, donor.config, config.rules
@@ -144,6 +152,7 @@ class Models:
             for name in names
         )
         self.names = [weight.name for weight in self.weights if weight.role.kind is not Kind.BUFFER]
+        self._sums: dict[str, Step] = {}  # steps of the last merge, of whole weights
         self.warnings = tuple(warnings)
         for warning in self.warnings:
             event("warning", warning, level=WARNING)
@@ -156,26 +165,32 @@ class Models:
         """
         config = with_settings(self.config, settings)
         sections: dict[int, Section] = {}
+        values: dict[int, Values] = {}  # of all tensors of a section, where they have the same
         found: list[tuple[Step, ...]] = []
         wrong: dict[str, list[str]] = {}
         for weight in self.weights:
             section = sections.get(id(weight.section))
             if section is None:
                 section = sections[id(weight.section)] = replace(weight.section, config=config)
+                if settings.same_for_all:
+                    values[id(section)] = resolve(config, self.method, weight.name, 0.0, section.participants)
             try:
-                found.append(tuple(self._steps(weight, section)))
+                found.append(tuple(self._steps(weight, section, values.get(id(section)))))
             except (ArgumentError, ConfigError) as error:
                 wrong.setdefault(str(error), []).append(weight.name)
         if wrong:
             raise ArgumentError("; ".join(f"{listed(names)}: {message}" for message, names in wrong.items()))
         return found
 
-    def _steps(self, weight: Weight, section: Section) -> Iterator[Step]:
-        made = decide(section, self.method, weight.name, weight.role, weight.base, weight.constant)
+    def _steps(self, weight: Weight, section: Section, values: Values | None) -> Iterator[Step]:
+        made = decide(section, self.method, weight.name, weight.role, weight.base, weight.constant, values)
+        if (known := self._sums.get(weight.name)) is not None and known.does_like(made.action, made.experts):
+            yield known.by(made.action)
+            return
         for rows in rows_of(weight.base, made.experts):
             action = routed(made.action, made.role, rows.base, rows.experts) if rows.experts else copy()
             shape = rows.base.shape
-            yield Step(
+            step = Step(
                 name=weight.name,
                 role=made.role,
                 action=action,
@@ -191,6 +206,9 @@ class Models:
                 values=made.values,
                 infinite=weight.constant.infinite if weight.constant is not None else 0,
             )
+            if shape == weight.base.shape:
+                self._sums[weight.name] = step
+            yield step
 
 
 def with_settings(config: MergeConfig, settings: Settings) -> MergeConfig:

@@ -20,6 +20,11 @@ class Settings(NamedTuple):
     merge: dict[str, Setting]
     models: tuple[dict[str, Setting], ...]
 
+    @property
+    def same_for_all(self) -> bool:
+        """Whether all tensors have the same values: there are no patterns."""
+        return all(each.entries[0].filter is None for own in (self.merge, *self.models) for each in own.values())
+
     def updated(self, later: Settings) -> Settings:
         """The later settings, and these where those say nothing of a parameter, or of a tensor."""
         pairs = zip(self.models, later.models, strict=True)

@@ -11,20 +11,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pymerge.common.arrays import as_tensor
+from pymerge.common.arrays import as_tensor, compute_code
 from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError
-from pymerge.methods.actions import Action, Run, Solve, mean_of_tasks
+from pymerge.methods.actions import Action, Kept, Run, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.core.ace import Formula, centred, merged
 from pymerge.methods.core.factors import Factors, Product, nothing, plain_sum
+from pymerge.methods.eigenvectors import KeptAce, Ridged
+from pymerge.methods.kept import add_to_base
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import (
     PRECISION,
     SHARED_PARAMETERS,
     Precision,
     SolverMethod,
-    add_to_base,
     not_a_number,
 )
 from pymerge.ops.normal_equations import NormalEquations
@@ -61,7 +62,7 @@ def heterogeneity(norms: Sequence[float], variant: Variant) -> float:
 
 
 @dataclass(frozen=True)
-class SolveAce(Solve):
+class SolveAce(Ridged):
     """Closed-form merge with covariances Sig_t of the centred deltas C_t = tau_t - 1 mu_t^T; returns W_0 + scale * X.
 
     X = (sum_t C_t (Sig_t + e_t I)) (sum_t (Sig_t + e_t I) + 1 c)^-1. With heterogeneous tasks (gamma above the
@@ -193,6 +194,30 @@ class SolveAce(Solve):
         residual.addmm_(run(TaskSum(base, experts, ones, dtype=dtype)), average, alpha=-1.0)
         return run(SpectralRefine(X, residual, self.refined(base.shape))), float(condition)
 
+    def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
+        """Eigenvectors, of tasks that are not heterogeneous: others are refined by a decomposition for every eps."""
+        stats = run(TaskStats(base, experts))
+        norms = stats.norms.tolist()
+        if not all(map(math.isfinite, norms)) or not any(norms):
+            return None
+        kept = [t for t, norm in enumerate(norms) if norm > 0]
+        if self.is_heterogeneous([norms[t] for t in kept]):
+            return None
+        experts, means = [experts[t] for t in kept], stats.means[kept]
+        ones = [1.0] * len(experts)
+        S, N = run(NormalEquations(base, experts, ones, means, None, "F64"))
+        C = run(TaskSum(base, experts, ones, means, "F64"))
+        if self.variant == "paper":  # the deltas, not centred
+            N = N + self.mean_row(run, base, experts, Stats(stats.norms[kept], stats.traces[kept], means), ones, "F64")
+            C = C + means.sum(dim=0).to(C.dtype)
+        double = self.precision == "float64" or compute_code(base, *experts) == "F64"
+        return KeptAce(S, N, C, len(experts), "F64" if double else "F32")
+
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        rows, columns = shape
+        item = 8 if self.precision == "float64" else 4
+        return 3 * 8 * columns + item * (columns**2 + 2 * rows * columns)
+
     @staticmethod
     def mean_row(
         run: Run,
@@ -236,10 +261,23 @@ class Ace(SolverMethod):
             above=0.0,
         ),
         Parameter(
-            "gamma_threshold", "number", 0.3, "heterogeneity above it: below 0 always, .inf never", infinite=True
+            "gamma_threshold",
+            "number",
+            0.3,
+            "heterogeneity above it: below 0 always, .inf never",
+            infinite=True,
+            varies=False,
         ),
-        Parameter("k_frac", "number", 0.3, "share of singular directions that are refined", minimum=0.0, maximum=1.0),
-        Parameter("variant", "choice", "released", "which formulas", choices=("released", "paper")),
+        Parameter(
+            "k_frac",
+            "number",
+            0.3,
+            "share of singular directions that are refined",
+            minimum=0.0,
+            maximum=1.0,
+            varies=False,
+        ),
+        Parameter("variant", "choice", "released", "which formulas", choices=("released", "paper"), varies=False),
         *SHARED_PARAMETERS,
         PRECISION,
     )

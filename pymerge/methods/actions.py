@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from pymerge.common.arrays import ArrayLike
 from pymerge.ops import combine as sums
@@ -100,6 +100,19 @@ class Elementwise(Action):
 class Solve(Action):
     """Work on whole matrices, d_out x d_in, one of a stack after the other; on tensors of PyTorch."""
 
+    scale: float  # of X, what is added to W_0
+
+    def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
+        """Keep what merges of these matrices by this action with other parameters that may vary can be made from.
+
+        None where there is nothing but the beginning.
+        """
+        return None
+
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """Bytes of what `keep` keeps of a matrix of this shape, at most; 0 if that is nothing."""
+        return 0
+
     @abstractmethod
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
         """The merged matrix, in the dtype of this code."""
@@ -134,6 +147,24 @@ class Solve(Action):
     def core_flops(self, shape: tuple[int, int], rank: int) -> int:
         """Operations of a matrix beside those of cores and one product."""
         return 0
+
+
+class Kept(ABC):
+    """Memory of a solver about one matrix, for merges with other parameters that may vary.
+
+    It never changes: what a merge gives does not depend on those before it.
+    """
+
+    kind: ClassVar[str]  # for people
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+
+    @abstractmethod
+    def merge(self, action: Solve, base: Tensor, out_dtype: str) -> Tensor:
+        """The merged matrix, d_out x d_in, by an action that differs from the one before in what may vary alone."""
 
 
 class SolveTogether(Solve):

@@ -17,7 +17,8 @@ from pymerge.methods.base import Method, Parameter, Values
 from pymerge.methods.core.aligned import balanced, one_sided, two_sided
 from pymerge.methods.core.entries import drawn, elected_mean, from_smallest, largest, total_of
 from pymerge.methods.core.factors import Factors, Product
-from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, add_to_base, not_a_number
+from pymerge.methods.kept import add_to_base
+from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, not_a_number
 from pymerge.ops._op import one_thread, task_vector
 from pymerge.ops.isotropic import equalised
 from pymerge.ops.singular_sum import orthogonal_sum

@@ -36,6 +36,7 @@ class Parameter:
     maximum: float | None = None
     infinite: bool = False  # infinity has a meaning
     choices: tuple[str, ...] = ()
+    varies: bool = True  # a Merger's later merges may have another value, without work from the beginning
     no_effect: bool = False  # accepted because mergekit accepts it; the plan says that it changes nothing
 
     def parse(self, value: Any) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pymerge.common.arrays import ArrayLike, join
@@ -33,6 +34,11 @@ class MergeSparse(Reduce):
     rescale: bool
     scale: float
 
+    @property
+    def basis(self) -> Hashable:
+        """The masks: weights, signs and factors of the sum come after them."""
+        return replace(self, weights=(1.0,) * len(self.weights), elect=False, normalize=False, scale=1.0)
+
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         return experts * row_bytes(math.prod(shape)) if self.rescale else 0
 
@@ -55,6 +61,16 @@ class Sparsifying(Reduction):
         self._after = [0.0] * len(action.weights)
         self._factors = [1.0] * len(action.weights)
         self._bits: dict[int, ArrayLike] = {}  # by the number of a piece's first element
+
+    @property
+    def nbytes(self) -> int:
+        return sum(bits.nbytes for bits in self._bits.values())
+
+    def serving(self, action: Reduce) -> Sparsifying:
+        assert isinstance(action, MergeSparse)
+        other = copy(self)
+        other._action = action
+        return other
 
     @abstractmethod
     def masks(self, run: Run, rows: Rows) -> TaskMasks:

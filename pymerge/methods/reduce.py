@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -30,6 +30,11 @@ class Reduction(ABC):
 
     passes: int = 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of arrays that it holds after all passes."""
+        return 0
+
     @abstractmethod
     def map(self, run: Run, rows: Rows) -> Any:
         """Contribution of a piece to this pass."""
@@ -49,6 +54,10 @@ class Reduction(ABC):
     @abstractmethod
     def finite(self, mapped: Any) -> bool:
         """Whether a contribution to the first pass shows that base and experts are finite in that piece."""
+
+    def serving(self, action: Reduce) -> Reduction:
+        """The state, after all passes, for an action of the same `basis`; this one is as it was."""
+        return self
 
     def add_whole(self, run: Run, whole: Rows, pieces: Sequence[Rows]) -> None:
         """Run all passes over a tensor that is in memory, `pieces` its rows; to the same state."""
@@ -79,6 +88,11 @@ class Reduce(Action):
         """Extent of one reduction: a tensor, or all tensors of the model that have this very action."""
         return "tensor"
 
+    @property
+    def basis(self) -> Hashable:
+        """Part of the action that the state after all passes follows from: equal for actions that one can serve."""
+        return self
+
     @abstractmethod
     def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
         """The state of a merge of one tensor of this shape, before its first pass.
@@ -102,10 +116,15 @@ class Reduce(Action):
 
 def merge_whole(action: Reduce, run: Run, whole: Rows) -> ArrayLike:
     """Merge a tensor that is in memory; the same bytes as piece by piece."""
+    return reduced(action, run, whole).merge(run, whole)
+
+
+def reduced(action: Reduce, run: Run, whole: Rows) -> Reduction:
+    """The state after all passes over a tensor that is in memory."""
     reduction = action.on(compute_code(whole.base, *whole.experts)).start(whole.shape, len(whole.experts))
     several = ranges(whole.shape)
     reduction.add_whole(run, whole, [whole.cut(*rows) for rows in several] if len(several) > 1 else [whole])
-    return reduction.merge(run, whole)
+    return reduction
 
 
 def ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -72,6 +72,10 @@ class Differing(Reduction):
         self._weights: list[float] = []
         self._bits: dict[int, ArrayLike | None] = {}  # by the number of a piece's first element; None: all is merged
 
+    @property
+    def nbytes(self) -> int:
+        return sum(bits.nbytes for bits in self._bits.values() if bits is not None)
+
     def map(self, run: Run, rows: Rows) -> Any:
         if not self._to_select:
             bits = self._mask(run, rows)

@@ -11,11 +11,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pymerge.methods.actions import Action, Run, Solve
+from pymerge.methods.actions import Action, Kept, Run, Solve
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.core.factors import Factors, Product
 from pymerge.methods.core.singular import isotropic, orthogonal
-from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, add_to_base, not_a_number
+from pymerge.methods.kept import KeptDelta, add_to_base, delta_bytes
+from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, not_a_number
 from pymerge.ops._op import Op
 from pymerge.ops.isotropic import Isotropic
 from pymerge.ops.singular_sum import SingularSum
@@ -37,6 +38,13 @@ class SolveSingular(Solve):
         if not all(map(math.isfinite, norms)):
             return not_a_number(base, out_dtype)
         return add_to_base(base, run(self.op(base, experts)), self.scale, out_dtype)
+
+    def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
+        finite = all(map(math.isfinite, run(TaskStats(base, experts)).norms.tolist()))
+        return KeptDelta(run(self.op(base, experts))) if finite else None
+
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        return delta_bytes(shape)
 
     @property
     def has_core(self) -> bool:
@@ -114,6 +122,7 @@ _MEAN_OVER = Parameter(
     "all",
     "the mean singular value: of all directions of the weight, or of those that the task vectors have",
     choices=("all", "rank"),
+    varies=False,
 )
 
 
@@ -143,6 +152,7 @@ class IsoCts(SolverMethod):
             "share of the singular directions taken from the sum of the task vectors",
             minimum=0.0,
             maximum=1.0,
+            varies=False,
         ),
         _MEAN_OVER,
         *SHARED_PARAMETERS,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pymerge.common.arrays import compute_code
 from pymerge.common.dtypes import torch_dtype
-from pymerge.methods.actions import Action, Run, Solve, copy, mean_of_tasks
+from pymerge.methods.actions import Action, Kept, Run, Solve, copy, mean_of_tasks
 from pymerge.methods.base import Method, Parameter, Values
+from pymerge.methods.kept import KeptDelta, add_to_base, delta_bytes
 from pymerge.ops.normal_equations import NormalEquations
 from pymerge.ops.task_stats import TaskStats
 from pymerge.ops.task_sum import TaskSum
@@ -32,7 +33,13 @@ SHARED_PARAMETERS = (
         "tensors that are not solved: mean of the task vectors, or the base's",
         choices=("mean", "base"),
     ),
-    Parameter("exclude", "texts", (), "regular expressions; linear weights whose name matches one are not solved"),
+    Parameter(
+        "exclude",
+        "texts",
+        (),
+        "regular expressions; linear weights whose name matches one are not solved",
+        varies=False,
+    ),
 )
 PRECISION = Parameter(
     "precision",
@@ -40,6 +47,7 @@ PRECISION = Parameter(
     "auto",
     "of products and solves; auto: float64 where float32 would cost digits of the result",
     choices=("auto", "float32", "float64"),
+    varies=False,
 )
 
 
@@ -99,6 +107,21 @@ class SolveInterference(Solve):
             merged[layer] = add_to_base(bases[layer], system.X.add_(D), self.scale, out_dtype)
         return [merged[layer] for layer in range(len(bases))]
 
+    def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
+        norms = run(TaskStats(base, experts)).norms.tolist()
+        if not (all(map(math.isfinite, norms)) and any(norms)):
+            return None
+        return self.kept_of(run, base, experts, norms)
+
+    def kept_of(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Kept:
+        """Keep of a layer whose tasks have the squared norms n_t, finite and not all 0."""
+        system = self.equations(run, base, experts, norms)
+        (D,) = self.displacements(run, [system])
+        return KeptDelta(system.X.add_(D))
+
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        return delta_bytes(shape)
+
     def equations(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Equations:
         """The equations of a layer whose tasks have the squared norms n_t, finite and not all 0."""
         weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
@@ -131,10 +154,3 @@ class SolveInterference(Solve):
 def not_a_number(base: Tensor, out_dtype: str) -> Tensor:
     """NaN of the base's shape: where non-finite inputs are allowed, every element depends on every input."""
     return torch.full_like(base, math.nan, dtype=torch_dtype(out_dtype))
-
-
-def add_to_base(base: Tensor, X: Tensor, scale: float, out_dtype: str) -> Tensor:
-    """W_0 + scale * X, added in the wider of X's and the output's dtype, rounded once."""
-    dtype = torch_dtype(out_dtype)
-    wide = torch.promote_types(X.dtype, dtype)
-    return base.to(wide).add(X.to(wide), alpha=scale).to(dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +42,11 @@ class InSpan(Reduce):
     def weights(self, dots: NDArray[Any]) -> NDArray[Any]:
         """c, [G, T] float64, from the inner products, [G, T, T] float64."""
 
+    @property
+    def basis(self) -> Hashable:
+        """The inner products."""
+        return self.vectors, self.axis
+
     def start(self, shape: tuple[int, ...], experts: int) -> Reduction:
         return InnerProducts(self, shape)
 
@@ -74,6 +80,10 @@ class InnerProducts(Reduction):
         self._found: list[NDArray[Any]] = []
         self._weights: NDArray[Any] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in (*self._found, self._weights) if each is not None)
+
     def map(self, run: Run, rows: Rows) -> NDArray[Any]:
         return run(TaskDots(*rows.vectors(self._action.vectors), self._action.axis))
 
@@ -88,8 +98,21 @@ class InnerProducts(Reduction):
     def end_pass(self) -> None:
         import numpy as np
 
-        dots = np.concatenate(self._found)
-        self._found = []
+        self._found = [np.concatenate(self._found)]
+        self._weigh()
+
+    def serving(self, action: Reduce) -> InnerProducts:
+        assert isinstance(action, InSpan)
+        other = copy(self)
+        other._action = action
+        other._weigh()
+        return other
+
+    def _weigh(self) -> None:
+        """Make weights of the inner products."""
+        import numpy as np
+
+        (dots,) = self._found
         with np.errstate(all="ignore"):  # 0 / 0 where there is no angle
             weights = self._action.weights(dots)
         self._weights = np.where(np.isfinite(dots).all(-1), weights, math.nan)

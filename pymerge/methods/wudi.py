@@ -125,13 +125,14 @@ class Wudi(SolverMethod):
     summary = "minimise interference by Adam on each linear weight, data-free"
     source = "WUDI-Merging, arXiv 2503.08099"
     parameters = (
-        Parameter("iterations", "integer", 300, "Adam steps", minimum=0),
+        Parameter("iterations", "integer", 300, "Adam steps", minimum=0, varies=False),
         Parameter(
             "lr",
             "number_or_auto",
             PUBLISHED_LR,
             "Adam step size; auto: scaled to the size of the deltas",
             above=0.0,
+            varies=False,
         ),
         *SHARED_PARAMETERS,
         PRECISION,

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from pymerge.methods.actions import Action, Run
+from pymerge.common.arrays import compute_code
+from pymerge.methods.actions import Action, Kept, Run
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.core.factors import Factors, Product
 from pymerge.methods.core.flow import filtered, flow
+from pymerge.methods.eigenvectors import Filtered, KeptFlow
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
-from pymerge.ops.gradient_flow import GradientFlow, schedule
-from pymerge.ops.spectral_filter import Rank, SpectralFilter
+from pymerge.ops.gradient_flow import GradientFlow, flow_gain, schedule
+from pymerge.ops.spectral_filter import Rank, SpectralFilter, filter_gain
 
 # The error of a float32 result grows with the time: at most 7e-6 of X at 300 and 3e-5 at 1300 (benchmarks/results).
 _FLOAT32_TIME = 500.0
 
 
-class ClosedForm(SolveInterference):
+class ClosedForm(SolveInterference, Filtered):
     """A displacement without steps."""
 
     @property
     def has_core(self) -> bool:
         return True
+
+    def kept_of(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Kept:
+        system = replace(self, precision="float64").equations(run, base, experts, norms)
+        double = self.precision == "float64" or compute_code(base, *experts) == "F64"
+        return KeptFlow(system.A, system.B, system.X, "F64" if double else "F32")
+
+    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        rows, columns = shape
+        item = 8 if self.precision == "float64" else 4
+        return 8 * columns + item * (columns**2 + 2 * rows * columns)
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
@@ -46,6 +58,9 @@ class SolveFlow(ClosedForm):
 
     def displacement(self, run: Run, system: Equations) -> Tensor:
         return run(GradientFlow(system.A, system.B, self.time))
+
+    def gain(self, values: Tensor) -> Tensor:
+        return flow_gain(values, self.time)
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
         return flow(tasks, self.time).times(self.scale)
@@ -69,6 +84,14 @@ class SolveFilter(ClosedForm):
 
     def displacement(self, run: Run, system: Equations) -> Tensor:
         return run(SpectralFilter(system.A, system.B, self.time, self.rank))
+
+    def gain(self, values: Tensor) -> Tensor:
+        return filter_gain(values, self.time, self.rank)
+
+    def kept_of(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Kept:
+        if math.isinf(self.time):  # swudi_a, of which the scale alone varies
+            return SolveInterference.kept_of(self, run, base, experts, norms)
+        return super().kept_of(run, base, experts, norms)
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
         return filtered(tasks, self.time, self.rank).times(self.scale)

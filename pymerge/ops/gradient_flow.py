@@ -63,6 +63,14 @@ class GradientFlow(Op["Tensor"]):
         return evaluate(self.A, self.B, self.time, whole_product)
 
 
+def flow_gain(values: Tensor, time: float) -> Tensor:
+    """(1 - e^{-lambda t}) / lambda, the eigenvalues of Phi, from those of A; t where lambda is 0, or rounding below."""
+    import torch
+
+    positive = values.clamp(min=torch.finfo(values.dtype).tiny)
+    return torch.where(values > 0, -torch.expm1(-positive * time) / positive, time)
+
+
 class SymmetricProduct(Protocol):
     """Product of two symmetric matrices that commute, symmetric itself: backends know how to compute half of it."""
 

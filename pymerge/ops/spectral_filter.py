@@ -60,15 +60,26 @@ class SpectralFilter(Op["Tensor"]):
             return torch.zeros_like(B)
         with one_thread():
             values, vectors = torch.linalg.eigh(A)
-        count = kept(values, self.rank)
-        if math.isinf(time):
-            noise = RANK_SLACK * torch.finfo(A.dtype).eps * A.shape[0] * float(values[-1])
-            count = min(count, int((values > noise).sum()))
-        leading = values[values.numel() - count :].clamp(min=FLOOR)
-        basis = vectors[:, vectors.shape[1] - count :]
-        gain = 1.0 / leading if math.isinf(time) else -torch.expm1(-leading * time) / leading
+        leading = filter_gain(values, time, self.rank)
+        count = int((leading != 0).sum())
+        gain, basis = leading[len(leading) - count :], vectors[:, len(leading) - count :]
         displacement: Tensor = (B @ basis * gain) @ basis.mT
         return displacement
+
+
+def filter_gain(values: Tensor, time: float, rank: Rank) -> Tensor:
+    """h / lambda on the eigenvalues of A (ascending): 0 but for the leading directions, never of those that are noise
+    where the time is infinite."""
+    import torch
+
+    count, size = kept(values, rank), values.numel()
+    if math.isinf(time):
+        noise = RANK_SLACK * torch.finfo(values.dtype).eps * size * float(values[-1])
+        count = min(count, int((values > noise).sum()))
+    leading = values[size - count :].clamp(min=FLOOR)
+    gain = torch.zeros_like(values)
+    gain[size - count :] = 1.0 / leading if math.isinf(time) else -torch.expm1(-leading * time) / leading
+    return gain
 
 
 def kept(values: Tensor, rank: Rank) -> int:

@@ -28,17 +28,24 @@ class Decision:
 
 
 def decide(
-    section: Section, method: Method, name: str, role: Role, base: TensorEntry, constant: Constant | None
+    section: Section,
+    method: Method,
+    name: str,
+    role: Role,
+    base: TensorEntry,
+    constant: Constant | None,
+    values: Values | None = None,
 ) -> Decision:
     """The decision on one tensor of the output.
 
     Args:
         name, role, base: of the tensor; `base` is the donor's entry.
         constant: what is known of its values, if it is one.
+        values: the parameters, where it is known what the section's config says of them.
 
     Raises ArgumentError, ConfigError for parameters that do not fit it.
     """
-    action, experts, values = _action(section, method, name, role)
+    action, experts, values = _action(section, method, name, role, values)
     what = named_constant(name, base.shape)
     if name in section.copied:
         role = replace(role, reason=f"{role.reason}; {what or 'in no expert'}: the base's")
@@ -59,13 +66,14 @@ def copies(action: Action) -> bool:
 
 
 def _action(
-    section: Section, method: Method, name: str, role: Role
+    section: Section, method: Method, name: str, role: Role, values: Values | None
 ) -> tuple[Action, tuple[TensorEntry, ...], Values | None]:
     """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
     if role.kind is Kind.BUFFER or not section.experts or name in section.copied:
         return copy(), (), None
-    names = section.input_names(name, role)
-    values = resolve(section.config, method, name, section.positions[name], section.participants, names)
+    if values is None:
+        names = section.input_names(name, role)
+        values = resolve(section.config, method, name, section.positions[name], section.participants, names)
     action = method.action(name, role.solvable, values, len(section.experts))
     if copies(action):
         return action, (), values

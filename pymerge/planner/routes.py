@@ -22,6 +22,8 @@ def routed(action: Action, role: Role, base: TensorEntry, experts: Sequence[Tens
     """
     if not isinstance(action, Solve) or not action.has_core or (action.needs_outputs and role.in_axis == 0):
         return action
+    if role.parts > 1 and not role.stacked:  # rows of the parts are not told apart there
+        return action
     from pymerge.adapters.ranks import rank_over
 
     rank = 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -75,6 +78,20 @@ class Step:
     # values; None where it does not.
     gathered: int | None = None
     infinite: int = 0  # infinite values of a constant, which all models have alike: they are written
+
+    def does_like(self, action: Action, experts: Sequence[TensorEntry]) -> bool:
+        """Whether another action on these experts is a weighted sum, as this step's is: then it can be done `by` it."""
+        ours = self.action
+        if not isinstance(ours, Combine) or not isinstance(action, Combine) or not ours.weights or not action.weights:
+            return False
+        same = len(experts) == len(self.experts) and all(map(operator.is_, experts, self.experts))
+        return same and ours.on_base == action.on_base
+
+    def by(self, action: Action) -> Step:
+        """This step by an action that reads and takes what its own does."""
+        other = copy.copy(self)
+        object.__setattr__(other, "action", action)
+        return other
 
     @property
     def plain_name(self) -> str:

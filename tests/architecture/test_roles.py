@@ -303,3 +303,18 @@ def test_extra_prediction_blocks_do_not_stretch_positions() -> None:
 def test_order_of_tensors_does_not_matter() -> None:
     _, shapes, config = build("GptOssForCausalLM", EXPERTS)
     assert classify(dict(reversed(shapes.items())), config) == classify(shapes, config)
+
+
+def test_rules_split_weights_in_equal_parts() -> None:
+    tensors = {
+        "a.qkv.weight": ("F32", (12, 4)),
+        "mlp.experts.gate_up_proj": ("F32", (2, 8, 4)),
+        "b.weight": ("F32", (4, 4)),
+    }
+    rules = [Rule("qkv", Kind.LINEAR, split=3), Rule("gate_up", Kind.LINEAR, split=1)]
+    found = classify(tensors, {}, rules)
+    assert [found[name].parts for name in tensors] == [3, 1, 1]
+    assert "3 weights in one" in found["a.qkv.weight"].describe()
+    assert classify(tensors, {})["mlp.experts.gate_up_proj"].parts == 2
+    with pytest.raises(PlanError, match=r"rule 'qkv' splits 'a\.qkv\.weight' in 5, and it has 12 outputs"):
+        classify(tensors, {}, [Rule("qkv", Kind.LINEAR, split=5)])

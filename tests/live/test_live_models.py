@@ -46,3 +46,32 @@ def test_live_is_files(family: str, tmp_path: Path) -> None:
             assert not different, (method, kind, different)
             assert [parameter.data_ptr() for parameter in base.parameters()] == storages
             assert all(parameter.requires_grad and parameter.grad is None for parameter in base.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "t5"])
+def test_generating_goes_on(family: str, tmp_path: Path) -> None:
+    models = trained(transformers, family)
+    paths = saved(models, tmp_path)
+    merged_files(paths, tmp_path / "out", "task_arithmetic", {"weight": [0.4, 0.7]})
+    merged = type(models[0]).from_pretrained(tmp_path / "out").eval()
+    live, tokens = models[0], torch.tensor([[3, 4, 5]])
+    live.generate(tokens, max_new_tokens=2, do_sample=False)
+    pymerge.merge_into(live, models[1:], "task_arithmetic", weight=[0.4, 0.7])
+    settings = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    ours, theirs = (model.generate(tokens, **settings) for model in (live, merged))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert all(torch.equal(one, two) for one, two in zip(ours.logits, theirs.logits, strict=True))
+
+
+def test_experts_of_a_mixture_by_names_in_memory(tmp_path: Path) -> None:
+    """A state dict has stacks of experts, as the module; the base's files have each expert by itself."""
+    models = trained(transformers, "mixtral")
+    paths = saved(models, tmp_path)
+    expected = merged_files(paths, tmp_path / "out", "ties", {"weight": [0.4, 0.7], "density": [0.5, 0.5]})
+    experts = [model.state_dict() for model in models[1:]]
+    assert any(name.endswith("experts.gate_up_proj") for name in experts[0])
+    pymerge.merge_into(models[0], experts, "ties", weight=[0.4, 0.7], density=0.5)
+    found = state_of(models[0], tmp_path / "live")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    merged = pymerge.Merger(paths[0], experts, "ties", weight=[0.4, 0.7], density=0.5).merge()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
