@@ -23,6 +23,13 @@ from setuptools.errors import CompileError, LinkError
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
 INCLUDES = ["csrc", pybind11.get_include()]
+# Packages that lie elsewhere. hydra_plugins belongs to all who have plugins for Hydra: it has no __init__.py.
+PLACED = {
+    "pymerge.kernels": "kernels",
+    "hydra_plugins.pymerge_config": "pymerge/integrations/hydra/hydra_plugins/pymerge_config",
+}
+# Hydra's configs, in folders that are no packages.
+CONFIGS = "pymerge.integrations.fusion_bench_config.method.pymerge"
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 
 
@@ -127,9 +134,14 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["pymerge", "pymerge.*"]), "pymerge.kernels"],
-    package_dir={"pymerge.kernels": "kernels"},
-    package_data={"pymerge": ["py.typed", "*.pyi"], "pymerge.backends": ["*.json"], "pymerge.analysis": ["*.html"]},
+    packages=[*find_packages(include=["pymerge", "pymerge.*"]), *PLACED, CONFIGS],
+    package_dir=PLACED,
+    package_data={
+        "pymerge": ["py.typed", "*.pyi"],
+        "pymerge.backends": ["*.json"],
+        "pymerge.analysis": ["*.html"],
+        CONFIGS: ["*.yaml"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtensions},
 )

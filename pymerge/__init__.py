@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pymerge import wemoe
+    from pymerge import search, wemoe
     from pymerge.api import merge, multi, plan, run
     from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
     from pymerge.engine.report import MergeReport
@@ -33,8 +33,11 @@ __all__ = [
     "multi",
     "plan",
     "run",
+    "search",
     "wemoe",
 ]
+
+_PACKAGES = ("search", "wemoe")
 
 _HOMES = {
     "ExtractReport": "pymerge.extraction.report",
@@ -60,10 +63,10 @@ def __getattr__(name: str) -> Any:
         from pymerge.env import version
 
         return version()
-    if name not in (*_HOMES, "wemoe"):
+    if name not in (*_HOMES, *_PACKAGES):
         raise AttributeError(f"module 'pymerge' has no attribute {name!r}")
     from importlib import import_module
 
-    if name == "wemoe":
-        return import_module("pymerge.wemoe")
+    if name in _PACKAGES:
+        return import_module(f"pymerge.{name}")
     return getattr(import_module(_HOMES[name]), name)

@@ -16,7 +16,7 @@ from pymerge.adapters.low_rank import LowRank, Magnitude, Term
 from pymerge.adapters.names import Placed
 from pymerge.adapters.placing import may_be, place_modules
 from pymerge.adapters.read import read_adapter
-from pymerge.adapters.settings import several_fit
+from pymerge.adapters.settings import Settings, several_fit
 from pymerge.adapters.ties import drop_tied_heads
 from pymerge.architecture.tied import tied_tensors, ties
 from pymerge.checkpoint.beside import Beside
@@ -30,13 +30,13 @@ from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
 
 
-def adapted(base: Checkpoint, files: AdapterFiles) -> Checkpoint:
+def adapted(base: Checkpoint, files: AdapterFiles, settings: Settings | None = None) -> Checkpoint:
     """The model that an adapter makes of its base. Its tensors have the base's names; those that it does not change are
-    the base's own entries.
+    the base's own entries. `settings` are what its config says, where something else knows better.
 
     Raises CheckpointError for all that is wrong with the adapter, or does not fit the base.
     """
-    builder = _Builder(base, files)
+    builder = _Builder(base, files, settings)
     builder.build()
     return replace(
         base,
@@ -55,10 +55,11 @@ def adapted(base: Checkpoint, files: AdapterFiles) -> Checkpoint:
 
 
 class _Builder:
-    def __init__(self, base: Checkpoint, files: AdapterFiles) -> None:
+    def __init__(self, base: Checkpoint, files: AdapterFiles, settings: Settings | None) -> None:
         self._base = base
         self._files = files
-        self.settings, self._keys = read_adapter(base, files)
+        said, self._keys = read_adapter(base, files)
+        self.settings = said if settings is None else settings
         self._fitting = Fitting(base, files, self.settings)
         self.tensors: dict[str, TensorEntry] = dict(base.tensors)
         self._terms: dict[str, list[tuple[Module, Term]]] = {}

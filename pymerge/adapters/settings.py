@@ -12,28 +12,28 @@ from typing import Any
 from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
 
-# peft_type: nothing is added to weights, so that there is nothing to merge.
-_NOT_WEIGHTS = {
+# peft_type: weights stay as they are, or change with each input, so that there is nothing to merge.
+_UNMERGED_KINDS = {
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
-    "XLORA", "POLY",
+    "XLORA", "POLY", "LILY", "SHADOW",
 }  # fmt: skip
 # peft_type: something is added to weights, which PEFT can turn into factors.
-_ADDITIVE = {
-    "LOHA", "LOKR", "VERA", "PVERA", "RANDLORA", "FOURIERFT", "VBLORA", "HIRA", "MISS", "C3A", "WAVEFT", "SHIRA",
-    "DELORA", "GRALORA", "ADALORA", "TINYLORA", "UNILORA",
+_CONVERTED = {
+    "LOHA", "LOKR", "VERA", "RANDLORA", "FOURIERFT", "VBLORA", "MISS", "C3A", "WAVEFT", "DELORA", "GRALORA", "TINYLORA",
+    "UNILORA", "PSOFT",
 }  # fmt: skip
 # Variants of LoRA whose weights are not W + s B A, by their key: what they are.
 _VARIANTS = {
     "alora_invocation_tokens": "activated LoRA, which acts from an invocation on and has no merge",
     "arrow_config": "Arrow, which chooses among adapters for each token and has no merge",
     "use_qalora": "QALoRA, whose factors are for groups of inputs of a quantised base",
-    "layer_replication": "LoRA on repeated layers: its base has another number of layers",
+    "layer_replication": "LoRA on repeated layers, which share the base's weights and have no merge",
     "kasa_config": "KaSA, which truncates the base itself",
     "megatron_config": "LoRA on Megatron's parallel layers",
 }
-_UNMERGED = ("alora_invocation_tokens", "arrow_config")
+_UNMERGED = ("alora_invocation_tokens", "arrow_config", "layer_replication")
 # init_lora_weights: the base changes when the adapter is loaded.
-_CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|loftq|corda|lora_ga")
+_CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga")
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
 _KNOWN = {
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
@@ -171,13 +171,13 @@ def _refuse_kind(file: Path, config: Mapping[str, Any], remedy: str) -> None:
     kind = str(kind).rpartition(".")[2].upper()
     if kind == "LORA":
         return
-    if kind in _NOT_WEIGHTS:
+    if kind in _UNMERGED_KINDS:
         raise CheckpointError(
-            f"{file}: is an adapter of type {kind}, which changes no weights, so that no merge of it exists; "
-            "leave it out of the config"
+            f"{file}: is an adapter of type {kind}, which changes no weights, or by the input, so that no merge of it "
+            "exists; leave it out of the config"
         )
     text = f"{file}: is an adapter of type {shorten(kind)}, and only LORA is read; {remedy}"
-    if kind in _ADDITIVE:
+    if kind in _CONVERTED:
         text += ", or turn it into LoRA with peft.tuners.lora.conversion.save_as_lora"
     raise CheckpointError(text)
 
@@ -194,6 +194,11 @@ def _refuse_variants(file: Path, config: Mapping[str, Any], remedy: str) -> None
             f"{file}: has init_lora_weights: {init}, whose training starts from a changed base; save it with "
             "path_initial_model_for_weight_conversion, which makes a plain adapter of it"
             + (f", or {remedy}" if exact else "")
+        )
+    if init == "loftq":
+        raise CheckpointError(
+            f"{file}: has init_lora_weights: loftq, whose training starts from a quantised base of its own; name that "
+            "one as base, dequantised, and set init_lora_weights: true in the file"
         )
     if init not in _PLAIN_INITS:
         raise CheckpointError(

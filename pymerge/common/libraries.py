@@ -10,6 +10,8 @@ from pymerge.errors import ArgumentError
 # Extra of pyproject.toml -> its packages: name, the first version that fits, and the first that no longer does.
 LIBRARIES: dict[str, tuple[tuple[str, str, str | None], ...]] = {
     "mergekit": (("mergekit", "0.1.5", "0.2"),),
+    "fusion-bench": (("fusion-bench", "0.2.33", None),),
+    "peft": (("peft", "0.18", None),),
     "search": (("deap", "1.4", None), ("scipy", "1.11", None)),
 }
 

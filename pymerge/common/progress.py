@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class ProgressSink(Protocol):
@@ -64,3 +72,24 @@ class ProgressBar:
 
     def close(self) -> None:
         self._bar.stop()
+
+
+class CountBar:
+    """A bar of things done, of so many, on the terminal (standard error). It is a context, for as long as it shows."""
+
+    def __init__(self, title: str, total: int, *, shown: bool = True) -> None:
+        left = TextColumn("ETA"), TimeRemainingColumn()
+        columns = TextColumn(title), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), *left
+        self._bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
+        self._task = self._bar.add_task(title, total=total)
+
+    def __enter__(self) -> CountBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def advance(self) -> None:
+        """One more is done."""
+        self._bar.advance(self._task)

@@ -94,6 +94,11 @@ class Merger:
         return tuple(weight.name for weight in self._models.weights)
 
     @property
+    def experts(self) -> int:
+        """Number of models that are merged, T, beside the base."""
+        return self._models.count
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings about the models."""
         return self._models.warnings

@@ -215,9 +215,8 @@ def _assigned(
         if isinstance(step.action, Reduce) and id(step) not in found:
             known = step.action.on(*(entry.dtype for entry in step.inputs))
             found[id(step)] = replace(step, action=known)
-    nonfinite = config.allow_nonfinite
     assigned = [found.get(id(step), step) for step in steps]
-    return [replace(step, worker=worker_of(step, target, allow_nonfinite=nonfinite)) for step in assigned]
+    return [replace(step, worker=worker_of(step, target)) for step in assigned]
 
 
 def _placed_module(

@@ -27,7 +27,7 @@ class Target:
         return self.native and self.device.type == "cpu" and self.backend in ("auto", "native")
 
 
-def worker_of(step: Step, target: Target, *, allow_nonfinite: bool) -> WorkerName:
+def worker_of(step: Step, target: Target) -> WorkerName:
     """The worker of a step on this target.
 
     Native code takes tensors that can be read without PyTorch, in the dtypes that it computes in, or decoded to one.
@@ -37,11 +37,6 @@ def worker_of(step: Step, target: Target, *, allow_nonfinite: bool) -> WorkerNam
         return "core"
     if not target.takes_arrays or any(entry.needs_torch for entry in step.inputs):
         return "torch"
-    action = step.action
-    known = {step.dtype, *(native_dtype(entry.dtype) for entry in step.inputs)} <= NATIVE.keys()
-    if isinstance(action, Combine) and not action.weights:
-        if step.copies_bits:
-            return "native"
-        # Which bits NaN has in another dtype differs between PyTorch and C++.
-        return "native" if known and not allow_nonfinite else "torch"
-    return "native" if known and isinstance(action, (Combine, Elementwise, Reduce)) else "torch"
+    dtypes = {step.dtype, *(native_dtype(entry.dtype) for entry in step.inputs)}
+    known = step.copies_bits or dtypes <= NATIVE.keys()
+    return "native" if known and isinstance(step.action, (Combine, Elementwise, Reduce)) else "torch"

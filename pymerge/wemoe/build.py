@@ -203,7 +203,7 @@ def _with_base(plan: Plan, parameters: Sequence[StoredParameter]) -> list[Step]:
     for step in plan.steps:
         if step.name in mixed:
             copied = replace(step, action=copy(), experts=(), reads_base=True, group=None)
-            worker = worker_of(copied, plan.target, allow_nonfinite=plan.config.allow_nonfinite)
+            worker = worker_of(copied, plan.target)
             found.append(replace(copied, worker=worker))
         else:
             found.append(step)

@@ -12,10 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -66,6 +70,18 @@ def vit() -> nn.Module:
             hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
         )
     )
+
+
+def dinov2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    return Dinov2ForImageClassification(Dinov2Config(**sizes, mlp_ratio=2, num_labels=3))
+
+
+def swin() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    return SwinForImageClassification(SwinConfig(**sizes, num_labels=3))
 
 
 class Layers(nn.Module):
@@ -168,6 +184,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], int]] = {
     "stored transposed": (gpt2, lambda: lora(["c_attn", "c_proj", "c_fc"]), 8),
     "stored transposed, DoRA": (gpt2, lambda: lora(["c_attn", "c_proj", "c_fc"], use_dora=True), 8),
     "renamed in memory": (vit, lambda: lora(["q_proj", "fc1"], bias="all", modules_to_save=["classifier"]), 24),
+    "renamed, a patch embedding": (vit, lambda: lora(["projection", "q_proj"]), 3),
+    "renamed in DINOv2": (dinov2, lambda: lora("all-linear"), 13),
+    "renamed in Swin": (swin, lambda: lora(["query", "q_proj", "fc1", "dense"], bias="all"), 25),
     "attention in one": (layers, lambda: lora(["attention", "square"]), 3),
     "a table": (layers, lambda: lora(["table"]), 1),
 }  # fmt: skip

@@ -60,23 +60,24 @@ def test_token_indices_by_module() -> None:
 
 MERGE, CONVERT = "merge_and_unload", "save_as_lora"
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    **{kind: ({"peft_type": kind}, (kind, MERGE, CONVERT)) for kind in ("LOHA", "LOKR", "VERA", "ADALORA", "HIRA")},
-    **{kind: ({"peft_type": kind}, (kind, MERGE)) for kind in ("IA3", "OFT", "BOFT", "LN_TUNING", "NEW")},
+    **{kind: ({"peft_type": kind}, (kind, MERGE, CONVERT)) for kind in ("LOHA", "LOKR", "VERA")},
+    **{kind: ({"peft_type": kind}, (kind, MERGE)) for kind in ("IA3", "OFT", "ADALORA", "HIRA", "NEW")},
     **{
         kind: ({"peft_type": kind}, (kind, "changes no weights", "leave it out"))
-        for kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "XLORA", "POLY", "CARTRIDGE", "ADAPTION_PROMPT")
+        for kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "XLORA", "POLY", "CARTRIDGE", "LILY", "SHADOW")
     },
     "another library": ({"peft_type": None, "config": {}}, ("names neither a peft_type nor a fine_tune_type",)),
     "activated": ({"alora_invocation_tokens": [1, 2]}, ("alora_invocation_tokens", "leave it out")),
     "Arrow": ({"arrow_config": {"top_k": 2}}, ("arrow_config",)),
     "QALoRA": ({"use_qalora": True}, ("use_qalora", MERGE)),
-    "repeated layers": ({"layer_replication": [[0, 2], [1, 3]]}, ("layer_replication", MERGE)),
+    "repeated layers": ({"layer_replication": [[0, 2], [1, 3]]}, ("layer_replication", "leave it out")),
     "KaSA": ({"kasa_config": {"beta": 1}}, ("kasa_config", MERGE)),
     "Megatron": ({"megatron_config": {"a": 1}}, ("megatron_config", MERGE)),
     **{
         init: ({"init_lora_weights": init}, (init, "path_initial_model_for_weight_conversion"))
-        for init in ("pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga")
+        for init in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga")
     },
+    "LoftQ": ({"init_lora_weights": "loftq"}, ("loftq", "name that one as base", "init_lora_weights: true")),
     "an unknown start": ({"init_lora_weights": "novel"}, ("init_lora_weights: 'novel'", MERGE)),
     "no rank": ({"r": 0}, ("r is '0'", "whole number from 1 on")),
     "rank as text": ({"r": "8"}, ("r is '8'",)),

@@ -285,6 +285,21 @@ def test_values_that_are_not_finite_are_merged_where_that_is_allowed(tmp_path: P
     assert load_output(tmp_path / "native")[NORM].isinf().tolist() == [i == 3 for i in range(77)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_nan_and_infinity_stay_where_they_are_in_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Whatever bits a NaN has there."""
+    special = torch.tensor([float("nan"), float("-inf"), float("inf"), -float("nan"), 1.5, -2.25])
+    write_models(tmp_path, {NORM: special.repeat(9).to(dtype)}, experts=1)
+    for out in ("float32", "bfloat16", "float16", "float64"):
+        plan = native_plan(
+            tmp_path, "passthrough", experts=1, scale=1.0, more=f"out_dtype: {out}\nallow_nonfinite: true"
+        )
+        run(plan, tmp_path / "out", overwrite=True)
+        found, copied = (load_output(tmp_path / folder)[NORM] for folder in ("out", "e0"))
+        assert found.dtype == getattr(torch, out)
+        torch.testing.assert_close(found.double(), copied.double(), rtol=2.0**-8, atol=0, equal_nan=True)
+
+
 def test_a_file_that_ends_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is cut after the plan is found before anything is written; one that is cut later, when it is opened,
     or by the read itself."""

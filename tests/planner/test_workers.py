@@ -127,8 +127,8 @@ def test_elements_that_lie_apart_need_pytorch(models: Path) -> None:
     found = plan(models, "linear")
     up = step(found)
     strided = replace(up, experts=(up.experts[0], replace(up.experts[1], strides=(1, 24))))
-    assert worker_of(strided, found.target, allow_nonfinite=False) == "torch"
-    assert worker_of(up, found.target, allow_nonfinite=False) == "native"
+    assert worker_of(strided, found.target) == "torch"
+    assert worker_of(up, found.target) == "native"
 
 
 @pytest.mark.parametrize(("method", "parameters"), STREAMED, ids=str)
@@ -140,14 +140,9 @@ def test_8_bit_floats_need_no_pytorch(models: Path, method: str, parameters: dic
     assert "F8_E4M3" in {entry.dtype for entry in step(found, NORM).inputs}
 
 
-def test_copies(models: Path) -> None:
-    """Bits as they are, of any dtype; in another dtype where no NaN can be among them, whose bits differ there."""
-    found = plan(models, "passthrough", scale=1.0)
-    assert set(workers(found).values()) == {"native"}
-    converted = plan(models, "passthrough", more="out_dtype: bfloat16", scale=1.0)
-    assert workers(converted)[UP] == "native"
-    allowed = plan(models, "passthrough", more="out_dtype: bfloat16\nallow_nonfinite: true", scale=1.0)
-    assert workers(allowed) == {UP: "torch", NORM: "torch", COUNTER: "native"}
+@pytest.mark.parametrize("more", ["", "out_dtype: bfloat16", "out_dtype: bfloat16\nallow_nonfinite: true"])
+def test_copies_as_they_are_and_in_another_dtype(models: Path, more: str) -> None:
+    assert set(workers(plan(models, "passthrough", more=more, scale=1.0)).values()) == {"native"}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +158,7 @@ def test_copies(models: Path) -> None:
 )
 def test_other_backends_and_devices_take_tensors_of_pytorch(models: Path, target: Target) -> None:
     assert not target.takes_arrays
-    assert worker_of(step(plan(models, "linear")), target, allow_nonfinite=False) == "torch"
+    assert worker_of(step(plan(models, "linear")), target) == "torch"
 
 
 def test_a_backend_that_is_named_native(models: Path) -> None:

@@ -1,0 +1,1 @@
+"""Searches for coefficients of merges, on the experts of examples/glyphs."""

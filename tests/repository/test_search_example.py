@@ -1,0 +1,32 @@
+"""The search of examples/search, as its page runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from examples.search.samplers import SAMPLERS
+from examples.search.search import DEPTHS, TASKS, main
+
+
+def test_thirty_trials_beat_the_grid_and_the_front_is_drawn(tmp_path: Path) -> None:
+    out = tmp_path / "search"
+    main(["--smoke", "--out", str(out)])
+    found = json.loads((out / "search.json").read_text())
+    best = found["best"]
+    assert best["cma"]["mean"] > best["grid"]["mean"]
+    assert sum(trial["found"] == "cma" for trial in found["trials"]) == 30
+    assert set(best["cma"]["coefficients"]) == {*DEPTHS, "*"}
+    assert len(found["front"]["coefficients"]) >= 20
+    assert len(best["map"]["coefficients"]) == len(best["map"]["test"]) == len(TASKS)
+    assert (out / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pycma_goes_downhill() -> None:
+    sampler = SAMPLERS["cma"]([0.4, 0.4], 0.2, 0)
+    scores = []
+    for _ in range(100):
+        x, y = sampler.ask()
+        scores.append(-((x - 1) ** 2) - (y + 0.5) ** 2)
+        sampler.tell(scores[-1])
+    assert max(scores[-10:]) > max(scores[:10]) / 10
