@@ -95,7 +95,7 @@ class Merger:
 
     @property
     def experts(self) -> int:
-        """How many models are merged, T, beside the base."""
+        """Number of models that are merged, T, beside the base."""
         return self._models.count
 
     @property

@@ -53,7 +53,7 @@ class Front:
 
     @property
     def evaluations(self) -> int:
-        """How often `evaluate` was called."""
+        """Number of calls of `evaluate`."""
         return len(self.samples)
 
     def best(self, preference: Sequence[float] | None = None) -> Array:
@@ -195,7 +195,7 @@ def _check(merger: Merger, activation: str, direction: str, bounds: tuple[float,
 
 
 def _points(points: int | None, tasks: int, nested: bool) -> int:
-    """How many merges are evaluated, at a time if nested."""
+    """Number of merges that are evaluated, at a time if nested."""
     variables = min(tasks, 2) if nested else tasks
     least = least_points(variables)
     if points is None:

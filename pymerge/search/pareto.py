@@ -17,7 +17,7 @@ CROSSOVER, MUTATION, SPREAD = 0.7, 0.3, 20.0  # probabilities; eta of simulated 
 
 
 def undominated(costs: Array) -> NDArray[np.bool_]:
-    """Which of K x N costs no other is as low as everywhere, and lower somewhere; of equal ones the first."""
+    """Mask of K x N costs that no other is as low as everywhere, and lower somewhere; of equal ones the first."""
     order = np.lexsort(costs.T[::-1])
     kept: list[int] = []
     for row in order:  # whoever dominates a row comes before it

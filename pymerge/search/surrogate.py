@@ -17,7 +17,7 @@ _CALLS = 20_000  # of the residuals, at most
 
 
 def least_points(tasks: int) -> int:
-    """How many coefficients a quadratic in T variables has: (T + 1)(T + 2) / 2."""
+    """Number of coefficients of a quadratic in T variables: (T + 1)(T + 2) / 2."""
     return (tasks + 1) * (tasks + 2) // 2
 
 
@@ -90,7 +90,7 @@ def _activate(value: Array, activation: str) -> Array:
 
 
 def _invert(metric: Array, activation: str) -> Array:
-    """What the activation would have made the metric of; ends of its range are moved inside."""
+    """Values that the activation would have made the metric of; ends of its range are moved inside."""
     small = 1e-6
     if activation == "sigmoid":
         inside = np.clip(metric, small, 1 - small)

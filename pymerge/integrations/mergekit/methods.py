@@ -126,7 +126,7 @@ def _implementation(method: Method) -> Callable[..., Tensor]:
 
 
 def _rules(method: Method, name: str, role: Role, in_axis: int | None, vocabulary: bool) -> Sequence[Rule]:
-    """What is known of a tensor beside its name and shape; ArgumentError where that is too little."""
+    """Facts about a tensor beside its name and shape; ArgumentError where that is too little."""
     if vocabulary:
         return [Rule("", Kind.EMBEDDING)]
     if not isinstance(method, SolverMethod) or not role.solvable:
