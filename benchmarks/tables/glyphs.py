@@ -28,17 +28,30 @@ EXAMPLE = {
     "wudi_flow": "wudi_flow, t = 300",
     "ace": "ace, eps 1e-5",
 }
+ADAPTERS = {
+    "base": "base",
+    "individual experts": "individual experts",
+    "individual adapters": "individual adapters, rank 16",
+    "task_arithmetic": "task_arithmetic, weight 0.4",
+    "ties": "ties, weight 0.5, density 0.5",
+    "knots": "knots",
+    "core_space": "core_space",
+    "tsv_m": "tsv_m",
+    "iso_c": "iso_c, mean_over rank",
+    "wudi_flow": "wudi_flow",
+}
 
 
 def parts() -> Iterator[Part]:
     """What is quoted of them."""
-    yield Block("README.md", "demo", scores(README))
-    yield Block("examples/glyphs/README.md", "demo", scores(EXAMPLE))
+    yield Block("README.md", "demo", scores("demo", README))
+    yield Block("examples/glyphs/README.md", "demo", scores("demo", EXAMPLE))
+    yield Block("examples/glyphs/README.md", "adapters", scores("adapters_demo", ADAPTERS))
 
 
-def scores(names: Mapping[str, str]) -> list[str]:
+def scores(suite: str, names: Mapping[str, str]) -> list[str]:
     """Accuracies in percent by model and task."""
-    found = run("demo")["rows"]
+    found = run(suite)["rows"]
     columns = (*TASKS, "mean")
     rows = [[said, *(f"{found[name][column]:.2f}" for column in columns)] for name, said in names.items()]
     return table(["", *columns], rows)

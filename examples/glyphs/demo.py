@@ -89,16 +89,17 @@ def show(rows: dict[str, dict[str, float]], console: Console) -> None:
     for column in (*TASKS, "mean", "seconds"):
         table.add_column(column, justify="right")
     columns = (*TASKS, "mean")
-    best = {column: max(rows[name][column] for name in MERGES) for column in columns}
+    merges = [name for name in rows if "seconds" in rows[name]]
+    best = {column: max(rows[name][column] for name in merges) for column in columns}
     for name, scores in rows.items():
         cells = [f"{scores[column]:.1f}" for column in columns]
-        if name in MERGES:
+        if name in merges:
             cells = [
                 f"[bold]{cell}[/bold]" if scores[column] == best[column] else cell
                 for cell, column in zip(cells, columns, strict=True)
             ]
         seconds = f"{scores['seconds']:.1f}" if "seconds" in scores else ""
-        table.add_row(name, *cells, seconds, end_section=name == "individual")
+        table.add_row(name, *cells, seconds, end_section=name in ("individual", "individual adapters"))
     console.print(table)
 
 

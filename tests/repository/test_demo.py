@@ -30,3 +30,20 @@ def test_the_demo_shows_the_published_order_and_the_committed_scores(tmp_path: P
         for task, score in row.items():
             if task != "seconds":
                 assert abs(rows[name][task] - score) <= TOLERANCE, (name, task)
+
+
+def test_the_experts_as_adapters(tmp_path: Path) -> None:
+    """Adapters of rank 16 are nearly the experts, and the merges in the space of their factors give what they gave."""
+    scores = tmp_path / "scores.json"
+    command = [sys.executable, "-m", "examples.glyphs.adapters_demo", "--json", str(scores)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(scores.read_text())["rows"]
+    expected = load(ROOT / "benchmarks/results/amd-epyc/adapters_demo.json")["rows"]
+    assert list(rows) == list(expected)
+    assert rows["individual adapters"]["mean"] > rows["individual experts"]["mean"] - 2
+    assert rows["base"]["mean"] < rows["core_space"]["mean"] < rows["task_arithmetic"]["mean"]
+    assert rows["task_arithmetic"]["mean"] < rows["tsv_m"]["mean"] < rows["wudi_flow"]["mean"]
+    for name, row in expected.items():
+        for task, score in row.items():
+            assert abs(rows[name][task] - score) <= TOLERANCE, (name, task)
