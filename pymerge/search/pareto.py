@@ -59,7 +59,8 @@ def _downhill(costs_of: Callable[[Array], Array], start: Array, weights: Array, 
     result = minimize(
         lambda row: float(costs_of(row[None])[0] @ weights), start, method="L-BFGS-B", bounds=[bounds] * len(start)
     )
-    return np.clip(result.x, *bounds)
+    found: Array = np.clip(result.x, *bounds)
+    return found
 
 
 def _evolve(costs_of: Callable[[Array], Array], tasks: int, bounds: tuple[float, float], seed: int) -> Array:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from pymerge import api
-from pymerge.analysis.reading import survey
+from pymerge.analysis import survey
 from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.engine.recheck import recheck
 from pymerge.errors import NonFiniteError, PlanError
