@@ -86,7 +86,7 @@ def test_inputs_that_do_not_fit_each_other_are_an_error() -> None:
     with pytest.raises(ValueError, match="combine: tensor 1 has 3 elements, not 4"):
         _C.combine(four, None, [four, three], [1.0, 1.0], 1.0, 1)
     with pytest.raises(ValueError, match="magnitude_counts: expert 0 has 3 elements, not 4"):
-        _C.magnitude_counts(0, four, [three], [0], 0, 0, 1)
+        _C.magnitude_counts(0, four, [three], [0], 0, 0, False, 1)
     with pytest.raises(ValueError, match="random_mask: expert 0 has 4 elements, not 6"):
         _C.random_mask((0, 0, 0), None, [four], [0.5], [0.5], [0], 0, 2, 3, 1)
     with pytest.raises(ValueError, match="nearswap: 3 elements of output, 4 of input"):

@@ -157,7 +157,6 @@ BAD: dict[str, tuple[bytes, str]] = {
     "trailing bytes, no tensors": (encode("{}", b"x"), "has trailing bytes"),
     "metadata number": (encode({"__metadata__": {"a": 1}}), "__metadata__ does not map text to text"),
     "metadata list": (encode({"__metadata__": []}), "__metadata__ does not map text to text"),
-    "metadata null": (encode({"__metadata__": None}), "__metadata__ does not map text to text"),
 }
 
 

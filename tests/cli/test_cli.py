@@ -36,7 +36,7 @@ OPTIONS = {
     ),
     "extract": (
         "--base --model --rank --energy --sv-epsilon --max-rank --include --exclude --embeddings --rest --dtype "
-        "--algorithm --split --seed --memory --dry-run --overwrite --quiet --log-json --help"
+        "--algorithm --split --seed --memory --missing-tensors --dry-run --overwrite --quiet --log-json --help"
     ),
     "plan": "--tensors --json --memory --max-shard-size --dtype --log-json --help",
     "multi": (
