@@ -27,6 +27,7 @@ from pymerge.planner.window import pool_share
 from tests.helpers.checkpoints import (
     change,
     fine_tuned,
+    lay_apart,
     llama,
     llama_config,
     load_output,
@@ -58,14 +59,6 @@ def with_wide_norm(folder: Path, shape: tuple[int, int] = (96, 64), layers: int 
 
 def workers(plan: Plan) -> dict[str, str]:
     return {step.name: step.worker for step in plan.steps}
-
-
-def lay_apart(folder: Path, name: str) -> None:
-    """Make of a model one of torch.save, in which a matrix is stored by columns: that only PyTorch reads."""
-    tensors = load_output(folder)
-    (folder / "model.safetensors").unlink()
-    tensors[name] = tensors[name].T.contiguous().T
-    torch.save(tensors, folder / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from pymerge import api
 from pymerge.engine.memory import Heap
 from pymerge.planner import budget
-from tests.helpers.checkpoints import change, in_process, load_output, write_config, write_model, write_models
+from tests.helpers.checkpoints import in_process, lay_apart, load_output, write_config, write_model, write_models
 from tests.helpers.quantised import four_bit
 
 MIB = 2**20
@@ -136,11 +136,11 @@ def test_decoding_keeps_a_limit(tmp_path: Path, limit: int, kind: str) -> None:
 
 @pytest.mark.parametrize("room", [0, 24 * MIB])
 def test_native_code_beside_one_step_of_pytorch(tmp_path: Path, room: int) -> None:
-    """The first of the layers is float64, and reduced by PyTorch; without room beside it no native thread works."""
+    """The first of the layers is read by PyTorch, and reduced there; without room beside it no native thread works."""
     folder = write_layers(tmp_path, FEW, "ties", weight=0.5, density=0.5)
     name = "model.layers.00.mlp.up_proj.weight"
     for place in (folder / "small", folder):
-        change(place / "base", lambda tensors: tensors.update({name: tensors[name].double()}))
+        lay_apart(place / "e1", name)
     steps = api.plan(folder / "merge.yml", device="cpu").steps
     assert {step.name for step in steps if step.worker == "torch"} == {name}
     least = max(step.footprint(step.smallest).peak for step in steps)

@@ -273,3 +273,11 @@ def _main(arguments: tuple[str, ...], folder: str, env: Mapping[str, str], befor
     if before is not None:
         before()
     runpy.run_module("pymerge", run_name="__main__", alter_sys=True)
+
+
+def lay_apart(folder: Path, name: str) -> None:
+    """Make of a model one of torch.save, in which a matrix is stored by columns: that only PyTorch reads."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    tensors[name] = tensors[name].T.contiguous().T
+    torch.save(tensors, folder / "pytorch_model.bin")
