@@ -26,6 +26,7 @@ from pymerge.engine.trace import Tracer
 from pymerge.engine.whole import Share, merge_whole, reduce_together
 from pymerge.engine.worker import Context, check_input, first_line, is_out_of_memory
 from pymerge.errors import ArgumentError, BackendError, OutOfMemoryError
+from pymerge.live.adapted import adapted
 from pymerge.live.bounds import bounded, peak
 from pymerge.live.cache import Cache, Place
 from pymerge.methods.actions import Action, Combine, InCore, Solve
@@ -151,7 +152,7 @@ class Evaluator:
             for entry in (step.base,) if solved else step.inputs:
                 device = self.device_of(step)
                 if not self._is_there(entry, device) and self._cache.fits(entry.nbytes):
-                    self._cache.keep_input(entry, self.load(entry, device))
+                    self._cache.keep_input(entry, self.input_of(step, entry, device))
 
     def _merged(self, step: Step, out: Tensor, share: Share | None) -> Tensor:
         action, run = step.action, self.runner(self.device_of(step))
@@ -192,7 +193,7 @@ class Evaluator:
     def checked_rows(self, step: Step, out: Tensor | None = None) -> Rows:
         """All rows of a step on its device; of inputs that no result may show, looked at once."""
         device = self.device_of(step)
-        inputs = [self.load(entry, device) for entry in step.inputs]
+        inputs = [self.input_of(step, entry, device) for entry in step.inputs]
         self._look_at(step, inputs)
         base, experts = (inputs[0], inputs[1:]) if step.reads_base else (inputs[0], inputs)
         return Rows(base, experts, step.dtype, out=None if out is None else _room(step, out, inputs))
@@ -216,6 +217,16 @@ class Evaluator:
 
     def _is_there(self, entry: TensorEntry, device: torch.device) -> bool:
         return isinstance(entry, HeldEntry) and entry.tensor.device == device
+
+    def input_of(self, step: Step, entry: TensorEntry, device: torch.device) -> Tensor:
+        """An input of a step, as the worker that merges files would have it."""
+        native = device.type == "cpu" and self._backend in ("auto", "native")
+        kept = entry in self.once or (self._cache is not None and (entry, device) in self._cache.inputs)
+        if native and not kept:
+            load = partial(self.load, device=device)
+            if (made := adapted(step, entry, self._reader, self.runner(device), load)) is not None:
+                return made
+        return self.load(entry, device)
 
     def load(self, entry: TensorEntry, device: torch.device) -> Tensor:
         """A tensor on a device: in the memory of who holds it, if it is there."""

@@ -57,8 +57,9 @@ def _merge_rows(
 
     Where rows are independent, a few at a time, which stay in the processor's cache.
     """
-    entries = dict.fromkeys(entry for step in steps for entry in _stored(step))
-    evaluator.once = {entry: evaluator.load(entry, evaluator.device_of(steps[0])) for entry in entries}
+    entries = {entry: step for step in steps for entry in _stored(step)}
+    device = evaluator.device_of(steps[0])
+    evaluator.once = {entry: evaluator.input_of(step, entry, device) for entry, step in entries.items()}
     try:
         if steps[0].shape and all(by_rows(each.action) and not any(map(is_sum, each.inputs)) for each in steps):
             _by_rows(evaluator, steps, outs)

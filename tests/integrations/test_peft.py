@@ -210,7 +210,7 @@ def test_it_is_what_peft_calls_cat() -> None:
     model = two()
     model.add_weighted_adapter(["default", "other"], [0.5, 0.25], "cat", "cat")
     merged = integration.add_merged_adapter(model, ["default", "other"], "merged", weights=[0.5, 0.25])
-    assert set(merged.lost.values()) == {0.0}
+    assert max(merged.lost.values()) < 1e-12  # rounding of the factors, squared
     torch.testing.assert_close(logits(model, "merged"), logits(model, "cat"), rtol=0, atol=1e-6)
 
 

@@ -255,6 +255,8 @@ def test_adapters_are_what_they_are_in_files(method: str, tmp_path: Path) -> Non
     merger.merge(**({"weight": 0.9} if weights else {}))
     found = merger.merge(**weights)
     assert all(torch.equal(found[name], files[name]) for name in files)
+    (again,) = merger.merge_many([weights])
+    assert all(torch.equal(again[name], files[name]) for name in files)
 
 
 def test_experts_of_several_kinds_together(tmp_path: Path) -> None:
