@@ -101,7 +101,7 @@ class LowRank(OfAdapter):
         return whole and not self.stacked and self.magnitude is None
 
     def right(self, read: ReadRows) -> Array:
-        """Of a plain one all right factors, one above the other, R x columns, in the dtype of the sum."""
+        """Right factors of a plain one, one above the other, R x columns, in the dtype of the sum."""
         import numpy as np
 
         loader = Loader(read, self._kind)
@@ -109,7 +109,7 @@ class LowRank(OfAdapter):
         return rights[0] if len(rights) == 1 else np.concatenate(rights)
 
     def left(self, read: ReadRows, start: int, stop: int) -> tuple[Array, float]:
-        """Of a plain one these rows of all left factors side by side, in the dtype of the sum, and a scale.
+        """Left factors of a plain one side by side, these rows of them, in the dtype of the sum, and a scale.
 
         The product of one term is scaled as PEFT scales it, at the end; those of several are by their left factors.
         """

@@ -51,7 +51,7 @@ class SharedRows:
         return self._reader.read_bytes(entry, start_row, stop_row) if place is None else bytearray(self._rows[place])
 
     def _place(self, entry: TensorEntry, start_row: int, stop_row: int | None) -> slice | None:
-        """Where rows of a tensor are in memory; None if some are not."""
+        """Place of a tensor's rows in memory; None if some are not there."""
         held = self._entry
         if not entry.shape or entry.dtype != held.dtype or _row_bytes(entry) != self._row_bytes:
             return None

@@ -16,13 +16,7 @@ from pymerge.methods.base import Parameter, Values
 from pymerge.methods.eigenvectors import KeptAce, Ridged
 from pymerge.methods.kept import add_to_base
 from pymerge.methods.rows import Rows
-from pymerge.methods.solver import (
-    PRECISION,
-    SHARED_PARAMETERS,
-    Precision,
-    SolverMethod,
-    not_a_number,
-)
+from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Precision, SolverMethod, not_a_number
 from pymerge.ops.normal_equations import NormalEquations
 from pymerge.ops.spd_solve import SpdSolve
 from pymerge.ops.spectral_refine import SpectralRefine

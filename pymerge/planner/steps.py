@@ -35,7 +35,7 @@ CACHE_LINE = 64  # bytes; inputs of a piece begin at multiples of it
 
 
 def plain_product(entry: TensorEntry) -> LowRank | None:
-    """What an adapter's tensor is made of, where that is a base, read without PyTorch, plus one product."""
+    """Product that an adapter's tensor is made of, where that is a base, read without PyTorch, plus one."""
     from pymerge.adapters.low_rank import low_rank_of
 
     found = low_rank_of(entry)
@@ -168,7 +168,7 @@ class Step:
 
     @cached_property
     def product(self) -> LowRank | None:
-        """What the only input is made of, where that is taken as it is, and is the base plus one product."""
+        """Product of the only input, where that is taken as it is, and is the base plus one."""
         if not isinstance(self.action, Combine) or self.action.weights or not self.inputs[0].adapter_parts:
             return None
         return plain_product(self.inputs[0])
