@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CSRC := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 SOURCES := $(CSRC) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-libraries torture lint format gpu bench parity bench-small quality quality-smoke clean help
+.PHONY: demo test test-slow torture lint format gpu bench parity bench-small quality quality-smoke clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -25,11 +25,11 @@ demo: $(VENV)/installed  ## set up, merge the example experts by every method, c
 	@echo "== merging and evaluating the experts of examples/glyphs"
 	$(BIN)/pymerge demo
 
-test: $(VENV)/installed  ## set up, run all tests but those inside mergekit and FusionBench
+test: $(VENV)/installed  ## set up, run all tests but the slow ones
 	@echo "== running the tests"
 	$(BIN)/python -m pytest -m "not slow"
 
-test-libraries: $(VENV)/installed  ## install mergekit, sentence-transformers and FusionBench beside, run the tests inside them
+test-slow: $(VENV)/installed  ## run the slow tests: inside mergekit, sentence-transformers and FusionBench, which it installs beside; demos
 	$(BIN)/python -m pytest -m slow
 
 torture: $(VENV)/installed  ## kill, fill disks and damage files by the hundred, then fuzz the parsers for 10 minutes

@@ -146,7 +146,7 @@ def changed(draw: st.DrawFn, tensors: Tensors) -> Tensors:
 
 @given(data=st.data())
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 def test_every_tensor_is_used_or_named(written: Source, data: st.DataObject) -> None:
     tensors = written.tensors

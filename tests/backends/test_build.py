@@ -160,7 +160,7 @@ EXACT = {"sparse_combine", "nearswap", "ram"}
 SHARED_MEMORY = {"80": 163 * 1024, "90": 227 * 1024}
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [pytest.param("80", marks=pytest.mark.slow), "90"])
 def test_triton_kernels_compile_ahead_of_time(arch: str, tmp_path: Path) -> None:
     """In every dtype: no driver needed, but a process without the interpreter.
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.harness.results import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +34,7 @@ def test_the_demo_shows_the_published_order_and_the_committed_scores(tmp_path: P
                 assert abs(rows[name][task] - score) <= TOLERANCE, (name, task)
 
 
+@pytest.mark.slow
 def test_the_experts_as_adapters(tmp_path: Path) -> None:
     """Adapters of rank 16 are nearly the experts, and the merges in the space of their factors give what they gave."""
     scores = tmp_path / "scores.json"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from examples.search.samplers import SAMPLERS
 from examples.search.search import DEPTHS, TASKS, main
 
 
+@pytest.mark.slow
 def test_thirty_trials_beat_the_grid_and_the_front_is_drawn(tmp_path: Path) -> None:
     out = tmp_path / "search"
     main(["--smoke", "--out", str(out)])

@@ -88,6 +88,7 @@ def test_routers_are_those_that_the_library_adapts(vit: Path, loss: str) -> None
     assert sum(report.losses[-1]) < sum(report.losses[0])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(vit: Path) -> None:
     whole = vit / "whole.safetensors"
     command = arguments(vit, "--steps=160", *heads(vit))

@@ -162,7 +162,9 @@ class Merge(LightningFabricMixin, BaseAlgorithm):
         device = None if self.device == "auto" else self.device
         if device is None and self._fabric_instance is not None and self._fabric_instance.device.type == "cuda":
             device = str(self._fabric_instance.device)
-        merger = Merger(target if pool.has_pretrained else None, sources, method.name, device=device, **parameters)
+        merger = Merger(
+            target if pool.has_pretrained else None, sources, method.name, device=device, cache="none", **parameters
+        )
         merger.merge_into(target)
         return merged
 
