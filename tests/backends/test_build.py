@@ -113,6 +113,7 @@ SPILLS = 64  # bytes of a thread's local memory: totals that are added to once i
 LOADS = {"wudi_adam_cuda.cu": {"LDGSTS.E.BYPASS.128"}, "task_gram_cuda.cu": {"LDG.E.128", "LDG.E.64"}}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on this machine")
 @pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("ops/*_cuda.cu")))
 def test_cuda_source_compiles(source: str, tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def differing(one: dict[str, str], two: dict[str, str]) -> list[str]:
     return [name for name in one if one[name] != two[name]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("method", CONFIGS)
 def test_the_hash_seed_changes_no_byte(runs: list[Path], method: str, backend: str) -> None:

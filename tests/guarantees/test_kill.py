@@ -148,6 +148,7 @@ def test_a_merge_stopped_anywhere_gives_the_same_bytes(
     stop_anywhere(scenes, tmp_path, number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_an_adapter_stopped_anywhere_has_the_same_bytes(
     scenes_of_adapters: list[Scene], tmp_path: Path, number: signal.Signals

@@ -21,6 +21,8 @@ from benchmarks.quality import language_train
 from benchmarks.quality.language_model import SentenceEncoder, cosine_logits, features, make_head, save_encoder
 from benchmarks.quality.language_suite import LanguageSuite
 
+pytestmark = pytest.mark.slow
+
 WORDS = 41
 RECIPE = language_train.Recipe(length=12, steps=80, lr=1e-2, test=120, validation=100)
 CATALOGUE = """

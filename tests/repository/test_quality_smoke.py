@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.quality import smoke
 
+pytestmark = pytest.mark.slow
+
 # Four images of the 400 of a task: another processor may round bfloat16 weights the other way.
 TOLERANCE = 1.0
 

@@ -22,6 +22,8 @@ from pymerge.wemoe.datasets import read_dataset
 from pymerge.wemoe.heads import read_feature_head
 from tests.helpers.checkpoints import pymerge, start
 
+pytestmark = pytest.mark.slow
+
 ROUTER = "wemoe-router.safetensors"
 
 
@@ -88,7 +90,6 @@ def test_routers_are_those_that_the_library_adapts(vit: Path, loss: str) -> None
     assert sum(report.losses[-1]) < sum(report.losses[0])
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(vit: Path) -> None:
     whole = vit / "whole.safetensors"
     command = arguments(vit, "--steps=160", *heads(vit))

@@ -30,6 +30,8 @@ from tests.helpers.checkpoints import (
     write_models,
 )
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 SHARD = 500
 STORAGES: dict[str, dict[str, Any]] = {
