@@ -77,7 +77,7 @@ def test_knots_of_the_release_drops_small_singular_values_and_keeps_one_entry_mo
         ("core_space", {"merge": "mean", "scale": 1.5}, lambda tasks: 1.5 / tasks),
         ("core_space", {"merge": "cart", "cart_rank": 1.0, "cart_weight": 1.0}, lambda tasks: 1.0 / tasks),
     ],
-    ids=str,
+    ids=["knots linear", "core_space sum", "core_space mean", "core_space cart"],
 )
 @settings(deadline=None, max_examples=20, derandomize=True)
 @given(layer=layers(most_tasks=3))
