@@ -25,12 +25,15 @@ demo: $(VENV)/installed  ## set up, merge the example experts by every method, c
 	@echo "== merging and evaluating the experts of examples/glyphs"
 	$(BIN)/pymerge demo
 
-test: $(VENV)/installed  ## set up, run all tests but the slow ones
+# Hundreds of tests start processes: modules are compiled once, whatever the environment says.
+TESTS := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+
+test: $(VENV)/installed  ## set up, run all tests but the slow ones, a file at a time on each core
 	@echo "== running the tests"
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -n auto --maxprocesses 8 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/installed  ## run the slow tests: inside mergekit, sentence-transformers and FusionBench, which it installs beside; demos
-	$(BIN)/python -m pytest -m slow
+	$(TESTS) -m slow
 
 torture: $(VENV)/installed  ## kill, fill disks and damage files by the hundred, then fuzz the parsers for 10 minutes
 	PYMERGE_TORTURE=1 $(BIN)/python -m pytest -s $(addprefix tests/guarantees/test_,kill.py corruption.py names_property.py)

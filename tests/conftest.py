@@ -1,9 +1,13 @@
-"""Settings of all tests: Triton's interpreter where there is no GPU, and memory that starts as NaN."""
+"""Settings of all tests: threads, Triton's interpreter where there is no GPU, and memory that starts as NaN."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Other processes have the other cores; read when PyTorch is imported, and by processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -97,8 +97,10 @@ class EncodeWorker:
     def reuse(self, merged: Encoded) -> None: ...
 
     def freed(self, batch: Batch) -> None:
-        """A batch has had its turn."""
-        self._heap.freed(batch.footprint.peak)
+        """A batch has had its turn. Memory of a piece is used again for the next one of its tensor: mapping it page by
+        page would take as long as computing."""
+        if batch.jobs[0].ends_step:
+            self._heap.freed(batch.footprint.peak)
 
     def free(self) -> None:
         """Give back memory that no job is using."""

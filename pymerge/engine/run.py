@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from dataclasses import asdict
-from logging import WARNING
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from pymerge.backends.runner import Runner, check_backend
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.blas import blas_name
 from pymerge.common.devices import Device, resolve_device
-from pymerge.common.events import event
+from pymerge.common.events import event, logger
 from pymerge.common.names import printable
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.engine.executor import Executor
@@ -175,7 +175,8 @@ def _log_plan(plan: Plan) -> None:
     text = f"{plan.method.name}: {len(plan.steps)} tensors, {plan.bytes_read} bytes to read"
     if by_factors := sum(step.route == "core" for step in plan.steps):
         text += f", {by_factors} solved by the factors of adapters"
-    event("plan", text, **plan.summary(), backend=plan.target.backend, device=str(plan.target.device))
+    if logger.isEnabledFor(INFO):  # the summary takes as long as planning
+        event("plan", text, **plan.summary(), backend=plan.target.backend, device=str(plan.target.device))
     for warning in plan.warnings:
         event("warning", warning, level=WARNING)
 

@@ -262,14 +262,18 @@ class Step:
         return self.action.scratch(self._worked(piece), len(self.experts), self.worker == "native")
 
     def _native_inputs(self, elements: int) -> int:
-        sizes = [native_item_size(entry.dtype) for entry in self.inputs]
         if self.product is not None:
             base, width = self.product.base, max(1, math.prod(self.shape[1:]))
             rows = min(elements, pieces.rows_at_once(self.role, self.shape) * width)
             return rows * ITEM_SIZES[base.dtype] + base.decoding_bytes + self.product.product_bytes(elements // width)
         if self.by_blocks:
-            return min(BLOCK_ELEMENTS, elements) * sum(sizes)
-        return sum(elements * size + CACHE_LINE for size in sizes) + self.decoding_bytes
+            return min(BLOCK_ELEMENTS, elements) * self._native_sizes
+        return elements * self._native_sizes + CACHE_LINE * len(self.inputs) + self.decoding_bytes
+
+    @cached_property
+    def _native_sizes(self) -> int:
+        """Bytes of an element of all inputs, as native code reads them."""
+        return sum(native_item_size(entry.dtype) for entry in self.inputs)
 
     @cached_property
     def held_bytes(self) -> int:
