@@ -168,6 +168,9 @@ def _read_weights(path: Path, folder: str) -> tuple[Checkpoint, set[Path]]:
         notes += check_index(where / index, form, headers)
     tensors = {name: entry for header in headers.values() for name, entry in header.entries.items()}
     stamps = {file: (header.file_bytes, header.mtime_ns) for file, header in headers.items()}
+    for header in headers.values():
+        stamps |= header.others
+    files = tuple(sorted(stamps))
     base_notes: tuple[str, ...] = ()
     if not config:  # but a file may say something of it
         config, base_notes = next((header.config, header.base_notes) for header in headers.values())

@@ -19,8 +19,10 @@ _SHARDED = (
      "in that format"),
     (re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+.*\.pt"), "parts of a DeepSpeed checkpoint", f"run {_ZERO}"),
     (re.compile(r"(zero_to_fp32\.py|global_step\d+)"), "a training checkpoint of DeepSpeed", f"run {_ZERO}"),
-    (re.compile(r"pytorch_model_fsdp_\d+|.*\.distcp"), "a sharded checkpoint of FSDP", "run accelerate merge-weights "
-     "FOLDER OUTPUT (or torch.distributed.checkpoint.format_utils.dcp_to_torch_save)"),
+    (re.compile(r"pytorch_model_fsdp_\d+"), "a folder of FSDP with a sharded checkpoint", "give that folder if it has "
+     "a .metadata (with the model's config.json copied into it)"),
+    (re.compile(r".*\.distcp"), "files of torch.distributed.checkpoint without the .metadata that says what lies in "
+     "them", "copy it from where they were saved: its name begins with a point, so that * does not find it"),
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from pymerge.checkpoint.gathered import GatheredEntry, Run, fill_gathered
 from pymerge.checkpoint.held import HeldEntry
 from pymerge.checkpoint.open_files import OpenFiles
 from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.checkpoint.sharded import ShardedEntry, fill_sharded
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.common.names import shorten
 from pymerge.errors import ArgumentError, CheckpointError
@@ -88,6 +89,9 @@ class Reader:
         if isinstance(entry, StackedEntry):
             fill_stacked(self.read_into, entry, out, start_row, start_row + shape[0])
             return
+        if isinstance(entry, ShardedEntry):
+            fill_sharded(self.read_into, entry, out, start_row, start_row + shape[0])
+            return
         if entry.strides is None:
             self.read_bytes_into(entry, bytes_of(out), start_row, stop_row)
             return
@@ -153,7 +157,7 @@ class Reader:
         """Tell the kernel that these rows are read next, so that it fetches them all at once."""
         if isinstance(entry, HeldEntry):
             return
-        if isinstance(entry, (GatheredEntry, StackedEntry, DecodedEntry)):
+        if isinstance(entry, (GatheredEntry, StackedEntry, ShardedEntry, DecodedEntry)):
             for span in _stored_rows(entry, start_row, stop_row):
                 self.announce(*span)
             return
@@ -163,7 +167,7 @@ class Reader:
         """Tell the kernel that these rows are not needed again, so that inputs do not fill the page cache."""
         if isinstance(entry, HeldEntry):
             return
-        if isinstance(entry, (GatheredEntry, StackedEntry, DecodedEntry)):
+        if isinstance(entry, (GatheredEntry, StackedEntry, ShardedEntry, DecodedEntry)):
             for span in _stored_rows(entry, start_row, stop_row):
                 self.release(*span)
             return
@@ -197,7 +201,7 @@ def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tup
 
 
 def _stored_rows(
-    entry: GatheredEntry | StackedEntry | DecodedEntry, start_row: int, stop_row: int | None
+    entry: GatheredEntry | StackedEntry | ShardedEntry | DecodedEntry, start_row: int, stop_row: int | None
 ) -> Iterator[Span]:
     """The row ranges of stored tensors that rows are made from, if they are worth a system call: of gathered and
     stacked rows, the pages of short ranges hold rows for other pieces too; of decoded ones, codes are, and scales are
@@ -206,7 +210,7 @@ def _stored_rows(
     if isinstance(entry, DecodedEntry):
         yield from (span for span in entry.spans(start_row, stop) if span.entry is entry.decoder.parts[0])
         return
-    if isinstance(entry, StackedEntry):
+    if isinstance(entry, (StackedEntry, ShardedEntry)):
         for part in entry.parts(start_row, stop):
             if part.contiguous and part.nbytes >= _LARGEST_FOLIO:
                 yield Span(part, 0, part.shape[0])

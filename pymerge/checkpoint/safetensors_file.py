@@ -118,7 +118,8 @@ class TensorEntry:
 class Header:
     """Header of a weight file: `entries` in the order in which safetensors stores them; `mtime_ns` is that of the read
     file; `notes` tell what of the file is not used, `base_notes` what an output lacks that is made after it; `config`
-    is what the file itself says of config.json."""
+    is what the file itself says of config.json. Where the tensors lie in other files, `others` has (size, mtime_ns) of
+    each."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -128,6 +129,7 @@ class Header:
     notes: tuple[str, ...] = ()
     base_notes: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    others: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
 
 def read_header(path: Path | str) -> Header:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pymerge.checkpoint.magic import refuse_foreign
 from pymerge.checkpoint.quantised_formats import ORIGINAL
@@ -48,20 +49,72 @@ def read_torch_header(path: Path | str) -> Header:
     path = Path(path)
     with opened(path, "PyTorch") as (descriptor, status):
         _check_magic(path, read_exactly(descriptor, 32, 0))
-        try:
-            with open(descriptor, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
-                records, pickle = _records(path, archive)
-                found = read_pickle(archive.read(pickle))
-            views, notes = _tensors(path, found)
-        except RefusedPickle as error:
-            raise CheckpointError(f"{path}: holds {shorten(str(error))}, {_about_object(str(error))}") from error
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
-            raise CheckpointError(f"{path}: is damaged or not a file of torch.save ({error}); {AGAIN}") from error
-        places = {key: _place(path, descriptor, info) for key, info in records.items()}
-    entries = [_entry(path, name, view, places) for name, view in views.items()]
-    entries.sort(key=lambda entry: (-_ORDER.index(entry.dtype), entry.name))
-    by_name = {entry.name: entry for entry in entries}
-    return Header(by_name, {}, pickle.file_size, status.st_size, status.st_mtime_ns, notes)
+        archive = read_archive(path, descriptor, 0, status.st_size)
+    try:
+        views, notes = _tensors(path, archive.found)
+    except RefusedPickle as error:
+        raise _refused(path, error) from error
+    by_name = in_order([entry_of(path, name, view, archive.places) for name, view in views.items()])
+    return Header(by_name, {}, archive.pickle_bytes, status.st_size, status.st_mtime_ns, notes)
+
+
+class Archive(NamedTuple):
+    """Content of what a torch.save wrote: the object, with View for tensors; offset in the file and size of each
+    storage by its key; the size of the pickle."""
+
+    found: Any
+    places: dict[str, tuple[int, int]]
+    pickle_bytes: int
+
+
+def read_archive(path: Path, descriptor: int, start: int, nbytes: int) -> Archive:
+    """Read what a torch.save wrote into `nbytes` bytes of a file, from `start` on. Raises CheckpointError, OSError."""
+    try:
+        with io.BufferedReader(_Part(descriptor, start, nbytes)) as stream, zipfile.ZipFile(stream) as archive:
+            records, pickle = _records(path, archive)
+            found = read_pickle(archive.read(pickle))
+    except RefusedPickle as error:
+        raise _refused(path, error) from error
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+        raise CheckpointError(f"{path}: is damaged or not a file of torch.save ({error}); {AGAIN}") from error
+    places = {key: _place(path, descriptor, info, start, start + nbytes) for key, info in records.items()}
+    return Archive(found, places, pickle.file_size)
+
+
+def in_order(entries: Iterable[TensorEntry]) -> dict[str, TensorEntry]:
+    """Entries by name, in the order in which safetensors' own writer stores them."""
+    ordered = sorted(entries, key=lambda entry: (-_ORDER.index(entry.dtype), entry.name))
+    return {entry.name: entry for entry in ordered}
+
+
+class _Part(io.RawIOBase):
+    """Part of a file as a file."""
+
+    def __init__(self, descriptor: int, start: int, nbytes: int) -> None:
+        self._descriptor, self._start, self._nbytes, self._at = descriptor, start, nbytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._nbytes)[whence]
+        if self._at < 0:
+            raise ValueError("it says that a part of it begins before it")
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self._nbytes - self._at))
+        data = os.pread(self._descriptor, wanted, self._start + self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _refused(path: Path, error: RefusedPickle) -> CheckpointError:
+    return CheckpointError(f"{path}: holds {shorten(str(error))}, {_about_object(str(error))}")
 
 
 def _about_object(name: str) -> str:
@@ -106,11 +159,15 @@ def _records(path: Path, archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.Zi
     return {name[len(inside) :]: info for name, info in infos.items() if name.startswith(inside)}, pickle
 
 
-def _place(path: Path, descriptor: int, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """Offset and size of a record's data: it starts behind a local header, whose length is only said in it."""
-    header = read_exactly(descriptor, _LOCAL_HEADER_BYTES, info.header_offset)
-    start = info.header_offset + len(header) + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-    whole = header.startswith(b"PK\x03\x04") and start + info.file_size <= os.fstat(descriptor).st_size
+def _place(path: Path, descriptor: int, info: zipfile.ZipInfo, begin: int, end: int) -> tuple[int, int]:
+    """Offset and size of a record's data: it starts behind a local header, whose length is only said in it.
+
+    The archive lies from byte `begin` to `end` of the file.
+    """
+    at = begin + info.header_offset
+    header = read_exactly(descriptor, _LOCAL_HEADER_BYTES, at)
+    start = at + len(header) + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    whole = header.startswith(b"PK\x03\x04") and start + info.file_size <= min(end, os.fstat(descriptor).st_size)
     if not whole or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         reason = "compressed or encrypted" if whole else "not where the archive says"
         raise CheckpointError(f"{path}: record {shorten(info.filename)} is {reason}; save it again with torch.save")
@@ -155,7 +212,8 @@ def _views(found: Mapping[Any, Any]) -> dict[str, View]:
     return {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, View)}
 
 
-def _entry(path: Path, name: str, view: View, places: Mapping[str, tuple[int, int]]) -> TensorEntry:
+def entry_of(path: Path, name: str, view: View, places: Mapping[str, tuple[int, int]]) -> TensorEntry:
+    """The entry of a tensor of an archive, checked. Raises CheckpointError."""
     where = f"{path}: tensor {shorten(name)}"
     try:
         if view.dtype.is_complex:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,14 @@ class Opaque:
     """An object that only code could make, which is not run: `name` says what it would be. What is put in is lost."""
 
     name: str
+
+
+@dataclass(eq=False, slots=True)
+class Record:
+    """An object of a class whose name is known, and the state that the pickle gives it; no code of the class runs."""
+
+    name: str
+    state: Any = None
 
 
 class RefusedPickle(ValueError):
@@ -101,7 +109,7 @@ def _updated(target: Any, pairs: Iterable[tuple[Any, Any]] = ()) -> Any:
     if isinstance(target, Opaque):
         return target
     for key, value in pairs:
-        if isinstance(key, (str, int, float, bytes)):
+        if isinstance(key, (str, int, float, bytes, Record)):
             target[key] = value
         else:  # the hash of a tuple that holds itself many times over takes for ever
             odd = f"a dictionary whose keys are of {type(key)}"
@@ -140,8 +148,9 @@ _IGNORED = {"PROTO", "FRAME", "STOP"}
 class _Machine:
     """The stack and the memo of a pickle; one method for each group of opcodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, records: Collection[str]) -> None:
         self.stack: list[Any] = []
+        self._records = records
         self._memo: dict[int, Any] = {}
 
     def step(self, opcode: str, argument: Any) -> None:
@@ -193,9 +202,14 @@ class _Machine:
     def _call(self, opcode: str) -> None:
         argument, target = self.stack.pop(), self.stack.pop()
         if opcode == "BUILD":
-            if not isinstance(target, (dict, View, Opaque)):
+            if isinstance(target, Record):
+                target.state = argument
+            elif not isinstance(target, (dict, View, Opaque)):
                 target = Opaque(_named(target))
             self.stack.append(target)  # attributes of a dictionary or a parameter: versions of modules, and the like
+            return
+        if opcode == "NEWOBJ" and isinstance(target, Global) and target.name in self._records:
+            self.stack.append(Record(target.name))
             return
         if not isinstance(target, Global) or target.name not in _CALLS or opcode == "NEWOBJ":
             self.stack.append(Opaque(_named(target)))
@@ -251,14 +265,15 @@ def _storage(identity: Any) -> Storage:
     return Storage(key, _STORAGES[name], numel)
 
 
-def read_pickle(data: bytes) -> Any:
-    """The object that a pickle describes, with View for tensors, Global for names, and Opaque for anything that would
-    have to be called beside what plain dictionaries of tensors are made of.
+def read_pickle(data: bytes, records: Collection[str] = ()) -> Any:
+    """The object that a pickle describes, with View for tensors, Global for names, Record for objects of the classes
+    named in `records`, and Opaque for anything that would have to be called beside what plain dictionaries of tensors
+    are made of.
 
     Raises RefusedPickle, with the name, for tensors and storages of a kind that is not known; ValueError for what is no
     pickle.
     """
-    machine = _Machine()
+    machine = _Machine(records)
     try:
         for opcode, argument, _ in pickletools.genops(data):
             machine.step(opcode.name, argument)

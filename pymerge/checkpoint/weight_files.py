@@ -17,7 +17,16 @@ from pymerge.checkpoint.model_files import (
 )
 from pymerge.checkpoint.parts import refuse_parts
 from pymerge.checkpoint.safetensors_file import Header
-from pymerge.checkpoint.weight_formats import GGUF, LOADED, NAMELESS, WeightFormat, how_to_convert, is_part
+from pymerge.checkpoint.weight_formats import (
+    DISTCP,
+    DISTCP_METADATA,
+    GGUF,
+    LOADED,
+    NAMELESS,
+    WeightFormat,
+    how_to_convert,
+    is_part,
+)
 from pymerge.common.files import parse_json_object, read_text_file
 from pymerge.common.names import first_few, listed, shorten
 from pymerge.errors import CheckpointError
@@ -49,6 +58,8 @@ def find_weights(path: Path, named: object = None) -> Weights:
     """
     names = file_names(path)
     choice = choose(path, names, named)
+    if choice is None and os.path.isfile(path / DISTCP_METADATA):
+        return Weights(DISTCP, (path / DISTCP_METADATA,), None, ())
     if choice is None:
         gguf = find_gguf(path, names)
         if gguf is not None:

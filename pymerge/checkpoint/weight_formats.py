@@ -61,6 +61,13 @@ def _read_gguf(path: Path) -> Header:
     return read_gguf(path)
 
 
+def _read_distcp(path: Path) -> Header:
+    """Imports PyTorch with torch.distributed.checkpoint."""
+    from pymerge.checkpoint.distcp.header import read_distcp
+
+    return read_distcp(path)
+
+
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # In the order of transformers, and then of diffusers.
 LOADED = (
@@ -73,10 +80,15 @@ LOADED = (
 NAMELESS = (*LOADED[:2], WeightFormat("model", (".ckpt",), _read_torch_header))
 # A file on this machine alone: a repository has one for each of its many encodings.
 GGUF = WeightFormat("model", (".gguf",), _read_gguf)
+# What a training with torch.distributed.checkpoint leaves: the file of this name says what lies where in the others.
+DISTCP = WeightFormat("model", (".metadata",), _read_distcp)
+DISTCP_METADATA = ".metadata"
 
 
 def how_to_convert(name: str) -> str:
     """Remedy for a weight file that cannot be read, by its suffix."""
+    if name.endswith(".distcp"):
+        return f"give the folder that it lies in, with its {DISTCP_METADATA}"
     flag = _FLAGS.get(Path(name.removesuffix(".index.json")).suffix)
     if flag:  # the last version that reads them
         return f"convert it with transformers 4 (from_pretrained(..., {flag}=True), then save_pretrained)"

@@ -30,9 +30,9 @@ def tensor_rows(plan: Plan) -> Iterator[dict[str, Any]]:
     with `dequantised`, the format's name, where the values are made from codes, and `adapter`, as in "rank 8", where an
     adapter changes its base's;
     `parameters` are those of the method for this tensor, where there is one for each expert as a list, without what has
-    no effect; `worker` is "native", "torch" or "core"; `route` is "core" (solved by the factors of adapters), "tiles"
-    (on rows) or "dense" (on whole matrices). A table of tokens can have two steps: rows that all models have, and
-    others.
+    no effect and with weights that follow from others; `worker` is "native", "torch" or "core"; `route` is "core"
+    (solved by the factors of adapters), "tiles" (on rows) or "dense" (on whole matrices). A table of tokens can have
+    two steps: rows that all models have, and others.
     """
     models = {file: checkpoint.path for checkpoint in plan.inputs.all for file in checkpoint.all_files}
     for step in plan.steps:
@@ -91,7 +91,8 @@ def group_view(plan: Plan) -> RenderableType:
 def _parameters(plan: Plan, step: Step) -> dict[str, Any]:
     if step.values is None:
         return {}
-    given = {**step.values.merge, **{name: list(values) for name, values in step.values.model.items()}}
+    values = plan.method.shown(step.values)
+    given = {**values.merge, **{name: list(each) for name, each in values.model.items()}}
     return {p.name: given[p.name] for p in plan.method.parameters if p.name in given and not p.no_effect}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pymerge.common.names import nearest
 from pymerge.config.document import Document, Location, show
+from pymerge.config.given import Given, check_given, check_given_to_model
 from pymerge.config.references import HUB_REFERENCE, KnownModels, places, same_model, split_adapter
 from pymerge.config.settings import parse_settings, unreachable
 from pymerge.config.tokenizer import take_tokenizer
@@ -43,7 +44,7 @@ class Checker:
         self._keys = keys
         self._raw: dict[str, Any] = dict(document.data)
         self.method = self._find_method()
-        self.given: set[str] = set()  # names of the top-level parameters
+        self.given: Given = {}  # the top-level parameters
         self._models = KnownModels(document.directory)
         self._written: dict[Location, str] = {}  # names of models that are known by another
 
@@ -79,11 +80,11 @@ class Checker:
             self._document.add((*location, form), problem)
             del raw[form]
 
-    def models(self, entries: list[Any], location: Location, base: Any, given: set[str]) -> list[Any]:
+    def models(self, entries: list[Any], location: Location, base: Any, given: Given) -> list[Any]:
         """A list of models (of a merge, a module, or as sources of a slice) with the settings of each.
 
         Args:
-            given: names of the parameters that stand above it.
+            given: the parameters that stand above it.
         """
         sources = location[-1] == "sources"
         read = [self._model(entry, (*location, i), sources) for i, entry in enumerate(entries)]
@@ -127,24 +128,24 @@ class Checker:
         elif isinstance(parameters, dict):
             self._raw["parameters"] = {**parameters, "random_seed": seed}
 
-    def settings(self, raw: dict[str, Any], location: Location, *, shared: bool) -> set[str]:
-        """Replace raw["parameters"] by parsed settings; returns the names given, right or wrong.
+    def settings(self, raw: dict[str, Any], location: Location, *, shared: bool) -> Given:
+        """Replace raw["parameters"] by parsed settings; returns the names given, right or wrong, and their values.
 
         Args:
             shared: parameters of all models may stand here; False for those of one model.
         """
         inside = (*location, "parameters")
         if "parameters" not in raw:
-            return set()
+            return {}
         given = raw["parameters"]
         raw["parameters"] = {}
         if not isinstance(given, dict):
             remedy = "indent its entries under it, or delete it" if given is None else "write names and values"
             problem = f"{show(inside)} is {'empty' if given is None else repr(given)}; {remedy}"
             self._document.add(inside, problem)
-            return set()
+            return {}
         if self.method is None:
-            return set(given)
+            return dict.fromkeys(given, ())
         known = {parameter.name: parameter for parameter in self.method.parameters}
         allowed = {}
         for name in given:
@@ -163,7 +164,7 @@ class Checker:
                 problem = f"{name!r} has entries that are never used: an earlier one is for all tensors"
                 self._document.warn((*inside, name, number), problem)
         raw["parameters"] = settings
-        return set(given)
+        return {name: settings[name].values if name in settings else () for name in given}
 
     def _unknown_parameter(self, name: str, known: Mapping[str, Parameter]) -> str:
         own = self.method.name if self.method else ""
@@ -179,9 +180,9 @@ class Checker:
             hint = "its parameters: " + ", ".join(known)
         return f"unknown parameter {name!r} of {own!r}; {hint}"
 
-    def _model(self, entry: Any, location: Location, source: bool) -> tuple[Any, set[str]]:
+    def _model(self, entry: Any, location: Location, source: bool) -> tuple[Any, Given]:
         if not isinstance(entry, dict):
-            return entry, set()
+            return entry, {}
         entry = dict(entry)
         refused = {key: remedy for key, remedy in _UNSUPPORTED_OF_MODEL.items() if key != "layer_range" or not source}
         self._refuse_unsupported(entry, refused, location)
@@ -250,9 +251,7 @@ class Checker:
         sides = [self.reference(value[key], (*location, key)) for key in ("model", "lora")]
         return "+".join(sides) if all(isinstance(side, str) and side for side in sides) else sides[0]
 
-    def _check_models(
-        self, base: Any, given: set[str], read: Sequence[tuple[Any, set[str]]], location: Location
-    ) -> None:
+    def _check_models(self, base: Any, given: Given, read: Sequence[tuple[Any, Given]], location: Location) -> None:
         """Base present, models beside it, none twice, and every required parameter given."""
         method, document = self.method, self._document
         if method is None:
@@ -276,14 +275,8 @@ class Checker:
             if method.needs_base and isinstance(base, str) and same_model(name, base):
                 continue
             merged.append(name)
-            for parameter in method.parameters:
-                if parameter.required and parameter.scope == "model" and parameter.name not in own | given:
-                    problem = f"model {name!r} has no {parameter.name!r}, which {method.name!r} requires"
-                    remedy = "add it under this model's 'parameters', or for all models under the top-level ones"
-                    document.add((*location, i), f"{problem}; {remedy}")
-        for parameter in method.parameters:
-            if parameter.required and parameter.scope == "merge" and parameter.name not in given:
-                document.add(around, f"{method.name!r} requires {parameter.name!r}; add it under 'parameters'")
+            check_given_to_model(document, method, name, own, given, (*location, i))
+        check_given(document, method, given, around)
         if read and all(isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry, _ in read):
             if not merged and (location[-1] == "sources" or location[0] == "modules"):
                 return  # a slice or module of the base alone is a copy

@@ -185,9 +185,10 @@ def resolve(
         for level in levels:
             if parameter.name in level and (value := level[parameter.name].value(name, position)) is not None:
                 return value
-        if parameter.required:
+        if parameter.name in required:
+            names = repr(parameter.name) + (f" or {parameter.instead!r}" if parameter.instead else "")
             raise ConfigError(
-                f"{config._document.name}: no entry of {parameter.name!r}{owner} fits, and {method.name!r} needs one; "
+                f"{config._document.name}: no entry of {names}{owner} fits, and {method.name!r} needs one; "
                 "add a last entry without filter"
             )
         return parameter.default
@@ -195,9 +196,13 @@ def resolve(
     merge, model = {}, {}
     entries = [config.models[i] for i in model_indices]
     names = input_names or [tensor_name] * len(entries)
+    required = {parameter.name for parameter in method.required({})}
     for parameter in method.parameters:
         if parameter.scope == "merge":
             merge[parameter.name] = one(parameter, [config.parameters], tensor_name, "")
+    required = {parameter.name for parameter in method.required({name: (value,) for name, value in merge.items()})}
+    for parameter in method.parameters:
+        if parameter.scope == "merge":
             continue
         model[parameter.name] = tuple(
             one(parameter, [entry.parameters, config.parameters], name, f" of model {entry.model!r}")

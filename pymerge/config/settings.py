@@ -54,6 +54,11 @@ class Setting:
                 return entry.value.at(position) if isinstance(entry.value, Gradient) else entry.value
         return None
 
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values of all entries."""
+        return tuple(entry.value for entry in self.entries)
+
     def canonical(self) -> Any:
         """JSON-able form, the same for settings that mean the same."""
         forms = [{"filter": entry.filter, "value": _canonical(entry.value)} for entry in self.entries]

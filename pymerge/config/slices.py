@@ -6,6 +6,7 @@ from typing import Any
 
 from pymerge.config.checks import Checker
 from pymerge.config.document import Document, Location, show
+from pymerge.config.given import Given
 from pymerge.config.references import same_model
 
 
@@ -34,7 +35,7 @@ class _Parts:
         self._document = document
         self.names: list[str] = []
 
-    def module(self, entry: Any, location: Location, base: Any, given: set[str]) -> Any:
+    def module(self, entry: Any, location: Location, base: Any, given: Given) -> Any:
         if not isinstance(entry, dict):
             return entry
         entry = dict(entry)
@@ -46,7 +47,7 @@ class _Parts:
             entry["slices"] = self.slices(entry["slices"], (*location, "slices"), base, given)
         return entry
 
-    def slices(self, entries: list[Any], location: Location, base: Any, given: set[str]) -> list[Any]:
+    def slices(self, entries: list[Any], location: Location, base: Any, given: Given) -> list[Any]:
         if not entries:
             self._document.add(location, f"{show(location)} is empty; list the slices of the output")
         for i, entry in enumerate(entries):
@@ -55,7 +56,7 @@ class _Parts:
                 self._document.add((*location, i), f"{text}; delete it, or correct its layer_range")
         return [self._slice(entry, (*location, i), base, given) for i, entry in enumerate(entries)]
 
-    def _slice(self, entry: Any, location: Location, base: Any, given: set[str]) -> Any:
+    def _slice(self, entry: Any, location: Location, base: Any, given: Given) -> Any:
         if not isinstance(entry, dict):
             return entry
         entry = dict(entry)
@@ -72,7 +73,7 @@ class _Parts:
             self._find_base(entry["sources"], inside, base)
         return entry
 
-    def _models(self, entries: list[Any], location: Location, base: Any, given: set[str]) -> list[Any]:
+    def _models(self, entries: list[Any], location: Location, base: Any, given: Given) -> list[Any]:
         models = self._checker.models(entries, location, base, given)
         names = (entry.get("model") for entry in models if isinstance(entry, dict))
         self.names += [name for name in names if isinstance(name, str)]

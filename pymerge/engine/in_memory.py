@@ -235,7 +235,7 @@ def _values(method: Method, parameters: Mapping[str, Any], experts: int) -> Valu
     defaults = method.defaults(experts)
     merge, model = dict(defaults.merge), dict(defaults.model)
     for given, value in parameters.items():
-        name = given.rstrip("_")
+        name = _bare(given)
         try:
             parameter = method.parameter(name)
         except KeyError:
@@ -250,7 +250,15 @@ def _values(method: Method, parameters: Mapping[str, Any], experts: int) -> Valu
         if len(values) != experts:
             raise ArgumentError(f"parameter {name!r} has {len(values)} values for {experts} experts; give one for each")
         model[name] = tuple(parameter.parse(each) for each in values)
+    found = {**{name: (value,) for name, value in merge.items()}, **model}
+    if problem := method.clash({name: found[name] for name in map(_bare, parameters)}):
+        raise ArgumentError(f"method {method.name!r}: {problem}")
     return Values(merge, model)
+
+
+def _bare(given: str) -> str:
+    """Name of a parameter whose keyword has an underscore where it would be a word of Python."""
+    return given.rstrip("_")
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from pymerge.live.many import merge_group
 from pymerge.live.models import Models, Source
 from pymerge.live.modules import Model, signature_of
 from pymerge.live.report import Report
-from pymerge.live.settings import Settings, read_settings, required_defaults
+from pymerge.live.settings import Settings, check_together, read_settings, required_defaults
 from pymerge.live.targets import Target, find_targets
 from pymerge.live.write import Decided, in_dtype, new_tensor, overwrite, write
 from pymerge.methods.actions import Solve
@@ -71,6 +71,8 @@ class Merger:
         self._models = Models(base, experts, method, options)
         self._settings = required_defaults(self._models.method, self._models.count)
         given = read_settings(self._models.method, parameters, self._models.count, self._models.names)
+        self._given = given
+        check_together(self._models.method, given)
         self._settings = self._settings.updated(given)
         self._models.steps(self._settings)  # parameters that do not fit are refused now
         limit = budget(resolve_device(device or self._models.device), None if memory is None else parse_bytes(memory))
@@ -221,6 +223,7 @@ class Merger:
                 f"at the beginning: give it to another Merger, or exact=True to this one; what may vary: "
                 f"{', '.join(self.varying)}"
             )
+        check_together(self._models.method, self._given.updated(later))
         return self._settings.updated(later)
 
     def _has_no_effect(self, name: str) -> bool:

@@ -41,6 +41,13 @@ def required_defaults(method: Method, experts: int) -> Settings:
     return Settings(merge, (model,) * experts)
 
 
+def check_together(method: Method, given: Settings) -> None:
+    """Raise ArgumentError for parameters of a merger and a merge that cannot be given together, or not alone."""
+    found = {name: setting.values for own in (given.merge, *given.models) for name, setting in own.items()}
+    if problem := method.clash(found):
+        raise ArgumentError(f"method {method.name!r}: {problem}")
+
+
 def _over(own: Mapping[str, Setting], later: Mapping[str, Setting]) -> dict[str, Setting]:
     found = dict(own)
     for name, setting in later.items():

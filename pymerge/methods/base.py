@@ -6,13 +6,15 @@ import math
 import re
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Action
 
+# Values that a config or a call gives to each parameter: several where they differ between tensors.
+Given = Mapping[str, Collection[Any]]
 ParameterKind = Literal["number", "integer", "flag", "choice", "number_or_auto", "texts"]
 
 
@@ -38,6 +40,8 @@ class Parameter:
     choices: tuple[str, ...] = ()
     varies: bool = True  # a Merger's later merges may have another value, without work from the beginning
     no_effect: bool = False  # accepted because mergekit accepts it; the plan says that it changes nothing
+    instead: str = ""  # another parameter that says the same otherwise: with it, this one is not given
+    only_with: tuple[str, str] | None = None  # another parameter, and its value without which this one means nothing
 
     def parse(self, value: Any) -> Any:
         """Return `value` as this parameter's type; ArgumentError says what was expected."""
@@ -146,6 +150,32 @@ class Method(ABC):
             f"{self.name!r} merges {wanted}{beside}, and {len(experts)} "
             f"{'is' if len(experts) == 1 else 'are'} listed ({', '.join(experts)}); {remedy}"
         )
+
+    def required(self, given: Given) -> list[Parameter]:
+        """Parameters that must be given, if these are; a value that cannot be read may be any."""
+        unread = [name for name, values in given.items() if not values]
+        needed = [each for each in self.parameters if each.required and each.instead not in unread]
+        return [each for each in needed if not self._replaced(each, given)]
+
+    def clash(self, given: Given) -> str | None:
+        """Complaint about parameters that cannot be given together, or not alone; None if there is nothing wrong."""
+        for each in self.parameters:
+            if each.name in given and self._replaced(each, given):
+                return f"{each.instead!r} stands in place of {each.name!r}, and both are given; delete one of the two"
+            if each.name in given and each.only_with is not None:
+                other, value = each.only_with
+                if value not in given.get(other, ()) and given.get(other) != ():
+                    return f"{each.name!r} is that of '{other}: {value}'; set that, or delete {each.name!r}"
+        return None
+
+    def _replaced(self, parameter: Parameter, given: Given) -> bool:
+        """Whether what is given says otherwise what this parameter would."""
+        values = given.get(parameter.instead, ()) if parameter.instead else ()
+        return any(value != self.parameter(parameter.instead).default for value in values)
+
+    def shown(self, values: Values) -> Values:
+        """Parameter values as plans show them: what follows from others is said, what means nothing is left out."""
+        return values
 
     def parameter(self, name: str) -> Parameter:
         """The parameter of this name; KeyError if the method has none."""

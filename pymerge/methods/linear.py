@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Action, Combine, add_task_vectors, scaled
 from pymerge.methods.base import Method, Parameter, Values
+from pymerge.methods.schedules import DECAY, EMA, SCHEDULE, weights_of
 
 
 def normalised(weights: Sequence[float]) -> tuple[float, ...]:
@@ -30,17 +32,43 @@ WEIGHT = Parameter("weight", "number", 1.0, "weight of this model", scope="model
 
 
 class Linear(Method):
-    """Weighted average of the models listed; the base is only a model like the others, if it is listed."""
+    """Weighted average of the models listed; the base is only a model like the others, if it is listed.
+
+    With a `schedule` they are checkpoints of one training, in its order, and have the weights of `schedules`.
+    """
 
     name = "linear"
     summary = "weighted average of the models"
     source = "Model Soups, arXiv 2203.05482"
     needs_base = False
-    parameters = (WEIGHT, Parameter("normalize", "flag", True, "divide the weights by their sum"))
+    parameters = (
+        replace(WEIGHT, instead=SCHEDULE.name),
+        Parameter("normalize", "flag", True, "divide the weights by their sum"),
+        SCHEDULE,
+        DECAY,
+    )
 
     def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
+        if (weights := _scheduled(values, experts)) is not None:
+            return Combine(weights, sum_of(weights))
         weights = values.model["weight"]
         return Combine(weights, sum_of(weights) if values.merge["normalize"] else 1.0)
+
+    def shown(self, values: Values) -> Values:
+        weights = _scheduled(values, len(values.model["weight"]))
+        if weights is None:
+            merge = {name: value for name, value in values.merge.items() if name not in (SCHEDULE.name, DECAY.name)}
+            return Values(merge, values.model)
+        merge = {name: value for name, value in values.merge.items() if name == SCHEDULE.name}
+        if merge[SCHEDULE.name] == EMA:
+            merge[DECAY.name] = values.merge[DECAY.name]
+        return Values(merge, {**values.model, "weight": normalised(weights)})
+
+
+def _scheduled(values: Values, experts: int) -> tuple[float, ...] | None:
+    """The weights of a schedule, None without one."""
+    schedule = values.merge[SCHEDULE.name]
+    return None if schedule == SCHEDULE.default else weights_of(schedule, experts, values.merge[DECAY.name])
 
 
 class TaskArithmetic(Method):

@@ -68,7 +68,9 @@ def test_precedence_filters_and_gradients_are_mergekits() -> None:
 def test_a_required_parameter_that_no_filter_gives_is_an_error() -> None:
     config = linear(weight=[{"filter": "mlp", "value": 1}])
     assert resolve(config, get_method("linear"), "mlp.up", 0.0, [0]).model["weight"] == (1.0,)
-    with pytest.raises(ConfigError, match=r"no entry of 'weight' of model 'a' fits, and 'linear' needs one"):
+    with pytest.raises(
+        ConfigError, match=r"no entry of 'weight' or 'schedule' of model 'a' fits, and 'linear' needs one"
+    ):
         resolve(config, get_method("linear"), "attn.q", 0.0, [0])
 
 

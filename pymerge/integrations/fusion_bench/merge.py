@@ -107,7 +107,8 @@ class Merge(LightningFabricMixin, BaseAlgorithm):
         """The plan of a merge of files."""
         of_models = {each.name for each in method.parameters if each.scope == "model"}
         lists = {name: value for name, value in parameters.items() if name in of_models and isinstance(value, list)}
-        required = {each.name: each.default for each in method.parameters if each.required}
+        given = {name: (value,) for name, value in parameters.items()}
+        required = {each.name: each.default for each in method.required(given)}
         names = [name for name in files.models if name != BASE]
         config: dict[str, Any] = {
             "merge_method": method.name,

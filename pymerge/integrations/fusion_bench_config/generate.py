@@ -41,7 +41,7 @@ def _lines(method: Method) -> Iterator[str]:
     yield from _comment(f"{method.summary} ({method.source})")
     yield f"_target_: {TARGET}"
     yield f"merge_method: {method.name}"
-    own = [each for each in method.parameters if not each.no_effect and each.name != _WEIGHT]
+    own = [each for each in method.parameters if _stands(each)]
     yield "parameters:" if own else "parameters: {}"
     for each in own:
         yield from _comment(_meaning(each), "  ")
@@ -53,6 +53,11 @@ def _lines(method: Method) -> Iterator[str]:
     for key, (value, meaning) in _KEYS.items():
         yield from _comment(meaning)
         yield _entry(key, value)
+
+
+def _stands(parameter: Parameter) -> bool:
+    """Whether a parameter stands under `parameters` with its default."""
+    return not parameter.no_effect and parameter.only_with is None and parameter.name != _WEIGHT
 
 
 def _meaning(parameter: Parameter) -> str:

@@ -88,6 +88,7 @@ def _adapter(name: str, method: Method) -> MergeMethod:
             each.summary,
         )
         for each in method.parameters
+        if each.name not in _left_out(method)
     ]
     if isinstance(method, SolverMethod):
         axis = Literal[0, 1] | None
@@ -102,6 +103,12 @@ def _adapter(name: str, method: Method) -> MergeMethod:
         ),
         _implementation(method),
     )
+
+
+def _left_out(method: Method) -> set[str]:
+    """Parameters that stand for a required one: mergekit wants that one whatever else is given."""
+    instead = {each.instead for each in method.parameters if each.instead}
+    return instead | {each.name for each in method.parameters if each.only_with and each.only_with[0] in instead}
 
 
 def _implementation(method: Method) -> Callable[..., Tensor]:
@@ -151,6 +158,8 @@ def _values(method: Method, given: dict[str, Any], entries: Sequence[TensorEntry
     """Parameters as the Python interface takes them, but for those that have their defaults."""
     values: dict[str, Any] = {}
     for parameter in method.parameters:
+        if parameter.name not in given:
+            continue
         value = given[parameter.name]
         if parameter.scope == "model":
             values[parameter.name] = [_read(parameter, each) for each in value.values_for(entries)]

@@ -48,12 +48,14 @@ def _config(
     weights: Sequence[float] | Mapping[str, float] | None,
     parameters: Mapping[str, Any],
 ) -> dict[str, Any]:
-    known = {parameter.name: parameter for parameter in get_method(method).parameters}
+    found = get_method(method)
+    known = {parameter.name: parameter for parameter in found.parameters}
     own: list[dict[str, Any]] = [{} for _ in names]
-    shared = {name: parameter.default for name, parameter in known.items() if parameter.required}
     given = {key.rstrip("_"): value for key, value in parameters.items()}
     if weights is not None:
         given["weight"] = _by_name(weights, names)
+    required = found.required({key: (value,) for key, value in given.items()})
+    shared = {parameter.name: parameter.default for parameter in required}
     for key, value in given.items():
         if key in known and known[key].scope == "model" and isinstance(value, (list, tuple)):
             if len(value) != len(names):
