@@ -1,57 +1,61 @@
-"""Claim on an output directory: the lock, the state of an unfinished merge, what --overwrite removes."""
+"""Claim on an output directory: the state of an unfinished merge, what --overwrite removes."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import itertools
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from io import FileIO
 from pathlib import Path
 
-from pymerge.common.files import install, os_errors, parse_json_object, read_text_file
+from pymerge.common.files import fsync_directory, install, os_errors, parse_json_object, read_text_file
 from pymerge.common.names import first_few
 from pymerge.errors import OutputError
 from pymerge.output.files import MANIFEST_NAME, STATE_NAME, WORK_FOLDER, foreign_entries, is_safe_name
 from pymerge.output.identity import Identity, describe, differences, is_identity
 from pymerge.output.manifest import load_manifest, manifest_names
+from pymerge.output.work import LOCK_NAME, WorkNames, temporary
 
-LOCK_NAME = "lock"
-NOTE_NAME = "UNFINISHED.txt"
-TEMPORARY_NAME = "temporary"
-_FORMAT = 2
+_FORMAT = 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
-    """`state.json`: which merge this is, its files, sha256 of finished tensors, what is being published."""
+    """`state.json`: which merge this is, its files, in how many parts it was last run, what is being published."""
 
     identity: Identity
     shards: list[str]
-    finished: dict[str, dict[str, str]] = field(default_factory=dict)
+    parts: int = 0
     publishing: list[str] = field(default_factory=list)
 
     def save(self, work: Path) -> None:
         """Replace the state file of a work folder atomically."""
-        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
-        install(text.encode(), work / STATE_NAME, work / TEMPORARY_NAME)
+        install(self._bytes(), work / STATE_NAME, temporary(work))
 
-    def work_names(self) -> set[str]:
+    def create(self, work: Path) -> bool:
+        """Write the state file of a work folder unless it has one; whether it had none."""
+        path = temporary(work)
+        install(self._bytes(), path, temporary(work))
+        with os_errors(work / STATE_NAME, "creating the state"):
+            try:
+                os.link(path, work / STATE_NAME)
+            except FileExistsError:
+                return False
+            finally:
+                path.unlink(missing_ok=True)
+        fsync_directory(work)
+        return True
+
+    def _bytes(self) -> bytes:
+        return (json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n").encode()
+
+    @property
+    def work_names(self) -> WorkNames:
         """Names that a work folder in this state may hold."""
-        names = {LOCK_NAME, NOTE_NAME, TEMPORARY_NAME, STATE_NAME, *map(work_name, self.shards)}
-        return names | {partial_name(shard) for shard in self.shards}
+        return WorkNames(self.shards)
 
 
-def work_name(shard: str) -> str:
-    """Name of a shard in the work folder, which has no folders: those of the shard become part of its name."""
-    return shard.replace("/", "%")
-
-
-def partial_name(shard: str) -> str:
-    """Name of a shard that is still being written."""
-    return f"{work_name(shard)}.partial"
+_NO_STATE = State({}, [])
 
 
 def load_state(work: Path) -> State | None:
@@ -64,54 +68,25 @@ def load_state(work: Path) -> State | None:
             raw = parse_json_object(read_text_file(path), unique=True)
         if raw.pop("format", None) != _FORMAT:
             raise ValueError("its format is not known to this version")
-        if set(raw) != {"identity", "shards", "finished", "publishing"}:
+        if set(raw) != {"identity", "shards", "parts", "publishing"}:
             raise ValueError("it has other fields than expected")
         state = State(**raw)
-        if not isinstance(state.finished, dict) or not isinstance(state.shards, list):
-            raise ValueError("its shards are no list")
+        if not isinstance(state.shards, list) or type(state.parts) is not int:
+            raise ValueError("its shards are no list, or its parts no number")
         if not isinstance(state.publishing, list):
             raise ValueError("its published files are no list")
-        named = [*state.shards, *state.finished, *state.publishing]
+        named = [*state.shards, *state.publishing]
         if not is_identity(state.identity) or not all(is_safe_name(name) for name in named):
             raise ValueError("it lists names outside the directory")
-        for checksums in state.finished.values():
-            if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
-                raise ValueError("its checksums are not text")
     except (ValueError, TypeError) as error:
         raise OutputError(f"{path}: is damaged ({error}); delete the folder {work} and start again") from error
     return state
 
 
-def acquire_lock(path: Path) -> FileIO:
-    """Make the work folder of an output directory and lock it; the lock lasts until the file is closed.
-
-    Raises OutputError when another run holds it, or when the file system has no locks.
-    """
-    lock = path / WORK_FOLDER / LOCK_NAME
-    for _ in range(3):
-        with os_errors(lock, "creating the lock"):
-            lock.parent.mkdir(exist_ok=True)
-            file = FileIO(lock, "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that just ended may have removed the file between our open and our lock.
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
-                return file
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            file.close()
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                break
-            raise OutputError(
-                f"{lock}: file locks do not work here ({error.strerror}); write to another file system"
-            ) from error
-        file.close()
-    raise OutputError(f"{path}: another pymerge run is writing here; wait for it or choose another directory")
-
-
-def check_claim(path: Path, identity: Identity, shards: list[str], *, overwrite: bool) -> State | None:
-    """The state to resume, or None to start anew. Changes nothing.
+def check_claim(
+    path: Path, identity: Identity, shards: list[str], *, overwrite: bool, part: bool = False
+) -> State | None:
+    """The state to resume, or None to start anew. Changes nothing; `part` says that it is for a part of the merge.
 
     Raises OutputError when the directory holds anything else than this unfinished merge and, with
     `overwrite`, the files that a merge in this directory has listed as its own. The message names the parts in
@@ -120,6 +95,9 @@ def check_claim(path: Path, identity: Identity, shards: list[str], *, overwrite:
     work = path / WORK_FOLDER
     if work.is_symlink():
         raise OutputError(f"{work}: is a link; remove it or choose another directory")
+    with os_errors(work, "listing the directory"):
+        # Before the state is read: a part that begins now writes its state before anything else.
+        present = sorted(os.listdir(work)) if work.is_dir() else []
     state = load_state(work)
     resumed = state is not None and (state.identity, state.shards) == (identity, shards)
     own = set(state.publishing) if state is not None and (resumed or overwrite) else set()
@@ -128,21 +106,24 @@ def check_claim(path: Path, identity: Identity, shards: list[str], *, overwrite:
         own |= manifest_names(manifest)
     elif state is not None and not resumed:
         changed = describe(differences(state.identity, identity)) or "the division into files"
+        remedy = "run that command again to finish it, choose another directory, or give --overwrite to start anew"
+        if part:
+            remedy = (
+                "run all parts with the same config, inputs, options and versions, on machines of one kind, or choose "
+                "another directory"
+            )
         raise OutputError(
-            f"{path}: holds an unfinished merge of other inputs or parameters, it differs in: {changed}; run that "
-            "command again to finish it, choose another directory, or give --overwrite to start anew"
+            f"{path}: holds an unfinished merge of other inputs or parameters, it differs in: {changed}; {remedy}"
         )
     elif manifest is not None:
         changed = describe(differences(manifest["identity"], identity))
         differing = f", which differs in: {changed}" if changed else ""
-        raise OutputError(
-            f"{path}: holds a finished merge{differing}; choose another directory or give --overwrite to replace it"
-        )
+        remedy = "delete it" if part else "give --overwrite to replace it"
+        raise OutputError(f"{path}: holds a finished merge{differing}; choose another directory or {remedy}")
     with os_errors(path, "listing the directory"):
         foreign = list(itertools.islice(foreign_entries(path, own), 4))
-        if work.is_dir():
-            known = state.work_names() if state is not None else State({}, []).work_names()
-            foreign += [f"{WORK_FOLDER}/{name}" for name in sorted(os.listdir(work)) if name not in known]
+    known = (state or _NO_STATE).work_names
+    foreign += [f"{WORK_FOLDER}/{name}" for name in present if name not in known]
     if foreign:
         raise OutputError(
             f"{path}: holds files that are not of this merge: {first_few(foreign)}; choose an empty "
@@ -160,8 +141,8 @@ def earlier_bytes(path: Path) -> int:
     work = path / WORK_FOLDER
     state = load_state(work)
     files = [path / name for name in _listed_names(path, state)]
-    files += [work / name for name in (state.work_names() if state is not None else ())]
     with os_errors(path, "measuring the earlier merge"):
+        files += _entries(work, state)
         return sum(file.lstat().st_size for file in files if file.exists())
 
 
@@ -186,7 +167,22 @@ def remove_earlier(path: Path) -> None:
 
 
 def clear_work(work: Path, state: State | None) -> None:
-    """Remove everything but the lock from a work folder, the state last. Raises OSError."""
-    known = (state if state is not None else State({}, [])).work_names() - {LOCK_NAME, STATE_NAME}
-    for name in [*sorted(known), STATE_NAME]:
-        (work / name).unlink(missing_ok=True)
+    """Remove everything of ours but the lock from a work folder, the state last. Raises OSError."""
+    last = {LOCK_NAME, STATE_NAME}
+    for path in _entries(work, state):
+        if path.name not in last:
+            path.unlink(missing_ok=True)
+    (work / STATE_NAME).unlink(missing_ok=True)
+
+
+def remove_partial(work: Path, state: State) -> None:
+    """Remove what other processes have not finished; call when nobody else holds the folder. Raises OSError."""
+    for path in _entries(work, state):
+        if state.work_names.is_partial(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _entries(work: Path, state: State | None) -> list[Path]:
+    """Everything of ours in a work folder. Raises OSError."""
+    known = (state or _NO_STATE).work_names
+    return [work / name for name in sorted(os.listdir(work)) if name in known] if work.is_dir() else []

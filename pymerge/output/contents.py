@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pymerge.common.events import event
-from pymerge.output.claim import State, partial_name, work_name
 from pymerge.output.files import WORK_FOLDER
 from pymerge.output.layout import ShardLayout, TensorLayout, full_name
-from pymerge.output.shard import found_layout, is_whole
+from pymerge.output.records import Record
+from pymerge.output.shard import found_layout, has_header, is_whole
+from pymerge.output.work import work_name
 
 
 class Contents:
@@ -52,29 +53,51 @@ class Contents:
         return self.layouts[file].nbytes if file in self.layouts else self.late[file]
 
 
-def drop_damaged(path: Path, contents: Contents, state: State) -> None:
-    """Keep the shards whose size, header and checksums are as recorded, remove the others. Raises OSError."""
-    work = path / WORK_FOLDER
-    if state.finished:
-        nbytes = sum(contents.size(file) for file in state.finished if file in contents.files)
-        text = f"checking {len(state.finished)} finished shards ({nbytes:,} bytes) of an interrupted run"
-        event("checking_shards", text, shards=sorted(state.finished), bytes=nbytes)
-    for file in contents.files:
-        (work / partial_name(file)).unlink(missing_ok=True)
-        places = [work / work_name(file), *([path / file] if file in state.publishing else [])]
-        layouts = [contents.layouts.get(file) or found_layout(place) for place in places]
-        digests = state.finished.get(file, {})
-        whole = [
-            layout
-            for place, layout in zip(places, layouts, strict=True)
-            if layout is not None and is_whole(place, layout, digests)
-        ]
-        if whole and file in contents.late:
-            contents.place(whole[0])
-        if not whole:
-            if state.finished.pop(file, None) is not None:
-                text = f"{file}: was finished and is no longer as it was written; it is made again"
-                event("shard_damaged", text, level=logging.WARNING, file=file)
-            for place in places:
-                place.unlink(missing_ok=True)
-    state.save(work)
+def find_whole(
+    path: Path, contents: Contents, files: Collection[str], publishing: Collection[str], records: Mapping[str, Record]
+) -> dict[str, Record]:
+    """The records of those of these files that are as recorded, by size, header and checksums. Raises OSError.
+
+    They are in the work folder, or, where they were being published, at their place. Late ones get their layouts.
+    """
+    found = [file for file in files if file in records]
+    if found:
+        nbytes = sum(contents.size(file) for file in found)
+        text = f"checking {len(found)} finished shards ({nbytes:,} bytes) of an interrupted run"
+        event("checking_shards", text, shards=sorted(found), bytes=nbytes)
+    whole = {}
+    for file in found:
+        for place in places(path, file, publishing):
+            layout = contents.layouts.get(file) or found_layout(place)
+            if layout is not None and is_whole(place, layout, records[file].tensors):
+                whole[file] = records[file]
+                if file not in contents.layouts:
+                    contents.place(layout)
+                break
+        else:
+            _tell_damaged(file)
+    return whole
+
+
+def find_present(
+    path: Path, contents: Contents, publishing: Collection[str], records: Mapping[str, Record]
+) -> dict[str, Record]:
+    """As `find_whole`, of all files, by size and header alone: nothing is read again. Raises OSError."""
+    found = {}
+    for file, record in records.items():
+        layout = contents.layouts[file]
+        if any(has_header(place, layout, record.tensors) for place in places(path, file, publishing)):
+            found[file] = record
+        else:
+            _tell_damaged(file)
+    return found
+
+
+def places(path: Path, file: str, publishing: Collection[str]) -> list[Path]:
+    """Paths at which a whole file may lie."""
+    return [path / WORK_FOLDER / work_name(file), *([path / file] if file in publishing else [])]
+
+
+def _tell_damaged(file: str) -> None:
+    text = f"{file}: was finished and is no longer as it was written; it is made again"
+    event("shard_damaged", text, level=logging.WARNING, file=file)

@@ -3,61 +3,36 @@
 Until `publish`, everything lies in the hidden folder `.pymerge` of the output, so that nothing takes a
 half-written directory for a model:
 
-    OUT/.pymerge/lock                  held (flock) by the run that writes here
-    OUT/.pymerge/state.json            whose merge this is and which shards are whole
-    OUT/.pymerge/<shard>.partial       being written, at full size from the start
-    OUT/.pymerge/<shard>               whole, synced, its tensors' sha256 in state.json
+    OUT/.pymerge/lock                  held (flock) by the run that writes here, or shared by the parts that do
+    OUT/.pymerge/state.json            whose merge this is
+    OUT/.pymerge/<shard>.*.partial     being written by some process, at full size from the start
+    OUT/.pymerge/<shard>               whole, synced
+    OUT/.pymerge/<shard>.json          its record, which comes after it: its tensors' sha256
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
-from io import FileIO
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pymerge.common.events import event
-from pymerge.common.files import free_bytes, fsync_directory, install, os_errors
+from pymerge.common.files import install, os_errors
 from pymerge.errors import OutputError
-from pymerge.output.claim import (
-    LOCK_NAME,
-    NOTE_NAME,
-    TEMPORARY_NAME,
-    State,
-    acquire_lock,
-    check_claim,
-    clear_work,
-    earlier_bytes,
-    partial_name,
-    remove_earlier,
-    work_name,
-)
-from pymerge.output.contents import Contents, drop_damaged
-from pymerge.output.files import WORK_FOLDER
+from pymerge.output.claim import State, earlier_bytes, load_state, remove_earlier, remove_partial
+from pymerge.output.contents import find_present, find_whole, places
+from pymerge.output.held import NOTE, HeldDirectory
 from pymerge.output.identity import Identity
 from pymerge.output.layout import ShardLayout
+from pymerge.output.lock import InUseError, acquire_lock, change_lock
 from pymerge.output.publish import check_names, publish_files
-from pymerge.output.shard import ShardFile
-
-if TYPE_CHECKING:
-    import torch
-
-# Written at the start and not when a run fails, so that a killed run leaves it too.
-_NOTE = b"""\
-This folder belongs to a pymerge run that has not finished. If none is running:
-- to go on, run the same pymerge command again; whole shards (see state.json) are kept;
-- to give up, delete this folder, or give --overwrite with another merge.
-"""
+from pymerge.output.records import Record, load_records
+from pymerge.output.sink import internal
+from pymerge.output.work import NOTE_NAME, record_name, temporary, work_name
 
 
-def _internal(message: str) -> OutputError:
-    return OutputError(f"internal error: {message}; please report this")
-
-
-class OutputDirectory:
+class OutputDirectory(HeldDirectory):
     """An output directory that belongs to this process between `open` and `publish` or `abandon`.
 
     `layouts` are the weight files of the model, `beside` other files of tensors. Those of `late`, which maps their
@@ -82,31 +57,15 @@ class OutputDirectory:
         overwrite: bool = False,
         keeps_cache: bool = True,
     ) -> None:
-        self.path = Path(path)
-        self.layouts = tuple(layouts)
-        self.identity = dict(identity)
+        super().__init__(path, layouts, identity, beside, late or {}, interim or {}, keeps_cache)
         self.overwrite = overwrite
-        self.keeps_cache = keeps_cache
-        self._work = self.path / WORK_FOLDER
-        self._contents = Contents(self.layouts, beside, late or {}, interim or {})
         self._copied = copied
-        self._active: dict[str, ShardFile] = {}
-        self._created: list[Path] = []  # directories made by this run, outermost first
-        self._lock: FileIO | None = None
-        self._state: State | None = None  # set while the directory is ours
+        self._adopted = False
 
     def __enter__(self) -> OutputDirectory:
-        return self.open() if self._lock is None else self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abandon()
-
-    @property
-    def finished(self) -> frozenset[str]:
-        """Shard files that are whole and need not be written again."""
-        return frozenset(self._own_state().finished)
+        if self._lock is None:
+            self.open()
+        return self
 
     @property
     def beside(self) -> tuple[ShardLayout, ...]:
@@ -120,7 +79,18 @@ class OutputDirectory:
     @property
     def checksums(self) -> dict[str, dict[str, str]]:
         """sha256 (hex) of every tensor of the finished shards: file -> tensor -> digest."""
-        return {file: dict(digests) for file, digests in self._own_state().finished.items()}
+        return {file: dict(record.tensors) for file, record in self._own_sink().finished.items()}
+
+    @property
+    def missing(self) -> list[str]:
+        """Files that are not whole."""
+        finished = self._own_sink().finished
+        return [file for file in self._contents.files if file not in finished]
+
+    @property
+    def parts(self) -> int:
+        """Number of parts in which the merge was last run; 0 if it was not."""
+        return self._own_state().parts
 
     def open(self) -> OutputDirectory:
         """Take the directory: create, lock, check, resume or clear it, and check the disk space.
@@ -131,64 +101,72 @@ class OutputDirectory:
         try:
             self._create_directory()
             if self._work.is_symlink() or not os.path.exists(self._work):
-                self._check_claim()  # before anything is changed
+                self._check_claim(self.overwrite)  # before anything is changed
             self._lock = acquire_lock(self.path)
-            state = self._check_claim()
+            state = self._check_claim(self.overwrite)
             if state is None:
-                self._check_space(self._contents.files, earlier_bytes(self.path))
+                self._check_space(self._contents.files, self._copied, earlier_bytes(self.path))
                 remove_earlier(self.path)
                 state = State(self.identity, self._contents.files)
                 state.save(self._work)
-            self._state = state
-            install(_NOTE, self._work / NOTE_NAME, self._work / TEMPORARY_NAME)
+            self._own(state, {})
+            install(NOTE, self._work / NOTE_NAME, temporary(self._work))
             with os_errors(self._work, "resuming"):
-                drop_damaged(self.path, self._contents, state)
-            unfinished = [file for file in self._contents.files if file not in state.finished]
-            self._check_space(unfinished, 0)
-            for file in unfinished:
-                if file not in self._contents.late:
-                    self._finish_empty(self._contents.layouts[file])
+                remove_partial(self._work, state)
+                records = load_records(self._work, self._contents.files, self._digest)
+                self._take(find_whole(self.path, self._contents, self._contents.files, state.publishing, records))
+            self._check_space(self.missing, self._copied)
+            self._own_sink().finish_empty(self.missing)
         except BaseException:
             self.abandon()
             raise
         return self
 
-    def settle(self, layout: ShardLayout) -> None:
-        """Say what a late file holds, before its first tensor is written."""
-        if layout.file not in self._contents.late or layout.file in self._contents.layouts:
-            raise _internal(f"{self.path}: {layout.file} is not a file that has yet to get its layout")
-        self._contents.place(layout)
-        self._finish_empty(layout)
+    def adopt(self, *, verify: bool | None = None) -> OutputDirectory:
+        """Take a directory that parts of this merge have written, to publish it; nothing is created.
 
-    def write(self, tensor_name: str, data: torch.Tensor | memoryview) -> None:
-        """Append the next piece of a tensor, by its full name: a CPU tensor of the planned dtype, or raw bytes.
+        Files that are no longer as recorded, by size and header, are `missing`. With `verify`, their checksums count
+        too: by default where several machines have written.
 
-        Pieces of one tensor come in order, tensors in any order. A shard that has all its bytes is synced and
-        recorded as finished. Raises OutputError when writing fails (the partial shard is removed) or when the
-        pieces do not fit the plan.
+        Raises OutputError when there are no parts of this merge, or when one is being written.
         """
-        state = self._own_state()
-        if tensor_name not in self._contents.places:
-            raise _internal(f"{self.path}: tensor {tensor_name} is not in the plan")
-        layout, tensor = self._contents.places[tensor_name]
-        if not isinstance(data, memoryview):
-            from pymerge.common.dtypes import bytes_of, code_of
+        if load_state(self._work) is None:
+            raise OutputError(
+                f"{self.path}: holds no part of a merge; run the parts first (pymerge merge CONFIG OUT --part 1/N, ...)"
+            )
+        self._lock = acquire_lock(self.path)
+        try:
+            state = self._check_claim(False, part=True)
+            if state is None:  # published, or removed, before it was locked
+                raise InUseError(self.path)
+            self._adopted = True
+            self._own(state, {})
+            self._gather(verify)
+        except BaseException:
+            self.abandon()
+            raise
+        return self
 
-            if data.device.type != "cpu" or code_of(data.dtype) != tensor.dtype:
-                raise _internal(
-                    f"{self.path}: tensor {tensor_name} is {data.dtype} on {data.device}, planned {tensor.dtype} on cpu"
-                )
-            data = bytes_of(data.contiguous())
-        if data.nbytes == 0:
-            return
-        if layout.file in state.finished:
-            raise _internal(f"{self.path}: tensor {tensor_name} is in {layout.file}, which is finished")
-        if layout.file not in self._active:
-            self._active[layout.file] = self._shard_file(layout)
-        shard = self._active[layout.file]
-        shard.write(tensor, data.cast("B"))
-        if shard.complete:
-            self._finish(layout)
+    def share(self) -> None:
+        """Let other processes write parts of this merge from now on; `reclaim` ends that.
+
+        Raises OutputError when another run was quicker.
+        """
+        assert self._lock is not None
+        if not change_lock(self._lock, self.path, shared=True):
+            raise InUseError(self.path)
+        self._adopted = True
+
+    def reclaim(self, *, verify: bool | None = None) -> None:
+        """Take the directory back, with what other processes have written, as `adopt` does.
+
+        Raises OutputError when one of them is still writing.
+        """
+        assert self._lock is not None
+        if not change_lock(self._lock, self.path, shared=False):
+            raise InUseError(self.path)
+        self._own(load_state(self._work) or self._own_state(), {})
+        self._gather(verify)
 
     def publish(
         self, files: Mapping[str, bytes | Path], manifest: Mapping[str, Any], *, last: str | None = None
@@ -200,14 +178,14 @@ class OutputDirectory:
         same merge and publishing again completes it. Raises OutputError when a shard is unfinished, a name is not
         allowed or writing fails, and CheckpointError when a file to be copied is not what the manifest says.
         """
-        state = self._own_state()
-        unfinished = [file for file in self._contents.files if file not in state.finished]
+        unfinished = self.missing
         if unfinished:
-            raise _internal(f"{self.path}: {len(unfinished)} shards are unfinished, {unfinished[0]} among them")
-        state.publishing = check_names(self.path, self.layouts, self.beside, files)
+            raise internal(f"{self.path}: {len(unfinished)} shards are unfinished, {unfinished[0]} among them")
+        names = check_names(self.path, self.layouts, self.beside, files)
+        self._state = state = replace(self._own_state(), publishing=names)
         state.save(self._work)
         publish_files(self.path, self.layouts, self.beside, files, manifest, last)
-        self._state = None
+        self._state = self._sink = None
         self._created.clear()
         self._remove_work(state)
 
@@ -217,81 +195,35 @@ class OutputDirectory:
         Without any, or unless they are to be kept, everything that this run created is removed. Does nothing after
         `publish`.
         """
-        for shard in self._active.values():
-            shard.discard()
-        self._active.clear()
-        state, self._state = self._state, None
-        if state is not None and state.finished and keep:
+        if self._sink is not None:
+            self._sink.discard()
+        kept = keep and (self._adopted or bool(self._sink and self._sink.finished))
+        state, self._state, self._sink = self._state, None, None
+        if state is not None and kept:
             self._created.clear()
             self._release()
             return
         self._remove_work(state)
-        while self._created:
-            try:
-                self._created.pop().rmdir()
-            except OSError:  # somebody else has put something there since
-                self._created.clear()
+        self._remove_created()
 
-    def _own_state(self) -> State:
-        if self._state is None:
-            raise _internal(f"{self.path}: the output directory is not open")
-        return self._state
+    def _gather(self, verify: bool | None) -> None:
+        """Take the files that have records of this merge."""
+        publishing = self._own_state().publishing
+        with os_errors(self._work, "looking at the parts"):
+            found = load_records(self._work, self._contents.files, self._digest)
+            if verify is None:
+                verify = len({record.host for record in found.values()}) > 1
+            if verify:
+                found = find_whole(self.path, self._contents, self._contents.files, publishing, found)
+            else:
+                found = find_present(self.path, self._contents, publishing, found)
+            self._take(found)
 
-    def _create_directory(self) -> None:
-        if os.path.exists(self.path) and not os.path.isdir(self.path):
-            raise OutputError(f"{self.path}: is a file; give a directory")
-        with os_errors(self.path, "creating the directory"):
-            for folder in [*reversed(self.path.parents), self.path]:
-                if not os.path.exists(folder):
-                    folder.mkdir()
-                    self._created.append(folder)
-                    fsync_directory(folder.parent)
-
-    def _check_claim(self) -> State | None:
-        return check_claim(self.path, self.identity, self._contents.files, overwrite=self.overwrite)
-
-    def _check_space(self, files: Sequence[str], reclaimed: int) -> None:
-        needed = sum(self._contents.size(file) for file in files) + self._copied
-        with os_errors(self.path, "asking for free space"):
-            free = free_bytes(self.path) + reclaimed
-        if needed > free:
-            raise OutputError(
-                f"{self.path}: not enough space: needs {needed:,} bytes, {free:,} bytes free; "
-                "free some space or choose another disk"
-            )
-
-    def _finish_empty(self, layout: ShardLayout) -> None:
-        """A file of empty tensors only is finished as it is: nothing is going to be written."""
-        if layout.nbytes == len(layout.header):
-            self._finish(layout)
-
-    def _finish(self, layout: ShardLayout) -> None:
-        state = self._own_state()
-        shard = self._active.get(layout.file)
-        if shard is None:
-            shard = self._shard_file(layout)
-        state.finished[layout.file] = shard.finish(self._work / work_name(layout.file))
-        self._active.pop(layout.file, None)
-        state.save(self._work)
-        event("shard_finished", f"{layout.file}: finished", level=logging.DEBUG, file=layout.file, bytes=layout.nbytes)
-
-    def _shard_file(self, layout: ShardLayout) -> ShardFile:
-        return ShardFile(layout, self._work / partial_name(layout.file), keeps_cache=self.keeps_cache)
-
-    def _remove_work(self, state: State | None) -> None:
-        """Remove what `state` lists from the work folder, then lock and folder if nothing else is in it."""
-        try:
-            with os_errors(self._work, "removing the work folder"):
-                if state is not None:
-                    clear_work(self._work, state)
-                # Where a signal came at the end of this, it is done once more, and the folder is gone.
-                if self._lock is not None and self._work.is_dir() and os.listdir(self._work) == [LOCK_NAME]:
-                    (self._work / LOCK_NAME).unlink()
-                    self._work.rmdir()
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()  # may be done twice: a signal may come before the next line
-            self._lock = None
+    def _take(self, whole: dict[str, Record]) -> None:
+        """Take these files as finished, and remove the others and their records. Raises OSError."""
+        self._own_sink().finished = whole
+        for file in self._contents.files:
+            if file not in whole:
+                (self._work / record_name(file)).unlink(missing_ok=True)
+                for place in places(self.path, file, self._own_state().publishing):
+                    place.unlink(missing_ok=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 from pymerge.common.files import fsync_directory, install, os_errors
 from pymerge.errors import OutputError
-from pymerge.output.claim import TEMPORARY_NAME, work_name
 from pymerge.output.files import MANIFEST_NAME, WORK_FOLDER, is_safe_name
 from pymerge.output.layout import ShardLayout, index_json, index_name
 from pymerge.output.manifest import manifest_bytes
+from pymerge.output.work import temporary, work_name
 
 _CONFIG = "config.json"
 _WRITTEN_BY_US = (_CONFIG, "README.md")
@@ -86,5 +86,5 @@ def _put(path: Path, name: str, source: bytes | Path, sha256: str | None = None)
     target = path / name
     with os_errors(target, "creating the folder"):
         target.parent.mkdir(parents=True, exist_ok=True)
-    install(source, target, path / WORK_FOLDER / TEMPORARY_NAME, sha256)
+    install(source, target, temporary(path / WORK_FOLDER), sha256)
     _sync_folders(path, target)

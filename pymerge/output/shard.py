@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,8 +43,9 @@ class ShardFile:
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="pymerge-hash")  # beside the disk, which takes as long
         self._descriptor = -1
         self._direct: DirectFile | None = None
+        self.began = time.monotonic()
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._create()
             self._reserve()
             self._direct = DirectFile(path, only_if_fast=keeps_cache)
         except OSError as error:
@@ -108,6 +111,15 @@ class ShardFile:
             place = ctypes.c_int64(offset), ctypes.c_int64(nbytes)
             _SYNC_FILE_RANGE(self._descriptor, *place, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
+    def _create(self) -> None:
+        """Make the file, locked as long as it is open, which tells other processes that somebody is writing it."""
+        while True:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+            if os.fstat(self._descriptor).st_nlink:
+                return
+            os.close(self._descriptor)  # removed before it was locked
+
     def _reserve(self) -> None:
         nbytes = self.layout.nbytes
         if hasattr(os, "posix_fallocate"):
@@ -138,15 +150,21 @@ class ShardFile:
             done += count
 
 
-def is_whole(file: Path, layout: ShardLayout, digests: Mapping[str, str]) -> bool:
-    """Whether a file has the planned size and header, and each tensor the recorded sha256. Raises OSError."""
+def has_header(file: Path, layout: ShardLayout, digests: Mapping[str, str]) -> bool:
+    """Whether a file has the planned size and header, and there is a checksum of each tensor. Raises OSError."""
     if set(digests) != {tensor.name for tensor in layout.tensors}:
         return False
     if not file.is_file() or file.stat().st_size != layout.nbytes:
         return False
     with open(file, "rb") as stream:
-        if stream.read(len(layout.header)) != layout.header:
-            return False
+        return stream.read(len(layout.header)) == layout.header
+
+
+def is_whole(file: Path, layout: ShardLayout, digests: Mapping[str, str]) -> bool:
+    """Whether a file has the planned size and header, and each tensor the recorded sha256. Raises OSError."""
+    if not has_header(file, layout, digests):
+        return False
+    with open(file, "rb") as stream:
         return all(_digest(stream, tensor) == digests[tensor.name] for tensor in layout.tensors)
 
 

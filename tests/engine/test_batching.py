@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 from collections import Counter
@@ -317,9 +316,8 @@ def test_without_memory_for_a_batch_its_layers_are_merged_alone(
 
 
 def finished(out: Path) -> int:
-    """How many shards the work folder lists as whole."""
-    state = out / ".pymerge/state.json"
-    return len(json.loads(state.read_text())["finished"]) if state.exists() else 0
+    """How many shards the work folder has records of."""
+    return len(list((out / ".pymerge").glob("*.safetensors.json")))
 
 
 def test_a_killed_merge_in_batches_goes_on(tmp_path: Path) -> None:

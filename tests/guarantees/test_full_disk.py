@@ -31,7 +31,8 @@ except OutputError as error:
     print(sorted(os.listdir(sys.argv[1] + "/out/.pymerge")))
     output.abandon()
 """
-LEFT = "['UNFINISHED.txt', 'lock', 'model-00001-of-00002.safetensors', 'state.json']"
+SHARD = "model-00001-of-00002.safetensors"
+LEFT = f"['UNFINISHED.txt', 'lock', '{SHARD}', '{SHARD}.json', 'state.json']"
 
 
 def run(command: list[str], code: str, folder: Path) -> list[str]:

@@ -138,7 +138,7 @@ def stage(out: Path) -> str:
     state = json.loads(file.read_text())
     if state["publishing"]:
         return "publishing"
-    return "some shards" if state["finished"] else "no shard"
+    return "some shards" if list(file.parent.glob("*.safetensors.json")) else "no shard"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)

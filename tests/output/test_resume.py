@@ -42,7 +42,8 @@ def test_an_exception_abandons_and_the_next_run_resumes(tmp_path: Path) -> None:
     work = tmp_path / "out" / ".pymerge"
     assert os.listdir(tmp_path / "out") == [".pymerge"]
     kept = {layouts[0].file, layouts[2].file}
-    assert set(os.listdir(work)) == {"lock", "state.json", "UNFINISHED.txt", *kept}
+    records = {f"{file}.json" for file in kept}
+    assert set(os.listdir(work)) == {"lock", "state.json", "UNFINISHED.txt", *kept, *records}
     assert "run the same pymerge command again" in (work / "UNFINISHED.txt").read_text()
     assert read_manifest(tmp_path / "out") is None
     with OutputDirectory(tmp_path / "out", layouts, identity={"config": "f"}) as output:
