@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge import search, wemoe
-    from pymerge.api import merge, multi, plan, run
+    from pymerge.api import finalize, merge, multi, plan, run
     from pymerge.engine.in_memory import merge_state_dicts, merge_tensors
     from pymerge.engine.report import MergeReport
     from pymerge.errors import PymergeError
@@ -25,6 +25,7 @@ __all__ = [
     "Plan",
     "PymergeError",
     "extract",
+    "finalize",
     "merge",
     "merge_adapters",
     "merge_into",
@@ -46,6 +47,7 @@ _HOMES = {
     "Plan": "pymerge.planner.plan",
     "PymergeError": "pymerge.errors",
     "extract": "pymerge.extraction.api",
+    "finalize": "pymerge.api",
     "merge": "pymerge.api",
     "merge_adapters": "pymerge.extraction.api",
     "merge_into": "pymerge.live.into",

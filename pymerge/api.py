@@ -1,4 +1,4 @@
-"""The Python interface to merges of files: `plan`, `run`, `merge`, `multi`."""
+"""The Python interface to merges of files: `plan`, `run`, `merge`, `finalize`, `multi`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pymerge.config.merge_config import MergeConfig, load_config
 from pymerge.engine.report import MergeReport
 from pymerge.engine.run import resolve_target
 from pymerge.engine.run import run as carry_out
-from pymerge.errors import PlanError
+from pymerge.errors import ArgumentError, PlanError
 from pymerge.planner.advice import delta_warnings
 from pymerge.planner.budget import budget
 from pymerge.planner.build import DEFAULT_SHARD_BYTES, build_plan
+from pymerge.planner.parts import Part, checked_part, few_files
 from pymerge.planner.plan import Plan
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def run(
     progress: bool = True,
     overwrite: bool = False,
     profile: str | Path | None = None,
+    part: Part | None = None,
 ) -> MergeReport:
     """Carry out a plan: merge checkpoints on disk into the directory `out`.
 
@@ -82,18 +84,66 @@ def run(
         progress: show a progress bar on standard error.
         overwrite: replace another merge in `out`.
         profile: file for a trace of every read, copy, computation and write, in Chrome's trace event format.
+        part: (2, 3) merges the second of three parts, whole files, beside other processes and machines that have the
+            same `out`; `finalize` makes a model of them. A merge without `part` goes on with what parts have made, and
+            they with what it has.
 
     Raises:
         CheckpointError: an input has changed since the plan was made, among others.
         PymergeError: another of its subclasses, see pymerge.errors. The output is then absent, or marked unfinished.
     """
-    return carry_out(
-        plan,
-        Path(out),
-        overwrite=overwrite,
-        progress=ProgressBar("merging") if progress else NoProgress(),
-        profile=None if profile is None else Path(profile),
-    )
+    sink = ProgressBar("merging") if progress else NoProgress()
+    trace = None if profile is None else Path(profile)
+    if part is None:
+        return carry_out(plan, Path(out), overwrite=overwrite, progress=sink, profile=trace)
+    from pymerge.engine.parts import run_part
+
+    if overwrite:
+        raise ArgumentError("a part does not replace another merge, which other parts may be writing; delete it first")
+    return run_part(_advised(plan, part), Path(out), part, progress=sink, profile=trace)
+
+
+def finalize(
+    config: str | Path | Mapping[str, Any] | MergeConfig | Plan,
+    out: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    backend: str | None = None,
+    memory: int | str | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_BYTES,
+    dtype: str | None = None,
+    verify: bool | None = None,
+    progress: bool = True,
+) -> MergeReport:
+    """Make a model of what the parts of a merge have left in the directory `out`; the bytes are those of one merge.
+
+    Args:
+        config: that of the parts, or their plan.
+        out: their directory.
+        device, backend, memory, max_shard_size, dtype: of `plan`, as the parts had them.
+        verify: read all files again and compare their checksums; default: where several machines have written them.
+        progress: show a progress bar where an output that was published already is verified.
+
+    Raises:
+        OutputError: parts are missing, which are listed, or are still being written.
+        PymergeError: another of its subclasses, see pymerge.errors.
+    """
+    from pymerge.engine import parts
+
+    if isinstance(config, Plan):
+        planned = config
+    else:
+        planned = plan(
+            config, device=device, backend=backend, memory=memory, max_shard_size=max_shard_size, dtype=dtype
+        )
+    sink = ProgressBar("verifying") if progress else NoProgress()
+    return parts.finalize(planned, Path(out), verify=verify, progress=sink)
+
+
+def _advised(plan: Plan, part: Part) -> Plan:
+    """The plan, with a warning where it has few files for so many parts."""
+    warning = few_files(plan, checked_part(part)[1])
+    return replace(plan, warnings=(*plan.warnings, warning)) if warning else plan
 
 
 def merge(
@@ -108,14 +158,17 @@ def merge(
     dtype: str | None = None,
     overwrite: bool = False,
     profile: str | Path | None = None,
+    part: Part | None = None,
 ) -> MergeReport:
     """Merge checkpoints on disk into the directory `out`: `plan` and `run` in one, with their arguments.
 
     Raises:
         PymergeError: one of its subclasses, see pymerge.errors. The output is then absent, or marked unfinished.
     """
+    if part is not None:
+        checked_part(part)
     planned = plan(config, device=device, backend=backend, memory=memory, max_shard_size=max_shard_size, dtype=dtype)
-    return run(planned, out, progress=progress, overwrite=overwrite, profile=profile)
+    return run(planned, out, progress=progress, overwrite=overwrite, profile=profile, part=part)
 
 
 def plan_stages(

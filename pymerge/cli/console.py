@@ -48,6 +48,7 @@ Memory = Annotated[
     str | None,
     typer.Option(help="Hold at most this much of tensors at once, such as 8GiB.", show_default="75% of what is free"),
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ShardSize = Annotated[str, typer.Option(help="Start a new file above this size.")]
 Dtype = Annotated[
     OutputDtype | None, typer.Option(help="Output dtype, instead of the config's or the base's.", show_default=False)

@@ -31,7 +31,10 @@ class MergeReport:
     resumed_shards: int = 0  # shards kept from an earlier, interrupted run
     overlap: float = 0.0  # of the time in which files were read or written, the share with a computation under way
     slowest: tuple[StepTime, ...] = ()  # the tensors that took longest
-    already_done: bool = False  # the output was there, whole, and has been verified instead
+    already_done: bool = False  # the output was there, whole, and has been verified instead, unless it was a part's run
+    part: tuple[int, int] | None = None  # of a run that has merged a part: its number, and of how many
+    files: int = 0  # of a part: its output files; of a run that has published what parts made: all
+    missing_files: int = 0  # of a part: files of the whole output that nobody has made yet
 
     @property
     def rate(self) -> float:
@@ -40,6 +43,13 @@ class MergeReport:
 
     def lines(self) -> list[str]:
         """The summary, for people."""
+        if self.part is not None and self.already_done:
+            return [f"{self.output} holds this very merge already, whole"]
+        if self.files and self.part is None and not self.bytes_written:
+            return [
+                f"published {self.files} files ({self.tensors} tensors, {self.parameters:,} parameters) in "
+                f"{self.output}, in {self.seconds:.1f} s"
+            ]
         if self.already_done:
             return [
                 f"{self.output} holds this very merge already; verified {self.tensors} tensors "
@@ -53,8 +63,9 @@ class MergeReport:
         memory = f"peak memory {format_bytes(self.peak_memory)}"
         if self.peak_device_memory:
             memory += f", on the device {format_bytes(self.peak_device_memory)}"
+        part = f"part {self.part[0]}/{self.part[1]}: " if self.part else ""
         lines = [
-            f"merged {self.tensors} tensors ({self.parameters:,} parameters) into {self.output}",
+            f"{part}merged {self.tensors} tensors ({self.parameters:,} parameters) into {self.output}",
             f"{self.seconds:.1f} s: {shares}; {self.overlap:.0%} of the file access ran beside computing",
             f"read {format_bytes(self.bytes_read)}, wrote {format_bytes(self.bytes_written)}, "
             f"{self.rate / 1e9:.2f} GB/s; {memory}",
@@ -63,7 +74,15 @@ class MergeReport:
             lines.append("ops: " + ", ".join(f"{op} {name}" for op, name in sorted(self.backends.items())))
         if self.resumed_shards:
             lines.append(f"kept {self.resumed_shards} finished shards of an interrupted run")
+        if self.part:
+            lines.append(self._rest())
         return lines
+
+    def _rest(self) -> str:
+        """Line on what is still to do when a part is done."""
+        if self.missing_files:
+            return f"{self.missing_files} files of other parts are missing; when they are there: pymerge finalize"
+        return "all files are there; they become a model by pymerge finalize"
 
     def slowest_lines(self) -> list[str]:
         """A table of the slowest tensors, for people."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,17 +17,17 @@ from pymerge.checkpoint.reader import Reader
 from pymerge.common.blas import blas_name
 from pymerge.common.devices import Device, resolve_device
 from pymerge.common.events import event, logger
-from pymerge.common.names import printable
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.engine.executor import Executor
 from pymerge.engine.memory import peak_resident_bytes
-from pymerge.engine.model_card import RECIPE_NAME, model_card
+from pymerge.engine.publishing import publish, verified
 from pymerge.engine.report import MergeReport
 from pymerge.engine.trace import Tracer
-from pymerge.engine.worker import Context
+from pymerge.engine.worker import Context, Sink
 from pymerge.errors import OutputError, PlanError
 from pymerge.output.directory import OutputDirectory
-from pymerge.output.manifest import build_manifest, read_manifest
+from pymerge.output.layout import ShardLayout
+from pymerge.output.manifest import read_manifest
 from pymerge.planner.jobs import batches
 from pymerge.planner.plan import Plan
 from pymerge.planner.workers import Target
@@ -81,40 +83,98 @@ def run(
         NonFiniteError: an input holds NaN or infinity (and the config does not allow it), or a result overflows.
         OutOfMemoryError: the machine has less memory than the plan was told.
     """
-    refuse_adapter(plan)
     started = time.perf_counter()
     progress = progress or NoProgress()
-    device, extras = plan.target.device, plan.extras
-    runner = Runner(plan.target.backend, device)
+    identity = begin(plan, out)
+    manifest = read_manifest(out)
+    if manifest is not None and manifest["identity"] == identity and not overwrite:
+        return verified(plan, out, started, progress)
+    with whole_directory(plan, out, identity, overwrite=overwrite) as output:
+        done = merge_files(plan, output, output.finished, progress, profile)
+        publish(plan, output)
+    report = done.report(plan, output.path, [*plan.layouts, *output.beside], time.perf_counter() - started)
+    event("finished", report.lines()[0], **asdict(report))
+    return report
+
+
+def begin(plan: Plan, out: Path) -> dict[str, str]:
+    """Log a plan and refuse it where it cannot be carried out; returns the merge's identity on this processor."""
+    refuse_adapter(plan)
     _log_plan(plan)
     refuse_inputs(plan, out)
     plan.check_inputs()
-    identity = plan.identity(processor(plan))
-    manifest = read_manifest(out)
-    if manifest is not None and manifest["identity"] == identity and not overwrite:
-        return _verified(plan, out, started, progress)
+    return plan.identity(processor(plan))
+
+
+def whole_directory(plan: Plan, out: Path, identity: dict[str, str], *, overwrite: bool = False) -> OutputDirectory:
+    """The output directory of a plan, for who holds it alone."""
+    return OutputDirectory(
+        out,
+        plan.layouts,
+        identity=identity,
+        beside=(*plan.modules, *plan.extras.layouts),
+        late=plan.extras.late,
+        copied=sum((plan.inputs.donor.path / file).stat().st_size for file in plan.inputs.donor.beside.copied),
+        overwrite=overwrite,
+        keeps_cache=plan.keeps_cache,
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """Files that have been merged: what was read, and with what; `kept` are those that were there already."""
+
+    kept: frozenset[str]
+    bytes_read: int
+    executor: Executor
+    tracer: Tracer
+
+    def report(self, plan: Plan, out: Path, layouts: Sequence[ShardLayout], seconds: float) -> MergeReport:
+        """The report on these files, as many as were to be merged."""
+        written = [layout for layout in layouts if layout.file not in self.kept]
+        files = {layout.file for layout in layouts}
+        return MergeReport(
+            output=out,
+            tensors=sum(len(layout.tensors) for layout in plan.files if layout.file in files),
+            parameters=sum(math.prod(step.shape) for step in plan.steps if step.file in files),
+            bytes_read=self.bytes_read,
+            bytes_written=sum(tensor.nbytes for layout in written for tensor in layout.tensors),
+            seconds=seconds,
+            reading=self.executor.times.reading,
+            computing=self.executor.times.computing,
+            writing=self.executor.times.writing,
+            overlap=self.tracer.overlap,
+            slowest=self.tracer.slowest(),
+            budget=plan.budget.tensors,
+            peak_memory=peak_resident_bytes(),
+            peak_device_memory=_peak_device_memory(plan.target.device),
+            backends=self.executor.backends,
+            warnings=plan.warnings,
+            resumed_shards=len(self.kept & files),
+        )
+
+
+def merge_files(
+    plan: Plan,
+    output: Sink,
+    finished: frozenset[str],
+    progress: ProgressSink,
+    profile: Path | None = None,
+    files: Collection[str] | None = None,
+) -> Done:
+    """Merge the files of a plan, all or only these `files`, but for those that are `finished`."""
+    device, extras = plan.target.device, plan.extras
     _peak_device_memory(device, reset=True)
-    with (
-        Tracer(profile, nvtx=device.type == "cuda") as tracer,
-        OutputDirectory(
-            out,
-            plan.layouts,
-            identity=identity,
-            beside=(*plan.modules, *extras.layouts),
-            late=extras.late,
-            copied=sum((plan.inputs.donor.path / file).stat().st_size for file in plan.inputs.donor.beside.copied),
-            overwrite=overwrite,
-            keeps_cache=plan.keeps_cache,
-        ) as output,
-        Reader(plan.inputs.stamps) as reader,
-    ):
-        kept = output.finished
-        if kept:
-            event("resumed", f"kept {len(kept)} finished shards of an interrupted run", shards=sorted(kept))
-        merging, beside = (batches(steps, plan.budget, kept) for steps in (plan.steps, extras.steps))
+    if finished:
+        text = f"kept {len(finished)} finished shards of an interrupted run"
+        event("resumed", text, shards=sorted(finished))
+    others = set() if files is None else {layout.file for layout in plan.files} - set(files)
+    with Tracer(profile, nvtx=device.type == "cuda") as tracer, Reader(plan.inputs.stamps) as reader:
+        merging, beside = (batches(steps, plan.budget, finished | others) for steps in (plan.steps, extras.steps))
         jobs = [job for batch in (*merging, *beside) for job in batch.jobs]
         read = sum(job.step.bytes_of(job.piece) for job in jobs if job.reads)
         progress.start(read + sum(job.step.bytes_made(job.piece) for job in jobs if job.merges))
+        runner = Runner(plan.target.backend, device)
         context = Context(runner, reader, tracer, progress, plan.config.allow_nonfinite, plan.keeps_cache)
         executor = Executor(context, output, plan.target.threads)
         try:
@@ -122,42 +182,7 @@ def run(
             executor.run(beside, plan.budget.host)
         finally:
             progress.close()
-        _publish(plan, output)
-    return _report(plan, output, kept, read, executor, tracer, time.perf_counter() - started)
-
-
-def _report(
-    plan: Plan,
-    output: OutputDirectory,
-    kept: frozenset[str],
-    read: int,
-    executor: Executor,
-    tracer: Tracer,
-    seconds: float,
-) -> MergeReport:
-    """The report of a run that read so many bytes, and wrote all files but those that were `kept`."""
-    written = [layout for layout in (*plan.layouts, *output.beside) if layout.file not in kept]
-    report = MergeReport(
-        output=output.path,
-        tensors=plan.tensors,
-        parameters=plan.parameters,
-        bytes_read=read,
-        bytes_written=sum(tensor.nbytes for layout in written for tensor in layout.tensors),
-        seconds=seconds,
-        reading=executor.times.reading,
-        computing=executor.times.computing,
-        writing=executor.times.writing,
-        overlap=tracer.overlap,
-        slowest=tracer.slowest(),
-        budget=plan.budget.tensors,
-        peak_memory=peak_resident_bytes(),
-        peak_device_memory=_peak_device_memory(plan.target.device),
-        backends=executor.backends,
-        warnings=plan.warnings,
-        resumed_shards=len(kept),
-    )
-    event("finished", report.lines()[0], **asdict(report))
-    return report
+    return Done(finished, read, executor, tracer)
 
 
 def _peak_device_memory(device: Device, *, reset: bool = False) -> int:
@@ -198,70 +223,3 @@ def refuse_inputs(plan: Plan, out: Path) -> None:
         parents = {parent for file in checkpoint.files for parent in file.resolve().parents}
         if out.resolve() in {folder.resolve(), *parents}:
             raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
-
-
-def _publish(plan: Plan, output: OutputDirectory) -> None:
-    """Put everything beside the weights in place, and make the output visible."""
-    donor = plan.inputs.donor
-    files: dict[str, bytes | Path] = {path.as_posix(): donor.path / path for path in donor.other_files}
-    files = {name: source for name, source in files.items() if name not in plan.tokens.dropped} | dict(
-        plan.tokens.files
-    )
-    if "config.json" in files:  # of a folder whose transformer, with its config.json, is in a folder of its own
-        files["config.json"] = (donor.path / "config.json").read_bytes()
-    if plan.config_json is not None:
-        files[Path(donor.folder, "config.json").as_posix()] = plan.config_json
-    files["README.md"] = model_card(plan)
-    files = {name: source for name, source in files.items() if name not in plan.given}
-    files |= {name: data for name, data in plan.given.items() if data is not None}
-    files[RECIPE_NAME] = plan.config.source_text.encode()
-    layouts = output.beside[len(plan.modules) :]
-    beside = plan.extras.files(layouts)
-    manifest = build_manifest(
-        plan.layouts,
-        output.checksums,
-        files | beside,
-        identity=output.identity,
-        recipe={
-            "config": RECIPE_NAME,
-            "directory": printable(plan.config.directory or Path.cwd()),
-            "dtype": plan.dtype,
-            "backend": plan.target.backend,
-            "device": str(plan.target.device),
-        },
-        base_parameters=plan.base_parameters,
-        modules=plan.modules,
-        beside=layouts,
-        changeable=plan.extras.changeable,
-        infinite={step.name: step.infinite for step in plan.steps if step.infinite},
-    )
-    output.publish(files | beside, manifest, last=next(reversed(beside), None))
-
-
-def _verified(plan: Plan, out: Path, started: float, progress: ProgressSink) -> MergeReport:
-    """The report of an output that was there already, after reading it again."""
-    from pymerge.output.verify import verify
-
-    found = verify(out, progress=progress, allow_nonfinite=plan.config.allow_nonfinite)
-    if found.problems:
-        raise OutputError(
-            f"{out} holds this merge, but damaged: " + "; ".join(found.problems) + "; give --overwrite to redo it"
-        )
-    report = MergeReport(
-        output=out,
-        tensors=found.tensors,
-        parameters=found.parameters,
-        bytes_read=found.nbytes,
-        bytes_written=0,
-        seconds=(seconds := time.perf_counter() - started),
-        reading=seconds,
-        computing=0.0,
-        writing=0.0,
-        budget=plan.budget.tensors,
-        peak_memory=peak_resident_bytes(),
-        peak_device_memory=0,
-        warnings=plan.warnings,
-        already_done=True,
-    )
-    event("already_done", report.lines()[0], **asdict(report))
-    return report

@@ -174,12 +174,13 @@ class Plan:
 
     def identity(self, processor: str) -> dict[str, str]:
         """All that decides the bytes of the output, by name: versions, config, inputs, layout, backend, device."""
-        backend, device = self.target.backend, str(self.target.device)
+        # Which one of several GPUs it is decides nothing; their names are in `processor`.
+        backend, device = self.target.backend, self.target.device.type
         headers = hashlib.sha256(b"".join(layout.header for layout in self.files))
         versions = env.package_versions()
         decisive = ["pymerge-engine", *(["torch"] if self.needs_torch else [])]
         decisive += ["numpy"] if self.needs_blas else []
-        decisive += ["triton"] if device.startswith("cuda") else []
+        decisive += ["triton"] if device == "cuda" else []
         decisive += ["gguf"] if any(path.suffix == ".gguf" for path in self.inputs.stamps) else []
         parts = {f"{name} version": versions[name] for name in decisive}
         parts |= {f"config {key}": json.dumps(value) for key, value in _flat(canonical(self.config))}

@@ -32,8 +32,9 @@ from tests.helpers.checkpoints import (
 OPTIONS = {
     "merge": (
         "--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --profile --quiet --verbose "
-        "--adapter --rank --full-tensors --log-json --help"
+        "--adapter --rank --full-tensors --part --finalize --log-json --help"
     ),
+    "finalize": ("--device --backend --memory --max-shard-size --dtype --verify --no-verify --quiet --log-json --help"),
     "extract": (
         "--base --model --rank --energy --sv-epsilon --max-rank --include --exclude --embeddings --rest --dtype "
         "--algorithm --split --seed --memory --missing-tensors --dry-run --overwrite --quiet --log-json --help"

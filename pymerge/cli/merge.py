@@ -1,0 +1,137 @@
+"""The command `pymerge merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pymerge.cli.console import (
+    Backend,
+    Config,
+    Device,
+    Dtype,
+    LogJson,
+    Memory,
+    Quiet,
+    ShardSize,
+    Verbose,
+    print_lines,
+    print_warnings,
+    reported,
+)
+from pymerge.cli.extract import FullTensors
+from pymerge.cli.finalize import OTHERS_ARE_MISSING, finalized
+from pymerge.cli.plans import show_plan
+from pymerge.common.events import recording
+from pymerge.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from pymerge.planner.parts import Part
+
+
+def merge(
+    config: Config,
+    out: Annotated[Path, typer.Argument(help="Directory of the merged model.", show_default=False)],
+    device: Device = "auto",
+    backend: Annotated[Backend | None, typer.Option(help="Which kernels compute.", show_default="auto")] = None,
+    memory: Memory = None,
+    max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another merge in OUT.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a trace of the merge for ui.perfetto.dev.", show_default=False)
+    ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Merge adapters into an adapter in PEFT's form.")] = False,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exact|N|0.99",
+            help="Of an adapter: its rank, or the share of s^2 that it keeps.",
+            show_default="exact",
+        ),
+    ] = None,
+    full_tensors: Annotated[
+        FullTensors | None,
+        typer.Option(
+            "--full-tensors", help="Beside an adapter's factors: norms, biases and others.", show_default="error"
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Merge part I of N, beside other processes or machines.", show_default=False),
+    ] = None,
+    finalize: Annotated[
+        bool, typer.Option("--finalize", help="After the last part make a model of all; exit code 3 after others.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log_json: LogJson = None,
+) -> None:
+    """Merge the models of CONFIG into the directory OUT.
+
+    The same command continues an interrupted merge, and verifies a finished one. What parts have made becomes a model
+    by `pymerge finalize`.
+    """
+    with reported(), recording(log_json, verbose=verbose):
+        from pymerge import api
+        from pymerge.config.merge_config import load_config
+
+        share = _part(part, finalize, overwrite)
+        loaded = load_config(config)
+        if adapter or loaded.output == "adapter":
+            if device not in ("auto", "cpu") or profile is not None:
+                raise ArgumentError("an adapter is made on the CPU, without a trace; leave --device and --profile out")
+            if share is not None:
+                raise ArgumentError("an adapter is made by one process; leave --part out")
+            from pymerge.extraction.api import merge_adapters, merge_of_adapters
+
+            of: dict[str, Any] = {
+                "rank": rank,
+                "full_tensors": full_tensors.value if full_tensors else None,
+                "dtype": dtype.value if dtype else None,
+                "backend": backend.value if backend else None,
+                "memory": memory,
+            }
+            if dry_run:
+                print_lines(merge_of_adapters(loaded, **of).lines())
+                return
+            made = merge_adapters(loaded, out, **of, progress=not quiet, overwrite=overwrite)
+            if not quiet:
+                print_warnings(made.warnings)
+                print_lines(made.lines())
+            return
+        if rank is not None or full_tensors is not None:
+            raise ArgumentError("--rank and --full-tensors are of adapters; add --adapter, or leave them out")
+        if dry_run:
+            show_plan(config, memory, max_shard_size, dtype, device, part=share)
+            return
+        planned = api.plan(
+            loaded,
+            device=device,
+            backend=backend.value if backend else None,
+            memory=memory,
+            max_shard_size=max_shard_size,
+            dtype=dtype.value if dtype else None,
+        )
+        report = api.run(planned, out, progress=not quiet, overwrite=overwrite, profile=profile, part=share)
+        if not quiet:
+            print_warnings(report.warnings)
+            print_lines([*report.lines(), *(report.slowest_lines() if verbose else ())])
+        if finalize and not finalized(planned, out, report, quiet):
+            raise SystemExit(OTHERS_ARE_MISSING)
+
+
+def _part(text: str | None, finalize: bool, overwrite: bool) -> Part | None:
+    """The part that --part names. Raises ArgumentError for what goes with none, or not with one."""
+    if text is None:
+        if finalize:
+            raise ArgumentError("--finalize is of a part; add --part, or run pymerge finalize")
+        return None
+    if overwrite:
+        raise ArgumentError("a part does not replace another merge; delete it first, and leave --overwrite out")
+    from pymerge.planner.parts import parse_part
+
+    return parse_part(text)
