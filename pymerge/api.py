@@ -17,7 +17,7 @@ from pymerge.engine.run import resolve_target
 from pymerge.engine.run import run as carry_out
 from pymerge.errors import ArgumentError, PlanError
 from pymerge.planner.advice import delta_warnings
-from pymerge.planner.budget import budget
+from pymerge.planner.budget import HOST_SHARE, available_bytes, budget
 from pymerge.planner.build import DEFAULT_SHARD_BYTES, build_plan
 from pymerge.planner.parts import Part, checked_part, few_files
 from pymerge.planner.plan import Plan
@@ -159,16 +159,57 @@ def merge(
     overwrite: bool = False,
     profile: str | Path | None = None,
     part: Part | None = None,
+    devices: str | None = None,
 ) -> MergeReport:
     """Merge checkpoints on disk into the directory `out`: `plan` and `run` in one, with their arguments.
+
+    Args:
+        devices: "cuda:0,cuda:1", or "all": a process on each of these devices shares the work, with `memory` (default:
+            an equal share) for each; in place of `device`.
 
     Raises:
         PymergeError: one of its subclasses, see pymerge.errors. The output is then absent, or marked unfinished.
     """
     if part is not None:
         checked_part(part)
+    if devices is not None:
+        if part is not None or profile is not None or str(device) != "auto":
+            raise ArgumentError("devices are for a whole merge, without a trace; leave device, part and profile out")
+        return _run_on(
+            devices,
+            config,
+            Path(out),
+            progress,
+            overwrite,
+            memory,
+            backend=backend,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+        )
     planned = plan(config, device=device, backend=backend, memory=memory, max_shard_size=max_shard_size, dtype=dtype)
     return run(planned, out, progress=progress, overwrite=overwrite, profile=profile, part=part)
+
+
+def _run_on(
+    devices: str,
+    config: str | Path | Mapping[str, Any] | MergeConfig,
+    out: Path,
+    progress: bool,
+    overwrite: bool,
+    memory: int | str | None,
+    **options: Any,
+) -> MergeReport:
+    """Merge by a process on each device."""
+    from pymerge.common.devices import resolve_devices
+    from pymerge.engine.processes import run_on
+
+    names = resolve_devices(devices)
+    each = int(HOST_SHARE * available_bytes()) // len(names) if memory is None else parse_bytes(memory)
+    planned = plan(config, device=names[0], memory=each, **options)
+    if warning := few_files(planned, len(names)):
+        planned = replace(planned, warnings=(*planned.warnings, warning))
+    sink = ProgressBar("merging") if progress else NoProgress()
+    return run_on(planned, out, names, memory=each, overwrite=overwrite, progress=sink)
 
 
 def plan_stages(

@@ -38,6 +38,10 @@ class PlanError(PymergeError):
             lines.append(f"- and {count - self.shown} more of such problems")
         super().__init__(f"{head} found before anything was read:\n" + "\n".join(lines))
 
+    def __reduce__(self) -> tuple[type[PlanError], tuple[list[str]]]:
+        """The error for another process, which makes it of its problems."""
+        return PlanError, (self.problems,)
+
 
 class ArgumentError(PymergeError, ValueError):
     """An op or a Python API function was called with tensors or parameters that do not fit together."""

@@ -59,6 +59,10 @@ def merge(
             "--full-tensors", help="Beside an adapter's factors: norms, biases and others.", show_default="error"
         ),
     ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="cuda:0,cuda:1|all", help="A process on each of these devices.", show_default=False),
+    ] = None,
     part: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="Merge part I of N, beside other processes or machines.", show_default=False),
@@ -84,8 +88,8 @@ def merge(
         if adapter or loaded.output == "adapter":
             if device not in ("auto", "cpu") or profile is not None:
                 raise ArgumentError("an adapter is made on the CPU, without a trace; leave --device and --profile out")
-            if share is not None:
-                raise ArgumentError("an adapter is made by one process; leave --part out")
+            if share is not None or devices is not None:
+                raise ArgumentError("an adapter is made by one process; leave --part and --devices out")
             from pymerge.extraction.api import merge_adapters, merge_of_adapters
 
             of: dict[str, Any] = {
@@ -108,15 +112,18 @@ def merge(
         if dry_run:
             show_plan(config, memory, max_shard_size, dtype, device, part=share)
             return
-        planned = api.plan(
-            loaded,
-            device=device,
-            backend=backend.value if backend else None,
-            memory=memory,
-            max_shard_size=max_shard_size,
-            dtype=dtype.value if dtype else None,
-        )
-        report = api.run(planned, out, progress=not quiet, overwrite=overwrite, profile=profile, part=share)
+        options: dict[str, Any] = {
+            "backend": backend.value if backend else None,
+            "memory": memory,
+            "max_shard_size": max_shard_size,
+            "dtype": dtype.value if dtype else None,
+        }
+        how: dict[str, Any] = {"progress": not quiet, "overwrite": overwrite, "profile": profile}
+        if devices is not None:
+            report = api.merge(loaded, out, device=device, devices=devices, part=share, **options, **how)
+        else:
+            planned = api.plan(loaded, device=device, **options)
+            report = api.run(planned, out, part=share, **how)
         if not quiet:
             print_warnings(report.warnings)
             print_lines([*report.lines(), *(report.slowest_lines() if verbose else ())])

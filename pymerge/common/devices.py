@@ -41,6 +41,22 @@ def resolve_device(device: str | torch.device) -> Device:
     return resolved
 
 
+def resolve_devices(names: str) -> list[str]:
+    """The devices of a list such as "cuda:0,cuda:1", or of "all": every CUDA device. They are of one kind.
+
+    Raises BackendError for devices that cannot be used here, or not together.
+    """
+    if names == "all":
+        count = _cuda_devices()
+        if not count:
+            raise BackendError("devices all: PyTorch sees no CUDA device here; use --device cpu")
+        return [f"cuda:{number}" for number in range(count)]
+    found = [str(resolve_device(name.strip())) for name in names.split(",")]
+    if len({name.partition(":")[0] for name in found}) > 1:
+        raise BackendError(f"devices {names}: the bytes of a merge are those of one kind of device; name one kind")
+    return found
+
+
 def check_device(device: Device | torch.device) -> None:
     """Raise BackendError unless this device can be used here."""
     if device.type not in ("cpu", "cuda"):

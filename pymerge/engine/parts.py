@@ -36,7 +36,7 @@ def run_part(
     identity = begin(plan, out)
     manifest = read_manifest(out)
     if manifest is not None and manifest["identity"] == identity:
-        report = replace(_nothing(plan, out, started), part=part, already_done=True)
+        report = replace(nothing_done(plan, out, started), part=part, already_done=True)
     else:
         files = assign(plan, count)[number - 1]
         report = replace(merge_part(plan, out, files, identity, progress, profile, parts=count), part=part)
@@ -96,7 +96,7 @@ def finalize(plan: Plan, out: Path, *, verify: bool | None = None, progress: Pro
     output = whole_directory(plan, out, identity).adopt(verify=verify)
     with output:
         conclude(plan, output)
-    report = replace(_nothing(plan, out, started), files=len(plan.files))
+    report = replace(nothing_done(plan, out, started), files=len(plan.files))
     event("finished", report.lines()[0], **asdict(report))
     return report
 
@@ -119,7 +119,7 @@ def _too_early(plan: Plan, output: OutputDirectory) -> str:
     return f"{text}; run {what} (again), then finalize: pymerge merge CONFIG OUT --part {parts[0]}/{count}"
 
 
-def _nothing(plan: Plan, out: Path, started: float) -> MergeReport:
+def nothing_done(plan: Plan, out: Path, started: float) -> MergeReport:
     """The report of a run that has merged nothing."""
     return MergeReport(
         output=out,

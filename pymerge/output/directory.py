@@ -60,7 +60,7 @@ class OutputDirectory(HeldDirectory):
         super().__init__(path, layouts, identity, beside, late or {}, interim or {}, keeps_cache)
         self.overwrite = overwrite
         self._copied = copied
-        self._adopted = False
+        self._adopted = self._shared = False
 
     def __enter__(self) -> OutputDirectory:
         if self._lock is None:
@@ -155,7 +155,7 @@ class OutputDirectory(HeldDirectory):
         assert self._lock is not None
         if not change_lock(self._lock, self.path, shared=True):
             raise InUseError(self.path)
-        self._adopted = True
+        self._shared = True
 
     def reclaim(self, *, verify: bool | None = None) -> None:
         """Take the directory back, with what other processes have written, as `adopt` does.
@@ -165,6 +165,7 @@ class OutputDirectory(HeldDirectory):
         assert self._lock is not None
         if not change_lock(self._lock, self.path, shared=False):
             raise InUseError(self.path)
+        self._shared = False
         self._own(load_state(self._work) or self._own_state(), {})
         self._gather(verify)
 
@@ -197,7 +198,7 @@ class OutputDirectory(HeldDirectory):
         """
         if self._sink is not None:
             self._sink.discard()
-        kept = keep and (self._adopted or bool(self._sink and self._sink.finished))
+        kept = keep and (self._adopted or self._others_wrote() or bool(self._sink and self._sink.finished))
         state, self._state, self._sink = self._state, None, None
         if state is not None and kept:
             self._created.clear()
@@ -205,6 +206,13 @@ class OutputDirectory(HeldDirectory):
             return
         self._remove_work(state)
         self._remove_created()
+
+    def _others_wrote(self) -> bool:
+        """Whether there may be files of processes that share the directory."""
+        if not self._shared or self._lock is None:
+            return False
+        alone = change_lock(self._lock, self.path, shared=False)
+        return not alone or bool(load_records(self._work, self._contents.files, self._digest))
 
     def _gather(self, verify: bool | None) -> None:
         """Take the files that have records of this merge."""

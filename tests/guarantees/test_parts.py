@@ -61,7 +61,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
     write_models(folder, base, config=llama_config(base))
     write_model(folder / "base", base, config=llama_config(base), files=CARRIED)
     parameters: dict[str, dict[str, object]] = {"wudi": {"iterations": 30}, "linear": {}}
-    parameters["ties"] = {"weight": 1.0, "density": 0.5, "trim": "model"}
+    parameters["ties"] = {"weight": 1.0, "density": 0.5, "scope": "model"}
     found = {}
     for method, values in parameters.items():
         config = write_config(folder, method, **values).rename(folder / f"{method}.yml")
