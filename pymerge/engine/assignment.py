@@ -49,15 +49,13 @@ def fitted_here(plan: Plan, device: str, memory: int | None) -> Plan:
     """The plan on a device of this process, in pieces that fit the memory here. Raises BackendError, PlanError."""
     target = resolve_target(device, plan.target.backend)
     if target.native != plan.target.native:
-        raise BackendError(
-            "native code loads in one of the processes of this merge and not in another; install it alike"
-        )
+        raise BackendError("native code loads in one process of this merge and not in another; install pymerge alike")
     limits = budget(target.device, memory)
     return replace(plan, target=target, budget=limits, steps=fit(plan.steps, limits))
 
 
 def combined(reports: Sequence[MergeReport], whole: MergeReport) -> MergeReport:
-    """The report of a merge by several processes: sums of theirs, means of their times, in place of those of `whole`."""
+    """The report of a merge by several processes: sums of theirs and means of their times in that of the whole."""
     count = max(1, len(reports))
     return replace(
         whole,

@@ -87,7 +87,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _end_with_input() -> None:
-    """Wait for the end of the input, and end. Not by a Python file: its lock would be held when the interpreter ends."""
+    """Wait for the end of the input, and end. A file of Python would hold a lock when the interpreter ends."""
     while os.read(0, 1 << 16):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -105,7 +105,7 @@ class _Processes:
                 else:
                     self._hear(number, *message)
         finally:
-            self._end()
+            self._end(quickly=len(reports) < len(self._assignments))
             self._progress.close()
         return list(reports.values())
 
@@ -125,13 +125,11 @@ class _Processes:
 
     def _listen(self, number: int, child: subprocess.Popen[bytes]) -> None:
         assert child.stdout is not None
-        message = ()
-        while message is not None:
-            try:
-                message = take(child.stdout)
-            except (EOFError, ValueError, OSError):  # ended in the middle of one
-                message = None
+        while True:
+            message = take(child.stdout.fileno())
             self._heard.put((number, message))
+            if message is None:
+                return
 
     def _hear(self, number: int, kind: str, *said: Any) -> None:
         if kind == "error":
@@ -156,9 +154,9 @@ class _Processes:
             "this one stopped"
         )
 
-    def _end(self) -> None:
-        """End those that still run, cleanly if they do not take too long."""
-        for child in self._running:
+    def _end(self, *, quickly: bool) -> None:
+        """Wait for all, or have those that still run end now, cleanly if they do not take too long."""
+        for child in self._running if quickly else ():
             with suppress(OSError):
                 child.terminate()
         deadline = time.monotonic() + _PATIENCE
