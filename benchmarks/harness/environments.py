@@ -68,6 +68,16 @@ FUSION_BENCH_BESIDE = (
     "xxhash==4.1.0",
     "yarl==1.25.1",
 )
+RAY_BESIDE = (
+    "ray==2.60.0",
+    "attrs==26.1.0",
+    "jsonschema==4.26.0",
+    "jsonschema-specifications==2025.9.1",
+    "msgpack==1.2.4",
+    "protobuf==7.36.2",
+    "referencing==0.37.0",
+    "rpds-py==2026.9.1",
+)
 SENTENCE_TRANSFORMERS_BESIDE = (
     "sentence-transformers==6.2.0",
     "scikit-learn==1.9.1",

@@ -63,6 +63,12 @@ def merge(
         str | None,
         typer.Option(metavar="cuda:0,cuda:1|all", help="A process on each of these devices.", show_default=False),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="local|auto|ADDRESS", help="By the nodes of a Ray cluster.", show_default=False),
+    ] = None,
+    ray_cpus: Annotated[int, typer.Option("--ray-cpus", help="CPUs of each task.")] = 1,
+    ray_gpus: Annotated[int, typer.Option("--ray-gpus", help="GPUs of each task: 0 or 1.")] = 0,
     part: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="Merge part I of N, beside other processes or machines.", show_default=False),
@@ -88,8 +94,8 @@ def merge(
         if adapter or loaded.output == "adapter":
             if device not in ("auto", "cpu") or profile is not None:
                 raise ArgumentError("an adapter is made on the CPU, without a trace; leave --device and --profile out")
-            if share is not None or devices is not None:
-                raise ArgumentError("an adapter is made by one process; leave --part and --devices out")
+            if share is not None or devices is not None or ray is not None:
+                raise ArgumentError("an adapter is made by one process; leave --part, --devices and --ray out")
             from pymerge.extraction.api import merge_adapters, merge_of_adapters
 
             of: dict[str, Any] = {
@@ -119,7 +125,14 @@ def merge(
             "dtype": dtype.value if dtype else None,
         }
         how: dict[str, Any] = {"progress": not quiet, "overwrite": overwrite, "profile": profile}
-        if devices is not None:
+        if ray is not None:
+            if devices is not None or share is not None or profile is not None or device != "auto":
+                raise ArgumentError("Ray decides where; leave --device, --devices, --part and --profile out")
+            from pymerge.integrations.ray import merge as merge_by_ray
+
+            nodes: dict[str, Any] = {"address": ray, "cpus": ray_cpus, "gpus": ray_gpus}
+            report = merge_by_ray(loaded, out, **nodes, **options, progress=not quiet, overwrite=overwrite)
+        elif devices is not None:
             report = api.merge(loaded, out, device=device, devices=devices, part=share, **options, **how)
         else:
             planned = api.plan(loaded, device=device, **options)

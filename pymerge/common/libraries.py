@@ -12,6 +12,7 @@ LIBRARIES: dict[str, tuple[tuple[str, str, str | None], ...]] = {
     "mergekit": (("mergekit", "0.1.5", "0.2"),),
     "fusion-bench": (("fusion-bench", "0.2.33", None),),
     "peft": (("peft", "0.18", None),),
+    "ray": (("ray", "2.40", None),),
     "search": (("deap", "1.4", None), ("scipy", "1.11", None)),
 }
 

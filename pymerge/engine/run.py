@@ -99,11 +99,16 @@ def run(
 
 def begin(plan: Plan, out: Path) -> dict[str, str]:
     """Log a plan and refuse it where it cannot be carried out; returns the merge's identity on this processor."""
+    check(plan, out)
+    return plan.identity(processor(plan))
+
+
+def check(plan: Plan, out: Path) -> None:
+    """Log a plan, and refuse it where it cannot be carried out."""
     refuse_adapter(plan)
     _log_plan(plan)
     refuse_inputs(plan, out)
     plan.check_inputs()
-    return plan.identity(processor(plan))
 
 
 def whole_directory(plan: Plan, out: Path, identity: dict[str, str], *, overwrite: bool = False) -> OutputDirectory:

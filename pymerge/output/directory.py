@@ -25,7 +25,7 @@ from pymerge.output.contents import find_present, find_whole, places
 from pymerge.output.held import NOTE, HeldDirectory
 from pymerge.output.identity import Identity
 from pymerge.output.layout import ShardLayout
-from pymerge.output.lock import InUseError, acquire_lock, change_lock
+from pymerge.output.lock import acquire_lock, change_lock, in_use
 from pymerge.output.publish import check_names, publish_files
 from pymerge.output.records import Record, load_records
 from pymerge.output.sink import internal
@@ -138,7 +138,7 @@ class OutputDirectory(HeldDirectory):
         try:
             state = self._check_claim(False, part=True)
             if state is None:  # published, or removed, before it was locked
-                raise InUseError(self.path)
+                raise in_use(self.path)
             self._adopted = True
             self._own(state, {})
             self._gather(verify)
@@ -154,7 +154,7 @@ class OutputDirectory(HeldDirectory):
         """
         assert self._lock is not None
         if not change_lock(self._lock, self.path, shared=True):
-            raise InUseError(self.path)
+            raise in_use(self.path)
         self._shared = True
 
     def reclaim(self, *, verify: bool | None = None) -> None:
@@ -164,7 +164,7 @@ class OutputDirectory(HeldDirectory):
         """
         assert self._lock is not None
         if not change_lock(self._lock, self.path, shared=False):
-            raise InUseError(self.path)
+            raise in_use(self.path)
         self._shared = False
         self._own(load_state(self._work) or self._own_state(), {})
         self._gather(verify)

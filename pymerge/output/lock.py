@@ -22,8 +22,10 @@ _PATIENCE = 1.0
 class InUseError(OutputError):
     """Another run writes to the output directory."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"{path}: another pymerge run is writing here; wait for it or choose another directory")
+
+def in_use(path: Path) -> InUseError:
+    """The error where another run writes to this output directory."""
+    return InUseError(f"{path}: another pymerge run is writing here; wait for it or choose another directory")
 
 
 def acquire_lock(path: Path, *, shared: bool = False) -> FileIO:
@@ -53,7 +55,7 @@ def acquire_lock(path: Path, *, shared: bool = False) -> FileIO:
             return file
         file.close()
         tries += 1
-    raise InUseError(path)
+    raise in_use(path)
 
 
 def change_lock(file: FileIO, path: Path, *, shared: bool) -> bool:

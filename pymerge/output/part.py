@@ -13,7 +13,7 @@ from pymerge.output.contents import find_whole
 from pymerge.output.held import NOTE, HeldDirectory
 from pymerge.output.identity import Identity
 from pymerge.output.layout import ShardLayout
-from pymerge.output.lock import InUseError, acquire_lock, change_lock
+from pymerge.output.lock import acquire_lock, change_lock, in_use
 from pymerge.output.records import load_records
 from pymerge.output.work import NOTE_NAME, temporary
 
@@ -68,7 +68,7 @@ class PartDirectory(HeldDirectory):
                 State(self.identity, self._contents.files, self._parts).create(self._work)
                 state = self._check_claim(False, part=True)  # what is there now may be another part's
             if state is None:
-                raise InUseError(self.path)
+                raise in_use(self.path)
             if self._parts not in (0, state.parts):
                 state = replace(state, parts=self._parts)
                 state.save(self._work)

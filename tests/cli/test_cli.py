@@ -32,7 +32,7 @@ from tests.helpers.checkpoints import (
 OPTIONS = {
     "merge": (
         "--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --profile --quiet --verbose "
-        "--adapter --rank --full-tensors --devices --part --finalize --log-json --help"
+        "--adapter --rank --full-tensors --devices --ray --ray-cpus --ray-gpus --part --finalize --log-json --help"
     ),
     "finalize": ("--device --backend --memory --max-shard-size --dtype --verify --no-verify --quiet --log-json --help"),
     "extract": (
