@@ -38,6 +38,9 @@ SUITES: Mapping[str, Mapping[str, Command]] = {
     "merger": {
         "": Command("benchmarks.merger.run", "later merges of the same models in memory, beside the first and PyTorch"),
     },
+    "parts": {
+        "": Command("benchmarks.parts.run", "merges file by file and by two processes, beside one merge"),
+    },
     "wemoe": {
         "": Command("benchmarks.wemoe.run", "one routed MLP, beside FusionBench's module and the base MLP"),
         "build": Command("benchmarks.wemoe.build", "builds of WEMoE directories, beside the disk"),

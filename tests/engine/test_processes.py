@@ -60,6 +60,7 @@ def children_of(process: int) -> list[psutil.Process]:
     return [each for each in psutil.Process(process).children() if "pymerge.engine.child" in each.cmdline()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stop_ends_all_processes_and_the_same_command_goes_on(
     tmp_path: Path, number: signal.Signals, code: int
