@@ -30,9 +30,10 @@ def fill_up(folder: Path, disks: int) -> None:
     expected = checksums(models / "warm")
     size = sum(file.stat().st_size for file in (models / "warm").iterdir())
     full = 0
-    for _ in range(disks):
+    for number in range(disks):
         out, filler = disk / "out", disk / "filler"
-        running = start(*arguments, out)
+        part = ("--part", "1/1") if number % 2 else ()  # every second one as a part
+        running = start(*arguments, out, *part)
         time.sleep(generator.uniform(0, 0.15))
         status = os.statvfs(disk)
         left = generator.randrange(size)
@@ -44,8 +45,10 @@ def fill_up(folder: Path, disks: int) -> None:
             full += 1
             check_message(done, out)
         filler.unlink()
-        done = pymerge(*arguments, out)
+        done = pymerge(*arguments, out, *part)
         assert done.code == 0, done
+        if part:
+            assert pymerge("finalize", *arguments[1:], out).code == 0
         assert checksums(out) == expected
         subprocess.run(["rm", "-r", str(out)], check=True)
     print(f"full disk: {full} of {disks} merges failed and went on to the same bytes")

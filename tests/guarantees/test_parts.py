@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import resource
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,3 +324,18 @@ def test_parts_stopped_anywhere(slow_scene: Scene, tmp_path: Path, number: signa
         done = slow_scene.finalize(out)
         assert done.code == 0, done
         assert tree(out) == slow_scene.expected
+
+
+def test_a_part_that_cannot_write_leaves_the_others_alone(scenes: dict[str, Scene], tmp_path: Path) -> None:
+    scene, out = scenes["linear"], tmp_path / "out"
+    assert scene.merge(out, "--part", "1/2").code == 0
+    before = tree(out)
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (6000, 6000))
+    done = pymerge("merge", scene.config, out, *scene.more, "--part", "2/2", before=limit)
+    assert done.code == 8, done
+    assert len(done.errors) == 1
+    assert "is not allowed here" in done.errors[0]
+    changed = {name for name, data in tree(out).items() if before.get(name) != data}
+    assert changed == set(), "what the other part has written is kept, and nothing half written is added"
+    assert scene.merge(out, "--part", "2/2", "--finalize").code == 0
+    assert tree(out) == scene.expected

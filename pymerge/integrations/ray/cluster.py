@@ -13,7 +13,7 @@ from typing import Any
 from pymerge.common.libraries import require
 from pymerge.errors import ArgumentError, BackendError
 
-_ADDRESS = re.compile(r"(?:ray://)?([^:/]+|\[[^]]+\]):([0-9]{1,5})")
+_ADDRESS = re.compile(r"([^:/]+|\[[^]]+\]):([0-9]{1,5})")
 _TIMEOUT = 20.0  # seconds for a port to answer
 OBJECT_STORE = 80 << 20  # weights are never in it; what a plan takes is far less
 # Of a task's memory, what is not tensors: Python, PyTorch and the code of both.
@@ -53,11 +53,13 @@ def connected(address: str) -> Iterator[None]:
 
 def _check_port(address: str) -> None:
     """Raise unless something answers there: Ray itself would wait for minutes."""
+    if address.startswith("ray://"):
+        raise ArgumentError(
+            f"ray {address}: the command must run on a machine of the cluster: with auto, or by ray job submit"
+        )
     found = _ADDRESS.fullmatch(address)
     if found is None:
-        raise ArgumentError(
-            f"ray address {address!r:.80} is not understood; give local, auto, HOST:PORT or ray://HOST:PORT"
-        )
+        raise ArgumentError(f"ray address {address!r:.80} is not understood; give local, auto or HOST:PORT")
     try:
         socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_TIMEOUT).close()
     except (OSError, OverflowError) as error:

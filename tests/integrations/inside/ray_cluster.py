@@ -183,7 +183,11 @@ def test_a_node_that_would_make_other_bytes_is_named(cluster: Cluster, models: P
 def test_addresses_without_a_cluster(models: Path, tmp_path: Path) -> None:
     config = write_config(models, "linear")
     started = time.monotonic()
-    for address, reason in (("127.0.0.1:1", "nothing answers there"), ("nowhere", "is not understood")):
+    for address, reason in (
+        ("127.0.0.1:1", "nothing answers there"),
+        ("nowhere", "is not understood"),
+        ("ray://127.0.0.1:1", "run the command there"),
+    ):
         done = pymerge("merge", config, tmp_path / "out", "--ray", address)
         assert done.code in (5, 7), done
         assert reason in done.errors[0]
