@@ -46,7 +46,7 @@ def finalize(
     quiet: Quiet = False,
     log_json: LogJson = None,
 ) -> None:
-    """Make a model of what the parts of a merge have left in OUT (`pymerge merge --part`).
+    """Make a model of what the parts of a merge have left in OUT.
 
     The options are those of the parts. Where some are missing they are listed; a finished merge is verified.
     """

@@ -82,7 +82,7 @@ def find_whole(
 def find_present(
     path: Path, contents: Contents, publishing: Collection[str], records: Mapping[str, Record]
 ) -> dict[str, Record]:
-    """As `find_whole`, of all files, by size and header alone: nothing is read again. Raises OSError."""
+    """The records of files that are as recorded by size and header alone: nothing is read again. Raises OSError."""
     found = {}
     for file, record in records.items():
         layout = contents.layouts[file]
