@@ -15,6 +15,9 @@ from pymerge.errors import ArgumentError, BackendError
 
 _ADDRESS = re.compile(r"([^:/]+|\[[^]]+\]):([0-9]{1,5})")
 _TIMEOUT = 20.0  # seconds for a port to answer
+# What a client of HTTP/2 says first, with empty settings; the server's own come back, a frame of this kind.
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+_SETTINGS = b"\4"
 OBJECT_STORE = 80 << 20  # weights are never in it; what a plan takes is far less
 # Of a task's memory, what is not tensors: Python, PyTorch and the code of both.
 PROCESS_BYTES = 400 << 20
@@ -52,7 +55,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _check_port(address: str) -> None:
-    """Raise unless something answers there: Ray itself would wait for minutes."""
+    """Raise unless a server like Ray's answers there: Ray itself would wait for minutes."""
     if address.startswith("ray://"):
         raise ArgumentError(
             f"ray {address}: the command must run on a machine of the cluster: with auto, or by ray job submit"
@@ -61,11 +64,22 @@ def _check_port(address: str) -> None:
     if found is None:
         raise ArgumentError(f"ray address {address!r:.80} is not understood; give local, auto or HOST:PORT")
     try:
-        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_TIMEOUT).close()
+        answer = _greet(found[1].strip("[]"), int(found[2]))
     except (OSError, OverflowError) as error:
         raise BackendError(
             f"ray {address}: nothing answers there ({error}); give the address that ray start --head printed"
         ) from error
+    if answer[3:4] != _SETTINGS:
+        raise BackendError(
+            f"ray {address}: what answers there is no Ray cluster; give the address that ray start --head printed"
+        )
+
+
+def _greet(host: str, port: int) -> bytes:
+    """The first frame that a server of gRPC, as Ray's is, answers to a client. Raises OSError."""
+    with socket.create_connection((host, port), timeout=_TIMEOUT) as connection:
+        connection.sendall(_GREETING)
+        return connection.recv(9)
 
 
 def memory_of_a_task(cpus: float, gpus: float) -> int:
