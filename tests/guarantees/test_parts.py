@@ -11,6 +11,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -285,6 +286,8 @@ def test_what_a_killed_part_has_left_is_removed(slow_scene: Scene, tmp_path: Pat
     running = slow_scene.start(out, "--part", "1/2")
     running.wait_until(lambda: bool(list((out / ".pymerge").glob("model*.partial"))) or records(out) == 5)
     running.send(signal.SIGSTOP)
+    pid = running._process.pid
+    running.wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     left = {file.name for file in (out / ".pymerge").glob("model*.partial")}
     assert slow_scene.merge(out, "--part", "1/2").code == 0
     assert {file.name for file in (out / ".pymerge").glob("model*.partial")} == left, "it is still being written"
