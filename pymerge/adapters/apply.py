@@ -17,8 +17,8 @@ from pymerge.adapters.names import Placed
 from pymerge.adapters.placing import may_be, place_modules
 from pymerge.adapters.read import read_adapter
 from pymerge.adapters.settings import Settings, several_fit
-from pymerge.adapters.ties import drop_tied_heads
-from pymerge.architecture.tied import tied_tensors, ties
+from pymerge.adapters.ties import drop_tied_heads, ties_head
+from pymerge.architecture.tied import tied_tensors
 from pymerge.checkpoint.beside import Beside
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.compare import Relation, relation
@@ -73,7 +73,8 @@ class _Builder:
         keys = self._keys
         if not (keys.modules or keys.values or keys.tokens):
             raise CheckpointError(f"{self._files.file}: has no tensors; save the adapter again")
-        if ties(self._base.config):
+        tied = ties_head(self._base, self._fitting.roles)
+        if tied:
             drop_tied_heads(self._base, self._fitting.roles, keys, self._files, self.settings.keeps_tie)
         placed = place_modules(self._base, self._files, keys)
         adapted = {module.name for module in keys.modules.values()}
@@ -88,7 +89,7 @@ class _Builder:
             self._put(name, LowRank(self.tensors[name], own, stacked, self._magnitudes.get(name)))
         for module, entry in keys.tokens.items():
             self._add_tokens(placed, module, entry)
-        if ties(self._base.config):
+        if tied:
             self._leave_out_tied_heads()
 
     def _is_copy(self, entry: TensorEntry, name: str) -> bool:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from pymerge.architecture.words import is_embedding_name, is_head_name
+
 # Words for the same module in files and in memory: transformers 5 holds Mixtral's MLP under another name.
 _SAME = {"mlp": "block_sparse_moe", "block_sparse_moe": "mlp"}
 
@@ -98,10 +100,14 @@ def _split(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _end(module: str) -> str:
-    """The end of a name from the list of its block on: layers.7.self_attn.q_proj; outside of blocks its last word."""
+    """The end of a name that says what it is: from the list of its block on, layers.7.self_attn.q_proj; outside of
+    blocks the word of a table or head, else two words, for there is a dense in many a head."""
     words = module.split(".")
     block = next((i for i, word in enumerate(words) if i > 0 and word.isdecimal()), None)
-    return ".".join(words[-1:] if block is None else words[block - 1 :])
+    if block is not None:
+        return ".".join(words[block - 1 :])
+    alone = is_embedding_name(words[-1]) or is_head_name(f"{words[-1]}.weight")
+    return ".".join(words[-1:] if alone else words[-2:])
 
 
 def _spelled(end: str) -> Iterator[str]:

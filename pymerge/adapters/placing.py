@@ -40,6 +40,9 @@ def place_modules(base: Checkpoint, files: AdapterFiles, keys: Keys) -> Placed:
         others = [name.rpartition(".")[0] for name in keys.values]
         modules |= _by_memory(base, [*lost, *(name for name in others if name not in known)])
         _refuse_lost(base, files, keys, [name for name in lost if name not in modules])
+    else:
+        found = Placed(modules, (), placed.beginning)
+        modules |= _whole_by_memory(base, [name for name in keys.values if found.name(name) not in base.tensors])
     return Placed(modules, (), placed.beginning)
 
 
@@ -61,6 +64,14 @@ def _by_memory(base: Checkpoint, lost: list[str]) -> dict[str, str]:
         except AmbiguousModule:
             continue
     return found
+
+
+def _whole_by_memory(base: Checkpoint, lost: list[str]) -> dict[str, str]:
+    """Modules of whole tensors that have the very names that transformers has for them in memory, as the head of
+    GPT-NeoX. Another head must not be taken for one that ends alike."""
+    memory = modules_in_memory(base) if lost else {}
+    names = dict.fromkeys(name.rpartition(".")[0] for name in lost)
+    return {name: memory[name] for name in names if name in memory}
 
 
 def _refuse_lost(base: Checkpoint, files: AdapterFiles, keys: Keys, lost: list[str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Keys, Module
 from pymerge.architecture.roles import Kind, Role
+from pymerge.architecture.tied import tied_tensors, ties
 from pymerge.architecture.token_tables import has_tokens
 from pymerge.architecture.words import is_head_name
 from pymerge.checkpoint.checkpoint import Checkpoint
@@ -15,6 +16,25 @@ from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.errors import CheckpointError
+
+
+# Ends of names of architectures with a table of tokens and no head of its size that could be tied to it.
+_HEADLESS = ("Classification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction", "Model", "Encoder")
+_HEADS = ("HeadModel", "HeadsModel")
+
+
+def ties_head(base: Checkpoint, roles: Mapping[str, Role]) -> bool:
+    """Whether a base makes its head of its table of tokens: by config.json, or, where that leaves it to the class,
+    because a model that needs a head stores none, or the table twice. Classifiers and bare models have no such head."""
+    architecture = str((base.config.get("architectures") or [""])[0])
+    headless = architecture.endswith(_HEADLESS) and not architecture.endswith(_HEADS)
+    if headless and not any("shared" in name.split(".") for name in roles):
+        return False
+    said = ties(base.config)
+    if said is not None or not architecture:
+        return bool(said)
+    stored = [name for name, role in roles.items() if role.kind is Kind.HEAD and len(base.tensors[name].shape) == 2]
+    return not stored or bool(tied_tensors(base, roles))
 
 
 def drop_tied_heads(
@@ -40,10 +60,12 @@ def drop_tied_heads(
     embeddings = [each for each in factors if each.embedding and each.a.shape[1] == shape[0]]
     with Reader(files.stamps | base.stamps) as reader:
         values = [name for name in keys.values if name.rpartition(".")[0].rpartition(".")[2] == word]
-        if values and not keeps_tie and not any(_is_head(name.rpartition(".")[0]) for name in keys.values):
-            own, other = keys.values[values[0]], base.tensors[table]
-            if relation(reader, own, other) is not Relation.SAME:
-                raise _untied(base, files, values[0])
+        own = keys.values[values[0]] if values else base.tensors[table]
+        saved = [name for name, entry in keys.values.items() if _is_saved_head(name, entry, own)]
+        for name in saved or ([] if keeps_tie else values):
+            other = own if saved else base.tensors[table]
+            if relation(reader, keys.values[name], other) is not Relation.SAME:
+                raise _untied(base, files, name)
         if heads and embeddings and _equal(reader, heads[0], embeddings[0]):
             del keys.modules[heads[0].name, heads[0].depth]
             keys.values.pop(f"{heads[0].name}.weight", None)  # the table once more, before the factors
@@ -60,13 +82,19 @@ def drop_tied_heads(
 def _untied(base: Checkpoint, files: AdapterFiles, name: str) -> CheckpointError:
     other = "embedding" if _is_head(name) or _is_head(name.rpartition(".")[0]) else "head"
     return CheckpointError(
-        f"{files.file}: changes {name} alone, which {base.path} ties to its {other}, and PEFT unties them in training; "
-        f"write the base with a head of its own (tie_word_embeddings: false), or {files.merged_elsewhere}"
+        f"{files.file}: changes {name} alone, which {base.path} ties to its {other}, and PEFT unties them in training "
+        "(its merge_and_unload ties them again); write the base with a head of its own (a copy of its table under the "
+        "head's name, and tie_word_embeddings: false), and name that one"
     )
 
 
 def _is_head(module: str) -> bool:
     return is_head_name(f"{module}.weight") or module.rpartition(".")[2] == "output"
+
+
+def _is_saved_head(name: str, entry: TensorEntry, table: TensorEntry) -> bool:
+    """Whether a whole tensor is the head that a table of its size would be tied to."""
+    return _is_head(name.rpartition(".")[0]) and name.endswith(".weight") and entry.shape == table.shape
 
 
 def _size(module: Module) -> tuple[int, ...]:

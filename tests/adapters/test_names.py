@@ -56,3 +56,12 @@ def test_two_towers_of_the_same_names() -> None:
         place(["layers.0.q"], {"text.layers.0.q", "vision.layers.0.q"})
     with pytest.raises(AmbiguousModule, match=r"layers\.0\.q could be text\.layers\.0\.q or vision\.layers\.0\.q"):
         place(["layers.0.q", "layers.0.k"], {"text.layers.0.q", "vision.layers.0.q", "other.layers.0.k"})
+
+
+def test_the_last_word_alone_says_nothing() -> None:
+    """A classifier's dense is not that of the head that a base has instead; tables and heads are what they are called."""
+    known = {"roberta.encoder.layer.0.attention", "lm_head.dense", "model.language_model.embed_tokens"}
+    wanted = ["roberta.encoder.layer.0.attention", "classifier.dense", "language_model.model.embed_tokens"]
+    placed = place(wanted, known)
+    assert placed.lost == ("classifier.dense",)
+    assert placed.modules["language_model.model.embed_tokens"] == "model.language_model.embed_tokens"

@@ -16,6 +16,8 @@ from transformers import (
     Dinov2ForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     SwinConfig,
@@ -61,6 +63,13 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=16, tie_word_embeddings=False)
     )
+
+
+def neox() -> nn.Module:
+    """Its head has another name in memory than in files."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=40, max_position_embeddings=16))
 
 
 def vit() -> nn.Module:
@@ -184,6 +193,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], int]] = {
     "stored transposed": (gpt2, lambda: lora(["c_attn", "c_proj", "c_fc"]), 8),
     "stored transposed, DoRA": (gpt2, lambda: lora(["c_attn", "c_proj", "c_fc"], use_dora=True), 8),
     "renamed in memory": (vit, lambda: lora(["q_proj", "fc1"], bias="all", modules_to_save=["classifier"]), 24),
+    "renamed, a saved head": (neox, lambda: lora(["query_key_value"], modules_to_save=["lm_head"]), 2),
     "renamed, a patch embedding": (vit, lambda: lora(["projection", "q_proj"]), 3),
     "renamed in DINOv2": (dinov2, lambda: lora("all-linear"), 13),
     "renamed in Swin": (swin, lambda: lora(["query", "q_proj", "fc1", "dense"], bias="all"), 25),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,44 @@ def test_another_tensor_that_the_base_has_not(tmp_path: Path) -> None:
     path = written(tmp_path, {}, tied=False)
     write_adapter(tmp_path / "a", factors(llama(), MODULES) | {f"{STEM}model.extra.weight": torch.ones(16, 16)})
     assert "model.extra.weight, which" in refusal(path)
+
+
+def test_a_tied_head_that_was_trained_whole(tmp_path: Path) -> None:
+    """modules_to_save: [lm_head], which an output whose head is its table cannot hold."""
+    assert f"changes {HEAD} alone" in refusal(written(tmp_path, {HEAD: torch.ones(32, 16)}))
+    two = {EMBEDDING: torch.ones(32, 16), HEAD: torch.zeros(32, 16)}
+    assert f"changes {HEAD} alone" in refusal(written(tmp_path / "two", two))
+    same = {HEAD: llama(tied=True)[EMBEDDING], **factors(llama(), MODULES[:1])}
+    assert planned(written(tmp_path / "same", same)).steps
+
+
+def says_nothing(path: Path, architecture: str) -> Path:
+    """The same merge, of a base whose config.json leaves it to its class whether the head is tied."""
+    file = path.parent / "base" / "config.json"
+    said = json.loads(file.read_text())
+    del said["tie_word_embeddings"]
+    file.write_text(json.dumps(said | {"architectures": [architecture]}))
+    return path
+
+
+def test_a_head_that_the_class_ties(tmp_path: Path) -> None:
+    """No head is stored, or the table twice: then it is tied, whatever config.json leaves out."""
+    alone = {name: tensor for name, tensor in both().items() if "embed_tokens" in name}
+    text = "changes model.embed_tokens alone"
+    assert text in refusal(says_nothing(written(tmp_path, alone), "GemmaForCausalLM"))
+    base = llama()
+    assert planned(says_nothing(written(tmp_path / "own", alone, base=base), "GemmaForCausalLM")).steps
+    base[HEAD] = base[EMBEDDING].clone()
+    assert text in refusal(says_nothing(written(tmp_path / "twice", alone, base=base), "GemmaForCausalLM"))
+
+
+@pytest.mark.parametrize("architecture", ["LlamaModel", "BertForSequenceClassification", "BertForTokenClassification"])
+def test_models_without_a_head_tie_none(tmp_path: Path, architecture: str) -> None:
+    """config.json of a classifier says tie_word_embeddings: true as well, by its class's default."""
+    tensors = {name: tensor for name, tensor in both().items() if "embed_tokens" in name}
+    path = written(tmp_path, tensors)
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [architecture]}))
+    a, b = tensors["model.embed_tokens.lora_embedding_A"], tensors["model.embed_tokens.lora_embedding_B"]
+    expected = llama(tied=True)[EMBEDDING].double() + 2 * (b.double() @ a.double()).T
+    torch.testing.assert_close(merged(path)[EMBEDDING].double(), expected, rtol=1e-5, atol=1e-5)
