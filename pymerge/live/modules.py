@@ -154,7 +154,8 @@ class _Views(TorchFunctionMode):
 def _as_in_files(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state of transformers as save_pretrained names and cuts it, by its own conversion.
 
-    Parameters of which the conversion makes copies stay as they are.
+    Parameters of which the conversion makes copies stay as they are. Of several names of one tensor the module's first
+    comes first, which is the one in files: the conversion sorts them.
     """
     try:
         revert = importlib.import_module("transformers.core_model_loading").revert_weight_conversion
@@ -165,7 +166,9 @@ def _as_in_files(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     own = {_storage(tensor): name for name, tensor in state.items()}
     there = {_storage(tensor) for tensor in found.values()}
     kept = {name: tensor for name, tensor in found.items() if _storage(tensor) in own}
-    return kept | {name: tensor for name, tensor in state.items() if _storage(tensor) not in there}
+    whole = kept | {name: tensor for name, tensor in state.items() if _storage(tensor) not in there}
+    order = {name: at for at, name in enumerate(state)}
+    return dict(sorted(whole.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def _storage(tensor: Tensor) -> int:

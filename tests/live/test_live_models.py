@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def test_live_is_files(family: str, tmp_path: Path) -> None:
     for method, parameters in METHODS.items():
         expected = merged_files(paths, tmp_path / method, method, parameters)
         kwargs = {name.replace("lambda", "lambda_"): value for name, value in parameters.items()}
-        for kind, experts in {"modules": models[1:], "paths": paths[1:]}.items():
-            base = trained(transformers, family)[0]
+        loaded = [type(models[0]).from_pretrained(path).eval() for path in paths]  # with names in another order
+        for kind, experts in {"modules": models[1:], "paths": paths[1:], "loaded": loaded[1:]}.items():
+            base = trained(transformers, family)[0] if kind == "modules" else copy.deepcopy(loaded[0])
             storages = [parameter.data_ptr() for parameter in base.parameters()]
             pymerge.merge_into(base, experts, method, **kwargs)
             found = state_of(base, tmp_path / f"{method}-{kind}")
