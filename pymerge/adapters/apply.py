@@ -112,6 +112,10 @@ class _Builder:
         path, said = self._files.path, self.settings.base
         if said and not may_be(said, self._base):
             yield f"{path}: was trained on {shorten(said)}, and is applied to {self._base.path}"
+        for name in self.settings.saved:
+            there = any(f".{name}." in f".{tensor}" for tensor in self._base.tensors)
+            if there and not any(f"{name}." in key for key in self._files.tensors):
+                yield f"{path}: has no tensor of {shorten(name)}, which modules_to_save names: they are the base's"
         for several, module in self._several.items():
             yield several_fit(self.settings.file, several, module)
         if self._other_ranks:
@@ -157,7 +161,9 @@ class _Builder:
         left, right, of_rows = self._fitting.sides(module, tensor, entry)
         attention = f"{where.rpartition('.')[0]}.in_proj_weight" in self.tensors
         outer = attention and (module.outer, 0) in self._keys.modules  # nn.MultiheadAttention
-        scale = self._scale(module, module.outer if outer else module.name, right.shape[0])
+        parameter = f"{module.name}.{tensor.rpartition('.')[2]}"
+        own = parameter if self.settings.targets(parameter) else module.name
+        scale = self._scale(module, module.outer if outer else own, right.shape[0])
         if outer:
             self._twice.append(module.name)
             scale *= 2

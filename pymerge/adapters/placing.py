@@ -27,9 +27,12 @@ def place_modules(base: Checkpoint, files: AdapterFiles, keys: Keys) -> Placed:
         single = {name: experts for name in placed.lost if (experts := _experts(name))}
         stacks = place(single.values(), known) if single else Placed({})
     except AmbiguousModule as error:
-        raise CheckpointError(
-            f"{files.file}: its modules fit {base.path} in more than one way: {error}; {files.merged_elsewhere}"
-        ) from error
+        memory = modules_in_memory(base)
+        if not all(name in memory for name in wanted):
+            raise CheckpointError(
+                f"{files.file}: its modules fit {base.path} in more than one way: {error}; {files.merged_elsewhere}"
+            ) from error
+        placed, single, stacks = Placed({name: memory[name] for name in wanted}), {}, Placed({})
     modules = dict(placed.modules)
     for name, experts in single.items():
         if experts in stacks.modules:

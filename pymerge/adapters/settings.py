@@ -78,6 +78,7 @@ class Settings:
     dora: bool = False
     transposed: bool = False  # fan_in_fan_out
     parameters: tuple[str, ...] = ()  # target_parameters
+    saved: tuple[str, ...] = ()  # modules_to_save
     tokens: Any = None  # trainable_token_indices
     blocks: Blocks | None = None
     keeps_tie: bool = False  # ensure_weight_tying
@@ -91,6 +92,10 @@ class Settings:
         alpha = self.alphas[alphas[0]] if alphas else self.alpha
         several = next((tuple(found) for found in (ranks, alphas) if len(found) > 1), ())
         return Scale(alpha / (math.sqrt(rank) if self.rslora else rank), rank, several)
+
+    def targets(self, parameter: str) -> bool:
+        """Whether a parameter, not its module, is what is adapted: patterns are then held against its own name."""
+        return any(f".{parameter}".endswith(f".{name}") for name in self.parameters)
 
     def token_indices(self, module: str) -> tuple[int, ...] | None:
         """Rows of the table of a module that are replaced; None if nothing says so."""
@@ -136,7 +141,8 @@ def read_settings(file: Path, config: Mapping[str, Any], remedy: str = "") -> Se
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
         transposed=bool(config.get("fan_in_fan_out")),
-        parameters=tuple(map(str, config.get("target_parameters") or ())),
+        parameters=_names(file, config, "target_parameters"),
+        saved=_names(file, config, "modules_to_save"),
         tokens=config.get("trainable_token_indices"),
         blocks=_blocks(file, config.get("use_bdlora")),
         keeps_tie=bool(config.get("ensure_weight_tying")),
@@ -218,6 +224,14 @@ def _patterns(file: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]
         except re.error as error:
             raise CheckpointError(f"{file}: {key} has {shorten(pattern)}, no regular expression ({error})") from error
     return found
+
+
+def _names(file: Path, config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    found = config.get(key) or []
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) for name in names):
+        raise _wrong(file, key, found, "a list of names")
+    return tuple(names)
 
 
 def _blocks(file: Path, said: Any) -> Blocks | None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    CLIPVisionConfig,
     Dinov2Config,
     Dinov2ForImageClassification,
     GPT2Config,
@@ -20,6 +21,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     SwinConfig,
     SwinForImageClassification,
     ViTConfig,
@@ -70,6 +73,15 @@ def neox() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=40, max_position_embeddings=16))
+
+
+def llava() -> nn.Module:
+    """Two towers with modules of the same names, both called otherwise in files."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    text = LlamaConfig(**sizes, vocab_size=40, max_position_embeddings=16, num_key_value_heads=2)
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=39))
 
 
 def vit() -> nn.Module:
@@ -176,6 +188,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], int]] = {
     ),
     "patterns and rank-stabilised": (llama, lambda: lora(rank_pattern={"v_proj": 8}, use_rslora=True), 9),
     "patterns that overlap": (llama, lambda: lora(rank_pattern={"layers.1.*.q_proj": 2, "q_proj": 8}), 9),
+    "a parameter by its name": (
+        llama,
+        lambda: lora(["v_proj"], target_parameters=["q_proj.weight"], alpha_pattern={"q_proj": 3, "v_proj.weight": 5}),
+        6,
+    ),
     "DoRA": (llama, lambda: lora(use_dora=True), 9),
     "DoRA and rank-stabilised": (llama, lambda: lora(use_dora=True, use_rslora=True), 9),
     "DoRA of an embedding": (llama, lambda: lora([*LINEAR, "embed_tokens"], use_dora=True), 10),
@@ -193,6 +210,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], int]] = {
     "stored transposed": (gpt2, lambda: lora(["c_attn", "c_proj", "c_fc"]), 8),
     "stored transposed, DoRA": (gpt2, lambda: lora(["c_attn", "c_proj", "c_fc"], use_dora=True), 8),
     "renamed in memory": (vit, lambda: lora(["q_proj", "fc1"], bias="all", modules_to_save=["classifier"]), 24),
+    "renamed, two towers": (llava, lambda: lora("all-linear", bias="all", modules_to_save=["norm"]), 32),
     "renamed, a saved head": (neox, lambda: lora(["query_key_value"], modules_to_save=["lm_head"]), 2),
     "renamed, a patch embedding": (vit, lambda: lora(["projection", "q_proj"]), 3),
     "renamed in DINOv2": (dinov2, lambda: lora("all-linear"), 13),

@@ -106,3 +106,12 @@ def test_plain_starts_are_read(init: Any) -> None:
 
 def test_settings_of_a_newer_version_are_said() -> None:
     assert "ignored twist" in settings(twist={"a": 1}, turn=False).notes[0]
+
+
+@pytest.mark.parametrize("key", ["target_parameters", "modules_to_save"])
+def test_lists_of_names(key: str) -> None:
+    found = settings(**{key: "experts.down_proj"})
+    assert (found.parameters or found.saved) == ("experts.down_proj",)
+    for wrong in (3, [3], {"x": 1}):
+        with pytest.raises(CheckpointError, match=f"{key} is .*a list of names"):
+            settings(**{key: wrong})

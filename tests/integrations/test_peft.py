@@ -242,6 +242,19 @@ def test_experts_in_stacks() -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
+def test_the_router_of_experts(tmp_path: Path) -> None:
+    """A parameter of two axes, which PEFT adapts by its name, as it does with all-linear."""
+    model = two(mixtral, targets=["q_proj", "gate"])
+    assert any("gate.weight" in config.target_parameters for config in model.peft_config.values())
+    said = {"merge_method": "task_arithmetic", "parameters": {"weight": 1.0}, **folders(model, mixtral, tmp_path)}
+    pymerge.merge(said, tmp_path / "files")
+    live = integration.merge_adapters_into(model, ["default", "other"], "task_arithmetic")
+    found = load_file(save(live, tmp_path / "live") / "model.safetensors")
+    expected = load_file(tmp_path / "files" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_attention_of_pytorch() -> None:
     model = trained(layers(), config(target_modules=["attention", "point", "table"]))
     wanted = weights(copy.deepcopy(model).merge_and_unload())

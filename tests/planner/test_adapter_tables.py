@@ -155,6 +155,12 @@ def test_a_head_that_the_base_has_not(tmp_path: Path) -> None:
     assert any("left out 1 tensor: score.weight" in warning for warning in planned(path).warnings)
 
 
+def test_a_saved_module_that_the_file_has_not(tmp_path: Path) -> None:
+    path = written(tmp_path, factors(llama(), MODULES[:1]), tied=False, modules_to_save=["lm_head", "score"])
+    (said,) = [warning for warning in planned(path).warnings if "modules_to_save" in warning]
+    assert "has no tensor of 'lm_head', which modules_to_save names: they are the base's" in said
+
+
 def test_another_tensor_that_the_base_has_not(tmp_path: Path) -> None:
     path = written(tmp_path, {}, tied=False)
     write_adapter(tmp_path / "a", factors(llama(), MODULES) | {f"{STEM}model.extra.weight": torch.ones(16, 16)})
