@@ -17,7 +17,6 @@ from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.errors import CheckpointError
 
-
 # Ends of names of architectures with a table of tokens and no head of its size that could be tied to it.
 _HEADLESS = ("Classification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction", "Model", "Encoder")
 _HEADS = ("HeadModel", "HeadsModel")

@@ -13,7 +13,7 @@ from pymerge.architecture.roles import Kind
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.common.names import listed
 from pymerge.errors import PlanError
-from pymerge.extraction.targets import Target, modules_with_modules, without_factors
+from pymerge.extraction.targets import UNSTACKED, Target, modules_with_modules, without_factors
 from pymerge.extraction.tied import is_tied
 from pymerge.methods.actions import Combine, InCore
 from pymerge.planner.constants import reproduces
@@ -37,7 +37,9 @@ class Sorted:
         """The targets that have no factors, with their places. Raises PlanError for those that have none."""
         if full_tensors == "save":
             adapted = {target.module for target in (*self.products, *self.dense) if target.form == "module"}
-            found = [without_factors(target, adapted, self.parents) for target in self.whole]
+            found = [
+                target if target.reason else without_factors(target, adapted, self.parents) for target in self.whole
+            ]
         else:
             found = [replace(target, place="nowhere", reason=_LEFT) for target in self.whole]
         lost = [target.name for target in found if target.place == "nowhere"]
@@ -92,7 +94,8 @@ def _flat(target: Target) -> Target:
     own = replace(
         target, place="nowhere", form="module", shape=(shape[0], math.prod(shape[1:])), count=1, stacked=False, depth=0
     )
-    return replace(own, kernel=(), transposed=False, uniform=False, reason="")
+    reason = target.reason if target.reason == UNSTACKED else ""
+    return replace(own, kernel=(), transposed=False, uniform=False, reason=reason)
 
 
 def why_dense(step: Step, method: str) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
 from pymerge.architecture.roles import Kind, Role
-from pymerge.checkpoint.checkpoint import TensorEntry
+from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
 from pymerge.common.dtypes import is_float
-from pymerge.extraction.names import is_router
+from pymerge.extraction.names import is_numbered, is_router, stacked_words
 from pymerge.extraction.options import ExtractOptions
 from pymerge.output.adapter_folder import Adapted, Form
 from pymerge.planner.plan import Plan
@@ -20,9 +19,8 @@ from pymerge.planner.plan import Plan
 # Models whose modules of experts say of themselves that their stacks are E x d_in x d_out; PEFT takes the axes of all
 # others in the order of nn.Linear, whatever they are.
 _TRANSPOSED = {"gpt_oss", "openai_privacy_filter", "aria"}
-# A matrix of one of the experts of a block: PEFT stacks their factors, which must have one rank.
-_NUMBERED = re.compile(r".*\bexperts\.\d+\.")
 _CONVOLUTION = (3, 5)  # axes of the kernels of Conv1d to Conv3d
+UNSTACKED = "single experts of a model whose experts transformers stacks, and PEFT stacks no factors of"
 
 Place = Literal["factors", "saved", "bias", "nowhere"]
 
@@ -65,7 +63,7 @@ class Target:
 
     def adapted(self, rank: int) -> Adapted:
         """The pair of factors, of this rank."""
-        parameter = self.path.rpartition(".")[2] if self.form == "parameter" else ""
+        parameter = self.path.rpartition(".")[2] if self.form in ("parameter", "weight") else ""
         return Adapted(self.module, rank, self.form, parameter, self.depth)
 
     @property
@@ -92,10 +90,13 @@ def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) 
         whole = donor.tensors[step.name].shape if step.name in donor.tensors else base.shape
         path, matrix = names.get(step.name, step.name), (shape[0], math.prod(shape[1:]))
         target = Target(step.name, path, base, expert, (whole or shape)[0], "nowhere", matrix)
-        if is_router(step.name, donor.tensors):
+        if is_router(step.name, donor.tensors) or is_router(path, names.values()):
             found[step.name] = target
+        elif step.name not in names and is_numbered(step.name):
+            found[step.name] = replace(target, reason=UNSTACKED)
         else:
             found[step.name] = _with_factors(target, step.role, donor.config, options)
+    _name_experts(found, donor)
     _nest(found)
     adapted = {each.module for each in found.values() if each.place == "factors" and each.form == "module"}
     parents = modules_with_modules(names.values())
@@ -105,19 +106,16 @@ def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) 
 def experts_beside(plan: Plan, targets: Sequence[Target], names: Mapping[str, str]) -> list[Target]:
     """Matrices of experts that no target is, and that get factors of zeros where others get some: PEFT stacks those of
     all matrices of all experts, and mistakes them for each other where some are missing."""
-    if not any(_is_numbered(target.name) and target.place == "factors" for target in targets):
+    if not any(is_numbered(target.name) and target.place == "factors" for target in targets):
         return []
     known, found = {target.name for target in targets}, []
+    form: Form = "expert" if stacked_words(plan.inputs.donor.config) else "module"
     for step in plan.steps:
-        if step.role.kind is Kind.LINEAR and _is_numbered(step.name) and step.name not in known:
+        if step.role.kind is Kind.LINEAR and is_numbered(step.name) and step.name not in known:
             path, (rows, columns) = names.get(step.name, step.name), step.base.shape
-            target = Target(step.name, path, step.base, step.base, rows, "factors", (rows, columns), uniform=True)
-            found.append(replace(target, transposed=step.role.in_axis == 0))
+            target = Target(step.name, path, step.base, step.base, rows, "factors", (rows, columns), form)
+            found.append(replace(target, transposed=step.role.in_axis == 0, uniform=True))
     return found
-
-
-def _is_numbered(name: str) -> bool:
-    return bool(_NUMBERED.match(name)) and name.endswith(".weight")
 
 
 def _with_factors(target: Target, role: Role, config: Mapping[str, Any], options: ExtractOptions) -> Target:
@@ -135,13 +133,28 @@ def _with_factors(target: Target, role: Role, config: Mapping[str, Any], options
         stack = replace(target, place="factors", form="parameter", shape=(shape[1], shape[2]), count=shape[0])
         return replace(stack, stacked=True, transposed=turned, uniform=True)
     if role.kind is Kind.LINEAR and last == "weight":
-        return replace(target, place="factors", transposed=role.in_axis == 0, uniform=_is_numbered(target.name))
+        return replace(target, place="factors", transposed=role.in_axis == 0, uniform=is_numbered(target.name))
     if role.kind is Kind.LINEAR:
         return replace(target, reason="parameters of no module that PEFT adapts")
     low, high = _CONVOLUTION
     if role.kind is Kind.OTHER and last == "weight" and low <= len(shape) <= high and shape[1] > 1:
         return replace(target, place="factors", kernel=tuple(shape[1:]))
     return target
+
+
+def _name_experts(found: dict[str, Target], donor: Checkpoint) -> None:
+    """Tell matrices of experts, where PEFT stacks them, from modules that have the last words of theirs: it would take
+    those for experts, too, and adapts them by the names of their parameters instead."""
+    words = stacked_words(donor.config)
+    if not words or not any(map(is_numbered, donor.tensors)):
+        return
+    for name, target in found.items():
+        if target.place != "factors" or target.form != "module":
+            continue
+        if is_numbered(name):
+            found[name] = replace(target, form="expert")
+        elif target.module.rpartition(".")[2] in words:
+            found[name] = replace(target, form="weight")
 
 
 def _nest(found: dict[str, Target]) -> None:

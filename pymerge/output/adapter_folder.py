@@ -15,8 +15,9 @@ from typing import Any, Literal
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Linear, convolution and Conv1D modules have factors of one name; tables, and parameters of no module, of others.
-Form = Literal["module", "table", "parameter"]
+# Linear, convolution and Conv1D modules have factors of one name; tables, and parameters of no module, of others. Those
+# of experts PEFT stacks itself; a weight is adapted as a parameter, though its module could be.
+Form = Literal["module", "table", "parameter", "expert", "weight"]
 Bias = Literal["none", "lora_bias", "lora_only", "all"]
 
 # The ranks for which vLLM makes room; --max-lora-rank is one of them, 16 unless it is given.
@@ -87,7 +88,9 @@ def adapter_config(
     """
     rank = max(each.rank for each in adapted)
     ranks = {re.escape(each.path): each.rank for each in adapted if each.rank != rank}
-    parameters = sorted({each.path for each in adapted if each.form == "parameter"})
+    parameters = sorted({each.path for each in adapted if each.form in ("parameter", "weight")})
+    experts = {each.module.rpartition(".")[2] for each in adapted if each.form == "expert"}
+    modules = targets([each.module for each in adapted if each.form in ("module", "table")], model)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -96,7 +99,7 @@ def adapter_config(
         "lora_alpha": rank,
         "rank_pattern": ranks,
         "alpha_pattern": ranks,
-        "target_modules": targets([each.module for each in adapted if each.form != "parameter"], model),
+        "target_modules": sorted({*modules, *experts}),
         "target_parameters": parameters or None,
         "modules_to_save": sorted(saved) or None,
         "bias": "none" if bias == "lora_bias" else bias,

@@ -59,7 +59,7 @@ def test_two_towers_of_the_same_names() -> None:
 
 
 def test_the_last_word_alone_says_nothing() -> None:
-    """A classifier's dense is not that of the head that a base has instead; tables and heads are what they are called."""
+    """A classifier's dense is not that of the head that a base has instead; tables are what they are called."""
     known = {"roberta.encoder.layer.0.attention", "lm_head.dense", "model.language_model.embed_tokens"}
     wanted = ["roberta.encoder.layer.0.attention", "classifier.dense", "language_model.model.embed_tokens"]
     placed = place(wanted, known)
