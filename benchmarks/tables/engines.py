@@ -20,9 +20,7 @@ def parts() -> Iterator[Part]:
     yield Block(LIVE, "merger", table(head, [later(each) for each in rows("merger", dtype="bfloat16")]))
     sums = [row("merger", method="task_arithmetic", dtype=dtype) for dtype in ("bfloat16", "float32")]
     shares = [f"{_share(each['in_place']):.2f}" for each in sums]
-    words = (
-        "takes {} times as long as PyTorch's own sum of deltas made before in bfloat16, {} times in float32"
-    )
+    words = "takes {} times as long as PyTorch's own sum of deltas made before in bfloat16, {} times in float32"
     yield Said(LIVE, words, shares)
     head = ["`run_merge`", "mergekit", "with pymerge as its engine", "reading and writing alone"]
     lines = [inside(size, method, run) for size, methods in INSIDE.items() for method, run in methods.items()]

@@ -11,16 +11,16 @@ from pymerge.checkpoint.checkpoint import Checkpoint
 _ROUTERS = {"gate", "router"}
 # A matrix of one of the experts of a block: PEFT stacks their factors, which must have one rank.
 _NUMBERED = re.compile(r".*\bexperts\.\d+\..*\.weight")
-# Types of models whose numbered experts PEFT 0.18 to 0.21 stacks under transformers 5, as Mixtral's or as Qwen2-MoE's
+# Types of models whose numbered experts PEFT 0.21 stacks under transformers 5, as Mixtral's or as Qwen2-MoE's
 # (peft.utils.transformers_weight_conversion, but for qwen2_moe itself, which it has forgotten), with the last words of
 # the modules that it takes for experts, wherever they are.
 _STACKED = {
     ("gate", "w1", "w2", "w3"): ("minimax", "minimax_m2", "mixtral"),
     ("gate", "gate_proj", "up_proj", "down_proj"): (
-        "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
-        "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash",
-        "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker",
-        "solar_open",
+        "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+        "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
+        "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+        "qwen3_omni_moe_thinker", "solar_open",
     ),
 }  # fmt: skip
 # Tensors of Llama and its many kin, which transformers renames in no causal language model. Where a model has others,

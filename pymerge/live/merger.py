@@ -172,7 +172,10 @@ class Merger:
 
         Yields their merged tensors, in their order; those that are made together are in memory together.
         """
-        settings = [self._read(dict(each)) for each in parameters]
+        given = [None] if isinstance(parameters, Mapping) else list(parameters)
+        if not all(isinstance(each, Mapping) for each in given):
+            raise ArgumentError(f"parameters is {parameters!r}; pass a list of mappings, one for each merge")
+        settings = [self._read(dict(each)) for each in given if each is not None]
         for each in settings:
             self._models.steps(each)
         return self._merge_groups(settings)

@@ -76,12 +76,21 @@ def find_targets(models: Models, model: Model) -> list[Target]:
     if extra := [name for name, each in found.items() if name not in kept and each.offset not in written]:
         problems.append(f"it has {listed(extra)}, of which the merge has nothing")
     targets = [Target(weight, found[weight.name]) for weight in models.weights if weight.name in kept]
+    if expanded := [target.weight.name for target in targets if any(map(_is_expanded, target.places()))]:
+        raise ArgumentError(
+            f"{_OWNER}: {listed(expanded)}: elements that lie in one place of memory (expanded); pass a clone()"
+        )
     problems += [problem for target in targets if (problem := _misfit(target))]
     if problems:
         raise ArgumentError(
             f"{_OWNER}: {'; '.join(problems)}; pass a model of the architecture of {models.inputs.donor.path}"
         )
     return targets
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements of a tensor share their memory, so that nothing can be written to it."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _misfit(target: Target) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -109,7 +110,7 @@ def map(
     """
     require("search")
     tasks = merger.experts
-    _check(merger, activation, direction, bounds)
+    _check(merger, activation, direction, bounds, seed)
     pairs = nested and tasks > 2
     count = _points(points, tasks, nested)
     weights = None if preference is None and not pairs else _unit(preference, tasks if pairs else None)
@@ -179,7 +180,7 @@ def _best_row(metrics: Array, weights: Array, direction: str) -> int:
     return int(sums.argmin() if direction == "minimize" else sums.argmax())
 
 
-def _check(merger: Merger, activation: str, direction: str, bounds: tuple[float, float]) -> None:
+def _check(merger: Merger, activation: str, direction: str, bounds: tuple[float, float], seed: int) -> None:
     if "weight" not in merger.varying:
         raise ArgumentError(
             f"the models of {merger.report().method} have no weights that may vary; give a Merger of task_arithmetic, "
@@ -189,9 +190,19 @@ def _check(merger: Merger, activation: str, direction: str, bounds: tuple[float,
     for name, (value, known) in choices.items():
         if value not in known:
             raise ArgumentError(f"{name}={value!r} is not known; give one of {', '.join(known)}")
-    low, high = bounds
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ArgumentError(f"seed={seed!r}: give a whole number from 0 on; the same one gives the same front")
+    pair = _numbers(bounds)
+    if pair is None or pair.shape != (2,) or not (np.isfinite(pair).all() and pair[0] < pair[1]):
         raise ArgumentError(f"bounds={bounds!r}: give two numbers, the lower one first")
+
+
+def _numbers(values: object) -> Array | None:
+    """Values as an array; None where they are no numbers."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
 
 
 def _points(points: int | None, tasks: int, nested: bool) -> int:
@@ -200,9 +211,9 @@ def _points(points: int | None, tasks: int, nested: bool) -> int:
     least = least_points(variables)
     if points is None:
         return NESTED_POINTS if nested else 2 * least
-    if points < least:
+    if not isinstance(points, Integral) or points < least:
         raise ArgumentError(
-            f"points={points}: a quadratic in {variables} coefficients has {least} of its own, and needs as many "
+            f"points={points!r}: a quadratic in {variables} coefficients has {least} of its own, and needs as many "
             f"points at least; give points={least} or more"
         )
     return points
@@ -213,9 +224,10 @@ def _unit(preference: Sequence[float] | None, tasks: int | None) -> Array:
     if preference is None:
         assert tasks is not None
         return np.full(tasks, 1 / math.sqrt(tasks))
-    weights = np.asarray(preference, dtype=np.float64)
-    if weights.ndim != 1 or (tasks is not None and len(weights) != tasks):
-        raise ArgumentError(f"preference={preference!r}: give a weight for each of {tasks} tasks")
+    weights = _numbers(preference)
+    if weights is None or weights.ndim != 1 or (tasks is not None and len(weights) != tasks):
+        each = "each task" if tasks is None else f"each of {tasks} tasks"
+        raise ArgumentError(f"preference={preference!r}: give a weight for {each}")
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise ArgumentError(f"preference={preference!r}: give weights of 0 or more, one above 0 at least")
     return np.asarray(weights / np.linalg.norm(weights))

@@ -161,6 +161,9 @@ def test_a_target_of_another_architecture() -> None:
     with pytest.raises(ArgumentError, match=r"mlp\.0\.weight is F8_E4M3, in which nothing can be computed"):
         merger.merge_into(other)
     assert kept["norm.weight"].equal(states(base)[0]["norm.weight"])
+    tensors = dict(base.state_dict())
+    with pytest.raises(ArgumentError, match=r"norm\.weight: elements that lie in one place .*; pass a clone\(\)"):
+        merger.merge_into({**tensors, "norm.weight": torch.ones(1).expand(8)})
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:

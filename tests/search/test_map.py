@@ -132,7 +132,12 @@ def test_what_is_dominated_is_found() -> None:
         ({"points": 5}, "points=5: a quadratic in 2 coefficients has 6 of its own.*give points=6 or more"),
         ({"activation": "relu"}, "activation='relu' is not known; give one of identity, sigmoid, softplus"),
         ({"direction": "up"}, "direction='up'"),
+        ({"points": "many"}, "points='many': .*give points=6 or more"),
         ({"bounds": (1.0, 0.0)}, r"bounds=\(1.0, 0.0\)"),
+        ({"bounds": "wide"}, "bounds='wide': give two numbers"),
+        ({"seed": None}, "seed=None: give a whole number from 0 on"),
+        ({"seed": -1}, "seed=-1"),
+        ({"preference": "first"}, "preference='first': give a weight for each task"),
         ({"preference": [1.0]}, "a weight for each of 2 tasks"),
         ({"preference": [1.0, -1.0]}, "weights of 0 or more"),
         ({"activation": "sigmoid"}, "sigmoid takes values of 0 to 1"),
@@ -157,6 +162,13 @@ def test_bad_metrics(metrics: object, said: str) -> None:
     merger, _, _ = toy(2)
     with pytest.raises(ArgumentError, match=rf"evaluate at the coefficients \[1.0, 0.0\].*{said}"):
         pymerge.search.map(merger, lambda merged: metrics)  # type: ignore[arg-type, return-value]
+
+
+def test_many_merges_are_a_list_of_mappings() -> None:
+    merger, _, _ = toy(2)
+    for wrong in ({"weight": 1.0}, [1.0], "weight"):
+        with pytest.raises(ArgumentError, match="pass a list of mappings, one for each merge"):
+            merger.merge_many(wrong)
 
 
 def test_metrics_that_change_their_number_and_methods_without_weights() -> None:
