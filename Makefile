@@ -32,7 +32,7 @@ test: $(VENV)/installed  ## set up, run all tests but the slow ones, a file at a
 	@echo "== running the tests"
 	$(TESTS) -n auto --maxprocesses 8 --dist loadfile -m "not slow"
 
-test-slow: $(VENV)/installed  ## run the slow tests: inside mergekit, sentence-transformers and FusionBench, which it installs beside; demos
+test-slow: $(VENV)/installed  ## run the slow tests: inside mergekit, sentence-transformers, FusionBench and Ray, which it installs beside; demos
 	$(TESTS) -m slow
 
 torture: $(VENV)/installed  ## kill, fill disks and damage files by the hundred, then fuzz the parsers for 10 minutes
