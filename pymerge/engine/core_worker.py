@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 from pymerge.backends import native
 from pymerge.backends.native.combine_files import is_finite
@@ -16,10 +15,9 @@ from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.arrays import Array, rows_of
 from pymerge.common.blas import one_blas_thread
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE, upcast
-from pymerge.engine.core_solver import CoreSolver, core_of
+from pymerge.engine.core_solver import CoreSolver
 from pymerge.engine.memory import Heap
 from pymerge.engine.worker import Context, Made, Sink, failed, raise_nonfinite
-from pymerge.ops._op import one_thread
 from pymerge.planner.jobs import Batch, Job
 from pymerge.planner.pieces import rows_at_once
 
@@ -34,7 +32,7 @@ class CoreWorker:
     Each job is computed on one thread, and so is each product of numpy: then no result depends on how many there are.
     """
 
-    def __init__(self, context: Context, threads: int, jobs: Sequence[Job], limit: int) -> None:
+    def __init__(self, context: Context, threads: int, limit: int) -> None:
         self._reader = context.reader
         self._tracer = context.tracer
         self._progress = context.progress
@@ -46,19 +44,7 @@ class CoreWorker:
         self._heap = Heap(limit)
         self._stack = ExitStack()
         self._stack.enter_context(one_blas_thread())
-        self._with_torch = any(core_of(job.step).solve.core_needs_torch for job in jobs)
-        if self._with_torch:
-            import torch
-
-            self._stack.callback(torch.set_num_threads, torch.get_num_threads())  # what later threads start with
-        self._pool = ThreadPoolExecutor(max(1, threads), "pymerge-core", self._begin)
-
-    def _begin(self) -> None:
-        """A thread of the pool begins."""
-        if self._with_torch:
-            import torch
-
-            torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(max(1, threads), "pymerge-core")
 
     def start(self, job: Job) -> Future[Made]:
         """Have a thread work on a job."""
@@ -72,11 +58,7 @@ class CoreWorker:
     def finish(self, batch: Batch, started: list[Future[Made]]) -> list[Made]:
         """Wait for a job, or work on it now."""
         (job,) = batch.jobs
-        if started:
-            made = started[0].result()
-        else:
-            with one_thread() if self._with_torch else nullcontext():
-                made = self._work(job, self._room(job))
+        made = started[0].result() if started else self._work(job, self._room(job))
         started.clear()  # futures keep their results
         if job.ends_step:
             self._solver.forget(job.step)

@@ -132,11 +132,6 @@ class Solve(Action):
         """Whether its core takes rows of outputs, and so no weights that are stored d_in x d_out."""
         return False
 
-    @property
-    def core_needs_torch(self) -> bool:
-        """Whether `run_core`, or what it gives, imports PyTorch."""
-        return False
-
     def run_core(self, tasks: Sequence[Factors]) -> Delta:
         """scale * X from task vectors that are products of factors (finite, of one shape), in `one_blas_thread`."""
         raise NotImplementedError(f"{self.label} has no form for factors")

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from pymerge.common.blas import one_blas_thread
 from pymerge.common.shapes import key_of
 from pymerge.methods.actions import Action, Run, Solve
 from pymerge.methods.base import Method, Parameter, Values
 from pymerge.methods.kept import add_to_base
 from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, not_a_number
-from pymerge.ops._op import one_thread, task_vector
+from pymerge.ops._op import task_vector
 from pymerge.ops.isotropic import equalised
-from pymerge.ops.singular_sum import orthogonal_sum
+from pymerge.ops.singular_sum import leading_of_each, orthogonal_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.methods.core.aligned import Sides
-    from pymerge.methods.core.factors import Factors, Product
+    from pymerge.methods.core.factors import Factors, Matrix, Product
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,11 @@ class SolveAligned(Solve):
         return True
 
     @abstractmethod
-    def product(self, tasks: Sequence[Sides]) -> Sides:
-        """X, by tensors of PyTorch."""
-
-    @property
-    def core_needs_torch(self) -> bool:
-        return True
+    def product(self, tasks: Sequence[Factors]) -> Product:
+        """X."""
 
     def run_core(self, tasks: Sequence[Factors]) -> Product:
-        import torch
-
-        from pymerge.methods.core.aligned import Sides
-        from pymerge.methods.core.factors import Product
-
-        with one_thread():
-            X = self.product([Sides(torch.from_numpy(task.B), torch.from_numpy(task.A)) for task in tasks])
-        return Product(X.left.numpy(), X.right.numpy()).times(self.scale)
+        return self.product(tasks).times(self.scale)
 
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
         import torch
@@ -67,21 +56,20 @@ class SolveAligned(Solve):
         taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
         if not all(bool(tau.isfinite().all()) for tau in taus):
             return not_a_number(base, out_dtype)
-        with one_thread():
-            left, right = self.product([balanced(tau) for tau in taus])
-            X = left @ right
-        return add_to_base(base, X, self.scale, out_dtype)
+        with one_blas_thread():
+            X = self.product([balanced(tau.cpu().numpy()) for tau in taus]).whole()
+        return add_to_base(base, torch.from_numpy(X).to(base.device), self.scale, out_dtype)
 
     def core_scratch(self, shape: tuple[int, int], rank: int, experts: int) -> int:
         return 8 * 4 * experts * rank * max(*shape, rank)  # what is aligned of each task, what is kept of it, and masks
 
-    def drawn(self, parts: Sequence[Tensor]) -> Tensor:
+    def drawn(self, parts: Sequence[Matrix]) -> Matrix:
         """DARE: the sum of what is drawn of each task."""
         from pymerge.methods.core.entries import drawn
         from pymerge.methods.core.factors import total_of
 
         pairs = zip(parts, self.keys, strict=True)
-        total: Tensor = total_of(drawn(part, self.density, key) for part, key in pairs)
+        total: Matrix = total_of(drawn(part, self.density, key) for part, key in pairs)
         return total
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
@@ -102,23 +90,23 @@ class MergeOneSide(SolveAligned):
     released: bool
     label: ClassVar[str] = "knots"
 
-    def product(self, tasks: Sequence[Sides]) -> Sides:
+    def product(self, tasks: Sequence[Factors]) -> Product:
         from pymerge.methods.core.aligned import one_sided
 
         return one_sided(tasks, self.cutoff, self.released, self._merged)
 
-    def _merged(self, parts: Sequence[Tensor]) -> Tensor:
+    def _merged(self, parts: Sequence[Matrix]) -> Matrix:
         from pymerge.methods.core.entries import elected_mean, from_smallest, largest
         from pymerge.methods.core.factors import total_of
 
         if self.merge == "linear":
-            total: Tensor = total_of(parts)
+            total: Matrix = total_of(parts)
             return total
         if self.merge == "dare":
             return self.drawn(parts)
-        count = int(self.density * parts[0].numel())
+        count = int(self.density * parts[0].size)
         if self.released:
-            return elected_mean([from_smallest(part, part.numel() - count) for part in parts])
+            return elected_mean([from_smallest(part, part.size - count) for part in parts])
         return elected_mean([largest(part, count) for part in parts])
 
 
@@ -131,47 +119,47 @@ class MergeTwoSides(SolveAligned):
     cart_weight: float
     label: ClassVar[str] = "core_space"
 
-    def product(self, tasks: Sequence[Sides]) -> Sides:
+    def product(self, tasks: Sequence[Factors]) -> Product:
         from pymerge.methods.core.aligned import two_sided
 
         return two_sided(tasks, self._merged)
 
-    def _merged(self, parts: Sequence[Tensor]) -> Tensor:
+    def _merged(self, parts: Sequence[Matrix]) -> Matrix:
         M = self._by_rule(parts)
         if not self.isotropic:
             return M
-        X: Tensor = equalised([M], 1.0, (M.shape[0], M.shape[1]))
+        X: Matrix = equalised([M], 1.0, (M.shape[0], M.shape[1]))
         return X
 
-    def _by_rule(self, parts: Sequence[Tensor]) -> Tensor:
+    def _by_rule(self, parts: Sequence[Matrix]) -> Matrix:
         from pymerge.methods.core.entries import elected_mean, largest
         from pymerge.methods.core.factors import total_of
 
         shape = (parts[0].shape[0], parts[0].shape[1])
         if self.merge == "ties":
-            return elected_mean([largest(part, int(self.density * part.numel())) for part in parts])
+            return elected_mean([largest(part, int(self.density * part.size)) for part in parts])
         if self.merge == "dare":
             return self.drawn(parts)
         if self.merge == "tsv":
-            X: Tensor = orthogonal_sum(parts, len(parts), shape)
+            X: Matrix = orthogonal_sum(leading_of_each(parts))
             return X
-        total: Tensor = total_of(parts)
+        total: Matrix = total_of(parts)
         if self.merge == "sum":
             return total
         mean = total / len(parts)
         if self.merge == "cart":
             rank = math.ceil(self.cart_rank * min(shape))
-            lead: Tensor = total_of(_leading(part - mean, rank) for part in parts)
+            lead: Matrix = total_of(_leading(part - mean, rank) for part in parts)
             return mean + self.cart_weight * lead
         return mean
 
 
-def _leading(M: Tensor, rank: int) -> Tensor:
+def _leading(M: Matrix, rank: int) -> Matrix:
     """M on its leading singular directions."""
-    import torch
+    import numpy as np
 
-    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
-    leading: Tensor = (U[:, :rank] * s[:rank]) @ Vh[:rank]
+    U, s, Vh = np.linalg.svd(M, full_matrices=False)
+    leading: Matrix = (U[:, :rank] * s[:rank]) @ Vh[:rank]
     return leading
 
 

@@ -50,10 +50,6 @@ class SolveWudi(SolveInterference, SolveTogether):
     def needs_outputs(self) -> bool:
         return True
 
-    @property
-    def core_needs_torch(self) -> bool:
-        return True
-
     def run_core(self, tasks: Sequence[Factors]) -> Delta:
         from pymerge.methods.core.descent import descent
 

@@ -6,11 +6,13 @@ the same numbers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+
+# Words of 32 bits as int64: a tensor of PyTorch, or an array of numpy.
+Words = Any
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -18,8 +20,8 @@ _ROUNDS = 10
 _WORD = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words for each counter of four 32-bit words, as int64 tensors of one shape."""
+def philox(counter: tuple[Words, Words, Words, Words], key: int) -> tuple[Words, Words, Words, Words]:
+    """Four 32-bit words for each counter of four 32-bit words, of its shape and kind."""
     c0, c1, c2, c3 = counter
     k0, k1 = key & _WORD, key >> 32
     for _ in range(_ROUNDS):
@@ -30,17 +32,26 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Te
     return c0, c1, c2, c3
 
 
-def uniform_words(key: int, begin: int, end: int, device: torch.device) -> Tensor:
-    """The 32-bit numbers of elements `begin` (a multiple of 4) to `end`, as int64: element i is word i % 4 of counter
-    i // 4.
+def uniform_words(key: int, begin: int, end: int, device: torch.device | None = None) -> Words:
+    """The 32-bit numbers of elements `begin` (a multiple of 4) to `end`: element i is word i % 4 of counter i // 4.
+
+    A tensor on the device; without one, an array.
     """
+    place, stack = _places(begin // 4, -(-end // 4), device)
+    zero = place & 0
+    return stack(philox((place & _WORD, place >> 32, zero, zero), key), 1).reshape(-1)[: end - begin]
+
+
+def _places(begin: int, end: int, device: torch.device | None) -> tuple[Words, Any]:
+    """Whole numbers of a range, and the function that puts several such side by side."""
+    if device is None:
+        import numpy as np
+
+        return np.arange(begin, end, dtype=np.int64), np.stack
     import torch
 
-    place = torch.arange(begin // 4, -(-end // 4), dtype=torch.int64, device=device)
-    zero = torch.zeros_like(place)
-    words = torch.stack(philox((place & _WORD, place >> 32, zero, zero), key), dim=1)
-    return words.view(-1)[: end - begin]
+    return torch.arange(begin, end, dtype=torch.int64, device=device), torch.stack
 
 
-def _high(product: Tensor) -> Tensor:
+def _high(product: Words) -> Words:
     return (product >> 32) & _WORD

@@ -11,6 +11,8 @@ from pymerge.ops._op import one_thread
 
 # A tensor of PyTorch, or an array of numpy.
 Matrix = Any
+# U, s and V of singular triplets, one in each column and element.
+Triplets = tuple[Matrix, Matrix, Matrix]
 
 # Singular values below this share of the largest drown in the rounding of a float64 Gram (square root of 1e-16, with
 # two digits to spare); then only a direct SVD resolves their directions.
@@ -61,7 +63,7 @@ def singular_vectors(M: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     return U, s, Vh
 
 
-def leading_triplets(M: Matrix, k: int) -> tuple[Matrix, Matrix, Matrix]:
+def leading_triplets(M: Matrix, k: int) -> Triplets:
     """Return (U d_out x k, s (k), V d_in x k), the k leading singular triplets of M in float64.
 
     They come from the eigenvectors of the smaller Gram matrix, or where that cannot resolve the k-th, from an SVD.
@@ -80,9 +82,7 @@ def leading_triplets(M: Matrix, k: int) -> tuple[Matrix, Matrix, Matrix]:
     return (other, s, basis) if tall else (basis, s, other)
 
 
-def numerical_triplets(
-    M: Matrix, k: int, scale: Matrix | None = None, larger: int | None = None
-) -> tuple[Matrix, Matrix, Matrix]:
+def numerical_triplets(M: Matrix, k: int, scale: Matrix | None = None, larger: int | None = None) -> Triplets:
     """`leading_triplets` without those that are rounding: at most k, none for a matrix of zeros.
 
     `scale` is the size of what M was computed from, where that is larger than M's largest singular value, `larger` the
@@ -94,6 +94,16 @@ def numerical_triplets(
     U, s, V = leading_triplets(M, k)
     count = int((s > (larger or max(M.shape)) * _WEIGHT_EPS * (s[0] if scale is None else scale)).sum())
     return U[:, :count], s[:count], V[:, :count]
+
+
+def triplets_of_product(P: Matrix, K: Matrix, k: int, larger: int) -> Triplets:
+    """`numerical_triplets` of P K, arrays in float64, by way of the small core between their orthonormal bases."""
+    import numpy as np
+
+    (left, Rp), (right, Rk) = np.linalg.qr(P), np.linalg.qr(K.T)
+    u, s, vh = np.linalg.svd(Rp @ Rk.T)
+    count = min(k, int((s > larger * _WEIGHT_EPS * s[:1]).sum()))
+    return left @ u[:, :count], s[:count], right @ vh[:count].T
 
 
 def orthogonalised(U: Matrix) -> Matrix:

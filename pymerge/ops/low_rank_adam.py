@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pymerge.common.arrays import dtype_of
+from pymerge.common.arrays import ArrayLike, as_tensor, dtype_of
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import Op, check_matrix
+from pymerge.ops._op import Op, check_matrix, one_thread
 from pymerge.ops.wudi_adam import bias_corrections
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ BLOCK_ELEMENTS = 2**16
 
 
 @dataclass(frozen=True, eq=False)
-class LowRankAdam(Op["Tensor"]):
+class LowRankAdam(Op[ArrayLike]):
     """D of `wudi_adam` for A = Q C Q^T and B = P Q^T: Adam steps from D = 0 on the gradient 2 (D Q C - P) Q^T.
 
     No row depends on another, so that callers take as many as stay in a cache for all steps. On one thread: they have
@@ -30,9 +30,9 @@ class LowRankAdam(Op["Tensor"]):
 
     summary = "WUDI's Adam steps on rows, the gradient by factors"
 
-    Q: Tensor  # d_in x q, orthonormal columns, float32 or float64
-    C: Tensor  # q x q, symmetric positive semi-definite, same dtype
-    P: Tensor  # rows x q, same dtype
+    Q: ArrayLike  # d_in x q, orthonormal columns, float32 or float64
+    C: ArrayLike  # q x q, symmetric positive semi-definite, same dtype
+    P: ArrayLike  # rows x q, same dtype
     iterations: int  # number of steps N (300 published)
     lr: float  # step size (1e-5 published)
     betas: tuple[float, float] = (0.9, 0.999)  # Adam's; no weight decay, no schedule
@@ -40,7 +40,7 @@ class LowRankAdam(Op["Tensor"]):
 
     def check(self) -> None:
         """Raise ArgumentError unless Q, C and P are of one q and dtype, and the numbers make sense."""
-        if self.Q.ndim != 2 or self.P.ndim != 2:
+        if len(self.Q.shape) != 2 or len(self.P.shape) != 2:
             shapes = f"{tuple(self.Q.shape)} and P {tuple(self.P.shape)}"
             raise ArgumentError(f"low_rank_adam: Q has shape {shapes}, expected matrices")
         q = self.Q.shape[1]
@@ -57,7 +57,7 @@ class LowRankAdam(Op["Tensor"]):
             raise ArgumentError(f"low_rank_adam: betas {self.betas} must be in [0, 1) and eps {self.eps} above 0")
 
     @property
-    def like(self) -> Tensor:
+    def like(self) -> ArrayLike:
         """P: it has the rows of the work."""
         return self.P
 
@@ -65,20 +65,15 @@ class LowRankAdam(Op["Tensor"]):
         """Rows x d_in."""
         import torch
 
-        betas = self.betas
-        D = self.P.new_zeros(self.P.shape[0], self.Q.shape[0])
+        Q, C, P = (as_tensor(matrix) for matrix in (self.Q, self.C, self.P))
+        betas, D = self.betas, P.new_zeros(P.shape[0], Q.shape[0])
         m, v, grad = torch.zeros_like(D), torch.zeros_like(D), torch.empty_like(D)
-        for step in range(1, self.iterations + 1):
-            self.half_gradient(D, grad)
-            grad *= 2.0
-            m.lerp_(grad, 1.0 - betas[0])
-            v.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
-            correction1, correction2 = bias_corrections(step, betas)
-            D.addcdiv_(m, (v.sqrt() / correction2).add_(self.eps), value=-self.lr / correction1)
+        with one_thread():
+            for step in range(1, self.iterations + 1):
+                torch.mm(torch.addmm(P, D @ Q, C, beta=-1.0), Q.mT, out=grad)
+                grad *= 2.0
+                m.lerp_(grad, 1.0 - betas[0])
+                v.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
+                correction1, correction2 = bias_corrections(step, betas)
+                D.addcdiv_(m, (v.sqrt() / correction2).add_(self.eps), value=-self.lr / correction1)
         return D
-
-    def half_gradient(self, D: Tensor, out: Tensor) -> None:
-        """Write (D Q C - P) Q^T to `out`."""
-        import torch
-
-        torch.mm(torch.addmm(self.P, D @ self.Q, self.C, beta=-1.0), self.Q.mT, out=out)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops._singular import Matrix, functions, numerical_triplets, orthogonalised
+from pymerge.ops._singular import Matrix, Triplets, functions, numerical_triplets, orthogonalised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,15 +39,25 @@ class SingularSum(Op["Tensor"]):
         import torch
 
         base, experts = as_tensor(self.base), [as_tensor(expert) for expert in self.experts]
-        taus = (task_vector(base, expert, None, torch.float64) for expert in experts)
-        X: Tensor = orthogonal_sum(taus, len(experts), (base.shape[0], base.shape[1]))
+        taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
+        X: Tensor = orthogonal_sum(leading_of_each(taus))
         return X.to(compute_dtype(base, *experts))
 
 
-def orthogonal_sum(taus: Iterable[Matrix], tasks: int, shape: tuple[int, int]) -> Matrix:
-    """X of so many task vectors, or of their cores between orthonormal bases, of a weight of this shape; in float64."""
-    k = int(min(shape) * (1 / tasks))
-    triplets = [numerical_triplets(tau, k, larger=max(shape)) for tau in taus]
+def kept_of_each(shape: tuple[int, int], tasks: int) -> int:
+    """Triplets that are kept of each of so many task vectors of this shape, at most."""
+    return int(min(shape) * (1 / tasks))
+
+
+def leading_of_each(taus: Sequence[Matrix]) -> list[Triplets]:
+    """Triplets that are kept of all task vectors."""
+    shape = taus[0].shape[0], taus[0].shape[1]
+    count = kept_of_each(shape, len(taus))
+    return [numerical_triplets(tau, count, larger=max(shape)) for tau in taus]
+
+
+def orthogonal_sum(triplets: Sequence[Triplets]) -> Matrix:
+    """X from the leading triplets of all task vectors, or of their cores between orthonormal bases; in float64."""
     xp = functions(triplets[0][0])
     U, s, V = (xp.concatenate(part, axis=-1) for part in zip(*triplets, strict=True))
     return (orthogonalised(U) * s) @ orthogonalised(V).T

@@ -134,7 +134,7 @@ class Step:
         """Whether PyTorch is imported for it, on a target that takes arrays."""
         if not isinstance(self.action, InCore):
             return self.worker != "native"
-        return self.action.solve.core_needs_torch or self.base.needs_torch or self.base.dtype not in NATIVE
+        return self.base.needs_torch or self.base.dtype not in NATIVE
 
     @property
     def bytes_input(self) -> int:

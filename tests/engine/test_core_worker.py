@@ -185,10 +185,12 @@ def test_many_ranks_beside_a_small_side_are_still_solved_by_factors(method: str,
     torch.testing.assert_close(load_output(tmp_path / "out")[UP].double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_merges_in_the_core_import_no_pytorch(tmp_path: Path) -> None:
-    plan = planned(tmp_path, "wudi_flow")
-    assert not plan.needs_torch
-    file = write_config(tmp_path, "wudi_flow", experts=len(EXPERTS), more=RULES)
+@pytest.mark.parametrize("method", ["wudi_flow", "wudi", "knots", "core_space"])
+def test_merges_in_the_core_import_no_pytorch(method: str, tmp_path: Path) -> None:
+    rules = "" if method == "wudi" else RULES  # which has no core for the Conv1D
+    planned(tmp_path, method)
+    file = write_config(tmp_path, method, experts=len(EXPERTS), more=rules)
+    assert not plan_of(tmp_path, method, more=rules).needs_torch
     code = (
         "import sys; from pathlib import Path; from pymerge import api; "
         f"api.merge(Path({str(file)!r}), Path({str(tmp_path / 'out')!r}), progress=False); "
@@ -196,7 +198,6 @@ def test_merges_in_the_core_import_no_pytorch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-    assert step_of(planned(tmp_path, "wudi"), UP).needs_torch
 
 
 def test_methods_that_are_defined_by_factors_take_them_whatever_their_rank(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.runner import Runner
+from pymerge.common.arrays import Array
 from pymerge.errors import ArgumentError
 from pymerge.ops.low_rank_adam import LowRankAdam
 from pymerge.ops.wudi_adam import WudiAdam
@@ -36,6 +37,14 @@ def test_low_rank_adam(backend: str, device: str, shape: tuple[int, int, int], i
     assert_accurate("D", found, LowRankAdam(Q, C, P, iterations, 1e-5).reference(), truth)
     exact = Runner(backend, device)(LowRankAdam(*wide, iterations, 1e-5))
     torch.testing.assert_close(exact, truth, rtol=1e-9, atol=1e-18)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_arrays_give_what_tensors_give(dtype: torch.dtype) -> None:
+    matrices = system(30, 50, 4, dtype)
+    arrays = [Array.of(matrix.contiguous()) for matrix in matrices]
+    expected = Runner("native")(LowRankAdam(*matrices, 20, 1e-5))
+    assert_same("D", Runner("native")(LowRankAdam(*arrays, 20, 1e-5)).tensor(), expected)
 
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)

@@ -200,6 +200,13 @@ def test_philox_gives_the_known_answers() -> None:
         assert tuple(int(word) for word in found) == expected
 
 
+def test_philox_gives_arrays_the_numbers_of_tensors() -> None:
+    begin, end = 2**34 - 8, 2**34 + 21  # where the counter's second word begins
+    found = uniform_words(KEYS[0], begin, end)
+    assert found.shape == (end - begin,)
+    assert found.tolist() == uniform_words(KEYS[0], begin, end, torch.device("cpu")).tolist()
+
+
 def test_keys_differ_by_seed_name_and_model() -> None:
     keys = {key_of(seed, name, model) for seed in (0, 1, 11) for name in ("a", "b") for model in (0, 1, 11)}
     assert len(keys) == 18

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pymerge.methods.core.factors import Factors, Matrix, Product, RowSpace, row_space, total_of
+from pymerge.methods.core.factors import Factors, Matrix, Product, RowSpace, orthonormal, row_space, total_of
 from pymerge.ops.spectral_refine import isotropic_term
 
 
@@ -73,7 +73,7 @@ def merged(tasks: Centred, formula: Formula) -> Product:
     of_ones = np.zeros((1, q))
     if not formula.paper:
         of_ones -= np.concatenate(tasks.means, axis=1) @ np.concatenate(solved)
-    basis, R = np.linalg.qr(np.concatenate([*space.B, np.ones((space.shape[0], 1))], axis=1))
+    basis, R = orthonormal(np.concatenate([*space.B, np.ones((space.shape[0], 1))], axis=1))
     X = R @ np.concatenate([*solved, of_ones])
     D = R @ np.concatenate([residual, np.zeros_like(of_ones)])
     return space.product(basis, X + isotropic_term(D + X, formula.refined, max(space.shape)))

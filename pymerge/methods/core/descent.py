@@ -45,17 +45,15 @@ class Descent:
         return replace(self, start=self.start.prepared(double, in_axis), Q=Q, C=C, P=P)
 
     def add(self, run: Run, base: ArrayLike, first: int, out: ArrayLike) -> None:
-        """Write W_0 plus rows from `first` on to `out`. Imports PyTorch."""
-        import torch
-
+        """See `Delta`."""
         rows, width = base.shape
-        Q, C = torch.from_numpy(self.Q), torch.from_numpy(self.C)
+        Q, C = Array.of(self.Q), Array.of(self.C)
         step = max(1, BLOCK_ELEMENTS // max(1, width))
         for top in range(0, rows, step):
             stop = min(top + step, rows)
-            P = self.P[first + top : first + stop]
-            total = self.start.P[first + top : first + stop] @ self.start.K
-            total += run(LowRankAdam(Q, C, torch.from_numpy(P), self.iterations, self.lr)).numpy()
+            own = slice(first + top, first + stop)
+            total = self.start.P[own] @ self.start.K
+            total += run(LowRankAdam(Q, C, Array.of(self.P[own]), self.iterations, self.lr)).numpy()
             tensors = [rows_of(base, top, stop), Array.of(total)]
             run(Combine(None, tensors, [1.0, self.scale], out=rows_of(out, top, stop), out_dtype=dtype_of(out)))
 

@@ -1,36 +1,40 @@
-"""TSV-M, Iso-C and Iso-CTS on the cores of low-rank task vectors."""
+"""TSV-M, Iso-C and Iso-CTS on the cores of low-rank task vectors: they turn with orthonormal bases of both sides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from pymerge.methods.core.factors import Factors, Matrix, Product, nothing, row_space, split
+from pymerge.methods.core.factors import Factors, Matrix, Product, RowSpace, nothing, orthonormal, row_space, split
+from pymerge.ops._singular import triplets_of_product
 from pymerge.ops.isotropic import equalised
-from pymerge.ops.singular_sum import orthogonal_sum
-
-# The merged core from those of all tasks (zeros where one did not touch the weight) and the shape of the weight.
-Merge = Callable[[Sequence[Matrix], tuple[int, int]], Matrix]
-
-
-def on_cores(tasks: Sequence[Factors], merge: Merge) -> Product:
-    """X = Q_B merge(M_1 .. M_T) Q^T with tau_t = Q_B M_t Q^T: for what turns with orthonormal bases of both sides."""
-    space = row_space(tasks)
-    if not len(space):
-        return nothing(space.shape)
-    basis, R = np.linalg.qr(space.joined)
-    parts = split([len(L) for L in space.L], R, axis=1)
-    cores = [part @ L for part, L in zip(parts, space.L, strict=True)]
-    cores += [np.zeros_like(cores[0])] * (len(tasks) - len(space))
-    return space.product(basis, merge(cores, space.shape))
+from pymerge.ops.singular_sum import kept_of_each, orthogonal_sum
 
 
 def orthogonal(tasks: Sequence[Factors]) -> Product:
     """TSV-M, as `singular_sum` has it."""
-    return on_cores(tasks, lambda cores, shape: orthogonal_sum(cores, len(cores), shape))
+    space = row_space(tasks)
+    if not len(space):
+        return nothing(space.shape)
+    basis, parts = _between(space)
+    count, larger = kept_of_each(space.shape, len(tasks)), max(space.shape)
+    triplets = [triplets_of_product(part, L, count, larger) for part, L in zip(parts, space.L, strict=True)]
+    return space.product(basis, orthogonal_sum(triplets))
 
 
 def isotropic(tasks: Sequence[Factors], common: float, over_rank: bool) -> Product:
     """Iso-C (`common` 1) and Iso-CTS, as `isotropic` has them: a mean over all is one over min(d_out, d_in) values."""
-    return on_cores(tasks, lambda cores, shape: equalised(cores, common, shape, over_rank))
+    space = row_space(tasks)
+    if not len(space):
+        return nothing(space.shape)
+    basis, parts = _between(space)
+    cores = [part @ L for part, L in zip(parts, space.L, strict=True)]
+    cores += [np.zeros_like(cores[0])] * (len(tasks) - len(space))
+    return space.product(basis, equalised(cores, common, space.shape, over_rank))
+
+
+def _between(space: RowSpace) -> tuple[Matrix, list[Matrix]]:
+    """Q_B and the P_t of tau_t = Q_B P_t L_t Q^T."""
+    basis, R = orthonormal(space.joined)
+    return basis, split([len(L) for L in space.L], R, axis=1)
