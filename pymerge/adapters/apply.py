@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from pymerge.adapters.placing import may_be, place_modules
 from pymerge.adapters.read import read_adapter
 from pymerge.adapters.settings import Settings, several_fit
 from pymerge.adapters.ties import drop_tied_heads, ties_head
+from pymerge.architecture.roles import Role
 from pymerge.architecture.tied import tied_tensors
 from pymerge.checkpoint.beside import Beside
 from pymerge.checkpoint.checkpoint import Checkpoint
@@ -30,13 +31,19 @@ from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
 
 
-def adapted(base: Checkpoint, files: AdapterFiles, settings: Settings | None = None) -> Checkpoint:
+def adapted(
+    base: Checkpoint,
+    files: AdapterFiles,
+    settings: Settings | None = None,
+    roles: Mapping[str, Role] | None = None,
+) -> Checkpoint:
     """The model that an adapter makes of its base. Its tensors have the base's names; those that it does not change are
-    the base's own entries. `settings` are what its config says, where something else knows better.
+    the base's own entries. `settings` are what its config says, where something else knows better, `roles` those of the
+    base's tensors, where they are known.
 
     Raises CheckpointError for all that is wrong with the adapter, or does not fit the base.
     """
-    builder = _Builder(base, files, settings)
+    builder = _Builder(base, files, settings, roles)
     builder.build()
     return replace(
         base,
@@ -55,12 +62,14 @@ def adapted(base: Checkpoint, files: AdapterFiles, settings: Settings | None = N
 
 
 class _Builder:
-    def __init__(self, base: Checkpoint, files: AdapterFiles, settings: Settings | None) -> None:
+    def __init__(
+        self, base: Checkpoint, files: AdapterFiles, settings: Settings | None, roles: Mapping[str, Role] | None
+    ) -> None:
         self._base = base
         self._files = files
         said, self._keys = read_adapter(base, files)
         self.settings = said if settings is None else settings
-        self._fitting = Fitting(base, files, self.settings)
+        self._fitting = Fitting(base, files, self.settings, roles)
         self.tensors: dict[str, TensorEntry] = dict(base.tensors)
         self._terms: dict[str, list[tuple[Module, Term]]] = {}
         self._of_experts: set[str] = set()

@@ -40,9 +40,9 @@ class Matrix:
         return math.prod(self.shape)
 
 
-def matrix(entry: TensorEntry) -> Matrix:
+def matrix(entry: TensorEntry, transposed: bool = False) -> Matrix:
     """All of a stored tensor as a factor."""
-    return Matrix(entry, (0, entry.shape[0], 1), (0, math.prod(entry.shape[1:]), 1))
+    return Matrix(entry, (0, entry.shape[0], 1), (0, math.prod(entry.shape[1:]), 1), transposed)
 
 
 def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:

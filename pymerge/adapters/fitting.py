@@ -17,19 +17,26 @@ from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.errors import CheckpointError
 
 
+def roles_of(base: Checkpoint) -> dict[str, Role]:
+    """Roles of a base's tensors: those that several adapters on it may share."""
+    return classify({name: (entry.dtype, entry.shape) for name, entry in base.tensors.items()}, base.config)
+
+
 class Fitting:
     """Rule for how factors stand in the weights of a base, and errors of those that fit none."""
 
-    def __init__(self, base: Checkpoint, files: AdapterFiles, settings: Settings) -> None:
+    def __init__(
+        self, base: Checkpoint, files: AdapterFiles, settings: Settings, roles: Mapping[str, Role] | None
+    ) -> None:
         self._base = base
         self._files = files
         self._settings = settings
+        self._roles = roles
 
     @cached_property
-    def roles(self) -> dict[str, Role]:
+    def roles(self) -> Mapping[str, Role]:
         """Roles of the base's tensors."""
-        tensors = {name: (entry.dtype, entry.shape) for name, entry in self._base.tensors.items()}
-        return classify(tensors, self._base.config)
+        return roles_of(self._base) if self._roles is None else self._roles
 
     def sides(self, module: Module, tensor: str, entry: TensorEntry) -> tuple[Matrix, Matrix, bool]:
         """Both factors as they stand in the stored weight: B and A, or A and B transposed; and whether DoRA's lengths

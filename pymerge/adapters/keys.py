@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from pymerge.adapters.factors import Matrix, matrix
 from pymerge.adapters.settings import merged_by_peft
@@ -53,12 +53,12 @@ class Module:
     @property
     def right(self) -> Matrix:
         """A, rank x inputs."""
-        return replace(matrix(self.a), transposed=self.turned)
+        return matrix(self.a, self.turned)
 
     @property
     def left(self) -> Matrix:
         """B, outputs x rank."""
-        return replace(matrix(self.b), transposed=self.turned)
+        return matrix(self.b, self.turned)
 
 
 @dataclass

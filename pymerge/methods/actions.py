@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# Elements of the rows that a product is added to at once.
+# Elements of the rows that a product is added to at once, and the fewest rows: each time its right factor is laid out
+# anew.
 TILE_ELEMENTS = 2**18
+TILE_ROWS = 128
 
 
 class Run(Protocol):
@@ -216,7 +218,7 @@ class InCore(Action):
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         # Factors as they are read, joined and orthonormal, P and K; cores; and a product for some rows, in float64.
         rows, columns = self.shape
-        tile = max(columns, rows, min(TILE_ELEMENTS, math.prod(shape)))
+        tile = max(columns, rows, min(max(TILE_ELEMENTS, TILE_ROWS * max(rows, columns)), math.prod(shape)))
         elements = 6 * (rows + columns) * self.rank + 12 * self.rank**2 + 2 * tile
         return 8 * elements + self.solve.core_scratch(self.shape, self.rank, experts)
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Rows read of each tensor: their root mean square is within some percent of the tensor's.
 _ROWS = 4
@@ -37,14 +42,20 @@ def delta_rms(step: Step, reader: Reader) -> float:
 
     NaN where a row holds NaN or infinity.
     """
-    import torch
+    import numpy as np
+
+    from pymerge.adapters.products import as_array
+
+    def sampled(entry: TensorEntry) -> list[NDArray[Any]]:
+        return [as_array(reader.read_bytes(entry, row, row + 1), entry.dtype, np.float64) for row in rows]
 
     squares = []
     rows = list(_sample(step.shape[0]))
-    origin = [reader.read(step.base, row, row + 1).double() for row in rows]
+    origin = sampled(step.base)
     for entry in step.experts:
-        deltas = [reader.read(entry, row, row + 1).double() - base for row, base in zip(rows, origin, strict=True)]
-        squares.append(float(torch.stack(deltas).square().mean()) if deltas else 0.0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            deltas = [row - base for row, base in zip(sampled(entry), origin, strict=True)]
+            squares.append(float(np.square(deltas).mean()) if deltas else 0.0)
     touched = [square for square in squares if square != 0.0]
     return math.sqrt(sum(touched) / len(touched)) if touched else 0.0
 

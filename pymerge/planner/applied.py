@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from pymerge.adapters.apply import adapted
+from pymerge.adapters.fitting import roles_of
 from pymerge.adapters.folder import AdapterFiles
+from pymerge.architecture.roles import Role
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.config.merge_config import MergeConfig
 from pymerge.errors import CheckpointError, PlanError
@@ -20,6 +22,7 @@ class Applied:
         self._config = config
         self._opened = opened
         self._bases: dict[Path, set[Path]] = {}  # of each adapter
+        self._roles: dict[Path, dict[str, Role]] = {}  # of each base's tensors
         self._names: dict[tuple[Path, Path], str] = {}  # of each adapter on a base, the first
 
     def all(self, pairs: Mapping[str, tuple[str, str]]) -> dict[str, Checkpoint]:
@@ -50,7 +53,9 @@ class Applied:
                 f"{self._config.name}: {name!r}: {base.path} is an adapter; put its model before the +"
             )
         self._bases.setdefault(files.path, set()).add(base.path)
-        found = adapted(base, files)
+        if base.path not in self._roles:
+            self._roles[base.path] = roles_of(base)
+        found = adapted(base, files, roles=self._roles[base.path])
         first = self._names.setdefault((files.path, base.path), name)
         if first == name:
             return found

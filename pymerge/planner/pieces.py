@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pymerge.architecture.roles import Role
 from pymerge.methods import reduce
-from pymerge.methods.actions import TILE_ELEMENTS, Action, Combine, Elementwise, InCore, Solve
+from pymerge.methods.actions import TILE_ELEMENTS, TILE_ROWS, Action, Combine, Elementwise, InCore, Solve
 
 # Elements of the row ranges of a weight that is solved by its factors. The ranges follow from its shape alone: products
 # may round differently where they have other numbers of rows.
@@ -55,7 +55,7 @@ def smallest(role: Role, action: Action, shape: tuple[int, ...]) -> Piece:
 def rows_at_once(role: Role, shape: tuple[int, ...]) -> int:
     """Rows of a weight that is solved by its factors that are read, added to and looked at together: matrices of a
     stack one by one. They follow from its shape alone, as `_CORE_ELEMENTS` does."""
-    return 1 if role.stacked else max(1, TILE_ELEMENTS // max(1, math.prod(shape[1:])))
+    return 1 if role.stacked else max(TILE_ROWS, TILE_ELEMENTS // max(1, math.prod(shape[1:])))
 
 
 def ranges(shape: tuple[int, ...]) -> tuple[Piece, ...]:

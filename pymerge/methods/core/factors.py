@@ -25,6 +25,8 @@ _ROUNDING = 1e-14
 # Most that inner products of columns may differ from orthonormal ones where a second Cholesky factor makes them
 # so to rounding.
 _NEARLY_ORTHONORMAL = 1e-2
+# Rows of a long matrix that are multiplied at once.
+_ROWS = 512
 
 
 class Factors(NamedTuple):
@@ -143,25 +145,27 @@ def orthonormal(M: Matrix) -> tuple[Matrix, Matrix]:
     By Cholesky factors of the Gram matrix, twice, which is several times faster than reflections: the second time makes
     up for what the first one loses. Columns that nearly depend on each other are left to reflections.
     """
-    sizes = np.linalg.norm(M, axis=0)
+    gram: Matrix = M.T @ M
+    sizes = np.sqrt(np.diag(gram))
     if M.shape[1] <= M.shape[0] and sizes.all():
         try:
-            once = np.linalg.cholesky(_gram(M / sizes)).T
-            Q = M @ np.linalg.inv(once * sizes)
-            again = _gram(Q)
-            if np.abs(again - np.eye(len(again))).max(initial=0.0) < _NEARLY_ORTHONORMAL:
-                twice = np.linalg.cholesky(again).T
-                return Q @ np.linalg.inv(twice), twice @ once * sizes
+            once = np.linalg.cholesky(gram / sizes / sizes[:, None]).T * sizes
+            Q = _times(M, np.linalg.inv(once), np.empty(M.shape))
+            gram = Q.T @ Q
+            if np.abs(gram - np.eye(len(gram))).max(initial=0.0) < _NEARLY_ORTHONORMAL:
+                twice = np.linalg.cholesky(gram).T
+                return _times(Q, np.linalg.inv(twice), Q), twice @ once
         except np.linalg.LinAlgError:  # not positive definite
             pass
     Q, R = np.linalg.qr(M)
     return Q, R
 
 
-def _gram(M: Matrix) -> Matrix:
-    """M^T M."""
-    gram: Matrix = M.T @ M
-    return gram
+def _times(M: Matrix, X: Matrix, out: Matrix) -> Matrix:
+    """M X, X square, a few rows at a time: `out` may be M."""
+    for first in range(0, len(M), _ROWS):
+        out[first : first + _ROWS] = M[first : first + _ROWS] @ X
+    return out
 
 
 def split(sizes: Sequence[int], M: Matrix, axis: int) -> list[Matrix]:
