@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -47,7 +48,8 @@ def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product:
 
 def shares(space: RowSpace) -> list[Matrix]:
     """G_t / n_t of A = Q (sum_t G_t / n_t) Q^T, q x q."""
-    return [gram / norm for gram, norm in zip(space.grams(space.B), space.norms, strict=True)]
+    tasks = zip(space.L, space.B, space.norms, strict=True)
+    return [L.T @ (B.T @ B / norm) @ L for L, B, norm in tasks]
 
 
 def moves(space: RowSpace, parts: Sequence[Matrix]) -> list[Matrix]:
@@ -55,11 +57,9 @@ def moves(space: RowSpace, parts: Sequence[Matrix]) -> list[Matrix]:
 
     Task t moves all but itself, which is summed without it and not by a difference.
     """
-    found = []
-    for s, L in enumerate(space.L):
-        others = [part for t, part in enumerate(parts) if t != s]
-        found.append(-L @ total_of(others) if others else np.zeros_like(L))
-    return found
+    before = [np.zeros_like(parts[0]), *accumulate(parts[:-1])]
+    after = [*reversed([*accumulate(reversed(parts[1:]))]), np.zeros_like(parts[0])]
+    return [-L @ (first + last) for L, first, last in zip(space.L, before, after, strict=True)]
 
 
 def _moved(space: RowSpace, parts: Sequence[Matrix], basis: Matrix, gain: Matrix) -> Product:
