@@ -25,7 +25,8 @@ def largest(M: Matrix, count: int) -> Matrix:
     rest = count - int(kept.sum())
     if rest < int(equal.sum()):
         equal &= equal.cumsum() <= rest
-    return M * (kept | equal).reshape(M.shape)
+    found: Matrix = M * (kept | equal).reshape(M.shape)
+    return found
 
 
 def from_smallest(M: Matrix, number: int) -> Matrix:
@@ -48,7 +49,8 @@ def elected_mean(parts: Sequence[Matrix]) -> Matrix:
         agrees = part * vote > 0
         total += part * agrees
         counts += agrees
-    return total / np.maximum(counts, 1.0)
+    mean: Matrix = total / np.maximum(counts, 1.0)
+    return mean
 
 
 def drawn(M: Matrix, density: float, key: int) -> Matrix:
