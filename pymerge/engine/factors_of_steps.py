@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.arrays import Array
+from pymerge.planner.added import Added
 from pymerge.planner.jobs import Job
 from pymerge.planner.steps import Step
-
-if TYPE_CHECKING:
-    from pymerge.adapters.low_rank import LowRank
 
 
 class FactorsOfSteps:
@@ -25,11 +23,11 @@ class FactorsOfSteps:
         self._lock = threading.Lock()
         self._rights: dict[tuple[int, TensorEntry], Future[Any]] = {}  # by step and input
 
-    def of(self, job: Job, entry: TensorEntry, product: LowRank, wide: bool) -> tuple[Array, Array, float]:
-        """Left and right factor of a plain product for a job's rows, in float64 if `wide`, and its scale."""
+    def of(self, job: Job, entry: TensorEntry, made: Added) -> tuple[Array, Array, float]:
+        """Left and right factor of an input's product for a job's rows, in the dtype of the sum, and its scale."""
         import numpy as np
 
-        kind = np.float64 if wide or entry.dtype == "F64" else np.float32
+        product, kind = made.product, np.float64 if made.double else np.float32
         key = id(job.step), entry
         with self._lock:
             right = self._rights.get(key)

@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from pymerge.backends.native.combine import convert
 from pymerge.backends.native.combine_files import FileTensor, combine_files, is_finite
@@ -22,12 +21,10 @@ from pymerge.methods.actions import Combine, Elementwise
 from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
 from pymerge.ops.low_rank_sum import LowRankSum
+from pymerge.planner.added import Added, added
 from pymerge.planner.jobs import Batch, Job
 from pymerge.planner.pieces import Piece, rows_at_once
-from pymerge.planner.steps import BLOCK_ELEMENTS, CACHE_LINE, plain_product
-
-if TYPE_CHECKING:
-    from pymerge.adapters.low_rank import LowRank
+from pymerge.planner.steps import BLOCK_ELEMENTS, CACHE_LINE
 
 
 class NativeWorker:
@@ -109,7 +106,7 @@ class NativeWorker:
         with self._tracer.span("combine", step.name, nbytes):
             if isinstance(step.action, Combine) and (step.by_blocks or step.product):
                 assert out is not None
-                product, action = step.product, step.action
+                product, action = added(step, step.inputs[0]) if step.product else None, step.action
                 reading, finite = self._sum(job, product, out) if product else self._combine(job, action, out)
                 made = Made(out, None, reading)
             else:
@@ -152,18 +149,19 @@ class NativeWorker:
                 raise failed_read(inputs[done.failed], done.errno, done.offset)
         return done.reading, done.finite
 
-    def _sum(self, job: Job, product: LowRank, out: Array) -> tuple[int, bool]:
+    def _sum(self, job: Job, made: Added, out: Array) -> tuple[int, bool]:
         """Write the base plus a product to `out`, a few rows at a time; returns as `_combine` does."""
         step, piece, reading = job.step, job.piece, 0
-        left, right, scale = self._factors.of(job, step.inputs[0], product, step.dtype == "F64")
+        base = made.product.base
+        left, right, scale = self._factors.of(job, step.inputs[0], made)
         out = out.at(0, step.dtype, (out.shape[0], right.shape[1]))
         count = rows_at_once(step.role, step.shape)
-        memory = self._take(min(count, out.shape[0]) * right.shape[1] * ITEM_SIZES[product.base.dtype])
+        memory = self._take(min(count, out.shape[0]) * right.shape[1] * ITEM_SIZES[base.dtype])
         for first in range(0, out.shape[0], count):
             stop = min(first + count, out.shape[0])
-            rows = memory.at(0, product.base.dtype, (stop - first, right.shape[1]))
+            rows = memory.at(0, base.dtype, (stop - first, right.shape[1]))
             began = time.perf_counter_ns()
-            self._reader.read_bytes_into(product.base, rows.bytes, piece.start + first, piece.start + stop)
+            self._reader.read_bytes_into(base, rows.bytes, piece.start + first, piece.start + stop)
             reading += time.perf_counter_ns() - began
             self._run(LowRankSum(rows, rows_of(left, first, stop), right, scale, out=rows_of(out, first, stop)))
         self._give(memory)
@@ -235,11 +233,10 @@ class NativeWorker:
         if base is None or base.dtype != step.base.dtype or not entry.adapter_parts:
             self._fill(entry, piece, to)
             return
-        product = plain_product(entry)
-        if product is None or not product.base.same_bytes(step.base):
+        if (made := added(step, entry)) is None:
             shared = SharedRows(self._reader, step.base, piece.start, base.bytes)
             return shared.read_bytes_into(entry, to.bytes, piece.start, piece.stop)
-        left, right, scale = self._factors.of(job, entry, product, False)
+        left, right, scale = self._factors.of(job, entry, made)
         rows, result = (each.at(0, each.dtype, (piece.shape[0], right.shape[1])) for each in (base, to))
         self._run(LowRankSum(rows, left, right, scale, out=result))
 

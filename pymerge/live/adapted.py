@@ -7,16 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pymerge.adapters.low_rank import low_rank_of
-from pymerge.adapters.summed import is_sum
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.arrays import Array
 from pymerge.common.dtypes import torch_dtype
-from pymerge.methods.actions import Combine, Elementwise
-from pymerge.methods.reduce import Reduce
 from pymerge.ops.low_rank_sum import LowRankSum
+from pymerge.planner.added import added
 from pymerge.planner.steps import Step
 
 
@@ -30,18 +27,15 @@ def adapted(
     """
     import numpy as np
 
-    product = low_rank_of(entry) if entry.adapter_parts else None
-    if product is None or not product.plain or not isinstance(step.action, (Combine, Elementwise, Reduce)):
+    made = added(step, entry, in_memory=True)
+    if made is None:
         return None
-    if not (is_sum(entry) or product.base.same_bytes(step.base)):
-        return None
-    dtype = "F64" if is_sum(entry) and step.dtype == "F64" else entry.dtype
-    kind = np.float64 if dtype == "F64" else np.float32
+    product, kind = made.product, np.float64 if made.double else np.float32
     left, scale = product.left(reader.read_bytes, 0, entry.shape[0])
     right = Array.of(product.right(reader.read_bytes).astype(kind, copy=False))
     rows = entry.shape[0], right.shape[1]
     base = load(product.base).contiguous()
-    out = torch.empty(entry.shape, dtype=torch_dtype(dtype))
+    out = torch.empty(entry.shape, dtype=torch_dtype("F64" if made.double else "F32"))
     sides = Array.of(left.astype(kind, copy=False)), right
     run(LowRankSum(Array.of(base.view(rows)), *sides, scale, out=Array.of(out.view(rows))))
     return out

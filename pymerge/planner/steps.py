@@ -19,6 +19,7 @@ from pymerge.methods.base import Values
 from pymerge.methods.reduce import Reduce
 from pymerge.planner import pieces
 from pymerge.planner.pieces import Piece
+from pymerge.planner.products import plain_product
 from pymerge.planner.routes import Route, route_of
 
 if TYPE_CHECKING:
@@ -32,16 +33,6 @@ WorkerName = Literal["native", "torch", "encode", "core"]
 # are combined.
 BLOCK_ELEMENTS = 2**16
 CACHE_LINE = 64  # bytes; inputs of a piece begin at multiples of it
-
-
-def plain_product(entry: TensorEntry) -> LowRank | None:
-    """Product that an adapter's tensor is made of, where that is a base, read without PyTorch, plus one."""
-    from pymerge.adapters.low_rank import low_rank_of
-
-    found = low_rank_of(entry)
-    if found is None or not found.plain or any(part.needs_torch or part.dtype not in NATIVE for part in found.parts):
-        return None
-    return found
 
 
 def _base_of(entry: TensorEntry, base: TensorEntry) -> bool:
@@ -75,6 +66,13 @@ class Group:
     first: int
 
 
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """Steps that are solved by what all of them tell together, in the order of their names."""
+
+    steps: tuple[Step, ...]
+
+
 @dataclass(frozen=True)
 class Step:
     """One output tensor (of token tables: some rows of one): what is read, what is done, where the result goes."""
@@ -95,6 +93,7 @@ class Step:
     values: Values | None = None  # the parameters that the action was made from; None for a copy
     worker: WorkerName = "torch"
     group: Group | None = None
+    layers: Layers | None = None  # what it is solved with, of a solver that needs what they tell
     # Bytes of what was made before it for its file and waits in memory, because the layout of the file depends on the
     # values; None where it does not.
     gathered: int | None = None
