@@ -50,9 +50,13 @@ class ArgumentError(PymergeError, ValueError):
 
 
 class NonFiniteError(PymergeError):
-    """An input tensor holds NaN or infinity."""
+    """An input tensor holds NaN or infinity; `found` is the message without a remedy that was given by itself."""
 
     exit_code = 6
+
+    def __init__(self, found: str, remedy: str = "") -> None:
+        self.found = found
+        super().__init__(f"{found}; {remedy}" if remedy else found)
 
 
 class BackendError(PymergeError):

@@ -34,10 +34,10 @@ def count_nonfinite(tensor: Tensor) -> int:
     return 0 if is_finite(tensor) else int((~_comparable(tensor).isfinite()).sum())
 
 
-def nonfinite(where: str, count: int, remedy: str, first: Sequence[int] | None = None) -> str:
+def nonfinite(where: str, count: int, first: Sequence[int] | None = None) -> str:
     """Message about a tensor, `where`, with so many values that are not finite, the `first` at this index if known."""
     place = "" if first is None else f", the first at {list(first)}"
-    return f"{where} has {count} values that are NaN or infinite{place}; {remedy}"
+    return f"{where} has {count} values that are NaN or infinite{place}"
 
 
 def check_values(where: str, tensor: Tensor, remedy: str, first_row: int = 0) -> None:
@@ -48,7 +48,7 @@ def check_values(where: str, tensor: Tensor, remedy: str, first_row: int = 0) ->
     first = wrong.nonzero()[0].tolist()
     if first:
         first[0] += first_row
-    raise NonFiniteError(nonfinite(where, int(wrong.sum()), remedy, first))
+    raise NonFiniteError(nonfinite(where, int(wrong.sum()), first), remedy)
 
 
 def check_finite(entry: TensorEntry, start_row: int, tensor: Tensor, remedy: str = _REMEDY) -> None:
@@ -63,8 +63,8 @@ def overflow(name: str, code: str) -> NonFiniteError:
     from pymerge.common.dtypes import torch_dtype
 
     return NonFiniteError(
-        f"{name}: the merged tensor has values that {torch_dtype(code)} cannot hold; "
-        f"choose out_dtype {_WIDER.get(code, 'float64')}, or smaller weights"
+        f"{name}: the merged tensor has values that {torch_dtype(code)} cannot hold",
+        f"choose out_dtype {_WIDER.get(code, 'float64')}, or smaller weights",
     )
 
 

@@ -92,11 +92,12 @@ def _kind(role: Role) -> str:
 
 
 def _marks(step: Step) -> str:
-    """Marks of a step that reads special values."""
+    """Marks of a step that reads special values, or is solved with others."""
     entries = [each for entry in step.inputs for each in of_sum(entry)]
     ranks = [entry.decoder.kind for entry in entries if isinstance(entry, DecodedEntry) and entry.adapter_parts]
     adapters = f", {_count(len(ranks), 'adapter')}, {max(ranks)}" if ranks else ""
-    return adapters + (", dequantised" if _decoded(step) else "")
+    together = f", by what {_count(len(step.layers.steps), 'weight')} tell together" if step.layers else ""
+    return adapters + (", dequantised" if _decoded(step) else "") + together
 
 
 def _applied(expert: Checkpoint) -> str:

@@ -11,16 +11,13 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from pymerge.adapters.low_rank import low_rank_of
-from pymerge.architecture.roles import Role
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_finite, overflow
-from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.arrays import Array, rows_of
 from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.engine.together import Together, core_of, factors_of_all
 from pymerge.engine.worker import Context, first_line, is_out_of_memory
 from pymerge.errors import ArgumentError, BackendError
-from pymerge.methods.actions import InCore
 from pymerge.methods.core.factors import Delta, Factors, Product
 from pymerge.planner.pieces import rows_at_once
 from pymerge.planner.steps import Step
@@ -32,12 +29,13 @@ class CoreSolver:
     Its callers compute on one thread, in `one_blas_thread`: then no result depends on how many there are.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, together: Together | None = None) -> None:
         on_cpu = context.run.device.type == "cpu"  # where factors are, whatever computes other steps
         self._run = context.run if on_cpu else Runner()
         self._reader = context.reader
         self._tracer = context.tracer
         self._allow_nonfinite = context.allow_nonfinite
+        self._together = together or Together(self._run)
         self._solved: dict[int, Future[Delta]] = {}  # by step
         self._lock = threading.Lock()
 
@@ -90,10 +88,11 @@ class CoreSolver:
     def _solve(self, step: Step, matrix: int = 0, part: int = 0) -> Delta:
         """Solve one matrix, or one part of it, from its factors."""
         action = core_of(step)
-        tasks = [self._factors(entry, step.role, matrix, part, action.shape) for entry in step.experts]
+        with self._tracer.span("read", step.name):
+            tasks = factors_of_all(self._reader, step, matrix, part)
         double = "F64" in (step.dtype, *(entry.dtype for entry in step.inputs))
         if all(task.finite for task in tasks):
-            delta = self._run_core(step, action, tasks)
+            delta = self._run_core(step, tasks, matrix, part)
         elif self._allow_nonfinite:
             delta = Product(np.full((action.shape[0], 1), math.nan), np.ones((1, action.shape[1])))
         else:
@@ -101,28 +100,17 @@ class CoreSolver:
         with np.errstate(over="ignore"):  # the result is looked at
             return delta.prepared(double, step.role.in_axis)
 
-    @staticmethod
-    def _run_core(step: Step, action: InCore, tasks: Sequence[Factors]) -> Delta:
+    def _run_core(self, step: Step, tasks: Sequence[Factors], matrix: int, part: int) -> Delta:
         try:
-            return action.solve.run_core(tasks)
+            return self._together.solver(self._reader, step, matrix, part).run_core(tasks)
         except ArgumentError as error:
             raise ArgumentError(f"{step.name}: {error}") from error
         except (RuntimeError, np.linalg.LinAlgError) as error:
             if is_out_of_memory(error):
                 raise
             raise BackendError(
-                f"{step.name}: {action.label} failed on the factors ({first_line(error)}); report this"
+                f"{step.name}: {step.action.label} failed on the factors ({first_line(error)}); report this"
             ) from error
-
-    def _factors(self, entry: TensorEntry, role: Role, matrix: int, part: int, shape: tuple[int, int]) -> Factors:
-        """tau of an expert, d_out x d_in; none where the tensor is the base's own."""
-        found = low_rank_of(entry)
-        if found is None:
-            return Factors(np.zeros((shape[0], 0)), np.zeros((0, shape[1])))
-        with self._tracer.span("read", entry.name):
-            left, right = found.factors(self._reader.read_bytes, matrix)
-        B, A = (right.T, left.T) if role.in_axis == 0 else (left, right)
-        return Factors(B[role.part(part, len(B))], A)
 
     def _refuse(self, step: Step) -> NoReturn:
         """Raise NonFiniteError, which names file and key of what an adapter stores."""
@@ -130,11 +118,6 @@ class CoreSolver:
             for part in entry.adapter_parts:
                 check_finite(part, 0, self._reader.read(part))
         raise overflow(step.name, "F64")  # by a scale
-
-
-def _core(step: Step) -> InCore:
-    assert isinstance(step.action, InCore)
-    return step.action
 
 
 def _matrix(rows: Array, stacked: bool) -> Array:
@@ -151,9 +134,3 @@ def _copy(values: Array, place: tuple[slice, slice]) -> Array:
 def _words(values: Array) -> NDArray[Any]:
     """The elements of any dtype as whole numbers of their size, to be moved."""
     return np.frombuffer(values.bytes, f"u{ITEM_SIZES[values.dtype]}").reshape(values.shape)
-
-
-def core_of(step: Step) -> InCore:
-    """The action of a step that is solved by its factors."""
-    assert isinstance(step.action, InCore)
-    return step.action

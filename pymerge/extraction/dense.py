@@ -15,6 +15,7 @@ from pymerge.common.progress import ProgressSink
 from pymerge.engine.executor import Executor
 from pymerge.engine.trace import Tracer
 from pymerge.engine.worker import Context, Sink
+from pymerge.errors import NonFiniteError
 from pymerge.extraction.deltas import Delta
 from pymerge.extraction.measure import Measured, cut, footprint
 from pymerge.extraction.options import ExtractOptions
@@ -24,6 +25,8 @@ from pymerge.ops._op import one_thread
 from pymerge.output.layout import ShardLayout
 from pymerge.planner.jobs import FINISHED, Batch, batches, only
 from pymerge.planner.plan import Plan
+
+_REMEDY = "use sound models and adapters, or smaller weights: all numbers of an adapter are finite"
 
 Keep = Callable[[Part, Sequence[Measured[Tensor]]], None]
 
@@ -66,7 +69,10 @@ def _execute(
     with Tracer() as tracer:
         runner = Runner(plan.target.backend, plan.target.device)
         context = Context(runner, reader, tracer, progress, False, plan.keeps_cache)
-        Executor(context, sink, plan.target.threads).run(queue, limit)
+        try:
+            Executor(context, sink, plan.target.threads).run(queue, limit)
+        except NonFiniteError as error:  # what helps a merge into a model does not help here
+            raise NonFiniteError(error.found, _REMEDY) from error
 
 
 class _Cut:

@@ -75,7 +75,7 @@ def cut(target: Target, options: ExtractOptions, deltas: Iterable[Delta]) -> Mea
             if is_out_of_memory(error):
                 raise
             what = f"{target.name}: algorithm {algorithm} fails on the difference ({first_line(error)})"
-            raise ArgumentError(f"{what}; give --algorithm svd, or --exclude it") from error
+            raise ArgumentError(f"{what}; {options.otherwise}") from error
         left, right = _split(triplets, options, target)
         pairs.append((left, right))
         total += triplets.total

@@ -12,9 +12,11 @@ import yaml
 from torch import Tensor
 
 from pymerge import env
+from pymerge.backends.runner import Runner
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.names import listed
 from pymerge.engine.model_card import RECIPE_NAME
+from pymerge.engine.together import Together
 from pymerge.errors import ArgumentError, PlanError
 from pymerge.extraction.measure import Measured, footprint, measure
 from pymerge.extraction.merge_targets import is_table, sort, why_dense
@@ -30,6 +32,7 @@ from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
 EXACT = "exact"
+_OTHERWISE = "merge into a model, and extract an adapter from that (pymerge extract --algorithm svd)"
 _INSTEAD = {
     "slices": "they have the layers of their base: list models",
     "modules": "they have the layers of their base: list models",
@@ -40,7 +43,7 @@ FULL_TENSORS = ("error", "save", "skip")
 
 def parse_rank(text: str, dtype: str = "float32") -> ExtractOptions:
     """Options of "exact", a rank such as "16", or a share of the sum of s^2 such as "0.99", and of a dtype."""
-    given: dict[str, Any] = {"embeddings": "lora", "rest": "full", "dtype": dtype}
+    given: dict[str, Any] = {"embeddings": "lora", "rest": "full", "dtype": dtype, "otherwise": _OTHERWISE}
     if text == EXACT:
         return ExtractOptions(energy=1.0, **given)
     if re.fullmatch("[0-9]{1,9}", text):
@@ -83,10 +86,12 @@ def plan_merge(plan: Plan, *, rank: str, full_tensors: str, dtype: str) -> Work:
     if not (found.products or found.dense):
         raise PlanError([f"{plan.config.name}: no adapter changes anything that the output could have; list others"])
 
+    together = Together(Runner())
+
     def measured(reader: Reader, target: Target) -> Measured[Tensor]:
         if target.place != "factors":
             return measure(reader, target, options)
-        return measure_product(reader, target, steps[target.name], options, exact=rank == EXACT)
+        return measure_product(reader, target, steps[target.name], options, together, exact=rank == EXACT)
 
     def needed(target: Target) -> int:
         return (

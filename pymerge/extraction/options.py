@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pymerge.common.dtypes import CODES
@@ -38,6 +38,8 @@ class ExtractOptions:
     algorithm: str = "auto"
     split: str = "sqrt"
     seed: int = 0
+    # What helps where a tensor cannot be worked out, by who gave the options.
+    otherwise: str = field(default="give --algorithm svd, or --exclude it", compare=False)
 
     def __post_init__(self) -> None:
         """Raise ArgumentError unless all values are what they can be."""
@@ -97,4 +99,5 @@ class ExtractOptions:
 
     def values(self) -> dict[str, Any]:
         """All options by name, as JSON has them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values = {name: value for name, value in asdict(self).items() if name != "otherwise"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

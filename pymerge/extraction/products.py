@@ -14,6 +14,7 @@ from pymerge.checkpoint.finite import check_finite, is_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.blas import one_blas_thread
 from pymerge.common.dtypes import torch_dtype
+from pymerge.engine.together import Together
 from pymerge.errors import NonFiniteError, PlanError
 from pymerge.extraction.measure import Measured, too_large
 from pymerge.extraction.options import ExtractOptions
@@ -28,13 +29,13 @@ _ROUNDING = 1e-14
 
 
 def measure_product(
-    reader: Reader, target: Target, step: Step, options: ExtractOptions, *, exact: bool
+    reader: Reader, target: Target, step: Step, options: ExtractOptions, together: Together, *, exact: bool
 ) -> Measured[Tensor]:
-    """The factors of the merged difference of one tensor."""
+    """The factors of the merged difference of one tensor; `together`: of all that are measured."""
     pairs, total, lost = [], 0.0, 0.0
     dtype = torch_dtype(options.code)
     for number in range(target.count):
-        left, right = _merged(reader, target, step, number)
+        left, right = _merged(reader, target, step, number, together)
         if not (is_finite(left) and is_finite(right)):
             _refuse(reader, step)
         smaller = exact and left.shape[1] <= min(target.shape)
@@ -66,7 +67,7 @@ def _refuse(reader: Reader, step: Step) -> NoReturn:
     raise NonFiniteError(f"{step.name}: a scale makes the factors infinite; use smaller weights, or sound adapters")
 
 
-def _merged(reader: Reader, target: Target, step: Step, number: int) -> tuple[Tensor, Tensor]:
+def _merged(reader: Reader, target: Target, step: Step, number: int, together: Together) -> tuple[Tensor, Tensor]:
     """Left and right factors of the merged difference of a matrix as it is stored, in float64."""
     found = [_factors(reader, target, entry, number) for entry in step.experts]
     action = step.action
@@ -76,7 +77,7 @@ def _merged(reader: Reader, target: Target, step: Step, number: int) -> tuple[Te
     turned = step.role.in_axis == 0
     arrays = [(left.numpy(), right.numpy()) for left, right in found]
     with one_blas_thread():
-        delta = action.solve.run_core(
+        delta = together.solver(reader, step, number, 0).run_core(
             [Factors(right.T, left.T) if turned else Factors(left, right) for left, right in arrays]
         )
     if not isinstance(delta, Product):

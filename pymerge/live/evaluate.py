@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import NoReturn
 
 import torch
@@ -22,6 +22,7 @@ from pymerge.common.dtypes import code_of, torch_dtype, upcast
 from pymerge.common.progress import NoProgress
 from pymerge.engine.core_solver import CoreSolver
 from pymerge.engine.keeping import keep_whole, merge_kept
+from pymerge.engine.together import Together
 from pymerge.engine.trace import Tracer
 from pymerge.engine.whole import Share, merge_whole, reduce_together
 from pymerge.engine.worker import Context, check_input, first_line, is_out_of_memory
@@ -63,6 +64,11 @@ class Evaluator:
         self._runners: dict[str, Runner] = {}
         self.once: dict[TensorEntry, Tensor] = {}  # inputs of the weight that is merged by several parameters
         self._finite: set[Place] = set()  # weights whose inputs have been looked at
+
+    @cached_property
+    def _together(self) -> Together:
+        """Solvers of layers that are merged by what all of them tell."""
+        return Together(self.runner(torch.device("cpu")))
 
     def device_of(self, step: Step) -> torch.device:
         """Device that a step is computed on."""
@@ -181,7 +187,7 @@ class Evaluator:
         context = Context(
             self.runner(torch.device("cpu")), self._reader, Tracer(None), NoProgress(), self._allow_nonfinite, True
         )
-        solver = CoreSolver(context)
+        solver = CoreSolver(context, self._together)
         base = self.load(step.base, torch.device("cpu"))
         made = torch.empty(step.shape, dtype=torch_dtype(step.dtype))
         with one_thread(), one_blas_thread():

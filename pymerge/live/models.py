@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from logging import WARNING
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,6 +34,7 @@ from pymerge.planner.constants import Constant, differing, find_constants
 from pymerge.planner.decide import copies, decide
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.integers import check_integers
+from pymerge.planner.layers import with_layers
 from pymerge.planner.match import Section, match_tensors
 from pymerge.planner.output_dtypes import output_dtypes
 from pymerge.planner.routes import routed
@@ -180,7 +182,7 @@ class Models:
                 wrong.setdefault(str(error), []).append(weight.name)
         if wrong:
             raise ArgumentError("; ".join(f"{listed(names)}: {message}" for message, names in wrong.items()))
-        return found
+        return _with_layers(found)
 
     def _steps(self, weight: Weight, section: Section, values: Values | None) -> Iterator[Step]:
         made = decide(section, self.method, weight.name, weight.role, weight.base, weight.constant, values)
@@ -209,6 +211,12 @@ class Models:
             if shape == weight.base.shape:
                 self._sums[weight.name] = step
             yield step
+
+
+def _with_layers(weights: Sequence[tuple[Step, ...]]) -> list[tuple[Step, ...]]:
+    """The steps of weights, each with those that it is solved with."""
+    steps = iter(with_layers([step for steps in weights for step in steps]))
+    return [tuple(islice(steps, len(own))) for own in weights]
 
 
 def with_settings(config: MergeConfig, settings: Settings) -> MergeConfig:

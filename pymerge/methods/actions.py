@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
@@ -23,6 +23,10 @@ Result = TypeVar("Result")
 # Elements of the rows that a product is added to at once, and the fewest rows: each time its right factor is laid out
 # anew.
 TILE_ELEMENTS = 2**18
+# Why a weight without factors cannot be merged by what all layers tell together, with the remedy.
+WHOLE_MODEL = (
+    "scope: model is one threshold for all layers, found by factors of adapters; give scope: layer, or adapters alone"
+)
 TILE_ROWS = 128
 
 
@@ -137,6 +141,19 @@ class Solve(Action):
     def run_core(self, tasks: Sequence[Factors]) -> Delta:
         """scale * X from task vectors that are products of factors (finite, of one shape), in `one_blas_thread`."""
         raise NotImplementedError(f"{self.label} has no form for factors")
+
+    @property
+    def of_model(self) -> bool:
+        """Whether a matrix is merged by what all matrices with this very action tell: by what `together` gives."""
+        return False
+
+    def together(self, run: Run, matrices: Sequence[Callable[[], Sequence[Factors]]], tasks: int) -> list[Solve]:
+        """This action for each of these matrices, with what all of them tell.
+
+        Args:
+            matrices: give the factors of all tasks, the same each time, in the order of the weights' names.
+        """
+        raise NotImplementedError(f"{self.label} merges each matrix by itself")
 
     def core_remark(self, shape: tuple[int, int], rank: int) -> str | None:
         """Remark for users on this merge of factors of rank R together, with the remedy."""

@@ -3,83 +3,21 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pymerge.common.blas import one_blas_thread
 from pymerge.common.shapes import key_of
-from pymerge.methods.actions import Action, Run, Solve
+from pymerge.methods.actions import Action
 from pymerge.methods.base import Method, Parameter, Values
-from pymerge.methods.kept import add_to_base
-from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, not_a_number
-from pymerge.ops._op import task_vector
+from pymerge.methods.shared_bases import SolveAligned
+from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod
 from pymerge.ops.isotropic import equalised
 from pymerge.ops.singular_sum import leading_of_each, orthogonal_sum
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pymerge.methods.core.factors import Factors, Matrix, Product
-
-
-@dataclass(frozen=True)
-class SolveAligned(Solve):
-    """W_0 + scale * X, X by the factors of the task vectors; those of models get factors by their singular values."""
-
-    scale: float
-    merge: str
-    density: float
-    keys: tuple[int, ...]  # of the random numbers of each task
-
-    @property
-    def has_core(self) -> bool:
-        return True
-
-    @property
-    def minds_factors(self) -> bool:
-        return True
-
-    @abstractmethod
-    def product(self, tasks: Sequence[Factors]) -> Product:
-        """X."""
-
-    def run_core(self, tasks: Sequence[Factors]) -> Product:
-        return self.product(tasks).times(self.scale)
-
-    def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
-        import torch
-
-        from pymerge.methods.core.aligned import balanced
-
-        taus = [task_vector(base, expert, None, torch.float64) for expert in experts]
-        if not all(bool(tau.isfinite().all()) for tau in taus):
-            return not_a_number(base, out_dtype)
-        with one_blas_thread():
-            X = self.product([balanced(tau.cpu().numpy()) for tau in taus]).whole()
-        return add_to_base(base, torch.from_numpy(X).to(base.device), self.scale, out_dtype)
-
-    def core_scratch(self, shape: tuple[int, int], rank: int, experts: int) -> int:
-        return 8 * 4 * experts * rank * max(*shape, rank)  # what is aligned of each task, what is kept of it, and masks
-
-    def drawn(self, parts: Sequence[Matrix]) -> Matrix:
-        """DARE: the sum of what is drawn of each task."""
-        from pymerge.methods.core.entries import drawn
-        from pymerge.methods.core.factors import total_of
-
-        pairs = zip(parts, self.keys, strict=True)
-        total: Matrix = total_of(drawn(part, self.density, key) for part, key in pairs)
-        return total
-
-    def flops(self, shape: tuple[int, ...], experts: int) -> int:
-        small, large = sorted(shape)
-        return experts * (20 * small**2 * large + 4 * small * large**2) + 30 * (experts * small) ** 2 * small
-
-    def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
-        small, large = sorted(shape)
-        # In float64: task vectors, their factors and these joined, what is merged of each, cores, and LAPACK's work.
-        return 8 * ((8 * experts + 6) * small * large + 6 * small * experts * small + 6 * small**2)
+    from pymerge.methods.core.aligned import Aligned
+    from pymerge.methods.core.factors import Factors, Matrix
 
 
 @dataclass(frozen=True)
@@ -90,12 +28,16 @@ class MergeOneSide(SolveAligned):
     released: bool
     label: ClassVar[str] = "knots"
 
-    def product(self, tasks: Sequence[Factors]) -> Product:
+    @property
+    def keeps_equal(self) -> bool:
+        return self.released
+
+    def aligned(self, tasks: Sequence[Factors]) -> Aligned:
         from pymerge.methods.core.aligned import one_sided
 
-        return one_sided(tasks, self.cutoff, self.released, self._merged)
+        return one_sided(tasks, self.cutoff, self.released)
 
-    def _merged(self, parts: Sequence[Matrix]) -> Matrix:
+    def merged(self, parts: Sequence[Matrix]) -> Matrix:
         from pymerge.methods.core.entries import elected_mean, from_smallest, largest
         from pymerge.methods.core.factors import total_of
 
@@ -104,6 +46,8 @@ class MergeOneSide(SolveAligned):
             return total
         if self.merge == "dare":
             return self.drawn(parts)
+        if self.told is not None:
+            return self.by_told(parts)
         count = int(self.density * parts[0].size)
         if self.released:
             return elected_mean([from_smallest(part, part.size - count) for part in parts])
@@ -119,12 +63,12 @@ class MergeTwoSides(SolveAligned):
     cart_weight: float
     label: ClassVar[str] = "core_space"
 
-    def product(self, tasks: Sequence[Factors]) -> Product:
+    def aligned(self, tasks: Sequence[Factors]) -> Aligned:
         from pymerge.methods.core.aligned import two_sided
 
-        return two_sided(tasks, self._merged)
+        return two_sided(tasks)
 
-    def _merged(self, parts: Sequence[Matrix]) -> Matrix:
+    def merged(self, parts: Sequence[Matrix]) -> Matrix:
         M = self._by_rule(parts)
         if not self.isotropic:
             return M
@@ -137,6 +81,8 @@ class MergeTwoSides(SolveAligned):
 
         shape = (parts[0].shape[0], parts[0].shape[1])
         if self.merge == "ties":
+            if self.told is not None:
+                return self.by_told(parts)
             return elected_mean([largest(part, int(self.density * part.size)) for part in parts])
         if self.merge == "dare":
             return self.drawn(parts)
@@ -167,8 +113,13 @@ def _density(default: float) -> Parameter:
     return Parameter("density", "number", default, "share of entries that ties and dare keep", minimum=0.0, maximum=1.0)
 
 
-# One choice: a threshold over all layers is not known before all of them are decomposed.
-_SCOPE = Parameter("scope", "choice", "layer", "what density is a share of: each layer's entries", choices=("layer",))
+_SCOPE = Parameter(
+    "scope",
+    "choice",
+    "layer",
+    "ties: what density is a share of: each layer's entries, or those of all layers of adapters",
+    choices=("layer", "model"),
+)
 _SEED = Parameter("random_seed", "integer", 0, "of dare's random masks; also a key of the config", minimum=0)
 
 
@@ -201,7 +152,7 @@ class Knots(SolverMethod):
         merge = values.merge
         released = merge["compat"] == "released"
         cutoff = 1e-5 if released else merge["cutoff"]
-        return MergeOneSide(merge["scale"], merge["merge"], merge["density"], merge["keys"], cutoff, released)
+        return MergeOneSide(**_shared(values), cutoff=cutoff, released=released)
 
 
 class CoreSpace(SolverMethod):
@@ -231,9 +182,13 @@ class CoreSpace(SolverMethod):
         return super().action(name, solvable, _with_keys(values, name, experts), experts)
 
     def solve(self, values: Values) -> Action:
-        merge = values.merge
-        shared = (merge["scale"], merge["merge"], merge["density"], merge["keys"])
-        return MergeTwoSides(*shared, merge["isotropic"], merge["cart_rank"], merge["cart_weight"])
+        own = {name: values.merge[name] for name in ("isotropic", "cart_rank", "cart_weight")}
+        return MergeTwoSides(**_shared(values), **own)
+
+
+def _shared(values: Values) -> dict[str, Any]:
+    """Arguments that both methods have."""
+    return {name: values.merge[name] for name in ("scale", "merge", "density", "keys", "scope")}
 
 
 def _with_keys(values: Values, name: str, experts: int) -> Values:

@@ -112,7 +112,7 @@ def _verify_shard(
                         wanted = tensors[entry.name][key]
                         report.problems.append(f"{where}: {key} is {value}, not {wanted}; merge again")
                 if bad != tensors[entry.name].get("infinite", 0) and not allow_nonfinite:
-                    report.problems.append(nonfinite(f"{file}: tensor {entry.name!r}", bad, "check the inputs"))
+                    report.problems.append(f"{nonfinite(f'{file}: tensor {entry.name!r}', bad)}; check the inputs")
 
 
 def _read_tensor(reader: Reader, entry: TensorEntry, progress: ProgressSink) -> tuple[str, int]:

@@ -29,6 +29,7 @@ from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.folder import Part, Whole, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.integers import check_integers
+from pymerge.planner.layers import with_layers
 from pymerge.planner.match import Section, match_tensors
 from pymerge.planner.output_dtypes import output_dtypes, with_dtype
 from pymerge.planner.plan import Plan
@@ -160,12 +161,16 @@ def _steps(
             role, entry = whole.roles[name], whole.tensors[name]
             try:
                 found = decide(whole.sections[name], method, name, role, entry, constants.get(name))
+                cut = rows_of(entry, found.experts)
+                actions = [
+                    routed(found.action, found.role, rows.base, rows.experts) if rows.experts else copy()
+                    for rows in cut
+                ]
             except (ArgumentError, ConfigError) as error:
                 wrong.setdefault(str(error), []).append(name)
                 continue
             role, constant = found.role, constants.get(name)
-            for rows in rows_of(entry, found.experts):
-                action = routed(found.action, role, rows.base, rows.experts) if rows.experts else copy()
+            for rows, action in zip(cut, actions, strict=True):
                 nbytes = math.prod(rows.base.shape) * ITEM_SIZES[tensor.dtype]
                 steps.append(
                     Step(
@@ -216,7 +221,8 @@ def _assigned(
             known = step.action.on(*(entry.dtype for entry in step.inputs))
             found[id(step)] = replace(step, action=known)
     assigned = [found.get(id(step), step) for step in steps]
-    return [replace(step, worker=worker_of(step, target)) for step in assigned]
+    with_others = with_layers(assigned, lambda step: id(sections[step.name]) if assembled else 0)
+    return [replace(step, worker=worker_of(step, target)) for step in with_others]
 
 
 def _placed_module(

@@ -8,7 +8,8 @@ from typing import Literal
 from pymerge.architecture.roles import Role
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.names import listed
-from pymerge.methods.actions import Action, InCore, Solve
+from pymerge.errors import ArgumentError
+from pymerge.methods.actions import WHOLE_MODEL, Action, InCore, Solve
 from pymerge.planner import pieces
 
 # "core": solved in the space of all factors, and added to the base's rows. "tiles": on rows, those of adapters made as
@@ -22,7 +23,16 @@ _DENSE_MORE = 4
 def routed(action: Action, role: Role, base: TensorEntry, experts: Sequence[TensorEntry]) -> Action:
     """The action, or the same in the core: where all task vectors are known by factors, and that costs less, or the
     method is defined by them. A weight that nobody has touched is left to others.
+
+    Raises ArgumentError for a solver that needs the factors of all weights, where there are none.
     """
+    found = _in_core(action, role, base, experts)
+    if isinstance(found, Solve) and found.of_model:
+        raise ArgumentError(WHOLE_MODEL)
+    return found
+
+
+def _in_core(action: Action, role: Role, base: TensorEntry, experts: Sequence[TensorEntry]) -> Action:
     if not isinstance(action, Solve) or not action.has_core or (action.needs_outputs and role.in_axis == 0):
         return action
     if role.parts > 1 and not role.stacked:  # rows of the parts are not told apart there

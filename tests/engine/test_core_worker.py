@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from pymerge.cli.plan_table import plan_view
 from pymerge.cli.tensor_table import tensor_rows
 from pymerge.config.merge_config import load_config
 from pymerge.engine.run import resolve_target, run
-from pymerge.errors import NonFiniteError
+from pymerge.errors import NonFiniteError, PlanError
 from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
 from pymerge.planner.build import build_plan
+from pymerge.planner.fit import fit
 from pymerge.planner.plan import Plan
+from tests.helpers.aligned import disjoint_mean_together, knots
 from tests.helpers.checkpoints import (
     Tensors,
     checksums,
@@ -238,6 +241,64 @@ def test_what_is_not_finite_names_file_and_key(value: float, tmp_path: Path) -> 
         run(plan_of(tmp_path, "wudi_flow", 1, more=""), tmp_path / "out")
     run(plan_of(tmp_path, "wudi_flow", 1, more="allow_nonfinite: true"), tmp_path / "allowed")
     assert load_output(tmp_path / "allowed")[UP].isnan().all()
+
+
+SCOPE = f"{RULES}parameters: {{scope: model, density: 0.3}}\n"
+
+
+def knots_of_all_layers() -> dict[str, torch.Tensor]:
+    """The merge of all weights that adapters change, by all elements, entries of all of them being one vector."""
+    base = base_model(torch.float32)
+    sums = [moved(base, factors_of(number, rank, names, base)) for number, (rank, names) in enumerate(EXPERTS)]
+    taus: dict[tuple[str, int, int], list[Any]] = {}  # by name, number in a stack, and first row
+    for name in sorted([UP, Q, CONV, STACK, GATE_UP]):
+        of_experts = [model[name] - base[name].double() for model in sums]
+        for number in range(base[name].shape[0] if base[name].ndim == 3 else 1):
+            rows = 20 if name == GATE_UP else base[name].shape[-2]
+            for first in range(0, base[name].shape[-2], rows):
+                each = [(tau[number] if tau.ndim == 3 else tau)[first : first + rows].numpy() for tau in of_experts]
+                taus[name, number, first] = [tau.T for tau in each] if name == CONV else each
+    aligned = [knots(each) for each in taus.values()]
+    merged = disjoint_mean_together([Z for _, Z in aligned], 0.3)
+    found = {name: base[name].double().clone() for name, _, _ in taus}
+    for (name, number, first), (U, _), Z in zip(taus, aligned, merged, strict=True):
+        X = torch.from_numpy((U @ Z).T if name == CONV else U @ Z)
+        matrix = found[name][number] if found[name].ndim == 3 else found[name]
+        matrix[first : first + len(X)] += X
+    return found
+
+
+def test_one_threshold_for_all_layers(tmp_path: Path) -> None:
+    """Of files, with any memory, and of models in memory."""
+    planned(tmp_path, "knots")
+    plan = plan_of(tmp_path, "knots", more=SCOPE)
+    run(plan, tmp_path / "out")
+    found, expected = load_output(tmp_path / "out"), knots_of_all_layers()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name].double(), tensor, rtol=2e-7, atol=5e-8)
+    small = replace(plan, steps=fit(plan.steps, replace(plan.budget, tensors=2**23)))
+    run(small, tmp_path / "small")
+    assert checksums(tmp_path / "small") == checksums(tmp_path / "out")
+    experts = [tmp_path / f"e{number}" for number in range(len(EXPERTS))]
+    options = {"layers": [{"pattern": r"layers\.0\.mlp\.down_proj", "kind": "linear", "in_axis": 0}]}
+    merger = pymerge.Merger(tmp_path / "base", experts, "knots", options=options, scope="model", density=0.1)
+    other = merger.merge()
+    again = merger.merge(density=0.3)
+    assert all(torch.equal(again[name], found[name]) for name in expected)
+    assert not any(torch.equal(other[name], found[name]) for name in expected)
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(plan_view(plan))
+    assert re.search("knots, 3 adapters, rank 3, by what 5 weights tell together", console.export_text())
+
+
+def test_one_threshold_for_all_layers_needs_factors_of_all(tmp_path: Path) -> None:
+    base = base_model(torch.float32)
+    write_model(tmp_path / "base", base, config=llama_config(base))
+    write_products(tmp_path / "e0", tmp_path / "base", factors_of(0, 2, [UP], base))
+    write_model(tmp_path / "e1", fine_tuned(base, 1), config=llama_config(base))
+    with pytest.raises(PlanError, match=r"up_proj.*: scope: model is one threshold .*; give scope: layer, or adapters"):
+        plan_of(tmp_path, "knots", 2, more="parameters: {scope: model}\n")
+    plan_of(tmp_path, "knots", 2, more="parameters: {scope: layer}\n")
 
 
 def test_plans_show_the_routes(tmp_path: Path) -> None:

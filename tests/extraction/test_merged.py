@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pymerge.errors import ArgumentError, NonFiniteError, PlanError
 from pymerge.extraction import api
 from pymerge.extraction.deltas import Delta
 from pymerge.extraction.measure import Measured, cut
+from pymerge.extraction.merged import parse_rank
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import ExtractReport
 from pymerge.extraction.targets import Target
@@ -84,6 +86,16 @@ def test_exact_is_the_same_merge(models: Path, method: str) -> None:
         torch.testing.assert_close(found[name], tau, rtol=0, atol=3e-6 * float(tau.abs().max()) + 1e-6)
     assert report.error < 1e-6
     assert verify(models / "out").problems == []
+
+
+def test_one_threshold_for_all_layers(models: Path) -> None:
+    config = recipe(models, "knots", parameters={"scope": "model", "density": 0.3})
+    api.merge_adapters(config, models / "out", progress=False)
+    api.merge_adapters(recipe(models, "knots", parameters={"density": 0.3}), models / "layers", progress=False)
+    found, alone = deltas(models / "out"), deltas(models / "layers")
+    for name, tau in merged(models, config).items():
+        torch.testing.assert_close(found[name], tau, rtol=0, atol=3e-6 * float(tau.abs().max()))
+        assert not torch.allclose(tau, alone[name], rtol=0, atol=1e-3 * float(tau.abs().max()))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
@@ -287,6 +299,22 @@ def test_nan_in_a_factor(models: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"one/adapter_model.*layers\.1\.mlp\.up_proj\.lora_B\.weight.*\[0, 0\]"):
         api.merge_adapters(recipe(models), models / "out", progress=False)
     assert not (models / "out").exists()
+
+
+def test_what_is_not_finite_in_a_merge_that_is_cut(models: Path) -> None:
+    """allow_nonfinite and out_dtype, which help merges into models, are not for adapters, and not advised."""
+    with pytest.raises(NonFiniteError, match="use sound models and adapters, or smaller weights") as caught:
+        api.merge_adapters(recipe(models, "ties", parameters={"lambda": 1e40}), models / "out", rank=4, progress=False)
+    assert not re.search("allow_nonfinite|out_dtype", str(caught.value))
+    one = dict(load_file(models / "one" / "adapter_model.safetensors"))
+    one[f"{PREFIX}model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = float("nan")
+    write_adapter(models / "one", one, r=4, lora_alpha=8)
+    with pytest.raises(
+        NonFiniteError, match=r"one/adapter_model.* has \d+ values that are NaN or .*use sound mod"
+    ) as nan:
+        api.merge_adapters(recipe(models, "ties"), models / "out", rank=4, progress=False)
+    assert "allow_nonfinite" not in str(nan.value)
+    assert not re.search("--(algorithm|exclude)", parse_rank("4").otherwise.partition("pymerge extract")[0])
 
 
 def test_the_command(models: Path) -> None:

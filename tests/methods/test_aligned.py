@@ -11,49 +11,17 @@ import pymerge
 from pymerge.errors import ArgumentError
 from pymerge.methods import METHODS
 from pymerge.testing.cases import make_weights
+from tests.helpers.aligned import core_space, disjoint_mean, knots
 from tests.helpers.factors import Layer, dense, layers
 from tests.methods.core.test_solvers import agree, core, found, whole
 
 LAYER = Layer(24, 18, (3, 2, 3))
 
 
-def signed(U):
-    return U * np.where(U[np.abs(U).argmax(axis=0), np.arange(U.shape[1])] < 0, -1.0, 1.0)
-
-
-def disjoint_mean(parts, density):
-    """TIES of arrays of one shape: the largest kept, one sign for each entry, the mean of those that have it."""
-    kept = []
-    for part in parts:
-        order = np.argsort(-np.abs(part).reshape(-1), kind="stable")[: int(density * part.size)]
-        mask = np.zeros(part.size)
-        mask[order] = 1.0
-        kept.append(part * mask.reshape(part.shape))
-    vote = np.sign(sum(kept))
-    vote = np.where(vote == 0, np.sign(vote.sum()), vote)
-    agreeing = [np.where(np.sign(part) == vote, part, 0.0) for part in kept]
-    return sum(agreeing) / np.maximum(1, sum(part != 0 for part in agreeing))
-
-
-def knots(taus, density):
-    """U Z of the decomposition of all task vectors side by side."""
-    M = np.hstack(taus)
-    U, s, _ = np.linalg.svd(M, full_matrices=False)
-    U = signed(U[:, s > 1e-10 * s[0]])
-    return U @ disjoint_mean(np.split(U.T @ M, len(taus), axis=1), density)
-
-
-def cores(factors):
-    """U, V and U^T tau_t V of the bases of all factors."""
-    B, A = (np.hstack([f.B for f in factors]), np.vstack([f.A for f in factors]))
-    U, V = signed(np.linalg.svd(B, full_matrices=False)[0]), signed(np.linalg.svd(A.T, full_matrices=False)[0])
-    return U, V, [U.T @ f.B @ f.A @ V for f in factors]
-
-
 @pytest.mark.parametrize("density", [0.1, 0.2, 1.0])
 def test_knots_is_ties_of_the_right_side(density):
-    expected = knots([tau.numpy() for tau in dense(LAYER.factors())], density)
-    agree(core(LAYER, "knots", density=density), torch.from_numpy(expected), 1e-11)
+    U, Z = knots([tau.numpy() for tau in dense(LAYER.factors())])
+    agree(core(LAYER, "knots", density=density), torch.from_numpy(U @ disjoint_mean(Z, density)), 1e-11)
 
 
 def test_knots_of_the_release_drops_small_singular_values_and_keeps_one_entry_more():
@@ -88,7 +56,7 @@ def test_linear_rules_lose_nothing(method, parameters, weight, layer):
 
 @pytest.mark.parametrize("density", [0.1, 0.4, 1.0])
 def test_core_space_is_ties_of_the_cores(density):
-    U, V, M = cores(LAYER.factors())
+    U, V, M = core_space(LAYER.factors())
     agree(
         core(LAYER, "core_space", merge="ties", density=density),
         torch.from_numpy(U @ disjoint_mean(M, density) @ V.T),
@@ -109,7 +77,7 @@ def test_core_space_makes_the_singular_values_of_the_core_equal():
 def test_tsv_and_cart_in_the_core():
     layer = Layer(20, 16, (2, 2, 2))
     agree(core(layer, "core_space", merge="tsv"), core(layer, "tsv_m"), 1e-11)  # all of the R directions are kept
-    U, V, M = cores(layer.factors())
+    U, V, M = core_space(layer.factors())
     mean = sum(M) / 3
     P, s, Qh = zip(*(np.linalg.svd(part - mean) for part in M), strict=True)
     lead = sum(p[:, :2] * values[:2] @ qh[:2] for p, values, qh in zip(P, s, Qh, strict=True))
@@ -150,7 +118,10 @@ def test_models_without_factors(method):
     assert torch.equal(pymerge.merge_tensors(base, [base, base], method), base)
 
 
-def test_the_threshold_of_a_whole_model_is_refused():
+def test_the_threshold_of_a_whole_model_is_refused_of_one_tensor():
     base, experts = make_weights(4, 6, 2)
-    with pytest.raises(ArgumentError, match=r"scope.*layer"):
-        pymerge.merge_tensors(base, experts, "knots", scope="model")
+    for method in ("knots", "core_space"):
+        with pytest.raises(ArgumentError, match=r"one threshold for all layers, .*; give scope: layer, or adapters"):
+            pymerge.merge_tensors(base, experts, method, merge="ties", scope="model")
+        found = pymerge.merge_tensors(base, experts, method, merge="dare", density=0.5, scope="model")
+        assert torch.equal(found, pymerge.merge_tensors(base, experts, method, merge="dare", density=0.5))

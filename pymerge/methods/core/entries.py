@@ -40,10 +40,25 @@ def _smallest(sizes: Matrix, number: int) -> float:
     return float(np.partition(sizes, number - 1)[number - 1])  # selection in linear time
 
 
-def elected_mean(parts: Sequence[Matrix]) -> Matrix:
-    """The mean, at each entry, of those that have the sign of the sum; where the sum is 0, the sign of most entries."""
+def from_key(M: Matrix, key: int, end: int) -> Matrix:
+    """M where magnitudes have bits above `key`, or equal to it before the entry of number `end`; 0 elsewhere."""
+    keys = np.abs(np.ascontiguousarray(M)).reshape(-1).view(np.int64)
+    kept, equal = keys > key, keys == key
+    equal[end:] = False
+    found: Matrix = M * (kept | equal).reshape(M.shape)
+    return found
+
+
+def majority(parts: Sequence[Matrix]) -> float:
+    """Number of entries whose sum is positive, less that of those whose sum is negative."""
+    return float(np.sign(total_of(parts)).sum())
+
+
+def elected_mean(parts: Sequence[Matrix], most: float | None = None) -> Matrix:
+    """The mean, at each entry, of those that have the sign of the sum; where the sum is 0, the sign of most entries, or
+    of `most`."""
     vote = np.sign(total_of(parts))
-    vote = np.where(vote == 0, np.sign(vote.sum()), vote)
+    vote = np.where(vote == 0, np.sign(vote.sum() if most is None else most), vote)
     total, counts = np.zeros_like(vote), np.zeros_like(vote)
     for part in parts:
         agrees = part * vote > 0
