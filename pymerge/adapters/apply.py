@@ -274,7 +274,10 @@ class _Builder:
             )
         if table is None or len(table.shape) != 2 or table.shape[1:] != entry.shape[1:]:
             has = "no table" if table is None else f"{list(table.shape)}"
-            raise CheckpointError(f"{where} has rows of {entry.shape[1:]}, and {name} of {self._base.path} is {has}")
+            raise CheckpointError(
+                f"{where} has rows of {list(entry.shape[1:])}, and {name} of {self._base.path} is {has}; name the "
+                "model that the adapter is for"
+            )
         beyond = [index for index in indices if not 0 <= index < table.shape[0]]
         if beyond:
             raise CheckpointError(

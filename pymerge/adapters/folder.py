@@ -46,6 +46,7 @@ class AdapterFiles:
     origin: str = ""
     form: Form = Form.PEFT
     metadata: Mapping[str, str] = field(default_factory=dict)
+    uneven: bool = False  # of kohya, with alphas of its own for some modules
 
     @property
     def config_file(self) -> Path:
@@ -60,6 +61,12 @@ class AdapterFiles:
             return (
                 f"fuse it with mlx-lm (mlx_lm.fuse --model BASE --adapter-path {str(self.file.parent)!r} "
                 "--save-path OUT) and name OUT"
+            )
+        if self.uneven:
+            return (
+                "merge it with kohya's sd-scripts (networks/merge_lora.py, for SDXL networks/sdxl_merge_lora.py, "
+                f"--sd_model BASE --models {str(self.file)!r} --ratios 1 --save_to OUT), for its alphas differ, of "
+                "which diffusers takes one, and name OUT"
             )
         return (
             f"fuse it with diffusers (pipe.load_lora_weights({str(self.file)!r}), pipe.fuse_lora(), "

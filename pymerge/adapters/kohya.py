@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pymerge.adapters.alphas import scale_by_alphas
 from pymerge.adapters.components import for_base
 from pymerge.adapters.flat_names import place_flat
@@ -41,7 +43,11 @@ def read_kohya(base: Checkpoint, files: AdapterFiles) -> tuple[Settings, Keys]:
         for module in modules.values():
             check_pair(module, _AGAIN, ("down", "up"))
         scale_by_alphas(files.stamps, modules, alphas.get(part, {}), _AGAIN)
-    chosen, notes = for_base(base, files, components, place_flat)
+    alphas_of = {
+        (module.scale or 0.0) * module.right.shape[0] for each in components.values() for module in each.values()
+    }
+    uneven = len(alphas_of) > 1
+    chosen, notes = for_base(base, replace(files, uneven=uneven), components, place_flat)
     keys = Keys()
     for part, places in chosen.items():
         for name, place in places.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.model_files import ADAPTER_CONFIG
 from pymerge.common.names import first_few, shorten
 from pymerge.errors import CheckpointError
 
@@ -195,11 +196,11 @@ def _refuse_variants(file: Path, config: Mapping[str, Any], remedy: str) -> None
             raise CheckpointError(f"{file}: has {key}: it is {what}; {remedy}")
     init = str(config.get("init_lora_weights", True)).lower()
     if _CHANGED_BASE.fullmatch(init):
-        exact = init in ("pissa", "olora")
+        remedies = [_converted(file.parent)] if _can_be_converted(file, config) else []
+        remedies += [remedy] if init in ("pissa", "olora") else []
         raise CheckpointError(
-            f"{file}: has init_lora_weights: {init}, whose training starts from a changed base; save it with "
-            "path_initial_model_for_weight_conversion, which makes a plain adapter of it"
-            + (f", or {remedy}" if exact else "")
+            f"{file}: has init_lora_weights: {init}, whose training starts from a changed base; "
+            + (", or ".join(remedies) or "merge it where it was trained (merge_and_unload), and name the result")
         )
     if init == "loftq":
         raise CheckpointError(
@@ -212,6 +213,21 @@ def _refuse_variants(file: Path, config: Mapping[str, Any], remedy: str) -> None
         )
 
 
+def _can_be_converted(file: Path, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT can read the folder, and does not refuse to make a plain adapter of it."""
+    refused = config.get("use_rslora") and (config.get("rank_pattern") or config.get("alpha_pattern"))
+    return file.name == ADAPTER_CONFIG and not refused
+
+
+def _converted(folder: Path) -> str:
+    """Remedy: how PEFT makes a plain adapter of one that starts from a changed base, which it need not load."""
+    return (
+        "make a plain adapter of it with PEFT: with init_lora_weights: true in this file, PeftModel.from_pretrained("
+        f"BASE, {str(folder)!r}).save_pretrained(OUT, path_initial_model_for_weight_conversion=FIRST), FIRST being its "
+        "folder from before training, and name OUT"
+    )
+
+
 def _patterns(file: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
     found = config.get(key) or {}
     if not isinstance(found, dict):
@@ -222,7 +238,9 @@ def _patterns(file: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]
         try:
             re.compile(pattern)
         except re.error as error:
-            raise CheckpointError(f"{file}: {key} has {shorten(pattern)}, no regular expression ({error})") from error
+            raise CheckpointError(
+                f"{file}: {key} has {shorten(pattern)}, no regular expression ({error}); correct it"
+            ) from error
     return found
 
 

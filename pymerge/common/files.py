@@ -128,7 +128,7 @@ def output_error(path: Path, action: str, error: OSError, needed: int | None = N
         wanted = "" if needed is None else f" of {needed:,} bytes"
         return OutputError(
             f"{path}: a file{wanted} is not allowed here (file system or `ulimit -f`); "
-            "give a smaller maximum shard size or raise the limit"
+            "raise the limit, or, for the weights of a model, give a smaller maximum shard size"
         )
     return OutputError(f"{path}: {action} failed ({error.strerror}); check the directory and its rights")
 

@@ -17,6 +17,7 @@ from pymerge.extraction.merged import EXACT, plan_merge
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import ExtractReport
 from pymerge.extraction.work import Work
+from pymerge.planner.integers import BY_RULE
 
 
 def extract(
@@ -112,7 +113,11 @@ def extraction(
         "base_model": str(base),
         "models": [{"model": str(model), "parameters": {"weight": 1.0}}],
     }
-    return plan_extraction(plan(config, device="cpu", memory=memory), options, str(base))
+    try:
+        planned = plan(config, device="cpu", memory=memory)
+    except PlanError as error:  # an extraction has no rules
+        raise PlanError(problem.partition(BY_RULE)[0] for problem in error.problems) from error
+    return plan_extraction(planned, options, str(base))
 
 
 def merge_adapters(

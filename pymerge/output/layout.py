@@ -136,7 +136,7 @@ def _layout_file(file: str, group: list[Described]) -> ShardLayout:
     if len(text) > MAX_HEADER_BYTES:
         raise ArgumentError(
             f"{file}: its header would have {len(text)} bytes, more than the {MAX_HEADER_BYTES} that can be "
-            "read; give a smaller maximum shard size"
+            "read; give a smaller maximum shard size, or, of what has one file, fewer tensors"
         )
     header = len(text).to_bytes(8, "little") + text
     placed = []

@@ -17,6 +17,8 @@ from pymerge.planner.match import Matched
 # Counts of training steps, which differ between any two fine-tuned models, and which no model computes with.
 COUNTERS = ("num_batches_tracked", "num_updates", "n_averaged")
 _WEIGHTS = (Kind.LINEAR, Kind.EMBEDDING, Kind.HEAD)
+# What ends a problem if a config has rules for layers; what extracts has none.
+BY_RULE = ", or, to copy the base's, write layers: "
 
 
 def integer_weights(tensors: Tensors, config: Mapping[str, object], rules: Sequence[Rule] = ()) -> list[str]:
@@ -46,7 +48,7 @@ def check_integers(
     if weights:
         problems.append(
             f"{donor.path}: {listed(weights)}: integers ({described[weights[0]][0]}) where weights should be, codes of "
-            f"a quantised model; merge the original weights instead, or, {_by_rule(weights[0])}"
+            f"a quantised model; merge the original weights instead{BY_RULE}{_rule(weights[0])}"
         )
     names = [
         name
@@ -76,7 +78,7 @@ def check_integers(
             problems.append(
                 f"{path}: {listed(different)}: integers with other values than in {donor.path}, which can be copied, "
                 "but not merged; if they are codes of quantised weights, merge the original weights instead; if not, "
-                f"list models that agree, or, {_by_rule(different[0])}"
+                f"list models that agree{BY_RULE}{_rule(different[0])}"
             )
         else:
             warnings.append(f"{path}: {listed(different)}: {how} than in {donor.path}, whose integers are kept")
@@ -96,5 +98,5 @@ def _ruled(name: str, rules: Sequence[Rule]) -> bool:
     return any(re.search(rule.pattern, name) for rule in rules)
 
 
-def _by_rule(name: str) -> str:
-    return f"to copy the base's, write layers: [{{pattern: '{re.escape(name)}', kind: buffer}}]"
+def _rule(name: str) -> str:
+    return f"[{{pattern: '{re.escape(name)}', kind: buffer}}]"

@@ -228,7 +228,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors, dict[str, Any]], None], tuple[str, .
         ("settings of 'text_encoder', 'unet', and the file factors of 'unet'",),
     ),
     "another rank": (other_rank, ("says 5, so that diffusers cannot load it",)),
-    "a base that changes": (variant, ("init_lora_weights: corda", "path_initial_model_for_weight_conversion")),
+    "a base that changes": (variant, ("init_lora_weights: corda", "merge it where it was trained")),
     "lengths of one module": (lengths, ("lora_magnitude_vector of", "use_dora: true")),
     "another size": (misfit, (f"'{ATTENTION}.to_q' of unet, which", "or in other sizes")),
 }

@@ -131,6 +131,11 @@ def other_module(found: Tensors) -> None:
         found[key.replace("attn1", "attn7")] = found.pop(key)
 
 
+def uneven(found: Tensors) -> None:
+    other_module(found)
+    found[f"{Q.replace('attn1', 'attn7')}.alpha"] = torch.tensor(0.5)
+
+
 def of_sgm(found: Tensors) -> None:
     """Names of the original model's blocks, as the scripts write them for SDXL."""
     for key in list(found):
@@ -152,6 +157,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], None], tuple[str, ...]]] = {
         other_module,
         ("attn7_to_q' of lora_unet, which", "of size 8 x 8 there are", MODULE, "one of its folders"),
     ),
+    "alphas that diffusers takes for one": (uneven, ("sd-scripts (networks/merge_lora.py", "for its alphas differ")),
     "another layout": (of_sgm, ("input_blocks", "pipe.load_lora_weights(")),
 }
 

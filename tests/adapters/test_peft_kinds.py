@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,38 @@ def test_a_base_that_changes_in_training(init: str, base: Path, tmp_path: Path) 
         again = peft.PeftModel.from_pretrained(llama(), tmp_path / "trained").merge_and_unload().state_dict()
         assert all(torch.allclose(again[name], tensor, rtol=0, atol=1e-5) for name, tensor in expected.items())
     assert ("merge_and_unload" in str(caught.value)) == (init in ("pissa", "olora"))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4", "corda", "lora_ga"])
+def test_a_base_that_changed_in_training_by_folders_alone(init: str, base: Path, tmp_path: Path) -> None:
+    """The folder from before training and the one from after make a plain adapter, by what the error says."""
+    made = init if init in ("pissa", "olora") else "pissa_niter_4"  # any start is converted alike
+    model = peft.get_peft_model(llama(), lora(TARGETS, init_lora_weights=made))
+    model.save_pretrained(tmp_path / "first")
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "trained")
+    expected = model.merge_and_unload().state_dict()
+    config = tmp_path / "trained" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": init}))
+    with pytest.raises(CheckpointError, match="with init_lora_weights: true in this file, Peft") as caught:
+        opened(base, tmp_path / "trained")
+    assert f"from_pretrained(BASE, {str(tmp_path / 'trained')!r}).save_pretrained(OUT, path_initial_model" in str(
+        caught.value
+    )
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": True}))
+    peft.PeftModel.from_pretrained(llama(), str(tmp_path / "trained")).save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first")
+    )
+    for name, tensor in read_all(opened(base, tmp_path / "plain")).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-7)
+
+
+def test_what_peft_does_not_convert_is_not_advised(base: Path, tmp_path: Path) -> None:
+    more = {"init_lora_weights": "pissa_niter_4", "use_rslora": True, "rank_pattern": {"q_proj": 2}}
+    peft.get_peft_model(llama(), lora(TARGETS, **more)).save_pretrained(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="merge it where it was trained") as caught:
+        opened(base, tmp_path / "a")
+    assert "path_initial" not in str(caught.value)

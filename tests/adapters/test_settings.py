@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "patterns as a list": ({"rank_pattern": ["q"]}, ("rank_pattern is", "a mapping")),
     "no number in a pattern": ({"alpha_pattern": {"q": None}}, ("alpha_pattern['q'] is 'None'",)),
     "no rank in a pattern": ({"rank_pattern": {"q": 0}}, ("rank_pattern['q'] is '0'",)),
-    "no expression": ({"rank_pattern": {"q(": 2}}, ("rank_pattern has 'q('", "no regular expression")),
+    "no expression": ({"rank_pattern": {"q(": 2}}, ("rank_pattern has 'q('", "no regular expression", "; correct it")),
     "blocks": ({"use_bdlora": {"nblocks": 0}}, ("use_bdlora", "nblocks")),
 }
 

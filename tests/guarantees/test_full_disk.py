@@ -52,7 +52,7 @@ def test_a_file_larger_than_the_limit_of_the_process(tmp_path: Path) -> None:
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))"
     message, left = run([sys.executable, "-c"], PREPARE + limit + REPORT, tmp_path)
     assert "a file of 604," in message
-    assert message.endswith("give a smaller maximum shard size or raise the limit")
+    assert message.endswith("raise the limit, or, for the weights of a model, give a smaller maximum shard size")
     assert left == LEFT
 
 

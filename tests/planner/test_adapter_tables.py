@@ -206,3 +206,11 @@ def test_models_without_a_head_tie_none(tmp_path: Path, architecture: str) -> No
     a, b = tensors["model.embed_tokens.lora_embedding_A"], tensors["model.embed_tokens.lora_embedding_B"]
     expected = llama(tied=True)[EMBEDDING].double() + 2 * (b.double() @ a.double()).T
     torch.testing.assert_close(merged(path)[EMBEDDING].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_trained_rows_of_another_width(tmp_path: Path) -> None:
+    rows = {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 5)}
+    path = written(tmp_path, rows, tied=False, trainable_token_indices=[1, 3], target_modules=["q_proj"])
+    said = refusal(path)
+    assert "has rows of [5], and model.embed_tokens.weight of" in said
+    assert "is [32, 16]; name the model that the adapter is for" in said
