@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,6 +86,7 @@ def extract(
     ] = Missing.error,
     memory: Memory = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The report, or what would be done, as JSON.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another output in OUT.")] = False,
     quiet: Quiet = False,
     log_json: LogJson = None,
@@ -116,7 +118,10 @@ def extract(
             planned = extraction(
                 base, model, ExtractOptions(**given), missing_tensors=missing_tensors.value, memory=memory
             )
-            print_lines(planned.lines())
+            if as_json:
+                sys.stdout.write(planned.as_json() + "\n")
+            else:
+                print_lines(planned.lines())
             return
         report = carry_out(
             base,
@@ -128,6 +133,8 @@ def extract(
             progress=not quiet,
             overwrite=overwrite,
         )
-        if not quiet:
+        if as_json:
+            sys.stdout.write(report.whole_json() + "\n")
+        elif not quiet:
             print_warnings(report.warnings)
             print_lines(report.lines())

@@ -62,6 +62,10 @@ class ExtractReport:
         }
         return (json.dumps(content, indent=1) + "\n").encode()
 
+    def whole_json(self) -> str:
+        """All of it: `warnings`, `tensors`, and what is known of this run alone."""
+        return json.dumps({**asdict(self), "output": str(self.output)}, indent=2, ensure_ascii=False)
+
     def lines(self) -> list[str]:
         """The summary, for people."""
         if self.already_done:

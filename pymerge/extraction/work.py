@@ -112,6 +112,31 @@ class Work:
                 others.setdefault(said.get(target.place) or f"left out ({target.reason})", []).append(target.name)
         return [*lines, *(f"{how}: {listed(names)}" for how, names in others.items())]
 
+    def as_json(self) -> str:
+        """The same as JSON: `summary`, `warnings` and `tensors`, with where each one's difference would go."""
+        targets = [*self.targets, *self.whole, *self.dense]
+        summary = {
+            "base": self.base,
+            "models": [str(model.path) for model in self.plan.inputs.all],
+            "options": self.options.values(),
+            "factors": sum(target.place == "factors" for target in targets),
+            "bytes_read": sum(target.bytes_read for target in targets),
+            "parts": len(self.parts) + len(self.cuts),
+        }
+        tensors = [
+            {
+                "name": target.name,
+                "shape": list(target.base.shape),
+                "place": target.place,
+                "module": target.module,
+                "matrices": target.count,
+                "reason": target.reason,
+            }
+            for target in targets
+        ]
+        whole = {"summary": summary, "warnings": list(self.warnings), "tensors": tensors}
+        return json.dumps(whole, indent=2, ensure_ascii=False)
+
     @property
     def experts(self) -> dict[str, TensorEntry]:
         """Entries that replace the base's, as far as the inputs have them."""

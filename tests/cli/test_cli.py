@@ -37,7 +37,8 @@ OPTIONS = {
     "finalize": ("--device --backend --memory --max-shard-size --dtype --verify --no-verify --quiet --log-json --help"),
     "extract": (
         "--base --model --rank --energy --sv-epsilon --max-rank --include --exclude --embeddings --rest --dtype "
-        "--algorithm --split --seed --memory --missing-tensors --dry-run --overwrite --quiet --log-json --help"
+        "--algorithm --split --seed --memory --missing-tensors --dry-run --json --overwrite --quiet --log-json "
+        "--help"
     ),
     "plan": "--tensors --json --memory --max-shard-size --dtype --log-json --help",
     "multi": (

@@ -308,3 +308,32 @@ def test_the_command(models: Path) -> None:
     done = pymerge("extract", *models_of, "--rank", "0", models / "other")
     assert "rank is 0" in done.errors[0]
     assert not (models / "other").exists()
+
+
+def test_the_command_as_json(models: Path) -> None:
+    """What would be done, the report of what was, and that of what is there already."""
+    command = ("extract", "--base", models / "base", "--model", models / "tuned", "--rank", "2", "--json")
+    planned = json.loads(pymerge(*command, "--dry-run", models / "out").out)
+    assert not (models / "out").exists()
+    assert planned["summary"]["options"]["rank"] == 2
+    assert planned["summary"]["factors"] == 14
+    places = {each["name"]: each["place"] for each in planned["tensors"]}
+    assert places["model.layers.0.mlp.up_proj.weight"] == "factors"
+    assert places["model.norm.weight"] == "nowhere"
+    made = json.loads(pymerge(*command, models / "out").out)
+    assert (made["output"], made["rank"], made["already_done"]) == (str(models / "out"), 2, False)
+    written = json.loads((models / "out" / "pymerge_extract.json").read_text())
+    assert made["error"] == written["error"]
+    assert [each["name"] for each in made["tensors"]] == [each["name"] for each in written["tensors"]]
+    again = json.loads(pymerge(*command, models / "out").out)
+    assert again["already_done"]
+    assert again["tensors"] == made["tensors"]
+
+
+def test_integers_are_not_to_be_ruled_by_a_config(models: Path) -> None:
+    """`pymerge extract` has no rules for layers, and does not advise them."""
+    for folder, number in (("base", 1), ("tuned", 2)):
+        change(models / folder, lambda tensors, number=number: tensors.update(codes=torch.full((3,), number)))
+    with pytest.raises(PlanError, match="list models that agree") as caught:
+        api.extract(models / "base", models / "tuned", models / "out", progress=False)
+    assert "layers:" not in str(caught.value)
