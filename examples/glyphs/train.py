@@ -235,6 +235,15 @@ def finetune(
     model.eval()
 
 
+def characters(cache: Path, progress: Progress) -> dict[str, Tensor]:
+    """Images and labels of all parts of all tasks; what the cache does not hold is rendered."""
+    cache.mkdir(parents=True, exist_ok=True)
+    store = cache / "glyphs.safetensors"
+    if not store.exists():
+        save_file(render_parts(parts(), progress) | split_digits(400, 100), store)
+    return load_file(store)
+
+
 def settings() -> argparse.Namespace:
     """The command line."""
     style = argparse.ArgumentDefaultsHelpFormatter
@@ -255,7 +264,6 @@ def main() -> None:
     """Run the stages that the cache doesn't hold yet."""
     args = settings()
     torch.set_num_threads(args.threads)
-    args.cache.mkdir(parents=True, exist_ok=True)
     recipe = {key: value for key, value in vars(args).items() if key not in ("out", "cache")}
     told = args.out / "recipe.json"
     if told.exists() and json.loads(told.read_text()) != recipe:
@@ -264,10 +272,7 @@ def main() -> None:
     told.write_text(json.dumps(recipe, indent=2) + "\n")
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        store = args.cache / "glyphs.safetensors"
-        if not store.exists():
-            save_file(render_parts(parts(), progress) | split_digits(400, 100), store)
-        glyphs = load_file(store)
+        glyphs = characters(args.cache, progress)
         base = args.out / "base"
         if not (base / "model.safetensors").exists():
             sampler = Sampler(glyphs["pretraining.images"], glyphs["pretraining.labels"])
