@@ -258,15 +258,15 @@ def test_what_peft_merges(what: str, tmp_path: Path) -> None:
     assert max(errors.values()) <= 1, {name: error for name, error in errors.items() if error > 1}
 
 
-def test_the_bound_is_no_more_than_a_few_units(tmp_path: Path) -> None:
-    """It is about one unit where nothing cancels, so that the comparisons above say something."""
+def test_the_bound_is_some_units_of_an_element(tmp_path: Path) -> None:
+    """Of rank 4, and where nothing cancels: the comparisons above say something of every element."""
     base = save(llama(), tmp_path / "base")
     trained(llama(), lora()).save_pretrained(tmp_path / "adapter")
     found = opened(base, tmp_path / "adapter")
     before, after = read_all(open_checkpoint(base)), read_all(found)
     for name, bound in bounds(found, before, after, 1).items():
         unit = np.spacing(torch.maximum(before[name].abs(), after[name].abs()).numpy())
-        assert np.median(bound / unit) <= 8, name
+        assert 1 <= np.median(bound / unit) <= 32, name
 
 
 @pytest.mark.parametrize("rank", [4, 64])
