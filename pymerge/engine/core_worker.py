@@ -17,7 +17,6 @@ from pymerge.common.blas import one_blas_thread
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE, upcast
 from pymerge.engine.core_solver import CoreSolver
 from pymerge.engine.memory import Heap
-from pymerge.engine.together import core_of
 from pymerge.engine.worker import Context, Made, Sink, failed, raise_nonfinite
 from pymerge.planner.jobs import Batch, Job
 from pymerge.planner.pieces import rows_at_once
