@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CSRC := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 SOURCES := $(CSRC) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow torture lint format gpu bench parity bench-small quality quality-smoke clean help
+.PHONY: demo test test-slow wheel wheel-test torture lint format gpu bench parity bench-small quality quality-smoke clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -34,6 +34,13 @@ test: $(VENV)/installed  ## set up, run all tests but the slow ones, a file at a
 
 test-slow: $(VENV)/installed  ## run the slow tests: inside mergekit, sentence-transformers, FusionBench and Ray, which it installs beside; demos
 	$(TESTS) -m slow
+
+wheel: $(VENV)/installed  ## into dist/: the sdist, wheels of manylinux_2_28 for each Python here, for x86-64 and aarch64
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r wheels/requirements.txt
+	$(BIN)/python -m wheels.build
+
+wheel-test: $(VENV)/installed  ## install the wheel of this machine from dist/ where no compiler is: its ops, merges, the demo
+	$(BIN)/python -m wheels.tried
 
 torture: $(VENV)/installed  ## kill, fill disks and damage files by the hundred, then fuzz the parsers for 10 minutes
 	PYMERGE_TORTURE=1 $(BIN)/python -m pytest -s $(addprefix tests/guarantees/test_,kill.py corruption.py names_property.py)

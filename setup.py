@@ -1,6 +1,7 @@
 """Builds pymerge._C (C++) and, where nvcc is found, pymerge._cuda (CUDA C++). Needs neither torch nor a GPU.
 
-PYMERGE_CUDA=auto|0|1 and PYMERGE_CUDA_ARCHS="80;90" choose what is built; the rest is in pyproject.toml.
+PYMERGE_CUDA=auto|0|1, PYMERGE_CUDA_ARCHS="80;90" and PYMERGE_OPENMP=auto|0 choose what is built; the rest is in
+pyproject.toml.
 """
 
 from __future__ import annotations
@@ -70,7 +71,12 @@ class BuildExtensions(build_ext):
         return ThreadPoolExecutor(max_workers=max(1, min(count, 8)))
 
     def has_openmp(self) -> bool:
-        """True if the compiler builds and links an OpenMP program."""
+        """True if OpenMP is wanted, and the compiler builds and links a program with it."""
+        wanted = os.environ.get("PYMERGE_OPENMP", "auto")
+        if wanted not in ("auto", "0"):
+            sys.exit(f"PYMERGE_OPENMP is {wanted!r}; set it to auto or 0")
+        if wanted == "0":
+            return False
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "probe.cpp")
             probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
@@ -78,14 +84,14 @@ class BuildExtensions(build_ext):
                 objects = self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=["-fopenmp"])
                 self.compiler.link_executable(objects, str(Path(folder, "probe")), extra_postargs=["-fopenmp"])
             except (CompileError, LinkError) as error:
-                print(f"pymerge: no OpenMP, the C++ ops will use one thread ({error})")
+                print(f"pymerge: no OpenMP, the C++ ops will start threads of their own ({error})")
                 return False
         return True
 
     def build_cpu(self, ext: Extension) -> None:
-        openmp = ["-fopenmp"] if self.has_openmp() else []
-        ext.extra_compile_args = [*CXX_FLAGS, *openmp]
-        ext.extra_link_args = openmp
+        threads = ["-fopenmp" if self.has_openmp() else "-pthread"]
+        ext.extra_compile_args = [*CXX_FLAGS, *threads]
+        ext.extra_link_args = threads
         compile_files = self.compiler.compile
 
         def compile_side_by_side(sources: list[str], **options: object) -> list[str]:

@@ -11,7 +11,7 @@ PYBIND11_MODULE(_C, module) {
 #if defined(_OPENMP)
         return pymerge::build_info("OpenMP");
 #else
-        return pymerge::build_info("no OpenMP (one thread)");
+        return pymerge::build_info("threads without OpenMP");
 #endif
     });
 }

@@ -1,0 +1,1 @@
+"""Wheels for Linux that need no compiler where they are installed: `make wheel`, `make wheel-test`."""
