@@ -3,10 +3,10 @@
     python -m benchmarks parts [--size 20M] [--method wudi_flow] [--repeat N] [--data FOLDER]
 
 Three things. `shard`: a linear merge file by file, each by an assignment whose plan was shipped, as a task of Ray's is
-carried out, beside one merge of all; the difference is what a file costs more. `processes`: a merge by a solver with
+carried out, beside one merge of all, whose bytes it must write; the difference is what a file costs more. `processes`: a merge by a solver with
 two processes of one thread each (--devices cpu,cpu) beside one process of two threads, start and end included.
-`finalize`: the time in which what parts have made becomes a model, without and with their checksums. All write the
-same bytes, which is checked. Forms take turns, medians are compared.
+`finalize`: the time in which what parts have made becomes a model, without and with their checksums. Whether
+processes of one thread write the bytes of two threads is recorded. Forms take turns, medians are compared.
 Rows go to benchmarks/runs/<machine>/<date>-parts.json.
 """
 
@@ -122,16 +122,18 @@ def by_processes(config: Path, work: Path, size: int, repeat: int, method: str) 
     variables = {**processes.variables(), "OMP_NUM_THREADS": "2"}
     forms = {"one": ["--device", "cpu"], "two": ["--devices", "cpu,cpu"]}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
+    same = True  # PyTorch's products may depend on the number of threads
     for number in range(repeat):
         outs = {name: work / f"{name}-{number}" for name in forms}
         for name, more in forms.items():
             seconds[name].append(processes.run([*command, str(outs[name]), *more], variables).wall)
-        check(digests(outs["one"]) == digests(outs["two"]), f"{method}: two processes write other bytes than one")
+        same = same and digests(outs["one"]) == digests(outs["two"])
         for out in outs.values():
             shutil.rmtree(out)
     speed = statistics.median(seconds["one"]) / statistics.median(seconds["two"])
     return {"what": "processes", "method": method, **{name: summary(each) for name, each in seconds.items()}} | {
-        "speed": speed
+        "speed": speed,
+        "same_bytes": same,
     }
 
 
