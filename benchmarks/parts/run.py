@@ -3,10 +3,10 @@
     python -m benchmarks parts [--size 20M] [--method wudi_flow] [--repeat N] [--data FOLDER]
 
 Three things. `shard`: a linear merge file by file, each by an assignment whose plan was shipped, as a task of Ray's is
-carried out, beside one merge of all, whose bytes it must write; the difference is what a file costs more. `processes`: a merge by a solver with
-two processes of one thread each (--devices cpu,cpu) beside one process of two threads, start and end included.
-`finalize`: the time in which what parts have made becomes a model, without and with their checksums. Whether
-processes of one thread write the bytes of two threads is recorded. Forms take turns, medians are compared.
+carried out, beside one merge of all, whose bytes it must write; the difference is what a file costs more. `processes`:
+a merge by a solver with two processes of one thread each (--devices cpu,cpu) beside one process of two threads, start
+and end included; whether they write the same bytes is recorded. `finalize`: the time in which what parts have made
+becomes a model, without and with their checksums. Forms take turns, medians are compared.
 Rows go to benchmarks/runs/<machine>/<date>-parts.json.
 """
 
