@@ -77,6 +77,12 @@ def add_merged_adapter(
     _check_name(adapter_name, live)
     if full_tensors not in _FULL_TENSORS:
         raise ArgumentError(f"full_tensors is {full_tensors!r}; choose one of {', '.join(_FULL_TENSORS)}")
+    if full_tensors != "skip":
+        live.check_biases(
+            adapters,
+            "give full_tensors='skip', which leaves them as they are, or merge the weights (merge_adapters_into) or "
+            "the folders of the adapters (pymerge.merge_adapters)",
+        )
     plan = plan_adapters(live, adapters, method, weights, parameters, device=device, memory=memory, dtype="float32")
     work = plan_merge(plan, rank=str(rank), full_tensors=_FULL_TENSORS[full_tensors], dtype="float32")
     with TemporaryDirectory(prefix="pymerge-") as folder:

@@ -4,7 +4,7 @@ each adapter as its folder would be, but for its files."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.settings import Scale, Settings, read_settings
 from pymerge.architecture.tied import ties
 from pymerge.checkpoint.checkpoint import Checkpoint, TensorEntry
+from pymerge.checkpoint.held import HeldEntry
 from pymerge.checkpoint.model_files import ADAPTER_CONFIG
 from pymerge.common.libraries import require
 from pymerge.common.names import nearest
 from pymerge.errors import ArgumentError
+from pymerge.integrations.peft.biases import Base, is_bias, own_biases
+from pymerge.integrations.peft.layers import matrix_of, of_layer, of_replaced, real
 from pymerge.integrations.peft.unreadable import unreadable
 from pymerge.live.checkpoints import hold
 
@@ -50,6 +53,7 @@ class Live:
     """
 
     model: nn.Module
+    original: Base | None = None  # the model as it was before adapters trained its biases
     parameters: dict[str, Tensor] = field(default_factory=dict)
     layers: list[_Layer] = field(default_factory=list)  # with factors
     replaced: list[_Layer] = field(default_factory=list)  # modules_to_save, and rows of tables
@@ -68,6 +72,11 @@ class Live:
         list(self.model.named_modules())  # which has nn.MultiheadAttention take back its weights after a forward pass
         self._visit(self.root, "", 0)
         self.base = self._held()
+        self.biases: dict[str, HeldEntry] = {}  # the model's own, where an adapter has trained them
+        if self.original is not None and self._biased:
+            names = [name for adapter in self._biased for name in self._trained_biases(adapter)]
+            self.biases = own_biases(self.base, self.original, names)
+            self.base = replace(self.base, tensors={**self.base.tensors, **self.biases})
 
     @property
     def root(self) -> nn.Module:
@@ -146,17 +155,33 @@ class Live:
                 f"adapter {name!r} is of type {kind}, and only LORA has factors to merge; leave it out, or turn it "
                 "into LoRA with peft.tuners.lora.conversion.save_as_lora"
             )
-        if config.bias != "none":
-            raise ArgumentError(
-                f"adapter {name!r} has bias={config.bias!r}: its biases are in place of the model's own, which are "
-                "lost; save it (save_pretrained), and merge the files with pymerge.merge or pymerge.merge_adapters"
-            )
         for layer in (*self.layers, *self.replaced):
             if merged := list(getattr(layer.module, "merged_adapters", ())):
                 raise ArgumentError(
                     f"{layer.path}: {', '.join(map(repr, merged))} {'is' if len(merged) == 1 else 'are'} merged into "
                     "the model's weights; take that back first with unmerge_adapter()"
                 )
+
+    @property
+    def _biased(self) -> list[str]:
+        """Adapters that train biases of the model."""
+        return [name for name, config in self.configs.items() if getattr(config, "bias", "none") != "none"]
+
+    def check_biases(self, names: Collection[str], remedy: str) -> None:
+        """Raise ArgumentError if one of these adapters has trained biases of the model, whose own are lost."""
+        for name in self._biased:
+            if name in names and self.original is None:
+                raise ArgumentError(
+                    f"adapter {name!r} has bias={self.configs[name].bias!r}: its biases are in place of the model's "
+                    f"own, which are lost, and all adapters have them; {remedy}"
+                )
+
+    def _trained_biases(self, name: str) -> list[str]:
+        """The model's biases that an adapter has trained: all, or those of the modules with factors."""
+        saved = {layer.path for layer in self.replaced if name in getattr(layer.module, "modules_to_save", {})}
+        adapted = {layer.path for layer in self.layers}
+        biases = [each for each in self.parameters if is_bias(each) and each.rpartition(".")[0] not in saved]
+        return [each for each in biases if self.configs[name].bias == "all" or each.rpartition(".")[0] in adapted]
 
     def _visit(self, module: Any, path: str, depth: int) -> None:
         """Gather weights and modules of PEFT, from a module of the model at this path on."""
@@ -175,7 +200,7 @@ class Live:
             self._visit(child, f"{path}.{name}".lstrip("."), 0)
 
     def _held(self) -> Checkpoint:
-        sizes = {layer.path: _matrix_of(layer.module) for layer in self.layers if not layer.parameter}
+        sizes = {layer.path: matrix_of(layer.module) for layer in self.layers if not layer.parameter}
         found: dict[str, Tensor] = {}
         others: dict[str, TensorEntry] = {}
         for name, tensor in self.parameters.items():
@@ -217,11 +242,13 @@ class Live:
         for layer in self.layers:
             parent, _, last = layer.path.rpartition(".")
             path = f"{parent}.base_layer.{last}" if parent in outer else layer.path
-            for key, tensor in _of_layer(layer.module, name):
-                yield f"{path}.{'base_layer.' * layer.depth}{key}", _real(tensor, layer.path, name)
+            for key, tensor in of_layer(layer.module, name):
+                yield f"{path}.{'base_layer.' * layer.depth}{key}", real(tensor, layer.path, name)
         for layer in self.replaced:
-            for key, tensor in _of_replaced(layer.module, name):
-                yield f"{layer.path}.{key}", _real(tensor, layer.path, name)
+            for key, tensor in of_replaced(layer.module, name):
+                yield f"{layer.path}.{key}", real(tensor, layer.path, name)
+        for path in self._trained_biases(name) if self.biases and name in self._biased else ():
+            yield path, self.parameters[path]
 
 
 @dataclass(frozen=True)
@@ -241,41 +268,3 @@ def read_adapters(live: Live, names: Sequence[str]) -> dict[str, Checkpoint]:
     if len(set(names)) < len(names):
         raise ArgumentError(f"adapters is {list(names)!r}; name each of them once")
     return {f"adapter {name}".replace("+", "_"): live.adapter(name) for name in names}
-
-
-def _of_layer(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Factors of a LoraLayer, and what it has beside them."""
-    for side in ("lora_A", "lora_B"):
-        held_here = getattr(layer, side, {})
-        if name in held_here:
-            yield f"{side}.weight", held_here[name].weight
-            if getattr(held_here[name], "bias", None) is not None:
-                yield f"{side}.bias", held_here[name].bias
-    for side in ("lora_embedding_A", "lora_embedding_B"):
-        if name in getattr(layer, side, {}):
-            yield side, getattr(layer, side)[name]
-    lengths = getattr(layer, "lora_magnitude_vector", None)
-    if lengths is not None and name in lengths:
-        yield "lora_magnitude_vector", getattr(lengths[name], "weight", lengths[name])
-
-
-def _of_replaced(wrapper: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a module that was trained whole, or rows of a table that were."""
-    adapter = getattr(wrapper, "token_adapter", None)
-    if adapter is None:
-        if name in wrapper.modules_to_save:
-            yield from wrapper.modules_to_save[name].state_dict().items()
-    elif adapter.tied_adapter is None and name in adapter.trainable_tokens_delta:
-        yield "token_adapter.trainable_tokens_delta", adapter.trainable_tokens_delta[name]
-
-
-def _matrix_of(layer: Any) -> tuple[int, int] | None:
-    """Outputs and inputs of an adapted linear layer, whatever its weight is stored as."""
-    rows, columns = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-    return (rows, columns) if isinstance(rows, int) and isinstance(columns, int) else None
-
-
-def _real(tensor: Tensor, path: str, name: str) -> Tensor:
-    if tensor.is_meta:
-        raise ArgumentError(f"{path}: adapter {name!r} is on the meta device; load it whole, without low_cpu_mem_usage")
-    return tensor
