@@ -20,6 +20,7 @@ def merge_into(
     base: Source | None = None,
     device: str | torch.device | None = None,
     backend: str = "auto",
+    names: Sequence[str] | None = None,
     atomic: bool = False,
     options: Mapping[str, Any] | None = None,
     **parameters: Any,
@@ -33,6 +34,8 @@ def merge_into(
         module: a module, or tensors by name.
         experts, method, device, backend, options, parameters: as of `Merger`.
         base: what the experts were trained from, if it is not the module.
+        names: parts of tensors' names: those that have one of them in their names are merged, the others stay as they
+            are. Default: all.
         atomic: keep a copy of the module on the CPU until all is done, and write it back if it is not.
 
     Raises:
@@ -49,4 +52,4 @@ def merge_into(
         options=options,
         **parameters,
     )
-    merger.overwrite_once(module, atomic=atomic)
+    merger.overwrite_once(module, atomic=atomic, names=names)

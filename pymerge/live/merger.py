@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any, Literal
 from weakref import finalize
 
@@ -19,7 +20,7 @@ from pymerge.live.many import merge_group
 from pymerge.live.models import Models, Source
 from pymerge.live.modules import Model, signature_of
 from pymerge.live.report import Report
-from pymerge.live.settings import Settings, check_together, read_settings, required_defaults
+from pymerge.live.settings import Settings, check_patterns, check_together, read_settings, required_defaults
 from pymerge.live.targets import Target, find_targets
 from pymerge.live.write import Decided, in_dtype, new_tensor, overwrite, write
 from pymerge.methods.actions import Solve
@@ -208,13 +209,25 @@ class Merger:
         self.prepare()
         self._overwrite(targets, settings, atomic)
 
-    def overwrite_once(self, target: Model, *, atomic: bool) -> None:
-        """Overwrite a target that may be one of the models: the last merge of them, by the constructor's parameters."""
-        self._overwrite(self._find(target, keeps=False), self._settings, atomic)
+    def overwrite_once(self, target: Model, *, atomic: bool, names: Sequence[str] | None = None) -> None:
+        """Overwrite a target that may be one of the models: the last merge of them, by the constructor's parameters.
 
-    def _overwrite(self, targets: Sequence[Target], settings: Settings, atomic: bool) -> None:
+        Args:
+            names: as of `merge_into` beside this class.
+        """
+        if names is not None:
+            check_patterns("names", names, self.names)
+        self._overwrite(self._find(target, keeps=False), self._settings, atomic, names)
+
+    def _overwrite(
+        self, targets: Sequence[Target], settings: Settings, atomic: bool, names: Sequence[str] | None = None
+    ) -> None:
         with torch.no_grad():
-            overwrite(self._evaluator, targets, self._decided(settings, targets), atomic)
+            decided = self._decided(settings, targets)
+            if names is not None:
+                meant = [any(name in target.weight.name for name in names) for target in targets]
+                decided, targets = compress(decided, meant), list(compress(targets, meant))
+            overwrite(self._evaluator, targets, decided, atomic)
 
     def _read(self, parameters: Mapping[str, Any]) -> Settings:
         """The settings of a later merge."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def read_settings(method: Method, parameters: Mapping[str, Any], experts: int, n
         parameter = _parameter(method, given)
         name = parameter.name
         if isinstance(value, Mapping):
-            _check_patterns(name, value, names)
+            check_patterns(name, value, names)
         if parameter.scope == "merge":
             merge[name] = _by_patterns(parameter, value, _plain)
             continue
@@ -117,10 +117,17 @@ def _parameter(method: Method, given: str) -> Parameter:
         raise ArgumentError(f"method {method.name!r} has no parameter {given!r}; {hint}") from None
 
 
-def _check_patterns(name: str, by_pattern: Mapping[Any, Any], names: Sequence[str]) -> None:
-    if not by_pattern:
+def check_patterns(name: str, patterns: Collection[Any], names: Sequence[str]) -> None:
+    """Raise ArgumentError unless there are patterns, and each is in one of the names, where there are some, or is "*".
+
+    Args:
+        name: of the parameter.
+    """
+    if not patterns:
         raise ArgumentError(f"parameter {name!r} has no value; give a number, or patterns and values")
-    for pattern in by_pattern:
+    if isinstance(patterns, str):
+        raise ArgumentError(f"parameter {name!r} is {patterns!r}; give a list of parts of tensors' names")
+    for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:
             raise ArgumentError(f"parameter {name!r}: {pattern!r} is no pattern; give a part of tensors' names, or '*'")
         if names and pattern != _REST and not any(pattern in each for each in names):

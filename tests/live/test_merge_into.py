@@ -130,6 +130,18 @@ def test_names_of_wrappers(wrap: str) -> None:
     assert all(torch.equal(tensor, merged[name]) for name, tensor in base.state_dict().items())
 
 
+def test_names_choose_what_is_merged() -> None:
+    base, experts = blocks()
+    (before,), merged = states(base), expected(base, experts, weight=0.5)
+    pymerge.merge_into(base, experts, "task_arithmetic", names=["mlp", "norm.bias"], weight=0.5)
+    for name, tensor in base.state_dict().items():
+        chosen = "mlp" in name or name == "norm.bias"
+        assert torch.equal(tensor, (merged if chosen else before)[name]), name
+    for names, message in ((["mpl"], "did you mean 'mlp'"), ("mlp", "give a list"), ([], "has no value")):
+        with pytest.raises(ArgumentError, match=message):
+            pymerge.merge_into(base, experts, "task_arithmetic", names=names, weight=0.5)
+
+
 def test_a_base_beside_the_module() -> None:
     base, experts = blocks()
     target = copy.deepcopy(experts[0])
