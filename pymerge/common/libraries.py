@@ -10,6 +10,7 @@ from pymerge.errors import ArgumentError
 # Extra of pyproject.toml -> its packages: name, the first version that fits, and the first that no longer does.
 LIBRARIES: dict[str, tuple[tuple[str, str, str | None], ...]] = {
     "mergekit": (("mergekit", "0.1.5", "0.2"),),
+    "evolve": (("mergekit", "0.1.5", "0.2"), ("cma", "4", None), ("lm_eval", "0.4.8", None), ("ray", "2.40", None)),
     "fusion-bench": (("fusion-bench", "0.2.33", None),),
     "peft": (("peft", "0.18", None),),
     "ray": (("ray", "2.40", None),),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from pymerge.common.libraries import require
 from pymerge.errors import PymergeError
 from pymerge.integrations.mergekit import register_methods, replace_engine
 
@@ -27,6 +28,8 @@ def main(arguments: list[str]) -> None:
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         raise SystemExit(0 if asked else 2)
     try:
+        if command == "evolve":
+            require("evolve")
         replace_engine()
         register_methods()
         if command == "evolve":
@@ -42,7 +45,14 @@ def _start_ray() -> None:
     """Start Ray with the engine replaced in its workers, too, where evolve merges."""
     import ray
 
-    ray.init(runtime_env={"worker_process_setup_hook": "pymerge.integrations.mergekit.replace_engine"})
+    prepare_worker()
+    ray.init(runtime_env={"worker_process_setup_hook": "pymerge.integrations.mergekit.__main__.prepare_worker"})
+
+
+def prepare_worker() -> None:
+    """Replace the engine in a process in which evolve merges."""
+    import_module("lm_eval.models.vllm_causallms")  # evolve takes it for loaded, which newer releases do on demand
+    replace_engine()
 
 
 if __name__ == "__main__":

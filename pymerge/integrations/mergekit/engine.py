@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,51 +19,65 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
 
-class _Engine:
-    """mergekit's own function, while ours is in its place, and how ours takes configs."""
+# What is replaced: mergekit's function that merges to the disk, and its class that plans merges in memory.
+_RUN, _PLANNER = "run_merge", "MergePlanner"
+_OURS = "pymerge.integrations.mergekit"
 
-    original: Callable[..., Any] | None = None
+
+class _Engine:
+    """mergekit's own function and class, while ours are in their places, and how ours take configs."""
+
+    originals: Mapping[str, Any] | None = None
     lenient = False
 
 
 def replace_engine(lenient: bool = False) -> list[str]:
-    """Put `run_merge` of this module in the place of mergekit's, wherever that is known by its name.
+    """Put `run_merge` of this module in the place of mergekit's, wherever that is known by its name, and for merges in
+    memory our planner in the place of `MergePlanner`.
 
     Args:
         lenient: parameters that mergekit ignores, since the method has none of that name, are left out with a warning;
             otherwise they are errors.
 
     Returns:
-        The modules in which it was replaced; none of them if it was already.
+        The modules in which one of them was replaced; none of them if they were already.
 
     Raises:
         ArgumentError: mergekit is missing or too old.
     """
     require("mergekit")
     import mergekit.merge
+    import mergekit.plan
 
-    _Engine.lenient = lenient
-    if _Engine.original is not None:
+    from pymerge.integrations.mergekit.in_memory import InMemoryPlanner
+
+    _Engine.lenient = InMemoryPlanner.lenient = lenient
+    if _Engine.originals is not None:
         return []
-    _Engine.original = mergekit.merge.run_merge
-    return _exchange(_Engine.original, run_merge)
+    _Engine.originals = {_RUN: mergekit.merge.run_merge, _PLANNER: mergekit.plan.MergePlanner}
+    return _exchange(_Engine.originals, {_RUN: run_merge, _PLANNER: InMemoryPlanner})
 
 
 def restore_engine() -> list[str]:
-    """Undo `replace_engine`, also in modules imported since; returns the modules in which mergekit's is back."""
-    if _Engine.original is None:
+    """Undo `replace_engine`, also in modules imported since; returns the modules in which mergekit's are back."""
+    if _Engine.originals is None:
         return []
-    original, _Engine.original = _Engine.original, None
-    return _exchange(run_merge, original)
+    from pymerge.integrations.mergekit.in_memory import InMemoryPlanner
+
+    originals, _Engine.originals = _Engine.originals, None
+    return _exchange({_RUN: run_merge, _PLANNER: InMemoryPlanner}, originals)
 
 
-def _exchange(old: object, new: object) -> list[str]:
-    """Put `new` in the place of `old` in every module that has it as run_merge, but for this one."""
-    spaces = {name: getattr(module, "__dict__", {}) for name, module in list(sys.modules.items()) if name != __name__}
-    names = sorted(name for name, space in spaces.items() if space.get("run_merge") is old)
-    for name in names:
-        spaces[name]["run_merge"] = new
-    return names
+def _exchange(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    """Put the new objects in the places of the old ones, by their names, in every module but ours."""
+    changed = set()
+    for module, found in list(sys.modules.items()):
+        space = {} if module.startswith(_OURS) else getattr(found, "__dict__", {})
+        for name, each in old.items():
+            if space.get(name) is each:
+                space[name] = new[name]
+                changed.add(module)
+    return sorted(changed)
 
 
 def run_merge(

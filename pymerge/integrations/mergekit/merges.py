@@ -23,11 +23,17 @@ def merge_document(document: Document, out: str | Path, options: Options, recipe
         out: folder; another merge of pymerge's in it is replaced, this very one verified.
         recipe: content of mergekit_config.yml.
     """
+    planned = plan_document(document, options)
+    with options.hub_cache():
+        return _run(options.fit(planned, recipe), out, options)
+
+
+def plan_document(document: Document, options: Options) -> Plan:
+    """Plan the merge of a config that is not checked yet."""
     options.adjust(document)
     config = check_config(document)
     with options.hub_cache():
-        planned = api.plan(config, device=options.where, max_shard_size=options.shard_bytes)
-        return _run(options.fit(planned, recipe), out, options)
+        return api.plan(config, device=options.where, max_shard_size=options.shard_bytes)
 
 
 def merge_file(path: Path, out: str | Path, options: Options) -> MergeReport:

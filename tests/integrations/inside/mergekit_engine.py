@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import mergekit.merge
+import mergekit.plan
 import mergekit.scripts.run_yaml
 import pytest
 import torch
 import yaml
+from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration
+from mergekit.graph import Executor
 from mergekit.options import MergeOptions
 from torch import Tensor
+from transformers import AutoConfig
 
 import pymerge.integrations.mergekit as integration
 from pymerge.engine.recheck import recheck
@@ -265,3 +269,25 @@ def test_an_error_is_one_line_and_an_exit_code(models: Path) -> None:
     assert done.returncode == 2
     assert "error: mergekit's config:3: unknown key 'merge_metod'; did you mean 'merge_method'?\n" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_merges_in_memory_as_evolve_plans_them(models: Path, method: str) -> None:
+    """Tasks of the planner that evolve finds, carried out by mergekit's own executor."""
+
+    def found() -> dict[str, Tensor]:
+        configuration = config(method, base=method != "linear", weight=0.5)
+        options = MergeOptions(**QUIET)
+        arch = get_architecture_info(configuration, options)
+        out_config = AutoConfig.from_pretrained("./e0")
+        tasks = mergekit.plan.MergePlanner(configuration, arch, options, out_config).plan_in_memory()
+        return {task.weight_info.name: tensor for task, tensor in Executor(tasks).run(quiet=True)}
+
+    theirs = found()
+    assert {"mergekit.plan", "mergekit.merge"} <= {*integration.replace_engine()}
+    ours = found()
+    assert len(ours) == 29
+    assert len(theirs) == 21
+    assert max(float((ours[name] - tensor).abs().max()) for name, tensor in theirs.items()) <= 1e-6
+    integration.restore_engine()
+    assert mergekit.plan.MergePlanner.__module__ == "mergekit.plan"
