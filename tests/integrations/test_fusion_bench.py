@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_inside_fusion_bench() -> None:
-    run_inside("fusion_bench_merge", FUSION_BENCH_BESIDE)
+@pytest.mark.parametrize("name", ["fusion_bench_merge", "fusion_bench_parity"])
+def test_inside_fusion_bench(name: str) -> None:
+    run_inside(name, FUSION_BENCH_BESIDE)
 
 
 def test_the_configs_are_up_to_date() -> None:

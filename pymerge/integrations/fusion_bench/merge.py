@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pymerge import api
 from pymerge.common.names import nearest
+from pymerge.common.units import format_bytes, parse_bytes
 from pymerge.errors import ArgumentError
 from pymerge.integrations.fusion_bench.files import BASE, Files, NotInFiles, check_dtype, files_of, load
 from pymerge.live.merger import Merger
@@ -43,7 +44,8 @@ class Merge(LightningFabricMixin, BaseAlgorithm):
         weights: the parameter `weight` of each model, in the same forms.
         stream: merge from files: True, False, or "auto".
         out_dir: folder of a streamed merge; default: merged in the folder of Hydra's run.
-        memory: limit for a streamed merge, as in `pymerge.merge`.
+        memory: limit for what is held at once, as in `pymerge.merge`; a merge in memory, which holds all models, is
+            refused where they are more than that.
         device: where to compute: "auto", "cpu", "cuda", "cuda:N".
         evaluate: load a streamed merge, so that it goes on; False: it stays in `out_dir`, and nothing is evaluated.
     """
@@ -153,6 +155,7 @@ class Merge(LightningFabricMixin, BaseAlgorithm):
         own = load(pool, BASE if pool.has_pretrained else pool.model_names[0])
         if not isinstance(own, nn.Module):
             raise ArgumentError(f"{type(pool).__name__} gives a {type(own).__name__}, and no module to merge into")
+        self._check_memory(own, len(pool.model_names) + 1)
         merged = copy.deepcopy(own) if pool.has_instance_models else own
         experts = [load(pool, name) for name in pool.model_names]
         modules = [each for each in (merged, *experts) if isinstance(each, nn.Module)]
@@ -168,6 +171,19 @@ class Merge(LightningFabricMixin, BaseAlgorithm):
         )
         merger.merge_into(target)
         return merged
+
+    def _check_memory(self, model: nn.Module, count: int) -> None:
+        """Refuse to load so many models as large as this one if they are more than `memory`."""
+        if self.memory is None:
+            return
+        limit = parse_bytes(self.memory)
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        if count * size > limit:
+            raise ArgumentError(
+                f"memory is {format_bytes(limit)}, and a merge in memory holds {count} models of {format_bytes(size)}; "
+                f"give memory: {count * size} or more, or leave it out; models in files are merged in less from a "
+                "CausalLMPool with stream: true, or by pymerge merge"
+            )
 
 
 def _source(model: Any) -> nn.Module | dict[str, Tensor]:

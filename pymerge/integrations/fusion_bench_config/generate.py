@@ -25,7 +25,11 @@ _KEYS: Mapping[str, tuple[Any, str]] = {
         "merge from files into out_dir, in bounded memory: true, false, or auto, where the pool has models in files",
     ),
     "out_dir": (None, "of a streamed merge; default: merged in the folder of Hydra's run"),
-    "memory": (None, 'limit for a streamed merge, such as "8GiB"; default: three quarters of what is available'),
+    "memory": (
+        None,
+        'limit for what is held at once, such as "8GiB"; default: three quarters of what is available. A merge in '
+        "memory holds all models, and is refused where they are more",
+    ),
     "device": ("auto", "where to compute: auto, cpu, cuda or cuda:N"),
     "evaluate": (True, "load a streamed merge, so that it is evaluated and saved; false: leave it in out_dir"),
 }

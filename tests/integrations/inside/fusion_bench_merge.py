@@ -24,6 +24,7 @@ from transformers.utils import logging
 import pymerge
 from pymerge.errors import ArgumentError, ConfigError
 from pymerge.integrations.fusion_bench import Merge
+from pymerge.integrations.fusion_bench import merge as merge_module
 
 PLUGIN = Path(pymerge.__file__).parent / "integrations" / "hydra"
 NAMES = ("_pretrained_", "math", "code")
@@ -189,6 +190,20 @@ def test_modules_in_a_pool_stay_as_they_are() -> None:
     same(merged, wanted)
     for name, model in found.items():
         same(model, dict(before[name].state_dict()))
+
+
+def test_memory_bounds_what_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = models(llama, tmp_path)
+    size = sum(tensor.nbytes for tensor in states(paths)[0].values())
+    wanted = expected(paths, "ties")
+    same(Merge("ties", stream=False, memory=3 * size).run(causal(paths)), wanted)
+    loaded: list[str] = []
+    load = merge_module.load
+    monkeypatch.setattr(merge_module, "load", lambda pool, name: loaded.append(name) or load(pool, name))
+    with pytest.raises(ArgumentError, match=rf"holds 3 models .* give memory: {3 * size} or more, .* stream: true"):
+        Merge("ties", stream=False, memory=3 * size - 1).run(causal(paths))
+    assert loaded == ["_pretrained_"]  # and no other
+    same(Merge("ties", stream=True, memory="1MiB", out_dir=str(tmp_path / "out")).run(causal(paths)), wanted)
 
 
 def test_without_a_base(tmp_path: Path) -> None:
