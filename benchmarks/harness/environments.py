@@ -107,17 +107,6 @@ LM_EVAL_BESIDE = (
 RAY_BESIDE = (
     "ray==2.60.0",
     "attrs==26.1.0",
-    "cma==4.5.0",
-    "jsonschema==4.26.0",
-    "jsonschema-specifications==2025.9.1",
-    "msgpack==1.2.4",
-    "protobuf==7.36.2",
-    "referencing==0.37.0",
-    "rpds-py==2026.9.1",
-)
-RAY_BESIDE = (
-    "ray==2.60.0",
-    "attrs==26.1.0",
     "jsonschema==4.26.0",
     "jsonschema-specifications==2025.9.1",
     "msgpack==1.2.4",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.environments import LM_EVAL_BESIDE, MERGEKIT_BESIDE, RAY_BESIDE, SENTENCE_TRANSFORMERS_BESIDE
+from benchmarks.harness.environments import MERGEKIT_BESIDE, SENTENCE_TRANSFORMERS_BESIDE
 from benchmarks.parity import mergekit_tests
 from tests.helpers.libraries import run_inside
 
@@ -22,11 +22,6 @@ def test_inside_both_in_short() -> None:
 @pytest.mark.parametrize("name", ["mergekit_engine", "mergekit_methods"])
 def test_inside_mergekit(name: str) -> None:
     run_inside(name, MERGEKIT_BESIDE)
-
-
-@pytest.mark.slow
-def test_inside_mergekit_evolve() -> None:
-    run_inside("mergekit_evolve", MERGEKIT_BESIDE, RAY_BESIDE, LM_EVAL_BESIDE)
 
 
 @pytest.mark.slow

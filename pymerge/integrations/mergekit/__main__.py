@@ -45,14 +45,7 @@ def _start_ray() -> None:
     """Start Ray with the engine replaced in its workers, too, where evolve merges."""
     import ray
 
-    prepare_worker()
-    ray.init(runtime_env={"worker_process_setup_hook": "pymerge.integrations.mergekit.__main__.prepare_worker"})
-
-
-def prepare_worker() -> None:
-    """Replace the engine in a process in which evolve merges."""
-    import_module("lm_eval.models.vllm_causallms")  # evolve takes it for loaded, which newer releases do on demand
-    replace_engine()
+    ray.init(runtime_env={"worker_process_setup_hook": "pymerge.integrations.mergekit.replace_engine"})
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class _Merge(Task[Any]):
         return self.merge()
 
 
-class _Merged(Task[Any]):
+class _Merged(Task[Tensor]):
     """One tensor of a merge, which is handed over, not kept."""
 
     name: str

@@ -199,7 +199,7 @@ def test_memory_bounds_what_is_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
     same(Merge("ties", stream=False, memory=3 * size).run(causal(paths)), wanted)
     loaded: list[str] = []
     load = merge_module.load
-    monkeypatch.setattr(merge_module, "load", lambda pool, name: loaded.append(name) or load(pool, name))
+    monkeypatch.setattr(merge_module, "load", lambda pool, name, *path: loaded.append(name) or load(pool, name, *path))
     with pytest.raises(ArgumentError, match=rf"holds 3 models .* give memory: {3 * size} or more, .* stream: true"):
         Merge("ties", stream=False, memory=3 * size - 1).run(causal(paths))
     assert loaded == ["_pretrained_"]  # and no other

@@ -56,7 +56,7 @@ def test_wudi(shape: tuple[int, int]) -> None:
 def test_singular_vectors(shape: tuple[int, int], method: str, theirs: Any, more: dict[str, float]) -> None:
     base, experts, taus = models(shape)
     delta = theirs([{"w.weight": tau} for tau in taus], accelerator=CPU, **more)["w.weight"]
-    alike(pymerge.merge_tensors(base, experts, method, **more), base, delta, 2e-5)
+    alike(pymerge.merge_tensors(base, experts, method, **more), base, delta, 5e-5)
 
 
 def kept(density: float, elements: int) -> float:

@@ -78,7 +78,8 @@ def merged(configuration: MergeConfiguration, out: Path, **options: Any) -> dict
 def test_it_is_replaced_wherever_it_is_known_and_restored() -> None:
     assert mergekit.scripts.run_yaml.run_merge is MERGEKITS
     changed = integration.replace_engine()
-    assert {"mergekit.merge", "mergekit.scripts.run_yaml", __name__} >= set(changed) >= {"mergekit.merge"}
+    known = {"mergekit.merge", "mergekit.plan", "mergekit.scripts.run_yaml", __name__}
+    assert known >= set(changed) >= {"mergekit.merge", "mergekit.plan"}
     assert integration.replace_engine() == []
     sys.modules.pop("mergekit.scripts.legacy", None)
     imported_later = importlib.import_module("mergekit.scripts.legacy")
@@ -273,21 +274,16 @@ def test_an_error_is_one_line_and_an_exit_code(models: Path) -> None:
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
 def test_merges_in_memory_as_evolve_plans_them(models: Path, method: str) -> None:
-    """Tasks of the planner that evolve finds, carried out by mergekit's own executor."""
+    """Tasks of the planner that evolve finds, carried out by mergekit's own executor. mergekit's planner fails here."""
 
-    def found() -> dict[str, Tensor]:
-        configuration = config(method, base=method != "linear", weight=0.5)
-        options = MergeOptions(**QUIET)
-        arch = get_architecture_info(configuration, options)
-        out_config = AutoConfig.from_pretrained("./e0")
-        tasks = mergekit.plan.MergePlanner(configuration, arch, options, out_config).plan_in_memory()
-        return {task.weight_info.name: tensor for task, tensor in Executor(tasks).run(quiet=True)}
-
-    theirs = found()
-    assert {"mergekit.plan", "mergekit.merge"} <= {*integration.replace_engine()}
-    ours = found()
-    assert len(ours) == 29
-    assert len(theirs) == 21
-    assert max(float((ours[name] - tensor).abs().max()) for name, tensor in theirs.items()) <= 1e-6
-    integration.restore_engine()
-    assert mergekit.plan.MergePlanner.__module__ == "mergekit.plan"
+    configuration = config(method, base=method != "linear", weight=0.5)
+    options = MergeOptions(**QUIET)
+    arch = get_architecture_info(configuration, options)
+    integration.replace_engine()
+    wanted = merged(configuration, models / "out")
+    tasks = mergekit.plan.MergePlanner(
+        configuration, arch, options, AutoConfig.from_pretrained("./e0")
+    ).plan_in_memory()
+    found = {task.weight_info.name: tensor for task, tensor in Executor(tasks).run(quiet=True)}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
