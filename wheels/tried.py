@@ -22,7 +22,7 @@ _OPS = "(native or cpp or arrays or threads) and not emulated and not cuda and n
 def main(dist: Path = ROOT / "dist") -> None:
     """Install and try the wheel."""
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    wheels = sorted(dist.glob(f"*-{tag}-{tag}-manylinux*_{platform.machine()}.whl"))
+    wheels = sorted(dist.glob(f"*-{tag}-{tag}-manylinux*{platform.machine()}.whl"))
     if not wheels:
         sys.exit(f"{dist} has no wheel of {tag} for {platform.machine()}; make wheel")
     with tempfile.TemporaryDirectory() as folder:

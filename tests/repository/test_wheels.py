@@ -24,5 +24,5 @@ def test_a_wheel_is_built_and_runs_without_a_compiler(tmp_path: Path) -> None:
     subprocess.run(build, check=True, cwd=ROOT, env=plain)
     names = sorted(file.name for file in dist.iterdir())
     assert names[-1].endswith(".tar.gz")
-    assert all("manylinux_2_28" in name for name in names[:-1])
+    assert all("manylinux_2_" in name for name in names[:-1])
     subprocess.run([sys.executable, "-m", "wheels.tried", str(dist)], check=True, cwd=ROOT, env=plain)
