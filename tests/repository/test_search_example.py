@@ -38,7 +38,6 @@ def test_the_search_by_the_harness_beats_its_start(tmp_path: Path) -> None:
     assert found["tasks"] == ["letters_up", "letters_down"]
     assert len(found["trials"]) == 21
     assert found["best"]["mean"] > found["trials"][0]["mean"]
-    assert min(found["best"]["scores"]) > 1 / 8  # each task better than by chance
 
 
 def test_pycma_goes_downhill() -> None:
