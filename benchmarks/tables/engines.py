@@ -1,4 +1,4 @@
-"""Merges in memory, and inside other libraries: tables of docs/live.md and docs/integrations.md."""
+"""Merges in memory, inside other libraries, and of adapters: tables of their pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from benchmarks.tables.merges import seconds
 from benchmarks.tables.page import Block, Part, Said, table
 from benchmarks.tables.quoted import row, rows
 
-LIVE, INTEGRATIONS = "docs/live.md", "docs/integrations.md"
+LIVE, INTEGRATIONS, ADAPTERS = "docs/live.md", "docs/integrations.md", "docs/adapters.md"
+COUNTS = (1, 3, 8)  # adapters of a merge
 # Methods, and runs of the results that have them: size -> method -> run.
 INSIDE = {"1.2B": {"linear": "linear", "ties": "ties"}, "135M": {"linear": "135M", "ties": "135M"}}
 
@@ -25,6 +26,38 @@ def parts() -> Iterator[Part]:
     head = ["`run_merge`", "mergekit", "with pymerge as its engine", "reading and writing alone"]
     lines = [inside(size, method, run) for size, methods in INSIDE.items() for method, run in methods.items()]
     yield Block(INTEGRATIONS, "integrations", table(head, lines))
+    yield from adapters()
+
+
+def adapters() -> Iterator[Part]:
+    """Solvers on factors, and whole merges."""
+    head = ["d_out x d_in", "tasks", "method", "whole weights", "factors, with W_0 + X", "faster"]
+    yield Block(
+        ADAPTERS,
+        "adapters-layers",
+        table(head, [on_factors(each) for each in rows("adapters", part="layers", form="core and sum")]),
+    )
+    merged = dict.fromkeys(each["method"] for each in rows("adapters", part="merges", form="pymerge"))
+    head = ["1.2 B parameters", *(f"{count} adapter{'s' * (count > 1)}" for count in COUNTS), "peak memory"]
+    yield Block(ADAPTERS, "adapters-merges", table(head, [of_adapters(method) for method in merged]))
+
+
+def on_factors(each: Content) -> list[str]:
+    """A layer's solver on its factors, beside itself on whole weights."""
+    shape = {name: each[name] for name in ("d_out", "d_in", "tasks", "method")}
+    dense = row("adapters", part="layers", form="dense", **shape)
+    walls = [f"{1e3 * one['seconds']['median']:.3g} ms" for one in (dense, each)]
+    sizes = [f"{each['d_out']} x {each['d_in']}", str(each["tasks"]), f"`{each['method']}`"]
+    return [*sizes, *walls, f"{each['speedup_over_dense']:.0f}x"]
+
+
+def of_adapters(method: str) -> list[str]:
+    """Whole merges by a method: seconds by the number of adapters, and the memory that they took."""
+    found = [
+        row("adapters", part="merges", form="pymerge", size="1.2B", method=method, adapters=count) for count in COUNTS
+    ]
+    peaks = [f"{pick(each['peak'] for each in found) / 2**20:.0f}" for pick in (min, max)]
+    return [f"`{method}`", *map(seconds, found), f"{peaks[0]} to {peaks[1]} MiB"]
 
 
 def _share(walls: Content) -> float:
