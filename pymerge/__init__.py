@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pymerge.env import hold_products
+
 if TYPE_CHECKING:
     from pymerge import search, wemoe
     from pymerge.api import finalize, merge, multi, plan, run
@@ -37,6 +39,8 @@ __all__ = [
     "search",
     "wemoe",
 ]
+
+hold_products()
 
 _PACKAGES = ("search", "wemoe")
 

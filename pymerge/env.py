@@ -29,6 +29,22 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def hold_products() -> None:
+    """Have PyTorch's products give the same bits for any number of threads, on Intel's processors.
+
+    There MKL cuts long sums by the number of threads unless it is told not to, before its first product of a process:
+    so this is called when pymerge is imported. An MKL_CBWR that is set stays. On other processors sums are not cut, and
+    the setting would take the slowest instructions.
+    """
+    try:
+        with open("/proc/cpuinfo", "rb") as file:
+            intels = b"GenuineIntel" in file.read(256)
+    except OSError:
+        return
+    if intels:
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
 def version() -> str:
     """The version of the installed distribution."""
     return importlib.metadata.version("pymerge-engine")

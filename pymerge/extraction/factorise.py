@@ -116,7 +116,8 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 def _sketch(rows: int, columns: int, key: int) -> Tensor:
     """Uniform random numbers in [-1, 1)."""
     words = uniform_words(key, 0, rows * columns, torch.device("cpu"))
-    return (words.double() * 2.0**-31 - 1.0).float().view(rows, columns)
+    numbers: Tensor = (words.double() * 2.0**-31 - 1.0).float().view(rows, columns)
+    return numbers
 
 
 def _by_gram(delta: Delta) -> tuple[Tensor, Tensor]:

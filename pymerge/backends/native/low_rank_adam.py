@@ -17,13 +17,14 @@ def compute(op: LowRankAdam, threads: int) -> ArrayLike:
 
     Q, C, P = (matrix.numpy() for matrix in (op.Q, op.C, op.P))
     D, m, v, gradient, nothing = np.zeros((5, len(P), len(Q)), P.dtype)
-    state = [flat(Array.of(each)) for each in (D, m, v, gradient, nothing)]
+    at_D, at_m, at_v, at_product, at_B = (flat(Array.of(each)) for each in (D, m, v, gradient, nothing))
     with one_blas_thread():
         for step in range(1, op.iterations + 1):
             moved = D @ Q @ C
             moved -= P
             np.matmul(moved, Q.T, out=gradient)
-            _C.wudi_adam_step(*state, *op.betas, *bias_corrections(step, op.betas), op.lr, op.eps, 1)
+            corrections = bias_corrections(step, op.betas)
+            _C.wudi_adam_step(at_D, at_m, at_v, at_product, at_B, *op.betas, *corrections, op.lr, op.eps, 1)
     if isinstance(op.P, Array):
         return Array.of(D)
     import torch
