@@ -122,7 +122,7 @@ def by_processes(config: Path, work: Path, size: int, repeat: int, method: str) 
     variables = {**processes.variables(), "OMP_NUM_THREADS": "2"}
     forms = {"one": ["--device", "cpu"], "two": ["--devices", "cpu,cpu"]}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    same = True  # PyTorch's products may depend on the number of threads
+    same = True
     for number in range(repeat):
         outs = {name: work / f"{name}-{number}" for name in forms}
         for name, more in forms.items():
