@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from pymerge.adapters.decoders import AddedBias, TokenRows
-from pymerge.adapters.experts import NUMBERED, Parameter, assign, in_memory, in_stack, stacks_of, switched, terms
+from pymerge.adapters.experts import NUMBERED, ExpertParameter, assign, in_memory, in_stack, stacks_of, switched, terms
 from pymerge.adapters.fitting import Fitting
 from pymerge.adapters.folder import AdapterFiles
 from pymerge.adapters.keys import Module
@@ -136,7 +136,7 @@ class _Builder:
             yield f"{path}: {first_few(self._twice)} is added twice, as PEFT adds it in nn.MultiheadAttention"
 
     @cached_property
-    def _stacks(self) -> dict[str, list[Parameter]]:
+    def _stacks(self) -> dict[str, list[ExpertParameter]]:
         return stacks_of(self.tensors)
 
     def _add_factors(self, placed: Placed) -> None:
@@ -191,7 +191,7 @@ class _Builder:
             self._other_ranks.append(module.name)
         return said.value
 
-    def _add_stacks(self, modules: list[Module], where: str, parameters: list[Parameter]) -> None:
+    def _add_stacks(self, modules: list[Module], where: str, parameters: list[ExpertParameter]) -> None:
         fits = assign(modules, parameters, self.settings.parameters, self._fitting.stack_is_transposed)
         if fits is None:
             raise self._fitting.no_fit(modules[0], where)

@@ -19,7 +19,7 @@ _STACKED = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down_proj
 
 
 @dataclass(frozen=True)
-class Parameter:
+class ExpertParameter:
     """A parameter E x p x q. Files hold it as one `stack`, or as `parts` of each expert, one above the other."""
 
     name: str
@@ -33,24 +33,24 @@ class Fit:
     """Factors of a module, and the parameter that they adapt: E x outputs x inputs if `swapped`, else transposed."""
 
     module: Module
-    parameter: Parameter
+    parameter: ExpertParameter
     swapped: bool
 
 
-def stacks_of(tensors: Mapping[str, TensorEntry]) -> dict[str, list[Parameter]]:
+def stacks_of(tensors: Mapping[str, TensorEntry]) -> dict[str, list[ExpertParameter]]:
     """Parameters of three axes by their modules, in the order in which transformers registers them."""
-    found: dict[str, list[Parameter]] = {}
+    found: dict[str, list[ExpertParameter]] = {}
     for name, entry in tensors.items():
         if len(entry.shape) == 3:
             module, _, last = name.rpartition(".")
             shape = entry.shape[0], entry.shape[1], entry.shape[2]
-            found.setdefault(module, []).append(Parameter(last, shape, name))
+            found.setdefault(module, []).append(ExpertParameter(last, shape, name))
     for parameters in found.values():
         parameters.sort(key=lambda each: ("down" in each.name, each.name))
     return found
 
 
-def in_memory(module: str, tensors: Mapping[str, TensorEntry]) -> Iterator[Parameter]:
+def in_memory(module: str, tensors: Mapping[str, TensorEntry]) -> Iterator[ExpertParameter]:
     """The parameters that transformers makes of experts that files hold one by one."""
     for name, spellings in _STACKED.items():
         for words in spellings:
@@ -59,12 +59,12 @@ def in_memory(module: str, tensors: Mapping[str, TensorEntry]) -> Iterator[Param
                 parts.append(tuple(f"{module}.{len(parts)}.{word}.weight" for word in words))
             shapes = {tensors[tensor].shape for each in parts for tensor in each}
             if len(shapes) == 1 and len(shape := shapes.pop()) == 2:
-                yield Parameter(name, (len(parts), len(words) * shape[0], shape[1]), "", tuple(parts))
+                yield ExpertParameter(name, (len(parts), len(words) * shape[0], shape[1]), "", tuple(parts))
 
 
 def assign(
     modules: Sequence[Module],
-    parameters: Sequence[Parameter],
+    parameters: Sequence[ExpertParameter],
     wanted: Sequence[str],
     transposed: Callable[[str], bool | None],
 ) -> list[Fit] | None:
@@ -90,7 +90,7 @@ def assign(
     return None
 
 
-def _ways(module: Module, parameter: Parameter) -> list[bool]:
+def _ways(module: Module, parameter: ExpertParameter) -> list[bool]:
     """Whether factors fit swapped, as they are, both or none."""
     count, rows, columns = parameter.shape
     stored, size = module.a.shape, (module.b.shape[0], module.a.shape[1])
@@ -99,7 +99,7 @@ def _ways(module: Module, parameter: Parameter) -> list[bool]:
     return [swapped for swapped in (True, False) if size == ((rows, columns) if swapped else (columns, rows))]
 
 
-def _fit(module: Module, parameter: Parameter, transposed: Callable[[str], bool | None]) -> Fit:
+def _fit(module: Module, parameter: ExpertParameter, transposed: Callable[[str], bool | None]) -> Fit:
     ways = _ways(module, parameter)
     if len(ways) > 1 and parameter.stack and transposed(parameter.stack):
         return Fit(module, parameter, False)

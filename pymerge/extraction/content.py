@@ -11,7 +11,7 @@ from pymerge.common.names import listed
 from pymerge.errors import PlanError
 from pymerge.extraction.measure import Measured
 from pymerge.extraction.options import ExtractOptions
-from pymerge.extraction.targets import Target
+from pymerge.extraction.targets import TensorPair
 from pymerge.extraction.tensors import Factor, Stored
 from pymerge.extraction.tied import TiedHead
 from pymerge.output.adapter_folder import (
@@ -119,15 +119,15 @@ def _with_factors(measured: Sequence[Measured[TensorEntry]], biased: set[str]) -
     ]
 
 
-def _loose(saved: Sequence[Target]) -> list[Target]:
+def _loose(saved: Sequence[TensorPair]) -> list[TensorPair]:
     """Biases of modules that have changed in nothing else: PEFT need not replace those."""
     weights = {target.module for target in saved if not target.is_bias}
     return [target for target in saved if target.is_bias and target.module not in weights]
 
 
 def _bias(
-    biases: Sequence[Target],
-    loose: Sequence[Target],
+    biases: Sequence[TensorPair],
+    loose: Sequence[TensorPair],
     adapted: Sequence[Adapted],
     measured: Sequence[Measured[TensorEntry]],
 ) -> Bias:
@@ -141,8 +141,8 @@ def _bias(
 
 
 def _with_bias(
-    biases: Sequence[Target], adapted: Sequence[Adapted], measured: Sequence[Measured[TensorEntry]], bias: Bias
-) -> list[Target]:
+    biases: Sequence[TensorPair], adapted: Sequence[Adapted], measured: Sequence[Measured[TensorEntry]], bias: Bias
+) -> list[TensorPair]:
     """Biases that are written: those that have changed, or of all adapted modules."""
     if bias != "lora_bias":
         return list(biases)
@@ -151,7 +151,7 @@ def _with_bias(
 
 
 def _saved(
-    targets: Sequence[Target],
+    targets: Sequence[TensorPair],
     plan: Plan,
     options: ExtractOptions,
     names: Mapping[str, str],

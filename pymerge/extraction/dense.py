@@ -19,8 +19,8 @@ from pymerge.errors import NonFiniteError
 from pymerge.extraction.deltas import Delta
 from pymerge.extraction.measure import Measured, cut, footprint
 from pymerge.extraction.options import ExtractOptions
-from pymerge.extraction.parts import Part
-from pymerge.extraction.targets import Target
+from pymerge.extraction.parts import Portion
+from pymerge.extraction.targets import TensorPair
 from pymerge.ops._op import one_thread
 from pymerge.output.layout import ShardLayout
 from pymerge.planner.jobs import FINISHED, Batch, batches, only
@@ -28,7 +28,7 @@ from pymerge.planner.plan import Plan
 
 _REMEDY = "use sound models and adapters, or smaller weights: all numbers of an adapter are finite"
 
-Keep = Callable[[Part, Sequence[Measured[Tensor]]], None]
+Keep = Callable[[Portion, Sequence[Measured[Tensor]]], None]
 
 
 def merge(plan: Plan, names: Collection[str], sink: Sink, reader: Reader, progress: ProgressSink) -> None:
@@ -37,7 +37,7 @@ def merge(plan: Plan, names: Collection[str], sink: Sink, reader: Reader, progre
 
 
 def merge_and_cut(
-    plan: Plan, parts: Sequence[Part], options: ExtractOptions, reader: Reader, progress: ProgressSink, keep: Keep
+    plan: Plan, parts: Sequence[Portion], options: ExtractOptions, reader: Reader, progress: ProgressSink, keep: Keep
 ) -> None:
     """Cut the merged differences of all targets of these parts to factors. `keep` takes each part when it is whole.
 
@@ -78,7 +78,7 @@ def _execute(
 class _Cut:
     """Sink that gathers the difference of each tensor to the base, and cuts it when it is whole."""
 
-    def __init__(self, parts: Sequence[Part], options: ExtractOptions, reader: Reader, keep: Keep) -> None:
+    def __init__(self, parts: Sequence[Portion], options: ExtractOptions, reader: Reader, keep: Keep) -> None:
         self._places = {target.name: (part, target) for part in parts for target in part.targets}
         self._options = options
         self._reader = reader
@@ -108,7 +108,7 @@ class _Cut:
         """Take the layout of a file; all of a merge's are planned."""
 
 
-def _matrices(target: Target, whole: Tensor) -> Iterator[Delta]:
+def _matrices(target: TensorPair, whole: Tensor) -> Iterator[Delta]:
     for matrix in whole.view(target.count, *target.shape):
         yield Delta(target.shape, partial(_rows, matrix), held=True)
 

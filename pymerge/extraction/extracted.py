@@ -15,7 +15,7 @@ from pymerge.extraction.measure import Measured, footprint, measure
 from pymerge.extraction.names import names_in_memory
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import REPORT_NAME, ExtractReport
-from pymerge.extraction.targets import Target, experts_beside, find_targets
+from pymerge.extraction.targets import TensorPair, experts_beside, find_targets
 from pymerge.extraction.tied import tied_head
 from pymerge.extraction.work import Work
 from pymerge.planner.plan import Plan
@@ -31,7 +31,7 @@ def plan_extraction(plan: Plan, options: ExtractOptions, base: str) -> Work:
     if not any(target.place == "factors" for target in targets):
         raise PlanError([f"{base}: no linear weight or convolution is asked for; correct --include and --exclude"])
 
-    def measured(reader: Reader, target: Target) -> Measured[Tensor]:
+    def measured(reader: Reader, target: TensorPair) -> Measured[Tensor]:
         return measure(reader, target, options)
 
     return Work(

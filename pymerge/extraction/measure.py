@@ -19,7 +19,7 @@ from pymerge.errors import ArgumentError, NonFiniteError
 from pymerge.extraction.deltas import BLOCK, Delta, difference, is_held
 from pymerge.extraction.factorise import Triplets, algorithm_of, factorise, scratch
 from pymerge.extraction.options import ExtractOptions
-from pymerge.extraction.targets import Target
+from pymerge.extraction.targets import TensorPair
 
 # Bytes for an element of a block that is being read: of both models, upcast, their difference, also in float64.
 _READING = 40
@@ -33,7 +33,7 @@ class Measured(Generic[Side]):
     """Squares of the norms of a difference and of what is lost of it; of factors, `left` right of each matrix as it is
     stored (rows x rank, rank x columns), in memory or in a file."""
 
-    target: Target
+    target: TensorPair
     total: float
     lost: float
     pairs: tuple[tuple[Side, Side], ...] = field(default=(), repr=False)
@@ -50,7 +50,7 @@ class Measured(Generic[Side]):
         return sum(left.nbytes + right.nbytes for left, right in self.pairs)
 
 
-def measure(reader: Reader, target: Target, options: ExtractOptions) -> Measured[Tensor]:
+def measure(reader: Reader, target: TensorPair, options: ExtractOptions) -> Measured[Tensor]:
     """Read both tensors, and work out the factors where the target is to have some."""
     if target.place != "factors":
         delta = difference(reader, target.base, target.expert, target.shape, held=False)
@@ -64,7 +64,7 @@ def measure(reader: Reader, target: Target, options: ExtractOptions) -> Measured
     return cut(target, options, deltas)
 
 
-def cut(target: Target, options: ExtractOptions, deltas: Iterable[Delta]) -> Measured[Tensor]:
+def cut(target: TensorPair, options: ExtractOptions, deltas: Iterable[Delta]) -> Measured[Tensor]:
     """The factors of a target's matrices, one after the other."""
     pairs, total, lost, algorithm = [], 0.0, 0.0, ""
     for number, delta in enumerate(deltas):
@@ -83,7 +83,7 @@ def cut(target: Target, options: ExtractOptions, deltas: Iterable[Delta]) -> Mea
     return Measured(target, total, lost, tuple(pairs), algorithm)
 
 
-def footprint(target: Target, options: ExtractOptions) -> int:
+def footprint(target: TensorPair, options: ExtractOptions) -> int:
     """Bytes that measuring a target takes at most, its result included."""
     rows, columns = target.shape
     reading = _READING * (rows * columns if target.stacked else min(rows * columns, max(BLOCK, columns)))
@@ -94,7 +94,7 @@ def footprint(target: Target, options: ExtractOptions) -> int:
     return reading + matrix + scratch(target.shape, options, held=held) + result_bytes(target, options)
 
 
-def result_bytes(target: Target, options: ExtractOptions) -> int:
+def result_bytes(target: TensorPair, options: ExtractOptions) -> int:
     """Bytes of the factors at most, in the output's dtype; 0 of a target without."""
     if target.place != "factors":
         return 0
@@ -102,7 +102,7 @@ def result_bytes(target: Target, options: ExtractOptions) -> int:
     return target.count * rank * sum(target.shape) * torch_dtype(options.code).itemsize
 
 
-def _split(triplets: Triplets, options: ExtractOptions, target: Target) -> tuple[Tensor, Tensor]:
+def _split(triplets: Triplets, options: ExtractOptions, target: TensorPair) -> tuple[Tensor, Tensor]:
     """The factors, with the singular values in both, in B or in A, in the output's dtype."""
     root = triplets.s.sqrt()
     ones = torch.ones_like(root)

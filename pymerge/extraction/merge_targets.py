@@ -13,7 +13,7 @@ from pymerge.architecture.roles import Kind
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.common.names import listed
 from pymerge.errors import PlanError
-from pymerge.extraction.targets import UNSTACKED, Target, modules_with_modules, without_factors
+from pymerge.extraction.targets import UNSTACKED, TensorPair, modules_with_modules, without_factors
 from pymerge.extraction.tied import is_tied
 from pymerge.methods.actions import Combine, InCore
 from pymerge.planner.constants import reproduces
@@ -28,12 +28,12 @@ class Sorted:
     """Targets that a merge changes by `products` of factors, by `dense` matrices, which may be cut to factors, or as a
     `whole`."""
 
-    products: Sequence[Target]
-    dense: Sequence[Target]
-    whole: Sequence[Target]
+    products: Sequence[TensorPair]
+    dense: Sequence[TensorPair]
+    whole: Sequence[TensorPair]
     parents: set[str]  # modules that have others inside
 
-    def whole_as(self, full_tensors: str) -> list[Target]:
+    def whole_as(self, full_tensors: str) -> list[TensorPair]:
         """The targets that have no factors, with their places. Raises PlanError for those that have none."""
         if full_tensors == "save":
             adapted = {target.module for target in (*self.products, *self.dense) if target.form == "module"}
@@ -52,7 +52,7 @@ class Sorted:
         return found
 
 
-def sort(plan: Plan, targets: Sequence[Target], steps: Mapping[str, Step], names: Iterable[str]) -> Sorted:
+def sort(plan: Plan, targets: Sequence[TensorPair], steps: Mapping[str, Step], names: Iterable[str]) -> Sorted:
     """Sort the targets by what becomes of them; `names` are those of all tensors in memory."""
     files = {file for model in plan.inputs.experts if model.base is not None for file in model.files}
     products, dense, whole = [], [], []
@@ -88,7 +88,7 @@ def is_table(step: Step) -> bool:
     return step.role.kind is Kind.EMBEDDING
 
 
-def _flat(target: Target) -> Target:
+def _flat(target: TensorPair) -> TensorPair:
     """The target as one matrix without factors."""
     shape = target.base.shape or (1,)
     own = replace(

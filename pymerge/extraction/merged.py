@@ -25,7 +25,7 @@ from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.products import footprint as product_footprint
 from pymerge.extraction.products import measure_product
 from pymerge.extraction.report import REPORT_NAME, ExtractReport, percent
-from pymerge.extraction.targets import Target, experts_beside, find_targets
+from pymerge.extraction.targets import TensorPair, experts_beside, find_targets
 from pymerge.extraction.tied import TiedHead, tied_head
 from pymerge.extraction.work import Work
 from pymerge.planner.plan import Plan
@@ -88,12 +88,12 @@ def plan_merge(plan: Plan, *, rank: str, full_tensors: str, dtype: str) -> Work:
 
     together = Together(Runner())
 
-    def measured(reader: Reader, target: Target) -> Measured[Tensor]:
+    def measured(reader: Reader, target: TensorPair) -> Measured[Tensor]:
         if target.place != "factors":
             return measure(reader, target, options)
         return measure_product(reader, target, steps[target.name], options, together, exact=rank == EXACT)
 
-    def needed(target: Target) -> int:
+    def needed(target: TensorPair) -> int:
         return (
             footprint(target, options) if target.place != "factors" else product_footprint(target, steps[target.name])
         )

@@ -12,7 +12,7 @@ from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import Header, TensorEntry
 from pymerge.common.dtypes import code_of
 from pymerge.extraction.measure import Measured
-from pymerge.extraction.targets import Target
+from pymerge.extraction.targets import TensorPair
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import layout_file
 
@@ -22,21 +22,21 @@ _NOTES = "measured"  # the tensor of what is known of each target, as JSON
 
 
 @dataclass(frozen=True)
-class Part:
+class Portion:
     """Targets that are measured together, and the interim file that keeps what is found."""
 
     file: str
-    targets: tuple[Target, ...]
+    targets: tuple[TensorPair, ...]
 
-    def of(self, experts: Mapping[str, TensorEntry]) -> Part:
+    def of(self, experts: Mapping[str, TensorEntry]) -> Portion:
         """The part with other experts of some targets, by their names."""
         changed = (replace(target, expert=experts.get(target.name, target.expert)) for target in self.targets)
         return replace(self, targets=tuple(changed))
 
 
-def divide(targets: Sequence[Target], stem: str) -> list[Part]:
+def divide(targets: Sequence[TensorPair], stem: str) -> list[Portion]:
     """The targets in their order as parts, which follow from the headers alone."""
-    groups: list[list[Target]] = []
+    groups: list[list[TensorPair]] = []
     used = 0
     for target in targets:
         if not groups or used + target.bytes_read > PART_BYTES:
@@ -45,10 +45,10 @@ def divide(targets: Sequence[Target], stem: str) -> list[Part]:
         groups[-1].append(target)
         used += target.bytes_read
     names = [f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
-    return [Part(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+    return [Portion(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
-def keep(part: Part, found: Sequence[Measured[torch.Tensor]], output: OutputDirectory) -> None:
+def keep(part: Portion, found: Sequence[Measured[torch.Tensor]], output: OutputDirectory) -> None:
     """Write what was found of a part's targets."""
     notes = json.dumps([[each.total, each.lost, each.algorithm] for each in found]).encode()
     tensors = {_NOTES: torch.frombuffer(bytearray(notes), dtype=torch.uint8)}
@@ -62,7 +62,7 @@ def keep(part: Part, found: Sequence[Measured[torch.Tensor]], output: OutputDire
         output.write(name, tensor)
 
 
-def kept(part: Part, header: Header, reader: Reader) -> Iterator[Measured[TensorEntry]]:
+def kept(part: Portion, header: Header, reader: Reader) -> Iterator[Measured[TensorEntry]]:
     """Result for a part's targets, their factors in the file with this header."""
     entries = header.entries
     notes = json.loads(reader.read_bytes(entries[_NOTES]))

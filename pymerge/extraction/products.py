@@ -18,7 +18,7 @@ from pymerge.engine.together import Together
 from pymerge.errors import NonFiniteError, PlanError
 from pymerge.extraction.measure import Measured, too_large
 from pymerge.extraction.options import ExtractOptions
-from pymerge.extraction.targets import Target
+from pymerge.extraction.targets import TensorPair
 from pymerge.methods.actions import Combine, InCore
 from pymerge.methods.core.factors import Factors, Product
 from pymerge.ops._truncate import truncate
@@ -29,7 +29,7 @@ _ROUNDING = 1e-14
 
 
 def measure_product(
-    reader: Reader, target: Target, step: Step, options: ExtractOptions, together: Together, *, exact: bool
+    reader: Reader, target: TensorPair, step: Step, options: ExtractOptions, together: Together, *, exact: bool
 ) -> Measured[Tensor]:
     """The factors of the merged difference of one tensor; `together`: of all that are measured."""
     pairs, total, lost = [], 0.0, 0.0
@@ -67,7 +67,7 @@ def _refuse(reader: Reader, step: Step) -> NoReturn:
     raise NonFiniteError(f"{step.name}: a scale makes the factors infinite; use smaller weights, or sound adapters")
 
 
-def _merged(reader: Reader, target: Target, step: Step, number: int, together: Together) -> tuple[Tensor, Tensor]:
+def _merged(reader: Reader, target: TensorPair, step: Step, number: int, together: Together) -> tuple[Tensor, Tensor]:
     """Left and right factors of the merged difference of a matrix as it is stored, in float64."""
     found = [_factors(reader, target, entry, number) for entry in step.experts]
     action = step.action
@@ -86,7 +86,7 @@ def _merged(reader: Reader, target: Target, step: Step, number: int, together: T
     return (K.mT, P.mT) if turned else (P, K)
 
 
-def _factors(reader: Reader, target: Target, entry: Any, number: int) -> tuple[Tensor, Tensor]:
+def _factors(reader: Reader, target: TensorPair, entry: Any, number: int) -> tuple[Tensor, Tensor]:
     """Factors of what an adapter adds to a matrix; of rank 0 where it is the base's own."""
     known = low_rank_of(entry)
     if known is None:
@@ -96,7 +96,7 @@ def _factors(reader: Reader, target: Target, entry: Any, number: int) -> tuple[T
     return torch.from_numpy(left), torch.from_numpy(right)
 
 
-def footprint(target: Target, step: Step) -> int:
+def footprint(target: TensorPair, step: Step) -> int:
     """Bytes that a target takes: factors as read, joined, orthonormal and cut, in float64."""
     rank = sum(rank_over(step.base, entry) or 0 for entry in step.experts)
     return 8 * (target.count + 6) * rank * sum(target.shape) + 8 * 8 * rank**2

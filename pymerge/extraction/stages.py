@@ -17,8 +17,8 @@ from pymerge.checkpoint.safetensors_file import Header, read_header
 from pymerge.common.progress import ProgressSink
 from pymerge.extraction.dense import merge, merge_and_cut, work_bytes
 from pymerge.extraction.measure import Measured
-from pymerge.extraction.parts import Part, keep, kept
-from pymerge.extraction.targets import Target
+from pymerge.extraction.parts import Portion, keep, kept
+from pymerge.extraction.targets import TensorPair
 from pymerge.extraction.work import WHOLE_NAME, Work
 from pymerge.ops._op import one_thread
 from pymerge.output.directory import OutputDirectory
@@ -71,7 +71,7 @@ def _header(output: OutputDirectory, file: str, stamps: Stamps) -> Header:
 
 
 def _measure(
-    parts: Sequence[Part], work: Work, output: OutputDirectory, reader: Reader, progress: ProgressSink
+    parts: Sequence[Portion], work: Work, output: OutputDirectory, reader: Reader, progress: ProgressSink
 ) -> None:
     """Measure and keep part after part."""
     found: list[Measured[Tensor]] = []
@@ -85,16 +85,16 @@ def _measure(
 
 
 def _measured(
-    targets: Sequence[Target], work: Work, reader: Reader, progress: ProgressSink, held: Callable[[], int]
+    targets: Sequence[TensorPair], work: Work, reader: Reader, progress: ProgressSink, held: Callable[[], int]
 ) -> Generator[Measured[Tensor], None, None]:
     """All targets in their order, as many at a time as there are threads and memory beside what is `held`, each on one
     thread."""
-    waiting: deque[tuple[Target, Future[Measured[Tensor]]]] = deque()
+    waiting: deque[tuple[TensorPair, Future[Measured[Tensor]]]] = deque()
     rest, plan = deque(targets), work.plan
     threads = max(1, plan.target.threads)
     keeps_cache, before = plan.keeps_cache, torch.get_num_threads()
 
-    def one(target: Target) -> Measured[Tensor]:
+    def one(target: TensorPair) -> Measured[Tensor]:
         with one_thread():
             found = work.measure(reader, target)
         if work.reads_all and not keeps_cache:

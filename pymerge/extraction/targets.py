@@ -26,7 +26,7 @@ Place = Literal["factors", "saved", "bias", "nowhere"]
 
 
 @dataclass(frozen=True)
-class Target:
+class TensorPair:
     """One tensor of both models: its entries, and where its difference goes.
 
     `path` is its name in memory, by which PEFT knows it. `shape` is that of the matrix, or of each of the `count`
@@ -72,8 +72,8 @@ class Target:
         return self.base.stored_bytes + self.expert.stored_bytes
 
 
-def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) -> list[Target]:
-    """Target of every tensor that differs or may differ, in the order of the plan.
+def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) -> list[TensorPair]:
+    """TensorPair of every tensor that differs or may differ, in the order of the plan.
 
     Args:
         plan: of a merge of the fine-tuned model alone.
@@ -81,7 +81,7 @@ def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) 
         names: in memory, by those in files.
     """
     donor = plan.inputs.donor
-    found: dict[str, Target] = {}
+    found: dict[str, TensorPair] = {}
     for step in plan.steps:
         if not step.experts or not is_float(step.base.dtype) or step.name in found or not options.takes(step.name):
             continue
@@ -89,7 +89,7 @@ def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) 
         shape = base.shape or (1,)
         whole = donor.tensors[step.name].shape if step.name in donor.tensors else base.shape
         path, matrix = names.get(step.name, step.name), (shape[0], math.prod(shape[1:]))
-        target = Target(step.name, path, base, expert, (whole or shape)[0], "nowhere", matrix)
+        target = TensorPair(step.name, path, base, expert, (whole or shape)[0], "nowhere", matrix)
         if is_router(step.name, donor.tensors) or is_router(path, names.values()):
             found[step.name] = target
         elif step.name not in names and is_numbered(step.name):
@@ -103,7 +103,7 @@ def find_targets(plan: Plan, options: ExtractOptions, names: Mapping[str, str]) 
     return [_with_rest(target, adapted, parents, options) for target in found.values()]
 
 
-def experts_beside(plan: Plan, targets: Sequence[Target], names: Mapping[str, str]) -> list[Target]:
+def experts_beside(plan: Plan, targets: Sequence[TensorPair], names: Mapping[str, str]) -> list[TensorPair]:
     """Matrices of experts that no target is, and that get factors of zeros where others get some: PEFT stacks those of
     all matrices of all experts, and mistakes them for each other where some are missing."""
     if not any(is_numbered(target.name) and target.place == "factors" for target in targets):
@@ -113,12 +113,12 @@ def experts_beside(plan: Plan, targets: Sequence[Target], names: Mapping[str, st
     for step in plan.steps:
         if step.role.kind is Kind.LINEAR and is_numbered(step.name) and step.name not in known:
             path, (rows, columns) = names.get(step.name, step.name), step.base.shape
-            target = Target(step.name, path, step.base, step.base, rows, "factors", (rows, columns), form)
+            target = TensorPair(step.name, path, step.base, step.base, rows, "factors", (rows, columns), form)
             found.append(replace(target, transposed=step.role.in_axis == 0, uniform=True))
     return found
 
 
-def _with_factors(target: Target, role: Role, config: Mapping[str, Any], options: ExtractOptions) -> Target:
+def _with_factors(target: TensorPair, role: Role, config: Mapping[str, Any], options: ExtractOptions) -> TensorPair:
     """The target with its form, if it is one that can have factors."""
     shape, last = target.base.shape, target.name.rpartition(".")[2]
     if role.kind in (Kind.EMBEDDING, Kind.HEAD) and len(shape) == 2 and last == "weight":
@@ -142,7 +142,7 @@ def _with_factors(target: Target, role: Role, config: Mapping[str, Any], options
     return target
 
 
-def _name_experts(found: dict[str, Target], donor: Checkpoint) -> None:
+def _name_experts(found: dict[str, TensorPair], donor: Checkpoint) -> None:
     """Tell matrices of experts, where PEFT stacks them, from modules that have the last words of theirs: it would take
     those for experts, too, and adapts them by the names of their parameters instead."""
     words = stacked_words(donor.config)
@@ -157,7 +157,7 @@ def _name_experts(found: dict[str, Target], donor: Checkpoint) -> None:
             found[name] = replace(target, form="weight")
 
 
-def _nest(found: dict[str, Target]) -> None:
+def _nest(found: dict[str, TensorPair]) -> None:
     """Give the stacks of one module their depths: PEFT wraps them in the order in which a model registers them, what
     leads down last."""
     modules: dict[str, list[str]] = {}
@@ -170,7 +170,7 @@ def _nest(found: dict[str, Target]) -> None:
             found[name] = replace(found[name], depth=depth)
 
 
-def _with_rest(target: Target, adapted: set[str], parents: set[str], options: ExtractOptions) -> Target:
+def _with_rest(target: TensorPair, adapted: set[str], parents: set[str], options: ExtractOptions) -> TensorPair:
     """The target with its place, if it has none."""
     if target.place != "nowhere" or target.reason:
         return target
@@ -179,7 +179,7 @@ def _with_rest(target: Target, adapted: set[str], parents: set[str], options: Ex
     return without_factors(target, adapted, parents)
 
 
-def without_factors(target: Target, adapted: set[str], parents: set[str]) -> Target:
+def without_factors(target: TensorPair, adapted: set[str], parents: set[str]) -> TensorPair:
     """The target with its place among what is written as it is: biases go with the factors of their module.
 
     PEFT replaces a module with all that is inside it: `parents`, which have modules, are not for it.

@@ -20,9 +20,9 @@ from pymerge.common.units import format_bytes
 from pymerge.errors import PlanError
 from pymerge.extraction.measure import Measured, result_bytes
 from pymerge.extraction.options import ExtractOptions
-from pymerge.extraction.parts import Part, divide
+from pymerge.extraction.parts import Portion, divide
 from pymerge.extraction.report import ExtractReport
-from pymerge.extraction.targets import Target
+from pymerge.extraction.targets import TensorPair
 from pymerge.extraction.tied import TiedHead
 from pymerge.planner.folder import beside_warnings
 from pymerge.planner.plan import Plan
@@ -42,18 +42,18 @@ class Work:
     plan: Plan
     options: ExtractOptions
     base: str
-    targets: Sequence[Target]
+    targets: Sequence[TensorPair]
     names: Mapping[str, str]
     head: TiedHead | None
-    measure: Callable[[Reader, Target], Measured[Tensor]]
-    footprint: Callable[[Target], int]
+    measure: Callable[[Reader, TensorPair], Measured[Tensor]]
+    footprint: Callable[[TensorPair], int]
     card: Callable[[ExtractReport], bytes]
     files: Mapping[str, bytes]
     recipe: Mapping[str, str]
     reads_all: bool = True  # of both tensors of a target
-    whole: Sequence[Target] = ()  # are merged, and then measured as others are
-    dense: Sequence[Target] = ()  # are merged, and cut to factors
-    zeros: Sequence[Target] = ()  # are not read: they get factors of zeros, if their like get some
+    whole: Sequence[TensorPair] = ()  # are merged, and then measured as others are
+    dense: Sequence[TensorPair] = ()  # are merged, and cut to factors
+    zeros: Sequence[TensorPair] = ()  # are not read: they get factors of zeros, if their like get some
 
     def identity(self) -> dict[str, str]:
         """All that decides the bytes of the output."""
@@ -64,12 +64,12 @@ class Work:
         return parts | {f"recipe {key}": text for key, text in self.recipe.items()} | {"adapter base": self.base}
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Portion, ...]:
         """Targets that are measured."""
         return tuple(divide([*self.targets, *self.whole], "measured"))
 
     @cached_property
-    def cuts(self) -> tuple[Part, ...]:
+    def cuts(self) -> tuple[Portion, ...]:
         """Targets that are merged and cut to factors."""
         return tuple(divide(self.dense, "cut"))
 

@@ -21,7 +21,7 @@ from pymerge.live.models import Models, Source
 from pymerge.live.modules import Model, signature_of
 from pymerge.live.report import Report
 from pymerge.live.settings import Settings, check_patterns, check_together, read_settings, required_defaults
-from pymerge.live.targets import Target, find_targets
+from pymerge.live.targets import WeightTarget, find_targets
 from pymerge.live.write import Decided, in_dtype, new_tensor, overwrite, write
 from pymerge.methods.actions import Solve
 from pymerge.planner.budget import budget
@@ -89,7 +89,7 @@ class Merger:
             self._models.config.allow_nonfinite,
             None if cache == "none" else self._cache,
         )
-        self._targets: tuple[Any, list[Target]] | None = None
+        self._targets: tuple[Any, list[WeightTarget]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -220,7 +220,7 @@ class Merger:
         self._overwrite(self._find(target, keeps=False), self._settings, atomic, names)
 
     def _overwrite(
-        self, targets: Sequence[Target], settings: Settings, atomic: bool, names: Sequence[str] | None = None
+        self, targets: Sequence[WeightTarget], settings: Settings, atomic: bool, names: Sequence[str] | None = None
     ) -> None:
         with torch.no_grad():
             decided = self._decided(settings, targets)
@@ -245,7 +245,7 @@ class Merger:
     def _has_no_effect(self, name: str) -> bool:
         return self._models.method.parameter(name).no_effect
 
-    def _decided(self, settings: Settings, targets: Sequence[Target] | None = None) -> Iterator[Decided]:
+    def _decided(self, settings: Settings, targets: Sequence[WeightTarget] | None = None) -> Iterator[Decided]:
         """Steps of each weight, for the dtypes of targets where there are some; shares of steps that have one."""
         decided = self._models.steps(settings)
         if targets is not None:
@@ -254,7 +254,7 @@ class Merger:
         shares = self._evaluator.reduced([step for steps in decided for step in steps])
         return (Decided(steps, shares) for steps in decided)
 
-    def _find(self, model: Model, *, keeps: bool) -> list[Target]:
+    def _find(self, model: Model, *, keeps: bool) -> list[WeightTarget]:
         """The targets in a model, as they were found the last time if it has the same tensors still.
 
         With `keeps`, tensors of the models that are to be merged again are copied where they would be overwritten.

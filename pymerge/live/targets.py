@@ -23,7 +23,7 @@ _OWNER = "the target"
 
 
 @dataclass(frozen=True)
-class Target:
+class WeightTarget:
     """Place where a weight is written: the parts of its rows in memory; one, but for experts in a stack."""
 
     weight: Weight
@@ -57,7 +57,7 @@ class Target:
                 at += part.shape[self.entry.axis]
 
 
-def find_targets(models: Models, model: Model) -> list[Target]:
+def find_targets(models: Models, model: Model) -> list[WeightTarget]:
     """The places of all weights of a merge in a module or mapping, which may hold experts in another form.
 
     Raises ArgumentError, which names all that is missing, left over, or of another shape or dtype.
@@ -75,7 +75,7 @@ def find_targets(models: Models, model: Model) -> list[Target]:
     written = {found[name].offset for name in kept}
     if extra := [name for name, each in found.items() if name not in kept and each.offset not in written]:
         problems.append(f"it has {listed(extra)}, of which the merge has nothing")
-    targets = [Target(weight, found[weight.name]) for weight in models.weights if weight.name in kept]
+    targets = [WeightTarget(weight, found[weight.name]) for weight in models.weights if weight.name in kept]
     if expanded := [target.weight.name for target in targets if any(map(_is_expanded, target.places()))]:
         raise ArgumentError(
             f"{_OWNER}: {listed(expanded)}: elements that lie in one place of memory (expanded); pass a clone()"
@@ -93,7 +93,7 @@ def _is_expanded(tensor: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _misfit(target: Target) -> str:
+def _misfit(target: WeightTarget) -> str:
     weight, entry = target.weight, target.entry
     if entry.shape != weight.base.shape:
         return f"{weight.name} has shape {list(entry.shape)}, in the merge {list(weight.base.shape)}"
@@ -105,12 +105,12 @@ def _misfit(target: Target) -> str:
     return ""
 
 
-def backup(targets: Sequence[Target]) -> list[list[Tensor]]:
+def backup(targets: Sequence[WeightTarget]) -> list[list[Tensor]]:
     """Copies of all targets on the CPU."""
     return [[place.to("cpu", copy=True) for place in target.places()] for target in targets]
 
 
-def restore(targets: Sequence[Target], copies: Sequence[Sequence[Tensor]]) -> None:
+def restore(targets: Sequence[WeightTarget], copies: Sequence[Sequence[Tensor]]) -> None:
     """Write copies back."""
     for target, kept in zip(targets, copies, strict=True):
         for place, copy in zip(target.places(), kept, strict=True):

@@ -15,7 +15,7 @@ from pymerge.common.names import listed
 from pymerge.engine.whole import Share
 from pymerge.errors import PymergeError
 from pymerge.live.evaluate import Evaluator
-from pymerge.live.targets import Target, backup, restore
+from pymerge.live.targets import WeightTarget, backup, restore
 from pymerge.planner.steps import Step
 
 
@@ -50,7 +50,7 @@ def write(evaluator: Evaluator, steps: Sequence[Step], shares: Mapping[int, Shar
         evaluator.merge(step, rows_in(out, step, steps), shares.get(id(step)))
 
 
-def overwrite(evaluator: Evaluator, targets: Sequence[Target], decided: Iterable[Decided], atomic: bool) -> None:
+def overwrite(evaluator: Evaluator, targets: Sequence[WeightTarget], decided: Iterable[Decided], atomic: bool) -> None:
     """Overwrite targets one after the other; on an error all are written back if it is `atomic`.
 
     Otherwise the error says which are overwritten.
@@ -69,7 +69,9 @@ def overwrite(evaluator: Evaluator, targets: Sequence[Target], decided: Iterable
         raise
 
 
-def _overwrite_one(evaluator: Evaluator, target: Target, steps: Sequence[Step], shares: Mapping[int, Share]) -> None:
+def _overwrite_one(
+    evaluator: Evaluator, target: WeightTarget, steps: Sequence[Step], shares: Mapping[int, Share]
+) -> None:
     if target.whole is not None:
         write(evaluator, steps, shares, target.whole)
         return

@@ -26,7 +26,7 @@ from pymerge.planner.config_differences import check_configs
 from pymerge.planner.constants import Constant, differing, find_constants
 from pymerge.planner.decide import copies, decide
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
-from pymerge.planner.folder import Part, Whole, beside_warnings, joined, match_modules
+from pymerge.planner.folder import FolderInputs, Whole, beside_warnings, joined, match_modules
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.integers import check_integers
 from pymerge.planner.layers import with_layers
@@ -112,7 +112,7 @@ def draft_plan(
     aligned = align(matched, roles, config, method)
     inputs, tokens = aligned.inputs, aligned.tokens
     stored, donor = donor, inputs.donor  # gathered tables may have a wider dtype
-    main = Part(donor.folder, inputs, names, roles, aligned.sections)
+    main = FolderInputs(donor.folder, inputs, names, roles, aligned.sections)
     whole = joined(main, modules)
 
     wanted = dtype or config.out_dtype or config.dtype
@@ -226,7 +226,7 @@ def _assigned(
 
 
 def _placed_module(
-    module: Part, constants: dict[str, Constant], wanted: str | None, warnings: list[str], config: MergeConfig
+    module: FolderInputs, constants: dict[str, Constant], wanted: str | None, warnings: list[str], config: MergeConfig
 ) -> ShardLayout:
     """The one file of a module, under the name that sentence-transformers looks for; its constants are added."""
     donor = module.inputs.donor

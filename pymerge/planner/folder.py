@@ -36,7 +36,7 @@ _RENAMED = {"word_embedding_dimension": "embedding_dimension"}
 
 
 @dataclass(frozen=True)
-class Part:
+class FolderInputs:
     """Inputs of the output's files in one folder: `inputs` under the donor's names, which tensors are
     written, in the donor's order, their roles and sections."""
 
@@ -80,7 +80,7 @@ class Whole:
     sections: Mapping[str, Section]
 
 
-def joined(main: Part, modules: Sequence[Part]) -> Whole:
+def joined(main: FolderInputs, modules: Sequence[FolderInputs]) -> Whole:
     """The output of a transformer and its modules."""
     if not modules:
         return main.whole()
@@ -95,7 +95,7 @@ def joined(main: Part, modules: Sequence[Part]) -> Whole:
 
 def match_modules(
     inputs: Inputs, config: MergeConfig, method: Method, problems: list[str], warnings: list[str]
-) -> list[Part]:
+) -> list[FolderInputs]:
     """The donor's modules that have weights, each held against those of the experts, as the transformers are.
 
     With slices or towers, which say nothing of modules, they are the donor's. What does not fit is added to `problems`.
@@ -126,7 +126,7 @@ def match_modules(
         roles = _classified(module, folder, config.rules)
         if config.slices or config.modules:
             sections = dict.fromkeys(roles, Section(config, (), (), positions(roles, module.config)))
-            parts.append(Part(folder, Inputs(module, ()), list(module.tensors), roles, sections))
+            parts.append(FolderInputs(folder, Inputs(module, ()), list(module.tensors), roles, sections))
             warnings.append(f"{module.path}: is copied as it is: the config puts layers of transformers together")
             continue
         theirs = tuple(_module_of(expert, donor, folder) for expert in inputs.experts)
@@ -137,7 +137,7 @@ def match_modules(
             check_integers(matched, roles, config.rules, own, matched.warnings)
         problems += own
         warnings += matched.warnings
-        parts.append(Part(folder, matched.inputs, matched.names, roles, matched.sections))
+        parts.append(FolderInputs(folder, matched.inputs, matched.names, roles, matched.sections))
     return parts
 
 

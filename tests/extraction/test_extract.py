@@ -18,7 +18,7 @@ from pymerge.errors import ArgumentError, NonFiniteError, OutputError, PlanError
 from pymerge.extraction import api
 from pymerge.extraction.measure import Measured, measure
 from pymerge.extraction.options import ExtractOptions
-from pymerge.extraction.targets import Target
+from pymerge.extraction.targets import TensorPair
 from pymerge.output.verify import verify
 from tests.helpers.checkpoints import Tensors, change, llama, llama_config, pymerge, tree, write_model
 
@@ -209,7 +209,7 @@ def test_what_is_measured_is_kept_when_it_is_interrupted(models: Path, monkeypat
     extract(models / "whole")
     names: list[str] = []
 
-    def counted(reader: Reader, target: Target, options: ExtractOptions) -> Measured[torch.Tensor]:
+    def counted(reader: Reader, target: TensorPair, options: ExtractOptions) -> Measured[torch.Tensor]:
         names.append(target.name)
         if stopping and target.name == "model.layers.1.self_attn.q_proj.weight":
             raise KeyboardInterrupt

@@ -20,7 +20,7 @@ from pymerge.extraction.measure import Measured, cut
 from pymerge.extraction.merged import parse_rank
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.report import ExtractReport
-from pymerge.extraction.targets import Target
+from pymerge.extraction.targets import TensorPair
 from pymerge.output.verify import verify
 from tests.helpers.adapters import factors, write_adapter
 from tests.helpers.checkpoints import Tensors, llama, llama_config, pymerge, tree, write_model
@@ -210,7 +210,7 @@ def test_merges_that_are_interrupted_go_on(models: Path, monkeypatch: pytest.Mon
     merge_to("whole")
     with monkeypatch.context() as patch:
 
-        def stopping(target: Target, options: ExtractOptions, deltas: list[Delta]) -> Measured[torch.Tensor]:
+        def stopping(target: TensorPair, options: ExtractOptions, deltas: list[Delta]) -> Measured[torch.Tensor]:
             if target.name == "model.layers.1.mlp.up_proj.weight":
                 raise KeyboardInterrupt
             return cut(target, options, deltas)

@@ -17,7 +17,7 @@ from pymerge.checkpoint.gguf.config import Said, config_of
 from pymerge.checkpoint.gguf.decoder import PLAIN, GGUFDecoder
 from pymerge.checkpoint.gguf.header import read_gguf_header
 from pymerge.checkpoint.gguf.layout import ORIGINAL, Place, places
-from pymerge.checkpoint.gguf.names import ARCHITECTURES, Architecture, Target
+from pymerge.checkpoint.gguf.names import ARCHITECTURES, Architecture, GgufTarget
 from pymerge.checkpoint.gguf.values import read_values
 from pymerge.checkpoint.safetensors_file import AGAIN, Header, TensorEntry
 from pymerge.common.dtypes import DTYPES
@@ -61,7 +61,7 @@ def read_gguf(path: Path) -> Header:
     )
 
 
-def _targets(path: Path, name: str, architecture: Architecture, placed: Mapping[str, Place]) -> dict[str, Target]:
+def _targets(path: Path, name: str, architecture: Architecture, placed: Mapping[str, Place]) -> dict[str, GgufTarget]:
     """Names of the tensors in transformers, without those that are no parameters there."""
     found = {key: architecture.target(key) for key in placed if key not in architecture.derived}
     unknown = [key for key, target in found.items() if target is None]
@@ -83,7 +83,7 @@ def _written(placed: Mapping[str, Place]) -> str:
 
 
 def _entries(
-    path: Path, place: Place, target: Target, values: Mapping[str, Any], written: str
+    path: Path, place: Place, target: GgufTarget, values: Mapping[str, Any], written: str
 ) -> Iterator[TensorEntry]:
     """The tensors of transformers that a stored one is: as many as there are experts of a stacked one."""
     stored, stacked = place.stored, "{e}" in target.name
@@ -124,7 +124,7 @@ def _heads(where: str, place: Place, values: Mapping[str, Any]) -> int:
 def _entry(
     path: Path,
     place: Place,
-    target: Target,
+    target: GgufTarget,
     name: str,
     shape: tuple[int, ...],
     start: int,

@@ -15,7 +15,7 @@ _NAME = re.compile(r"(?:blk\.(?P<block>\d{1,5})\.)?(?P<stem>[a-z0-9_]+)\.(?P<suf
 
 
 @dataclass(frozen=True)
-class Target:
+class GgufTarget:
     """A tensor of GGUF in transformers: `name` has {e} where GGUF stacks what experts have one by one.
 
     Of a `paired` one, the rows of each head are in another order: rows i and i + half of a head became neighbours.
@@ -47,8 +47,8 @@ class Architecture:
     first_axis: frozenset[str] = frozenset()
     derived: frozenset[str] = field(default=frozenset({"rope_freqs.weight"}))
 
-    def target(self, name: str) -> Target | None:
-        """Target of a tensor of GGUF in transformers; None for one that is not known."""
+    def target(self, name: str) -> GgufTarget | None:
+        """GgufTarget of a tensor of GGUF in transformers; None for one that is not known."""
         found = _NAME.fullmatch(name)
         if found is None:
             return None
@@ -60,7 +60,7 @@ class Architecture:
             known = known and f"{self.blocks}.{int(block)}.{known}"
         if known is None:
             return None
-        return Target(
+        return GgufTarget(
             f"{known}.{suffix}",
             paired=stem in self.paired,
             shifted=self.shifts_norms and stem.endswith("norm") and suffix == "weight",
