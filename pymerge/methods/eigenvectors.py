@@ -9,6 +9,7 @@ from pymerge.common.dtypes import torch_dtype
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Kept, Solve
 from pymerge.methods.kept import add_to_base
+from pymerge.ops._op import times_vector
 from pymerge.ops._singular import eigenvectors
 
 if TYPE_CHECKING:
@@ -89,6 +90,6 @@ class KeptAce(Kept):
         dtype = self._vectors.dtype
         Y = self._numerator.add(self._sum, alpha=action.eps).div_(values.to(dtype))  # R S^-1 V
         row = self._prior / values
-        column = (Y @ self._ones.to(dtype)).div_(float(1.0 + row @ self._ones))
+        column = times_vector(Y, self._ones.to(dtype)).div_(float(1.0 + row @ self._ones))
         Y.addr_(column, row.to(dtype), alpha=-1.0)
         return add_to_base(base, Y @ self._vectors.mT, action.scale, out_dtype)

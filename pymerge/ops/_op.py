@@ -242,3 +242,11 @@ def one_thread() -> AbstractContextManager[None]:
     small float64 matrices), and for matrices that are too small to be worth splitting.
     """
     return at_most_threads(1)
+
+
+def times_vector(M: Tensor, v: Tensor) -> Tensor:
+    """M v, on one thread: libraries cut these sums by the number of threads, even where they don't those of products
+    of matrices. Reading M takes the time, as it would on several.
+    """
+    with one_thread():
+        return M @ v

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pymerge.common.arrays import dtype_of
 from pymerge.errors import ArgumentError
 from pymerge.ops._cholesky import Cholesky, LibraryCholesky, factorise, not_positive_definite
-from pymerge.ops._op import Op
+from pymerge.ops._op import Op, times_vector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,5 +129,5 @@ def _solve(S: Tensor, R: Tensor, prior: Tensor | None, layer: int | None = None)
     if prior is not None:
         pair = factor.solve(torch.stack([torch.ones_like(prior), prior]))
         u, row = pair[0], pair[1]
-        X -= torch.outer(R @ u, row) / (1.0 + prior @ u)
+        X -= torch.outer(times_vector(R, u), row) / (1.0 + prior @ u)
     return X, condition_estimate(S, factor), factor.minor

@@ -142,7 +142,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("shape", [(512, 512), (3000, 33), (64, 1024)])
+@pytest.mark.parametrize("shape", [(512, 512), (3000, 33), (64, 1024), (128, 1376)])
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
@@ -150,6 +150,9 @@ def threads() -> Iterator[Callable[[int], None]]:
         ("wudi", {"iterations": 2, "precision": "float32"}),
         ("ace", {"gamma_threshold": 100, "precision": "float32"}),
         ("ace", {"gamma_threshold": -1}),
+        ("wudi_flow", {}),
+        ("iso_c", {}),
+        ("tsv_m", {}),
     ],
 )
 def test_the_thread_count_changes_no_bit_of_larger_solutions(

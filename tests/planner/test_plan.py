@@ -231,7 +231,7 @@ def test_a_model_has_precedence_over_the_top_level(models: Path) -> None:
 
 
 def test_a_required_parameter_without_a_value_for_some_tensor(models: Path) -> None:
-    with pytest.raises(PlanError, match=rf"tensors: {HEAD}, .*no entry of 'weight' of model 'e0' fits"):
+    with pytest.raises(PlanError, match=rf"tensors: {HEAD}, .*no entry of 'weight' or 'schedule' of model 'e0' fits"):
         planned(models, "linear", weight=[{"filter": "mlp", "value": 1}])
 
 
