@@ -1,4 +1,4 @@
-"""Merges in memory, inside other libraries, and of adapters: tables of their pages."""
+"""Merges in memory, and of adapters: tables of their pages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from benchmarks.tables.merges import seconds
 from benchmarks.tables.page import Block, Part, Said, table
 from benchmarks.tables.quoted import row, rows
 
-LIVE, INTEGRATIONS, ADAPTERS = "docs/live.md", "docs/integrations.md", "docs/adapters.md"
+LIVE, ADAPTERS = "docs/live.md", "docs/adapters.md"
 COUNTS = (1, 3, 8)  # adapters of a merge
-# Methods, and runs of the results that have them: size -> method -> run.
-INSIDE = {"1.2B": {"linear": "linear", "ties": "ties"}, "135M": {"linear": "135M", "ties": "135M"}}
 
 
 def parts() -> Iterator[Part]:
@@ -23,9 +21,6 @@ def parts() -> Iterator[Part]:
     shares = [f"{_share(each['in_place']):.2f}" for each in sums]
     words = "takes {} times as long as PyTorch's own sum of deltas made before in bfloat16, {} times in float32"
     yield Said(LIVE, words, shares)
-    head = ["`run_merge`", "mergekit", "with pymerge as its engine", "reading and writing alone"]
-    lines = [inside(size, method, run) for size, methods in INSIDE.items() for method, run in methods.items()]
-    yield Block(INTEGRATIONS, "integrations", table(head, lines))
     yield from adapters()
 
 
@@ -46,18 +41,21 @@ def on_factors(each: Content) -> list[str]:
     """A layer's solver on its factors, beside itself on whole weights."""
     shape = {name: each[name] for name in ("d_out", "d_in", "tasks", "method")}
     dense = row("adapters", part="layers", form="dense", **shape)
-    walls = [f"{1e3 * one['seconds']['median']:.3g} ms" for one in (dense, each)]
+    walls = [_milliseconds(one["seconds"]["median"]) for one in (dense, each)]
     sizes = [f"{each['d_out']} x {each['d_in']}", str(each["tasks"]), f"`{each['method']}`"]
     return [*sizes, *walls, f"{each['speedup_over_dense']:.0f}x"]
 
 
 def of_adapters(method: str) -> list[str]:
-    """Whole merges by a method: seconds by the number of adapters, and the memory that they took."""
-    found = [
-        row("adapters", part="merges", form="pymerge", size="1.2B", method=method, adapters=count) for count in COUNTS
-    ]
+    """Whole merges by a method: seconds by the number of adapters, if it was timed, and the memory that they took."""
+    found = rows("adapters", part="merges", form="pymerge", size="1.2B", method=method)
+    walls = {each["adapters"]: seconds(each) for each in found}
     peaks = [f"{pick(each['peak'] for each in found) / 2**20:.0f}" for pick in (min, max)]
-    return [f"`{method}`", *map(seconds, found), f"{peaks[0]} to {peaks[1]} MiB"]
+    return [f"`{method}`", *(walls.get(count, "") for count in COUNTS), f"{peaks[0]} to {peaks[1]} MiB"]
+
+
+def _milliseconds(wall: float) -> str:
+    return f"{1e3 * wall:,.0f} ms" if wall >= 0.1 else f"{1e3 * wall:.3g} ms"
 
 
 def _share(walls: Content) -> float:
@@ -70,13 +68,3 @@ def later(each: Content) -> list[str]:
     """A method: its first merge, constructor included, and later ones."""
     first, then = (each[name]["median"] for name in ("first", "later"))
     return [f"`{each['method']}`", f"`{each['varies']}`", f"{first:.2f}", f"{then:.3f}", f"{each['share']:.3f}"]
-
-
-def inside(size: str, method: str, run: str) -> list[str]:
-    """A method inside mergekit, and how many times faster it is."""
-    forms = ("mergekit", "pymerge", "floor")
-    theirs, ours, floor = (
-        row("integrations", run, kind="run_merge", size=size, method=method, form=form) for form in forms
-    )
-    faster = [f"{seconds(each)}, {each['speedup_over_mergekit']:.1f}x" for each in (ours, floor)]
-    return [f"{method}, {size[:-1]} {size[-1]}", seconds(theirs), *faster]
