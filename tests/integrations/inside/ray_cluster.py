@@ -163,10 +163,13 @@ def test_a_node_that_would_make_other_bytes_is_named(cluster: Cluster, models: P
     """A node with fewer instructions, and one with another version of pymerge."""
     other = {"ATEN_CPU_CAPABILITY": "default"}
     if what == "version":
-        package = tmp_path / "other/pymerge_engine-9.9.dist-info"
-        package.mkdir(parents=True)
-        (package / "METADATA").write_text("Metadata-Version: 2.1\nName: pymerge-engine\nVersion: 9.9\n")
-        other = {"PYTHONPATH": f"{package.parent}{os.pathsep}{os.environ['PYTHONPATH']}"}
+        # Ray puts the paths of the command first, where the metadata of this checkout may lie.
+        (tmp_path / "sitecustomize.py").write_text(
+            "from importlib import metadata\n"
+            "version = metadata.version\n"
+            "metadata.version = lambda name: '9.9' if name == 'pymerge-engine' else version(name)\n"
+        )
+        other = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"}
     node = cluster.add_node(**NODE, env_vars=other)
     cluster.wait_for_nodes()
     try:
