@@ -10,6 +10,7 @@ from benchmarks.tables.page import Part, Said, short
 from benchmarks.tables.quoted import row, rows
 
 TRUST = "docs/trust.md"
+FORMS = ("command", "engine")  # of mergekit's own tests
 
 
 def parts() -> Iterator[Part]:
@@ -60,9 +61,12 @@ def parity() -> Iterator[Part]:
     most = max(each["error"] / each["mergekits_error"] for each in rounded)
     words = "in {} of the {} cases that differ by rounding, and at most {} times mergekit's in all"
     yield Said(page, words, [str(better), str(len(rounded)), f"{ceil(10 * most) / 10:g}"])
-    whole = [each for each in rows("parity-tests", kind="test") if each.get("form", "command") == "command"]
-    tests = Counter(each["verdict"] for each in whole)
-    yield Said(page, "for its merge: of {}, {} pass, and", [str(tests.total()), str(tests["passes"])])
+    tests = [Counter(each["verdict"] for each in rows("parity-tests", kind="test", form=form)) for form in FORMS]
+    words = (
+        "tests of whole merges, tokenizers and chat templates: of {}, {} pass with `pymerge` for its merge, {} of {} "
+    )
+    numbers = [str(number) for found in tests for number in (found.total(), found["passes"])]
+    yield Said(page, words + "through `replace_engine`", [*numbers[:2], numbers[3], numbers[2]])
 
 
 def torture() -> Iterator[Part]:
