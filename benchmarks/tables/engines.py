@@ -1,4 +1,4 @@
-"""Merges in memory, and of adapters: tables of their pages."""
+"""Merges in memory, of adapters, through mergekit and in parts: numbers of their pages."""
 
 from __future__ import annotations
 
@@ -22,6 +22,34 @@ def parts() -> Iterator[Part]:
     words = "takes {} times as long as PyTorch's own sum of deltas made before in bfloat16, {} times in float32"
     yield Said(LIVE, words, shares)
     yield from adapters()
+    yield Block(
+        "docs/integrations.md",
+        "integrations",
+        table(
+            ["parameters", "method", "mergekit, s", "pymerge, s", "reading and writing, s", "faster"],
+            [through_run_merge(each) for each in rows("integrations", form="pymerge")],
+        ),
+    )
+    yield from apart()
+
+
+def apart() -> Iterator[Part]:
+    """What merges in parts cost beside a merge by one process."""
+    page = "docs/distributed.md"
+    shard, finalize = (row("parts", what=what) for what in ("shard", "finalize"))
+    words = "a file by itself costs {} s more than in one merge, publishing {} files {} s."
+    costs = [f"{shard['overhead']:.2f}", str(finalize["files"]), f"{finalize['plain']['median']:.2f}"]
+    yield Said(page, words, costs)
+    solved = row("parts", what="processes")
+    yield Said(page, "one thread each takes {} s, by one process with two {} s", _walls(solved, "two", "one"))
+
+
+def through_run_merge(each: Content) -> list[str]:
+    """A merge by mergekit's `run_merge`, with either engine, and its floor."""
+    same = {name: each[name] for name in ("size", "method")}
+    forms = {one["form"]: one["wall"]["median"] for one in rows("integrations", **same)}
+    walls = [f"{forms[form]:.2f}" for form in ("mergekit", "pymerge", "floor")]
+    return [each["size"], f"`{each['method']}`", *walls, f"{each['speedup_over_mergekit']:.1f}x"]
 
 
 def adapters() -> Iterator[Part]:
@@ -62,6 +90,10 @@ def _share(walls: Content) -> float:
     """Of the time of the faster form in PyTorch."""
     ours: float = walls["pymerge"]["median"]
     return ours / min(wall["median"] for form, wall in walls.items() if form != "pymerge")
+
+
+def _walls(each: Content, *forms: str) -> list[str]:
+    return [f"{each[form]['median']:.1f}" for form in forms]
 
 
 def later(each: Content) -> list[str]:
