@@ -14,6 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Terms that tensor cores add up one after the other: each of their sums is rounded towards zero, so the error of a long
+# one grows with its length, not its root. Longer ones are sums of such parts, which are rounded to the nearest. The
+# same for every depth of a tile.
+MOST_SUMMED = 2048
+
 
 class Sizes(NamedTuple):
     """Sizes of one launch."""

@@ -37,12 +37,13 @@ def combine_vectors_kernel(
     else:
         origin = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     total = origin
+    of_task = tl.cast(columns if BY_COLUMNS else rows, tl.int64)  # those of all may be more than 32 bits count
     for t in tl.static_range(len(tensors)):
         value = tl.load(tensors[t] + offsets, mask=mask, other=0.0).to(tl.float32)
         if BY_COLUMNS:
-            weight = tl.load(weights + t * columns + column, mask=column < columns, other=0.0)[None, :]
+            weight = tl.load(weights + t * of_task + column, mask=column < columns, other=0.0)[None, :]
         else:
-            weight = tl.load(weights + t * rows + row, mask=row < rows, other=0.0)[:, None]
+            weight = tl.load(weights + t * of_task + row, mask=row < rows, other=0.0)[:, None]
         total += (value - origin) * weight
     store_rounded(out, offsets, total, mask, TO_BF16)
 

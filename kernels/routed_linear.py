@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Table, Variant, sizes
+from ._common import MOST_SUMMED, Table, Variant, sizes
 
 
 @triton.jit
@@ -37,29 +37,34 @@ def mixed_kernel(
     TASKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     UPCAST: tl.constexpr,
+    MOST_SUMMED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tile = tl.program_id(1)
+    across = tl.cdiv(M, BLOCK_M)
+    tile = (tl.program_id(0) // across).to(tl.int64)
     gate = tl.load(tiles + tile * 3).to(tl.int64)
     begin = tl.load(tiles + tile * 3 + 1).to(tl.int64)
     end = tl.load(tiles + tile * 3 + 2).to(tl.int64)
     rows = begin + tl.arange(0, BLOCK_N).to(tl.int64)
-    columns = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tl.program_id(0) % across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K).to(tl.int64)
-        inside = (inner < K)[:, None] & (columns < M)[None, :]
-        place = columns[None, :] * row_stride + inner[:, None] * column_stride
-        mixed = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-        for t in range(TASKS):
-            tau = tl.load(tasks + t * task_stride + place, mask=inside, other=0.0).to(tl.float32)
-            mixed += tl.load(gates + gate * TASKS + t) * tau
-        token = tl.load(
-            x + rows[:, None] * K + inner[None, :], mask=(rows < end)[:, None] & (inner < K)[None, :], other=0.0
-        )
-        total = _dot(token, mixed.to(token.dtype), total, UPCAST)
+    for first in range(0, K, MOST_SUMMED):
+        part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for start in range(first, tl.minimum(first + MOST_SUMMED, K), BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K).to(tl.int64)
+            inside = (inner < K)[:, None] & (columns < M)[None, :]
+            place = columns[None, :] * row_stride + inner[:, None] * column_stride
+            mixed = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+            for t in range(TASKS):
+                tau = tl.load(tasks + t * task_stride + place, mask=inside, other=0.0).to(tl.float32)
+                mixed += tl.load(gates + gate * TASKS + t) * tau
+            token = tl.load(
+                x + rows[:, None] * K + inner[None, :], mask=(rows < end)[:, None] & (inner < K)[None, :], other=0.0
+            )
+            part = _dot(token, mixed.to(token.dtype), part, UPCAST)
+        total += part
     if HAS_BIAS:
         total += tl.load(biases + gate * M + columns, mask=columns < M, other=0.0).to(tl.float32)[None, :]
     mask = (rows < end)[:, None] & (columns < M)[None, :]
@@ -83,28 +88,33 @@ def factored_kernel(
     TASKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     UPCAST: tl.constexpr,
+    MOST_SUMMED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Few tokens of many samples: each task vector is read once for a tile of tokens, whosesoever they are."""
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    across = tl.cdiv(M, BLOCK_M)
+    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = (tl.program_id(0) % across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for t in range(-1, TASKS):
         share = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        for start in range(0, K, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K).to(tl.int64)
-            inside = (inner < K)[:, None] & (columns < M)[None, :]
-            place = columns[None, :] * row_stride + inner[:, None] * column_stride
-            token = tl.load(
-                x + rows[:, None] * K + inner[None, :], mask=(rows < N)[:, None] & (inner < K)[None, :], other=0.0
-            )
-            if t < 0:
-                tile = tl.load(weight + place, mask=inside, other=0.0).to(token.dtype)
-            else:
-                tile = tl.load(tasks + t * task_stride + place, mask=inside, other=0.0).to(token.dtype)
-            share = _dot(token, tile, share, UPCAST)
+        for first in range(0, K, MOST_SUMMED):
+            part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for start in range(first, tl.minimum(first + MOST_SUMMED, K), BLOCK_K):
+                inner = start + tl.arange(0, BLOCK_K).to(tl.int64)
+                inside = (inner < K)[:, None] & (columns < M)[None, :]
+                place = columns[None, :] * row_stride + inner[:, None] * column_stride
+                token = tl.load(
+                    x + rows[:, None] * K + inner[None, :], mask=(rows < N)[:, None] & (inner < K)[None, :], other=0.0
+                )
+                if t < 0:
+                    tile = tl.load(weight + place, mask=inside, other=0.0).to(token.dtype)
+                else:
+                    tile = tl.load(tasks + t * task_stride + place, mask=inside, other=0.0).to(token.dtype)
+                part = _dot(token, tile, part, UPCAST)
+            share += part
         gate = tl.load(gates + rows * TASKS + t, mask=(rows < N) & (t >= 0), other=1.0)
         total += gate[:, None] * share
     mask = (rows < N)[:, None] & (columns < M)[None, :]
@@ -112,6 +122,11 @@ def factored_kernel(
     if HAS_BIAS:
         total += tl.load(biases + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+
+
+def programs(columns: int, block: int, tiles: int) -> tuple[int]:
+    """The grid, along its one axis that takes more than 65,535 programs: tiles of rows, those of columns inside."""
+    return (triton.cdiv(columns, block) * tiles,)
 
 
 def launch_mixed(
@@ -131,8 +146,7 @@ def launch_mixed(
     ]
     if not tiles or out.numel() == 0:
         return
-    grid = (triton.cdiv(out.shape[1], size.block), len(tiles))
-    mixed_kernel[grid](
+    mixed_kernel[programs(out.shape[1], size.block, len(tiles))](
         out,
         x,
         weight,
@@ -147,6 +161,7 @@ def launch_mixed(
         TASKS=tasks.shape[0],
         HAS_BIAS=biases is not None,
         UPCAST=out.device.type != "cuda",
+        MOST_SUMMED=MOST_SUMMED,
         BLOCK_N=size.block,
         BLOCK_M=size.block,
         BLOCK_K=size.depth,
@@ -163,7 +178,7 @@ def launch_factored(
         return
     size = sizes("routed_linear", out.device, lambda block: triton.cdiv(out.shape[1], block))
     rows = 16  # the least that a tensor core takes: there are few tokens
-    factored_kernel[(triton.cdiv(out.shape[1], size.block), triton.cdiv(len(x), rows))](
+    factored_kernel[programs(out.shape[1], size.block, triton.cdiv(len(x), rows))](
         out,
         x,
         weight,
@@ -178,6 +193,7 @@ def launch_factored(
         TASKS=tasks.shape[0],
         HAS_BIAS=biases is not None,
         UPCAST=out.device.type != "cuda",
+        MOST_SUMMED=MOST_SUMMED,
         BLOCK_N=rows,
         BLOCK_M=size.block,
         BLOCK_K=size.depth,
@@ -196,6 +212,6 @@ def variants(table: Table) -> Iterator[Variant]:
     ):
         for kind in ("bf16", "fp16", "fp32"):
             types = dict.fromkeys(("out", "x", "weight", "biases"), f"*{kind}") | {"tasks": "*bf16", "gates": "*fp32"}
-            constants = {"TASKS": 8, "HAS_BIAS": True, "UPCAST": False}
+            constants = {"TASKS": 8, "HAS_BIAS": True, "UPCAST": False, "MOST_SUMMED": MOST_SUMMED}
             constants |= {"BLOCK_N": rows, "BLOCK_M": size.block, "BLOCK_K": size.depth}
             yield Variant(f"routed_linear {form} {kind}", kernel, types | own | more, constants, size)

@@ -16,6 +16,8 @@ turns: every block of a step reads one, and the step's first block writes the ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
+from threading import Lock
 
 import torch
 import triton
@@ -164,11 +166,24 @@ def capture(launches: Launches) -> Launches:
     torch.cuda.graph would synchronise and collect garbage first. Other threads may go on allocating meanwhile.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with _capturing, torch.cuda.stream(capture_stream(torch.cuda.current_device())):
         graph.capture_begin(capture_error_mode="thread_local")
         launches()
         graph.capture_end()
     return graph.replay
+
+
+_capturing = Lock()  # one stream takes one capture
+
+
+@cache
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """The stream of a device that graphs are captured on: copies that others put on it meanwhile would be recorded.
+
+    PyTorch hands streams out of a pool, the same ones again and again. Those of high priority are of another pool than
+    the streams that readers and writers have, and nobody else here asks for one.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def variants(table: Table) -> Iterator[Variant]:

@@ -15,6 +15,7 @@ from pymerge.common.events import event
 from pymerge.errors import BackendError
 from pymerge.ops import OPS
 from pymerge.ops._op import Op, shape_of, torch_name
+from pymerge.ops._precision import ieee_products
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +156,8 @@ class Runner:
     Native code works on arrays with one thread, so that several jobs may run side by side, and on tensors with as many
     as PyTorch has.
 
+    On CUDA float32 is IEEE's, whatever the process has set.
+
     Raises BackendError at construction if the backend or device cannot be used, ArgumentError from a call whose
     arguments do not fit together. `choices` tells what computed each op last; each reason is logged once. Calls may
     come from several threads.
@@ -172,7 +175,8 @@ class Runner:
         op.check()
         like = op.like
         choice = self.choice(op.name, op.dtypes, shape_of(like))
-        result: Result = choice.compute(op, 1 if isinstance(like, Array) else _tensor_threads())
+        with ieee_products(self.device.type):
+            result: Result = choice.compute(op, 1 if isinstance(like, Array) else _tensor_threads())
         return result
 
     def choice(self, op: str, dtypes: frozenset[str], shape: tuple[int, ...]) -> Choice:

@@ -17,7 +17,7 @@ from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.checkpoint.shared_rows import SharedRows
 from pymerge.common.arrays import as_tensor
-from pymerge.common.dtypes import torch_dtype, upcast
+from pymerge.common.dtypes import torch_dtype
 from pymerge.engine.memory import Heap
 from pymerge.engine.transfer import transfer_to
 from pymerge.engine.worker import (
@@ -25,17 +25,18 @@ from pymerge.engine.worker import (
     Made,
     Reductions,
     Sink,
+    blaming,
     check_input,
     failed,
     first_line,
-    is_out_of_memory,
     raise_nonfinite,
 )
-from pymerge.errors import ArgumentError, BackendError
+from pymerge.errors import ArgumentError, OutOfMemoryError
 from pymerge.methods.actions import Action, Combine, Elementwise, Run, Solve, SolveTogether
 from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
 from pymerge.ops._op import at_most_threads, one_thread
+from pymerge.ops._precision import ieee_products
 from pymerge.planner.jobs import READ_THREADS, Batch, Job
 from pymerge.planner.pieces import by_rows
 
@@ -101,7 +102,7 @@ class TorchWorker:
         piece = job.piece
         nbytes = job.step.bytes_of_input(entry, piece.start, piece.stop)
         with self._tracer.span("read", entry.name, nbytes):
-            tensor = upcast(self._transfer.load(reader, entry, piece, room))
+            tensor = self._transfer.load(reader, entry, piece, room)
             if job.reads_last and not self._keeps_cache:
                 self._reader.release(entry, piece.start, piece.stop)
         self._progress.advance(nbytes)
@@ -110,7 +111,7 @@ class TorchWorker:
     def finish(self, batch: Batch, started: list[Future[list[Tensor]]]) -> list[Made]:
         """Compute the jobs of a batch."""
         loads = started or [self.start(job) for job in batch.jobs]
-        with self._tracer.span("wait for inputs", batch.name):
+        with self._tracer.span("wait for inputs", batch.name), blaming(batch.name, "reading", self._run.device):
             inputs = [load.result() for load in loads]
         loads.clear()  # futures keep their results
         room = self._room(batch.jobs[0])
@@ -123,7 +124,16 @@ class TorchWorker:
 
     def store(self, job: Job, merged: Tensor, sink: Sink) -> None:
         """Give a merged tensor, on the CPU, to the sink."""
-        sink.write(job.step.name, self._transfer.store(job.step.name, merged))
+        name = job.step.name
+        try:
+            with blaming(name, "copying the result", self._run.device):
+                stored = self._transfer.store(name, merged)
+        except (MemoryError, RuntimeError) as error:  # nothing is computed that could wait, or be done in halves
+            raise OutOfMemoryError(
+                f"{name}: no memory on the host for a copy of the result ({first_line(error)}); end other programs "
+                "that use it, or use a machine with more; the same command goes on where this one stopped"
+            ) from error
+        sink.write(name, stored)
 
     def reuse(self, merged: Tensor) -> None:
         """Nobody uses a merged tensor any more."""
@@ -154,9 +164,9 @@ class TorchWorker:
     def _compute(self, batch: Batch, inputs: Sequence[list[Tensor]], room: Tensor | None) -> list[Made]:
         """The merged pieces on the device, in the output's dtype; that of rows may be in `room`."""
         job = batch.jobs[0]
-        step = job.step  # all of a batch have its action, layout and dtypes
+        step, device = job.step, self._run.device  # all of a batch have its action, layout and dtypes
         threads = nullcontext() if isinstance(step.action, Solve) else at_most_threads(self._elementwise_threads)
-        with self._tracer.span("compute", batch.name), threads:
+        with self._tracer.span("compute", batch.name), threads, blaming(batch.name, step.action.label, device):
             if not self._allow_nonfinite and (not step.action.shows_nonfinite or (job.reduces and job.number == 0)):
                 # What is found in one piece shows in the result of others.
                 for each, tensors in zip(batch.jobs, inputs, strict=True):
@@ -173,13 +183,6 @@ class TorchWorker:
                     made = [self._made(job, rows)]
             except ArgumentError as error:
                 raise ArgumentError(f"{batch.name}: {error}") from error
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                raise BackendError(
-                    f"{batch.name}: {step.action.label} failed on {self._run.device} ({first_line(error)}); "
-                    "try --backend reference, and report this"
-                ) from error
             for each, result in zip(batch.jobs, made, strict=True):
                 checked = result.merged is not None and not (self._allow_nonfinite or each.step.infinite)
                 if checked and not is_finite(_tensor(result)):
@@ -218,7 +221,8 @@ def solve(
 
     `role` stands for all: of a stack each tensor is one matrix, 1 x ..., and its parts are weights of their own.
     """
-    return by_matrices(partial(_solve_matrices, action, run), role, bases, experts, out_dtype)
+    with ieee_products(run.device.type):
+        return by_matrices(partial(_solve_matrices, action, run), role, bases, experts, out_dtype)
 
 
 # Merges L matrices, d_out x d_in, given those of the base and, for each of them, those of the experts, in a dtype.

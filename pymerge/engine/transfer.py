@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Sequence
+from logging import WARNING
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +20,12 @@ from torch import Tensor
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.shared_rows import SharedRows
-from pymerge.common.dtypes import torch_dtype
+from pymerge.common.dtypes import torch_dtype, upcast
+from pymerge.common.events import event
+from pymerge.common.units import format_bytes
 from pymerge.engine.buffers import Buffers
 from pymerge.engine.trace import Tracer
+from pymerge.engine.worker import first_line, is_out_of_memory
 from pymerge.planner.fit import staging_bytes
 from pymerge.planner.jobs import Job
 from pymerge.planner.pieces import Piece
@@ -38,7 +42,7 @@ class Transfer(Protocol):
         """Memory for a piece of a stored tensor that will be loaded; by the computing thread."""
 
     def load(self, reader: Reader | SharedRows, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
-        """The piece on the device; `room` is what `prepare` returned for it. By a reader thread."""
+        """The piece on the device, 8-bit floats upcast; `room` is what `prepare` returned. By a reader thread."""
 
     def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Memory that a result may be written to; by the computing thread."""
@@ -68,7 +72,7 @@ class NoTransfer:
     def load(self, reader: Reader | SharedRows, entry: TensorEntry, piece: Piece, room: Tensor | None) -> Tensor:
         assert room is not None
         reader.read_into(entry, room, piece.start, piece.stop)
-        return room
+        return upcast(room)
 
     def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._buffers.take(shape, dtype)
@@ -105,8 +109,10 @@ class CudaTransfer:
         with self._tracer.span("copy", entry.name), _CUDA.stream(self._in):
             loaded = torch.empty(piece.shape, dtype=staged.dtype, device=self._device)
             loaded.copy_(staged, non_blocking=True)
+            # On this stream, too: its allocator gives the memory of 8 bits to the next copy as soon as it is freed.
+            ready = upcast(loaded)
             self._wait(self._in)
-        return loaded
+        return ready
 
     def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> None: ...
 
@@ -128,7 +134,7 @@ class CudaTransfer:
     def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """This thread's buffer as a tensor of this shape."""
         if not hasattr(self._buffers, "bytes"):
-            self._buffers.bytes = torch.empty(self._bytes, dtype=torch.uint8, pin_memory=True)
+            self._buffers.bytes = _pinned_bytes(self._bytes)
         flat: Tensor = self._buffers.bytes[: math.prod(shape) * dtype.itemsize]
         return flat.view(dtype).view(shape)
 
@@ -137,6 +143,18 @@ class CudaTransfer:
         event = _CUDA.Event()
         event.record(stream)
         event.synchronize()
+
+
+def _pinned_bytes(count: int) -> Tensor:
+    """Memory that copies run from and to beside all else; where the system gives none, memory that they wait for."""
+    try:
+        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        text = f"no {format_bytes(count)} of pinned memory ({first_line(error)}): copies to the device will be slower"
+        event("not_pinned", text, level=WARNING)
+        return torch.empty(count, dtype=torch.uint8)
 
 
 def transfer_to(device: torch.device, queue: Sequence[Job], tracer: Tracer, limit: int) -> Transfer:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
@@ -11,9 +12,10 @@ from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_finite, is_finite, overflow
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.devices import Device
 from pymerge.common.progress import ProgressSink
 from pymerge.engine.trace import Tracer
-from pymerge.errors import ArgumentError
+from pymerge.errors import ArgumentError, BackendError
 from pymerge.methods.reduce import Reduce, Reduction
 from pymerge.output.layout import ShardLayout
 from pymerge.planner.jobs import Batch, Job
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pymerge.common.arrays import ArrayLike
+
+
+# What RuntimeErrors say where memory ran out. Pinned memory and kernels' launches fail as CUDA itself does, Triton's by
+# the driver's words; libraries that cannot allocate what they need at their start say that they have not started.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "[CUDA]: out of memory",
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    *(f"{name}_STATUS_{why}" for name in ("CUBLAS", "CUSOLVER") for why in ("ALLOC_FAILED", "NOT_INITIALIZED")),
+)
 
 
 class Sink(Protocol):
@@ -162,10 +176,26 @@ def failed(error: BaseException) -> Future[Any]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on CUDA that is a class of PyTorch's, on the CPU a RuntimeError of its allocator."""
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+    """Whether memory ran out: on CUDA that is a class of PyTorch's where its allocator says so, and a RuntimeError like
+    any other where CUDA, its libraries or a kernel's launch do; on the CPU one of PyTorch's allocator."""
+    if isinstance(error, MemoryError):
         return True
-    return type(error).__name__ == "OutOfMemoryError" and isinstance(error, RuntimeError)
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def blaming(name: str, what: str, device: Device) -> Iterator[None]:
+    """Turn PyTorch's errors about a tensor into BackendError, also CUDA's, which tells what has failed to whoever waits
+    next; but for memory that ran out, which has remedies."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        remedy = "try --backend reference, and report this"
+        raise BackendError(f"{name}: {what} failed on {device} ({first_line(error)}); {remedy}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -224,6 +224,12 @@ def task_vector(base: Tensor, expert: Tensor, mean: Tensor | None, dtype: torch.
     return tau if mean is None else tau.sub_(mean.to(dtype))
 
 
+def divide(values: Tensor, number: float) -> Tensor:
+    """values / number, in place: a division on every device, as in kernels. Given a number, CUDA multiplies by its
+    reciprocal; given a tensor of its own it divides."""
+    return values.div_(values.new_full((), number))
+
+
 @contextmanager
 def at_most_threads(most: int) -> Iterator[None]:
     """Compute on no more than `most` threads; those of this thread's later regions, not of other threads'."""

@@ -17,6 +17,7 @@ from pymerge.ops._op import (
     check_out_dtype,
     check_vectors,
     compute_dtype,
+    divide,
     output,
 )
 
@@ -73,7 +74,7 @@ class Combine(Op[ArrayLike]):
                 value = tensor[start:stop].to(dtype)
                 total.add_(value if origin is None else value - origin, alpha=weight)
             if self.divisor != 1.0:
-                total.div_(self.divisor)
+                divide(total, self.divisor)
             flat[start:stop] = total if origin is None else total.add_(origin)
         return merged
 

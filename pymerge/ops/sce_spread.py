@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.ops._blocks import sum_in_order, task_blocks
-from pymerge.ops._op import Op, check_task_tensors, compute_dtype
+from pymerge.ops._op import Op, check_task_tensors, compute_dtype, divide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,6 @@ class SceSpread(Op[ArrayLike]):
         dtype = compute_dtype(base, *self.experts)
         spread = torch.empty(base.numel(), dtype=dtype, device=base.device)
         for here, _, taus in task_blocks(base, self.experts, dtype):
-            mean = sum_in_order(taus).div_(len(self.experts))
-            spread[here] = sum_in_order((taus - mean).square_()).div_(len(self.experts))
+            mean = divide(sum_in_order(taus), len(self.experts))
+            spread[here] = divide(sum_in_order((taus - mean).square_()), len(self.experts))
         return spread.view(base.shape)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.common.arrays import dtype_of
 from pymerge.errors import ArgumentError
-from pymerge.ops._op import Op
+from pymerge.ops._op import Op, divide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,7 @@ class WudiAdam(Op["Tensor"]):
             m.lerp_(grad, 1.0 - betas[0])
             v.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
             correction1, correction2 = bias_corrections(step, betas)
-            denominator = (v.sqrt() / correction2).add_(self.eps)
+            denominator = divide(v.sqrt(), correction2).add_(self.eps)
             for moved, moment, divisor, rate in zip(D, m, denominator, self.rates, strict=True):
                 moved.addcdiv_(moment, divisor, value=-rate / correction1)
         return D

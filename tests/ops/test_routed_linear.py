@@ -25,7 +25,8 @@ RUNS = [("reference", "cpu"), *implementations("routed_linear")]
 FORMS = ("mixed", "factored")
 STORES = ("dense", "dense bfloat16", "sparse", "low rank")
 # d_out, d_in, tasks, samples, tokens
-SIZES = ((7, 5, 3, 4, 6), (70, 33, 2, 3, 1), (1, 1, 1, 1, 1), (300, 40, 5, 2, 17))
+# The last one's sums are longer than what tensor cores add up at a time.
+SIZES = ((7, 5, 3, 4, 6), (70, 33, 2, 3, 1), (1, 1, 1, 1, 1), (300, 40, 5, 2, 17), (3, 2100, 2, 2, 2))
 
 
 class Case:
@@ -294,6 +295,13 @@ def test_the_cheaper_form_is_chosen() -> None:
     assert choose_form(sparse, 1, 1, single) == "factored"
     assert choose_form(thin, 8, 4, single) == "factored"
     assert choose_form(thin, 10**6, 1, single) == "mixed"
+
+
+def test_grids_take_any_number_of_tokens() -> None:
+    """Their second and third axis take 65,535 programs, the first one 2^31 - 1."""
+    from pymerge.kernels.routed_linear import programs
+
+    assert programs(14336, 64, 70_000) == (224 * 70_000,)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -269,6 +269,8 @@ def test_the_identity_changes_with_everything_that_changes_the_bytes(models: Pat
     assert changed(identity(limits={"dtype": "float16"})) == ["output dtype", "output files"]
     assert changed(identity(limits={"max_shard_size": "1KB"})) == ["output files"]
     assert changed(identity(limits={"backend": "reference"})) == ["backend"]
+    one, other = (identity(Target(Device("cuda", index))) for index in (None, 0))
+    assert one == other  # one device by two names
     assert changed(identity(processor="AVX512")) == ["processor"]
     assert "device" in changed(identity(Target(Device("cuda", 0))))
     assert changed(identity(Target(threads=64))) == []
