@@ -221,7 +221,7 @@ def solve(
 
     `role` stands for all: of a stack each tensor is one matrix, 1 x ..., and its parts are weights of their own.
     """
-    with ieee_products(run.device.type):
+    with ieee_products(bases[0].device.type):
         return by_matrices(partial(_solve_matrices, action, run), role, bases, experts, out_dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _Setting:
-    """What PyTorch has about it, in both of its ways: a switch of old, and a precision since 2.9.
+    """Setting of the process in both of PyTorch's ways: a switch of old, and a precision since 2.9.
 
     PyTorch refuses to compute or to tell where the two say different things, so the switch is what is turned: it sets
     both. A process that has set the precision alone cannot be asked for the switch, which then is off.
@@ -23,8 +23,11 @@ class _Setting:
             self._switch = torch.get_float32_matmul_precision()
         except RuntimeError:
             self._switch = "highest"
-        self._cuda = self._precision(self._matmul)
-        self._cpu = self._precision(torch.backends.mkldnn.matmul) if self._cuda is not None else None
+        self._cuda = getattr(self._matmul, "fp32_precision", None)
+        if self._cuda is not None:
+            cpu: Any = torch.backends.mkldnn
+            self._mkldnn = cpu.matmul
+            self._cpu = self._mkldnn.fp32_precision
         self._matmul.allow_tf32 = False
 
     def restore(self) -> None:
@@ -35,11 +38,7 @@ class _Setting:
             torch.set_float32_matmul_precision(self._switch)  # of CPUs, too
         if self._cuda is not None:
             self._matmul.fp32_precision = self._cuda
-            torch.backends.mkldnn.matmul.fp32_precision = self._cpu  # type: ignore[attr-defined]
-
-    @staticmethod
-    def _precision(matmul: Any) -> str | None:
-        return getattr(matmul, "fp32_precision", None)
+            self._mkldnn.fp32_precision = self._cpu
 
 
 _lock = threading.Lock()
