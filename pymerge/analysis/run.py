@@ -22,6 +22,7 @@ from pymerge.engine.trace import Tracer
 from pymerge.engine.worker import Context
 from pymerge.errors import ArgumentError, PlanError
 from pymerge.output.layout import ShardLayout
+from pymerge.output.shard import Task
 from pymerge.planner.jobs import batches
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
@@ -112,11 +113,12 @@ class _Numbers:
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}
 
-    def write(self, tensor_name: str, data: Tensor | memoryview) -> None:
+    def take(self, tensor_name: str, data: Tensor | memoryview) -> Sequence[Task]:
         """Add the numbers of a piece."""
         assert isinstance(data, Tensor)
         total = self.found.setdefault(tensor_name, torch.zeros_like(data))
         total += data
+        return ()
 
     def settle(self, layout: ShardLayout) -> None:
         """Take the layout of a file; there are none."""

@@ -17,7 +17,7 @@ from pymerge.common.blas import one_blas_thread
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE, upcast
 from pymerge.engine.core_solver import CoreSolver
 from pymerge.engine.memory import Heap
-from pymerge.engine.worker import Context, Made, Sink, failed, raise_nonfinite
+from pymerge.engine.worker import Context, Made, Store, failed, raise_nonfinite
 from pymerge.planner.jobs import Batch, Job
 from pymerge.planner.pieces import rows_at_once
 
@@ -64,9 +64,9 @@ class CoreWorker:
             self._solver.forget(job.step)
         return [made]
 
-    def store(self, job: Job, merged: Array, sink: Sink) -> None:
-        """Give merged rows to the sink."""
-        sink.write(job.step.name, merged.bytes)
+    def store(self, job: Job, merged: Array, store: Store) -> None:
+        """Have merged rows written."""
+        store.write(job.step.name, merged.bytes)
 
     def reuse(self, merged: Array) -> None:
         """Nobody uses the memory of merged rows any more."""

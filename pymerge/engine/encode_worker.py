@@ -12,7 +12,7 @@ from torch import Tensor
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.dtypes import code_of, upcast
 from pymerge.engine.memory import Heap
-from pymerge.engine.worker import Context, Encoded, Made, Sink, rows_read
+from pymerge.engine.worker import Context, Encoded, Made, Store, rows_read
 from pymerge.methods.actions import Encode
 from pymerge.ops._op import one_thread
 from pymerge.output.layout import layout_file
@@ -87,12 +87,12 @@ class EncodeWorker:
         self._progress.advance(nbytes)
         return tensor
 
-    def store(self, job: Job, merged: Encoded, sink: Sink) -> None:
-        """Give tensors to the sink, the layout of their file first if it has none yet."""
+    def store(self, job: Job, merged: Encoded, store: Store) -> None:
+        """Have tensors written, the layout of their file first if it has none yet."""
         if merged.layout is not None:
-            sink.settle(merged.layout)
+            store.settle(merged.layout)
         for name, tensor in merged.tensors.items():
-            sink.write(name, tensor)
+            store.write(name, tensor)
 
     def reuse(self, merged: Encoded) -> None: ...
 

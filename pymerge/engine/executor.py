@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from logging import WARNING
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from pymerge.common.events import event
 from pymerge.engine.native_worker import NativeWorker
 from pymerge.engine.trace import StepLog, Times
 from pymerge.engine.worker import Context, Made, Reductions, Sink, Worker, first_line, is_out_of_memory
+from pymerge.engine.writing import Writers, Writing
 from pymerge.errors import OutOfMemoryError
 from pymerge.planner import pieces
 from pymerge.planner.jobs import Batch, Job
@@ -31,18 +32,8 @@ class _Begun(NamedTuple):
     futures: list[Future[Any]]
 
 
-class _Write(NamedTuple):
-    """Result of a job that has been handed to the writer."""
-
-    future: Future[None]
-    worker: Worker
-    merged: Any
-    nbytes: int
-    native: bool
-
-
 class Executor:
-    """Carries out batches in their order: pools of threads read, and compute pooled jobs; one thread writes.
+    """Carries out batches in their order: pools of threads read, compute pooled jobs, and write.
 
     The thread that calls `run` leads: it makes all decisions, so nothing here is locked, computes jobs that are not
     pooled, and takes what is made in its turn. `Window` says what may be in memory; together with what waits for the
@@ -63,8 +54,7 @@ class Executor:
         self._threads = threads
         self._rest: deque[Batch] = deque()  # not begun
         self._line: deque[_Begun] = deque()  # begun, the next to have its turn first
-        self._writes: deque[_Write] = deque()  # under way
-        self._write_failed = False
+        self._writes: deque[Writing] = deque()  # under way
         self._workers: dict[WorkerName, Worker] = {}
         self._share, self._limit = _NO_SHARE, 0
         self._window = Window(0, _NO_SHARE)
@@ -82,7 +72,7 @@ class Executor:
         self._share = pool_share(queue, limit, self._threads)
         self._window = Window(limit, self._share)
         self._workers = self._workers_of(queue)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="pymerge-write")
+        self._writers = Writers(self._sink, self._tracer, self._progress, max(1, self._threads))
         try:
             while self._rest or self._line:
                 self._begin_ahead()
@@ -102,7 +92,7 @@ class Executor:
             for worker in self._workers.values():
                 worker.close()
             self._workers = {}  # with the memory that they have kept
-            self._writer.shutdown()  # what was handed to it is whole: the next run need not make it again
+            self._writers.close()
 
     @property
     def times(self) -> Times:
@@ -190,7 +180,7 @@ class Executor:
     def _made(self, begun: _Begun) -> list[Made]:
         """Results of the jobs of a batch, in its turn."""
         batch, futures = begun.batch, begun.futures
-        while self._writes and self._writes[0].future.done():
+        while self._writes and self._writes[0].done:
             self._wait_for_writer()
         entry = self._window.entry(batch)
         while self._writes and self._held() + entry.peak - entry.held > self._limit:
@@ -263,31 +253,15 @@ class Executor:
             worker.free()
 
     def _write(self, job: Job, merged: Any) -> None:
-        """Hand what a job has made to the writer; waits until no more than a few are with it."""
-        worker, nbytes = self._workers[job.step.worker], merged.nbytes
-        future = self._writer.submit(self._store, worker, job, merged, nbytes)
-        self._writes.append(_Write(future, worker, merged, nbytes, job.step.worker == "native"))
+        """Hand what a job has made to the writers; waits until no more than a few are with them."""
+        self._writes.append(self._writers.submit(self._workers[job.step.worker], job, merged))
         while not may_wait([(write.native, write.nbytes) for write in self._writes]):
             self._wait_for_writer()
-
-    def _store(self, worker: Worker, job: Job, merged: Any, nbytes: int) -> None:
-        """Give what a job has made to the sink, unless one before it could not be written; by the writer thread."""
-        if self._write_failed:
-            return
-        try:
-            with self._tracer.span("write", job.step.name, nbytes):
-                worker.store(job, merged, self._sink)
-        except BaseException:
-            self._write_failed = True
-            raise
-        self._progress.advance(nbytes)
 
     def _wait_for_writer(self) -> None:
         """Wait for the oldest write."""
         with self._tracer.span("wait for the writer", ""):
-            write = self._writes.popleft()
-            write.future.result()
-        write.worker.reuse(write.merged)
+            self._writes.popleft().end()
 
 
 def _out_of_memory(job: Job, run: Runner, error: BaseException) -> OutOfMemoryError:

@@ -15,7 +15,7 @@ from pymerge.checkpoint.shared_rows import SharedRows
 from pymerge.common.arrays import Array, rows_of
 from pymerge.common.dtypes import ITEM_SIZES, NATIVE, is_float8, native_dtype
 from pymerge.engine.factors_of_steps import FactorsOfSteps
-from pymerge.engine.worker import Context, Made, Reductions, Sink, failed, raise_nonfinite
+from pymerge.engine.worker import Context, Made, Reductions, Store, failed, raise_nonfinite
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Combine, Elementwise
 from pymerge.methods.reduce import Reduce, merge_whole
@@ -69,9 +69,9 @@ class NativeWorker:
         started.clear()  # futures keep their results
         return [made]
 
-    def store(self, job: Job, merged: Array, sink: Sink) -> None:
-        """Give a merged piece to the sink."""
-        sink.write(job.step.name, merged.bytes)
+    def store(self, job: Job, merged: Array, store: Store) -> None:
+        """Have a merged piece written."""
+        store.write(job.step.name, merged.bytes)
 
     def reuse(self, merged: Array) -> None:
         """Nobody uses the memory of a merged piece any more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -22,7 +22,8 @@ from pymerge.errors import BackendError, CheckpointError, ConfigError, OutputErr
 from pymerge.output.files import MANIFEST_NAME
 from pymerge.output.identity import differences
 from pymerge.output.layout import ShardLayout, full_name
-from pymerge.output.manifest import read_manifest
+from pymerge.output.manifest import Checksum, checksum, read_manifest
+from pymerge.output.shard import Task
 from pymerge.planner.budget import budget
 from pymerge.planner.build import build_plan
 from pymerge.planner.jobs import FINISHED, batches, only
@@ -87,9 +88,10 @@ def recheck(out: Path | str, count: int | None = None, *, progress: ProgressSink
     }
     _compare_plan(out, plan, manifest["base"]["parameters"], written, report)
     report.tensors += [steps[0].name for steps in sample(plan.steps, count) if steps[0].name in written]
-    digests = _digests(plan, report.tensors, progress or NoProgress())
+    sink = _Checksums({name: checksum(manifest, written[name]["nbytes"]) for name in report.tensors})
+    _compute(plan, sink, progress or NoProgress())
     for name in report.tensors:
-        if digests[name] != written[name]["sha256"]:
+        if sink.found[name].hexdigest() != written[name]["sha256"]:
             report.problems.append(f"{out}: tensor {name}: computed again it has other bytes; merge again")
     return report
 
@@ -143,11 +145,10 @@ def _compare_plan(out: Path, plan: Plan, base: int, written: dict[str, Any], rep
             )
 
 
-def _digests(plan: Plan, names: Collection[str], progress: ProgressSink) -> dict[str, str]:
-    """sha256 of these output tensors, computed again by the executor."""
-    queue = batches(only(plan.steps, names), plan.budget, {FINISHED})
+def _compute(plan: Plan, sink: _Checksums, progress: ProgressSink) -> None:
+    """Have the executor compute the tensors of a sink again."""
+    queue = batches(only(plan.steps, sink.found), plan.budget, {FINISHED})
     progress.start(sum(job.step.bytes_of(job.piece) for batch in queue for job in batch.jobs if job.reads))
-    sink = _Digests()
     try:
         with Tracer() as tracer, Reader(plan.inputs.stamps) as reader:
             runner = Runner(plan.target.backend, plan.target.device)
@@ -155,23 +156,18 @@ def _digests(plan: Plan, names: Collection[str], progress: ProgressSink) -> dict
             Executor(context, sink, plan.target.threads).run(queue, plan.budget.tensors)
     finally:
         progress.close()
-    return {name: sink.of(name) for name in names}
 
 
-class _Digests:
-    """Sink that hashes the bytes of each tensor."""
+class _Checksums:
+    """Sink that computes the checksums of tensors, each by its own of `found`."""
 
-    def __init__(self) -> None:
-        self._found: dict[str, Any] = {}
+    def __init__(self, found: dict[str, Checksum]) -> None:
+        self.found = found
 
-    def write(self, tensor_name: str, data: Tensor | memoryview) -> None:
+    def take(self, tensor_name: str, data: Tensor | memoryview) -> Sequence[Task]:
         """Add the next bytes of a tensor."""
-        digest = self._found.setdefault(tensor_name, hashlib.sha256())
-        digest.update(data if isinstance(data, memoryview) else bytes_of(data.contiguous()))
+        self.found[tensor_name].update(data if isinstance(data, memoryview) else bytes_of(data.contiguous()))
+        return ()
 
     def settle(self, layout: ShardLayout) -> None:
         """Take the layout of a file; all of a merge's are planned."""
-
-    def of(self, name: str) -> str:
-        """The digest of a tensor; of one without elements nothing has come."""
-        return (self._found[name] if name in self._found else hashlib.sha256()).hexdigest()

@@ -24,7 +24,7 @@ from pymerge.engine.worker import (
     Context,
     Made,
     Reductions,
-    Sink,
+    Store,
     blaming,
     check_input,
     failed,
@@ -122,8 +122,8 @@ class TorchWorker:
         self._transfer.reuse(each for each in used if _address(each) not in kept)
         return made
 
-    def store(self, job: Job, merged: Tensor, sink: Sink) -> None:
-        """Give a merged tensor, on the CPU, to the sink."""
+    def store(self, job: Job, merged: Tensor, store: Store) -> None:
+        """Have a merged tensor, on the CPU, written."""
         name = job.step.name
         try:
             with blaming(name, "copying the result", self._run.device):
@@ -133,7 +133,9 @@ class TorchWorker:
                 f"{name}: no memory on the host for a copy of the result ({first_line(error)}); end other programs "
                 "that use it, or use a machine with more; the same command goes on where this one stopped"
             ) from error
-        sink.write(name, stored)
+        store.write(name, stored)
+        if stored is not merged:
+            store.wait()  # the next one comes to the same memory
 
     def reuse(self, merged: Tensor) -> None:
         """Nobody uses a merged tensor any more."""

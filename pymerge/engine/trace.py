@@ -19,11 +19,23 @@ from pymerge.common.events import event
 from pymerge.errors import OutputError
 from pymerge.planner.jobs import Job
 
-# Reading and writing files is what the pipeline hides behind computing. A copy moves a tensor to or from a CUDA device,
-# inside a read or a write. Steps are those of the computing thread, which waits or computes in them.
-# "combine" reads and computes, block by block; "encode" and "core" compute, beside the computing thread.
+# Reading and writing files is what the pipeline hides behind computing. A copy moves a tensor to or from a CUDA
+# device, inside a read or before a write. "hand on" is all that a sink does at once with a piece, "write" and "hash"
+# are what it leaves to pools. Steps are those of the computing thread, which waits or computes in them. "combine" reads
+# and computes, block by block; "encode" and "core" compute, beside the computing thread.
 Kind = Literal[
-    "step", "read", "write", "copy", "compute", "combine", "encode", "core", "wait for inputs", "wait for the writer"
+    "step",
+    "read",
+    "write",
+    "hash",
+    "hand on",
+    "copy",
+    "compute",
+    "combine",
+    "encode",
+    "core",
+    "wait for inputs",
+    "wait for the writer",
 ]
 _IO = ("read", "write", "combine")
 _COMPUTING = ("compute", "combine", "encode", "core")
@@ -164,7 +176,7 @@ class Tracer:
                 name,
                 reading=kinds.get("read", 0) / 1e9,
                 computing=sum(kinds.get(kind, 0) for kind in _COMPUTING) / 1e9,
-                writing=kinds.get("write", 0) / 1e9,
+                writing=(kinds.get("write", 0) + kinds.get("hand on", 0)) / 1e9,
             )
             for name, kinds in self._steps.items()
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from pymerge.engine.trace import Tracer
 from pymerge.errors import ArgumentError, BackendError
 from pymerge.methods.reduce import Reduce, Reduction
 from pymerge.output.layout import ShardLayout
+from pymerge.output.shard import Task
 from pymerge.planner.jobs import Batch, Job
 
 if TYPE_CHECKING:
@@ -41,11 +42,27 @@ _OUT_OF_MEMORY = (
 class Sink(Protocol):
     """Taker of what is made: pieces of a tensor come in their order, all by one thread."""
 
-    def write(self, tensor_name: str, data: Tensor | memoryview) -> None:
-        """Take the next bytes of a tensor, a contiguous tensor on the CPU or its memory; valid until this returns."""
+    def take(self, tensor_name: str, data: Tensor | memoryview) -> Sequence[Task]:
+        """Take the next bytes of a tensor, a contiguous tensor on the CPU or its memory.
+
+        Returns what is left to do, in any order and by any threads; the data is valid until that is done.
+        """
 
     def settle(self, layout: ShardLayout) -> None:
         """Take the layout of a file that nobody could plan, before its first tensor."""
+
+
+class Store(Protocol):
+    """Where a worker puts what it has made: the writers."""
+
+    def write(self, tensor_name: str, data: Tensor | memoryview) -> None:
+        """Have the next bytes of a tensor written; they must stay as they are until `wait`, or the end of the job."""
+
+    def settle(self, layout: ShardLayout) -> None:
+        """Take the layout of a file that nobody could plan, before its first tensor."""
+
+    def wait(self) -> None:
+        """Wait until all is done with what `write` was given."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +111,8 @@ class Worker(Protocol):
         Raises MemoryError, RuntimeError of PyTorch where its memory runs out, CheckpointError, NonFiniteError.
         """
 
-    def store(self, job: Job, merged: Any, sink: Sink) -> None:
-        """Give what a job has made to the sink; by the writer thread."""
+    def store(self, job: Job, merged: Any, store: Store) -> None:
+        """Have what a job has made written; by the thread that hands it on."""
 
     def reuse(self, merged: Any) -> None:
         """Nobody uses any more what a job has made."""

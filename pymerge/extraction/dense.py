@@ -23,6 +23,7 @@ from pymerge.extraction.parts import Portion
 from pymerge.extraction.targets import TensorPair
 from pymerge.ops._op import one_thread
 from pymerge.output.layout import ShardLayout
+from pymerge.output.shard import Task
 from pymerge.planner.jobs import FINISHED, Batch, batches, only
 from pymerge.planner.plan import Plan
 
@@ -86,7 +87,7 @@ class _Cut:
         self._gathered: dict[str, tuple[Tensor, int]] = {}  # the difference, and how many elements are there
         self._measured: dict[str, Measured[Tensor]] = {}  # of parts that are not whole
 
-    def write(self, tensor_name: str, data: Tensor | memoryview) -> None:
+    def take(self, tensor_name: str, data: Tensor | memoryview) -> Sequence[Task]:
         """Take the next rows of a tensor, in float32."""
         part, target = self._places[tensor_name]
         rows = torch.frombuffer(data, dtype=torch.float32) if isinstance(data, memoryview) else data.reshape(-1)
@@ -103,6 +104,7 @@ class _Cut:
                 self._measured[tensor_name] = cut(target, self._options, list(_matrices(target, whole)))
             if all(each.name in self._measured for each in part.targets):
                 self._keep(part, [self._measured.pop(each.name) for each in part.targets])
+        return ()
 
     def settle(self, layout: ShardLayout) -> None:
         """Take the layout of a file; all of a merge's are planned."""

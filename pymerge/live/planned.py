@@ -17,6 +17,7 @@ from pymerge.engine.trace import Tracer
 from pymerge.engine.worker import Context
 from pymerge.errors import PymergeError
 from pymerge.output.layout import ShardLayout
+from pymerge.output.shard import Task
 from pymerge.planner.jobs import batches
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
@@ -74,7 +75,7 @@ class _InPlace:
         self._keeps = keeps
         self._kept: dict[str, Tensor] = {}
 
-    def write(self, tensor_name: str, data: Tensor | memoryview) -> None:
+    def take(self, tensor_name: str, data: Tensor | memoryview) -> Sequence[Task]:
         """Take the next rows of a tensor, in its dtype."""
         place = self._places[tensor_name].detach()
         if self._keeps and tensor_name not in self._kept:
@@ -86,6 +87,7 @@ class _InPlace:
         width = max(1, place.numel() // max(1, rows))
         part = place[first // width : last // width] if place.ndim else place
         part.copy_(values.view(part.shape))
+        return ()
 
     def settle(self, layout: ShardLayout) -> None:
         """Take the layout of a file; all of a merge's are planned."""

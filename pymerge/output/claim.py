@@ -16,7 +16,7 @@ from pymerge.output.identity import Identity, describe, differences, is_identity
 from pymerge.output.manifest import load_manifest, manifest_names
 from pymerge.output.work import LOCK_NAME, WorkNames, temporary
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)

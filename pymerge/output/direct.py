@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -27,14 +28,18 @@ _UNABLE = (errno.EINVAL, errno.EOPNOTSUPP)
 class DirectFile:
     """An existing file, open to be written past the page cache, as long as that can be had and is worth it.
 
-    `only_if_fast`: give up on a slow disk, and leave the pages in the cache.
+    `only_if_fast`: give up on a slow disk, and leave the pages in the cache. Several threads may write at once.
     """
 
     def __init__(self, path: Path, *, only_if_fast: bool) -> None:
         self._only_if_fast = only_if_fast
-        self._bytes, self._seconds = 0, 0.0
-        self._stage: mmap.mmap | None = None
+        self._lock = threading.Lock()
+        self._writing = 0  # threads
+        self._bytes, self._seconds = 0, 0.0  # written, and while at least one thread wrote
+        self._changed = 0.0  # when a write began or ended last
+        self._stages = threading.local()
         self._descriptor = -1
+        self._given_up = False
         if hasattr(os, "O_DIRECT"):
             try:
                 self._descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
@@ -50,25 +55,35 @@ class DirectFile:
         """
         start = -offset % BLOCK
         stop = start + max(0, len(data) - start) // BLOCK * BLOCK
-        if self._descriptor < 0 or stop - start < LEAST_BYTES:
+        if self._descriptor < 0 or self._given_up or stop - start < LEAST_BYTES:
             return range(0)
-        began = time.perf_counter()
         done = start
+        self._count(1)
         try:
             while done < stop and done % BLOCK == start % BLOCK:  # a write may be cut short, and end anywhere
                 done += os.pwrite(self._descriptor, self._aligned(data[done:stop]), offset + done)
         except OSError as error:
             if error.errno not in _UNABLE:
                 raise
-            self.close()
-        self._bytes += done - start
-        self._seconds += time.perf_counter() - began
-        if self._only_if_fast and self._bytes >= _PROBE_BYTES and self._bytes < _SLOW * self._seconds:
-            self.close()
+            self._given_up = True
+        finally:
+            self._count(-1, done - start)
         return range(start, done)
 
+    def _count(self, change: int, nbytes: int = 0) -> None:
+        """A thread begins (1) or ends (-1) to write; a slow disk is given up."""
+        with self._lock:
+            now = time.perf_counter()
+            if self._writing:
+                self._seconds += now - self._changed
+            self._changed = now
+            self._writing += change
+            self._bytes += nbytes
+            if self._only_if_fast and self._bytes >= _PROBE_BYTES and self._bytes < _SLOW * self._seconds:
+                self._given_up = True
+
     def close(self) -> None:
-        """Nothing is written past the cache any more; harmless when that was done before."""
+        """Close the file, when nobody writes to it any more; harmless when that was done before."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -77,8 +92,9 @@ class DirectFile:
         """The bytes where the disk can take them: as they are, or a copy of the first ones."""
         if not data.readonly and ctypes.addressof(ctypes.c_char.from_buffer(data)) % BLOCK == 0:
             return data
-        if self._stage is None:
-            self._stage = mmap.mmap(-1, _STAGE_BYTES)
+        if not hasattr(self._stages, "memory"):
+            self._stages.memory = mmap.mmap(-1, _STAGE_BYTES)
+        stage = self._stages.memory
         count = min(len(data), _STAGE_BYTES)
-        self._stage[:count] = data[:count]
-        return memoryview(self._stage)[:count]
+        stage[:count] = data[:count]
+        return memoryview(stage)[:count]

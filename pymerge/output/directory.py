@@ -7,7 +7,7 @@ half-written directory for a model:
     OUT/.pymerge/state.json            whose merge this is
     OUT/.pymerge/<shard>.*.partial     being written by some process, at full size from the start
     OUT/.pymerge/<shard>               whole, synced
-    OUT/.pymerge/<shard>.json          its record, which comes after it: its tensors' sha256
+    OUT/.pymerge/<shard>.json          its record, which comes after it: its tensors' checksums
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class OutputDirectory(HeldDirectory):
 
     @property
     def checksums(self) -> dict[str, dict[str, str]]:
-        """sha256 (hex) of every tensor of the finished shards: file -> tensor -> digest."""
+        """Digest (hex) of every tensor of the finished shards: file -> tensor -> digest."""
         return {file: dict(record.tensors) for file, record in self._own_sink().finished.items()}
 
     @property

@@ -17,6 +17,7 @@ from pymerge.output.files import WORK_FOLDER
 from pymerge.output.identity import Identity
 from pymerge.output.layout import ShardLayout
 from pymerge.output.records import Record, identity_digest
+from pymerge.output.shard import Task
 from pymerge.output.sink import ShardSink, internal
 from pymerge.output.work import LOCK_NAME
 
@@ -70,9 +71,14 @@ class HeldDirectory:
         """Say what a late file holds, before its first tensor is written."""
         self._own_sink().settle(layout)
 
+    def take(self, tensor_name: str, data: torch.Tensor | memoryview) -> Sequence[Task]:
+        """Take the next piece of a tensor, and say what is left to do, as `ShardSink.take` does."""
+        return self._own_sink().take(tensor_name, data)
+
     def write(self, tensor_name: str, data: torch.Tensor | memoryview) -> None:
-        """Append the next piece of a tensor, as `ShardSink.write` does."""
-        self._own_sink().write(tensor_name, data)
+        """Take the next piece of a tensor, and do all that is to be done with it."""
+        for task in self.take(tensor_name, data):
+            task.run()
 
     def abandon(self) -> None:
         """Stop writing, and give the lock back."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pymerge.common.files import os_errors, parse_json_object, read_text_file, size_and_digest
 from pymerge.common.names import first_few
 from pymerge.errors import OutputError
+from pymerge.output.digests import PART_BYTES, Digest
 from pymerge.output.files import MANIFEST_NAME, STATE_NAME, WORK_FOLDER, is_safe_name
 from pymerge.output.identity import Identity
 from pymerge.output.layout import ShardLayout, full_name, index_json, index_name
 
-if TYPE_CHECKING:
-    pass
-
-_FORMAT = 2
+_FORMAT = 3
+# In manifests of format 2, which are still read, the checksum of a tensor is the sha256 of all its bytes.
+_FORMAT_WITHOUT_PARTS = 2
 
 
 def build_manifest(
@@ -37,7 +38,7 @@ def build_manifest(
 ) -> dict[str, Any]:
     """The manifest of an output whose shards are all written.
 
-    `checksums` (shard file -> tensor -> sha256) is `OutputDirectory.checksums`; `files` is what `publish`
+    `checksums` (shard file -> tensor -> digest) is `OutputDirectory.checksums`; `files` is what `publish`
     gets, to which the index is added here; `modules` are files of weights of the model's that stand in no index;
     `beside` are files of tensors that are not the model's own weights, and those of them that are `changeable` may get
     other values later; `infinite` says, by full names, how many values of a tensor are so by right, where any are;
@@ -74,6 +75,7 @@ def build_manifest(
     digests = {name: size_and_digest(source) for name, source in sorted(sources.items())}
     return {
         "format": _FORMAT,
+        "part_bytes": PART_BYTES,
         "identity": dict(identity),
         "recipe": dict(recipe),
         "parameters": sum(math.prod(tensor.shape) for layout in (*layouts, *modules) for tensor in layout.tensors),
@@ -113,6 +115,19 @@ def load_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
+class Checksum(Protocol):
+    """What computes the checksum of bytes that come in their order, as hashlib's objects do."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def checksum(manifest: Mapping[str, Any], nbytes: int) -> Checksum:
+    """What computes the checksum, as the manifest has it, of a tensor of so many bytes."""
+    return hashlib.sha256() if manifest["format"] == _FORMAT_WITHOUT_PARTS else Digest(nbytes)
+
+
 def manifest_names(manifest: Mapping[str, Any] | None) -> set[str]:
     """All names that an output with this manifest owns, the manifest among them."""
     return set() if manifest is None else {*manifest["shards"], *manifest["files"], MANIFEST_NAME}
@@ -120,8 +135,11 @@ def manifest_names(manifest: Mapping[str, Any] | None) -> set[str]:
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Raise ValueError, KeyError, TypeError or AttributeError unless each used field has its type."""
-    if manifest["format"] != _FORMAT:
+    known = {_FORMAT_WITHOUT_PARTS: None, _FORMAT: PART_BYTES}
+    if manifest["format"] not in known:
         raise ValueError(f"format {manifest['format']!r} is not known to this version")
+    if manifest.get("part_bytes") != known[manifest["format"]]:
+        raise ValueError(f"parts of {manifest.get('part_bytes')!r} bytes are not known to this version")
     integers = [manifest["parameters"], manifest["base"]["parameters"]]
     texts = [*manifest["identity"].values()]
     texts += [text for text in manifest["recipe"].values() if text is not None]

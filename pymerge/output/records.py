@@ -17,7 +17,7 @@ from pymerge.output.work import host, record_name, temporary
 
 @dataclass(frozen=True)
 class Record:
-    """Record of a whole shard: the digest of the merge's identity, sha256 of each tensor, and where it was made."""
+    """Record of a whole shard: the digest of the merge's identity, checksum of each tensor, and where it was made."""
 
     identity: str
     tensors: Mapping[str, str]

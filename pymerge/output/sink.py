@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from pymerge.output.contents import Contents
 from pymerge.output.files import WORK_FOLDER
 from pymerge.output.layout import ShardLayout
 from pymerge.output.records import Record, save_record
-from pymerge.output.shard import ShardFile
+from pymerge.output.shard import ShardFile, Task
 from pymerge.output.work import partial_name, remove_stale, work_name
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def internal(message: str) -> OutputError:
 
 
 class ShardSink:
-    """Writer of files into the work folder of `path`. `finished` are those that are whole. One thread writes.
+    """Writer of files into the work folder of `path`. `finished` are those that are whole.
+
+    One thread calls `take` and `settle`, any do what `take` returns; none is under way when `discard` is called.
 
     `identity` is the digest of what the merge is made of, which records have.
     """
@@ -51,12 +54,13 @@ class ShardSink:
         self._contents.place(layout)
         self.finish_empty([layout.file])
 
-    def write(self, tensor_name: str, data: torch.Tensor | memoryview) -> None:
-        """Append the next piece of a tensor, by its full name: a CPU tensor of the planned dtype, or raw bytes.
+    def take(self, tensor_name: str, data: torch.Tensor | memoryview) -> Sequence[Task]:
+        """Take the next piece of a tensor, by its full name: a CPU tensor of the planned dtype, or raw bytes.
 
-        Pieces of one tensor come in order, tensors in any order. A shard that has all its bytes is synced and
-        recorded as finished. Raises OutputError when writing fails (the partial shard is removed) or when the
-        pieces do not fit the plan.
+        Pieces of one tensor come in order, tensors in any order. Returns what is left to do, in any order; until all
+        of it is done, `data` must stay as it is. What ends a shard syncs it, and records it as finished. It raises
+        OutputError when writing fails, and so does this when the pieces do not fit the plan; then the partial shard is
+        removed.
         """
         if tensor_name not in self._contents.places:
             raise internal(f"{self._path}: tensor {tensor_name} is not in the plan")
@@ -69,14 +73,19 @@ class ShardSink:
                 raise internal(f"{self._path}: tensor {tensor_name} {found}")
             data = bytes_of(data.contiguous())
         if data.nbytes == 0:
-            return
+            return ()
         if layout.file in self.finished:
             raise internal(f"{self._path}: tensor {tensor_name} is in {layout.file}, which is finished")
         if layout.file not in self._active:
             self._active[layout.file] = self._shard_file(layout)
         shard = self._active[layout.file]
-        shard.write(tensor, data.cast("B"))
-        if shard.complete:
+        return [
+            task._replace(run=partial(self._run, layout, shard, task)) for task in shard.take(tensor, data.cast("B"))
+        ]
+
+    def _run(self, layout: ShardLayout, shard: ShardFile, task: Task) -> None:
+        task.run()
+        if shard.ended():
             self._finish(layout)
 
     def finish_empty(self, files: Iterable[str]) -> None:

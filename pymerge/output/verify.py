@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from pymerge.common.names import first_few
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.errors import CheckpointError, OutputError
 from pymerge.output.files import MANIFEST_NAME, WORK_FOLDER
-from pymerge.output.manifest import manifest_names, read_manifest
+from pymerge.output.manifest import Checksum, checksum, manifest_names, read_manifest
 
 if TYPE_CHECKING:
     pass
@@ -44,7 +43,7 @@ def verify(
 ) -> VerifyReport:
     """Read a finished output again, in bounded memory, and compare everything with its manifest.
 
-    Checked: headers, sizes, offsets, dtypes, shapes, the sha256 and finiteness of each tensor, the index, the
+    Checked: headers, sizes, offsets, dtypes, shapes, the checksum and finiteness of each tensor, the index, the
     other files, weight files that are not of the merge, the parameter count against that of the base.
     Problems are collected. `progress` is told about each chunk of each tensor. Raises OutputError when the directory
     is no finished pymerge output.
@@ -62,7 +61,7 @@ def verify(
     try:
         for name, shard in shards.items():
             try:
-                _verify_shard(path / name, shard, report, progress, allow_nonfinite)
+                _verify_shard(path / name, manifest, shard, report, progress, allow_nonfinite)
             except CheckpointError as error:
                 report.problems.append(str(error))
     finally:
@@ -77,6 +76,7 @@ def verify(
 
 def _verify_shard(
     file: Path,
+    manifest: dict[str, Any],
     expected: dict[str, Any],
     report: VerifyReport,
     progress: ProgressSink,
@@ -99,7 +99,7 @@ def _verify_shard(
             report.parameters += 0 if beside else entry.numel
             if entry.name in tensors:
                 where = f"{file}: tensor {entry.name}"
-                digest, bad = _read_tensor(reader, entry, progress)
+                digest, bad = _read_tensor(reader, entry, checksum(manifest, entry.nbytes), progress)
                 found: dict[str, Any] = {
                     "dtype": entry.dtype,
                     "shape": list(entry.shape),
@@ -115,13 +115,12 @@ def _verify_shard(
                     report.problems.append(f"{nonfinite(f'{file}: tensor {entry.name!r}', bad)}; check the inputs")
 
 
-def _read_tensor(reader: Reader, entry: TensorEntry, progress: ProgressSink) -> tuple[str, int]:
-    """sha256 of a tensor and how many of its values are not finite."""
+def _read_tensor(reader: Reader, entry: TensorEntry, digest: Checksum, progress: ProgressSink) -> tuple[str, int]:
+    """Checksum of a tensor and how many of its values are not finite."""
     from pymerge.common.dtypes import bytes_of
 
     flat = replace(entry, shape=(entry.numel,))
     step = _CHUNK_BYTES // ITEM_SIZES[entry.dtype]
-    digest = hashlib.sha256()
     bad = 0
     for start in range(0, entry.numel, step):
         chunk = reader.read(flat, start, min(start + step, entry.numel))

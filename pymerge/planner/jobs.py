@@ -19,6 +19,8 @@ WRITE_BEHIND = 2
 # Pieces of other tensors between two passes of one, if there are so many: the first pass is all done then.
 BETWEEN_PASSES = 8
 READ_THREADS = 4
+# Pieces of a few MiB that the disk is given at once: one alone waits for its answer.
+WRITE_THREADS = 4
 FINISHED = ""  # no file of a plan
 # Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; the
 # cores of a CPU it does. Untimed: a guess at what a GPU takes.

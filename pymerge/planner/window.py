@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pymerge.methods.actions import Combine
-from pymerge.planner.jobs import READ_AHEAD, WRITE_BEHIND, Batch, Job
+from pymerge.planner.jobs import READ_AHEAD, WRITE_BEHIND, WRITE_THREADS, Batch, Job
 
 # More pieces are read ahead, or wait, as long as they are small together, so that norms and biases between large layers
 # do not stop the reading.
@@ -155,11 +155,10 @@ class Window:
 def may_wait(outputs: Sequence[tuple[bool, int]]) -> bool:
     """Whether these outputs, of native code or not and of so many bytes, may wait for the writer together.
 
-    Of native code one at a time, however small it is: each lies in memory for the largest, and those that follow wait
-    for their turn.
+    Of native code as many as are written at once, however small they are: each lies in memory for the largest.
     """
     sizes = [nbytes for native, nbytes in outputs if not native]
-    if len(outputs) - len(sizes) > 1:
+    if len(outputs) - len(sizes) > WRITE_THREADS:
         return False
     return len(sizes) <= WRITE_BEHIND or (len(sizes) <= _MOST_PIECES and sum(sizes) <= SMALL_BYTES)
 

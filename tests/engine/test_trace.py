@@ -29,10 +29,10 @@ class Profile(NamedTuple):
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
     """A merge that computes most of the time, in three shards."""
     folder = tmp_path_factory.mktemp("profile")
-    write_models(folder, {f"model.layers.{n:02d}.mlp.up_proj.weight": torch.randn(160, 160) for n in range(LAYERS)})
+    write_models(folder, {f"model.layers.{n:02d}.mlp.up_proj.weight": torch.randn(192, 192) for n in range(LAYERS)})
     config = write_config(folder, "wudi", iterations=40)
     report = api.merge(
-        config, folder / "out", device="cpu", progress=False, max_shard_size="1MB", profile=folder / "trace.json"
+        config, folder / "out", device="cpu", progress=False, max_shard_size="1.2MB", profile=folder / "trace.json"
     )
     events: Events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     threads = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
@@ -45,8 +45,8 @@ def test_every_byte_is_in_a_span(profile: Profile) -> None:
     for span in profile.spans:
         moved[span["cat"]] += span["args"]["bytes"]
         counts[span["cat"]] += 1
-    assert moved["read"] == profile.report.bytes_read == 3 * LAYERS * 4 * 160 * 160
-    assert moved["write"] == profile.report.bytes_written == LAYERS * 4 * 160 * 160
+    assert moved["read"] == profile.report.bytes_read == 3 * LAYERS * 4 * 192 * 192
+    assert moved["write"] == moved["hash"] == profile.report.bytes_written == LAYERS * 4 * 192 * 192
     assert (counts["read"], counts["compute"], counts["write"], counts["step"]) == (3 * LAYERS, LAYERS, LAYERS, LAYERS)
     names = {span["name"] for span in profile.spans if span["cat"] != "wait for the writer"}
     assert len(names) == LAYERS
@@ -72,7 +72,12 @@ def test_kinds_have_their_threads(profile: Profile) -> None:
     assert (
         {"step", "compute", "wait for inputs"} <= main <= {"step", "compute", "wait for inputs", "wait for the writer"}
     )
-    assert by_thread == {"pymerge-read": {"read"}, "pymerge-write": {"write"}}
+    assert by_thread == {
+        "pymerge-read": {"read"},
+        "pymerge-hand-on": {"hand on"},
+        "pymerge-write": {"write"},
+        "pymerge-hash": {"hash"},
+    }
 
 
 def test_overlap_is_what_the_spans_say(profile: Profile) -> None:
@@ -98,7 +103,7 @@ def test_overlap_is_what_the_spans_say(profile: Profile) -> None:
 def test_the_slowest_tensors_and_the_sums(profile: Profile) -> None:
     seconds: dict[str, float] = defaultdict(float)
     for span in profile.spans:
-        if span["cat"] in ("read", "compute", "write"):
+        if span["cat"] in ("read", "compute", "hand on", "write"):
             seconds[span["name"]] += span["dur"] / 1e6
     expected = sorted(seconds, key=lambda name: -seconds[name])[:10]
     assert [step.name for step in profile.report.slowest] == expected

@@ -6,13 +6,14 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pymerge.common.arrays import Array
-from pymerge.output import direct
+from pymerge.output import direct, shard
 from pymerge.output.direct import BLOCK, LEAST_BYTES, DirectFile
 from pymerge.output.layout import layout_shards
 from pymerge.output.shard import ShardFile
@@ -83,12 +84,12 @@ def test_pieces_of_any_size_make_up_a_file(file: Path, written: list[int], sizes
     """Blocks that two pieces share are in the cache, the others are not; what is read is the same."""
     data = random_bytes(sum(sizes))
     (layout,) = layout_shards([("x", "U8", (sum(sizes),))], 2**40)
-    shard = ShardFile(layout, file)
+    whole = ShardFile(layout, file)
     done = 0
     for size in sizes:
-        shard.write(layout.tensors[0], data[done : done + size])
+        write(whole, data[done : done + size])
         done += size
-    shard.finish(file)
+    whole.finish(file)
     assert file.read_bytes() == layout.header + bytes(data)
     assert sum(written) > sum(sizes) - (2 * len(sizes) + 1) * BLOCK
 
@@ -149,6 +150,28 @@ def test_a_slow_disk_is_left_to_the_cache(
     assert done == [LEAST_BYTES] * expected + [0] * (3 - expected)
 
 
+def test_threads_write_the_slices_of_a_large_piece(file: Path, written: list[int]) -> None:
+    """A slice ends where one can go past the cache; the time of threads that write together counts once."""
+    size = 5 * shard._SLICE_BYTES + 4097
+    data = random_bytes(size)
+    (layout,) = layout_shards([("x", "U8", (size,))], 2**40)
+    whole = ShardFile(layout, file)
+    tasks = whole.take(layout.tensors[0], data)
+    assert sum(task.nbytes for task in tasks if task.kind == "write") == size
+    assert sum(task.kind == "write" for task in tasks) == 5
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda task: task.run(), tasks))
+    assert [whole.ended() for _ in tasks] == [False] * (len(tasks) - 1) + [True]
+    whole.finish(file)
+    assert file.read_bytes() == layout.header + bytes(data)
+    assert sum(written) > size - 2 * BLOCK
+
+
+def write(whole: ShardFile, data: memoryview) -> None:
+    for task in whole.take(whole.layout.tensors[0], data):
+        task.run()
+
+
 def is_direct(descriptor: int) -> bool:
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
 
@@ -157,8 +180,8 @@ def assert_written(file: Path) -> None:
     """Two pieces make up a file, whatever happens to some of the writes."""
     data = random_bytes(2 * NBYTES)
     (layout,) = layout_shards([("x", "U8", (2 * NBYTES,))], 2**40)
-    shard = ShardFile(layout, file)
-    shard.write(layout.tensors[0], data[:NBYTES])
-    shard.write(layout.tensors[0], data[NBYTES:])
-    shard.finish(file)
+    whole = ShardFile(layout, file)
+    write(whole, data[:NBYTES])
+    write(whole, data[NBYTES:])
+    whole.finish(file)
     assert file.read_bytes() == layout.header + bytes(data)

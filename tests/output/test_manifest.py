@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pymerge.common.files import atomic_write, fsync_directory
 from pymerge.common.progress import NoProgress
 from pymerge.errors import OutputError
 from pymerge.output import verify as verify_module
+from pymerge.output.digests import PART_BYTES
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import layout_shards
 from pymerge.output.manifest import build_manifest, read_manifest
@@ -224,6 +226,26 @@ def test_a_parameter_count_other_than_the_base(tmp_path: Path) -> None:
     assert "has 7 parameters, the base has 8" in problem
 
 
+def test_manifests_of_format_2_are_read(tmp_path: Path) -> None:
+    """Their checksums are the sha256 of all bytes of a tensor."""
+    out, tensor = tmp_path / "out", torch.arange(PART_BYTES + 5) % 251
+    write_output(out, {"x": tensor.to(torch.uint8)})
+    file = out / "pymerge_manifest.json"
+    manifest = json.loads(file.read_text())
+    data = bytes(tensor.to(torch.uint8).numpy())
+    found = manifest["shards"]["model.safetensors"]["tensors"]["x"]
+    parts = b"".join(hashlib.sha256(data[at : at + PART_BYTES]).digest() for at in (0, PART_BYTES))
+    assert found["sha256"] == hashlib.sha256(parts).hexdigest()
+    assert manifest["part_bytes"] == PART_BYTES
+    del manifest["part_bytes"]
+    manifest["format"] = 2
+    file.write_text(json.dumps(manifest))
+    assert "sha256 is" in verify(out).problems[0]
+    found["sha256"] = hashlib.sha256(data).hexdigest()
+    file.write_text(json.dumps(manifest))
+    assert verify(out).problems == []
+
+
 def test_what_is_no_finished_output(output: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"has no pymerge_manifest\.json, so it is no pymerge output"):
         verify(tmp_path)
@@ -241,7 +263,9 @@ def test_what_is_no_finished_output(output: Path, tmp_path: Path) -> None:
         lambda text: text[:-5],
         lambda text: "[]",
         lambda text: "{}",
-        lambda text: text.replace('"format": 2', '"format": 99'),
+        lambda text: text.replace('"format": 3', '"format": 99'),
+        lambda text: text.replace('"format": 3', '"format": 2'),
+        lambda text: text.replace('"part_bytes": 262144', '"part_bytes": 262145'),
         lambda text: text.replace('"config": "abc"', '"config": 3'),
         lambda text: text.replace('"offset": ', '"offset": -0.'),
         lambda text: text.replace('"config.json"', '"../config.json"'),

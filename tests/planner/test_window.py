@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pymerge.architecture.roles import Kind, Role
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.methods.actions import copy
-from pymerge.planner.jobs import WRITE_BEHIND, Batch, Job
+from pymerge.planner.jobs import WRITE_BEHIND, WRITE_THREADS, Batch, Job
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Footprint, Step, WorkerName
 from pymerge.planner.window import DONE_AHEAD, SMALL_BYTES, PoolShare, Window, forecast, may_wait, pool_share
@@ -147,4 +147,5 @@ def test_two_outputs_may_wait_or_more_if_they_are_small() -> None:
     assert may_wait([(False, SMALL_BYTES // 16)] * 16)
     assert not may_wait([(False, 1)] * 17)
     assert may_wait([(True, 1), (False, 1)])
-    assert not may_wait([(True, 1)] * 2)
+    assert may_wait([(True, 1)] * WRITE_THREADS)
+    assert not may_wait([(True, 1)] * (WRITE_THREADS + 1))
