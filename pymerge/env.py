@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from functools import cache
 
 VARIABLES = {
     "PYMERGE_BACKEND": "backend when none is named on the command line: auto, reference, native, triton, cuda",
@@ -45,9 +46,15 @@ def hold_products() -> None:
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
+@cache
+def _installed(package: str) -> str:
+    """The version of a distribution: its metadata are parsed, which takes a millisecond."""
+    return importlib.metadata.version(package)
+
+
 def version() -> str:
     """The version of the installed distribution."""
-    return importlib.metadata.version("pymerge-engine")
+    return _installed("pymerge-engine")
 
 
 def package_versions() -> dict[str, str]:
@@ -55,7 +62,7 @@ def package_versions() -> dict[str, str]:
     found = {"pymerge-engine": version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            found[name] = _installed(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pymerge.engine.run import run
 from pymerge.engine.worker import Made
 from pymerge.errors import CheckpointError, NonFiniteError, OutOfMemoryError, OutputError
 from pymerge.output.directory import OutputDirectory
+from pymerge.output.shard import Task
 from pymerge.planner.jobs import BETWEEN_PASSES, Job, batches
 from pymerge.planner.plan import Plan
 from pymerge.planner.window import pool_share
@@ -375,13 +376,14 @@ def test_nothing_is_written_behind_what_could_not_be_written(
     plan = api.plan(write_config(tmp_path, "linear"), device="cpu", backend=backend)
     written: list[str] = []
 
-    def full(self: OutputDirectory, tensor_name: str, data: Any) -> None:
+    def full(self: OutputDirectory, tensor_name: str, data: Any) -> Sequence[Task]:
         written.append(tensor_name)
         if len(written) == 3:
             time.sleep(0.2)  # others are handed over meanwhile
             raise OutputError("the disk is full")
+        return ()
 
-    monkeypatch.setattr(OutputDirectory, "write", full)
+    monkeypatch.setattr(OutputDirectory, "take", full)
     with pytest.raises(OutputError, match="the disk is full"):
         run(plan, tmp_path / "out")
     assert len(written) == 3

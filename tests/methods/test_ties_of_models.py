@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pymerge.engine.recheck import recheck
 from pymerge.engine.run import run
 from pymerge.errors import ArgumentError, NonFiniteError, OutputError
 from pymerge.output.directory import OutputDirectory
+from pymerge.output.shard import Task
 from pymerge.output.verify import verify
 from pymerge.planner import fit
 from pymerge.testing.compare import as_float64, assert_same
@@ -289,16 +291,16 @@ def test_a_run_that_fails_between_two_shards_goes_on(
     plan = api.plan(config(models), device="cpu", backend=backend, max_shard_size="8KB")
     whole = run(plan, models / "whole")
     written: list[str] = []
-    write = OutputDirectory.write
+    take = OutputDirectory.take
 
-    def failing(self: OutputDirectory, tensor_name: str, data: Any) -> None:
+    def failing(self: OutputDirectory, tensor_name: str, data: Any) -> Sequence[Task]:
         written.append(tensor_name)
         if len(written) == 12:
             raise OutputError("the disk is full")
-        write(self, tensor_name, data)
+        return take(self, tensor_name, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(OutputDirectory, "write", failing)
+        patched.setattr(OutputDirectory, "take", failing)
         with pytest.raises(OutputError, match="the disk is full"):
             run(plan, models / "out")
     report = run(plan, models / "out")
@@ -310,13 +312,13 @@ def test_a_run_that_fails_between_two_shards_goes_on(
 
 def slow_writes() -> None:
     """Let a fifth of a second pass with every tensor that is written."""
-    write = OutputDirectory.write
+    take = OutputDirectory.take
 
-    def slow(self: OutputDirectory, tensor_name: str, data: Any) -> None:
+    def slow(self: OutputDirectory, tensor_name: str, data: Any) -> Sequence[Task]:
         time.sleep(0.2)
-        write(self, tensor_name, data)
+        return take(self, tensor_name, data)
 
-    OutputDirectory.write = slow  # type: ignore[method-assign]
+    OutputDirectory.take = slow  # type: ignore[method-assign]
 
 
 def finished(out: Path) -> int:
