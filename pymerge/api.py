@@ -34,6 +34,7 @@ def plan(
     device: str | torch.device = "auto",
     backend: str | None = None,
     memory: int | str | None = None,
+    device_memory: int | str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
 ) -> Plan:
@@ -47,8 +48,9 @@ def plan(
             decides the sizes of the pieces.
         backend: "auto", "reference", "native", "triton" or "cuda"; default: PYMERGE_BACKEND, or "auto".
         memory: limit for the tensors held at once, in bytes or as "8GiB"; default: three quarters of the memory that
-            is available to this process. On CUDA it limits the pinned buffers, and the free memory of the device the
-            tensors.
+            is available to this process. On CUDA it limits the pinned buffers.
+        device_memory: limit for what the merge takes of a CUDA device, whose tensors get four fifths of it; default:
+            what is free there.
         max_shard_size: size above which a new output file is started.
         dtype: output dtype ("bfloat16", ...), instead of the config's.
 
@@ -59,12 +61,16 @@ def plan(
     target = resolve_target(device, backend or env.default_backend())
     planned = build_plan(
         config if isinstance(config, MergeConfig) else load_config(config),
-        budget(target.device, None if memory is None else parse_bytes(memory)),
+        budget(target.device, _bytes(memory), _bytes(device_memory)),
         target,
         max_shard_bytes=parse_bytes(max_shard_size),
         dtype=dtype,
     )
     return replace(planned, warnings=(*planned.warnings, *delta_warnings(planned)))
+
+
+def _bytes(limit: int | str | None) -> int | None:
+    return None if limit is None else parse_bytes(limit)
 
 
 def run(
@@ -153,6 +159,7 @@ def merge(
     device: str | torch.device = "auto",
     backend: str | None = None,
     memory: int | str | None = None,
+    device_memory: int | str | None = None,
     progress: bool = True,
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
@@ -165,28 +172,24 @@ def merge(
 
     Args:
         devices: "cuda:0,cuda:1", or "all": a process on each of these devices shares the work, with `memory` (default:
-            an equal share) for each; in place of `device`.
+            an equal share) and `device_memory` for each; in place of `device`.
 
     Raises:
         PymergeError: one of its subclasses, see pymerge.errors. The output is then absent, or marked unfinished.
     """
     if part is not None:
         checked_part(part)
+    options: dict[str, Any] = {
+        "backend": backend,
+        "device_memory": device_memory,
+        "max_shard_size": max_shard_size,
+        "dtype": dtype,
+    }
     if devices is not None:
         if part is not None or profile is not None or str(device) != "auto":
             raise ArgumentError("devices are for a whole merge, without a trace; leave device, part and profile out")
-        return _run_on(
-            devices,
-            config,
-            Path(out),
-            progress,
-            overwrite,
-            memory,
-            backend=backend,
-            max_shard_size=max_shard_size,
-            dtype=dtype,
-        )
-    planned = plan(config, device=device, backend=backend, memory=memory, max_shard_size=max_shard_size, dtype=dtype)
+        return _run_on(devices, config, Path(out), progress, overwrite, memory, **options)
+    planned = plan(config, device=device, memory=memory, **options)
     return run(planned, out, progress=progress, overwrite=overwrite, profile=profile, part=part)
 
 
@@ -226,7 +229,7 @@ def plan_stages(
         PlanError, CheckpointError: of the first stage that cannot be done; the message begins with its name.
     """
     target = resolve_target(device, backend or env.default_backend())
-    limit = budget(target.device, None if memory is None else parse_bytes(memory))
+    limit = budget(target.device, _bytes(memory))
     planned: dict[str, Checkpoint] = {}
     plans = []
     for stage in stages:

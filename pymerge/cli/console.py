@@ -48,6 +48,10 @@ Memory = Annotated[
     str | None,
     typer.Option(help="Hold at most this much of tensors at once, such as 8GiB.", show_default="75% of what is free"),
 ]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(help="Take at most this much of a GPU's memory, such as 16GiB.", show_default="80% of what is free"),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ShardSize = Annotated[str, typer.Option(help="Start a new file above this size.")]
 Dtype = Annotated[

@@ -14,6 +14,7 @@ from pymerge.cli.console import (
     Backend,
     Config,
     Device,
+    DeviceMemory,
     Dtype,
     LogJson,
     Memory,
@@ -107,13 +108,15 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same and the totals as JSON.")] = False,
     memory: Memory = None,
+    device_memory: DeviceMemory = None,
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
     log_json: LogJson = None,
 ) -> None:
     """Check a config, and show what a merge would read, compute and write, from the files' headers alone."""
     with reported(), recording(log_json):
-        show_plan(config, memory, max_shard_size, dtype, form="json" if as_json else "tensors" if tensors else "")
+        form = "json" if as_json else "tensors" if tensors else ""
+        show_plan(config, memory, max_shard_size, dtype, form=form, device_memory=device_memory)
 
 
 @app.command()

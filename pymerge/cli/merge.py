@@ -11,6 +11,7 @@ from pymerge.cli.console import (
     Backend,
     Config,
     Device,
+    DeviceMemory,
     Dtype,
     LogJson,
     Memory,
@@ -37,6 +38,7 @@ def merge(
     device: Device = "auto",
     backend: Annotated[Backend | None, typer.Option(help="Which kernels compute.", show_default="auto")] = None,
     memory: Memory = None,
+    device_memory: DeviceMemory = None,
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
@@ -116,11 +118,12 @@ def merge(
         if rank is not None or full_tensors is not None:
             raise ArgumentError("--rank and --full-tensors are of adapters; add --adapter, or leave them out")
         if dry_run:
-            show_plan(config, memory, max_shard_size, dtype, device, part=share)
+            show_plan(config, memory, max_shard_size, dtype, device, part=share, device_memory=device_memory)
             return
         options: dict[str, Any] = {
             "backend": backend.value if backend else None,
             "memory": memory,
+            "device_memory": device_memory,
             "max_shard_size": max_shard_size,
             "dtype": dtype.value if dtype else None,
         }

@@ -15,6 +15,7 @@ from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.common.names import template
 from pymerge.common.units import format_bytes, format_flops
+from pymerge.planner.fit import pinned_bytes
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
@@ -61,6 +62,7 @@ def plan_view(plan: Plan) -> RenderableType:
         f"compute {format_flops(plan.flops)}",
         f"tensors held in memory at once: at most {format_bytes(plan.peak_memory)}, "
         f"the limit is {format_bytes(plan.budget.tensors)} ({plan.budget.origin})",
+        *_pinned(plan),
         f"reads {_count(plan.forecast.depth, 'piece')} ahead or more, of {_count(largest, 'element')} at most; files "
         f"{'stay in' if plan.keeps_cache else 'are dropped from'} the page cache",
         _workers(plan),
@@ -68,6 +70,14 @@ def plan_view(plan: Plan) -> RenderableType:
     why = [f"{reason}: {', '.join(names)}" for reason, names in reasons.items()]
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
     return Group(*map(Text, lines), table, Text("What each tensor is, and why:"), *map(Text, why), *warnings)
+
+
+def _pinned(plan: Plan) -> list[str]:
+    """Line on memory of the host for a merge on CUDA."""
+    if plan.target.device.type != "cuda":
+        return []
+    pinned = format_bytes(pinned_bytes(plan.steps, plan.budget))
+    return [f"pinned on the host for copies: {pinned}, the limit is {format_bytes(plan.budget.host)}"]
 
 
 def _workers(plan: Plan) -> str:

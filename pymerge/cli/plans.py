@@ -17,6 +17,7 @@ def show_plan(
     device: str = "auto",
     form: str = "",
     part: tuple[int, int] | None = None,
+    device_memory: str | None = None,
 ) -> None:
     """Show the plan of a config: as a table, or, by `form`, "tensors" or "json"; of a part, its files too."""
     from pymerge import api
@@ -24,7 +25,12 @@ def show_plan(
     from pymerge.cli.plan_table import plan_view
 
     planned = api.plan(
-        config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=dtype.value if dtype else None
+        config,
+        device=device,
+        memory=memory,
+        device_memory=device_memory,
+        max_shard_size=max_shard_size,
+        dtype=dtype.value if dtype else None,
     )
     event("plan", f"{planned.method.name}: {len(planned.steps)} tensors", **planned.summary())
     if form == "json":

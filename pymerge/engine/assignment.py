@@ -46,11 +46,14 @@ def pack(plan: Plan) -> bytes:
 
 
 def fitted_here(plan: Plan, device: str, memory: int | None) -> Plan:
-    """The plan on a device of this process, in pieces that fit the memory here. Raises BackendError, PlanError."""
+    """The plan on a device of this process, in pieces that fit the memory here; its limit on a device stays.
+
+    Raises BackendError, PlanError, ArgumentError.
+    """
     target = resolve_target(device, plan.target.backend)
     if target.native != plan.target.native:
         raise BackendError("native code loads in one process of this merge and not in another; install pymerge alike")
-    limits = budget(target.device, memory)
+    limits = budget(target.device, memory, plan.budget.device_limit)
     return replace(plan, target=target, budget=limits, steps=fit(plan.steps, limits))
 
 

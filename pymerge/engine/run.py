@@ -170,6 +170,8 @@ def merge_files(
     """Merge the files of a plan, all or only these `files`, but for those that are `finished`."""
     device, extras = plan.target.device, plan.extras
     _peak_device_memory(device, reset=True)
+    if plan.budget.device_limit is not None:
+        limit_device(device, plan.budget.device_limit)
     if finished:
         text = f"kept {len(finished)} finished shards of an interrupted run"
         event("resumed", text, shards=sorted(finished))
@@ -199,6 +201,16 @@ def _peak_device_memory(device: Device, *, reset: bool = False) -> int:
     if reset:
         torch.cuda.reset_peak_memory_stats(str(device))
     return torch.cuda.max_memory_allocated(str(device))
+
+
+def limit_device(device: Device, limit: int) -> None:
+    """Have PyTorch take at most so many bytes of a CUDA device beside those that it holds already; it fails before it
+    takes more. Code and libraries on the device, some hundred MB, are not counted."""
+    import torch
+
+    total = torch.cuda.get_device_properties(str(device)).total_memory
+    held = torch.cuda.memory_reserved(str(device))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (held + limit) / total), str(device))
 
 
 def _log_plan(plan: Plan) -> None:

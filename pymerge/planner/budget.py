@@ -10,6 +10,7 @@ import psutil
 
 from pymerge.common.devices import Device
 from pymerge.common.units import format_bytes
+from pymerge.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -36,22 +37,37 @@ class Budget:
     tensors: int
     available: int  # on the host when the plan was made
     origin: str  # of the limit on tensors, for people
+    device_limit: int | None = None  # what the allocator of the device may take at most; None: what is free
 
     def keeps_cache(self, nbytes: int) -> bool:
         """Whether the pages of files of this size together may stay in the page cache."""
         return nbytes <= CACHE_SHARE * self.available
 
 
-def budget(device: Device | torch.device, memory: int | None = None) -> Budget:
-    """The budget of a merge on this device; `memory` is the limit on the host that the user has set."""
+def budget(device: Device | torch.device, memory: int | None = None, device_memory: int | None = None) -> Budget:
+    """The budget of a merge on this device; `memory` and `device_memory` are limits that the user has set: on the host
+    and on the device. Raises ArgumentError where there is no such device, or not as much of it."""
     available = available_bytes()
     host = int(HOST_SHARE * available) if memory is None else memory
     if device.type == "cuda":
         import torch
 
         free, _ = torch.cuda.mem_get_info(str(device))
-        origin = f"{DEVICE_SHARE:.0%} of {format_bytes(free)} free on {device}"
-        return Budget(device.type, host, int(DEVICE_SHARE * free), available, origin)
+        if device_memory is None:
+            origin = f"{DEVICE_SHARE:.0%} of {format_bytes(free)} free on {device}"
+            return Budget(device.type, host, int(DEVICE_SHARE * free), available, origin)
+        if device_memory > free:
+            raise ArgumentError(
+                f"--device-memory {format_bytes(device_memory)} is more than the {format_bytes(free)} that are free on "
+                f"{device}; give less, or end other programs that use it"
+            )
+        origin = f"{DEVICE_SHARE:.0%} of --device-memory {format_bytes(device_memory)}"
+        return Budget(device.type, host, int(DEVICE_SHARE * device_memory), available, origin, device_memory)
+    if device_memory is not None:
+        raise ArgumentError(
+            "--device-memory limits the memory of a GPU, and this merge is computed on the CPU; leave it out, --memory "
+            "limits all of it"
+        )
     origin = "--memory" if memory is not None else f"{HOST_SHARE:.0%} of {format_bytes(available)} available"
     return Budget(device.type, host, host, available, origin)
 

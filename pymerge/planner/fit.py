@@ -12,7 +12,7 @@ from pymerge.common.units import format_bytes
 from pymerge.errors import PlanError
 from pymerge.methods.actions import Solve
 from pymerge.planner import pieces
-from pymerge.planner.budget import Budget
+from pymerge.planner.budget import DEVICE_SHARE, Budget
 from pymerge.planner.jobs import READ_AHEAD, READ_THREADS, Job, jobs, room
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Step
@@ -30,11 +30,7 @@ def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
     largest = max(steps, key=lambda step: step.footprint(step.smallest).peak, default=None)
     needed = largest.footprint(largest.smallest).peak if largest else 0
     if largest and needed > budget.tensors:
-        remedy = (
-            "choose a larger device, give --device cpu"
-            if budget.device == "cuda"
-            else f"give --memory {format_bytes(needed, round_up=True)} or more"
-        )
+        remedy = _more(needed, budget)
         if isinstance(largest.action, Solve):
             remedy += f", or leave that tensor out of what is solved (exclude: ['{re.escape(largest.name)}'])"
         raise PlanError(
@@ -45,7 +41,7 @@ def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
             ]
         )
     fitting = tuple(_fitted(step, budget) for step in steps)
-    staging = (READ_THREADS + 1) * staging_bytes(list(jobs(fitting))) if budget.device == "cuda" else 0
+    staging = pinned_bytes(fitting, budget)
     if staging > budget.host:
         raise PlanError(
             [
@@ -54,6 +50,21 @@ def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
             ]
         )
     return fitting
+
+
+def _more(needed: int, budget: Budget) -> str:
+    """What to do where so many bytes of tensors do not fit."""
+    if budget.device != "cuda":
+        return f"give --memory {format_bytes(needed, round_up=True)} or more"
+    if budget.device_limit is None:
+        return "choose a larger device, give --device cpu"
+    allowed = format_bytes(math.ceil(needed / DEVICE_SHARE), round_up=True)
+    return f"give --device-memory {allowed} or more, choose a larger device, give --device cpu"
+
+
+def pinned_bytes(steps: Sequence[Step], budget: Budget) -> int:
+    """Bytes of the host for buffers between files and a device: one for each thread that reads, one to write from."""
+    return (READ_THREADS + 1) * staging_bytes(jobs(steps)) if budget.device == "cuda" else 0
 
 
 def staging_bytes(queue: Iterable[Job]) -> int:

@@ -123,6 +123,7 @@ class Plan:
             "bytes_written": self.bytes_written,
             "flops": self.flops,
             "peak_memory": self.peak_memory,
+            "memory_limit": self.budget.tensors,
         }
 
     def checkpoint(self, out: Path) -> Checkpoint:

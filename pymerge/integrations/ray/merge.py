@@ -41,6 +41,7 @@ def merge(
     gpus: int = 0,
     backend: str | None = None,
     memory: int | str | None = None,
+    device_memory: int | str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -58,6 +59,7 @@ def merge(
         cpus: processors of each task, which are its threads, too.
         gpus: GPUs of each task, 0 or 1; with 1 the merge computes on CUDA.
         memory: of each task for tensors; default: what a node has, shared by as many tasks as it takes at once.
+        device_memory: of each task on its GPU; default: what is free there.
 
     Raises:
         BackendError: there is no such cluster, or a node has another version of pymerge.
@@ -73,6 +75,7 @@ def merge(
             "device": "cuda" if gpus else "cpu",
             "backend": backend,
             "memory": held,
+            "device_memory": device_memory,
             "max_shard_size": parse_bytes(max_shard_size),
             "dtype": dtype,
         }
