@@ -53,7 +53,7 @@ class Sink(Protocol):
 
 
 class Store(Protocol):
-    """Where a worker puts what it has made: the writers."""
+    """Place for what a worker has made: the writers."""
 
     def write(self, tensor_name: str, data: Tensor | memoryview) -> None:
         """Have the next bytes of a tensor written; they must stay as they are until `wait`, or the end of the job."""

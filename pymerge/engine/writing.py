@@ -20,7 +20,7 @@ _LITTLE = 2**17
 
 
 class Writing:
-    """What a job has made, with the writers."""
+    """Result of a job, with the writers."""
 
     def __init__(self, worker: Worker, merged: Any, *, native: bool) -> None:
         self.nbytes: int = merged.nbytes

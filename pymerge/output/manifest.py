@@ -116,7 +116,7 @@ def load_manifest(path: Path) -> dict[str, Any] | None:
 
 
 class Checksum(Protocol):
-    """What computes the checksum of bytes that come in their order, as hashlib's objects do."""
+    """Computes the checksum of bytes that come in their order, as hashlib's objects do."""
 
     def update(self, data: memoryview, /) -> None: ...
 
@@ -124,7 +124,7 @@ class Checksum(Protocol):
 
 
 def checksum(manifest: Mapping[str, Any], nbytes: int) -> Checksum:
-    """What computes the checksum, as the manifest has it, of a tensor of so many bytes."""
+    """A computation of the checksum, as the manifest has it, of a tensor of so many bytes."""
     return hashlib.sha256() if manifest["format"] == _FORMAT_WITHOUT_PARTS else Digest(nbytes)
 
 

@@ -53,7 +53,7 @@ def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:
 
 
 def _more(needed: int, budget: Budget) -> str:
-    """What to do where so many bytes of tensors do not fit."""
+    """Remedy where so many bytes of tensors do not fit."""
     if budget.device != "cuda":
         return f"give --memory {format_bytes(needed, round_up=True)} or more"
     if budget.device_limit is None:
