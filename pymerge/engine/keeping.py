@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pymerge.architecture.roles import Role
 from pymerge.common.arrays import as_tensor
-from pymerge.engine.torch_worker import by_matrices, threads_for
+from pymerge.engine.matrices import by_matrices, threads_for
 from pymerge.methods.actions import Kept, Run, Solve
 from pymerge.methods.rows import Rows
 from pymerge.planner import pieces

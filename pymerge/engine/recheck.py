@@ -147,7 +147,7 @@ def _compare_plan(out: Path, plan: Plan, base: int, written: dict[str, Any], rep
 
 def _compute(plan: Plan, sink: _Checksums, progress: ProgressSink) -> None:
     """Have the executor compute the tensors of a sink again."""
-    queue = batches(only(plan.steps, sink.found), plan.budget, {FINISHED})
+    queue = batches(only(plan.steps, sink.found), plan.budget, {FINISHED}, plan.target.threads)
     progress.start(sum(job.step.bytes_of(job.piece) for batch in queue for job in batch.jobs if job.reads))
     try:
         with Tracer() as tracer, Reader(plan.inputs.stamps) as reader:

@@ -177,7 +177,9 @@ def merge_files(
         event("resumed", text, shards=sorted(finished))
     others = set() if files is None else {layout.file for layout in plan.files} - set(files)
     with Tracer(profile, nvtx=device.type == "cuda") as tracer, Reader(plan.inputs.stamps) as reader:
-        merging, beside = (batches(steps, plan.budget, finished | others) for steps in (plan.steps, extras.steps))
+        merging, beside = (
+            batches(steps, plan.budget, finished | others, plan.target.threads) for steps in (plan.steps, extras.steps)
+        )
         jobs = [job for batch in (*merging, *beside) for job in batch.jobs]
         read = sum(job.step.bytes_of(job.piece) for job in jobs if job.reads)
         progress.start(read + sum(job.step.bytes_made(job.piece) for job in jobs if job.merges))

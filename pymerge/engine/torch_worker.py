@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import nullcontext
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from pymerge.architecture.roles import Role
 from pymerge.checkpoint.finite import is_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.checkpoint.shared_rows import SharedRows
 from pymerge.common.arrays import as_tensor
 from pymerge.common.dtypes import torch_dtype
+from pymerge.engine.matrices import Abreast
 from pymerge.engine.memory import Heap
 from pymerge.engine.transfer import transfer_to
 from pymerge.engine.worker import (
@@ -32,17 +31,12 @@ from pymerge.engine.worker import (
     raise_nonfinite,
 )
 from pymerge.errors import ArgumentError, OutOfMemoryError
-from pymerge.methods.actions import Action, Combine, Elementwise, Run, Solve, SolveTogether
+from pymerge.methods.actions import Action, Combine, Elementwise, Run, Solve
 from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
-from pymerge.ops._op import at_most_threads, one_thread
-from pymerge.ops._precision import ieee_products
+from pymerge.ops._op import at_most_threads
 from pymerge.planner.jobs import READ_THREADS, Batch, Job
 from pymerge.planner.pieces import by_rows
-
-# A product below this takes less than a millisecond: waiting for other threads costs more than they give, and small
-# float64 products round differently for each number of them.
-_ONE_THREAD_FLOPS = 2**25
 
 
 class TorchWorker:
@@ -66,6 +60,7 @@ class TorchWorker:
         # get all its cores waits for a time slice at every barrier.
         self._elementwise_threads = max(1, torch.get_num_threads() - READ_THREADS)
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pymerge-read")
+        self._abreast = Abreast(self._run, self._tracer)
 
     def start(self, job: Job) -> Future[list[Tensor]]:
         """Start to read the inputs of a job, unless they are held since an earlier pass."""
@@ -152,8 +147,9 @@ class TorchWorker:
         self._heap.trim()
 
     def close(self) -> None:
-        """End the threads that read."""
+        """End the threads that read and solve."""
         self._readers.shutdown(cancel_futures=True)
+        self._abreast.close()
 
     def _room(self, job: Job) -> Tensor | None:
         """Memory for the result of rows; what else is computed takes its own, and needs that of others."""
@@ -178,7 +174,8 @@ class TorchWorker:
             experts = [tensors[1:] if step.reads_base else tensors for tensors in inputs]
             try:
                 if isinstance(step.action, Solve):
-                    merged = solve(step.action, step.role, self._run, bases, experts, step.dtype)
+                    names = [each.step.name for each in batch.jobs]
+                    merged = self._abreast.solve(step.action, step.role, bases, experts, step.dtype, names)
                     made = [Made(each) for each in merged]
                 else:
                     rows = Rows(bases[0], experts[0], step.dtype, job.first, job.piece.start, room)
@@ -209,77 +206,6 @@ def merge_rows(action: Action, run: Run, rows: Rows) -> Tensor:
         return as_tensor(run(action.op(rows)))
     assert isinstance(action, Reduce)
     return as_tensor(merge_whole(action, run, rows))
-
-
-def solve(
-    action: Solve,
-    role: Role,
-    run: Run,
-    bases: Sequence[Tensor],
-    experts: Sequence[Sequence[Tensor]],
-    out_dtype: str,
-) -> list[Tensor]:
-    """Merge L linear weights of one shape as they are stored; the results have the stored layout, contiguous.
-
-    `role` stands for all: of a stack each tensor is one matrix, 1 x ..., and its parts are weights of their own.
-    """
-    with ieee_products(bases[0].device.type):
-        return by_matrices(partial(_solve_matrices, action, run), role, bases, experts, out_dtype)
-
-
-# Merges L matrices, d_out x d_in, given those of the base and, for each of them, those of the experts, in a dtype.
-Compute = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]], str], list[Tensor]]
-
-
-def by_matrices(
-    compute: Compute, role: Role, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str
-) -> list[Tensor]:
-    """Have matrices computed of L linear weights of one shape as they are stored, in a fixed order; see `solve`."""
-    if role.stacked:
-        bases, experts = [base[0] for base in bases], [[expert[0] for expert in tasks] for tasks in experts]
-
-    def turned(matrix: Tensor) -> Tensor:
-        return (matrix.mT if role.in_axis == 0 else matrix).contiguous()
-
-    bases, experts = [turned(base) for base in bases], [[turned(expert) for expert in tasks] for tasks in experts]
-    merged = _by_parts(compute, role, bases, experts, out_dtype)
-    merged = [matrix.mT.contiguous() for matrix in merged] if role.in_axis == 0 else merged
-    return [matrix.unsqueeze(0) for matrix in merged] if role.stacked else merged
-
-
-def _by_parts(
-    compute: Compute, role: Role, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str
-) -> list[Tensor]:
-    """Merge matrices, d_out x d_in, each of their parts alone, as where it is stored so."""
-    if role.parts == 1:
-        return compute(bases, experts, out_dtype)
-    merged = [base.new_empty(base.shape, dtype=torch_dtype(out_dtype)) for base in bases]
-    for number in range(role.parts):
-        rows = role.part(number, bases[0].shape[0])
-        own = [base[rows].contiguous() for base in bases]
-        tasks = [[expert[rows].contiguous() for expert in each] for each in experts]
-        for whole, part in zip(merged, compute(own, tasks, out_dtype), strict=True):
-            whole[rows] = part
-    return merged
-
-
-def _solve_matrices(
-    action: Solve,
-    run: Run,
-    bases: Sequence[Tensor],
-    experts: Sequence[Sequence[Tensor]],
-    out_dtype: str,
-) -> list[Tensor]:
-    with threads_for(bases[0]):
-        if isinstance(action, SolveTogether):
-            return action.run_batch(run, bases, experts, out_dtype)
-        return [action.run(run, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
-
-
-def threads_for(matrix: Tensor) -> AbstractContextManager[None]:
-    """Threads for products of a matrix of this shape: one, where they are small."""
-    rows, columns = matrix.shape
-    return one_thread() if 2 * rows * columns**2 < _ONE_THREAD_FLOPS else nullcontext()
 
 
 def _tensor(made: Made) -> Tensor:

@@ -22,7 +22,8 @@ from pymerge.planner.jobs import Job
 # Reading and writing files is what the pipeline hides behind computing. A copy moves a tensor to or from a CUDA
 # device, inside a read or before a write. "hand on" is all that a sink does at once with a piece, "write" and "hash"
 # are what it leaves to pools. Steps are those of the computing thread, which waits or computes in them. "combine" reads
-# and computes, block by block; "encode" and "core" compute, beside the computing thread.
+# and computes, block by block; "encode" and "core" compute, beside the computing thread, and so does "solve" what that
+# thread waits for in a "compute".
 Kind = Literal[
     "step",
     "read",
@@ -31,6 +32,7 @@ Kind = Literal[
     "hand on",
     "copy",
     "compute",
+    "solve",
     "combine",
     "encode",
     "core",

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pymerge.architecture.roles import Role
 from pymerge.common.arrays import as_tensor, join
-from pymerge.engine.torch_worker import merge_rows, solve
+from pymerge.engine.matrices import solve
+from pymerge.engine.torch_worker import merge_rows
 from pymerge.methods.actions import Action, Run, Solve
 from pymerge.methods.reduce import Reduce, Reduction, ranges
 from pymerge.methods.rows import Rows

@@ -51,7 +51,7 @@ def write_steps(plan: Plan, steps: Sequence[Step], places: Mapping[str, Tensor],
         runner = Runner(plan.target.backend, plan.target.device)
         context = Context(runner, reader, tracer, NoProgress(), plan.config.allow_nonfinite, True)
         try:
-            queue = batches(steps, plan.budget, frozenset())
+            queue = batches(steps, plan.budget, threads=plan.target.threads)
             Executor(context, sink, plan.target.threads).run(queue, plan.budget.tensors)
         except BaseException as error:
             if atomic:

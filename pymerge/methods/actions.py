@@ -28,6 +28,8 @@ WHOLE_MODEL = (
     "scope: model is one threshold for all layers, found by factors of adapters; give scope: layer, or adapters alone"
 )
 TILE_ROWS = 128
+# A product d_out x d_in x d_in from which on its threads wait for each other for little of the time.
+_FILLING_FLOPS = 2**33
 
 
 class Run(Protocol):
@@ -107,6 +109,7 @@ class Solve(Action):
     """Work on whole matrices, d_out x d_in, one of a stack after the other; on tensors of PyTorch."""
 
     scale: float  # of X, what is added to W_0
+    by_products: ClassVar[bool] = False  # whether products of its matrices take all of the time
 
     def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
         """Keep what merges of these matrices by this action with other parameters that may vary can be made from.
@@ -122,6 +125,11 @@ class Solve(Action):
     @abstractmethod
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
         """The merged matrix, in the dtype of this code."""
+
+    def fills_cores(self, rows: int, columns: int) -> bool:
+        """Whether one matrix of this shape keeps all cores of a CPU busy. LAPACK's routines, which are on one thread,
+        and small products don't: such matrices are solved side by side."""
+        return self.by_products and 2 * rows * columns**2 >= _FILLING_FLOPS
 
     @property
     def has_core(self) -> bool:

@@ -36,6 +36,7 @@ class SolveWudi(SolveInterference, SolveTogether):
     iterations: int
     lr: float | Literal["auto"]
     label: ClassVar[str] = "wudi"
+    by_products: ClassVar[bool] = True
 
     def run_batch(
         self, run: Run, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str

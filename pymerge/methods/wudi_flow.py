@@ -53,6 +53,7 @@ class SolveFlow(ClosedForm):
 
     time: float
     label: ClassVar[str] = "wudi_flow"
+    by_products: ClassVar[bool] = True
 
     def forms_in_double(self) -> bool:
         return self.time > _FLOAT32_TIME

@@ -231,16 +231,24 @@ def divide(values: Tensor, number: float) -> Tensor:
 
 
 @contextmanager
-def at_most_threads(most: int) -> Iterator[None]:
-    """Compute on no more than `most` threads; those of this thread's later regions, not of other threads'."""
+def on_threads(count: int, after: int) -> Iterator[None]:
+    """Compute on so many threads, and on `after` from the end on; those of this thread's later regions, and of threads
+    that begin to compute later, not of others'."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(most, threads))
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(after)
+
+
+def at_most_threads(most: int) -> AbstractContextManager[None]:
+    """Compute on no more than `most` threads; see `on_threads`."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return on_threads(min(most, threads), threads)
 
 
 def one_thread() -> AbstractContextManager[None]:

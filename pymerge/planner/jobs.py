@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
-from pymerge.methods.actions import SolveTogether
+from pymerge.methods.actions import Solve, SolveTogether
 from pymerge.planner.budget import Budget
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Footprint, Step
@@ -22,9 +22,11 @@ READ_THREADS = 4
 # Pieces of a few MiB that the disk is given at once: one alone waits for its answer.
 WRITE_THREADS = 4
 FINISHED = ""  # no file of a plan
-# Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; the
-# cores of a CPU it does. Untimed: a guess at what a GPU takes.
+# Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; a
+# core of a CPU it does. Untimed: a guess at what a GPU takes.
 BATCH_ELEMENTS = {"cpu": 0, "cuda": 16 * 2**20}
+# Layers that are computed side by side on the cores of a CPU, at most: each takes memory of its own.
+MOST_ABREAST = 8
 
 
 @dataclass(frozen=True)
@@ -222,15 +224,16 @@ def _with_scratch(footprint: Footprint, nbytes: int) -> Footprint:
     return replace(footprint, scratch=footprint.scratch + nbytes)
 
 
-def batches(steps: Sequence[Step], budget: Budget, finished: Collection[str] = ()) -> list[Batch]:
+def batches(steps: Sequence[Step], budget: Budget, finished: Collection[str] = (), threads: int = 1) -> list[Batch]:
     """The jobs of a plan (see `ordered`) in batches, each at the place of its first job.
 
-    So the pieces of one tensor stay in order, and which ones are together does not depend on other shards.
+    So the pieces of one tensor stay in order, and which ones are together does not depend on other shards. On a CPU
+    the jobs of a batch are computed side by side, by so many threads together.
     """
     found: list[list[Job]] = []
     filling: dict[Hashable, list[Job]] = {}
     for job in ordered(steps, budget.tensors, finished):
-        most = _most_layers(job, budget)
+        most = _most_layers(job, budget, threads)
         together = filling.get(_kind(job)) if most > 1 else None
         if together is not None and len(together) < most:
             together.append(job)
@@ -241,13 +244,15 @@ def batches(steps: Sequence[Step], budget: Budget, finished: Collection[str] = (
     return [Batch(tuple(together)) for together in found]
 
 
-def _most_layers(job: Job, budget: Budget) -> int:
+def _most_layers(job: Job, budget: Budget, threads: int) -> int:
     """Number of jobs like this one in a batch; less than 2 where it is computed alone. As with row ranges, the next
     two are to be read and the last two to be written meanwhile."""
-    if not isinstance(job.step.action, SolveTogether):
-        return 1
-    roles = BATCH_ELEMENTS[budget.device] // max(1, math.prod(job.piece.shape))
-    return min(roles, budget.tensors // max(1, room(job.footprint)))
+    step, layers = job.step, 1
+    if isinstance(step.action, SolveTogether):
+        layers = BATCH_ELEMENTS[budget.device] // max(1, math.prod(job.piece.shape))
+    if budget.device == "cpu" and isinstance(step.action, Solve) and not step.fills_cores(job.piece):
+        layers = max(layers, min(threads, MOST_ABREAST))
+    return min(layers, budget.tensors // max(1, room(job.footprint)))
 
 
 def _kind(job: Job) -> Hashable:

@@ -87,7 +87,9 @@ class Plan:
     @cached_property
     def forecast(self) -> Forecast:
         """Forecast of how far the executor works ahead, and of what it then holds."""
-        return forecast(batches(self.steps, self.budget), self.budget.tensors, self.target.threads)
+        return forecast(
+            batches(self.steps, self.budget, (), self.target.threads), self.budget.tensors, self.target.threads
+        )
 
     @property
     def peak_memory(self) -> int:

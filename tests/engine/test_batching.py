@@ -18,8 +18,8 @@ from pymerge import api
 from pymerge.architecture.roles import Kind, Role
 from pymerge.backends.native import task_stats
 from pymerge.backends.runner import Runner
+from pymerge.engine.matrices import solve
 from pymerge.engine.run import run
-from pymerge.engine.torch_worker import solve
 from pymerge.methods import get_method
 from pymerge.methods.actions import Action, Solve, SolveTogether
 from pymerge.methods.base import Values
@@ -28,6 +28,7 @@ from pymerge.ops._op import Op
 from pymerge.ops.wudi_adam import WudiAdam
 from pymerge.planner import jobs
 from pymerge.planner.jobs import batches
+from pymerge.planner.plan import Plan
 from pymerge.testing.cases import make_weights
 from pymerge.testing.compare import assert_same
 from tests.helpers.checkpoints import (
@@ -251,6 +252,31 @@ def test_how_many_are_together_follows_the_elements_and_the_memory(
         assert found.peak_memory <= limit
 
 
+def test_layers_are_abreast_on_a_cpu_where_one_leaves_cores_idle_and_there_is_memory(tmp_path: Path) -> None:
+    base = {f"model.layers.{number}.mlp.up_proj.weight": torch.zeros(64, 64) for number in range(5)}
+    write_models(tmp_path, base)
+    for method in ("tsv_m", "wudi", "linear"):
+        plan = api.plan(write_config(tmp_path, method), device="cpu")
+        one = plan.steps[0].footprint(plan.steps[0].pieces[0])
+
+        def sizes(threads: int, limit: int = 10**9, plan: Plan = plan) -> list[int]:
+            budget = replace(plan.budget, tensors=limit)
+            return [len(batch.jobs) for batch in batches(plan.steps, budget, threads=threads)]
+
+        assert sizes(1) == [1] * 5
+        if method == "linear":
+            assert sizes(4) == [1] * 5
+            continue
+        assert sizes(2) == [2, 2, 1]
+        assert sizes(99) == [5]
+        room = one.peak + 2 * one.inputs + 2 * one.output
+        assert sizes(4, 3 * room) == [3, 2]
+        assert sizes(4, 2 * room - 1) == [1] * 5
+    assert not action_of("wudi").fills_cores(512, 2048)
+    assert action_of("wudi").fills_cores(2048, 2048)
+    assert not action_of("tsv_m").fills_cores(2048, 2048)  # LAPACK's part is on one thread
+
+
 ROWS, COLUMNS = 2048, 256
 ELEMENTS = ROWS * COLUMNS
 BESIDE_TENSORS = 8 * MIB  # Python's objects, thread stacks, headers
@@ -284,6 +310,7 @@ def test_a_batch_keeps_to_the_limit(tmp_path: Path, precision: str) -> None:
     assert grown <= planned + BESIDE_TENSORS
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_without_memory_for_a_batch_its_layers_are_merged_alone(
     tmp_path: Path, forced: Callable[[], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +27,22 @@ class Profile(NamedTuple):
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    """A merge that computes most of the time, in three shards."""
-    folder = tmp_path_factory.mktemp("profile")
+    """A merge that computes most of the time, in three shards, layer by layer."""
+    return profiled(tmp_path_factory.mktemp("profile"), 1, "wudi", iterations=40)
+
+
+def profiled(folder: Path, threads: int, method: str, **parameters: Any) -> Profile:
     write_models(folder, {f"model.layers.{n:02d}.mlp.up_proj.weight": torch.randn(192, 192) for n in range(LAYERS)})
-    config = write_config(folder, "wudi", iterations=40)
-    report = api.merge(
-        config, folder / "out", device="cpu", progress=False, max_shard_size="1.2MB", profile=folder / "trace.json"
-    )
+    config = write_config(folder, method, **parameters)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(threads))
+        report = api.merge(
+            config, folder / "out", device="cpu", progress=False, max_shard_size="1.2MB", profile=folder / "trace.json"
+        )
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
     events: Events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     threads = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
     return Profile(report, [event for event in events if event["ph"] == "X"], threads)
@@ -78,6 +87,22 @@ def test_kinds_have_their_threads(profile: Profile) -> None:
         "pymerge-write": {"write"},
         "pymerge-hash": {"hash"},
     }
+
+
+def test_small_layers_are_solved_side_by_side_to_the_same_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    abreast = profiled(tmp_path / "two", 2, "tsv_m")
+    solving = [span for span in abreast.spans if span["cat"] == "solve"]
+    names = [span["name"] for span in solving]
+    assert len(set(names)) == len(names) >= LAYERS - len(abreast.report.files)  # the last of a shard may be alone
+    assert {abreast.threads[span["tid"]].partition("_")[0] for span in solving} == {"pymerge-solve"}
+    by_thread = Counter(span["tid"] for span in solving)
+    assert len(by_thread) == 2
+    assert min(by_thread.values()) >= LAYERS // 4
+    torch.manual_seed(3)
+    alone = profiled(tmp_path / "one", 1, "tsv_m")
+    assert not any(span["cat"] == "solve" for span in alone.spans)
+    assert tree(tmp_path / "two/out") == tree(tmp_path / "one/out")
 
 
 def test_overlap_is_what_the_spans_say(profile: Profile) -> None:

@@ -1,0 +1,137 @@
+"""Linear weights solved as they are stored: matrix by matrix, several side by side on the cores of a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from pymerge.architecture.roles import Role
+from pymerge.backends.runner import Runner
+from pymerge.common.dtypes import torch_dtype
+from pymerge.engine.trace import Tracer
+from pymerge.methods.actions import Run, Solve, SolveTogether
+from pymerge.ops._op import on_threads, one_thread
+from pymerge.ops._precision import ieee_products
+
+# A product below this takes less than a millisecond: waiting for other threads costs more than they give, and small
+# float64 products round differently for each number of them.
+_ONE_THREAD_FLOPS = 2**25
+
+
+class Abreast:
+    """Solves layers of one shape side by side, on a CPU: each on a thread of its own, by its part of PyTorch's threads.
+
+    LAPACK's routines are on one thread, so that no bit depends on how many there are; here each core has its own.
+    """
+
+    def __init__(self, run: Runner, tracer: Tracer) -> None:
+        self._run = run
+        self._tracer = tracer
+        self._pool: ThreadPoolExecutor | None = None
+
+    def solve(
+        self,
+        action: Solve,
+        role: Role,
+        bases: Sequence[Tensor],
+        experts: Sequence[list[Tensor]],
+        out_dtype: str,
+        names: Sequence[str],
+    ) -> list[Tensor]:
+        """What `solve` gives of L layers, whose names are for the trace."""
+        threads = torch.get_num_threads()
+        abreast = 1 if self._run.device.type == "cuda" else min(len(bases), threads)
+        if abreast < 2:
+            return solve(action, role, self._run, bases, experts, out_dtype)
+
+        def alone(base: Tensor, tasks: list[Tensor], name: str) -> list[Tensor]:
+            with self._tracer.span("solve", name), on_threads(threads // abreast, threads):
+                return solve(action, role, self._run, [base], [tasks], out_dtype)
+
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pymerge-solve")
+        solving = [self._pool.submit(alone, *layer) for layer in zip(bases, experts, names, strict=True)]
+        wait(solving)  # all, even where one fails: their memory is free then
+        return list(chain.from_iterable(future.result() for future in solving))
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def solve(
+    action: Solve,
+    role: Role,
+    run: Run,
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    out_dtype: str,
+) -> list[Tensor]:
+    """Merge L linear weights of one shape as they are stored; the results have the stored layout, contiguous.
+
+    `role` stands for all: of a stack each tensor is one matrix, 1 x ..., and its parts are weights of their own.
+    """
+    with ieee_products(bases[0].device.type):
+        return by_matrices(partial(_solve_matrices, action, run), role, bases, experts, out_dtype)
+
+
+# Merges L matrices, d_out x d_in, given those of the base and, for each of them, those of the experts, in a dtype.
+Compute = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]], str], list[Tensor]]
+
+
+def by_matrices(
+    compute: Compute, role: Role, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str
+) -> list[Tensor]:
+    """Have matrices computed of L linear weights of one shape as they are stored, in a fixed order; see `solve`."""
+    if role.stacked:
+        bases, experts = [base[0] for base in bases], [[expert[0] for expert in tasks] for tasks in experts]
+
+    def turned(matrix: Tensor) -> Tensor:
+        return (matrix.mT if role.in_axis == 0 else matrix).contiguous()
+
+    bases, experts = [turned(base) for base in bases], [[turned(expert) for expert in tasks] for tasks in experts]
+    merged = _by_parts(compute, role, bases, experts, out_dtype)
+    merged = [matrix.mT.contiguous() for matrix in merged] if role.in_axis == 0 else merged
+    return [matrix.unsqueeze(0) for matrix in merged] if role.stacked else merged
+
+
+def _by_parts(
+    compute: Compute, role: Role, bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], out_dtype: str
+) -> list[Tensor]:
+    """Merge matrices, d_out x d_in, each of their parts alone, as where it is stored so."""
+    if role.parts == 1:
+        return compute(bases, experts, out_dtype)
+    merged = [base.new_empty(base.shape, dtype=torch_dtype(out_dtype)) for base in bases]
+    for number in range(role.parts):
+        rows = role.part(number, bases[0].shape[0])
+        own = [base[rows].contiguous() for base in bases]
+        tasks = [[expert[rows].contiguous() for expert in each] for each in experts]
+        for whole, part in zip(merged, compute(own, tasks, out_dtype), strict=True):
+            whole[rows] = part
+    return merged
+
+
+def _solve_matrices(
+    action: Solve,
+    run: Run,
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    out_dtype: str,
+) -> list[Tensor]:
+    with threads_for(bases[0]):
+        if isinstance(action, SolveTogether):
+            return action.run_batch(run, bases, experts, out_dtype)
+        return [action.run(run, base, tasks, out_dtype) for base, tasks in zip(bases, experts, strict=True)]
+
+
+def threads_for(matrix: Tensor) -> AbstractContextManager[None]:
+    """Threads for products of a matrix of this shape: one, where they are small."""
+    rows, columns = matrix.shape
+    return one_thread() if 2 * rows * columns**2 < _ONE_THREAD_FLOPS else nullcontext()
