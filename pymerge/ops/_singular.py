@@ -5,6 +5,7 @@ On tensors of PyTorch, or on arrays of numpy, whose results are of the same kind
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pymerge.ops._op import one_thread
@@ -19,9 +20,18 @@ Triplets = tuple[Matrix, Matrix, Matrix]
 _GRAM_LIMIT = 1e-6
 # Times the larger side: singular values below this share of the largest are rounding of float32 weights, and their
 # directions arbitrary.
-_WEIGHT_EPS = 2.0**-23
+WEIGHT_EPS = 2.0**-23
 # Eigenvalues of U^T U (1 for orthonormal columns) at or below it belong to columns that depend on others.
 _DEPENDENT = 1e-10
+
+
+# M^T M of a matrix, the whole of it. Backends know how to compute half.
+Gram = Callable[[Matrix], Matrix]
+
+
+def whole_gram(M: Matrix) -> Matrix:
+    """M^T M by one product."""
+    return M.T @ M
 
 
 def functions(M: Matrix) -> Any:
@@ -63,7 +73,7 @@ def singular_vectors(M: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     return U, s, Vh
 
 
-def leading_triplets(M: Matrix, k: int) -> Triplets:
+def leading_triplets(M: Matrix, k: int, gram: Gram = whole_gram) -> Triplets:
     """Return (U d_out x k, s (k), V d_in x k), the k leading singular triplets of M in float64.
 
     They come from the eigenvectors of the smaller Gram matrix, or where that cannot resolve the k-th, from an SVD.
@@ -72,7 +82,7 @@ def leading_triplets(M: Matrix, k: int) -> Triplets:
     """
     M, xp = in_double(M), functions(M)
     tall = M.shape[0] >= M.shape[1]
-    values, vectors = eigenvectors(M.T @ M if tall else M @ M.T)
+    values, vectors = eigenvectors(gram(M if tall else M.T))
     s = xp.sqrt(xp.clip(xp.flip(values, (0,))[:k], 0.0, None))
     if float(s[-1]) <= _GRAM_LIMIT * float(s[0]):
         U, s, Vh = singular_vectors(M)
@@ -82,7 +92,9 @@ def leading_triplets(M: Matrix, k: int) -> Triplets:
     return (other, s, basis) if tall else (basis, s, other)
 
 
-def numerical_triplets(M: Matrix, k: int, scale: Matrix | None = None, larger: int | None = None) -> Triplets:
+def numerical_triplets(
+    M: Matrix, k: int, scale: Matrix | None = None, larger: int | None = None, gram: Gram = whole_gram
+) -> Triplets:
     """`leading_triplets` without those that are rounding: at most k, none for a matrix of zeros.
 
     `scale` is the size of what M was computed from, where that is larger than M's largest singular value, `larger` the
@@ -91,8 +103,8 @@ def numerical_triplets(M: Matrix, k: int, scale: Matrix | None = None, larger: i
     if k == 0 or not M.any():
         M = in_double(M)
         return M[:, :0], M[:1, :0].reshape(-1), M.T[:, :0]
-    U, s, V = leading_triplets(M, k)
-    count = int((s > (larger or max(M.shape)) * _WEIGHT_EPS * (s[0] if scale is None else scale)).sum())
+    U, s, V = leading_triplets(M, k, gram)
+    count = int((s > (larger or max(M.shape)) * WEIGHT_EPS * (s[0] if scale is None else scale)).sum())
     return U[:, :count], s[:count], V[:, :count]
 
 
@@ -102,17 +114,23 @@ def triplets_of_product(P: Matrix, K: Matrix, k: int, larger: int) -> Triplets:
 
     (left, Rp), (right, Rk) = np.linalg.qr(P), np.linalg.qr(K.T)
     u, s, vh = np.linalg.svd(Rp @ Rk.T)
-    count = min(k, int((s > larger * _WEIGHT_EPS * s[:1]).sum()))
+    count = min(k, int((s > larger * WEIGHT_EPS * s[:1]).sum()))
     return left @ u[:, :count], s[:count], right @ vh[:count].T
 
 
-def orthogonalised(U: Matrix) -> Matrix:
+def orthogonalised(U: Matrix, gram: Gram = whole_gram) -> Matrix:
     """Return U (U^T U)^(-1/2), the orthogonal polar factor of U (n x m, m <= n): the nearest orthonormal columns.
 
     Where columns depend on each other it is the partial isometry on the space that they span, so that equal columns
     share one direction instead of being sent to arbitrary ones.
     """
-    values, vectors = eigenvectors(U.T @ U)
+    turned, basis = turned_orthogonal(U, gram)
+    return turned @ basis.T
+
+
+def turned_orthogonal(U: Matrix, gram: Gram = whole_gram) -> tuple[Matrix, Matrix]:
+    """Two factors with orthonormal columns, P (n x r) and Q (m x r), of `orthogonalised`: P Q^T."""
+    values, vectors = eigenvectors(gram(U))
     kept = values > _DEPENDENT
     basis = vectors[:, kept]
-    return U @ (basis / functions(U).sqrt(values[kept])) @ basis.T
+    return U @ (basis / functions(U).sqrt(values[kept])), basis

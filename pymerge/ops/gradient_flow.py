@@ -167,7 +167,8 @@ def follow(
     """B Phi by a schedule, its factors multiplied to B (`on_B`) or to each other; `scale` is at least ||A|| t."""
     import torch
 
-    phi = _series(A, time / 2**doublings, scale / 2**doublings, symmetric)
+    h, x0 = time / 2**doublings, scale / 2**doublings
+    phi = chebyshev_sum(A, 2.0 * h / x0, chebyshev(x0, _TOLERANCE[dtype_of(A)]), symmetric).mul_(h)
     if doublings:
         E = symmetric(A, phi)
     if on_B:
@@ -181,15 +182,14 @@ def follow(
     return phi if on_B else B @ phi
 
 
-def _series(A: Tensor, h: float, x0: float, symmetric: SymmetricProduct) -> Tensor:
-    """Phi(h) for ||A|| h <= x0 as sum_k c_k T_k(Y), Y = a A - I, a = 2 h / x0.
+def chebyshev_sum(A: Tensor, a: float, coefficients: tuple[float, ...], symmetric: SymmetricProduct) -> Tensor:
+    """sum_k c_k T_k(Y) of at least four terms, for Y = a A - I with eigenvalues from -1 to 1.
 
     In blocks, as Paterson and Stockmeyer evaluate powers: with Z = T_4(Y), sum_j T_j(Z) Q_j(Y), Q_j of degree 3, by
     Clenshaw's recurrence over j. Y is never stored: sums with it are sums with A.
     """
     import torch
 
-    a = 2.0 * h / x0
     T2 = _add(symmetric(A, A, alpha=2.0 * a * a), A, -4.0 * a, 1.0)  # 2 Y^2 - I
     T3 = _add(symmetric(A, T2, alpha=2.0 * a).sub_(T2, alpha=2.0), A, -a, 1.0)  # 2 Y T2 - Y
     Z = symmetric(T2, T2, alpha=2.0)  # 2 T2^2 - I
@@ -199,12 +199,12 @@ def _series(A: Tensor, h: float, x0: float, symmetric: SymmetricProduct) -> Tens
         c0, c1, c2, c3 = block
         return _add(total.add_(T2, alpha=c2).add_(T3, alpha=c3), A, a * c1, c0 - c1)
 
-    *blocks, highest = _in_blocks(chebyshev(x0, _TOLERANCE[dtype_of(A)]))
+    *blocks, highest = _in_blocks(coefficients)
     last, current = None, add_block(torch.zeros_like(A), highest)
     for index in reversed(range(len(blocks))):
         following = symmetric(Z, current, alpha=2.0 if index else 1.0, less=last)
         last, current = current, add_block(following, blocks[index])
-    return current.mul_(h)
+    return current
 
 
 def _add(total: Tensor, A: Tensor, factor: float, diagonal: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops._singular import Matrix, functions, numerical_triplets, orthogonalised
+from pymerge.ops._singular import Gram, Matrix, functions, numerical_triplets, orthogonalised, whole_gram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,13 @@ class Isotropic(Op["Tensor"]):
         return X.to(compute_dtype(base, *experts))
 
 
-def equalised(taus: Sequence[Matrix], common: float, shape: tuple[int, int], over_rank: bool = False) -> Matrix:
+def equalised(
+    taus: Sequence[Matrix],
+    common: float,
+    shape: tuple[int, int],
+    over_rank: bool = False,
+    gram: Gram = whole_gram,
+) -> Matrix:
     """X of task vectors, or of their cores between orthonormal bases, in float64; `shape` is that of the weight."""
     xp = functions(taus[0])
     size, larger, tasks = min(shape), max(shape), len(taus)
@@ -59,9 +65,9 @@ def equalised(taus: Sequence[Matrix], common: float, shape: tuple[int, int], ove
     total = taus[0]
     for tau in taus[1:]:
         total = total + tau
-    U, s, V = numerical_triplets(total, size - specific * tasks, larger=larger)
+    U, s, V = numerical_triplets(total, size - specific * tasks, larger=larger, gram=gram)
     if specific > 0:
-        parts = [numerical_triplets(tau - U @ (U.T @ tau), specific, xp.linalg.norm(tau), larger) for tau in taus]
+        parts = [numerical_triplets(tau - U @ (U.T @ tau), specific, xp.linalg.norm(tau), larger, gram) for tau in taus]
         U, s, V = (xp.concatenate(part, axis=-1) for part in zip(*parts, (U, s, V), strict=True))
-        U, V = orthogonalised(U), orthogonalised(V)
+        U, V = orthogonalised(U, gram), orthogonalised(V, gram)
     return s.sum() / max(1, len(s) if over_rank else size) * U @ V.T

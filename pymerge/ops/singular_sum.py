@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.ops._op import Op, check_task_tensors, compute_dtype, task_vector
-from pymerge.ops._singular import Matrix, Triplets, functions, numerical_triplets, orthogonalised
+from pymerge.ops._singular import (
+    Gram,
+    Matrix,
+    Triplets,
+    functions,
+    numerical_triplets,
+    orthogonalised,
+    whole_gram,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +64,8 @@ def leading_of_each(taus: Sequence[Matrix]) -> list[Triplets]:
     return [numerical_triplets(tau, count, larger=max(shape)) for tau in taus]
 
 
-def orthogonal_sum(triplets: Sequence[Triplets]) -> Matrix:
+def orthogonal_sum(triplets: Sequence[Triplets], gram: Gram = whole_gram) -> Matrix:
     """X from the leading triplets of all task vectors, or of their cores between orthonormal bases; in float64."""
     xp = functions(triplets[0][0])
     U, s, V = (xp.concatenate(part, axis=-1) for part in zip(*triplets, strict=True))
-    return (orthogonalised(U) * s) @ orthogonalised(V).T
+    return (orthogonalised(U, gram) * s) @ orthogonalised(V, gram).T

@@ -159,6 +159,20 @@ def test_the_thread_count_changes_no_bit_of_larger_solutions(
     threads: Callable[[int], None], method: str, parameters: dict[str, Any], shape: tuple[int, int]
 ) -> None:
     # Shapes on which BLAS and LAPACK divide sums among their threads if they are left to themselves.
+    assert_same_on_threads(threads, method, parameters, shape)
+
+
+@pytest.mark.parametrize("shape", [(1600, 800), (800, 1600), (800, 800)])
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+def test_the_thread_count_changes_no_bit_of_polar_factors_by_products(
+    threads: Callable[[int], None], method: str, shape: tuple[int, int]
+) -> None:
+    assert_same_on_threads(threads, method, {}, shape)
+
+
+def assert_same_on_threads(
+    threads: Callable[[int], None], method: str, parameters: dict[str, Any], shape: tuple[int, int]
+) -> None:
     generator = torch.Generator().manual_seed(5)
     base = 0.05 * torch.randn(shape, generator=generator)
     experts = [base + 1e-3 * torch.randn(shape, generator=generator) for _ in range(2)]

@@ -9,9 +9,10 @@ from pymerge.backends.runner import Runner
 from pymerge.common.arrays import Array
 from pymerge.errors import ArgumentError
 from pymerge.ops.isotropic import Isotropic
-from pymerge.testing.cases import LAYOUTS, lay_out, make_weights
+from pymerge.testing.cases import LAYOUTS, lay_out, make_weights, task_case
 from pymerge.testing.compare import as_float64, assert_same, relative_error
 from tests.helpers.oracles import iso_delta
+from tests.helpers.rounding import assert_as_good_as_double
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,12 +47,31 @@ def test_nothing_is_left_of_deltas_of_zero_and_of_no_elements() -> None:
         assert_same("X", Isotropic(empty, [empty + 1, empty]).reference(), torch.zeros(shape))
 
 
-def test_arrays_and_a_backend_without_it() -> None:
+@pytest.mark.parametrize("common", [1.0, 0.5])
+def test_arrays_and_the_native_backend(common: float) -> None:
     base, experts = make_weights(12, 10, 3, dtype=torch.bfloat16)
-    run, op = Runner("native"), Isotropic(base, experts)
-    assert_same("X", run(op), op.reference())
-    assert run.choices["isotropic"].backend == "reference"
-    assert_same("arrays", run(Isotropic(Array.of(base), [Array.of(e) for e in experts])), op.reference())
+    run, op = Runner("native"), Isotropic(base, experts, common)
+    X = run(op)
+    assert run.choices["isotropic"].backend == "native"
+    assert relative_error(as_float64(X), as_float64(op.reference())) < 1e-6
+    assert_same("arrays", run(Isotropic(Array.of(base), [Array.of(e) for e in experts], common)), X)
+
+
+@pytest.mark.parametrize("over_rank", [False, True])
+@pytest.mark.parametrize("shape", [(1600, 800), (800, 1600), (800, 800)])
+def test_large_layers_keep_the_digits_of_16_bits(shape: tuple[int, int], over_rank: bool) -> None:
+    case = task_case(shape, [torch.bfloat16] * 4)
+    found = Runner("native")(Isotropic(case.base, case.experts, 1.0, over_rank))
+    exact = Isotropic(case.base.double(), case.experts, 1.0, over_rank).reference()
+    assert_as_good_as_double(case.base, found, exact)
+
+
+def test_large_layers_of_low_rank_are_as_the_reference_has_them() -> None:
+    base, experts = make_weights(1600, 800, 2, rank=3, dtype=torch.float64)
+    base, experts = base.float(), [expert.float() for expert in experts]
+    for over_rank in (False, True):
+        op = Isotropic(base, experts, 1.0, over_rank)
+        assert relative_error(as_float64(Runner("native")(op)), as_float64(op.reference())) < 1e-6
 
 
 def test_bad_arguments_are_named() -> None:

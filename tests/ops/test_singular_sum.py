@@ -12,9 +12,10 @@ from pymerge.common.arrays import Array
 from pymerge.errors import ArgumentError
 from pymerge.ops._singular import leading_triplets, numerical_triplets, orthogonalised
 from pymerge.ops.singular_sum import SingularSum
-from pymerge.testing.cases import LAYOUTS, lay_out, make_weights
+from pymerge.testing.cases import LAYOUTS, lay_out, make_weights, task_case
 from pymerge.testing.compare import as_float64, assert_same, relative_error
 from tests.helpers.oracles import tsv_delta
+from tests.helpers.rounding import assert_as_good_as_double
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,12 +49,20 @@ def test_nothing_is_left_of_deltas_of_zero_and_of_no_elements() -> None:
         assert_same("X", SingularSum(empty, [empty + 1, empty]).reference(), torch.zeros(shape))
 
 
-def test_arrays_and_a_backend_without_it() -> None:
+def test_arrays_and_the_native_backend() -> None:
     base, experts = make_weights(12, 10, 3, dtype=torch.bfloat16)
     run, op = Runner("native"), SingularSum(base, experts)
-    assert_same("X", run(op), op.reference())
-    assert run.choices["singular_sum"].backend == "reference"
-    assert_same("arrays", run(SingularSum(Array.of(base), [Array.of(e) for e in experts])), op.reference())
+    X = run(op)
+    assert run.choices["singular_sum"].backend == "native"
+    assert relative_error(as_float64(X), as_float64(op.reference())) < 1e-6
+    assert_same("arrays", run(SingularSum(Array.of(base), [Array.of(e) for e in experts])), X)
+
+
+@pytest.mark.parametrize("shape", [(1600, 800), (800, 1600), (800, 800)])
+def test_large_layers_keep_the_digits_of_16_bits(shape: tuple[int, int]) -> None:
+    case = task_case(shape, [torch.bfloat16] * 4)
+    found = Runner("native")(SingularSum(case.base, case.experts))
+    assert_as_good_as_double(case.base, found, SingularSum(case.base.double(), case.experts).reference())
 
 
 def test_bad_arguments_are_named() -> None:

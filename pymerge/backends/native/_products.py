@@ -44,6 +44,15 @@ def add_gram(gram: Tensor, tau: Tensor, weight: float) -> None:
         gram[start:, start:stop].addmm_(tau[:, start:].mT, tau[:, start:stop], alpha=weight)
 
 
+def half_gram(M: Tensor) -> Tensor:
+    """M^T M, of which half is computed where that is faster."""
+    import torch
+
+    gram = torch.zeros(M.shape[1], M.shape[1], dtype=M.dtype)
+    add_gram(gram, M, 1.0)
+    return mirror(gram)
+
+
 def mirror(gram: Tensor) -> Tensor:
     """Copy the lower triangle's panels above the diagonal, in place."""
     for start, stop in _panels(gram.shape[0]):
