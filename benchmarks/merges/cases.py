@@ -19,6 +19,9 @@ CONFIGS: dict[str, tuple[str, bool]] = {
     "arcee_fusion": ("", True),
     "ace": ("", False),
     "wudi_flow": ("", False),
+    "wudi": ("", False),
+    "tsv_m": ("", False),
+    "iso_c": ("", False),
 }
 
 

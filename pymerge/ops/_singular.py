@@ -6,6 +6,7 @@ On tensors of PyTorch, or on arrays of numpy, whose results are of the same kind
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import matmul
 from typing import Any
 
 from pymerge.ops._op import one_thread
@@ -27,6 +28,8 @@ _DEPENDENT = 1e-10
 
 # M^T M of a matrix, the whole of it. Backends know how to compute half.
 Gram = Callable[[Matrix], Matrix]
+# M N of two matrices. Backends may compute it in another dtype.
+Times = Callable[[Matrix, Matrix], Matrix]
 
 
 def whole_gram(M: Matrix) -> Matrix:
@@ -73,7 +76,7 @@ def singular_vectors(M: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     return U, s, Vh
 
 
-def leading_triplets(M: Matrix, k: int, gram: Gram = whole_gram) -> Triplets:
+def leading_triplets(M: Matrix, k: int, gram: Gram = whole_gram, times: Times = matmul) -> Triplets:
     """Return (U d_out x k, s (k), V d_in x k), the k leading singular triplets of M in float64.
 
     They come from the eigenvectors of the smaller Gram matrix, or where that cannot resolve the k-th, from an SVD.
@@ -88,12 +91,17 @@ def leading_triplets(M: Matrix, k: int, gram: Gram = whole_gram) -> Triplets:
         U, s, Vh = singular_vectors(M)
         return U[:, :k], s[:k], Vh[:k].T
     basis = xp.flip(vectors, (1,))[:, :k]
-    other = (M if tall else M.T) @ (basis / s)
+    other = times(M if tall else M.T, basis / s)
     return (other, s, basis) if tall else (basis, s, other)
 
 
 def numerical_triplets(
-    M: Matrix, k: int, scale: Matrix | None = None, larger: int | None = None, gram: Gram = whole_gram
+    M: Matrix,
+    k: int,
+    scale: Matrix | None = None,
+    larger: int | None = None,
+    gram: Gram = whole_gram,
+    times: Times = matmul,
 ) -> Triplets:
     """`leading_triplets` without those that are rounding: at most k, none for a matrix of zeros.
 
@@ -103,7 +111,7 @@ def numerical_triplets(
     if k == 0 or not M.any():
         M = in_double(M)
         return M[:, :0], M[:1, :0].reshape(-1), M.T[:, :0]
-    U, s, V = leading_triplets(M, k, gram)
+    U, s, V = leading_triplets(M, k, gram, times)
     count = int((s > (larger or max(M.shape)) * WEIGHT_EPS * (s[0] if scale is None else scale)).sum())
     return U[:, :count], s[:count], V[:, :count]
 

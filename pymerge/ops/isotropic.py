@@ -51,14 +51,16 @@ class Isotropic(Op["Tensor"]):
         return X.to(compute_dtype(base, *experts))
 
 
-def equalised(
-    taus: Sequence[Matrix],
-    common: float,
-    shape: tuple[int, int],
-    over_rank: bool = False,
-    gram: Gram = whole_gram,
-) -> Matrix:
+def equalised(taus: Sequence[Matrix], common: float, shape: tuple[int, int], over_rank: bool = False) -> Matrix:
     """X of task vectors, or of their cores between orthonormal bases, in float64; `shape` is that of the weight."""
+    left, right = equal_factors(taus, common, shape, over_rank)
+    return left @ right.T
+
+
+def equal_factors(
+    taus: Sequence[Matrix], common: float, shape: tuple[int, int], over_rank: bool, gram: Gram = whole_gram
+) -> tuple[Matrix, Matrix]:
+    """Factors of `equalised`: mean(s) U and V."""
     xp = functions(taus[0])
     size, larger, tasks = min(shape), max(shape), len(taus)
     specific = min(round((size - int(size * common)) / tasks), size // tasks)  # triplets of each task
@@ -70,4 +72,4 @@ def equalised(
         parts = [numerical_triplets(tau - U @ (U.T @ tau), specific, xp.linalg.norm(tau), larger, gram) for tau in taus]
         U, s, V = (xp.concatenate(part, axis=-1) for part in zip(*parts, (U, s, V), strict=True))
         U, V = orthogonalised(U, gram), orthogonalised(V, gram)
-    return s.sum() / max(1, len(s) if over_rank else size) * U @ V.T
+    return s.sum() / max(1, len(s) if over_rank else size) * U, V

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pymerge.backends.native._inverse_root import inverse_root, is_long
+from pymerge.backends.native._inverse_root import SMALLEST, inverse_root, is_long
 from pymerge.backends.native._products import half_gram, write_task_sum
 from pymerge.common.arrays import as_tensor
 from pymerge.ops._op import compute_dtype, task_vector
 from pymerge.ops._singular import WEIGHT_EPS
-from pymerge.ops.isotropic import Isotropic, equalised
+from pymerge.ops.isotropic import Isotropic, equal_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,8 @@ def compute(op: Isotropic, threads: int) -> Tensor:
         quick = _by_products(taus[0]) if dtype == torch.float32 and is_long(*shape) else None
         if quick is not None:
             return quick
-    X: Tensor = equalised(taus, op.common, shape, op.over_rank, half_gram).to(dtype)
+    left, right = equal_factors(taus, op.common, shape, op.over_rank, half_gram)
+    X: Tensor = (left.to(dtype) @ right.to(dtype).mT) if min(shape) >= SMALLEST else (left @ right.mT).to(dtype)
     return X
 
 

@@ -3,6 +3,7 @@ orthogonal by products alone where that is exact enough."""
 
 from __future__ import annotations
 
+from operator import matmul
 from typing import TYPE_CHECKING
 
 from pymerge.backends.native._inverse_root import SMALLEST, inverse_root, is_long
@@ -23,13 +24,15 @@ def compute(op: SingularSum, threads: int) -> Tensor:
     base, experts = as_tensor(op.base), [as_tensor(expert) for expert in op.experts]
     dtype, shape = compute_dtype(base, *experts), (base.shape[0], base.shape[1])
     count, triplets = kept_of_each(shape, len(experts)), []
+    large = dtype == torch.float32 and min(shape) >= SMALLEST
+    times = _single_times if large and is_long(*shape) else matmul
     tau = torch.empty(shape, dtype=torch.float64)
     for expert in experts:
         write_task_sum(tau, base, [expert], [1.0], None, threads)
-        triplets.append(numerical_triplets(tau, count, larger=max(shape), gram=half_gram))
+        triplets.append(numerical_triplets(tau, count, larger=max(shape), gram=half_gram, times=times))
     del tau
     X: Tensor
-    if dtype == torch.float64 or min(shape) < SMALLEST:
+    if not large:
         X = orthogonal_sum(triplets, half_gram).to(dtype)
     else:
         U, s, V = (torch.cat(part, dim=-1) for part in zip(*triplets, strict=True))
@@ -37,11 +40,20 @@ def compute(op: SingularSum, threads: int) -> Tensor:
     return X
 
 
+def _single_times(M: Tensor, N: Tensor) -> Tensor:
+    """M N by float32: the longer side's vectors, which are far from depending on each other."""
+    import torch
+
+    product: Tensor = M.to(torch.float32) @ N.to(torch.float32)
+    return product.double()
+
+
 def _orthogonal(U: Tensor) -> Tensor:
     """O(U) in float32, by products alone for columns that are much longer than they are many."""
     import torch
 
-    root = inverse_root(half_gram(U)) if is_long(*U.shape) else None
+    # Of so many columns of length 1 float32 has the digits that a root within the limit needs.
+    root = inverse_root(half_gram(U.to(torch.float32)).double()) if is_long(*U.shape) else None
     if root is not None:
         return root.after(U)
     P, Q = turned_orthogonal(U, half_gram)
