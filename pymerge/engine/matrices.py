@@ -44,7 +44,7 @@ class Abreast:
         out_dtype: str,
         names: Sequence[str],
     ) -> list[Tensor]:
-        """What `solve` gives of L layers, whose names are for the trace."""
+        """Merge L layers as `solve` does; their names are for the trace."""
         threads = torch.get_num_threads()
         abreast = 1 if self._run.device.type == "cuda" else min(len(bases), threads)
         if abreast < 2:

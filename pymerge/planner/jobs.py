@@ -10,7 +10,7 @@ from itertools import groupby
 
 from pymerge.methods.actions import Solve, SolveTogether
 from pymerge.planner.budget import Budget
-from pymerge.planner.pieces import Piece
+from pymerge.planner.pieces import Piece, worked_shape
 from pymerge.planner.steps import Footprint, Step
 
 # Pieces that may be in memory before (read ahead) and after (to be written) the one that is computed.
@@ -250,8 +250,10 @@ def _most_layers(job: Job, budget: Budget, threads: int) -> int:
     step, layers = job.step, 1
     if isinstance(step.action, SolveTogether):
         layers = BATCH_ELEMENTS[budget.device] // max(1, math.prod(job.piece.shape))
-    if budget.device == "cpu" and isinstance(step.action, Solve) and not step.fills_cores(job.piece):
-        layers = max(layers, min(threads, MOST_ABREAST))
+    if budget.device == "cpu" and isinstance(step.action, Solve):
+        rows, columns = worked_shape(step.role, step.action, job.piece.shape)
+        if not step.action.fills_cores(rows, columns):
+            layers = max(layers, min(threads, MOST_ABREAST))
     return min(layers, budget.tensors // max(1, room(job.footprint)))
 
 

@@ -232,13 +232,6 @@ class Step:
         """Bytes that reading takes beside the inputs, whatever the piece: a thread reads them one after the other."""
         return max((entry.decoding_bytes for entry in self.inputs), default=0)
 
-    def fills_cores(self, piece: Piece) -> bool:
-        """Whether a solver keeps all cores of a CPU busy with one piece."""
-        if not isinstance(self.action, Solve):
-            return False
-        rows, columns = self._worked(piece)
-        return self.action.fills_cores(rows, columns)
-
     def _worked(self, piece: Piece) -> tuple[int, ...]:
         return pieces.worked_shape(self.role, self.action, piece.shape)
 
