@@ -21,7 +21,7 @@ MIB = 2**20
 # 4 MiB in float32: base, two experts and the output of a layer are 16 MiB together.
 ROWS, COLUMNS = 4096, 256
 LAYER_BYTES = 4 * 4 * ROWS * COLUMNS
-FEW, MANY = 8, 20
+FEW, MANY = 12, 24
 # Python's objects, thread stacks, headers: what a merge holds beside tensors.
 BESIDE_TENSORS = 8 * MIB
 
