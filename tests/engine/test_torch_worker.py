@@ -74,6 +74,7 @@ def test_a_step_without_memory_is_done_in_halves(
 def test_a_whole_matrix_is_tried_once_more_with_nothing_else_in_memory(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # layer by layer
     plan = api.plan(write_config(models, "wudi_flow"), device="cpu")
     run(plan, models / "whole")
     calls: list[int] = []
@@ -92,6 +93,7 @@ def test_a_whole_matrix_is_tried_once_more_with_nothing_else_in_memory(
 def test_a_second_failure_names_the_tensor_and_the_run_can_go_on(
     models: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # layer by layer
     backend = "reference" if method == "ram" else "auto"
     plan = api.plan(write_config(models, method), device="cpu", backend=backend, max_shard_size=640 * 512 * 4)
     op = (Ram, "reference") if method == "ram" else (task_stats, "compute")
