@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
@@ -54,6 +54,10 @@ class Action(ABC):
     @abstractmethod
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         """Floating-point operations on a tensor of this shape, a multiply-add counted as two."""
+
+    def of_inputs(self, dtypes: Collection[str]) -> Action:
+        """The action as it computes with inputs of these dtypes, for its `scratch`."""
+        return self
 
     @abstractmethod
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:

@@ -6,8 +6,8 @@ import math
 import re
 import statistics
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pymerge.common.arrays import compute_code
@@ -84,6 +84,9 @@ class SolveInterference(Solve):
 
     scale: float
     precision: Precision
+
+    def of_inputs(self, dtypes: Collection[str]) -> SolveInterference:
+        return replace(self, precision="float64") if "F64" in dtypes else self
 
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
         return self.merge_layers(run, [base], [experts], out_dtype)[0]

@@ -44,7 +44,8 @@ class ClosedForm(SolveInterference, Filtered):
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
         # A, three polynomials of it and two sums, or eigenvectors; X, B, D, a delta and its difference.
-        return (8 if self.forms_in_double() else 4) * (6 * columns**2 + 6 * rows * columns)
+        double = self.precision == "float64" or self.forms_in_double()
+        return (8 if double else 4) * (6 * columns**2 + 6 * rows * columns)
 
 
 @dataclass(frozen=True)

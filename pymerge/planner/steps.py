@@ -258,7 +258,8 @@ class Step:
 
     def scratch(self, piece: Piece) -> int:
         """Bytes that the ops on a piece need beside its inputs and output."""
-        return self.action.scratch(self._worked(piece), len(self.experts), self.worker == "native")
+        action = self.action.of_inputs({entry.dtype for entry in self.inputs})
+        return action.scratch(self._worked(piece), len(self.experts), self.worker == "native")
 
     def _native_inputs(self, elements: int) -> int:
         if self.product is not None:

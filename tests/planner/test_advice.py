@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 
 import pymerge
 from pymerge.checkpoint.reader import Reader
 from pymerge.planner.advice import delta_rms
-from tests.helpers.checkpoints import fine_tuned, llama, write_config, write_model
+from tests.helpers.checkpoints import fine_tuned, llama, load_output, write_config, write_model, write_models
 
 SOLVED = 2 * 7  # q, k, v, o, gate, up, down of two blocks
 
@@ -71,3 +74,21 @@ def test_experts_that_did_not_touch_a_tensor_do_not_count(tmp_path: Path) -> Non
     with Reader(plan.inputs.stamps) as reader:
         step = next(step for step in plan.steps if step.action.minds_delta_size)
         assert delta_rms(step, reader) == pytest.approx(3e-3, rel=0.5)
+
+
+def test_matrices_of_a_stack_are_compared_in_blocks(tmp_path: Path) -> None:
+    """Each is one row of it: in float64 those of all models would be many times what the merge itself may hold."""
+    stack = {"model.layers.0.mlp.experts.down_proj": torch.randn(5, 600, 500).bfloat16()}
+    write_models(tmp_path, stack)
+    plan = pymerge.plan(write_config(tmp_path, "wudi"))
+    (step,) = plan.steps
+    with Reader(plan.inputs.stamps) as reader:
+        tracemalloc.start()
+        found = delta_rms(step, reader)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    deltas = [load_output(tmp_path / f"e{number}")[step.name][:4].double() for number in range(2)]
+    base = load_output(tmp_path / "base")[step.name][:4].double()
+    assert found == pytest.approx(math.sqrt(sum(float((each - base).square().mean()) for each in deltas) / 2))
+    matrix = 2 * 600 * 500
+    assert peak < 2 * matrix + 5 * 8 * 2**18
