@@ -31,8 +31,9 @@ from tests.helpers.checkpoints import (
 
 OPTIONS = {
     "merge": (
-        "--device --backend --memory --max-shard-size --dtype --dry-run --overwrite --profile --quiet --verbose "
-        "--adapter --rank --full-tensors --devices --ray --ray-cpus --ray-gpus --part --finalize --log-json --help"
+        "--device --backend --memory --device-memory --max-shard-size --dtype --dry-run --overwrite --profile --quiet "
+        "--verbose --adapter --rank --full-tensors --devices --ray --ray-cpus --ray-gpus --part --finalize --log-json "
+        "--help"
     ),
     "finalize": ("--device --backend --memory --max-shard-size --dtype --verify --no-verify --quiet --log-json --help"),
     "extract": (
@@ -40,7 +41,7 @@ OPTIONS = {
         "--algorithm --split --seed --memory --missing-tensors --dry-run --json --overwrite --quiet --log-json "
         "--help"
     ),
-    "plan": "--tensors --json --memory --max-shard-size --dtype --log-json --help",
+    "plan": "--tensors --json --memory --device-memory --max-shard-size --dtype --log-json --help",
     "multi": (
         "--intermediate-dir --device --backend --memory --max-shard-size --dry-run --overwrite --quiet --log-json "
         "--help"
