@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,12 +49,27 @@ def main() -> None:
 
 
 def pythons() -> list[str]:
-    """Interpreters on PATH that have their headers, one of each version."""
-    found = [path for name in PYTHONS if (path := shutil.which(name))]
-    with_headers = [path for path in found if Path(_says(path, "sysconfig.get_path('include')"), "Python.h").exists()]
-    if not with_headers:
+    """Interpreters on PATH, or of pyenv, that run and have their headers, one of each version."""
+    found = [path for name in PYTHONS if (path := next(filter(_has_headers, _named(name)), None))]
+    if not found:
         sys.exit(f"none of {', '.join(PYTHONS)} is on PATH with its headers; install one, as in python3-dev")
-    return with_headers
+    return found
+
+
+def _named(name: str) -> Iterator[str]:
+    """Interpreters of this name. What pyenv has on PATH runs only where its version is chosen: so its own, too."""
+    if on_path := shutil.which(name):
+        yield on_path
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    yield from map(str, sorted(pyenv.glob(f"versions/{name.removeprefix('python')}.*/bin/{name}"), reverse=True))
+
+
+def _has_headers(python: str) -> bool:
+    """Whether an interpreter runs, and has what extensions are compiled with."""
+    try:
+        return Path(_says(python, "sysconfig.get_path('include')"), "Python.h").exists()
+    except subprocess.CalledProcessError:
+        return False
 
 
 def _says(python: str, expression: str) -> str:
