@@ -1,4 +1,4 @@
-"""Consoles, errors as one line and an exit code, and options that several commands have."""
+"""Consoles, errors as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from enum import Enum
-from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Any, NoReturn
 
-import typer
 from rich.console import Console
 
 from pymerge.errors import ArgumentError, PymergeError
@@ -26,45 +23,6 @@ _TERMINATED = 143
 
 class _TerminatedError(BaseException):
     """SIGTERM has come. Like KeyboardInterrupt no Exception, so that nothing on its way up holds it."""
-
-
-class Backend(str, Enum):
-    auto = "auto"
-    reference = "reference"
-    native = "native"
-    triton = "triton"
-    cuda = "cuda"
-
-
-class OutputDtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-
-Config = Annotated[Path, typer.Argument(help="YAML file; mergekit's format is understood.", show_default=False)]
-Memory = Annotated[
-    str | None,
-    typer.Option(help="Hold at most this much of tensors at once, such as 8GiB.", show_default="75% of what is free"),
-]
-DeviceMemory = Annotated[
-    str | None,
-    typer.Option(help="Take at most this much of a GPU's memory, such as 16GiB.", show_default="80% of what is free"),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-ShardSize = Annotated[str, typer.Option(help="Start a new file above this size.")]
-Dtype = Annotated[
-    OutputDtype | None, typer.Option(help="Output dtype, instead of the config's or the base's.", show_default=False)
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Say which backend computes what, and which tensors are slow.")
-]
-LogJson = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Append events as lines of JSON; - for standard error.", show_default=False),
-]
 
 
 @contextmanager
@@ -100,6 +58,13 @@ def print_lines(lines: Iterable[str]) -> None:
     """Lines for people, as they are."""
     for line in lines:
         OUT.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_report(report: Any, *, quiet: bool, verbose: bool = False) -> None:
+    """What a report warns of and says, and which tensors were slow; nothing if the user wants quiet."""
+    if not quiet:
+        print_warnings(report.warnings)
+        print_lines([*report.lines(), *(report.slowest_lines() if verbose else ())])
 
 
 def tensor_count(option: str, text: str, least: int) -> int | None:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pymerge.cli.console import LogJson, Memory, Quiet, print_lines, print_warnings, reported
+from pymerge.cli import options
+from pymerge.cli.console import print_lines, print_report, reported
 from pymerge.common.events import recording
 
 
@@ -84,12 +85,12 @@ def extract(
     missing_tensors: Annotated[
         Missing, typer.Option("--missing-tensors", help="Tensors that the model has not; base: as in the base.")
     ] = Missing.error,
-    memory: Memory = None,
+    memory: options.Memory = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report, or what would be done, as JSON.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another output in OUT.")] = False,
-    quiet: Quiet = False,
-    log_json: LogJson = None,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
 ) -> None:
     """Write what a fine-tuned model has learnt as a LoRA adapter in PEFT's form, and say what it loses.
 
@@ -135,6 +136,5 @@ def extract(
         )
         if as_json:
             sys.stdout.write(report.whole_json() + "\n")
-        elif not quiet:
-            print_warnings(report.warnings)
-            print_lines(report.lines())
+        else:
+            print_report(report, quiet=quiet)

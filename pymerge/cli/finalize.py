@@ -7,19 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pymerge.cli.console import (
-    Backend,
-    Config,
-    Device,
-    Dtype,
-    LogJson,
-    Memory,
-    Quiet,
-    ShardSize,
-    print_lines,
-    print_warnings,
-    reported,
-)
+from pymerge.cli import options
+from pymerge.cli.console import print_lines, print_report, reported
 from pymerge.common.events import recording
 
 if TYPE_CHECKING:
@@ -30,21 +19,21 @@ OTHERS_ARE_MISSING = 3  # exit code of a part that is done where others are not
 
 
 def finalize(
-    config: Config,
+    config: options.Config,
     out: Annotated[Path, typer.Argument(help="Directory that the parts have written.", show_default=False)],
-    device: Device = "auto",
-    backend: Annotated[Backend | None, typer.Option(help="Which kernels compute.", show_default="auto")] = None,
-    memory: Memory = None,
-    max_shard_size: ShardSize = "5GB",
-    dtype: Dtype = None,
+    device: options.Device = "auto",
+    backend: options.Backend = None,
+    memory: options.Memory = None,
+    max_shard_size: options.ShardSize = "5GB",
+    dtype: options.Dtype = None,
     verify: Annotated[
         bool | None,
         typer.Option(
             help="Read all files again, compare checksums.", show_default="if several machines have written them"
         ),
     ] = None,
-    quiet: Quiet = False,
-    log_json: LogJson = None,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
 ) -> None:
     """Make a model of what the parts of a merge have left in OUT.
 
@@ -57,16 +46,11 @@ def finalize(
             config,
             out,
             device=device,
-            backend=backend.value if backend else None,
-            memory=memory,
-            max_shard_size=max_shard_size,
-            dtype=dtype.value if dtype else None,
+            **options.for_plan(backend, memory, max_shard_size, dtype),
             verify=verify,
             progress=not quiet,
         )
-        if not quiet:
-            print_warnings(report.warnings)
-            print_lines(report.lines())
+        print_report(report, quiet=quiet)
 
 
 def finalized(planned: Plan, out: Path, report: MergeReport, quiet: bool) -> bool:

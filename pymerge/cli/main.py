@@ -9,22 +9,8 @@ from typing import Annotated
 
 import typer
 
-from pymerge.cli.console import (
-    OUT,
-    Backend,
-    Config,
-    Device,
-    DeviceMemory,
-    Dtype,
-    LogJson,
-    Memory,
-    Quiet,
-    ShardSize,
-    print_lines,
-    print_warnings,
-    reported,
-    tensor_count,
-)
+from pymerge.cli import options
+from pymerge.cli.console import OUT, print_lines, print_report, reported, tensor_count
 from pymerge.cli.extract import extract
 from pymerge.cli.finalize import finalize
 from pymerge.cli.merge import merge
@@ -58,14 +44,14 @@ def multi(
             "--intermediate-dir", "-I", help="Directory of the outputs with a name.", show_default="OUT.stages"
         ),
     ] = None,
-    device: Device = "auto",
-    backend: Annotated[Backend | None, typer.Option(help="Which kernels compute.", show_default="auto")] = None,
-    memory: Memory = None,
-    max_shard_size: ShardSize = "5GB",
+    device: options.Device = "auto",
+    backend: options.Backend = None,
+    memory: options.Memory = None,
+    max_shard_size: options.ShardSize = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plans and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other merges in the outputs.")] = False,
-    quiet: Quiet = False,
-    log_json: LogJson = None,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
 ) -> None:
     """Run the merges of CONFIG, each with a `name` by which later ones use its output; the one without goes to OUT.
 
@@ -88,49 +74,45 @@ def multi(
             out,
             intermediate_dir=intermediate_dir,
             device=device,
+            progress=not quiet,
             backend=backend.value if backend else None,
             memory=memory,
-            progress=not quiet,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
         )
-        if not quiet:
-            for report in reports:
-                print_warnings(report.warnings)
-                print_lines(report.lines())
+        for report in reports:
+            print_report(report, quiet=quiet)
 
 
 @app.command()
 def plan(
-    config: Config,
+    config: options.Config,
     tensors: Annotated[
         bool, typer.Option("--tensors", help="A row for every tensor: what it is made from, with which parameters.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same and the totals as JSON.")] = False,
-    memory: Memory = None,
-    device_memory: DeviceMemory = None,
-    max_shard_size: ShardSize = "5GB",
-    dtype: Dtype = None,
-    log_json: LogJson = None,
+    memory: options.Memory = None,
+    max_shard_size: options.ShardSize = "5GB",
+    dtype: options.Dtype = None,
+    log_json: options.LogJson = None,
 ) -> None:
     """Check a config, and show what a merge would read, compute and write, from the files' headers alone."""
     with reported(), recording(log_json):
-        form = "json" if as_json else "tensors" if tensors else ""
-        show_plan(config, memory, max_shard_size, dtype, form=form, device_memory=device_memory)
+        show_plan(config, memory, max_shard_size, dtype, form="json" if as_json else "tensors" if tensors else "")
 
 
 @app.command()
 def report(
-    config: Config,
+    config: options.Config,
     out: Annotated[
         Path, typer.Option("--output", "-o", help="Directory for index.html and report.json.", show_default=False)
     ],
     spectra: Annotated[
         str, typer.Option(metavar="N|all", help="Compute the singular values of N linear weights; 0 for none.")
     ] = "12",
-    memory: Memory = None,
-    quiet: Quiet = False,
-    log_json: LogJson = None,
+    memory: options.Memory = None,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
 ) -> None:
     """Measure the experts of CONFIG before they are merged: who conflicts with whom, and where. Merges nothing."""
     with reported(), recording(log_json):

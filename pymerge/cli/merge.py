@@ -7,21 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pymerge.cli.console import (
-    Backend,
-    Config,
-    Device,
-    DeviceMemory,
-    Dtype,
-    LogJson,
-    Memory,
-    Quiet,
-    ShardSize,
-    Verbose,
-    print_lines,
-    print_warnings,
-    reported,
-)
+from pymerge.cli import options
+from pymerge.cli.console import print_lines, print_report, reported
 from pymerge.cli.extract import FullTensors
 from pymerge.cli.finalize import OTHERS_ARE_MISSING, finalized
 from pymerge.cli.plans import show_plan
@@ -33,14 +20,13 @@ if TYPE_CHECKING:
 
 
 def merge(
-    config: Config,
+    config: options.Config,
     out: Annotated[Path, typer.Argument(help="Directory of the merged model.", show_default=False)],
-    device: Device = "auto",
-    backend: Annotated[Backend | None, typer.Option(help="Which kernels compute.", show_default="auto")] = None,
-    memory: Memory = None,
-    device_memory: DeviceMemory = None,
-    max_shard_size: ShardSize = "5GB",
-    dtype: Dtype = None,
+    device: options.Device = "auto",
+    backend: options.Backend = None,
+    memory: options.Memory = None,
+    max_shard_size: options.ShardSize = "5GB",
+    dtype: options.Dtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another merge in OUT.")] = False,
     profile: Annotated[
@@ -69,8 +55,10 @@ def merge(
         str | None,
         typer.Option(metavar="local|auto|ADDRESS", help="By the nodes of a Ray cluster.", show_default=False),
     ] = None,
-    ray_cpus: Annotated[int, typer.Option("--ray-cpus", help="CPUs of each task.")] = 1,
-    ray_gpus: Annotated[int, typer.Option("--ray-gpus", help="GPUs of each task: 0 or 1.")] = 0,
+    ray_cpus: Annotated[int | None, typer.Option("--ray-cpus", help="CPUs of each task.", show_default="1")] = None,
+    ray_gpus: Annotated[
+        int | None, typer.Option("--ray-gpus", help="GPUs of each task: 0 or 1.", show_default="0")
+    ] = None,
     part: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="Merge part I of N, beside other processes or machines.", show_default=False),
@@ -78,9 +66,9 @@ def merge(
     finalize: Annotated[
         bool, typer.Option("--finalize", help="After the last part make a model of all; exit code 3 after others.")
     ] = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    log_json: LogJson = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    log_json: options.LogJson = None,
 ) -> None:
     """Merge the models of CONFIG into the directory OUT.
 
@@ -92,6 +80,9 @@ def merge(
         from pymerge.config.merge_config import load_config
 
         share = _part(part, finalize, overwrite)
+        if ray is None and (ray_cpus is not None or ray_gpus is not None):
+            raise ArgumentError("--ray-cpus and --ray-gpus are of tasks of Ray; add --ray, or leave them out")
+        given = options.for_plan(backend, memory, max_shard_size, dtype)
         loaded = load_config(config)
         if adapter or loaded.output == "adapter":
             if device not in ("auto", "cpu") or profile is not None:
@@ -100,49 +91,37 @@ def merge(
                 raise ArgumentError("an adapter is made by one process; leave --part, --devices and --ray out")
             from pymerge.extraction.api import merge_adapters, merge_of_adapters
 
-            of: dict[str, Any] = {
-                "rank": rank,
-                "full_tensors": full_tensors.value if full_tensors else None,
-                "dtype": dtype.value if dtype else None,
-                "backend": backend.value if backend else None,
-                "memory": memory,
-            }
+            of = {name: value for name, value in given.items() if name != "max_shard_size"}
+            of |= {"rank": rank, "full_tensors": full_tensors.value if full_tensors else None}
             if dry_run:
                 print_lines(merge_of_adapters(loaded, **of).lines())
                 return
             made = merge_adapters(loaded, out, **of, progress=not quiet, overwrite=overwrite)
-            if not quiet:
-                print_warnings(made.warnings)
-                print_lines(made.lines())
+            print_report(made, quiet=quiet)
             return
         if rank is not None or full_tensors is not None:
             raise ArgumentError("--rank and --full-tensors are of adapters; add --adapter, or leave them out")
         if dry_run:
-            show_plan(config, memory, max_shard_size, dtype, device, part=share, device_memory=device_memory)
+            show_plan(config, memory, max_shard_size, dtype, device, part=share)
             return
-        options: dict[str, Any] = {
-            "backend": backend.value if backend else None,
-            "memory": memory,
-            "device_memory": device_memory,
-            "max_shard_size": max_shard_size,
-            "dtype": dtype.value if dtype else None,
-        }
         how: dict[str, Any] = {"progress": not quiet, "overwrite": overwrite, "profile": profile}
         if ray is not None:
             if devices is not None or share is not None or profile is not None or device != "auto":
                 raise ArgumentError("Ray decides where; leave --device, --devices, --part and --profile out")
             from pymerge.integrations.ray import merge as merge_by_ray
 
-            nodes: dict[str, Any] = {"address": ray, "cpus": ray_cpus, "gpus": ray_gpus}
-            report = merge_by_ray(loaded, out, **nodes, **options, progress=not quiet, overwrite=overwrite)
+            nodes: dict[str, Any] = {
+                "address": ray,
+                "cpus": 1 if ray_cpus is None else ray_cpus,
+                "gpus": ray_gpus or 0,
+            }
+            report = merge_by_ray(loaded, out, **nodes, **given, progress=not quiet, overwrite=overwrite)
         elif devices is not None:
-            report = api.merge(loaded, out, device=device, devices=devices, part=share, **options, **how)
+            report = api.merge(loaded, out, device=device, devices=devices, part=share, **given, **how)
         else:
-            planned = api.plan(loaded, device=device, **options)
+            planned = api.plan(loaded, device=device, **given)
             report = api.run(planned, out, part=share, **how)
-        if not quiet:
-            print_warnings(report.warnings)
-            print_lines([*report.lines(), *(report.slowest_lines() if verbose else ())])
+        print_report(report, quiet=quiet, verbose=verbose)
         if finalize and not finalized(planned, out, report, quiet):
             raise SystemExit(OTHERS_ARE_MISSING)
 

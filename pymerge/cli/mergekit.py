@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pymerge.cli.console import print_lines, print_warnings
+from pymerge.cli.console import print_report
 from pymerge.common.events import recording
 from pymerge.engine.report import MergeReport
 from pymerge.integrations.mergekit.merges import merge_file, merge_stages
@@ -108,6 +108,4 @@ def _size(text: str) -> int:
 
 def _show(options: Options, reports: Sequence[MergeReport]) -> None:
     for report in reports:
-        if not options.quiet:
-            print_warnings(report.warnings)
-            print_lines([*report.lines(), *(report.slowest_lines() if options.verbosity else ())])
+        print_report(report, quiet=options.quiet, verbose=bool(options.verbosity))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pymerge.cli.console import OUT, OutputDtype, print_lines, print_warnings
+from pymerge.cli import options
+from pymerge.cli.console import OUT, print_lines, print_warnings
 from pymerge.common.events import event
 
 
@@ -13,7 +14,7 @@ def show_plan(
     config: Path,
     memory: str | None,
     max_shard_size: str,
-    dtype: OutputDtype | None,
+    dtype: options.OutputDtype | None,
     device: str = "auto",
     form: str = "",
     part: tuple[int, int] | None = None,

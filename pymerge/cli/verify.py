@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from pymerge.cli.console import LogJson, Quiet, print_lines, print_warnings, reported, tensor_count
+from pymerge.cli import options
+from pymerge.cli.console import print_lines, print_warnings, reported, tensor_count
 from pymerge.common.events import event, recording
 from pymerge.errors import OutputError
 
@@ -40,8 +41,8 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    quiet: Quiet = False,
-    log_json: LogJson = None,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
 ) -> None:
     """Read a merged model again and compare every byte with its manifest."""
     with reported(), recording(log_json):

@@ -8,19 +8,8 @@ from typing import Annotated
 import typer
 
 from pymerge.checkpoint.checkpoint import read_header
-from pymerge.cli.console import (
-    OUT,
-    Backend,
-    Config,
-    Dtype,
-    LogJson,
-    Memory,
-    Quiet,
-    ShardSize,
-    Verbose,
-    print_lines,
-    print_warnings,
-)
+from pymerge.cli import options
+from pymerge.cli.console import OUT, print_lines, print_warnings
 from pymerge.cli.plan_table import plan_view
 from pymerge.cli.wemoe_adapt import adapt_command
 from pymerge.common.events import event, recording
@@ -34,41 +23,31 @@ _NAMES_SHOWN = 8
 
 
 def build_command(
-    config: Config,
+    config: options.Config,
     out: Annotated[Path, typer.Argument(help="Directory of the model.", show_default=False)],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N, for the static merge.")] = "auto",
-    backend: Annotated[Backend | None, typer.Option(help="Which kernels compute.", show_default="auto")] = None,
-    memory: Memory = None,
-    max_shard_size: ShardSize = "5GB",
-    dtype: Dtype = None,
+    backend: options.Backend = None,
+    memory: options.Memory = None,
+    max_shard_size: options.ShardSize = "5GB",
+    dtype: options.Dtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another output in OUT.")] = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    log_json: LogJson = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    log_json: options.LogJson = None,
 ) -> None:
     """Build a WEMoE directory OUT from the base and experts of CONFIG, a merge config with a section wemoe.
 
     The same command continues an interrupted build, and verifies a finished one.
     """
     with recording(log_json, verbose=verbose):
-        wanted = dtype.value if dtype else None
+        given = options.for_plan(backend, memory, max_shard_size, dtype)
         if dry_run:
-            planned = plan_build(config, device=device, memory=memory, max_shard_size=max_shard_size, dtype=wanted)
+            planned = plan_build(config, device=device, **given)
             OUT.print(plan_view(planned.static))
             print_lines(planned.lines())
             return
-        report = build(
-            config,
-            out,
-            device=device,
-            backend=backend.value if backend else None,
-            memory=memory,
-            progress=not quiet,
-            max_shard_size=max_shard_size,
-            dtype=wanted,
-            overwrite=overwrite,
-        )
+        report = build(config, out, device=device, **given, progress=not quiet, overwrite=overwrite)
         if not quiet:
             print_warnings(report.merge.warnings)
             print_lines([*report.lines(), *(report.merge.slowest_lines() if verbose else ())])
@@ -76,7 +55,7 @@ def build_command(
 
 def info_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a WEMoE model.", show_default=False)],
-    log_json: LogJson = None,
+    log_json: options.LogJson = None,
 ) -> None:
     """Say what a WEMoE directory holds: experts, MLPs, routers, sizes."""
     with recording(log_json):
