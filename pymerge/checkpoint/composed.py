@@ -128,19 +128,24 @@ def stacked(name: str, matrices: Sequence[Sequence[TensorEntry]], axis: int = 0)
 
 def fill_stacked(read: ReadWhole, entry: StackedEntry, out: torch.Tensor, start: int, stop: int) -> None:
     """Fill `out` with matrices `start` to `stop` of a stack, reading their parts one after the other."""
-    import torch
-
     for parts, matrix in zip(entry.matrices[start:stop], out, strict=True):
         at = 0
         for part in parts:
             place = matrix.narrow(entry.axis, at, part.shape[entry.axis])
             at += part.shape[entry.axis]
-            if place.is_contiguous():
-                read(part, place)
-            else:
-                block = torch.empty(part.shape, dtype=out.dtype)
-                read(part, block)
-                place.copy_(block)
+            fill_place(read, part, place)
+
+
+def fill_place(read: ReadWhole, part: TensorEntry, place: torch.Tensor) -> None:
+    """Fill a place inside of a larger tensor with a part of it."""
+    import torch
+
+    if place.is_contiguous():
+        read(part, place)
+    else:
+        block = torch.empty(part.shape, dtype=place.dtype)
+        read(part, block)
+        place.copy_(block)
 
 
 def stored(entry: TensorEntry) -> list[TensorEntry]:

@@ -5,17 +5,15 @@ The module imports neither numpy nor PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from pymerge.checkpoint.composed import ReadWhole, fill_place
 from pymerge.checkpoint.safetensors_file import TensorEntry
 
 if TYPE_CHECKING:
     import torch
-
-# Reads rows of a stored tensor into a tensor of their shape and dtype: `Reader.read_into`.
-ReadRows = Callable[[TensorEntry, "torch.Tensor"], None]
 
 
 class Shard(NamedTuple):
@@ -66,17 +64,10 @@ class ShardedEntry(TensorEntry):
         return (shard.entry for shard in self.cut(start, stop))
 
 
-def fill_sharded(read: ReadRows, entry: ShardedEntry, out: torch.Tensor, start: int, stop: int) -> None:
+def fill_sharded(read: ReadWhole, entry: ShardedEntry, out: torch.Tensor, start: int, stop: int) -> None:
     """Fill `out` with rows `start` to `stop` of a tensor, reading what of each shard belongs there."""
-    import torch
-
     for at, part in entry.cut(start, stop):
         place = out
         for axis, (first, size) in enumerate(zip(at, part.shape, strict=True)):
             place = place.narrow(axis, first, size)
-        if place.is_contiguous():
-            read(part, place)
-        else:
-            block = torch.empty(part.shape, dtype=out.dtype)
-            read(part, block)
-            place.copy_(block)
+        fill_place(read, part, place)

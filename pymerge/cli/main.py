@@ -92,6 +92,7 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same and the totals as JSON.")] = False,
     memory: options.Memory = None,
+    device_memory: options.DeviceMemory = None,
     max_shard_size: options.ShardSize = "5GB",
     dtype: options.Dtype = None,
     log_json: options.LogJson = None,

@@ -25,6 +25,7 @@ def merge(
     device: options.Device = "auto",
     backend: options.Backend = None,
     memory: options.Memory = None,
+    device_memory: options.DeviceMemory = None,
     max_shard_size: options.ShardSize = "5GB",
     dtype: options.Dtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
@@ -82,7 +83,7 @@ def merge(
         share = _part(part, finalize, overwrite)
         if ray is None and (ray_cpus is not None or ray_gpus is not None):
             raise ArgumentError("--ray-cpus and --ray-gpus are of tasks of Ray; add --ray, or leave them out")
-        given = options.for_plan(backend, memory, max_shard_size, dtype)
+        given = options.for_plan(backend, memory, max_shard_size, dtype) | {"device_memory": device_memory}
         loaded = load_config(config)
         if adapter or loaded.output == "adapter":
             if device not in ("auto", "cpu") or profile is not None:
@@ -91,7 +92,7 @@ def merge(
                 raise ArgumentError("an adapter is made by one process; leave --part, --devices and --ray out")
             from pymerge.extraction.api import merge_adapters, merge_of_adapters
 
-            of = {name: value for name, value in given.items() if name != "max_shard_size"}
+            of = {name: value for name, value in given.items() if name not in ("max_shard_size", "device_memory")}
             of |= {"rank": rank, "full_tensors": full_tensors.value if full_tensors else None}
             if dry_run:
                 print_lines(merge_of_adapters(loaded, **of).lines())

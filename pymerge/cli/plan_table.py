@@ -14,7 +14,7 @@ from pymerge.architecture.roles import Role
 from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.common.names import template
-from pymerge.common.units import format_bytes, format_flops
+from pymerge.common.units import count_of, format_bytes, format_flops
 from pymerge.planner.fit import pinned_bytes
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
@@ -51,7 +51,7 @@ def plan_view(plan: Plan) -> RenderableType:
             *([first.route] if adapters else []),
         )
         reasons.setdefault(template(first.role.describe()), []).append(name)
-    files = _count(len(plan.files), "file")
+    files = count_of(len(plan.files), "file")
     largest = max(math.prod(piece.shape) for step in plan.steps for piece in step.pieces)
     lines = [
         f"base    {plan.inputs.donor.path}",
@@ -63,8 +63,8 @@ def plan_view(plan: Plan) -> RenderableType:
         f"tensors held in memory at once: at most {format_bytes(plan.peak_memory)}, "
         f"the limit is {format_bytes(plan.budget.tensors)} ({plan.budget.origin})",
         *_pinned(plan),
-        f"reads {_count(plan.forecast.depth, 'piece')} ahead or more, of {_count(largest, 'element')} at most; files "
-        f"{'stay in' if plan.keeps_cache else 'are dropped from'} the page cache",
+        f"reads {count_of(plan.forecast.depth, 'piece')} ahead or more, of {count_of(largest, 'element')} at most; "
+        f"files {'stay in' if plan.keeps_cache else 'are dropped from'} the page cache",
         _workers(plan),
     ]
     why = [f"{reason}: {', '.join(names)}" for reason, names in reasons.items()]
@@ -91,10 +91,6 @@ def _workers(plan: Plan) -> str:
     return f"carried out by {'native code, and by ' if native else ''}PyTorch{f': {names}' if native else ''}"
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
-
-
 def _kind(role: Role) -> str:
     if not role.solvable:
         return role.kind.value
@@ -105,8 +101,8 @@ def _marks(step: Step) -> str:
     """Marks of a step that reads special values, or is solved with others."""
     entries = [each for entry in step.inputs for each in of_sum(entry)]
     ranks = [entry.decoder.kind for entry in entries if isinstance(entry, DecodedEntry) and entry.adapter_parts]
-    adapters = f", {_count(len(ranks), 'adapter')}, {max(ranks)}" if ranks else ""
-    together = f", by what {_count(len(step.layers.steps), 'weight')} tell together" if step.layers else ""
+    adapters = f", {count_of(len(ranks), 'adapter')}, {max(ranks)}" if ranks else ""
+    together = f", by what {count_of(len(step.layers.steps), 'weight')} tell together" if step.layers else ""
     return adapters + (", dequantised" if _decoded(step) else "") + together
 
 

@@ -38,6 +38,11 @@ def format_bytes(count: int, *, round_up: bool = False) -> str:
     return f"{math.ceil(value * 100) / 100:.2f}{unit}" if round_up else f"{value:.2f}{unit}"
 
 
+def count_of(number: int, thing: str) -> str:
+    """A number of things with a regular plural: "1 file", "2,000 files"."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def format_flops(count: int) -> str:
     """`count` floating-point operations with a decimal unit, such as 1.25 TFLOP."""
     value = float(count)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pymerge.common.events import event
 from pymerge.common.progress import NoProgress, ProgressSink
+from pymerge.common.units import count_of
 from pymerge.engine.memory import peak_resident_bytes
 from pymerge.engine.publishing import publish, verified
 from pymerge.engine.report import MergeReport
@@ -40,6 +41,9 @@ def run_part(
     else:
         files = assign(plan, count)[number - 1]
         report = replace(merge_part(plan, out, files, identity, progress, profile, parts=count), part=part)
+        published = read_manifest(out)
+        if published is not None and published["identity"] == identity:  # meanwhile, by another part
+            report = replace(report, missing_files=0, already_done=True)
     event("finished", report.lines()[0], **asdict(report))
     return report
 
@@ -69,7 +73,8 @@ def merge_part(
         keeps_cache=plan.keeps_cache,
     ) as output:
         done = merge_files(plan, output, output.finished, progress or NoProgress(), profile, files)
-        missing = len(output.missing)
+    # Not before the lock is given back: of several that end together, the last to ask finds all files, and can publish.
+    missing = len(output.missing)
     report = done.report(plan, out, layouts, time.perf_counter() - started)
     return replace(report, files=len(layouts), missing_files=missing)
 
@@ -110,7 +115,7 @@ def conclude(plan: Plan, output: OutputDirectory) -> None:
 
 def _too_early(plan: Plan, output: OutputDirectory) -> str:
     missing, count = output.missing, output.parts
-    text = f"{output.path}: {len(missing)} of {len(plan.files)} files are missing, {missing[0]} among them"
+    text = f"{output.path}: missing {len(missing)} of {count_of(len(plan.files), 'file')}, {missing[0]} among them"
     if not count:
         return f"{text}; run pymerge merge CONFIG OUT, which makes them and ends the merge"
     parts = [number for number, files in enumerate(assign(plan, count), 1) if not set(files).isdisjoint(missing)]

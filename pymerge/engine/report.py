@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pymerge.common.units import format_bytes
+from pymerge.common.units import count_of, format_bytes
 from pymerge.engine.trace import StepTime
 
 
@@ -43,11 +43,11 @@ class MergeReport:
 
     def lines(self) -> list[str]:
         """The summary, for people."""
-        if self.part is not None and self.already_done:
+        if self.part is not None and self.already_done and not self.files:
             return [f"{self.output} holds this very merge already, whole"]
         if self.files and self.part is None and not self.bytes_written:
             return [
-                f"published {self.files} files ({self.tensors} tensors, {self.parameters:,} parameters) in "
+                f"published {count_of(self.files, 'file')} ({self.tensors} tensors, {self.parameters:,} parameters) in "
                 f"{self.output}, in {self.seconds:.1f} s"
             ]
         if self.already_done:
@@ -80,8 +80,11 @@ class MergeReport:
 
     def _rest(self) -> str:
         """Line on what is still to do when a part is done."""
+        if self.already_done:
+            return "all files were there; another part has made a model of them"
         if self.missing_files:
-            return f"{self.missing_files} files of other parts are missing; when they are there: pymerge finalize"
+            missing = count_of(self.missing_files, "file")
+            return f"{missing} of other parts still to come; when all are there: pymerge finalize"
         return "all files are there; they become a model by pymerge finalize"
 
     def slowest_lines(self) -> list[str]:

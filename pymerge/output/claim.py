@@ -83,6 +83,14 @@ def load_state(work: Path) -> State | None:
     return state
 
 
+def to_go_on(path: Path) -> str:
+    """What finishes the merge of an output directory that has none that is whole."""
+    state = load_state(path / WORK_FOLDER)
+    if state is None or not state.parts:
+        return "run the same pymerge command again to finish it"
+    return f"run its parts, of {state.parts}, then pymerge finalize, which lists those that are missing"
+
+
 def check_claim(
     path: Path, identity: Identity, shards: list[str], *, overwrite: bool, part: bool = False
 ) -> State | None:

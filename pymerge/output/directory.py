@@ -26,6 +26,7 @@ from pymerge.output.held import NOTE, HeldDirectory
 from pymerge.output.identity import Identity
 from pymerge.output.layout import ShardLayout
 from pymerge.output.lock import acquire_lock, change_lock, in_use
+from pymerge.output.manifest import load_manifest
 from pymerge.output.publish import check_names, publish_files
 from pymerge.output.records import Record, load_records
 from pymerge.output.sink import internal
@@ -131,6 +132,8 @@ class OutputDirectory(HeldDirectory):
         Raises OutputError when there are no parts of this merge, or when one is being written.
         """
         if load_state(self._work) is None:
+            if load_manifest(self.path) is not None:
+                self._check_claim(False, part=True)  # says in what the merge differs that is there
             raise OutputError(
                 f"{self.path}: holds no part of a merge; run the parts first (pymerge merge CONFIG OUT --part 1/N, ...)"
             )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NOTE = b"""\
 This folder belongs to a pymerge run that has not finished. If none is running:
 - to go on, run the same pymerge command again; whole shards, which have a record (.json), are kept;
+- of a merge in parts, run those that are missing, then pymerge finalize;
 - to give up, delete this folder, or give --overwrite with another merge.
 """
 

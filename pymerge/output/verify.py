@@ -16,6 +16,7 @@ from pymerge.common.files import parse_json_object, read_text_file, size_and_dig
 from pymerge.common.names import first_few
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.errors import CheckpointError, OutputError
+from pymerge.output.claim import to_go_on
 from pymerge.output.files import MANIFEST_NAME, WORK_FOLDER
 from pymerge.output.manifest import Checksum, checksum, manifest_names, read_manifest
 
@@ -52,7 +53,7 @@ def verify(
     manifest = read_manifest(path)
     if manifest is None:
         if (path / WORK_FOLDER).is_dir():
-            raise OutputError(f"{path}: is an unfinished merge; run the same pymerge command again to finish it")
+            raise OutputError(f"{path}: is an unfinished merge; {to_go_on(path)}")
         raise OutputError(f"{path}: has no {MANIFEST_NAME}, so it is no pymerge output; give the directory of one")
     report = VerifyReport()
     shards = manifest["shards"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
+from pymerge.common.units import count_of
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Solve
 from pymerge.output.layout import ShardLayout
@@ -77,9 +78,9 @@ def few_files(plan: Plan, count: int) -> str | None:
     if count < 2 or len(plan.files) >= _LEAST * count:
         return None
     sizes = [tensor.nbytes for layout in plan.layouts for tensor in layout.tensors]
-    text = f"{len(plan.files)} output files are few for {count} parts, which take whole files"
+    text = f"{count} parts share {count_of(len(plan.files), 'output file')}, each taken whole by one"
     if len(sizes) < _WANTED * count:
-        return f"{text}; the merge has {len(sizes)} tensors: fewer parts would do"
+        return f"{text}; the merge has {count_of(len(sizes), 'tensor')}: fewer parts would do"
     size = _size_for(sizes, _WANTED * count)
     option = f"--max-shard-size {_written(size)}, given to all parts and to finalize,"
     return f"{text}; {option} would give {count_files(sizes, size)}"

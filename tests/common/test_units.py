@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pymerge.common.units import format_bytes, format_flops, parse_bytes
+from pymerge.common.units import count_of, format_bytes, format_flops, parse_bytes
 from pymerge.errors import ArgumentError
 
 
@@ -91,3 +91,8 @@ def test_a_shown_size_is_within_half_a_unit_of_its_last_digit(count: int) -> Non
 )
 def test_flops_are_shown_in_decimal_units(count: int, text: str) -> None:
     assert format_flops(count) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 files"), (1, "1 file"), (2, "2 files"), (2000, "2,000 files")])
+def test_things_are_counted(number: int, text: str) -> None:
+    assert count_of(number, "file") == text

@@ -47,7 +47,9 @@ def test_too_few_files_for_the_parts_are_told_with_a_size_that_gives_four_each(m
     assert few_files(plan, 1) is None
     warning = few_files(plan, 3)
     assert warning is not None
-    found = re.search(r"1 output files are few for 3 parts.*--max-shard-size (\S+), .* would give (\d+)$", warning)
+    found = re.search(
+        r"3 parts share 1 output file, each taken whole by one.*--max-shard-size (\S+), .* would give (\d+)$", warning
+    )
     assert found is not None, warning
     again = api.plan(config, device="cpu", max_shard_size=found[1])
     assert len(again.files) == int(found[2])
