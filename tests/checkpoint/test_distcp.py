@@ -46,12 +46,12 @@ def saved(model: Path, folder: Path, **beside: Any) -> Path:
     return folder
 
 
-def saved_by_two(model: Path, folder: Path) -> Path:
+def saved_by_two(model: Path, folder: Path, how: str = "tensors") -> Path:
     """A model as two processes save it that hold parts of each tensor."""
     command = [sys.executable, "-m", "tests.helpers.save_distributed"]
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), "2", str(model), str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), "2", str(model), str(folder), how], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
         for rank in range(2)
     ]
@@ -115,6 +115,21 @@ def test_two_processes_and_safetensors_merge_to_the_same_bytes(models: Path, tmp
         assert merged(models / "base", [sharded, models / "e1"], tmp_path / method, method, **parameters) == plainly
 
 
+def test_what_fsdp2_has_trained_and_saved_merges_to_the_same_bytes(tmp_path: Path) -> None:
+    tensors = llama(hidden=10, inner=7, vocabulary=13)
+    models = write_models(tmp_path, tensors, config=llama_config(tensors))
+    sharded = saved_by_two(models / "e0", tmp_path / "two", "fully_shard")
+    found = open_checkpoint(sharded)
+    assert found.tensors.keys() == tensors.keys()
+    entry = found.tensors["model.layers.0.mlp.up_proj.weight"]
+    assert isinstance(entry, ShardedEntry)
+    assert [shard.start for shard in entry.shards] == [(0, 0), (4, 0)]
+    assert re.search(r"weights are those under 'app.model'; left out: app.optim \(\d+ entries\)$", found.notes[0])
+    for method, parameters in [("linear", {"weight": 0.5}), ("wudi_flow", {})]:
+        wanted = merged(models / "base", [models / "e0", models / "e1"], tmp_path / f"p-{method}", method, **parameters)
+        assert merged(models / "base", [sharded, models / "e1"], tmp_path / method, method, **parameters) == wanted
+
+
 def test_what_is_not_the_model_is_left_out_by_name(models: Path, tmp_path: Path) -> None:
     folder = saved(models / "e0", tmp_path / "e0", optimizer={"a": torch.ones(2), "b": 1}, step=4)
     config = {"merge_method": "linear", "models": [{"model": str(folder)}], "parameters": {"weight": 1}}
@@ -123,6 +138,12 @@ def test_what_is_not_the_model_is_left_out_by_name(models: Path, tmp_path: Path)
     assert any(said in warning for warning in plan.warnings)
     assert open_checkpoint(folder).other_files == ()
     assert not open_checkpoint(saved(models / "e0", tmp_path / "top")).notes
+
+
+def test_several_models_in_one_checkpoint_are_refused(models: Path, tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(3)}
+    dcp.save({"teacher": {"model": tensors}, "student": {"model": tensors}}, checkpoint_id=tmp_path / "two")
+    refused(tmp_path / "two", r"\.metadata: has more than one model, 'student.model', 'teacher.model'; save", tmp_path)
 
 
 def test_views_scalars_and_nothing(tmp_path: Path) -> None:

@@ -62,7 +62,16 @@ def read_distcp(path: Path) -> Header:
 def _model_names(path: Path, metadata: Metadata) -> tuple[dict[str, str], tuple[str, ...]]:
     """The model's names of its tensors by their keys, and what else is there."""
     tensors = {key: metadata.paths[key] for key in metadata.tensors}
-    inner = {key: ".".join(inside[1:]) for key, inside in tensors.items() if inside[0] == _MODEL and len(inside) > 1}
+    models = {inside[:depth] for inside in tensors.values() for depth in (1, 2) if _is_model(inside, depth)}
+    place = (_MODEL,) if (_MODEL,) in models else min(models, default=())
+    under = ".".join(place)
+    if len(models) > 1 and len(place) > 1:
+        raise CheckpointError(
+            f"{path}: has more than one model, {first_few(sorted(map('.'.join, models)))}; "
+            f"save {{{_MODEL!r}: model.state_dict()}} of the one"
+        )
+    depth = len(place)
+    inner = {key: ".".join(inside[depth:]) for key, inside in tensors.items() if depth and inside[:depth] == place}
     names = inner or {key: inside[0] for key, inside in tensors.items() if len(inside) == 1}
     if not names:
         tops = sorted({inside[0] for inside in metadata.paths.values()})
@@ -71,14 +80,21 @@ def _model_names(path: Path, metadata: Metadata) -> tuple[dict[str, str], tuple[
             f"save {{{_MODEL!r}: model.state_dict()}} with it"
         )
     if len(set(names.values())) < len(names):
-        raise CheckpointError(f"{path}: has two tensors of one name under {_MODEL!r}; {AGAIN}")
+        raise CheckpointError(f"{path}: has two tensors of one name under {under!r}; {AGAIN}")
     others: dict[str, int] = {}
     for key, inside in metadata.paths.items():
         if key not in names:
-            others[inside[0]] = others.get(inside[0], 0) + 1
+            other = ".".join(inside[: max(1, depth)])
+            others[other] = others.get(other, 0) + 1
     left = ", ".join(f"{name} ({count} entries)" if count > 1 else name for name, count in others.items())
-    under = f"the weights are those under {_MODEL!r}; " if inner else ""
-    return names, (f"{path.parent}: {under}left out: {left}",) if others else ()
+    which = f"the weights are those under {under!r}; " if inner else ""
+    return names, (f"{path.parent}: {which}left out: {left}",) if others else ()
+
+
+def _is_model(inside: tuple[str, ...], depth: int) -> bool:
+    """Whether a path leads into "model", at the top or in one that was saved with others, as "app" of PyTorch's
+    tutorial: so deep."""
+    return len(inside) > depth and inside[depth - 1] == _MODEL
 
 
 def _plan(path: Path, metadata: Metadata, names: Mapping[str, str]) -> dict[str, Reads]:
