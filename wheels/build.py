@@ -97,7 +97,7 @@ def _wheel(python: str, machine: str, source: Path, dist: Path, folder: Path) ->
     shutil.copytree(source, work / "source")
     environment = work / "environment"
     subprocess.run([python, "-m", "venv", str(environment)], check=True)
-    variables = {**os.environ, **_variables(python, machine, work)}
+    variables = {**os.environ, **_variables(python, machine, work), "PYMERGE_WHEEL_OBJECTS": str(folder / "objects")}
     command = [str(environment / "bin/python"), "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--wheel-dir", str(work / "raw"), str(work / "source")]
     subprocess.run(command, check=True, env=variables | {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")})

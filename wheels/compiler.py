@@ -7,7 +7,9 @@ both. Nothing but PyInit_* is visible from outside, so that no other C++ library
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,10 +23,30 @@ _NEWER_GLIBC = '__attribute__((visibility("hidden"))) char __libc_single_threade
 
 
 def compile_one(machine: str, arguments: list[str]) -> int:
-    """Compile a file."""
-    if machine == "x86_64":
-        return subprocess.run([os.environ.get("PYMERGE_GXX", "g++"), *arguments], check=False).returncode
-    return subprocess.run([*_ZIG, "c++", "-target", _target(machine), *arguments], check=False).returncode
+    """Compile a file; one that an earlier wheel has compiled, for any Python, is taken from there."""
+    kept, out = _kept(machine, arguments), arguments[arguments.index("-o") + 1] if "-o" in arguments else ""
+    if kept is not None and kept.exists():
+        shutil.copy(kept, out)
+        return 0
+    gcc = [os.environ.get("PYMERGE_GXX", "g++")]
+    compiler = gcc if machine == "x86_64" else [*_ZIG, "c++", "-target", _target(machine)]
+    code = subprocess.run([*compiler, *arguments], check=False).returncode
+    if kept is not None and code == 0:
+        kept.parent.mkdir(exist_ok=True)
+        shutil.copy(out, kept)
+    return code
+
+
+def _kept(machine: str, arguments: list[str]) -> Path | None:
+    """Place of an object file that does not depend on the Python, as all of csrc but bindings, among those of a run."""
+    folder, sources = os.environ.get("PYMERGE_WHEEL_OBJECTS"), [each for each in arguments if each.endswith(".cpp")]
+    if folder is None or len(sources) != 1 or "-o" not in arguments or not sources[0].startswith("csrc/"):
+        return None
+    if sources[0].startswith("csrc/bindings/"):
+        return None
+    out = arguments.index("-o") + 1
+    flags = [each for number, each in enumerate(arguments) if number != out and not each.startswith("-I/")]
+    return Path(folder, f"{hashlib.sha256(repr((machine, flags)).encode()).hexdigest()}.o")
 
 
 def link(machine: str, arguments: list[str]) -> int:
