@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +185,57 @@ def test_a_node_that_would_make_other_bytes_is_named(cluster: Cluster, models: P
     assert len(done.errors) == 1
     assert done.errors[0].startswith("node ")
     assert ("processor (was" if what == "processor" else "pymerge 9.9") in done.errors[0]
+
+
+@contextmanager
+def node_without(cluster: Cluster, hidden: Path) -> Iterator[None]:
+    """A node of two processors, all others have one, where this folder is empty: its file system is not mounted."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--address", cluster.address]
+    ray += ["--num-cpus", "2", "--object-store-memory", str(NODE["object_store_memory"])]
+    hide = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$1" && shift && "$@"']
+    node = subprocess.Popen([*hide, "sh", hidden, *ray], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: any(each["Resources"].get("CPU") == 2 for each in alive(cluster)))
+        yield
+    finally:
+        for process in [*psutil.Process(node.pid).children(recursive=True), node]:
+            process.kill()
+        node.wait()
+        wait_for(lambda: not any(each["Resources"].get("CPU") == 2 for each in alive(cluster)))
+
+
+def alive(cluster: Cluster) -> list[dict[str, Any]]:
+    return [node for node in cluster.global_state.node_table() if node["Alive"]]
+
+
+@pytest.mark.skipif(
+    bool(subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"], capture_output=True).returncode),
+    reason="no mounts of one's own here",
+)
+def test_a_node_without_the_models_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    base = llama()
+    models = write_models(tmp_path / "models", base, config=llama_config(base))
+    config = write_config(models, "linear")
+    with node_without(cluster, models):
+        for cpus in ("2", "1"):  # two has only that node, which plans then, too
+            done = pymerge("merge", config, tmp_path / "out", *SIZE, *by(cluster), "--ray-cpus", cpus)
+            assert done.code in (3, 4), done
+            assert len(done.errors) == 1
+            assert re.search(f"node .*{models}", done.errors[0])
+            assert "Traceback" not in done.err
+    done = pymerge("merge", config, tmp_path / "out", *SIZE, *by(cluster))
+    assert done.code == 0, done
+
+
+def test_fifty_files(cluster: Cluster, tmp_path: Path) -> None:
+    base = llama(blocks=6)
+    config = write_config(write_models(tmp_path, base, config=llama_config(base)), "linear")
+    size = ("--max-shard-size", "1KB")
+    assert pymerge("merge", config, tmp_path / "one", *size).code == 0
+    done = pymerge("merge", config, tmp_path / "out", *size, *by(cluster))
+    assert done.code == 0, done
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) >= 50
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
 
 
 def test_addresses_without_a_cluster(models: Path, tmp_path: Path) -> None:
