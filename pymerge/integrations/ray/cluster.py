@@ -7,7 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from pymerge.common.libraries import require
@@ -15,6 +15,7 @@ from pymerge.errors import ArgumentError, BackendError
 
 _ADDRESS = re.compile(r"([^:/]+|\[[^]]+\]):([0-9]{1,5})")
 _TIMEOUT = 20.0  # seconds for a port to answer
+_TRIES = "2"
 # What a client of HTTP/2 says first, with empty settings; the server's own come back, a frame of this kind.
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 _SETTINGS = b"\4"
@@ -42,7 +43,8 @@ def connected(address: str) -> Iterator[None]:
     elif address != "auto":
         _check_port(address)
     try:
-        ray.init(**options)
+        with nullcontext() if address == "local" else _few_tries():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise BackendError(
@@ -52,6 +54,19 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _few_tries() -> Iterator[None]:
+    """Have Ray give up soon where a server answers that is none of its own: a try takes 40 s, and it would make 20."""
+    name = "RAY_gcs_server_port_wait_time_s"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, _TRIES)
+    try:
+        yield
+    finally:
+        if given is None:
+            os.environ.pop(name, None)
 
 
 def _check_port(address: str) -> None:

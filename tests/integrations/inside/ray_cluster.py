@@ -264,6 +264,29 @@ def test_something_else_than_a_cluster_answers(models: Path, tmp_path: Path) -> 
     assert time.monotonic() - started < 180
 
 
+def test_another_server_of_grpc_answers(models: Path, tmp_path: Path) -> None:
+    """One that greets as Ray's does, and never says more: Ray itself would try for a quarter of an hour."""
+
+    def serve(connection: socket.socket) -> None:
+        connection.recv(100)
+        connection.sendall(b"\0\0\0\4\0\0\0\0\0")
+        while connection.recv(1000):
+            pass
+
+    def accept() -> None:
+        for _ in range(99):
+            threading.Thread(target=serve, args=server.accept()[:1], daemon=True).start()
+
+    with socket.create_server(("", 0)) as server:  # Ray takes another address of this machine for 127.0.0.1
+        threading.Thread(target=accept, daemon=True).start()
+        started = time.monotonic()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        done = pymerge("merge", write_config(models, "linear"), tmp_path / "out", "--ray", address)
+    assert done.code == 7, done
+    assert "no cluster can be reached" in done.errors[0]
+    assert time.monotonic() - started < 180
+
+
 def test_more_than_a_node_has_is_refused(cluster: Cluster, models: Path, tmp_path: Path) -> None:
     done = pymerge("merge", write_config(models, "linear"), tmp_path / "out", *by(cluster), "--ray-cpus", "64")
     assert done.code == 7, done
