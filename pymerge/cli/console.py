@@ -61,7 +61,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_report(report: Any, *, quiet: bool, verbose: bool = False) -> None:
-    """What a report warns of and says, and which tensors were slow; nothing if the user wants quiet."""
+    """A report: warnings, what it says, and which tensors were slow; nothing if the user wants quiet."""
     if not quiet:
         print_warnings(report.warnings)
         print_lines([*report.lines(), *(report.slowest_lines() if verbose else ())])

@@ -99,7 +99,8 @@ def plan(
 ) -> None:
     """Check a config, and show what a merge would read, compute and write, from the files' headers alone."""
     with reported(), recording(log_json):
-        show_plan(config, memory, max_shard_size, dtype, form="json" if as_json else "tensors" if tensors else "")
+        form = "json" if as_json else "tensors" if tensors else ""
+        show_plan(config, memory, max_shard_size, dtype, form=form, device_memory=device_memory)
 
 
 @app.command()

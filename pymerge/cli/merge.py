@@ -103,7 +103,7 @@ def merge(
         if rank is not None or full_tensors is not None:
             raise ArgumentError("--rank and --full-tensors are of adapters; add --adapter, or leave them out")
         if dry_run:
-            show_plan(config, memory, max_shard_size, dtype, device, part=share)
+            show_plan(config, memory, max_shard_size, dtype, device, part=share, device_memory=device_memory)
             return
         how: dict[str, Any] = {"progress": not quiet, "overwrite": overwrite, "profile": profile}
         if ray is not None:

@@ -84,7 +84,7 @@ def load_state(work: Path) -> State | None:
 
 
 def to_go_on(path: Path) -> str:
-    """What finishes the merge of an output directory that has none that is whole."""
+    """Remedy for an output directory whose merge has not been finished."""
     state = load_state(path / WORK_FOLDER)
     if state is None or not state.parts:
         return "run the same pymerge command again to finish it"

@@ -18,6 +18,7 @@ from pymerge.common.files import atomic_write, fsync_directory
 from pymerge.common.progress import NoProgress
 from pymerge.errors import OutputError
 from pymerge.output import verify as verify_module
+from pymerge.output.claim import State
 from pymerge.output.digests import PART_BYTES
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import layout_shards
@@ -251,7 +252,7 @@ def test_what_is_no_finished_output(output: Path, tmp_path: Path) -> None:
         verify(tmp_path)
     assert read_manifest(tmp_path) is None
     (output / ".pymerge").mkdir()
-    (output / ".pymerge" / "state.json").write_text("{}")
+    State({}, ["model.safetensors"]).create(output / ".pymerge")
     assert read_manifest(output) is None
     with pytest.raises(OutputError, match="is an unfinished merge; run the same pymerge command again"):
         verify(output)
