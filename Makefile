@@ -5,14 +5,10 @@ BIN := $(VENV)/bin
 CSRC := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 SOURCES := $(CSRC) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow wheel wheel-test torture lint format gpu bench parity bench-small quality quality-smoke clean help
+.PHONY: demo test test-slow wheel wheel-test torture lint format gpu gpu-bundle bench parity bench-small quality quality-smoke clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
-
-# What computes on the device, or decides what does.
-GPU_TESTS := tests/ops tests/methods tests/wemoe tests/engine/test_torch_worker.py tests/engine/test_batching.py
-GPU_TESTS += $(addprefix tests/backends/test_,runner.py measured.py batches.py)
 
 # pip builds the extensions in an environment of their own, as `pip install .` does for users.
 $(VENV)/installed: $(SOURCES)
@@ -59,13 +55,11 @@ format: $(VENV)/installed  ## let ruff and clang-format format and fix
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
-gpu: $(VENV)/installed  ## on a machine with a CUDA GPU: the tests on the device, then its benchmarks
-	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
-	  || { echo "no CUDA device here: PyTorch sees none; run this on a machine with a GPU"; exit 1; }
-	PYMERGE_TEST_DEVICE=cuda $(BIN)/python -m pytest $(GPU_TESTS)
-	$(BIN)/python -m benchmarks ops --device cuda
-	@echo "== what was the fastest, for auto to choose from: pymerge/backends/measured.json"
-	$(BIN)/python -m benchmarks ops record
+gpu-bundle:  ## on a machine with network: wheels for `make gpu`, for the Python of the machine with the GPU (PYTHON=python3.12)
+	$(PYTHON) -m benchmarks device bundle
+
+gpu:  ## on a machine with a CUDA GPU, without network, in 8 minutes: tests, figures; DRY_RUN=1 prints the steps
+	@$(PYTHON) -m benchmarks device $(if $(DRY_RUN),--dry-run)
 
 bench: $(VENV)/installed  ## time ops, solvers and merges beside PyTorch, published forms and mergekit
 	@echo "== timing; results go to benchmarks/runs, see benchmarks/README.md"

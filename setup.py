@@ -1,7 +1,7 @@
 """Builds pymerge._C (C++) and, where nvcc is found, pymerge._cuda (CUDA C++). Needs neither torch nor a GPU.
 
-PYMERGE_CUDA=auto|0|1, PYMERGE_CUDA_ARCHS="80;90" and PYMERGE_OPENMP=auto|0 choose what is built; the rest is in
-pyproject.toml.
+PYMERGE_CUDA=auto|0|1, PYMERGE_CUDA_ARCHS="80;90", PYMERGE_OPENMP=auto|0 and PYMERGE_NATIVE=0 (neither) choose what is
+built; the rest is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -130,6 +130,11 @@ class BuildExtensions(build_ext):
 
 
 def extensions() -> list[Extension]:
+    native = os.environ.get("PYMERGE_NATIVE", "1")
+    if native not in ("0", "1"):
+        sys.exit(f"PYMERGE_NATIVE is {native!r}; set it to 0 or 1")
+    if native == "0":
+        return []
     bindings = sorted(set(glob("csrc/bindings/*.cpp")) - {"csrc/bindings/cuda.cpp"})
     cpu = [*bindings, *sorted(glob("csrc/*/*_cpu.cpp"))]
     found = [Extension("pymerge._C", cpu, include_dirs=INCLUDES, depends=HEADERS, language="c++")]

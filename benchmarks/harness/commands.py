@@ -41,6 +41,11 @@ SUITES: Mapping[str, Mapping[str, Command]] = {
     "parts": {
         "": Command("benchmarks.parts.run", "merges file by file and by two processes, beside one merge"),
     },
+    "device": {
+        "": Command("benchmarks.device.run", "tests and figures on a machine with a GPU, in 8 minutes: make gpu"),
+        "bundle": Command("benchmarks.device.bundle", "wheels for such a machine, which needs no network then"),
+        "take": Command("benchmarks.device.take", "take what a run has brought home into results and measured.json"),
+    },
     "wemoe": {
         "": Command("benchmarks.wemoe.run", "one routed MLP, beside FusionBench's module and the base MLP"),
         "build": Command("benchmarks.wemoe.build", "builds of WEMoE directories, beside the disk"),

@@ -22,8 +22,13 @@ def main(arguments: Sequence[str]) -> None:
     parser = commands.parser("benchmarks.ops.record", __doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     for file in parser.parse_args(arguments).files or [newest("ops")]:
-        try:
-            count = measured.record(file)
-        except BackendError as error:
-            raise SystemExit(f"{file}: {error}") from error
-        print(f"{count} cases of {file} recorded; {measured.summary()}; kept in {take(file)}")
+        print(record(file))
+
+
+def record(file: Path) -> str:
+    """Record one file; returns what was done. SystemExit if it has nothing for the table."""
+    try:
+        count = measured.record(file)
+    except BackendError as error:
+        raise SystemExit(f"{file}: {error}") from error
+    return f"{count} cases of {file} recorded; {measured.summary()}; kept in {take(file)}"

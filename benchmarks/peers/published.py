@@ -75,7 +75,7 @@ def ace_inverse(
     logs = torch.log(norms + 1e-12)
     heterogeneous = bool(logs.var() / (logs.mean() ** 2 + 1e-12) > gamma_threshold)
 
-    identity = torch.eye(base.shape[1], dtype=base.dtype)
+    identity = torch.eye(base.shape[1], dtype=base.dtype, device=base.device)
     numerator, system = torch.zeros_like(base), torch.zeros_like(identity)
     covariances = []
     for tau in taus:

@@ -1,19 +1,20 @@
 """Table of measured times, kept as data: the fastest backend for an op on a CUDA device.
 
-The table, measured.json, holds nothing but what a benchmark wrote on a device. To add to it, on the machine with the
-device: `make gpu`, or by hand
+The table, measured.json, holds nothing but what a benchmark wrote on a device: `make gpu` there, then, with what it has
+brought home,
 
-    python -m benchmarks ops --device cuda
-    python -m benchmarks ops record
+    python -m benchmarks device take FOLDER
 
-and commit measured.json and the results. Rows for the same device, op, dtype and shape are replaced, all others are
-kept.
+Commit measured.json and the results. Rows for the same device, op, dtype and shape are replaced, all others are kept.
+Beside the ops are whole merges that were timed on a device and on the same machine's CPU: where the device was faster,
+`--device auto` takes it for that method, too.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,15 @@ class Row(NamedTuple):
     source: str  # date and commit of the benchmark
 
 
+class Merge(NamedTuple):
+    """Whole merges by one method, on a device and on a CPU beside it."""
+
+    device: str
+    method: str
+    speedup: float  # the CPU's seconds over the device's
+    source: str
+
+
 def nearest(device: str, op: str, dtypes: frozenset[str], shape: tuple[int, ...]) -> Row | None:
     """The row of this device, op and dtypes whose shape is the nearest, within a factor of 2; None if there is none."""
     names = _names(dtypes)
@@ -52,13 +62,25 @@ def nearest(device: str, op: str, dtypes: frozenset[str], shape: tuple[int, ...]
 
 
 def rows() -> tuple[Row, ...]:
-    """The table."""
-    return _read(_TABLE)
+    """The table of ops."""
+    return _read(_TABLE)[0]
+
+
+def merges() -> tuple[Merge, ...]:
+    """The table of whole merges."""
+    return _read(_TABLE)[1]
+
+
+def gains(device: str, method: str) -> bool:
+    """Whether merges by a method were faster on this device than on the CPU beside it."""
+    return any((row.device, row.method) == (device, method) and row.speedup > 1.0 for row in merges())
 
 
 @cache
-def _read(table: Path) -> tuple[Row, ...]:
-    return tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(table.read_text())["rows"])
+def _read(table: Path) -> tuple[tuple[Row, ...], tuple[Merge, ...]]:
+    found = json.loads(table.read_text())
+    ops = tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in found["rows"])
+    return ops, tuple(Merge(**row) for row in found.get("merges", ()))
 
 
 def summary() -> str:
@@ -97,11 +119,35 @@ def from_results(results: dict[str, Any]) -> list[Row]:
 def record(results: Path) -> int:
     """Write the rows of a results file into the table; returns how many."""
     new = from_results(json.loads(results.read_text()))
-    kept = {row[:4]: row for row in (*rows(), *new)}
-    lines = ",\n".join("  " + json.dumps(row._asdict()) for row in sorted(kept.values()))
-    _TABLE.write_text(f'{{"rows": [\n{lines}\n]}}\n')
-    _read.cache_clear()
+    _write({row[:4]: row for row in (*rows(), *new)}.values(), merges())
     return len(new)
+
+
+def record_merges(results: Path) -> int:
+    """Write the merges of a run on a device that were timed on its CPU, too, into the table; returns how many."""
+    content = json.loads(results.read_text())
+    device, source = content["machine"]["device"], f"{content['date'][:10]} at {content['machine']['commit']}"
+    seconds = {
+        (row["method"], row["device"]): row["seconds"]
+        for row in content["rows"]
+        if row["kind"] == "merge" and "seconds" in row
+    }
+    new = [
+        Merge(device, method, round(seconds[method, "cpu"] / one, 3), source)
+        for (method, where), one in seconds.items()
+        if where != "cpu" and (method, "cpu") in seconds
+    ]
+    _write(rows(), {row[:2]: row for row in (*merges(), *new)}.values())
+    return len(new)
+
+
+def _write(ops: Iterable[Row], whole: Iterable[Merge]) -> None:
+    parts = [
+        f'"{name}": [\n' + ",\n".join("  " + json.dumps(row._asdict()) for row in sorted(table)) + "\n]"
+        for name, table in (("rows", ops), ("merges", whole))
+    ]
+    _TABLE.write_text("{" + ",\n".join(parts) + "}\n")
+    _read.cache_clear()
 
 
 def _names(dtypes: frozenset[str]) -> str:

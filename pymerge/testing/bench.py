@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -122,7 +123,7 @@ def _processor_lines(key: str) -> list[str]:
 
 
 def commit() -> str:
-    """The commit of the working tree, with "+changes" if it differs; "unknown" outside a checkout."""
+    """The commit of the working tree, with "+changes" if it differs; elsewhere PYMERGE_COMMIT, or "unknown"."""
     root = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -131,4 +132,4 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PYMERGE_COMMIT") or "unknown"
