@@ -44,8 +44,8 @@ def plan(
 
     Args:
         config: path of a YAML file, YAML text, or a mapping of the same form.
-        device: where the merge will compute: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:N". Its memory
-            decides the sizes of the pieces.
+        device: where the merge will compute: "cpu", "cuda", "cuda:N", or "auto": CUDA where there is one and the method
+            gains by it. Its memory decides the sizes of the pieces.
         backend: "auto", "reference", "native", "triton" or "cuda"; default: PYMERGE_BACKEND, or "auto".
         memory: limit for the tensors held at once, in bytes or as "8GiB"; default: three quarters of the memory that
             is available to this process. On CUDA it limits the pinned buffers.
@@ -58,9 +58,11 @@ def plan(
         ConfigError, PlanError, CheckpointError: with everything that is wrong.
         BackendError: the device or the backend cannot be used here.
     """
-    target = resolve_target(device, backend or env.default_backend())
+    read = config if isinstance(config, MergeConfig) else load_config(config)
+    methods = {read.merge_method} if device_memory is None else ()  # which is said of a GPU alone
+    target = resolve_target(device, backend or env.default_backend(), methods)
     planned = build_plan(
-        config if isinstance(config, MergeConfig) else load_config(config),
+        read,
         budget(target.device, _bytes(memory), _bytes(device_memory)),
         target,
         max_shard_bytes=parse_bytes(max_shard_size),
@@ -228,7 +230,8 @@ def plan_stages(
     Raises:
         PlanError, CheckpointError: of the first stage that cannot be done; the message begins with its name.
     """
-    target = resolve_target(device, backend or env.default_backend())
+    methods = {stage.config.merge_method for stage in stages}
+    target = resolve_target(device, backend or env.default_backend(), methods)
     limit = budget(target.device, _bytes(memory))
     planned: dict[str, Checkpoint] = {}
     plans = []

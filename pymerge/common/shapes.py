@@ -12,6 +12,8 @@ Axis = Literal["whole", "rows", "columns"]
 AXES = ("whole", "rows", "columns")
 # Elements that references work on at once: their scratch does not grow with the tensor. A multiple of 64.
 BLOCK = 2**18
+# The same on a device, where a block of the size above takes less time than the launches that it is made of.
+DEVICE_BLOCK = 2**22
 # A key (the bits of a magnitude, as an integer) that no magnitude reaches.
 NOTHING = 2**63 - 1
 

@@ -11,7 +11,7 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pymerge.backends import native
+from pymerge.backends import measured, native
 from pymerge.backends.runner import Runner, check_backend
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.blas import blas_name
@@ -25,6 +25,7 @@ from pymerge.engine.report import MergeReport
 from pymerge.engine.trace import Tracer
 from pymerge.engine.worker import Context, Sink
 from pymerge.errors import OutputError, PlanError
+from pymerge.methods import METHODS
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout
 from pymerge.output.manifest import read_manifest
@@ -36,11 +37,30 @@ if TYPE_CHECKING:
     import torch
 
 
-def resolve_target(device: str | torch.device, backend: str) -> Target:
-    """The target of a plan on a device and backend; BackendError if one of them cannot be used here."""
+def resolve_target(device: str | torch.device, backend: str, methods: Collection[str] = ()) -> Target:
+    """The target of a plan on a device and backend; BackendError if one of them cannot be used here.
+
+    Where the device is "auto" it is CUDA, if there is one and one of the `methods` gains by it: those that solve linear
+    weights, and others that were measured. Element by element a merge takes as long as its files need to the device.
+    """
     resolved = resolve_device(device)
+    if str(device) == "auto" and resolved.type == "cuda" and methods and not any(map(_gains, methods)):
+        reason = "the C++ ops take these as fast as files are read; nobody has measured this GPU to be faster"
+        event("device_chosen", f"cpu ({reason}; --device cuda takes it)", device="cpu", reason=reason)
+        resolved = Device("cpu")
     check_backend(backend, resolved)
     return Target(resolved, backend, native.missing() is None)
+
+
+def _gains(method: str) -> bool:
+    """Whether merges by a method gain by the GPU; of an unknown method, which is refused elsewhere, too."""
+    import torch
+
+    from pymerge.methods.solver import SolverMethod
+
+    if method not in METHODS or isinstance(METHODS[method], SolverMethod):
+        return True
+    return measured.gains(torch.cuda.get_device_name(), method)
 
 
 def processor(plan: Plan) -> str:

@@ -138,7 +138,8 @@ class TorchWorker:
 
     def freed(self, batch: Batch) -> None:
         """A batch has had its turn."""
-        self._heap.freed(batch.footprint.peak)
+        if self._run.device.type == "cpu":  # else none of it was the heap's
+            self._heap.freed(batch.footprint.peak)
 
     def free(self) -> None:
         """Give back all memory that no job is using; inputs that were held are read again."""
@@ -156,7 +157,7 @@ class TorchWorker:
         if by_rows(job.step.action):
             return self._transfer.result(job.piece.shape, torch_dtype(job.step.dtype))
         if not job.reduces:
-            self._transfer.free()
+            self._transfer.make_room()
         return None
 
     def _compute(self, batch: Batch, inputs: Sequence[list[Tensor]], room: Tensor | None) -> list[Made]:

@@ -56,8 +56,11 @@ class Transfer(Protocol):
     def store(self, name: str, merged: Tensor) -> Tensor:
         """The tensor on the CPU, valid until the next call; by the writer thread."""
 
+    def make_room(self) -> None:
+        """What is computed next takes memory of its own, beside what is kept for later use; by the computing thread."""
+
     def free(self) -> None:
-        """Give back what is kept for later use: something else needs the memory; by the computing thread."""
+        """Give back what is kept for later use: memory has run out; by the computing thread."""
 
 
 class NoTransfer:
@@ -85,6 +88,9 @@ class NoTransfer:
 
     def store(self, name: str, merged: Tensor) -> Tensor:
         return merged
+
+    def make_room(self) -> None:
+        self._buffers.settle(0)
 
     def free(self) -> None:
         self._buffers.settle(0)
@@ -127,6 +133,10 @@ class CudaTransfer:
             staged.copy_(merged, non_blocking=True)
             self._wait(self._out)
         return staged
+
+    def make_room(self) -> None:
+        """Nothing: before it fails, PyTorch's allocator gives back by itself what it keeps. To ask for it is to wait
+        for all that runs on the device, and to allocate anew for every layer."""
 
     def free(self) -> None:
         torch.cuda.empty_cache()

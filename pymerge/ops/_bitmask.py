@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymerge.common.arrays import ArrayLike, dtype_of
-from pymerge.common.shapes import BLOCK, row_bytes
+from pymerge.common.shapes import BLOCK, DEVICE_BLOCK, row_bytes
 from pymerge.errors import ArgumentError
+from pymerge.ops._op import device_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +24,14 @@ class TaskMasks(NamedTuple):
     after: NDArray[Any]  # [T] float64: sum of |tau_t| over what is kept; what is not is multiplied by 0
 
 
-def blocks(numel: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
+def blocks(numel: int, size: int) -> Iterator[tuple[int, int]]:
     """(begin, end) of the blocks of a flat tensor."""
     return ((begin, min(begin + size, numel)) for begin in range(0, numel, size))
+
+
+def block_of(values: ArrayLike) -> int:
+    """Elements that a reference works on at once, where these values are."""
+    return DEVICE_BLOCK if device_of(values).startswith("cuda") else BLOCK
 
 
 def pack(keep: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pymerge.common.arrays import ArrayLike, as_tensor
+from pymerge.ops._bitmask import block_of
 from pymerge.ops._blocks import block_bytes
 from pymerge.ops._op import Op, check_out, check_out_dtype, compute_dtype, output
 from pymerge.ops.importance import check_divergence, importance
@@ -48,7 +49,7 @@ class ArceeFusion(Op[ArrayLike]):
         divergence = torch.from_numpy(self.divergence).to(base.device)
         rows = merged.view(len(divergence), -1)
         near, far = base.reshape(rows.shape), expert.reshape(rows.shape)
-        for here in row_blocks(*rows.shape):
+        for here in row_blocks(*rows.shape, block_of(base)):
             scores = importance(near[here], far[here], divergence[here], dtype)
             # Not less rather than at least: NaN takes over, and is in the result.
             rows[here] = torch.where(scores < self.least, near[here].to(dtype), far[here].to(dtype))

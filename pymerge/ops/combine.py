@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.errors import ArgumentError
-from pymerge.ops._bitmask import blocks
+from pymerge.ops._bitmask import block_of, blocks
 from pymerge.ops._op import (
     Op,
     check_length,
@@ -24,7 +24,7 @@ from pymerge.ops._op import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Elements that the reference works on at once: its scratch stays small however large the tensors are.
+# Elements that the reference works on at once, on a CPU: its scratch stays small however large the tensors are.
 SUM_ELEMENTS = 2**20
 # Bytes that it needs for one of them.
 _BLOCK_SCRATCH = 16
@@ -67,7 +67,7 @@ class Combine(Op[ArrayLike]):
         flat = merged.view(-1)
         base = None if self.base is None else like.reshape(-1)
         tensors = [as_tensor(tensor).reshape(-1) for tensor in self.tensors]
-        for start, stop in blocks(flat.numel(), SUM_ELEMENTS):
+        for start, stop in blocks(flat.numel(), max(SUM_ELEMENTS, block_of(like))):
             origin = None if base is None else base[start:stop].to(dtype)
             total = torch.zeros(stop - start, dtype=dtype, device=like.device)
             for tensor, weight in zip(tensors, self.weights, strict=True):

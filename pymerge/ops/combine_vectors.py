@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.common.shapes import Axis, vector_shape
 from pymerge.errors import ArgumentError
+from pymerge.ops._bitmask import block_of
 from pymerge.ops._blocks import matrix_blocks
 from pymerge.ops._op import Op, check_out, check_out_dtype, check_vectors, compute_dtype, output
 from pymerge.ops.task_dots import check_axis
@@ -60,7 +61,7 @@ class CombineVectors(Op[ArrayLike]):
         merged, by_columns = out.view(rows, columns), self.axis == "columns"
         factors = torch.from_numpy(self.weights).to(device=like.device, dtype=dtype).T
         factors = factors[:, None, :] if by_columns else factors[:, :, None]
-        for place in matrix_blocks(rows, columns):
+        for place in matrix_blocks(rows, columns, block_of(like)):
             start = torch.zeros_like(merged[place], dtype=dtype) if origin is None else origin[place].to(dtype)
             total = start.clone()
             here = (slice(None), *((slice(None), place[1]) if by_columns else (place[0],)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.errors import ArgumentError
+from pymerge.ops._bitmask import block_of
 from pymerge.ops._op import Op, check_task_tensors, compute_dtype, numel_of, shape_of
 from pymerge.ops.row_divergence import row_blocks
 
@@ -46,7 +47,7 @@ class Importance(Op[ArrayLike]):
         divergence = torch.from_numpy(self.divergence).to(base.device)
         rows = scores.view(len(divergence), -1)
         near, far = base.reshape(rows.shape), expert.reshape(rows.shape)
-        for here in row_blocks(*rows.shape):
+        for here in row_blocks(*rows.shape, block_of(rows)):
             rows[here] = importance(near[here], far[here], divergence[here], dtype)
         return scores
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.common.shapes import BLOCK
 from pymerge.errors import ArgumentError
-from pymerge.ops._bitmask import blocks
+from pymerge.ops._bitmask import block_of, blocks
 from pymerge.ops._op import Op, check_out, check_out_dtype, check_task_tensors, compute_dtype, output
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Nearswap(Op[ArrayLike]):
         dtype = compute_dtype(base, expert)
         merged = output(self.out, base, self.out_dtype)
         flat, origin, target = merged.view(-1), base.reshape(-1), expert.reshape(-1)
-        for start, stop in blocks(flat.numel()):
+        for start, stop in blocks(flat.numel(), block_of(base)):
             near, far = origin[start:stop].to(dtype), target[start:stop].to(dtype)
             share = (self.t / (far - near).abs_().clamp_(min=LEAST_DIFFERENCE)).clamp_(max=1.0)
             flat[start:stop] = (share * far).add_((1.0 - share).mul_(near))

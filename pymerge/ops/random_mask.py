@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pymerge.common.arrays import ArrayLike, as_tensor
-from pymerge.common.shapes import BLOCK
 from pymerge.errors import ArgumentError
-from pymerge.ops._bitmask import MaskBuilder, TaskMasks, magnitude_keys
+from pymerge.ops._bitmask import MaskBuilder, TaskMasks, block_of, magnitude_keys
 from pymerge.ops._blocks import delta_blocks
 from pymerge.ops._op import Op, check_length, check_task_tensors, numel_of
 from pymerge.ops._philox import uniform_words
@@ -76,7 +75,8 @@ class RandomMask(Op[TaskMasks]):
 
         base, columns = as_tensor(self.base), self.columns
         # Whole rows, and whole bytes of the mask.
-        size = max(1, BLOCK // max(8 * columns, 1)) * 8 * columns if columns else BLOCK
+        most = block_of(base)
+        size = max(1, most // max(8 * columns, 1)) * 8 * columns if columns else most
         builder = MaskBuilder(len(self.experts), numel_of(base), base.device)
         for t, expert in enumerate(self.experts):
             for begin, end, delta in delta_blocks(base, expert, size):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.common.shapes import BLOCK, vector_shape
+from pymerge.ops._bitmask import block_of
 from pymerge.ops._op import Op, check_task_tensors, one_thread
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class RowDivergence(Op["NDArray[np.float64]"]):
         divergence = torch.empty(rows, dtype=torch.float64, device=base.device)
         near, far = base.reshape(rows, columns), expert.reshape(rows, columns)
         with one_thread():
-            for here in row_blocks(rows, columns):
+            for here in row_blocks(rows, columns, block_of(base)):
                 p, q = (torch.softmax(tensor[here].to(torch.float64), dim=-1).add_(_SMALL) for tensor in (far, near))
                 divergence[here] = q.div_(p).log_().mul_(p).sum(-1).neg_().clamp_(min=0.0)
         return divergence.cpu().numpy()
@@ -65,7 +66,7 @@ def shape_of_rows(base: ArrayLike) -> tuple[int, int]:
     return rows if columns else 0, columns
 
 
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Ranges of whole rows."""
-    height = max(1, BLOCK // max(columns, 1))
+def row_blocks(rows: int, columns: int, most: int) -> Iterator[slice]:
+    """Ranges of whole rows, of at most so many elements each but for a single row."""
+    height = max(1, most // max(columns, 1))
     return (slice(start, start + height) for start in range(0, rows, height))

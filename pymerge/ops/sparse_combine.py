@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.common.shapes import BLOCK
 from pymerge.errors import ArgumentError
-from pymerge.ops._bitmask import blocks, check_bits, unpack
+from pymerge.ops._bitmask import block_of, blocks, check_bits, unpack
 from pymerge.ops._op import (
     Op,
     check_length,
@@ -97,7 +97,7 @@ class SparseCombine(Op[ArrayLike]):
         selection = self.selection()
         masks = self.bits if selection is None else selection.reference().bits
         bits, sizes = None if masks is None else as_tensor(masks), self.sizes
-        for begin, end in blocks(len(flat)):
+        for begin, end in blocks(len(flat), block_of(base)):
             origin = flat[begin:end].to(dtype)
             total, share = torch.zeros_like(origin), torch.zeros_like(origin)
             values = [other[begin:end].to(dtype) - origin for other in others]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.common.arrays import ArrayLike, as_tensor
 from pymerge.common.shapes import AXES, BLOCK, Axis, vector_shape
 from pymerge.errors import ArgumentError
+from pymerge.ops._bitmask import block_of
 from pymerge.ops._blocks import matrix_blocks
 from pymerge.ops._op import Op, check_vectors, compute_dtype, one_thread
 
@@ -55,7 +56,7 @@ class TaskDots(Op["NDArray[Any]"]):
         flat = [tensor.reshape(rows, columns) for tensor in tensors]
         origin = None if self.base is None else as_tensor(self.base).reshape(rows, columns)
         with one_thread():
-            for place in matrix_blocks(rows, columns):
+            for place in matrix_blocks(rows, columns, block_of(tensors[0])):
                 taus = torch.stack([each[place].to(dtype) for each in flat])
                 if origin is not None:
                     taus -= origin[place].to(dtype)

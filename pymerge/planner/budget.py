@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # What a merge takes of the memory that is available, unless --memory says otherwise.
 HOST_SHARE = 0.75
-# Of the free memory of a device: its allocator rounds sizes up and keeps freed blocks apart by stream.
+# Of the free memory of a device: its allocator rounds sizes up and keeps freed blocks apart by stream, and references
+# work in larger blocks there than plans count.
 DEVICE_SHARE = 0.8
 # A merge that reads and writes more than this share of the available memory drops the files' pages behind itself.
 CACHE_SHARE = 0.75

@@ -20,6 +20,8 @@ from pymerge.planner.steps import Step
 # Elements of a row range of an elementwise step: a read is one long request, and what it brings is still in the cache
 # when it is used.
 CHUNK_ELEMENTS = 3 * 2**19
+# Bytes of one input of such a range on a device, which has started a hundred launches before it has read as little.
+DEVICE_CHUNK_BYTES = 2**28
 # Bytes of the inputs up to which a tensor that is reduced before it is merged is held meanwhile, on a CPU; larger ones
 # are read again for each pass. The memory of a GPU is there to be used: there a tensor is held whole if it fits.
 HELD_BYTES = 2**28
@@ -77,10 +79,20 @@ def staging_bytes(queue: Iterable[Job]) -> int:
     return 1 << (largest - 1).bit_length()
 
 
+def _chunk(step: Step, budget: Budget) -> int:
+    """Elements of a row range, where there is room for them. On a device pinned memory of half of the host's share
+    holds them."""
+    if budget.device != "cuda":
+        return CHUNK_ELEMENTS
+    largest = max(ITEM_SIZES[code] for code in (step.dtype, *(entry.dtype for entry in step.inputs)))
+    pinned = min(DEVICE_CHUNK_BYTES, budget.host // 2 // (READ_THREADS + 1))
+    return max(CHUNK_ELEMENTS, pinned // largest)
+
+
 def _fitted(step: Step, budget: Budget) -> Step:
-    """The step in row ranges of at most CHUNK_ELEMENTS, smaller where they would not leave room to read ahead and
-    write behind within the limit; in its own ranges where it is reduced before it is merged, held or not; actions on
-    whole matrices keep their pieces."""
+    """The step in row ranges as large as `_chunk` says, smaller where they would not leave room to read ahead and write
+    behind within the limit; in its own ranges where it is reduced before it is merged, held or not; actions on whole
+    matrices keep their pieces."""
     if len(step.ranges) > 1:
         whole = Piece(0, step.shape[0], step.shape)
         footprint = step.footprint(whole)
@@ -95,5 +107,5 @@ def _fitted(step: Step, budget: Budget) -> Step:
     decoding = (1 + READ_AHEAD) * step.decoding_bytes  # which larger pieces do not need more of
     needed = room(step.footprint(step.smallest)) - decoding
     elements = math.prod(step.smallest.shape)
-    most = min(CHUNK_ELEMENTS, max(1, (budget.tensors - decoding) // max(1, needed)) * elements)
+    most = min(_chunk(step, budget), max(1, (budget.tensors - decoding) // max(1, needed)) * elements)
     return replace(step, pieces=tuple(pieces.split(step.role, step.action, step.shape, most)))

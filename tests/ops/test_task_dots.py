@@ -164,7 +164,7 @@ def test_errors_name_what_is_wrong() -> None:
 
 def test_blocks_cover_a_matrix_once() -> None:
     seen = torch.zeros(5, 3 * BLOCK // 2)
-    for place in matrix_blocks(*seen.shape):
+    for place in matrix_blocks(*seen.shape, BLOCK):
         seen[place] += 1
     assert seen.unique().tolist() == [1.0]
 
