@@ -1,8 +1,8 @@
 // Ops that sum weights and task vectors, and their statistics.
 #include "bindings/arguments.h"
-#include "bindings/combining.h"
 #include "common/finite.h"
 #include "io/combine_files.h"
+#include "ops/combine.h"
 #include "ops/combine_vectors.h"
 #include "ops/low_rank_sum.h"
 #include "ops/task_dots.h"
@@ -26,7 +26,9 @@ namespace {
 
 void combine(const Output& out, const std::optional<MatrixView>& base, const std::vector<MatrixView>& tensors,
              const std::vector<double>& weights, double divisor, int threads) {
-    combine_cpu(combine_params(out, base, tensors, weights, divisor), threads);
+    check_one_each("combine", tensors, "weights", weights, "tensor");
+    check_elements("combine", out.row_stride, base, tensors, "tensor");
+    combine_cpu({out, or_none(base), tensors.data(), weights.data(), divisor, count(tensors), out.row_stride}, threads);
 }
 
 // (finite, which file failed, errno, byte, nanoseconds in reads), as in CombineFilesResult.

@@ -22,11 +22,7 @@ struct CombineParams {
 // One task's share. Fused multiply-add with one rounding, which is what PyTorch's add_(..., alpha=w) computes.
 template <class A>
 PM_HOST_DEVICE A combine_step(A total, A value, A origin, A weight) {
-#if defined(__CUDA_ARCH__)
-    return ::fma(weight, value - origin, total);
-#else
     return std::fma(weight, value - origin, total);
-#endif
 }
 
 // Accumulates in double if any tensor is float64, else in float.
@@ -35,6 +31,5 @@ inline bool combine_in_double(const CombineParams& p) {
 }
 
 void combine_cpu(const CombineParams& p, int threads);
-void combine_cuda(const CombineParams& p, void* stream);
 
 }  // namespace pymerge

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "common/strips.h"
+#include "common/quads.h"
 
 // Two digits of 16 bits, and one pass over the weights for each; no step waits for the host.
 //   high: the upper 15 bits of a key, and whether the lower 16 are not all 0. Of a delta that is a bfloat16 they are,
@@ -63,7 +63,7 @@ __device__ __forceinline__ std::uint32_t high_digit(std::uint32_t key) {
 __device__ __forceinline__ Quad load_quad_of(const Input& input, std::int64_t begin, int valid) {
     const unsigned bytes = input.dtype == DType::f32 ? 16 : 8;
     const bool vector = valid == 4 && reinterpret_cast<std::uintptr_t>(input.data) % bytes == 0;
-    return load_quad<Operand::tf32>(input.data, input.dtype, begin, valid, vector);
+    return load_quad(input.data, input.dtype, begin, valid, vector);
 }
 
 // Calls f(key, index) for the elements of [begin, end) that this thread takes, a quad `stride` elements after the
@@ -87,8 +87,8 @@ __device__ __forceinline__ void for_each_key(const Arguments& a, std::int64_t be
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 if (e >= valid[q]) break;
-                const float value = element<Operand::tf32>(values[q], expert.dtype, e);
-                const float delta = task_delta(value, element<Operand::tf32>(origin[q], base.dtype, e));
+                const float value = element(values[q], expert.dtype, e);
+                const float delta = task_delta(value, element(origin[q], base.dtype, e));
                 f(magnitude_key(delta), at + q * stride + e);
             }
         }

@@ -23,8 +23,8 @@ from pymerge.kernels._common import SIZES, Variant
 
 # What a launch finds out about its arguments where layers are as wide as real ones: addresses and widths are multiples
 # of 16, on which vector loads and their pipelining depend.
-ALIGNED = ("out", "base", "weights", "means", "columns", "base_layer", "base_stride", "expert_layer", "expert_stride")
-ALIGNED += ("target", "source", "m", "v", "A", "B", "schedule", "expert", "bits", "count")
+ALIGNED = ("out", "base", "weights", "columns")
+ALIGNED += ("target", "source", "D", "m", "v", "A", "B", "unscale", "schedule", "expert", "bits", "count")
 
 
 def variants(arch: int) -> Iterator[Variant]:
@@ -34,13 +34,18 @@ def variants(arch: int) -> Iterator[Variant]:
             yield from import_module(f"pymerge.kernels.{module.name}").variants(SIZES[arch])
 
 
-def stack_bytes(cubin: bytes) -> int:
-    """Bytes of local memory of a thread: what did not fit into registers."""
+def dumped(cubin: bytes, what: str) -> str:
+    """What cuobjdump says about machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        found = re.search(r"STACK:(\d+)", subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        command = [knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of local memory of a thread: what did not fit into registers."""
+    found = re.search(r"STACK:(\d+)", dumped(cubin, "-res-usage"))
     assert found is not None
     return int(found[1])
 
@@ -66,6 +71,7 @@ def main(arch: int) -> None:
             "fused": len(re.findall(r"\bfma\.rn(\.ftz)?\.f32\b", ptx)),
             "shared": built.metadata.shared,
             "stack": stack_bytes(built.asm["cubin"]),
+            "machine": sorted(set(re.findall(r"\b[HQ]?G?MMA\.[0-9A-Zx.]+", dumped(built.asm["cubin"], "-sass")))),
         }
         print(json.dumps(about))
 

@@ -68,26 +68,25 @@ def test_nothing_measured_is_pytorch_with_the_reason(table: Path) -> None:
 
 
 def test_results_become_rows_and_rows_decide(table: Path) -> None:
-    fast = case("task_gram", (768, 768), "bfloat16", reference=4.0, triton=1.0, cuda=9.0, peer=0.5)
-    fast.append({"kind": "skipped", "op": "task_gram", "backend": "native", "reason": "no"})
-    slow = case("task_gram", (8192, 2048), "bfloat16", reference=1.0, triton=2.0)
+    fast = case("wudi_adam", (768, 768), "float32", reference=4.0, triton=1.0, cuda=9.0, peer=0.5)
+    fast.append({"kind": "skipped", "op": "wudi_adam", "backend": "native", "reason": "no"})
+    slow = case("wudi_adam", (8192, 2048), "float32", reference=1.0, triton=2.0)
     file = table.with_name("results.json")
     file.write_text(json.dumps(results(fast, slow, case("gradient_flow", (768, 768), "float32", reference=1.0))))
     assert measured.record(file) == 2
     source = "2030-01-02 at abc"
     assert measured.rows() == (
-        Row(GPU, "task_gram", "bfloat16", (1, 768, 768), "triton", 4.0, source),
-        Row(GPU, "task_gram", "bfloat16", (1, 8192, 2048), "reference", 1.0, source),
+        Row(GPU, "wudi_adam", "float32", (1, 768, 768), "triton", 4.0, source),
+        Row(GPU, "wudi_adam", "float32", (1, 8192, 2048), "reference", 1.0, source),
     )
-    bf16 = frozenset({"BF16"})
-    near = on_device("task_gram", (1000, 512), bf16)
+    near = on_device("wudi_adam", (1000, 512))
     assert (near.backend, near.reason) == ("triton", f"4.00 times PyTorch's speed, measured {source}")
-    assert on_device("task_gram", (21, 1000, 512), bf16).backend == "triton"  # a batch: as each of its layers
-    assert on_device("task_gram", (8192, 2048), bf16).reason == f"1.00 times PyTorch's speed, measured {source}"
+    assert on_device("wudi_adam", (21, 1000, 512)).backend == "triton"  # a batch: as each of its layers
+    assert on_device("wudi_adam", (8192, 2048)).reason == f"1.00 times PyTorch's speed, measured {source}"
     for shape in ((768, 2000), (300, 768), (4, 300, 768), (0, 768)):  # beyond a factor of two; a batch; nothing
-        assert "nobody has timed ours" in on_device("task_gram", shape, bf16).reason
-    assert "nobody has timed ours" in on_device("task_gram", (768, 768)).reason  # in float32
-    assert measured.nearest("another", "task_gram", bf16, (768, 768)) is None
+        assert "nobody has timed ours" in on_device("wudi_adam", shape).reason
+    assert "nobody has timed ours" in on_device("wudi_adam", (768, 768), frozenset({"F64"})).reason
+    assert measured.nearest("another", "wudi_adam", FLOAT, (768, 768)) is None
     assert "NVIDIA Test 9000 (2 cases)" in measured.summary()
 
 
@@ -100,15 +99,15 @@ def test_new_measurements_replace_old_ones(table: Path) -> None:
 
 
 def test_a_cpu_has_nothing_to_record() -> None:
-    cpu = results(case("task_gram", (768, 768), "float32", reference=2.0, native=1.0), device="AMD EPYC")
+    cpu = results(case("wudi_adam", (768, 768), "float32", reference=2.0, native=1.0), device="AMD EPYC")
     with pytest.raises(BackendError, match="no case ran on a device kernel of ours on 'AMD EPYC'; give results from a"):
         measured.from_results(cpu)
 
 
 def test_a_measured_backend_that_cannot_run_here_is_said(table: Path) -> None:
     file = table.with_name("results.json")
-    file.write_text(json.dumps(results(case("spd_solve", (64, 64), "float32", reference=2.0, cuda=1.0))))
+    file.write_text(json.dumps(results(case("trim_threshold", (64, 64), "float32", reference=2.0, cuda=1.0))))
     measured.record(file)
-    choice = runner._measured("spd_solve", Device("cpu"), GPU, FLOAT, (64, 64))
+    choice = runner._measured("trim_threshold", Device("cpu"), GPU, FLOAT, (64, 64))
     assert choice.backend == "reference"
     assert choice.reason.startswith("cuda was measured as the fastest, and cannot be used: ")

@@ -1,16 +1,14 @@
-"""combine on every backend: bit for bit the reference in C++ and CUDA, near it in Triton."""
+"""combine on every backend: bit for bit the reference in C++, near it in Triton."""
 
 from __future__ import annotations
 
 import itertools
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from pymerge.backends.native._arguments import flat, optional
 from pymerge.backends.runner import Runner, choose
 from pymerge.common.arrays import Array
 from pymerge.common.devices import resolve_device
@@ -201,20 +199,3 @@ def test_what_does_not_fit_is_an_error() -> None:
         Combine(one, [one], [1.0], divisor=0.0).check()
     with pytest.raises(ArgumentError, match=r"out_dtype torch\.int32 is not floating point"):
         Combine(one, [one], [1.0], torch.int32).check()
-
-
-MIX = (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.mark.parametrize("size", [1, 255, 1000])
-@pytest.mark.parametrize("out_dtype", [*FLOATS, DOUBLE])
-@pytest.mark.parametrize("base_dtype", [None, *FLOATS, DOUBLE])
-@pytest.mark.parametrize("divisor", [1.0, 1.3])
-def test_cuda_emulated(
-    emulated: ModuleType, size: int, out_dtype: torch.dtype, base_dtype: torch.dtype | None, divisor: float
-) -> None:
-    case = task_case((1, size), [base_dtype or torch.float32, *MIX[1:]])
-    base, weights = None if base_dtype is None else case.base, [0.7, -0.3, 2.5]
-    out = torch.full((1, size), float("nan"), dtype=out_dtype)
-    emulated.combine(flat(out), optional(base), [flat(expert) for expert in case.experts], weights, divisor, 0)
-    assert_same("combine", out, Combine(base, case.experts, weights, out_dtype, None, divisor).reference())

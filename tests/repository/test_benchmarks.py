@@ -69,13 +69,13 @@ def test_rows_of_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_measured_on_a_device_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a run, in which Triton's interpreter stands for a device, become rows of the table that auto reads."""
     machine = {"device": "NVIDIA Test 9000", "commit": "abc"}
-    for op in ("task_gram", "wudi_adam", "spd_solve"):
+    for op in ("combine", "wudi_adam"):
         rows = rows_of(monkeypatch, op, backend=["triton"])
         medians = {row["backend"]: row["seconds"]["median"] for row in rows}
         assert medians.keys() >= {"reference", "triton", "peer"}
         results = {"date": "2030-01-02T03:04:05", "machine": machine, "rows": rows}
         (row,) = measured.from_results(results)
-        dtype = "bfloat16" if op == "task_gram" else "float32"
+        dtype = "bfloat16" if op == "combine" else "float32"
         assert row[:4] == ("NVIDIA Test 9000", op, dtype, (1, 40, 24))
         best = min("reference", "triton", key=lambda backend: medians[backend])
         assert (row.backend, row.speedup) == (best, round(medians["reference"] / medians[best], 3))

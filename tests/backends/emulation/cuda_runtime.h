@@ -1,7 +1,7 @@
 // Stands in for CUDA's header so that a C++ compiler builds the .cu files. A thread of a block is a coroutine with a
 // stack of its own; blocks run one after the other. A thread runs until it waits for others, then the next one does: a
 // barrier that is missing shows, since threads are then as far apart as they can be. Enough for the kernels' logic
-// (indices, tiles, barriers) and, with common/mma.h beside this file, their rounding; says nothing about speed.
+// (indices, parts, barriers); says nothing about speed.
 #pragma once
 
 #include <csetjmp>
@@ -47,11 +47,9 @@ struct Thread {
     bool done = false;
     const Barrier* waits_for = nullptr;
     unsigned round = 0;
-    std::vector<std::function<void()>> copies;  // asynchronous ones, made when they are waited for
 };
 
 inline std::vector<Thread> team;
-inline std::vector<Barrier> warps;
 inline Barrier block;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
@@ -75,8 +73,6 @@ inline void wait(Barrier& barrier, unsigned members) {
     self.round = barrier.round;
     if (_setjmp(self.state) == 0) _longjmp(scheduler, 1);
 }
-
-inline void wait_for_warp() { wait(warps[threadIdx.x / 32], 32); }
 
 // Lets thread t run until it waits or ends.
 inline void resume(unsigned t) {
@@ -108,9 +104,6 @@ inline void run_block(unsigned threads) {
         }
         if (running && !moved) throw std::logic_error("threads wait at a barrier that others have passed by");
     }
-    for (const Thread& thread : team) {
-        if (!thread.copies.empty()) throw std::logic_error("a thread ended before its asynchronous copies");
-    }
 }
 
 }  // namespace emulation
@@ -138,7 +131,6 @@ void emulate(Kernel kernel, dim3 grid, unsigned threads, cudaStream_t, const Arg
     gridDim = grid;
     blockDim = dim3(threads);
     emulation::team = std::vector<emulation::Thread>(threads);
-    emulation::warps = std::vector<emulation::Barrier>((threads + 31) / 32);
     emulation::block = {};
     emulation::body = [&] { kernel(argument); };
     for (unsigned y = 0; y < grid.y; ++y) {
