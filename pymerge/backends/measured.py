@@ -142,9 +142,9 @@ def record_merges(results: Path) -> int:
 
 
 def _write(ops: Iterable[Row], whole: Iterable[Merge]) -> None:
+    tables = {"rows": [row._asdict() for row in sorted(ops)], "merges": [row._asdict() for row in sorted(whole)]}
     parts = [
-        f'"{name}": [\n' + ",\n".join("  " + json.dumps(row._asdict()) for row in sorted(table)) + "\n]"
-        for name, table in (("rows", ops), ("merges", whole))
+        f'"{name}": [\n' + ",\n".join("  " + json.dumps(row) for row in table) + "\n]" for name, table in tables.items()
     ]
     _TABLE.write_text("{" + ",\n".join(parts) + "}\n")
     _read.cache_clear()

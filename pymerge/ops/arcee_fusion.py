@@ -49,7 +49,7 @@ class ArceeFusion(Op[ArrayLike]):
         divergence = torch.from_numpy(self.divergence).to(base.device)
         rows = merged.view(len(divergence), -1)
         near, far = base.reshape(rows.shape), expert.reshape(rows.shape)
-        for here in row_blocks(*rows.shape, block_of(base)):
+        for here in row_blocks(rows.shape[0], rows.shape[1], block_of(base)):
             scores = importance(near[here], far[here], divergence[here], dtype)
             # Not less rather than at least: NaN takes over, and is in the result.
             rows[here] = torch.where(scores < self.least, near[here].to(dtype), far[here].to(dtype))

@@ -47,7 +47,7 @@ class Importance(Op[ArrayLike]):
         divergence = torch.from_numpy(self.divergence).to(base.device)
         rows = scores.view(len(divergence), -1)
         near, far = base.reshape(rows.shape), expert.reshape(rows.shape)
-        for here in row_blocks(*rows.shape, block_of(rows)):
+        for here in row_blocks(rows.shape[0], rows.shape[1], block_of(rows)):
             rows[here] = importance(near[here], far[here], divergence[here], dtype)
         return scores
 
