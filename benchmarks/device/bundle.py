@@ -26,7 +26,7 @@ MOST_BYTES = 64 * 2**20
 # Of pyproject.toml, with all that they need; then what runs the tests.
 IMPORTED = (
     *("annotated-types", "pydantic", "pydantic-core", "typing-extensions", "typing-inspection"),
-    *("annotated-doc", "click", "jinja2", "markdown-it-py", "markupsafe", "mdurl", "psutil", "pygments", "pyyaml"),
+    *("annotated-doc", "jinja2", "markdown-it-py", "markupsafe", "mdurl", "psutil", "pygments", "pyyaml"),
     *("rich", "shellingham", "typer"),
 )
 TESTING = ("execnet", "hypothesis", "iniconfig", "packaging", "pluggy", "pytest", "pytest-xdist", "sortedcontainers")
