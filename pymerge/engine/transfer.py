@@ -57,7 +57,7 @@ class Transfer(Protocol):
         """The tensor on the CPU, valid until the next call; by the writer thread."""
 
     def make_room(self) -> None:
-        """What is computed next takes memory of its own, beside what is kept for later use; by the computing thread."""
+        """Prepare for what takes memory of its own, beside what is kept for later use; by the computing thread."""
 
     def free(self) -> None:
         """Give back what is kept for later use: memory has run out; by the computing thread."""

@@ -1,4 +1,4 @@
-"""What kernels of csrc take beside the forms that the CPU's bindings take, too."""
+"""Arguments of kernels of csrc beside the forms that the CPU's bindings take, too."""
 
 from __future__ import annotations
 
