@@ -118,6 +118,7 @@ def finalize(
     device: str | torch.device = "auto",
     backend: str | None = None,
     memory: int | str | None = None,
+    device_memory: int | str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
     verify: bool | None = None,
@@ -128,7 +129,7 @@ def finalize(
     Args:
         config: that of the parts, or their plan.
         out: their directory.
-        device, backend, memory, max_shard_size, dtype: of `plan`, as the parts had them.
+        device, backend, memory, device_memory, max_shard_size, dtype: of `plan`, as the parts had them.
         verify: read all files again and compare their checksums; default: where several machines have written them.
         progress: show a progress bar where an output that was published already is verified.
 
@@ -141,9 +142,8 @@ def finalize(
     if isinstance(config, Plan):
         planned = config
     else:
-        planned = plan(
-            config, device=device, backend=backend, memory=memory, max_shard_size=max_shard_size, dtype=dtype
-        )
+        where: dict[str, Any] = {"device": device, "memory": memory, "device_memory": device_memory}
+        planned = plan(config, backend=backend, max_shard_size=max_shard_size, dtype=dtype, **where)
     sink = ProgressBar("verifying") if progress else NoProgress()
     return parts.finalize(planned, Path(out), verify=verify, progress=sink)
 

@@ -24,6 +24,7 @@ def finalize(
     device: options.Device = "auto",
     backend: options.Backend = None,
     memory: options.Memory = None,
+    device_memory: options.DeviceMemory = None,
     max_shard_size: options.ShardSize = "5GB",
     dtype: options.Dtype = None,
     verify: Annotated[
@@ -46,7 +47,7 @@ def finalize(
             config,
             out,
             device=device,
-            **options.for_plan(backend, memory, max_shard_size, dtype),
+            **options.for_plan(backend, memory, max_shard_size, dtype, device_memory=device_memory),
             verify=verify,
             progress=not quiet,
         )

@@ -83,7 +83,7 @@ def merge(
         share = _part(part, finalize, overwrite)
         if ray is None and (ray_cpus is not None or ray_gpus is not None):
             raise ArgumentError("--ray-cpus and --ray-gpus are of tasks of Ray; add --ray, or leave them out")
-        given = options.for_plan(backend, memory, max_shard_size, dtype) | {"device_memory": device_memory}
+        given = options.for_plan(backend, memory, max_shard_size, dtype, device_memory=device_memory)
         loaded = load_config(config)
         if adapter or loaded.output == "adapter":
             if device not in ("auto", "cpu") or profile is not None:

@@ -50,12 +50,17 @@ LogJson = Annotated[
 
 
 def for_plan(
-    backend: BackendName | None, memory: str | None, max_shard_size: str, dtype: OutputDtype | None
+    backend: BackendName | None,
+    memory: str | None,
+    max_shard_size: str,
+    dtype: OutputDtype | None,
+    **more: str | None,
 ) -> dict[str, Any]:
-    """Arguments of `pymerge.plan`, but for the device."""
+    """Arguments of `pymerge.plan`, but for the device; `more` as they are."""
     return {
         "backend": backend.value if backend else None,
         "memory": memory,
         "max_shard_size": max_shard_size,
         "dtype": dtype.value if dtype else None,
+        **more,
     }

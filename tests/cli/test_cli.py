@@ -35,7 +35,10 @@ OPTIONS = {
         "--verbose --adapter --rank --full-tensors --devices --ray --ray-cpus --ray-gpus --part --finalize --log-json "
         "--help"
     ),
-    "finalize": ("--device --backend --memory --max-shard-size --dtype --verify --no-verify --quiet --log-json --help"),
+    "finalize": (
+        "--device --backend --memory --device-memory --max-shard-size --dtype --verify --no-verify --quiet --log-json "
+        "--help"
+    ),
     "extract": (
         "--base --model --rank --energy --sv-epsilon --max-rank --include --exclude --embeddings --rest --dtype "
         "--algorithm --split --seed --memory --missing-tensors --dry-run --json --overwrite --quiet --log-json "
