@@ -10,7 +10,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pymerge.common.arrays import compute_code
 from pymerge.common.dtypes import torch_dtype
 from pymerge.methods.actions import Action, Kept, Run, Solve, copy, mean_of_tasks
 from pymerge.methods.base import Method, Parameter, Values
@@ -72,6 +71,8 @@ class Equations(NamedTuple):
     A: Tensor  # normal equations, B relative to X_0
     B: Tensor
     rms: float  # root mean square of the deltas of the tasks that touched the tensor
+    # Z, N x d_in, where A and B are N x N and d_out x N: D is a displacement of these, times Z. None: it is one of X.
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -125,25 +126,18 @@ class SolveInterference(Solve):
     def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         return delta_bytes(shape)
 
+    @abstractmethod
     def equations(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Equations:
         """The equations of a layer whose tasks have the squared norms n_t, finite and not all 0."""
+
+    def equations_in(
+        self, products: str, steps: str, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]
+    ) -> Equations:
+        """The equations formed in one dtype, F32 or F64, for steps in another."""
         weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
-        dtype = "F64" if self.precision == "float64" else compute_code(base, *experts)
-        automatic = self.precision == "auto"
-        products = "F64" if automatic and self.forms_in_double() else dtype
-        steps = torch_dtype("F64" if automatic and self.solves_in_double() else dtype)
         X = run(TaskSum(base, experts, [1.0] * len(experts), dtype=products))
         A, B = run(NormalEquations(base, experts, weights, origin=X, dtype=products))
-        touched = [norm / base.numel() for norm in norms if norm > 0]
-        return Equations(X, A.to(steps), B.to(steps), math.sqrt(statistics.fmean(touched)))
-
-    @abstractmethod
-    def forms_in_double(self) -> bool:
-        """Whether forming the normal equations in float32 would cost digits of the result."""
-
-    def solves_in_double(self) -> bool:
-        """Whether going on in float32 from there would."""
-        return self.forms_in_double()
+        return Equations(X, A.to(torch_dtype(steps)), B.to(torch_dtype(steps)), mean_size(base, norms))
 
     def displacements(self, run: Run, systems: Sequence[Equations]) -> Sequence[Tensor]:
         """D of each layer."""
@@ -152,6 +146,11 @@ class SolveInterference(Solve):
     @abstractmethod
     def displacement(self, run: Run, system: Equations) -> Tensor:
         """D of one layer, d_out x d_in."""
+
+
+def mean_size(base: Tensor, norms: Sequence[float]) -> float:
+    """Root mean square of the deltas of the tasks that touched a tensor, from their squared norms."""
+    return math.sqrt(statistics.fmean([norm / base.numel() for norm in norms if norm > 0]))
 
 
 def not_a_number(base: Tensor, out_dtype: str) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pymerge.common.arrays import compute_code
 from pymerge.methods.actions import Action, Run, SolveTogether
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
@@ -63,13 +64,12 @@ class SolveWudi(SolveInterference, SolveTogether):
         rows, columns = shape
         return self.iterations * rows * (4 * columns * rank + 2 * rank**2 + 12 * columns)
 
-    def forms_in_double(self) -> bool:
+    def equations(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Equations:
         # Rounding in A and B is the same in all steps and adds up; that of a step does not. Float64 products cost a few
         # percent of 300 steps and bring the error of X from about 1e-5 of the displacement to 1e-6.
-        return True
-
-    def solves_in_double(self) -> bool:
-        return False
+        steps = "F64" if self.precision == "float64" else compute_code(base, *experts)
+        products = "F64" if self.precision == "auto" else steps
+        return self.equations_in(products, steps, run, base, experts, norms)
 
     def displacement(self, run: Run, system: Equations) -> Tensor:
         return run(WudiAdam(system.A, system.B, self.iterations, self.learning_rate(system.rms)))

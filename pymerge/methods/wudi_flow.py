@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pymerge.common.arrays import compute_code
 from pymerge.methods.actions import Action, Kept, Run
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.eigenvectors import Filtered, KeptFlow
-from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod
+from pymerge.methods.precision import FLOW_SCALE, FLOW_TIME, by_rows, largest_eigenvalue
+from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod, mean_size
 from pymerge.ops.gradient_flow import GradientFlow, flow_gain, schedule
 from pymerge.ops.spectral_filter import Rank, SpectralFilter, filter_gain
+from pymerge.ops.stacked_gram import StackedGram
+from pymerge.ops.task_sum import TaskSum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pymerge.methods.core.factors import Factors, Product
 
-# The error of a float32 result grows with the time: at most 7e-6 of X at 300 and 3e-5 at 1300 (benchmarks/results).
-_FLOAT32_TIME = 500.0
-
 
 class ClosedForm(SolveInterference, Filtered):
-    """A displacement without steps."""
+    """A displacement without steps, from A and B, or where the tasks have fewer rows than columns, from their products.
+
+    Of the stacked task vectors Z, A = Z^T Z, and B = C Z: a function of A times B is C f(K) Z, K = Z Z^T.
+    """
 
     @property
     def has_core(self) -> bool:
         return True
 
     def kept_of(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Kept:
-        system = replace(self, precision="float64").equations(run, base, experts, norms)
+        system = self.equations_in("F64", "F64", run, base, experts, norms)
         double = self.precision == "float64" or compute_code(base, *experts) == "F64"
         return KeptFlow(system.A, system.B, system.X, "F64" if double else "F32")
 
@@ -41,11 +45,47 @@ class ClosedForm(SolveInterference, Filtered):
         item = 8 if self.precision == "float64" else 4
         return 8 * columns + item * (columns**2 + 2 * rows * columns)
 
+    def equations(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Equations:
+        touched = [t for t, norm in enumerate(norms) if norm > 0]
+        experts, norms = [experts[t] for t in touched], [norms[t] for t in touched]
+        dtype = compute_code(base, *experts)
+        double = self.precision == "float64" or (
+            self.precision == "auto" and dtype == "F32" and self.wants_double(run, base, experts, norms)
+        )
+        dtype = "F64" if double else dtype
+        if not by_rows(*base.shape, len(experts)):
+            return self.equations_in(dtype, dtype, run, base, experts, norms)
+        X = run(TaskSum(base, experts, [1.0] * len(experts), dtype=dtype))
+        Z, K = run(StackedGram(base, experts, [1.0 / norm for norm in norms], dtype=dtype))
+        return Equations(X, K, of_rows(K, norms), mean_size(base, norms), Z)
+
+    def displacement(self, run: Run, system: Equations) -> Tensor:
+        D = self.moved(run, system.A, system.B, system.X.shape[1])
+        return D if system.rows is None else D @ system.rows
+
+    @abstractmethod
+    def wants_double(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> bool:
+        """Whether float32 would cost digits of the result."""
+
+    @abstractmethod
+    def moved(self, run: Run, A: Tensor, B: Tensor, columns: int) -> Tensor:
+        """The displacement D of A and B; they may be of a weight of more columns, d_in."""
+
+    @abstractmethod
+    def item(self, rows: int, columns: int, experts: int) -> int:
+        """Bytes of a number, at most."""
+
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
-        # A, three polynomials of it and two sums, or eigenvectors; X, B, D, a delta and its difference.
-        double = self.precision == "float64" or self.forms_in_double()
-        return (8 if double else 4) * (6 * columns**2 + 6 * rows * columns)
+        size = inner_size(rows, columns, experts)
+        # A or K, three polynomials of it and three sums, or eigenvectors; Z; X, B, D, a delta and its difference.
+        squares = 7 * size**2 + size * columns if size < columns else 6 * columns**2
+        return self.item(rows, columns, experts) * (squares + 6 * rows * columns)
+
+    def equations_flops(self, rows: int, columns: int, experts: int) -> int:
+        """Flops of A and B, or of K and the product with Z."""
+        size = inner_size(rows, columns, experts)
+        return size**2 * columns + 2 * rows * size * columns if size < columns else experts * 4 * rows * columns**2
 
 
 @dataclass(frozen=True)
@@ -56,11 +96,14 @@ class SolveFlow(ClosedForm):
     label: ClassVar[str] = "wudi_flow"
     by_products: ClassVar[bool] = True
 
-    def forms_in_double(self) -> bool:
-        return self.time > _FLOAT32_TIME
+    def wants_double(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> bool:
+        if self.time > FLOW_TIME or by_rows(*base.shape, len(experts)) or len(experts) * self.time <= FLOW_SCALE:
+            return self.time > FLOW_TIME
+        shares = [1.0 / norm for norm in norms]
+        return self.time * largest_eigenvalue(run, base, experts, shares, norms) > FLOW_SCALE
 
-    def displacement(self, run: Run, system: Equations) -> Tensor:
-        return run(GradientFlow(system.A, system.B, self.time))
+    def moved(self, run: Run, A: Tensor, B: Tensor, columns: int) -> Tensor:
+        return run(GradientFlow(A, B, self.time))
 
     def gain(self, values: Tensor) -> Tensor:
         return flow_gain(values, self.time)
@@ -70,10 +113,17 @@ class SolveFlow(ClosedForm):
 
         return flow(tasks, self.time).times(self.scale)
 
+    def item(self, rows: int, columns: int, experts: int) -> int:
+        if self.precision != "auto":
+            return 8 if self.precision == "float64" else 4
+        single = self.time <= FLOW_TIME and (by_rows(rows, columns, experts) or experts * self.time <= FLOW_SCALE)
+        return 4 if single else 8
+
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
+        size = inner_size(rows, columns, experts)
         # The largest eigenvalue of A is not known yet; its mean share of the trace T is a few for real deltas.
-        return _equations(rows, columns, experts) + schedule(rows, columns, max(self.time, 1.0)).flops
+        return self.equations_flops(rows, columns, experts) + schedule(rows, size, max(self.time, 1.0)).flops
 
 
 @dataclass(frozen=True)
@@ -84,14 +134,14 @@ class SolveFilter(ClosedForm):
     rank: Rank
     label: ClassVar[str] = "swudi"
 
-    def forms_in_double(self) -> bool:
+    def wants_double(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> bool:
         return True  # eigenvectors of float32 are good for 3e-5 at time 300, less for the exact minimiser
 
-    def displacement(self, run: Run, system: Equations) -> Tensor:
-        return run(SpectralFilter(system.A, system.B, self.time, self.rank))
+    def moved(self, run: Run, A: Tensor, B: Tensor, columns: int) -> Tensor:
+        return run(SpectralFilter(A, B, self.time, self.rank, columns))
 
     def gain(self, values: Tensor) -> Tensor:
-        return filter_gain(values, self.time, self.rank)
+        return filter_gain(values, self.time, self.rank, len(values))
 
     def kept_of(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> Kept:
         if math.isinf(self.time):  # swudi_a, of which the scale alone varies
@@ -103,15 +153,33 @@ class SolveFilter(ClosedForm):
 
         return filtered(tasks, self.time, self.rank).times(self.scale)
 
+    def item(self, rows: int, columns: int, experts: int) -> int:
+        return 4 if self.precision == "float32" else 8
+
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
-        eigenvectors = 9 * columns**3 + 4 * rows * columns**2
-        return _equations(rows, columns, experts) + eigenvectors
+        size = inner_size(rows, columns, experts)
+        eigenvectors = 9 * size**3 + 4 * rows * size**2
+        return self.equations_flops(rows, columns, experts) + eigenvectors
 
 
-def _equations(rows: int, columns: int, experts: int) -> int:
-    """Flops of A and B."""
-    return experts * 4 * rows * columns**2
+def inner_size(rows: int, columns: int, experts: int) -> int:
+    """Rows of the matrix that is worked on: of K or of A."""
+    return experts * rows if by_rows(rows, columns, experts) else columns
+
+
+def of_rows(K: Tensor, norms: Sequence[float]) -> Tensor:
+    """C of B = C Z, d_out x N, from K = Z Z^T of tasks of these squared norms: -sum_{s != t} tau_s tau_t^T / sqrt(n_t)."""
+    import torch
+
+    rows = len(K) // len(norms)
+    C = torch.zeros(rows, len(K), dtype=K.dtype, device=K.device)
+    for t in range(len(norms)):
+        for s, norm in enumerate(norms):
+            if s != t:
+                here, there = slice(t * rows, (t + 1) * rows), slice(s * rows, (s + 1) * rows)
+                C[:, here].sub_(K[there, here], alpha=math.sqrt(norm))
+    return C
 
 
 class WudiFlow(SolverMethod):

@@ -35,6 +35,7 @@ class SpectralFilter(Op["Tensor"]):
     B: Tensor  # d_out x d_in, same dtype, relative to the start X_0 (`origin` of `normal_equations`)
     time: float  # t of h = 1 - e^{-lambda t}; infinity for h = 1, the exact minimiser in those directions
     rank: Rank  # how many directions, see `kept`; for t infinite, never more than the numerical rank of A
+    columns: int | None = None  # of the weight, where A is smaller: eigenvalues that it lacks are 0, and count for K
 
     def check(self) -> None:
         """Raise ArgumentError unless A and B fit, time is at least 0 (or infinity) and rank a share in (0, 1]."""
@@ -46,6 +47,8 @@ class SpectralFilter(Op["Tensor"]):
             raise ArgumentError(
                 f"spectral_filter: rank is {rank!r}; give a share above 0 up to 1, or 'participation_sqrt'"
             )
+        if self.columns is not None and self.columns < len(self.A):
+            raise ArgumentError(f"spectral_filter: {self.columns} columns for {len(self.A)} rows of A; give at least these")
 
     @property
     def like(self) -> Tensor:
@@ -60,21 +63,24 @@ class SpectralFilter(Op["Tensor"]):
         if A.numel() == 0:
             return torch.zeros_like(B)
         values, vectors = eigenvectors(A)
-        leading = filter_gain(values, time, self.rank)
+        leading = filter_gain(values, time, self.rank, len(A) if self.columns is None else self.columns)
         count = int((leading != 0).sum())
         gain, basis = leading[len(leading) - count :], vectors[:, len(leading) - count :]
         displacement: Tensor = (B @ basis * gain) @ basis.mT
         return displacement
 
 
-def filter_gain(values: Tensor, time: float, rank: Rank) -> Tensor:
-    """h / lambda on the eigenvalues of A (ascending): 0 but for the leading directions, never of those that are noise
-    where the time is infinite."""
+def filter_gain(values: Tensor, time: float, rank: Rank, columns: int) -> Tensor:
+    """h / lambda on the eigenvalues of A (ascending), of which there are `columns` with those that are 0 and not listed.
+
+    0 but for the leading directions, never of those that are noise where the time is infinite.
+    """
     import torch
 
-    count, size = kept(values, rank), values.numel()
+    size = values.numel()
+    count = min(size, kept(torch.cat([values.new_zeros(columns - size), values]), rank))
     if math.isinf(time):
-        noise = RANK_SLACK * torch.finfo(values.dtype).eps * size * float(values[-1])
+        noise = RANK_SLACK * torch.finfo(values.dtype).eps * columns * float(values[-1])
         count = min(count, int((values > noise).sum()))
     leading = values[size - count :].clamp(min=FLOOR)
     gain = torch.zeros_like(values)
