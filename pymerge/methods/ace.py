@@ -8,19 +8,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pymerge.common.arrays import as_tensor, compute_code, dtype_of
-from pymerge.common.dtypes import torch_dtype
-from pymerge.errors import ArgumentError
+from pymerge.common.arrays import as_tensor, compute_code
+from pymerge.methods.ace_forms import (
+    Tasks,
+    by_numerator,
+    by_products_of_rows,
+    by_weights,
+    cheapest,
+    flops,
+    mean_row,
+    scratch,
+)
 from pymerge.methods.actions import Action, Kept, Run, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.eigenvectors import KeptAce, Ridged
 from pymerge.methods.kept import add_to_base
+from pymerge.methods.precision import ACE_CONDITION, ACE_CONDITION_OF_ROWS, by_rows, largest_eigenvalue
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Precision, SolverMethod, not_a_number
 from pymerge.ops.normal_equations import NormalEquations
 from pymerge.ops.spd_solve import SpdSolve
 from pymerge.ops.spectral_refine import SpectralRefine
-from pymerge.ops.task_gram import TaskGram
 from pymerge.ops.task_stats import Stats, TaskStats
 from pymerge.ops.task_sum import TaskSum
 
@@ -33,8 +41,8 @@ if TYPE_CHECKING:
 _TINY = 1e-12
 # A centred trace this far below the uncentred one is rounding: all rows of the delta are equal.
 _NO_COVARIANCE = 1e-24
-# The error of a float32 solve is about 1e-7 times the condition number of S: up to this one, below 1e-5 of X.
-_FLOAT32_CONDITION = 50.0
+# Times the limit for float32: a system that was estimated to be within it is solved again only beyond that.
+_SLACK = 1.5
 
 Variant = Literal["released", "paper"]
 
@@ -87,14 +95,41 @@ class SolveAce(Ridged):
         experts = [experts[t] for t in kept]
         stats = Stats(stats.norms[kept], stats.traces[kept], stats.means[kept])
 
-        double = self.precision == "float64" or dtype_of(base) == "F64"
+        wide = self.precision == "float64" or compute_code(base, *experts) == "F64"
         # The refinement amplifies errors by the inverse of the gap between two singular values.
-        if self.precision == "auto" and not double:
-            double = heterogeneous or self.needs_double(run, base, experts, stats)
-        X, condition = self.merged_delta(run, base, experts, stats, heterogeneous, double)
-        if self.precision == "auto" and not double and condition > _FLOAT32_CONDITION:
-            X, _ = self.merged_delta(run, base, experts, stats, heterogeneous, True)
+        if heterogeneous:
+            double = wide or self.precision == "auto"
+            X = self.refined_delta(run, base, experts, stats, "F64" if double else "F32")
+        else:
+            X = self.plain_delta(run, base, experts, stats, wide)
         return add_to_base(base, X, self.scale, out_dtype)
+
+    def plain_delta(self, run: Run, base: Tensor, experts: Sequence[Tensor], stats: Stats, wide: bool) -> Tensor:
+        """X of tasks that are not heterogeneous: in float64 if `wide`, else what loses nothing by it in float32."""
+        tasks, products = Tasks(base, experts, stats.means, self.eps), "F64" if wide else "F32"
+        rows, columns = base.shape
+        fewer = self.variant == "released" and by_rows(rows, columns, len(experts))
+        limit = ACE_CONDITION_OF_ROWS if fewer else ACE_CONDITION
+        automatic = self.precision == "auto" and not wide
+        double = wide or (automatic and self.wants_double(run, tasks, stats, limit))
+        X, condition = self.solved(run, tasks, stats, double, products)
+        if automatic and not double and condition > _SLACK * limit:
+            X, _ = self.solved(run, tasks, stats, True, products)
+        return X
+
+    def solved(self, run: Run, tasks: Tasks, stats: Stats, double: bool, products: str) -> tuple[Tensor, float]:
+        """X and the condition number of the system, which is in float64 if `double`."""
+        base, experts, system, row = tasks.base, tasks.experts, "F64" if double else "F32", None
+        if self.variant == "paper":  # its numerator has the deltas; the released one, the centred deltas
+            row = mean_row(run, base, experts, stats.means, [1.0] * len(experts), system)
+            row = row + self.eps * stats.means.sum(dim=0).to(row.dtype)
+        rows, columns = base.shape
+        form = cheapest(rows, columns, len(experts), double, plain=row is None)
+        if form == "rows":
+            return by_products_of_rows(run, tasks, system, products)
+        if form == "weights":
+            return by_weights(run, tasks, system, products, row)
+        return by_numerator(run, tasks, system, row)
 
     @property
     def has_core(self) -> bool:
@@ -129,24 +164,17 @@ class SolveAce(Ridged):
         """k of the refinement."""
         return max(1, int(min(shape) * self.k_frac))
 
-    def needs_double(self, run: Run, base: Tensor, experts: Sequence[Tensor], stats: Stats) -> bool:
-        """Whether the system (of tasks that are not heterogeneous) is likely too ill conditioned for float32.
+    def wants_double(self, run: Run, tasks: Tasks, stats: Stats, limit: float) -> bool:
+        """Whether the system, of tasks that are not heterogeneous, is too ill conditioned for float32.
 
-        No eigenvalue of a covariance exceeds its trace, which settles it for large ridges. Else one task's system
-        stands for the sum of all: it costs a small part of what solving twice would.
+        No eigenvalue of a covariance exceeds its trace, which settles it for large ridges. Else some rows tell.
         """
         traces = stats.traces.tolist()
-        ridge = self.eps * len(traces)
-        if sum(traces) + ridge <= _FLOAT32_CONDITION * ridge:
+        if sum(traces) + tasks.ridge <= limit * tasks.ridge:
             return False
-        largest = max(range(len(traces)), key=traces.__getitem__)
-        system = run(TaskGram(base, [experts[largest]], [1.0], stats.means[largest : largest + 1]))
-        system.diagonal().add_(self.eps)
-        try:
-            condition = run(SpdSolve(system, system.new_empty(0, len(system)))).condition
-        except ArgumentError:  # not positive definite after rounding
-            return True
-        return bool(condition > _FLOAT32_CONDITION)
+        ones = [1.0] * len(traces)
+        largest = largest_eigenvalue(run, tasks.base, tasks.experts, ones, traces, stats.means)
+        return largest > limit * tasks.ridge
 
     def is_heterogeneous(self, norms: Sequence[float]) -> bool:
         """Whether gamma exceeds the threshold. A threshold below 0 forces yes, infinity no; one task alone says no."""
@@ -154,42 +182,31 @@ class SolveAce(Ridged):
             return True
         return bool(heterogeneity(norms, self.variant) > self.gamma_threshold)
 
-    def merged_delta(
-        self,
-        run: Run,
-        base: Tensor,
-        experts: Sequence[Tensor],
-        stats: Stats,
-        heterogeneous: bool,
-        double: bool,
-    ) -> tuple[Tensor, float]:
-        """Return X (d_out x d_in, float64 if `double` else float32) and the condition number of the system."""
-        dtype = "F64" if double else "F32"
+    def refined_delta(self, run: Run, base: Tensor, experts: Sequence[Tensor], stats: Stats, dtype: str) -> Tensor:
+        """X of heterogeneous tasks, d_out x d_in, computed in this dtype."""
         released = self.variant == "released"
         tiny = _TINY if released else 0.0
-        weights = [1.0 / (p + tiny) if heterogeneous else 1.0 for p in stats.traces.tolist()]
+        weights = [1.0 / (p + tiny) for p in stats.traces.tolist()]
         ridges = [self.eps * weight for weight in weights]
 
-        ones = [1.0] * len(experts)
         system, numerator = run(NormalEquations(base, experts, weights, stats.means, None, dtype, ridges))
         prior = (system.sum(dim=0) - sum(ridges)) / system.shape[0]
-        if heterogeneous and released:  # not in the paper
+        if released:  # not in the paper
             prior = prior / (float(stats.norms.mean()) + _TINY)
-        row = None if released and not heterogeneous else self.mean_row(run, base, experts, stats, weights, dtype)
+        row = mean_row(run, base, experts, stats.means, weights, dtype)
         right = numerator
-        if not released and row is not None:  # the released numerator has the centred deltas; the paper's, the deltas
+        if not released:  # the released numerator has the centred deltas; the paper's, the deltas
             right = numerator + (row + row.new_tensor(ridges) @ stats.means.to(row.dtype))
-        X, condition = run(SpdSolve(system, right, prior))
-        if row is None or not heterogeneous:
-            return X, float(condition)
+        X = run(SpdSolve(system, right, prior, sum(ridges))).X
 
         average = system / len(experts)
         if not released:  # the paper's has no ridge in it
             average.diagonal().sub_(sum(ridges) / len(experts))
         residual = numerator + row
         residual -= run(TaskSum(base, experts, ridges, stats.means, dtype))
-        residual.addmm_(run(TaskSum(base, experts, ones, dtype=dtype)), average, alpha=-1.0)
-        return run(SpectralRefine(X, residual, self.refined(base.shape))), float(condition)
+        total = run(TaskSum(base, experts, [1.0] * len(experts), dtype=dtype))
+        residual.addmm_(total, average, alpha=-1.0)
+        return run(SpectralRefine(X, residual, self.refined(base.shape)))
 
     def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
         """Eigenvectors, of tasks that are not heterogeneous: others are refined by a decomposition for every eps."""
@@ -205,7 +222,7 @@ class SolveAce(Ridged):
         S, N = run(NormalEquations(base, experts, ones, means, None, "F64"))
         C = run(TaskSum(base, experts, ones, means, "F64"))
         if self.variant == "paper":  # the deltas, not centred
-            N = N + self.mean_row(run, base, experts, Stats(stats.norms[kept], stats.traces[kept], means), ones, "F64")
+            N = N + mean_row(run, base, experts, means, ones, "F64")
             C = C + means.sum(dim=0).to(C.dtype)
         double = self.precision == "float64" or compute_code(base, *experts) == "F64"
         return KeptAce(S, N, C, len(experts), "F64" if double else "F32")
@@ -215,34 +232,16 @@ class SolveAce(Ridged):
         item = 8 if self.precision == "float64" else 4
         return 3 * 8 * columns + item * (columns**2 + 2 * rows * columns)
 
-    @staticmethod
-    def mean_row(
-        run: Run,
-        base: Tensor,
-        experts: Sequence[Tensor],
-        stats: Stats,
-        weights: Sequence[float],
-        dtype: str,
-    ) -> Tensor:
-        """sum_t mu_t^T Sig_t, a row of d_in: what the column means add to sum_t tau_t Sig_t beyond C_t Sig_t."""
-        import torch
-
-        row = torch.zeros(base.shape[1], dtype=torch_dtype(dtype), device=base.device)
-        for t, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-            centred = run(TaskSum(base, [expert], [1.0], stats.means[t : t + 1], dtype))
-            row.add_((centred @ stats.means[t].to(centred.dtype)) @ centred, alpha=weight)
-        return row
-
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
-        product = 2 * rows * columns**2
-        return experts * 2 * product + columns**3 // 3 + 2 * product
+        return flops(cheapest(rows, columns, experts, double=True), rows, columns, experts)
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
-        # Covariance, system, factor, one task's Gram, and for the refinement eigenvectors and LAPACK's work; numerator,
-        # solution, total, residual and four temporaries, in float64 at worst.
-        return 8 * (6 * columns**2 + 8 * rows * columns)
+        # Refined: covariance, system, factor, one task's Gram, or eigenvectors and LAPACK's work; numerator, solution,
+        # total, residual and four temporaries, in float64 at worst.
+        refined = 0 if self.gamma_threshold == math.inf else 8 * (6 * columns**2 + 8 * rows * columns)
+        return max(refined, scratch(rows, columns, experts))
 
 
 class Ace(SolverMethod):

@@ -19,7 +19,7 @@ from pymerge.ops.task_sum import TaskSum
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Largest ||A|| t at which gradient flow on d_in x d_in matrices is float32: errors of X are 1e-6 and 2e-8 to 4e-8 a unit.
+# Largest ||A|| t at which gradient flow on d_in x d_in matrices is float32: errors of X are 1e-6, and 4e-8 a unit.
 FLOW_SCALE = 100.0
 # The longest time at which it is on products of rows. Their errors are 1e-7 of X there, and grow with time.
 FLOW_TIME = 500.0

@@ -53,7 +53,8 @@ class ClosedForm(SolveInterference, Filtered):
             self.precision == "auto" and dtype == "F32" and self.wants_double(run, base, experts, norms)
         )
         dtype = "F64" if double else dtype
-        if not by_rows(*base.shape, len(experts)):
+        rows, columns = base.shape
+        if not by_rows(rows, columns, len(experts)):
             return self.equations_in(dtype, dtype, run, base, experts, norms)
         X = run(TaskSum(base, experts, [1.0] * len(experts), dtype=dtype))
         Z, K = run(StackedGram(base, experts, [1.0 / norm for norm in norms], dtype=dtype))
@@ -97,7 +98,8 @@ class SolveFlow(ClosedForm):
     by_products: ClassVar[bool] = True
 
     def wants_double(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> bool:
-        if self.time > FLOW_TIME or by_rows(*base.shape, len(experts)) or len(experts) * self.time <= FLOW_SCALE:
+        rows, columns = base.shape
+        if self.time > FLOW_TIME or by_rows(rows, columns, len(experts)) or len(experts) * self.time <= FLOW_SCALE:
             return self.time > FLOW_TIME
         shares = [1.0 / norm for norm in norms]
         return self.time * largest_eigenvalue(run, base, experts, shares, norms) > FLOW_SCALE
@@ -169,7 +171,10 @@ def inner_size(rows: int, columns: int, experts: int) -> int:
 
 
 def of_rows(K: Tensor, norms: Sequence[float]) -> Tensor:
-    """C of B = C Z, d_out x N, from K = Z Z^T of tasks of these squared norms: -sum_{s != t} tau_s tau_t^T / sqrt(n_t)."""
+    """C of B = C Z, d_out x N, from K = Z Z^T of tasks of these squared norms n_t.
+
+    Its block t is -sum_{s != t} tau_s tau_t^T / sqrt(n_t).
+    """
     import torch
 
     rows = len(K) // len(norms)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pymerge.common.arrays import dtype_of
 from pymerge.errors import ArgumentError
+from pymerge.ops._leading import leading_eigenvectors
 from pymerge.ops._op import Op, check_matrix
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ _BLOCK = 4
 # relative error of Phi in directions with E near 1, as Newton's iteration for an inverse does.
 _LARGEST_START = 64.0
 _MOST_TERMS = 64
+# The largest ||A|| t for which a series may act on B.
+_LARGEST_ON_B = 8.0
+# What ||A|| t is enough to go on without more leading eigenvectors: three terms or four.
+_SHORT = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +41,9 @@ class GradientFlow(Op["Tensor"]):
     Evaluated from products alone: a Chebyshev series for a time h, then the time is doubled: with E = I - e^{-A h} =
     A Phi(h), Phi(2h) = Phi (2 I - E) and E(2h) = 2 E - E^2. Tracking E and not the exponential keeps the digits of
     directions that have hardly moved. The factors 2 I - E multiply Phi, or B Phi where that is fewer operations; their
-    eigenvalues lie in [1, 2], so both are stable. A series for the whole time, acting on B, would need fewer products
-    for d_out << d_in, but loses a factor ||A|| t in accuracy.
+    eigenvalues lie in [1, 2], so both are stable. The leading eigenvectors, where a few products find them, are taken
+    out before: the time is short for the rest, and one short series is enough, of Phi or acting on B. (For the whole of
+    A one that acts on B would lose a factor ||A|| t in accuracy.)
     Source: the exponential filter of SWUDI, arXiv 2606.07289, without its eigendecomposition.
     """
 
@@ -112,7 +118,10 @@ def largest_eigenvalue(A: Tensor, iterations: int = 40) -> float:
 
 
 class Schedule(NamedTuple):
-    """Way to the time t: a Chebyshev series for h = t / 2^doublings, then so many doublings of Phi or B Phi."""
+    """Way to the time t: a Chebyshev series for h = t / 2^doublings, then so many doublings of Phi or B Phi.
+
+    Without doublings, `on_B` is the series itself that acts on B, term by term.
+    """
 
     doublings: int
     on_B: bool
@@ -127,22 +136,27 @@ def schedule(rows: int, columns: int, scale: float, dtype: str = "F32") -> Sched
     for doublings in range(first, first + 4):
         terms = len(chebyshev(scale / 2**doublings, _TOLERANCE[dtype]))
         squares = _BLOCK - 1 + math.ceil(terms / _BLOCK) - 1 + doublings  # of the series; A Phi, and then E E
-        for on_B in (False, True):
+        for on_B in (False, True) if doublings else (False,):
             factors = doublings * (product if on_B else 2 * square)
             found.append(Schedule(doublings, on_B, squares * square + factors + product))
+    if scale <= _LARGEST_ON_B:
+        found.append(Schedule(0, True, (len(chebyshev(scale, _TOLERANCE[dtype], 1)) - 1) * product))
     return min(found, key=lambda one: one.flops)
 
 
 @lru_cache(maxsize=256)
-def chebyshev(x0: float, tolerance: float) -> tuple[float, ...]:
-    """Coefficients in T_k(2 x / x0 - 1) of (1 - e^-x) / x on [0, x0], without a tail that sums to `tolerance`."""
+def chebyshev(x0: float, tolerance: float, least: int = _BLOCK) -> tuple[float, ...]:
+    """Coefficients in T_k(2 x / x0 - 1) of (1 - e^-x) / x on [0, x0], without a tail that sums to `tolerance`.
+
+    They are as many as `least` at least.
+    """
     angles = (np.arange(_MOST_TERMS) + 0.5) * (np.pi / _MOST_TERMS)
     x = (np.cos(angles) + 1.0) * (x0 / 2.0)  # above 0
     waves = np.cos(np.outer(np.arange(_MOST_TERMS), angles))
     coefficients = (2.0 / _MOST_TERMS) * (waves @ (-np.expm1(-x) / x))
     coefficients[0] /= 2.0
     tail = np.cumsum(np.abs(coefficients[::-1]))[::-1]
-    return tuple(coefficients[: max(_BLOCK, int((tail > tolerance).sum()))].tolist())
+    return tuple(coefficients[: max(least, int((tail > tolerance).sum()))].tolist())
 
 
 def whole_product(left: Tensor, right: Tensor, *, alpha: float = 1.0, less: Tensor | None = None) -> Tensor:
@@ -154,6 +168,20 @@ def whole_product(left: Tensor, right: Tensor, *, alpha: float = 1.0, less: Tens
 
 def evaluate(A: Tensor, B: Tensor, time: float, symmetric: SymmetricProduct) -> Tensor:
     """D, with a product of symmetric matrices of the backend's own."""
+    import torch
+
+    leading = leading_eigenvectors(A, _SHORT / time) if time else None
+    if leading is None:
+        return _flow(A, B, time, symmetric)
+    vectors, values = leading
+    share = B @ vectors
+    rest = torch.addmm(B, share, vectors.mT, alpha=-1.0)
+    A = torch.addmm(A, vectors * values, vectors.mT, alpha=-1.0)
+    return _flow(A, rest, time, symmetric).addmm_(share * flow_gain(values, time), vectors.mT)
+
+
+def _flow(A: Tensor, B: Tensor, time: float, symmetric: SymmetricProduct) -> Tensor:
+    """D by the schedule of the fewest operations."""
     scale = largest_eigenvalue(A) * time if A.numel() else 0.0
     if scale == 0.0:
         return B * time
@@ -167,6 +195,8 @@ def follow(
     """B Phi by a schedule, its factors multiplied to B (`on_B`) or to each other; `scale` is at least ||A|| t."""
     import torch
 
+    if on_B and not doublings:
+        return _series_on(B, A, time, scale)
     h, x0 = time / 2**doublings, scale / 2**doublings
     phi = chebyshev_sum(A, 2.0 * h / x0, chebyshev(x0, _TOLERANCE[dtype_of(A)]), symmetric).mul_(h)
     if doublings:
@@ -205,6 +235,23 @@ def chebyshev_sum(A: Tensor, a: float, coefficients: tuple[float, ...], symmetri
         following = symmetric(Z, current, alpha=2.0 if index else 1.0, less=last)
         last, current = current, add_block(following, blocks[index])
     return current
+
+
+def _series_on(B: Tensor, A: Tensor, h: float, x0: float) -> Tensor:
+    """B Phi(h) for ||A|| h <= x0 as sum_k c_k B T_k(Y), Y = a A - I, a = 2 h / x0."""
+    import torch
+
+    a = 2.0 * h / x0
+    first, *others = chebyshev(x0, _TOLERANCE[dtype_of(A)], 1)
+    total, before, term = B * first, B, B
+    for index, coefficient in enumerate(others):
+        factor = 2.0 if index else 1.0
+        following = torch.addmm(term, term, A, beta=-factor, alpha=factor * a)
+        if index:
+            following.sub_(before)
+        before, term = term, following
+        total.add_(term, alpha=coefficient)
+    return total.mul_(h)
 
 
 def _add(total: Tensor, A: Tensor, factor: float, diagonal: float) -> Tensor:

@@ -22,6 +22,7 @@ class Solution(NamedTuple):
 
     X: Tensor  # d_out x d_in, or a batch of such
     # Estimate of the 2-norm condition number of S, within a small factor, from below; of a batch [L], float64, CPU.
+    # With a `ridge` it may be that of the largest eigenvalue over it.
     condition: float | Tensor
 
 
@@ -40,6 +41,7 @@ class SpdSolve(Op[Solution]):
     S: Tensor  # d_in x d_in, symmetric positive definite, float32 or float64; or [L, d_in, d_in]
     R: Tensor  # d_out x d_in, same dtype; or [L, d_out, d_in]
     prior: Tensor | None = None  # c, [d_in], same dtype; or [L, d_in]
+    ridge: float | None = None  # what no eigenvalue of S is below, if that is known: the condition costs no solves then
 
     def check(self) -> None:
         """Raise ArgumentError unless S is d_in x d_in, R d_out x d_in and c a row of d_in, or batches of such."""
@@ -57,6 +59,8 @@ class SpdSolve(Op[Solution]):
         dtypes = {S.dtype, R.dtype} | ({prior.dtype} if prior is not None else set())
         if len(dtypes) > 1 or dtype_of(S) not in ("F32", "F64"):
             raise ArgumentError(f"spd_solve: dtypes {sorted(map(str, dtypes))}; all must be float32, or all float64")
+        if self.ridge is not None and not self.ridge > 0:
+            raise ArgumentError(f"spd_solve: ridge is {self.ridge}; give a number above 0, or None")
 
     @property
     def like(self) -> Tensor:
@@ -72,9 +76,9 @@ class SpdSolve(Op[Solution]):
 
         S, R, prior = self.S, self.R, self.prior
         if S.ndim == 2:
-            X, condition, minor = _solve(S, R, prior)
+            X, condition, minor = _solve(S, R, prior, self.ridge)
             return Solution(X, settle(S, condition, minor))
-        solved = [_solve(S[i], R[i], None if prior is None else prior[i], i) for i in range(len(S))]
+        solved = [_solve(S[i], R[i], None if prior is None else prior[i], self.ridge, i) for i in range(len(S))]
         X, conditions, minors = (torch.stack(parts) for parts in zip(*solved, strict=True))
         return Solution(X, settle(S, conditions, minors))
 
@@ -87,18 +91,28 @@ def start_vector(S: Tensor) -> Tensor:
     return start.div_(start.norm())
 
 
+def power_iteration(S: Tensor) -> Tensor:
+    """Estimate the largest eigenvalue of S, float64 on its device, from below."""
+    import torch
+
+    vector, largest = start_vector(S).unsqueeze(0), S.new_ones(())
+    if S.numel() == 0:
+        return largest.double()
+    for _ in range(ITERATIONS):
+        vector = vector @ S
+        largest = vector.norm()
+        vector = vector / largest.clamp(min=torch.finfo(S.dtype).tiny)
+    return largest.double()
+
+
 def condition_estimate(S: Tensor, factor: Cholesky | LibraryCholesky) -> Tensor:
     """Estimate cond_2(S), float64 on S's device, from its factor by power iteration on S and S^-1, d_in^2 work each."""
-    high = low = start_vector(S).unsqueeze(0)
-    largest = smallest_inverse = S.new_ones(())
+    low, smallest_inverse = start_vector(S).unsqueeze(0), S.new_ones(())
     for _ in range(ITERATIONS):
-        high = high @ S
-        largest = high.norm()
-        high = high / largest
         low = factor.solve(low)
         smallest_inverse = low.norm()
         low = low / smallest_inverse
-    return largest.double() * smallest_inverse.double()
+    return power_iteration(S) * smallest_inverse.double()
 
 
 def settle(S: Tensor, conditions: Tensor, minors: Tensor) -> float | Tensor:
@@ -118,7 +132,9 @@ def settle(S: Tensor, conditions: Tensor, minors: Tensor) -> float | Tensor:
     return both[0] if S.ndim == 3 else float(both[0])
 
 
-def _solve(S: Tensor, R: Tensor, prior: Tensor | None, layer: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _solve(
+    S: Tensor, R: Tensor, prior: Tensor | None, ridge: float | None, layer: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(X, condition, minor) of one system, on its device and without waiting for it."""
     import torch
 
@@ -130,4 +146,5 @@ def _solve(S: Tensor, R: Tensor, prior: Tensor | None, layer: int | None = None)
         pair = factor.solve(torch.stack([torch.ones_like(prior), prior]))
         u, row = pair[0], pair[1]
         X -= torch.outer(times_vector(R, u), row) / (1.0 + prior @ u)
-    return X, condition_estimate(S, factor), factor.minor
+    condition = condition_estimate(S, factor) if ridge is None else power_iteration(S) / ridge
+    return X, condition, factor.minor

@@ -48,7 +48,9 @@ class SpectralFilter(Op["Tensor"]):
                 f"spectral_filter: rank is {rank!r}; give a share above 0 up to 1, or 'participation_sqrt'"
             )
         if self.columns is not None and self.columns < len(self.A):
-            raise ArgumentError(f"spectral_filter: {self.columns} columns for {len(self.A)} rows of A; give at least these")
+            raise ArgumentError(
+                f"spectral_filter: {self.columns} columns for {len(self.A)} rows of A; give at least these"
+            )
 
     @property
     def like(self) -> Tensor:
@@ -71,7 +73,7 @@ class SpectralFilter(Op["Tensor"]):
 
 
 def filter_gain(values: Tensor, time: float, rank: Rank, columns: int) -> Tensor:
-    """h / lambda on the eigenvalues of A (ascending), of which there are `columns` with those that are 0 and not listed.
+    """h / lambda on the eigenvalues of A (ascending); there are `columns` of them, with zeros that are not listed.
 
     0 but for the leading directions, never of those that are noise where the time is infinite.
     """

@@ -8,7 +8,10 @@ import torch
 
 from pymerge.backends.runner import Runner
 from pymerge.methods.ace import SolveAce
+from pymerge.methods.ace_forms import Tasks, by_numerator, by_products_of_rows, by_weights
 from pymerge.ops.normal_equations import NormalEquations
+from pymerge.ops.stacked_gram import StackedGram
+from pymerge.ops.task_gram import TaskGram
 from pymerge.testing.cases import make_weights
 from pymerge.testing.compare import as_float64, relative_error
 from tests.helpers.oracles import ace_delta
@@ -48,18 +51,41 @@ def test_ace_ill_conditioned_systems_are_solved_in_float64(rms, eps):
     assert relative_error(merged_delta(base, experts, "ace", eps=eps), expected) < ACE_TOLERANCE
 
 
-@pytest.mark.parametrize(("eps", "dtype"), [(1.0, "F32"), (1e-5, "F64")])
-def test_ace_forms_its_system_once(eps, dtype):
+@pytest.mark.parametrize("shape", [(24, 160), (160, 24), (90, 100)])
+@pytest.mark.parametrize(("eps", "dtype"), [(10.0, "F32"), (1e-5, "F64")])
+def test_ace_forms_its_system_once(shape, eps, dtype):
     """The precision is decided before the products that cost the most."""
-    base, experts = make_weights(24, 160, 3, rms=3e-3)
-    run, formed = Runner("auto", "cpu"), []
+    base, experts = make_weights(*shape, 3, rms=1e-1)
+    run, formed = Runner("auto", "cpu"), set()
 
     def record(op):
-        formed.extend([op.dtype] if isinstance(op, NormalEquations) else [])
+        formed.update([op.dtype] if isinstance(op, (NormalEquations, StackedGram, TaskGram)) else [])
         return run(op)
 
     SolveAce(eps, float("inf"), 0.3, "released", 1.0, "auto").run(record, base, experts, "F32")
-    assert formed == [dtype]
+    assert formed == {dtype}
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(20, 100, 3), (100, 20, 3), (40, 40, 2), (40, 40, 8), (33, 70, 3), (17, 40, 1)], ids=str
+)
+def test_all_ways_to_compute_the_closed_form_agree(shape, double):
+    """Each way gives the same X where it can be taken, to the rounding of its products."""
+    rows, columns, count = shape
+    base, experts = make_weights(rows, columns, count, rms=1e-2)
+    wide = [each.double() for each in experts]
+    means = torch.stack([(expert - base.double()).mean(dim=0) for expert in wide])
+    tasks, run = Tasks(base, experts, means, 1e-2), Runner("auto", "cpu")
+    expected = ace_delta(as_float64(base), [as_float64(expert) for expert in experts], 1e-2, float("inf"))
+    system, tolerance = ("F64", 1e-12) if double else ("F32", 1e-5)
+    forms = {
+        "rows": by_products_of_rows(run, tasks, system, system)[0],
+        "weights": by_weights(run, tasks, system, system, None)[0],
+        "numerator": by_numerator(run, tasks, system, None)[0],
+    }
+    for form, X in forms.items():
+        assert relative_error(as_float64(X), expected) < tolerance, form
 
 
 def test_ace_heterogeneity_decides_by_gamma():
