@@ -23,7 +23,7 @@ from pymerge.methods.actions import Action, Kept, Run, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.eigenvectors import KeptAce, Ridged
 from pymerge.methods.kept import add_to_base
-from pymerge.methods.precision import ACE_CONDITION, ACE_CONDITION_OF_ROWS, by_rows, largest_eigenvalue
+from pymerge.methods.precision import ACE_CONDITIONS, ACE_CONDITIONS_OF_ROWS, by_rows, largest_eigenvalue
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Precision, SolverMethod, not_a_number
 from pymerge.ops.normal_equations import NormalEquations
@@ -106,27 +106,31 @@ class SolveAce(Ridged):
 
     def plain_delta(self, run: Run, base: Tensor, experts: Sequence[Tensor], stats: Stats, wide: bool) -> Tensor:
         """X of tasks that are not heterogeneous: in float64 if `wide`, else what loses nothing by it in float32."""
-        tasks, products = Tasks(base, experts, stats.means, self.eps), "F64" if wide else "F32"
+        tasks = Tasks(base, experts, stats.means, self.eps)
         rows, columns = base.shape
-        fewer = self.variant == "released" and by_rows(rows, columns, len(experts))
-        limit = ACE_CONDITION_OF_ROWS if fewer else ACE_CONDITION
-        automatic = self.precision == "auto" and not wide
-        double = wide or (automatic and self.wants_double(run, tasks, stats, limit))
-        X, condition = self.solved(run, tasks, stats, double, products)
-        if automatic and not double and condition > _SLACK * limit:
-            X, _ = self.solved(run, tasks, stats, True, products)
+        limits = ACE_CONDITIONS
+        if self.variant == "released" and by_rows(rows, columns, len(experts)):
+            limits = ACE_CONDITIONS_OF_ROWS
+        if wide or self.precision == "float32":
+            return self.solved(run, tasks, stats, len(limits) if wide else 0)[0]
+        condition = self.condition(run, tasks, stats, limits[0])
+        level = sum(condition > limit for limit in limits)
+        X, condition = self.solved(run, tasks, stats, level)
+        if level < len(limits) and condition > _SLACK * limits[level]:
+            X, _ = self.solved(run, tasks, stats, len(limits))
         return X
 
-    def solved(self, run: Run, tasks: Tasks, stats: Stats, double: bool, products: str) -> tuple[Tensor, float]:
-        """X and the condition number of the system, which is in float64 if `double`."""
-        base, experts, system, row = tasks.base, tasks.experts, "F64" if double else "F32", None
+    def solved(self, run: Run, tasks: Tasks, stats: Stats, level: int) -> tuple[Tensor, float]:
+        """X and the condition number of the system. In float64: solves from level 1, Grams from 2, products from 3."""
+        base, experts, row = tasks.base, tasks.experts, None
+        system, grams, products = ("F64" if level >= least else "F32" for least in (1, 2, 3))
         if self.variant == "paper":  # its numerator has the deltas; the released one, the centred deltas
             row = mean_row(run, base, experts, stats.means, [1.0] * len(experts), system)
             row = row + self.eps * stats.means.sum(dim=0).to(row.dtype)
         rows, columns = base.shape
-        form = cheapest(rows, columns, len(experts), double, plain=row is None)
+        form = cheapest(rows, columns, len(experts), level > 0, plain=row is None)
         if form == "rows":
-            return by_products_of_rows(run, tasks, system, products)
+            return by_products_of_rows(run, tasks, grams, system, products)
         if form == "weights":
             return by_weights(run, tasks, system, products, row)
         return by_numerator(run, tasks, system, row)
@@ -164,17 +168,17 @@ class SolveAce(Ridged):
         """k of the refinement."""
         return max(1, int(min(shape) * self.k_frac))
 
-    def wants_double(self, run: Run, tasks: Tasks, stats: Stats, limit: float) -> bool:
-        """Whether the system, of tasks that are not heterogeneous, is too ill conditioned for float32.
+    def condition(self, run: Run, tasks: Tasks, stats: Stats, enough: float) -> float:
+        """Estimate the condition number of the system, of tasks that are not heterogeneous, or bound it by `enough`.
 
         No eigenvalue of a covariance exceeds its trace, which settles it for large ridges. Else some rows tell.
         """
         traces = stats.traces.tolist()
-        if sum(traces) + tasks.ridge <= limit * tasks.ridge:
-            return False
+        bound: float = 1.0 + sum(traces) / tasks.ridge
+        if bound <= enough:
+            return bound
         ones = [1.0] * len(traces)
-        largest = largest_eigenvalue(run, tasks.base, tasks.experts, ones, traces, stats.means)
-        return largest > limit * tasks.ridge
+        return largest_eigenvalue(run, tasks.base, tasks.experts, ones, traces, stats.means) / tasks.ridge
 
     def is_heterogeneous(self, norms: Sequence[float]) -> bool:
         """Whether gamma exceeds the threshold. A threshold below 0 forces yes, infinity no; one task alone says no."""

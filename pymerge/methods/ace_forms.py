@@ -74,16 +74,17 @@ class Tasks:
         return len(self.experts) * self.eps
 
 
-def by_products_of_rows(run: Run, tasks: Tasks, system: str, products: str) -> tuple[Tensor, float]:
+def by_products_of_rows(run: Run, tasks: Tasks, grams: str, system: str, products: str) -> tuple[Tensor, float]:
     """X by the Gram matrix K = Z Z^T of all rows of all C_t: (X - C_T) is J (K + T e I)^-1 Z before the rank-one term.
 
-    K and J are in `system`. Returns the condition number, too.
+    K is formed in `grams`, and (K + T e I)^-1 applied in `system`. Returns the condition number, too.
     """
     import torch
 
     base, count, last = tasks.base, len(tasks.experts), len(tasks.experts) - 1
     rows, columns = base.shape
-    Z, K = run(StackedGram(base, tasks.experts, [1.0] * count, tasks.means, system))
+    Z, K = run(StackedGram(base, tasks.experts, [1.0] * count, tasks.means, grams))
+    K = K.to(torch_dtype(system))
     blocks = [slice(t * rows, (t + 1) * rows) for t in range(count)]
     J = torch.zeros(rows + 1, len(K), dtype=K.dtype, device=K.device)
     for here in blocks[:last]:  # (C_t - C_T) C_t^T + e I, and -e I beside it

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 FLOW_SCALE = 100.0
 # The longest time at which it is on products of rows. Their errors are 1e-7 of X there, and grow with time.
 FLOW_TIME = 500.0
-# Largest condition number of ACE's system for float32: errors of X are up to 8e-8 of it, and where the system is of
-# products of rows up to 1.6e-9, as rounding does not reach directions that no delta has.
-ACE_CONDITION = 60.0
-ACE_CONDITION_OF_ROWS = 3500.0
+# Largest condition numbers of ACE's system up to which all is float32, all but its solves, and all but these and its
+# Gram matrices. Errors of X are up to 8e-8 of the first. Where the system is of products of rows they are up to 1.5e-9,
+# as rounding does not reach directions that no delta has, and up to 8e-10 with the solves in float64; where only the
+# last product is float32, 1e-8 of the square root of the condition. Elsewhere that one loses nothing.
+ACE_CONDITIONS = (60.0, 60.0, math.inf)
+ACE_CONDITIONS_OF_ROWS = (3500.0, 6000.0, 1e5)
 
 # Rows of each task that the estimate reads: the leading directions of deltas show in them.
 _ROWS = 2048

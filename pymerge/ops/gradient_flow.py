@@ -27,6 +27,8 @@ _LARGEST_START = 64.0
 _MOST_TERMS = 64
 # The largest ||A|| t for which a series may act on B.
 _LARGEST_ON_B = 8.0
+# t ||A v - lambda v|| of these eigenvectors, at most: the share of D that they and the rest of A may exchange unseen.
+_COUPLING = {"F32": 1e-6, "F64": 1e-13}
 # What ||A|| t is enough to go on without more leading eigenvectors: three terms or four.
 _SHORT = 0.02
 
@@ -170,14 +172,17 @@ def evaluate(A: Tensor, B: Tensor, time: float, symmetric: SymmetricProduct) -> 
     """D, with a product of symmetric matrices of the backend's own."""
     import torch
 
-    leading = leading_eigenvectors(A, _SHORT / time) if time else None
+    leading = leading_eigenvectors(A, _SHORT / time, _COUPLING[dtype_of(A)] / time) if time else None
     if leading is None:
         return _flow(A, B, time, symmetric)
-    vectors, values = leading
+    gain = flow_gain(leading.values, time)
+    vectors, values, gain = (each.to(A.dtype) for each in (leading.vectors, leading.values, gain))
     share = B @ vectors
     rest = torch.addmm(B, share, vectors.mT, alpha=-1.0)
     A = torch.addmm(A, vectors * values, vectors.mT, alpha=-1.0)
-    return _flow(A, rest, time, symmetric).addmm_(share * flow_gain(values, time), vectors.mT)
+    D = _flow(A, rest, time, symmetric)
+    # Rounding of the eigenvectors has given it a share in them.
+    return D.addmm_((share * gain).sub_(D @ vectors), vectors.mT)
 
 
 def _flow(A: Tensor, B: Tensor, time: float, symmetric: SymmetricProduct) -> Tensor:

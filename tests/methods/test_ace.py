@@ -80,7 +80,7 @@ def test_all_ways_to_compute_the_closed_form_agree(shape, double):
     expected = ace_delta(as_float64(base), [as_float64(expert) for expert in experts], 1e-2, float("inf"))
     system, tolerance = ("F64", 1e-12) if double else ("F32", 1e-5)
     forms = {
-        "rows": by_products_of_rows(run, tasks, system, system)[0],
+        "rows": by_products_of_rows(run, tasks, system, system, system)[0],
         "weights": by_weights(run, tasks, system, system, None)[0],
         "numerator": by_numerator(run, tasks, system, None)[0],
     }

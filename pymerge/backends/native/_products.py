@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # From this many columns on, a symmetric product is computed in panels of its lower triangle, faster than a full
 # one. The width is no power of two: panels of 256 float64 columns would fall on the same cache lines.
 _HALF_FROM = 512
-_PANEL = 192
+_PANEL = 320
 
 
 def write_task_sum(
