@@ -23,7 +23,7 @@ from pymerge.methods.actions import Action, Kept, Run, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.eigenvectors import KeptAce, Ridged
 from pymerge.methods.kept import add_to_base
-from pymerge.methods.precision import ACE_CONDITIONS, ACE_CONDITIONS_OF_ROWS, by_rows, largest_eigenvalue
+from pymerge.methods.precision import ACE_CONDITIONS, ACE_CONDITIONS_OF_ROWS, by_rows, largest_eigenvalue, tell
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Precision, SolverMethod, not_a_number
 from pymerge.ops.normal_equations import NormalEquations
@@ -115,9 +115,11 @@ class SolveAce(Ridged):
             return self.solved(run, tasks, stats, len(limits) if wide else 0)[0]
         condition = self.condition(run, tasks, stats, limits[0])
         level = sum(condition > limit for limit in limits)
-        X, condition = self.solved(run, tasks, stats, level)
-        if level < len(limits) and condition > _SLACK * limits[level]:
-            X, _ = self.solved(run, tasks, stats, len(limits))
+        X, found = self.solved(run, tasks, stats, level)
+        if level < len(limits) and found > _SLACK * limits[level]:
+            level, condition = len(limits), found
+            X, _ = self.solved(run, tasks, stats, level)
+        tell("ace", base.shape, ("", "solves", "Gram matrices and solves", "all")[level], f"condition {condition:.3g}")
         return X
 
     def solved(self, run: Run, tasks: Tasks, stats: Stats, level: int) -> tuple[Tensor, float]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pymerge.common.events import event
 from pymerge.methods.actions import Run
 from pymerge.ops._op import times_vector
 from pymerge.ops.task_sum import TaskSum
@@ -19,20 +20,26 @@ from pymerge.ops.task_sum import TaskSum
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Largest ||A|| t at which gradient flow on d_in x d_in matrices is float32: errors of X are 1e-6, and 4e-8 a unit.
+# Largest ||A|| t at which gradient flow on d_in x d_in matrices is float32: errors of X grow in proportion to it.
 FLOW_SCALE = 100.0
-# The longest time at which it is on products of rows. Their errors are 1e-7 of X there, and grow with time.
+# The longest time at which it is on products of rows, where errors are small whatever the eigenvalues are.
 FLOW_TIME = 500.0
 # Largest condition numbers of ACE's system up to which all is float32, all but its solves, and all but these and its
-# Gram matrices. Errors of X are up to 8e-8 of the first. Where the system is of products of rows they are up to 1.5e-9,
-# as rounding does not reach directions that no delta has, and up to 8e-10 with the solves in float64; where only the
-# last product is float32, 1e-8 of the square root of the condition. Elsewhere that one loses nothing.
+# Gram matrices. Errors grow in proportion; where the system is of products of rows they are much smaller, as rounding
+# does not reach directions that no delta has. The last product alone loses something there only, by the square root.
 ACE_CONDITIONS = (60.0, 60.0, math.inf)
 ACE_CONDITIONS_OF_ROWS = (3500.0, 6000.0, 1e5)
 
 # Rows of each task that the estimate reads: the leading directions of deltas show in them.
 _ROWS = 2048
 _ITERATIONS = 6
+
+
+def tell(method: str, shape: Sequence[int], double: str, reason: str) -> None:
+    """Log what `precision: auto` has chosen for a weight: which parts of the work are `double`, the others float32."""
+    size = " x ".join(map(str, shape))
+    text = f"{method}: {size}, in float64: {double or 'nothing'} ({reason})"
+    event("precision_chosen", text, method=method, shape=list(shape), float64=double, reason=reason)
 
 
 def by_rows(rows: int, columns: int, tasks: int) -> bool:

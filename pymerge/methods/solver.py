@@ -44,7 +44,7 @@ PRECISION = Parameter(
     "precision",
     "choice",
     "auto",
-    "of products and solves; auto: float64 where float32 would cost digits of the result",
+    "of products and solves; auto: float64 where float32 would change digits of what is written",
     choices=("auto", "float32", "float64"),
     varies=False,
 )

@@ -12,7 +12,7 @@ from pymerge.common.arrays import compute_code
 from pymerge.methods.actions import Action, Kept, Run
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.eigenvectors import Filtered, KeptFlow
-from pymerge.methods.precision import FLOW_SCALE, FLOW_TIME, by_rows, largest_eigenvalue
+from pymerge.methods.precision import FLOW_SCALE, FLOW_TIME, by_rows, largest_eigenvalue, tell
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod, mean_size
 from pymerge.ops.gradient_flow import GradientFlow, flow_gain, schedule
 from pymerge.ops.spectral_filter import Rank, SpectralFilter, filter_gain
@@ -99,10 +99,14 @@ class SolveFlow(ClosedForm):
 
     def wants_double(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> bool:
         rows, columns = base.shape
-        if self.time > FLOW_TIME or by_rows(rows, columns, len(experts)) or len(experts) * self.time <= FLOW_SCALE:
-            return self.time > FLOW_TIME
-        shares = [1.0 / norm for norm in norms]
-        return self.time * largest_eigenvalue(run, base, experts, shares, norms) > FLOW_SCALE
+        double, reason = self.time > FLOW_TIME, f"time {self.time:g}"
+        if not double and not by_rows(rows, columns, len(experts)):
+            scale = self.time * len(experts)  # no eigenvalue exceeds the trace
+            if scale > FLOW_SCALE:
+                scale = self.time * largest_eigenvalue(run, base, experts, [1.0 / norm for norm in norms], norms)
+            double, reason = scale > FLOW_SCALE, f"largest eigenvalue times time {scale:.3g}"
+        tell(self.label, base.shape, "all" if double else "", reason)
+        return double
 
     def moved(self, run: Run, A: Tensor, B: Tensor, columns: int) -> Tensor:
         return run(GradientFlow(A, B, self.time))
