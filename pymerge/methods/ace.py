@@ -133,9 +133,8 @@ class SolveAce(Ridged):
         form = cheapest(rows, columns, len(experts), level > 0, plain=row is None)
         if form == "rows":
             return by_products_of_rows(run, tasks, grams, system, products)
-        if form == "weights":
-            return by_weights(run, tasks, system, products, row)
-        return by_numerator(run, tasks, system, row)
+        weights = form == "weights"
+        return by_weights(run, tasks, system, products, row) if weights else by_numerator(run, tasks, system, row)
 
     @property
     def has_core(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
 from pymerge.ops import gradient_flow
+from pymerge.ops._leading import leading_eigenvectors
 from pymerge.ops.gradient_flow import GradientFlow
 from pymerge.ops.normal_equations import NormalEquations
 from pymerge.testing.cases import make_weights
@@ -107,3 +108,61 @@ def test_strides_change_nothing_beyond_rounding(backend: str) -> None:
     expected = Runner(backend)(GradientFlow(A, B, 300.0))
     found = Runner(backend)(GradientFlow(A.mT.contiguous().mT, B.mT.contiguous().mT, 300.0))
     assert error(found, expected) < 1e-12
+
+
+def low_rank(d_out: int, d_in: int, spread: float) -> tuple[Tensor, Tensor]:
+    """Equations whose leading eigenvalues stand out, with noise as that of rounded weights."""
+    generator = torch.Generator().manual_seed(3)
+    base = torch.zeros(d_out, d_in, dtype=torch.float64)
+    experts = []
+    for rank in (5, 20, 40):
+        left, right = (torch.randn(size, generator=generator).double() for size in ((d_out, rank), (rank, d_in)))
+        decay = torch.arange(1, rank + 1).double() ** -spread
+        experts.append(left * decay @ right / rank**0.5 + 0.05 * torch.randn(d_out, d_in, generator=generator))
+    weights = [1 / float(expert.square().sum()) for expert in experts]
+    return NormalEquations(base, experts, weights, origin=sum(experts), dtype="F64").reference()
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("time", [1.0, 300.0, 1e4])
+def test_leading_eigenvectors_are_taken_out(backend: str, spread: float, time: float) -> None:
+    A, B = low_rank(60, 600, spread)
+    exact = by_eigenvectors(A, B, time)
+    leading = leading_eigenvectors(A.float(), 0.02 / time, 1e-6 / time)
+    assert leading is not None or time > 300
+    assert error(Runner(backend)(GradientFlow(A, B, time)), exact) < 1e-10
+    assert error(Runner(backend)(GradientFlow(A.float(), B.float(), time)), exact) < 1.2e-7 * max(10.0, time)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_leading_eigenvectors_are_eigenvectors(dtype: torch.dtype) -> None:
+    A, _ = low_rank(300, 700, 0.5)
+    A = A.to(dtype)
+    found = leading_eigenvectors(A, 1e-4, 1e-9)
+    assert found is not None
+    vectors, values = found
+    assert vectors.dtype == values.dtype == torch.float64
+    exact = torch.linalg.eigvalsh(A.double()).flip(0)[: len(values)]
+    torch.testing.assert_close(values, exact, rtol=1e-7, atol=1e-12)
+    assert float((A.double() @ vectors - vectors * values).norm(dim=0).max()) < 1.1e-9
+    assert float((vectors.mT @ vectors - torch.eye(len(values), dtype=torch.float64)).abs().max()) < 1e-12
+
+
+def test_no_leading_eigenvectors_of_small_matrices_and_of_flat_spectra() -> None:
+    assert leading_eigenvectors(torch.diag(torch.arange(100.0)), 1e-3, 1e-6) is None
+    flat = torch.eye(600) + 0.01 * torch.diag(torch.linspace(0, 1, 600))
+    assert leading_eigenvectors(flat, 1e-3, 1e-9) is None
+
+
+def test_thread_count_changes_no_bit_where_eigenvectors_are_taken_out() -> None:
+    A, B = (part.float() for part in low_rank(90, 900, 0.0))
+    assert leading_eigenvectors(A, 0.02 / 300, 1e-6 / 300) is not None
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(Runner("native")(GradientFlow(A, B, 300.0)))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
