@@ -17,6 +17,7 @@ from pymerge.ops.singular_sum import SingularSum
 from pymerge.ops.spd_solve import SpdSolve
 from pymerge.ops.spectral_filter import SpectralFilter
 from pymerge.ops.spectral_refine import SpectralRefine
+from pymerge.ops.stacked_gram import StackedGram
 from pymerge.ops.task_gram import TaskGram
 from pymerge.ops.task_stats import TaskStats
 from pymerge.ops.task_sum import TaskSum
@@ -49,6 +50,12 @@ def _gram(layer: Layer) -> tuple[Tensor, ...]:
     taus = _taus(layer)
     grams = taus.mT @ taus
     return ((grams * taus.new_tensor(layer.shares)[:, None, None]).sum(dim=0),)
+
+
+def _stack(layer: Layer) -> tuple[Tensor, ...]:
+    taus = _taus(layer)
+    Z = (taus * taus.new_tensor(layer.shares)[:, None, None].sqrt()).flatten(0, 1)
+    return Z, Z @ Z.mT
 
 
 def _equations(layer: Layer) -> tuple[Tensor, ...]:
@@ -178,6 +185,13 @@ TASK_GRAM = Peer(
     work=lambda size: size.tasks * size.product,
     memory=lambda size: 4 * size.tasks * (2 * size.numel + 2 * size.d_in**2),
 )
+STACKED_GRAM = Peer(
+    "task vectors concatenated",
+    _stack,
+    work=lambda size: 2 * (size.tasks * size.d_out) ** 2 * size.d_in,
+    memory=lambda size: 4 * (2 * size.tasks * size.numel + (size.tasks * size.d_out) ** 2),
+    tolerance=1e-4,
+)
 NORMAL_EQUATIONS = Peer(
     "a Gram for each task",
     _equations,
@@ -225,6 +239,11 @@ def _equations_flops(size: Size) -> int:
     return _gram_flops(size) + size.tasks * each
 
 
+def _stack_flops(size: Size) -> int:
+    """A symmetric product of all rows: half of it."""
+    return (size.tasks * size.d_out) ** 2 * size.d_in
+
+
 def _refine_flops(size: Size) -> float:
     """A symmetric Gram, its eigenvectors (reduction and back-transformation, 10/3 n^3), and two products."""
     large = size.numel // size.small
@@ -252,6 +271,15 @@ CASES = {
         bytes=lambda size, item: (size.tasks + 1) * size.numel * item + 4 * size.d_in**2,
         work=lambda size: 2 * _gram_flops(size),
         peer=TASK_GRAM,
+    ),
+    "stacked_gram": Case(
+        lambda layer: StackedGram(layer.base, layer.experts, layer.shares),
+        flops=lambda layer: _stack_flops(layer.size),
+        bytes=lambda size, item: (
+            (size.tasks + 1) * size.numel * item + 4 * (size.tasks * size.numel + (size.tasks * size.d_out) ** 2)
+        ),
+        work=lambda size: 2 * _stack_flops(size),
+        peer=STACKED_GRAM,
     ),
     "normal_equations": Case(
         lambda layer: NormalEquations(layer.base, layer.experts, layer.shares, origin=layer.start),

@@ -1,9 +1,11 @@
 """Times pymerge's solvers against the published forms of WUDI, SWUDI and ACE on one layer; checks the results first.
 
     python -m benchmarks solvers [--quick] [--fusion-bench] [--shapes 3072x768x8 ...] [--methods wudi,wudi_flow,...]
+                                 [--dtype bfloat16] [--peers-in float64]
 
-Both sides start from the weights and end with the merged weight, float32, on the CPU, in one process and in turns. The
-published WUDI loop runs for a few steps and is scaled to 300, its set-up counted once; pymerge always runs all 300.
+Both sides start from the weights and end with the merged weight, float32, on the CPU, in one process and in turns. With
+--dtype the weights are those of 16-bit files, which the published forms get upcast; --peers-in is what they compute in.
+The published WUDI loop runs for a few steps and is scaled to 300, its set-up counted once; pymerge always runs all 300.
 With --fusion-bench FusionBench's own WUDI is timed, too: the script runs again in an environment with it, which is made
 once (minutes). Peak memory is that of a process for each form (Linux; not with --quick). Rows are written as soon as
 they are there, to benchmarks/runs/<machine>/<date>-solvers.json.
@@ -25,7 +27,7 @@ from benchmarks.harness import commands, weights
 from benchmarks.harness.results import ResultsFile
 from benchmarks.peers import fusion_bench, published
 from benchmarks.solvers import memory
-from benchmarks.solvers.cases import LR, METHODS, ours
+from benchmarks.solvers.cases import LR, METHODS, action, ours
 from benchmarks.solvers.table import table
 from pymerge.backends.runner import Runner
 from pymerge.methods.solver import Precision
@@ -73,7 +75,9 @@ class Layer:
     def __init__(self, shape: str, options: argparse.Namespace, gemm: float) -> None:
         self.shape, self.options, self.gemm = shape, options, gemm
         self.size = weights.sizes(shape)
-        self.base, self.experts = weights.layer(*self.size)
+        self.base, self.experts = weights.layer(*self.size, getattr(torch, options.dtype))
+        wide = getattr(torch, options.peers_in)
+        self.theirs = self.base.to(wide), [expert.to(wide) for expert in self.experts]  # the published forms' weights
         self.rows: list[Row] = []
 
     def add(self, kind: str, **values: Any) -> None:
@@ -100,13 +104,13 @@ class Layer:
         if any(not found["agrees"] for found in agreement.values()):
             self.add("disagreement", method=method, eps=eps, checks=agreement)
             return
-        base, experts, steps = self.base, self.experts, self.options.published_iterations
+        base, experts, steps = *self.theirs, self.options.published_iterations
         ridge = eps if method.startswith("ace") else None
         loop = published.WudiLoop(base, experts, steps)
         variants: dict[str, Callable[[], float]] = {}
         for precision in precisions:
             form = ours(method, precision, eps)
-            variants[f"pymerge {precision}"] = partial(published.seconds_of, partial(form, base, experts))
+            variants[f"pymerge {precision}"] = partial(published.seconds_of, partial(form, self.base, self.experts))
         for peer in peers:
             delta = published_delta(peer, eps, published.STEPS)
             variants[peer] = partial(published.seconds_of, partial(published.merged, delta, base, experts))
@@ -116,7 +120,7 @@ class Layer:
                 variants[peer] = partial(fusion_bench.seconds, base, experts, steps)
         times = published.alternate(variants, known, self.options.seconds)
         for precision in precisions:
-            mine = summary(times[f"pymerge {precision}"])
+            mine = summary(times[f"pymerge {precision}"]) | self.floor(method, precision, eps)
             if not peers:
                 self.add("alone", method=method, precision=precision, eps=ridge, seconds=mine)
             for peer in (name for name in variants if not name.startswith("pymerge")):
@@ -138,6 +142,11 @@ class Layer:
                 )
             for peer in (peer for peer in peers if peer != FUSION and not self.options.quick):
                 self.measure(method, precision, peer, eps)
+
+    def floor(self, method: str, precision: Precision, eps: float) -> dict[str, float]:
+        """What the plan counts as operations, and the seconds that they take at the rate of a float32 product."""
+        flops = action(method, precision, eps).flops(self.size[:2], self.size[2])
+        return {"flops": flops, "floor": flops / self.gemm}
 
     def target(self, method: str, peer: str) -> float | None:
         """The least speed-up wanted here, if any: none for tiny shapes."""
@@ -166,7 +175,7 @@ class Layer:
                 continue  # another loss minimiser: its X after 300 steps is not that of the flow
             delta = published_delta(peer, eps, steps)
             start = time.perf_counter()
-            theirs = delta(self.base, self.experts)
+            theirs = delta(*self.theirs)
             known[peer] = time.perf_counter() - start
             exact = None
             if self.base.numel() <= SMALL and peer != FUSION:
@@ -240,6 +249,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--shapes", nargs="+", metavar="OUTxINxT", help=f"d_out x d_in x tasks; default {SHAPES}")
     parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, into a file of their own")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    parser.add_argument("--peers-in", choices=["float32", "float64"], default="float32", help="for published forms")
     parser.add_argument("--published-iterations", type=int, default=4, help="timed steps of the published WUDI loop")
     parser.add_argument("--ace-eps", default="1e-2,1e-5", help="ridges of ACE: released default, and pymerge's")
     parser.add_argument("--seconds", type=float, default=30.0, help="time for each comparison; at least one call each")

@@ -9,21 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pymerge.common.arrays import as_tensor, compute_code
-from pymerge.methods.ace_forms import (
-    Tasks,
-    by_numerator,
-    by_products_of_rows,
-    by_weights,
-    cheapest,
-    flops,
-    mean_row,
-    scratch,
-)
+from pymerge.methods import ace_forms as forms
 from pymerge.methods.actions import Action, Kept, Run, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.eigenvectors import KeptAce, Ridged
 from pymerge.methods.kept import add_to_base
-from pymerge.methods.precision import ACE_CONDITIONS, ACE_CONDITIONS_OF_ROWS, by_rows, largest_eigenvalue, tell
+from pymerge.methods.precision import ACE_CONDITIONS, ACE_CONDITIONS_OF_ROWS, by_rows, largest_eigenvalue, small, tell
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Precision, SolverMethod, not_a_number
 from pymerge.ops.normal_equations import NormalEquations
@@ -106,7 +97,7 @@ class SolveAce(Ridged):
 
     def plain_delta(self, run: Run, base: Tensor, experts: Sequence[Tensor], stats: Stats, wide: bool) -> Tensor:
         """X of tasks that are not heterogeneous: in float64 if `wide`, else what loses nothing by it in float32."""
-        tasks = Tasks(base, experts, stats.means, self.eps)
+        tasks = forms.Tasks(base, experts, stats.means, self.eps)
         rows, columns = base.shape
         limits = ACE_CONDITIONS
         if self.variant == "released" and by_rows(rows, columns, len(experts)):
@@ -119,22 +110,27 @@ class SolveAce(Ridged):
         if level < len(limits) and found > _SLACK * limits[level]:
             level, condition = len(limits), found
             X, _ = self.solved(run, tasks, stats, level)
-        tell("ace", base.shape, ("", "solves", "Gram matrices and solves", "all")[level], f"condition {condition:.3g}")
+        reason = f"condition {condition:.3g}" if math.isfinite(condition) else "condition not estimated"
+        tell("ace", base.shape, ("", "solves", "Gram matrices and solves", "all")[level], reason)
         return X
 
-    def solved(self, run: Run, tasks: Tasks, stats: Stats, level: int) -> tuple[Tensor, float]:
+    def solved(self, run: Run, tasks: forms.Tasks, stats: Stats, level: int) -> tuple[Tensor, float]:
         """X and the condition number of the system. In float64: solves from level 1, Grams from 2, products from 3."""
         base, experts, row = tasks.base, tasks.experts, None
         system, grams, products = ("F64" if level >= least else "F32" for least in (1, 2, 3))
         if self.variant == "paper":  # its numerator has the deltas; the released one, the centred deltas
-            row = mean_row(run, base, experts, stats.means, [1.0] * len(experts), system)
+            row = forms.mean_row(run, base, experts, stats.means, [1.0] * len(experts), system)
             row = row + self.eps * stats.means.sum(dim=0).to(row.dtype)
         rows, columns = base.shape
-        form = cheapest(rows, columns, len(experts), level > 0, plain=row is None)
+        form = forms.cheapest(rows, columns, len(experts), level > 0, plain=row is None)
         if form == "rows":
-            return by_products_of_rows(run, tasks, grams, system, products)
+            return forms.by_products_of_rows(run, tasks, grams, system, products)
         weights = form == "weights"
-        return by_weights(run, tasks, system, products, row) if weights else by_numerator(run, tasks, system, row)
+        return (
+            forms.by_weights(run, tasks, system, products, row)
+            if weights
+            else forms.by_numerator(run, tasks, system, row)
+        )
 
     @property
     def has_core(self) -> bool:
@@ -169,12 +165,15 @@ class SolveAce(Ridged):
         """k of the refinement."""
         return max(1, int(min(shape) * self.k_frac))
 
-    def condition(self, run: Run, tasks: Tasks, stats: Stats, enough: float) -> float:
-        """Estimate the condition number of the system, of tasks that are not heterogeneous, or bound it by `enough`.
+    def condition(self, run: Run, tasks: forms.Tasks, stats: Stats, enough: float) -> float:
+        """Estimate the condition number of the system, or bound it by `enough`; infinity for small weights.
 
         No eigenvalue of a covariance exceeds its trace, which settles it for large ridges. Else some rows tell.
         """
+        rows, columns = tasks.base.shape
         traces = stats.traces.tolist()
+        if any(traces) and small(rows, columns, len(traces)):
+            return math.inf
         bound: float = 1.0 + sum(traces) / tasks.ridge
         if bound <= enough:
             return bound
@@ -198,7 +197,7 @@ class SolveAce(Ridged):
         prior = (system.sum(dim=0) - sum(ridges)) / system.shape[0]
         if released:  # not in the paper
             prior = prior / (float(stats.norms.mean()) + _TINY)
-        row = mean_row(run, base, experts, stats.means, weights, dtype)
+        row = forms.mean_row(run, base, experts, stats.means, weights, dtype)
         right = numerator
         if not released:  # the released numerator has the centred deltas; the paper's, the deltas
             right = numerator + (row + row.new_tensor(ridges) @ stats.means.to(row.dtype))
@@ -227,7 +226,7 @@ class SolveAce(Ridged):
         S, N = run(NormalEquations(base, experts, ones, means, None, "F64"))
         C = run(TaskSum(base, experts, ones, means, "F64"))
         if self.variant == "paper":  # the deltas, not centred
-            N = N + mean_row(run, base, experts, means, ones, "F64")
+            N = N + forms.mean_row(run, base, experts, means, ones, "F64")
             C = C + means.sum(dim=0).to(C.dtype)
         double = self.precision == "float64" or compute_code(base, *experts) == "F64"
         return KeptAce(S, N, C, len(experts), "F64" if double else "F32")
@@ -239,14 +238,14 @@ class SolveAce(Ridged):
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
-        return flops(cheapest(rows, columns, experts, double=True), rows, columns, experts)
+        return forms.flops(forms.cheapest(rows, columns, experts, double=True), rows, columns, experts)
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
         # Refined: covariance, system, factor, one task's Gram, or eigenvectors and LAPACK's work; numerator, solution,
         # total, residual and four temporaries, in float64 at worst.
         refined = 0 if self.gamma_threshold == math.inf else 8 * (6 * columns**2 + 8 * rows * columns)
-        return max(refined, scratch(rows, columns, experts))
+        return max(refined, forms.scratch(rows, columns, experts))
 
 
 class Ace(SolverMethod):

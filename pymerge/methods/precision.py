@@ -30,6 +30,8 @@ FLOW_TIME = 500.0
 ACE_CONDITIONS = (60.0, 60.0, math.inf)
 ACE_CONDITIONS_OF_ROWS = (3500.0, 6000.0, 1e5)
 
+# Multiply-adds of the Gram matrices of a weight that is merged in float64 without an estimate.
+_SMALL = 2**22
 # Rows of each task that the estimate reads: the leading directions of deltas show in them.
 _ROWS = 2048
 _ITERATIONS = 6
@@ -40,6 +42,11 @@ def tell(method: str, shape: Sequence[int], double: str, reason: str) -> None:
     size = " x ".join(map(str, shape))
     text = f"{method}: {size}, in float64: {double or 'nothing'} ({reason})"
     event("precision_chosen", text, method=method, shape=list(shape), float64=double, reason=reason)
+
+
+def small(rows: int, columns: int, tasks: int) -> bool:
+    """Whether a weight is so small that float64 costs less than to decide."""
+    return tasks * rows * columns**2 <= _SMALL
 
 
 def by_rows(rows: int, columns: int, tasks: int) -> bool:

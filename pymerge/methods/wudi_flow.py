@@ -12,8 +12,9 @@ from pymerge.common.arrays import compute_code
 from pymerge.methods.actions import Action, Kept, Run
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.eigenvectors import Filtered, KeptFlow
-from pymerge.methods.precision import FLOW_SCALE, FLOW_TIME, by_rows, largest_eigenvalue, tell
+from pymerge.methods.precision import FLOW_SCALE, FLOW_TIME, by_rows, largest_eigenvalue, small, tell
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Equations, SolveInterference, SolverMethod, mean_size
+from pymerge.ops._leading import LEAST
 from pymerge.ops.gradient_flow import GradientFlow, flow_gain, schedule
 from pymerge.ops.spectral_filter import Rank, SpectralFilter, filter_gain
 from pymerge.ops.stacked_gram import StackedGram
@@ -100,7 +101,9 @@ class SolveFlow(ClosedForm):
     def wants_double(self, run: Run, base: Tensor, experts: Sequence[Tensor], norms: Sequence[float]) -> bool:
         rows, columns = base.shape
         double, reason = self.time > FLOW_TIME, f"time {self.time:g}"
-        if not double and not by_rows(rows, columns, len(experts)):
+        if small(rows, columns, len(experts)):
+            double, reason = True, "small"
+        elif not double and not by_rows(rows, columns, len(experts)):
             scale = self.time * len(experts)  # no eigenvalue exceeds the trace
             if scale > FLOW_SCALE:
                 scale = self.time * largest_eigenvalue(run, base, experts, [1.0 / norm for norm in norms], norms)
@@ -122,14 +125,17 @@ class SolveFlow(ClosedForm):
     def item(self, rows: int, columns: int, experts: int) -> int:
         if self.precision != "auto":
             return 8 if self.precision == "float64" else 4
-        single = self.time <= FLOW_TIME and (by_rows(rows, columns, experts) or experts * self.time <= FLOW_SCALE)
-        return 4 if single else 8
+        if small(rows, columns, experts) or self.time > FLOW_TIME:
+            return 8
+        return 4 if by_rows(rows, columns, experts) or experts * self.time <= FLOW_SCALE else 8
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
         size = inner_size(rows, columns, experts)
-        # The largest eigenvalue of A is not known yet; its mean share of the trace T is a few for real deltas.
-        return self.equations_flops(rows, columns, experts) + schedule(rows, size, max(self.time, 1.0)).flops
+        # The eigenvalues are not known yet. What the leading eigenvectors leave of large matrices is short; the largest
+        # one of small matrices is a few hundredths of the trace T for real deltas.
+        scale = min(self.time, 2.0) if size >= LEAST else self.time
+        return self.equations_flops(rows, columns, experts) + schedule(rows, size, max(scale, 1.0)).flops
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from pymerge.ops._op import one_thread
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Columns that are iterated on, and the least size of a matrix beside which they are few.
-_COLUMNS, _LEAST = 128, 512
+# Least size of a matrix that eigenvectors are taken out of, and the columns that are iterated on: few beside it.
+LEAST = 512
+_COLUMNS = 128
 # Rounds of two products with these columns, at most: a few in float32, then in float64. Beside the products of n x n
 # matrices that they save they cost little.
 _ROUNDS, _EXACT_ROUNDS = 4, 2
@@ -36,7 +37,7 @@ def leading_eigenvectors(A: Tensor, enough: float, exact: float) -> Leading | No
     """
     import torch
 
-    if len(A) < _LEAST:
+    if len(A) < LEAST:
         return None
     start = torch.randn(len(A), _COLUMNS, generator=torch.Generator().manual_seed(0), dtype=A.dtype).to(A.device)
     vectors, found = _orthonormal(start), None
