@@ -80,8 +80,9 @@ class ClosedForm(SolveInterference, Filtered):
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
         size = inner_size(rows, columns, experts)
-        # A or K, three polynomials of it and three sums, or eigenvectors; Z; X, B, D, a delta and its difference.
-        squares = 7 * size**2 + size * columns if size < columns else 6 * columns**2
+        # A or K, three polynomials of it and three sums, or eigenvectors; Z, also where fewer tasks than these touched the
+        # weight; X, B, D, a delta and its difference.
+        squares = 7 * size**2 + size * columns
         return self.item(rows, columns, experts) * (squares + 6 * rows * columns)
 
     def equations_flops(self, rows: int, columns: int, experts: int) -> int:
@@ -125,7 +126,7 @@ class SolveFlow(ClosedForm):
     def item(self, rows: int, columns: int, experts: int) -> int:
         if self.precision != "auto":
             return 8 if self.precision == "float64" else 4
-        if small(rows, columns, experts) or self.time > FLOW_TIME:
+        if small(rows, columns, 1) or self.time > FLOW_TIME:  # one task at least has touched it
             return 8
         return 4 if by_rows(rows, columns, experts) or experts * self.time <= FLOW_SCALE else 8
 
