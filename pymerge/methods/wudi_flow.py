@@ -80,8 +80,8 @@ class ClosedForm(SolveInterference, Filtered):
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
         size = inner_size(rows, columns, experts)
-        # A or K, three polynomials of it and three sums, or eigenvectors; Z, also where fewer tasks than these touched the
-        # weight; X, B, D, a delta and its difference.
+        # A or K, three polynomials of it and three sums, or eigenvectors; Z, even where only some of the tasks touched
+        # the weight; X, B, D, a delta and its difference.
         squares = 7 * size**2 + size * columns
         return self.item(rows, columns, experts) * (squares + 6 * rows * columns)
 
