@@ -45,7 +45,7 @@ def main(dist: Path = ROOT / "dist") -> None:
         shutil.copy(ROOT / "pyproject.toml", checkout)
         variables = {"PATH": str(environment / "bin"), "HOME": folder, "OMP_NUM_THREADS": "2"}
         for command in (
-            [python, "-P", str(ROOT / "wheels/check.py")],
+            [python, str(ROOT / "wheels/check.py")],
             [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", _OPS, "tests/ops"],
             [python, "-m", "examples.glyphs.demo"],
         ):
