@@ -50,15 +50,14 @@ def combine_vectors(  # weights float64, T x columns or T x rows
     /,
 ) -> None: ...
 def is_finite(tensor: Matrix, /) -> bool: ...
-def low_rank_sum(  # each of one row; factors float32 or float64
+def low_rank_sum(  # each of one row; factors float32 or float64, the right one in panels of 32 columns
     out: Matrix,
     base: Matrix,
     left: Matrix,
-    right: Matrix,
+    panels: Matrix,
     scale: float,
     rows: int,
     columns: int,
-    rank: int,
     threads: int,
     /,
 ) -> None: ...

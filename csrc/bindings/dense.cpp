@@ -55,16 +55,20 @@ void combine_vectors(const Output& out, const std::optional<MatrixView>& base, c
 
 bool is_finite(const MatrixView& tensor) { return is_finite_cpu(tensor.data, tensor.dtype, tensor.row_stride); }
 
-void low_rank_sum(const Output& out, const MatrixView& base, const MatrixView& left, const MatrixView& right,
-                  double scale, std::int64_t rows, std::int64_t columns, std::int64_t rank, int threads) {
+void low_rank_sum(const Output& out, const MatrixView& base, const MatrixView& left, const MatrixView& panels,
+                  double scale, std::int64_t rows, std::int64_t columns, int threads) {
     const auto check = [&](const char* what, std::int64_t numel, std::int64_t wanted) {
         PM_CHECK(numel == wanted, "low_rank_sum: " << what << " has " << numel << " elements, not " << wanted);
     };
     check("the output", out.row_stride, rows * columns);
     check("the base", base.row_stride, rows * columns);
+    const std::int64_t rank = rows > 0 ? left.row_stride / rows : 0;
     check("the left factor", left.row_stride, rows * rank);
-    check("the right factor", right.row_stride, rank * columns);
-    low_rank_sum_cpu({out, base, left, right, scale, rows, columns, rank}, threads);
+    if (rows > 0) {
+        const std::int64_t padded = (columns + panel_columns - 1) / panel_columns * panel_columns;
+        check("the right factor", panels.row_stride, padded * rank);
+    }
+    low_rank_sum_cpu({out, base, left, panels, scale, rows, columns, rank}, threads);
 }
 
 void task_sum(const Output& out, const MatrixView& base, const std::vector<MatrixView>& experts,

@@ -8,11 +8,14 @@
 
 namespace pymerge {
 
+// Columns of a panel, a multiple of every tile's width.
+constexpr std::int64_t panel_columns = 32;
+
 struct LowRankSumParams {
-    Output out;        // rows x columns, contiguous
-    MatrixView base;   // W_0, the same
-    MatrixView left;   // rows x rank, float32 or float64, contiguous
-    MatrixView right;  // rank x columns, of left's dtype, contiguous
+    Output out;         // rows x columns, contiguous
+    MatrixView base;    // W_0, the same
+    MatrixView left;    // rows x rank, float32 or float64, contiguous
+    MatrixView panels;  // of left's dtype: rank x panel_columns, panel after panel, until all columns have their place
     double scale;
     std::int64_t rows;
     std::int64_t columns;

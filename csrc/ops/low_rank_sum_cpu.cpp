@@ -9,8 +9,9 @@
 namespace pymerge {
 namespace {
 
-// Columns whose products wait, row by row, to be added to the base; a multiple of every tile's width.
+// Columns whose products wait, row by row, to be added to the base.
 constexpr std::int64_t most_columns = 512;
+static_assert(most_columns % panel_columns == 0);
 // Floats of the right factor that stay in a core's second-level cache while all rows are multiplied with them.
 constexpr std::int64_t cached = 1 << 16;
 // Rows that a thread takes at a time: whole tiles of all instruction sets.
@@ -37,11 +38,13 @@ void finish(const LowRankSumParams& p, std::int64_t row, std::int64_t column, co
 }
 
 template <class A>
-PM_TARGET_CLONES void multiply_row(A* __restrict product, const A* __restrict left, const A* __restrict right,
-                                   std::int64_t stride, std::int64_t rank, std::int64_t n) {
-    std::fill_n(product, n, A(0));
+PM_TARGET_CLONES void multiply_row(A* __restrict product, const A* __restrict left, const A* __restrict panel,
+                                   std::int64_t rank) {
+    std::fill_n(product, panel_columns, A(0));
     for (std::int64_t k = 0; k < rank; ++k) {
-        for (std::int64_t j = 0; j < n; ++j) product[j] = low_rank_step(product[j], left[k], right[k * stride + j]);
+        for (std::int64_t j = 0; j < panel_columns; ++j) {
+            product[j] = low_rank_step(product[j], left[k], panel[k * panel_columns + j]);
+        }
     }
 }
 
@@ -49,28 +52,29 @@ PM_TARGET_CLONES void multiply_row(A* __restrict product, const A* __restrict le
 template <class A>
 void sum_by_rows(const LowRankSumParams& p, int threads) {
     const A* left = static_cast<const A*>(p.left.data);
-    const A* right = static_cast<const A*>(p.right.data);
+    const A* panels = static_cast<const A*>(p.panels.data);
     for_each_item(p.rows, threads, [&](std::int64_t row) {
         for (std::int64_t column = 0; column < p.columns; column += most_columns) {
             A product[most_columns];
             const std::int64_t n = std::min(most_columns, p.columns - column);
-            multiply_row(product, left + row * p.rank, right + column, p.columns, p.rank, n);
+            for (std::int64_t at = 0; at < n; at += panel_columns) {
+                multiply_row(product + at, left + row * p.rank, panels + (column + at) * p.rank, p.rank);
+            }
             finish(p, row, column, product, n);
         }
     });
 }
 
-// Sums in float32, with both factors laid out as tiles take them.
+// Sums in float32, with the left factor too laid out as tiles take it.
 class Tiled {
   public:
     Tiled(const LowRankSumParams& p, const TileKernels& kernels, int threads)
         : p_(p),
           kernels_(kernels),
           threads_(threads),
-          block_(std::clamp(cached / std::max<std::int64_t>(1, p.rank) / kernels.width * kernels.width, kernels.width,
+          block_(std::clamp(cached / std::max<std::int64_t>(1, p.rank) / panel_columns * panel_columns, panel_columns,
                             most_columns)),
-          left_(p.rows * p.rank),
-          right_(chunk_count(p.columns, kernels.width) * kernels.width * p.rank) {}
+          left_(p.rows * p.rank) {}
 
     void run() {
         const std::int64_t chunks = chunk_count(p_.rows, chunk_rows);
@@ -80,7 +84,6 @@ class Tiled {
                 kernels_.transpose(left_.get() + begin * p_.rank, end - begin, from, p_.rank, end - begin, p_.rank);
             });
         });
-        for_each_item(chunk_count(p_.columns, kernels_.width), threads_, [&](std::int64_t panel) { pack(panel); }, 16);
         const std::int64_t blocks = chunk_count(p_.columns, block_);
         for_each_item(chunks * blocks, threads_, [&](std::int64_t item) {
             for_each_tile(item % chunks,
@@ -96,17 +99,6 @@ class Tiled {
                                [&](std::int64_t begin, std::int64_t end) { f(first + begin, first + end); });
     }
 
-    // Columns of the right factor that a tile takes, those beyond the last one zero.
-    void pack(std::int64_t panel) {
-        const std::int64_t width = kernels_.width, column = panel * width, used = std::min(width, p_.columns - column);
-        float* to = right_.get() + column * p_.rank;
-        const float* from = static_cast<const float*>(p_.right.data) + column;
-        for (std::int64_t k = 0; k < p_.rank; ++k) {
-            std::copy_n(from + k * p_.columns, used, to + k * width);
-            std::fill(to + k * width + used, to + (k + 1) * width, 0.0f);
-        }
-    }
-
     // Rows begin to end, which make one tile, of the columns of one block.
     void sum(std::int64_t begin, std::int64_t end, std::int64_t column) const {
         static constexpr float zeros[most_of_tile] = {};
@@ -114,8 +106,10 @@ class Tiled {
         const std::int64_t rows = end - begin, n = std::min(block_, p_.columns - column), width = kernels_.width;
         const TileKernels::Tile tile = kernels_.tiles[static_cast<std::size_t>(rows - 1)];
         for (std::int64_t at = 0; at < n; at += width) {
-            tile(product + at, block_, zeros, 0, left_.get() + begin * p_.rank, rows,
-                 right_.get() + (column + at) * p_.rank, width, p_.rank);
+            const std::int64_t inside = (column + at) % panel_columns;
+            const float* panel = static_cast<const float*>(p_.panels.data) + (column + at - inside) * p_.rank;
+            tile(product + at, block_, zeros, 0, left_.get() + begin * p_.rank, rows, panel + inside, panel_columns,
+                 p_.rank);
         }
         for (std::int64_t i = 0; i < rows; ++i) finish(p_, begin + i, column, product + i * block_, n);
     }
@@ -124,7 +118,7 @@ class Tiled {
     const TileKernels& kernels_;
     int threads_;
     std::int64_t block_;  // columns
-    Floats left_, right_;
+    Floats left_;
 };
 
 }  // namespace
@@ -133,7 +127,7 @@ void low_rank_sum_cpu(const LowRankSumParams& p, int threads) {
     PM_CHECK(p.rows >= 0 && p.columns >= 0 && p.rank >= 0,
              "low_rank_sum: " << p.rows << " x " << p.columns << " elements, rank " << p.rank);
     const bool doubled = is_double(p.left);
-    PM_CHECK(p.left.dtype == p.right.dtype && (doubled || p.left.dtype == DType::f32),
+    PM_CHECK(p.left.dtype == p.panels.dtype && (doubled || p.left.dtype == DType::f32),
              "low_rank_sum: the factors must be float32, or both float64");
     PM_CHECK(doubled || !(is_double(p.base) || p.out.dtype == DType::f64),
              "low_rank_sum: float64 is summed with factors in float64");

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -100,13 +100,9 @@ class LowRank(OfAdapter):
         whole = all(term.first == 0 and term.left.shape[0] == rows for term in self.terms)
         return whole and not self.stacked and self.magnitude is None
 
-    def right(self, read: ReadRows) -> Array:
-        """Right factors of a plain one, one above the other, R x columns, in the dtype of the sum."""
-        import numpy as np
-
-        loader = Loader(read, self._kind)
-        rights = [loader.values(term.right) for term in self.terms]
-        return rights[0] if len(rights) == 1 else np.concatenate(rights)
+    def rights(self, read: ReadRows) -> Iterator[Array]:
+        """Right factors of a plain one, r x columns, in the dtype of the sum: R rows one above the other."""
+        return (Loader(read, self._kind).values(term.right) for term in self.terms)
 
     def left(self, read: ReadRows, start: int, stop: int) -> tuple[Array, float]:
         """Left factors of a plain one side by side, these rows of them, in the dtype of the sum, and a scale.
@@ -115,18 +111,22 @@ class LowRank(OfAdapter):
         """
         import numpy as np
 
-        loader = Loader(read, self._kind)
         if len(self.terms) == 1:
-            return loader.some(self.terms[0].left, start, stop), self.terms[0].scale
-        lefts = [loader.some(term.left, start, stop) * loader.kind(term.scale) for term in self.terms]
-        return np.concatenate(lefts, axis=1), 1.0
+            return Loader(read, self._kind).some(self.terms[0].left, start, stop), self.terms[0].scale
+        joined: Array = np.empty((stop - start, self.rank), self._kind)
+        at = 0
+        for term in self.terms:
+            loader = Loader(read, self._kind)  # which keeps what it has read
+            place = joined[:, at : at + term.rank]
+            np.multiply(loader.some(term.left, start, stop), loader.kind(term.scale), out=place)
+            at += term.rank
+        return joined, 1.0
 
     def product_bytes(self, rows: int) -> int:
         """Bytes that the right factors and so many rows of the left ones take, with what is made of them on the way."""
-        rank = sum(term.rank for term in self.terms)
         columns = math.prod(self.base.shape[1:])
-        widest = max(term.right.entry.nbytes for term in self.terms)
-        return ITEM_SIZES[self.dtype] * rank * (2 * columns + 3 * rows + 64) + widest
+        widest = max(term.right.entry.nbytes + ITEM_SIZES[self.dtype] * term.right.numel for term in self.terms)
+        return ITEM_SIZES[self.dtype] * self.rank * (columns + 3 * rows + 96) + widest
 
     @property
     def _kind(self) -> type:
@@ -134,22 +134,34 @@ class LowRank(OfAdapter):
 
         return np.float64 if self.dtype == "F64" else np.float32
 
-    def factors(self, read: ReadRows, number: int = 0) -> tuple[Array, Array]:
-        """All that is added to a matrix as left (rows x R) @ right (R x columns), in float64, scales in `left`."""
+    def rank_of(self, number: int = 0) -> int:
+        """The rank of all that is added to a matrix."""
+        return sum(term.rank for term in self._numbered.get(number, []))
+
+    @property
+    def exact_in_single(self) -> bool:
+        """Whether float32 holds the factors with their scales: of float32 or less, and scaled by powers of two."""
+        return self.dtype != "F64" and all(math.frexp(abs(term.scale))[0] in (0.0, 0.5) for term in self.terms)
+
+    def factors(self, read: ReadRows, number: int = 0, *, double: bool = True) -> tuple[Array, Array]:
+        """All that is added to a matrix as left (rows x R) @ right (R x columns), scales in `left`; in float64, or in
+        float32 where that is as exact."""
         import numpy as np
 
-        loader = Loader(read, np.float64)
+        kind = np.float64 if double or not self.exact_in_single else np.float32
+        loader = Loader(read, kind)
         rows = self.base.shape[-2] if self.stacked else self.base.shape[0]
         terms = self._numbered.get(number, [])
-        left = np.zeros((rows, sum(term.rank for term in terms)))
-        at = 0
+        left, at = np.zeros((rows, self.rank_of(number)), kind), 0
         for term in terms:
             block = loader.values(term.left)
-            left[term.first : term.first + len(block), at : at + term.rank] = term.scale * block
+            np.multiply(block, kind(term.scale), out=left[term.first : term.first + len(block), at : at + term.rank])
             at += term.rank
         rights = [loader.values(term.right) for term in terms]
         width = self.base.shape[-1] if self.stacked else math.prod(self.base.shape[1:])
-        return left, np.concatenate(rights) if rights else np.zeros((0, width))
+        if len(rights) == 1:
+            return left, rights[0]
+        return left, np.concatenate(rights) if rights else np.zeros((0, width), kind)
 
     def fill(self, read: ReadRows, out: Array, start: int, stop: int) -> None:
         loader = Loader(read, out.dtype.type)

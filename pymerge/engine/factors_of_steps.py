@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
-from typing import Any
 
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.arrays import Array
+from pymerge.ops.low_rank_sum import Panels
 from pymerge.planner.added import Added
 from pymerge.planner.jobs import Job
 from pymerge.planner.steps import Step
@@ -21,13 +21,10 @@ class FactorsOfSteps:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._lock = threading.Lock()
-        self._rights: dict[tuple[int, TensorEntry], Future[Any]] = {}  # by step and input
+        self._rights: dict[tuple[int, TensorEntry], Future[Panels]] = {}  # by step and input
 
-    def of(self, job: Job, entry: TensorEntry, made: Added) -> tuple[Array, Array, float]:
+    def of(self, job: Job, entry: TensorEntry, made: Added) -> tuple[Array, Panels, float]:
         """Left and right factor of an input's product for a job's rows, in the dtype of the sum, and its scale."""
-        import numpy as np
-
-        product, kind = made.product, np.float64 if made.double else np.float32
         key = id(job.step), entry
         with self._lock:
             right = self._rights.get(key)
@@ -36,11 +33,11 @@ class FactorsOfSteps:
                 right = self._rights[key] = Future()
         if mine:
             try:
-                right.set_result(product.right(self._reader.read_bytes).astype(kind, copy=False))
+                right.set_result(made.right(self._reader.read_bytes))
             except BaseException as error:
                 right.set_exception(error)
-        left, scale = product.left(self._reader.read_bytes, job.piece.start, job.piece.stop)
-        return Array.of(left.astype(kind, copy=False)), Array.of(right.result()), scale
+        left, scale = made.left(self._reader.read_bytes, job.piece.start, job.piece.stop)
+        return left, right.result(), scale
 
     def forget(self, step: Step) -> None:
         """A tensor is done."""

@@ -154,12 +154,12 @@ class NativeWorker:
         step, piece, reading = job.step, job.piece, 0
         base = made.product.base
         left, right, scale = self._factors.of(job, step.inputs[0], made)
-        out = out.at(0, step.dtype, (out.shape[0], right.shape[1]))
+        out = out.at(0, step.dtype, (out.shape[0], right.columns))
         count = rows_at_once(step.role, step.shape)
-        memory = self._take(min(count, out.shape[0]) * right.shape[1] * ITEM_SIZES[base.dtype])
+        memory = self._take(min(count, out.shape[0]) * right.columns * ITEM_SIZES[base.dtype])
         for first in range(0, out.shape[0], count):
             stop = min(first + count, out.shape[0])
-            rows = memory.at(0, base.dtype, (stop - first, right.shape[1]))
+            rows = memory.at(0, base.dtype, (stop - first, right.columns))
             began = time.perf_counter_ns()
             self._reader.read_bytes_into(base, rows.bytes, piece.start + first, piece.start + stop)
             reading += time.perf_counter_ns() - began
@@ -237,7 +237,7 @@ class NativeWorker:
             shared = SharedRows(self._reader, step.base, piece.start, base.bytes)
             return shared.read_bytes_into(entry, to.bytes, piece.start, piece.stop)
         left, right, scale = self._factors.of(job, entry, made)
-        rows, result = (each.at(0, each.dtype, (piece.shape[0], right.shape[1])) for each in (base, to))
+        rows, result = (each.at(0, each.dtype, (piece.shape[0], right.columns)) for each in (base, to))
         self._run(LowRankSum(rows, left, right, scale, out=result))
 
     def _fill(self, entry: TensorEntry, piece: Piece, array: Array) -> None:

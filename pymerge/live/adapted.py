@@ -25,17 +25,13 @@ def adapted(
     Args:
         load: gives the base's tensor, on the CPU.
     """
-    import numpy as np
-
     made = added(step, entry, in_memory=True)
     if made is None:
         return None
-    product, kind = made.product, np.float64 if made.double else np.float32
-    left, scale = product.left(reader.read_bytes, 0, entry.shape[0])
-    right = Array.of(product.right(reader.read_bytes).astype(kind, copy=False))
-    rows = entry.shape[0], right.shape[1]
-    base = load(product.base).contiguous()
+    left, scale = made.left(reader.read_bytes, 0, entry.shape[0])
+    right = made.right(reader.read_bytes)
+    rows = entry.shape[0], right.columns
+    base = load(made.product.base).contiguous()
     out = torch.empty(entry.shape, dtype=torch_dtype("F64" if made.double else "F32"))
-    sides = Array.of(left.astype(kind, copy=False)), right
-    run(LowRankSum(Array.of(base.view(rows)), *sides, scale, out=Array.of(out.view(rows))))
+    run(LowRankSum(Array.of(base.view(rows)), left, right, scale, out=Array.of(out.view(rows))))
     return out

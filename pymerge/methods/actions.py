@@ -15,13 +15,14 @@ from pymerge.ops._op import Op
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.methods.core.factors import Delta, Factors
+    from pymerge.methods.core.deltas import Delta
+    from pymerge.methods.core.factors import Factors
     from pymerge.methods.rows import Rows
 
 Result = TypeVar("Result")
 
-# Elements of the rows that a product is added to at once, and the fewest rows: each time its right factor is laid out
-# anew.
+# Elements of the rows that a product is added to at once, and the fewest rows: for each of them its right factor comes
+# from further away than the cache that they lie in.
 TILE_ELEMENTS = 2**18
 # Why a weight without factors cannot be merged by what all layers tell together, with the remedy.
 WHOLE_MODEL = (

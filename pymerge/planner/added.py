@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from pymerge.checkpoint.decoded import ReadRows
 from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.arrays import Array
 from pymerge.methods.actions import Combine, Elementwise
 from pymerge.methods.reduce import Reduce
+from pymerge.ops.low_rank_sum import Panels
 from pymerge.planner.products import plain_product
 from pymerge.planner.steps import Step
 
@@ -19,6 +23,18 @@ class Added(NamedTuple):
 
     product: LowRank
     double: bool
+
+    def left(self, read: ReadRows, start: int, stop: int) -> tuple[Array, float]:
+        """Rows of the left factor in the dtype of the sum, and a scale."""
+        import numpy as np
+
+        left, scale = self.product.left(read, start, stop)
+        return Array.of(left.astype(np.float64 if self.double else np.float32, copy=False)), scale
+
+    def right(self, read: ReadRows) -> Panels:
+        """The right factor in the dtype of the sum."""
+        columns = math.prod(self.product.base.shape[1:])
+        return Panels.stacked(self.product.rank, columns, "F64" if self.double else "F32", self.product.rights(read))
 
 
 def added(step: Step, entry: TensorEntry, *, in_memory: bool = False) -> Added | None:

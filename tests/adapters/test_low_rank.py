@@ -196,6 +196,25 @@ def test_factors_for_solvers_are_those_of_the_stored_matrix(base: Path, tmp_path
     assert low_rank_of(checkpoint.tensors[f"{Q}.weight"].rows(0, 4)) is None
 
 
+@pytest.mark.parametrize(("alpha", "single"), [(8, True), (2, True), (0, True), (6, False)])
+def test_factors_for_solvers_are_float32_where_that_is_exact(
+    base: Path, tmp_path: Path, alpha: int, single: bool
+) -> None:
+    """So they are where their scale is a power of two."""
+    found = factors(llama(hidden=48, inner=80), MODULES)
+    checkpoint = opened(base, write_adapter(tmp_path / "a", found, r=4, lora_alpha=alpha))
+    assert checkpoint.base is not None
+    low = low_rank_of(checkpoint.tensors[f"{Q}.weight"])
+    assert isinstance(low, LowRank)
+    assert low.exact_in_single == single
+    with Reader(checkpoint.stamps | checkpoint.base.stamps) as reader:
+        for narrow, wide in zip(
+            *(low.factors(reader.read_bytes, double=double) for double in (False, True)), strict=True
+        ):
+            assert narrow.dtype == (np.float32 if single else np.float64)
+            np.testing.assert_array_equal(narrow.astype(np.float64), wide)
+
+
 def test_parts_of_factors(tmp_path: Path) -> None:
     stored = torch.arange(24.0).reshape(4, 6)
     checkpoint = open_checkpoint(write_model(tmp_path / "m", {"f": stored}))

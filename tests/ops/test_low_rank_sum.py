@@ -14,7 +14,7 @@ from torch import Tensor
 from pymerge.backends.runner import Runner
 from pymerge.common.arrays import Array
 from pymerge.errors import ArgumentError
-from pymerge.ops.low_rank_sum import LowRankSum
+from pymerge.ops.low_rank_sum import LowRankSum, Panels
 from pymerge.testing.cases import FLOATS, implementations
 from pymerge.testing.compare import assert_same
 
@@ -84,6 +84,26 @@ def test_arrays_give_what_tensors_give() -> None:
     found = Runner("native")(LowRankSum(Array.of(W), Array.of(L), Array.of(R), 2.0, out=Array.of(out)))
     assert isinstance(found, Array)
     assert torch.equal(torch.from_numpy(out), Runner("native")(LowRankSum(W, L, R, 2.0)))
+
+
+@pytest.mark.parametrize("code", ["F32", "F64"])
+@pytest.mark.parametrize("columns", [0, 1, 31, 32, 33, 200])
+def test_a_right_factor_in_panels_is_laid_out_once(columns: int, code: str) -> None:
+    """By rows, as factors are read one above the other, or by columns."""
+    kind = torch.float32 if code == "F32" else torch.float64
+    W, L, R = case(40, columns, 9, kind, kind)
+    matrix = R.double().numpy()
+    by_rows = Panels.stacked(9, columns, code, [matrix[:4], matrix[4:4], matrix[4:]])
+    by_columns = Panels(9, columns, code)
+    for first in range(0, columns, 64):
+        by_columns.put_columns(first, matrix[:, first : first + 64])
+    for panels in (by_rows, by_columns):
+        assert (panels.shape, panels.dtype) == ((9, columns), code)
+        np.testing.assert_array_equal(panels.matrix(), R.numpy())
+        for backend in ("native", "reference"):
+            assert_same(backend, Runner(backend)(LowRankSum(W, L, panels)), Runner(backend)(LowRankSum(W, L, R)))
+    with pytest.raises(ArgumentError, match="R has shape"):
+        Runner("native")(LowRankSum(W[:, 1:].contiguous() if columns else torch.zeros(40, 1), L, by_rows))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pymerge.backends.native._arguments import contiguous, flat, output
 from pymerge.common.arrays import ArrayLike, dtype_of
-from pymerge.ops.low_rank_sum import LowRankSum
+from pymerge.ops.low_rank_sum import LowRankSum, panels_of
 
 
 def compute(op: LowRankSum, threads: int) -> ArrayLike:
@@ -14,6 +14,7 @@ def compute(op: LowRankSum, threads: int) -> ArrayLike:
     out = output(op.out, op.base, op.out_dtype or (None if op.out is None else dtype_of(op.out)))
     base = contiguous(op.base)
     rows, columns = op.base.shape
-    sides = flat(op.left), flat(op.right)
-    _C.low_rank_sum(flat(out), flat(base), *sides, op.scale, rows, columns, op.left.shape[1], threads)
+    panels = panels_of(op.right)
+    sides = flat(op.left), flat(panels.values)
+    _C.low_rank_sum(flat(out), flat(base), *sides, op.scale, rows, columns, threads)
     return out
