@@ -22,7 +22,8 @@ from benchmarks.peers.published import alternate, seconds_of
 from benchmarks.solvers.cases import action, ours
 from pymerge.backends.runner import Runner
 from pymerge.common.blas import one_blas_thread
-from pymerge.methods.core.factors import Delta, Factors
+from pymerge.methods.core.deltas import Delta
+from pymerge.methods.core.factors import Factors
 from pymerge.testing.bench import summary
 
 METHODS = ("wudi_flow", "ace")

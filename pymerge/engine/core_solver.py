@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,7 +19,8 @@ from pymerge.common.dtypes import ITEM_SIZES
 from pymerge.engine.together import Together, core_of, factors_of_all
 from pymerge.engine.worker import Context, first_line, is_out_of_memory
 from pymerge.errors import ArgumentError, BackendError
-from pymerge.methods.core.factors import Delta, Factors, Product
+from pymerge.methods.core.deltas import Addend, Delta, Product
+from pymerge.methods.core.factors import Factors
 from pymerge.planner.pieces import rows_at_once
 from pymerge.planner.steps import Step
 
@@ -36,8 +38,14 @@ class CoreSolver:
         self._tracer = context.tracer
         self._allow_nonfinite = context.allow_nonfinite
         self._together = together or Together(self._run)
-        self._solved: dict[int, Future[Delta]] = {}  # by step
+        self._solved: dict[int, Future[Addend]] = {}  # by step
         self._lock = threading.Lock()
+
+    def solve_ahead(self, step: Step) -> None:
+        """Solve a weight before its rows are asked for. What goes wrong is said when they are."""
+        if not step.role.stacked:
+            with suppress(Exception):
+                self._once(step)
 
     def forget(self, step: Step) -> None:
         """A weight is done."""
@@ -71,7 +79,7 @@ class CoreSolver:
                 self._solve(step, first, number).add(self._run, part, 0, room)
                 _words(merged)[place] = _words(room)
 
-    def _once(self, step: Step) -> Delta:
+    def _once(self, step: Step) -> Addend:
         """Sum that is added to a weight, from the thread that solves it."""
         with self._lock:
             solved = self._solved.get(id(step))
@@ -85,12 +93,13 @@ class CoreSolver:
                 solved.set_exception(error)
         return solved.result()
 
-    def _solve(self, step: Step, matrix: int = 0, part: int = 0) -> Delta:
+    def _solve(self, step: Step, matrix: int = 0, part: int = 0) -> Addend:
         """Solve one matrix, or one part of it, from its factors."""
         action = core_of(step)
         with self._tracer.span("read", step.name):
             tasks = factors_of_all(self._reader, step, matrix, part)
         double = "F64" in (step.dtype, *(entry.dtype for entry in step.inputs))
+        delta: Delta
         if all(task.finite for task in tasks):
             delta = self._run_core(step, tasks, matrix, part)
         elif self._allow_nonfinite:

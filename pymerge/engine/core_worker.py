@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -20,6 +22,7 @@ from pymerge.engine.memory import Heap
 from pymerge.engine.worker import Context, Made, Store, failed, raise_nonfinite
 from pymerge.planner.jobs import Batch, Job
 from pymerge.planner.pieces import rows_at_once
+from pymerge.planner.steps import Step
 
 # Pieces of memory that stay idle between rows of different sizes.
 _MOST_IDLE = 4
@@ -32,7 +35,7 @@ class CoreWorker:
     Each job is computed on one thread, and so is each product of numpy: then no result depends on how many there are.
     """
 
-    def __init__(self, context: Context, threads: int, limit: int) -> None:
+    def __init__(self, context: Context, threads: int, limit: int, jobs: Sequence[Job]) -> None:
         self._reader = context.reader
         self._tracer = context.tracer
         self._progress = context.progress
@@ -42,6 +45,11 @@ class CoreWorker:
         self._outputs: list[Array] = []  # memory that nobody uses
         self._rooms = threading.local()  # memory of each thread for rows of the base
         self._heap = Heap(limit)
+        self._threads = threads
+        # Weights in their order, from the first one that is not done.
+        self._rest = deque({id(job.step): job.step for job in jobs}.values())
+        self._next: Step | None = None  # the last one that was begun ahead, and its solution
+        self._solving: Future[None] | None = None
         self._stack = ExitStack()
         self._stack.enter_context(one_blas_thread())
         self._pool = ThreadPoolExecutor(max(1, threads), "pymerge-core")
@@ -53,7 +61,9 @@ class CoreWorker:
             out = self._room(job)
         except MemoryError as error:
             return failed(error)
-        return self._pool.submit(self._work, job, out)
+        future = self._pool.submit(self._work, job, out)
+        self._solve_next()
+        return future
 
     def finish(self, batch: Batch, started: list[Future[Made]]) -> list[Made]:
         """Wait for a job, or work on it now."""
@@ -62,6 +72,7 @@ class CoreWorker:
         started.clear()  # futures keep their results
         if job.ends_step:
             self._solver.forget(job.step)
+            self._rest.popleft()
         return [made]
 
     def store(self, job: Job, merged: Array, store: Store) -> None:
@@ -78,6 +89,8 @@ class CoreWorker:
 
     def free(self) -> None:
         """Give back memory that no job is using; what was solved is solved again."""
+        if self._solving is not None and not self._solving.cancel():
+            self._solving.result()
         self._solver.clear()
         self._outputs.clear()
         self._heap.trim()
@@ -86,6 +99,13 @@ class CoreWorker:
         """End the threads, after the jobs that are worked on."""
         self._pool.shutdown(cancel_futures=True)
         self._stack.close()
+
+    def _solve_next(self) -> None:
+        """Have a thread solve the weight after the one that others add to: no more than two are in memory."""
+        following = self._rest[1] if len(self._rest) > 1 else None
+        if self._threads > 1 and following is not None and following is not self._next:
+            self._next = following
+            self._solving = self._pool.submit(self._solver.solve_ahead, following)
 
     def _room(self, job: Job) -> Array:
         """Memory for rows of the result. Raises MemoryError."""

@@ -125,7 +125,7 @@ class Executor:
         if "core" in jobs:
             from pymerge.engine.core_worker import CoreWorker
 
-            found["core"] = CoreWorker(self._context, self._share.threads, self._limit)
+            found["core"] = CoreWorker(self._context, self._share.threads, self._limit, jobs["core"])
         return found
 
     def _worker(self, batch: Batch) -> Worker:

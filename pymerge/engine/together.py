@@ -9,14 +9,10 @@ from functools import partial
 from itertools import product
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from pymerge.adapters.low_rank import low_rank_of
-from pymerge.architecture.roles import Role
 from pymerge.checkpoint.reader import Reader
-from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.methods.actions import InCore, Run, Solve
-from pymerge.methods.core.factors import Factors
+from pymerge.methods.core.factors import Factors, Tasks
 from pymerge.planner.steps import Layers, Step
 
 # A matrix of a model: the name of its tensor, its number in a stack, and that of the part of a weight.
@@ -67,22 +63,19 @@ def _matrices(step: Step) -> Iterator[tuple[int, int]]:
     return product(range(step.shape[0] if step.role.stacked else 1), range(step.role.parts))
 
 
-def factors_of_all(reader: Reader, step: Step, matrix: int, part: int) -> list[Factors]:
-    """tau of all experts of a step, d_out x d_in."""
-    shape = core_of(step).shape
-    return [factors_of(reader, entry, step.role, matrix, part, shape) for entry in step.experts]
-
-
-def factors_of(
-    reader: Reader, entry: TensorEntry, role: Role, matrix: int, part: int, shape: tuple[int, int]
-) -> Factors:
-    """tau of an expert, d_out x d_in; none where the tensor is the base's own."""
-    found = low_rank_of(entry)
-    if found is None:
-        return Factors(np.zeros((shape[0], 0)), np.zeros((0, shape[1])))
-    left, right = found.factors(reader.read_bytes, matrix)
-    B, A = (right.T, left.T) if role.in_axis == 0 else (left, right)
-    return Factors(B[role.part(part, len(B))], A)
+def factors_of_all(reader: Reader, step: Step, matrix: int, part: int) -> Tasks:
+    """tau of all experts of a step, d_out x d_in: one adapter's factors after another, joined as they are read."""
+    (d_out, d_in), role = core_of(step).shape, step.role
+    found = [low_rank_of(entry) for entry in step.experts]
+    double = not all(each is None or each.exact_in_single for each in found)
+    ranks = [0 if each is None else each.rank_of(matrix) for each in found]
+    tasks = Tasks.empty((d_out, d_in), ranks, double)
+    for task, each in enumerate(found):
+        if each is not None:
+            left, right = each.factors(reader.read_bytes, matrix, double=False)
+            B, A = (right.T, left.T) if role.in_axis == 0 else (left, right)
+            tasks.put(task, B[role.part(part, len(B))], A)
+    return tasks
 
 
 def core_of(step: Step) -> InCore:

@@ -20,7 +20,8 @@ from pymerge.extraction.measure import Measured, too_large
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.targets import TensorPair
 from pymerge.methods.actions import Combine, InCore
-from pymerge.methods.core.factors import Factors, Product
+from pymerge.methods.core.deltas import Product, Spanned
+from pymerge.methods.core.factors import Factors
 from pymerge.ops._truncate import truncate
 from pymerge.planner.steps import Step
 
@@ -80,9 +81,9 @@ def _merged(reader: Reader, target: TensorPair, step: Step, number: int, togethe
         delta = together.solver(reader, step, number, 0).run_core(
             [Factors(right.T, left.T) if turned else Factors(left, right) for left, right in arrays]
         )
-    if not isinstance(delta, Product):
+    if not isinstance(delta, (Product, Spanned)):
         raise PlanError([f"{step.name}: {action.label} gives no product of factors; merge into a model"])
-    P, K = (torch.from_numpy(np.ascontiguousarray(side)) for side in delta)
+    P, K = (torch.from_numpy(np.ascontiguousarray(side)) for side in delta.product())
     return (K.mT, P.mT) if turned else (P, K)
 
 

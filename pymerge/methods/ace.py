@@ -26,7 +26,8 @@ from pymerge.ops.task_sum import TaskSum
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.methods.core.factors import Factors, Product
+    from pymerge.methods.core.deltas import Product, Spanned
+    from pymerge.methods.core.factors import Factors
 
 # Keeps logarithms and divisions of the released code finite. It belongs to the released numbers.
 _TINY = 1e-12
@@ -136,9 +137,10 @@ class SolveAce(Ridged):
     def has_core(self) -> bool:
         return True
 
-    def run_core(self, tasks: Sequence[Factors]) -> Product:
+    def run_core(self, tasks: Sequence[Factors]) -> Product | Spanned:
         from pymerge.methods.core.ace import Formula, centred, merged
-        from pymerge.methods.core.factors import nothing, plain_sum
+        from pymerge.methods.core.deltas import nothing
+        from pymerge.methods.core.factors import plain_sum
 
         found = centred(tasks)
         norms, traces = found.space.norms, found.traces

@@ -17,7 +17,8 @@ from pymerge.ops.singular_sum import leading_of_each, orthogonal_sum
 
 if TYPE_CHECKING:
     from pymerge.methods.core.aligned import Aligned
-    from pymerge.methods.core.factors import Factors, Matrix
+    from pymerge.methods.core.factors import Factors
+    from pymerge.methods.core.tall import Matrix
 
 
 @dataclass(frozen=True)

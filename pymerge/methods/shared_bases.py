@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pymerge.methods.core.aligned import Aligned
-    from pymerge.methods.core.factors import Factors, Matrix, Product
+    from pymerge.methods.core.deltas import Product
+    from pymerge.methods.core.factors import Factors
+    from pymerge.methods.core.tall import Matrix
     from pymerge.methods.core.together import Told
 
 

@@ -21,7 +21,8 @@ from pymerge.ops.task_stats import TaskStats
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.methods.core.factors import Factors, Product
+    from pymerge.methods.core.deltas import Product, Spanned
+    from pymerge.methods.core.factors import Factors
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class SumOrthogonal(SolveSingular):
     def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
         return SingularSum(base, experts)
 
-    def run_core(self, tasks: Sequence[Factors]) -> Product:
+    def run_core(self, tasks: Sequence[Factors]) -> Product | Spanned:
         from pymerge.methods.core.singular import orthogonal
 
         return orthogonal(tasks).times(self.scale)
@@ -91,7 +92,7 @@ class MakeIsotropic(SolveSingular):
     def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
         return Isotropic(base, experts, self.common, self.over_rank)
 
-    def run_core(self, tasks: Sequence[Factors]) -> Product:
+    def run_core(self, tasks: Sequence[Factors]) -> Product | Spanned:
         from pymerge.methods.core.singular import isotropic
 
         return isotropic(tasks, self.common, self.over_rank).times(self.scale)

@@ -18,7 +18,8 @@ from pymerge.ops.wudi_adam import WudiAdam
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.methods.core.factors import Delta, Factors
+    from pymerge.methods.core.deltas import Delta
+    from pymerge.methods.core.factors import Factors
 
 PUBLISHED_LR = 1e-5
 # Root mean square of the deltas of the published setting (CLIP ViT-B/32, 8 tasks), to which lr 1e-5 belongs.

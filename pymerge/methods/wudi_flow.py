@@ -23,7 +23,8 @@ from pymerge.ops.task_sum import TaskSum
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.methods.core.factors import Factors, Product
+    from pymerge.methods.core.deltas import Product, Spanned
+    from pymerge.methods.core.factors import Factors
 
 
 class ClosedForm(SolveInterference, Filtered):
@@ -118,7 +119,7 @@ class SolveFlow(ClosedForm):
     def gain(self, values: Tensor) -> Tensor:
         return flow_gain(values, self.time)
 
-    def run_core(self, tasks: Sequence[Factors]) -> Product:
+    def run_core(self, tasks: Sequence[Factors]) -> Product | Spanned:
         from pymerge.methods.core.flow import flow
 
         return flow(tasks, self.time).times(self.scale)
@@ -161,7 +162,7 @@ class SolveFilter(ClosedForm):
             return SolveInterference.kept_of(self, run, base, experts, norms)
         return super().kept_of(run, base, experts, norms)
 
-    def run_core(self, tasks: Sequence[Factors]) -> Product:
+    def run_core(self, tasks: Sequence[Factors]) -> Product | Spanned:
         from pymerge.methods.core.flow import filtered
 
         return filtered(tasks, self.time, self.rank).times(self.scale)

@@ -78,10 +78,38 @@ def test_sums_of_adapters_are_those_of_whole_models(models: Path, method: str, d
             assert (whole[name] - tensor).abs().max() <= 1e-6 * size
 
 
-def test_one_adapter_with_weight_1_is_the_model_that_it_makes(models: Path) -> None:
-    found = merged(config(models, "a0", parameters={"weight": 1.0}))
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("task_arithmetic", {"weight": 1.0}),
+        ("ties", {"weight": 1.0, "density": 1.0}),
+        ("wudi_flow", {}),
+        ("tsv_m", {}),
+        ("core_space", {}),
+        ("knots", {"merge": "linear"}),
+    ],
+)
+def test_one_adapter_with_weight_1_is_the_model_that_it_makes(
+    models: Path, method: str, parameters: dict[str, Any]
+) -> None:
+    found = merged(config(models, "a0", method=method, parameters=parameters))
     for name, tensor in load_file(models / "e0" / "model.safetensors").items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "method", ["linear", "ties", "dare_ties", "wudi_flow", "wudi", "ace", "tsv_m", "iso_c", "iso_cts", "knots"]
+)
+def test_adapters_that_were_not_trained_are_the_base(models: Path, method: str) -> None:
+    """B is 0 in a fresh one: bit for bit, whatever would divide by its size."""
+    for number in range(2):
+        stored = load_file(models / f"a{number}" / "adapter_model.safetensors")
+        fresh = {key: 0 * value if "lora_B" in key else value for key, value in stored.items()}
+        write_adapter(models / f"fresh{number}", fresh)
+    parameters = {"weight": 1.0} if method in ("linear", "ties", "dare_ties") else {}
+    found = merged(config(models, "fresh0", "fresh1", method=method, parameters=parameters))
+    for name, tensor in load_file(models / "base" / "model.safetensors").items():
+        assert torch.equal(found[name], tensor)
 
 
 def test_the_bytes_do_not_depend_on_pieces(models: Path) -> None:

@@ -19,6 +19,7 @@ import pymerge
 from pymerge.cli.plan_table import plan_view
 from pymerge.cli.tensor_table import tensor_rows
 from pymerge.config.merge_config import load_config
+from pymerge.engine.core_solver import CoreSolver
 from pymerge.engine.run import resolve_target, run
 from pymerge.errors import NonFiniteError, PlanError
 from pymerge.planner import pieces
@@ -241,6 +242,46 @@ def test_what_is_not_finite_names_file_and_key(value: float, tmp_path: Path) -> 
         run(plan_of(tmp_path, "wudi_flow", 1, more=""), tmp_path / "out")
     run(plan_of(tmp_path, "wudi_flow", 1, more="allow_nonfinite: true"), tmp_path / "allowed")
     assert load_output(tmp_path / "allowed")[UP].isnan().all()
+
+
+def row_of_weights(folder: Path, wrong: int | None = None) -> Plan:
+    """The plan of six weights, and two threads; one adapter may be wrong at one of them."""
+    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(6)]
+    base = {name: torch.randn(40, 30) for name in names}
+    write_model(folder / "base", base, config=llama_config(base_model(torch.float32)))
+    for number in range(2):
+        factors = factors_of(number, 2, names, base)
+        if wrong is not None:
+            factors[names[wrong]][0][3, 1] = float("nan")
+        write_products(folder / f"e{number}", folder / "base", factors)
+    return plan_of(folder, "ace", 2, more="")
+
+
+def test_what_goes_wrong_ahead_is_said_in_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    for wrong in (0, 1, 5):
+        plan = row_of_weights(tmp_path / str(wrong), wrong)
+        with pytest.raises(
+            NonFiniteError, match=rf"e0/adapter_model.safetensors: .*layers\.{wrong}\..*lora_B.* \[3, 1\]"
+        ):
+            run(plan, tmp_path / f"out{wrong}")
+
+
+def test_one_weight_is_solved_ahead_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(pieces, "_CORE_ELEMENTS", 200)  # several ranges of rows
+    plan, most, ahead, solve = row_of_weights(tmp_path), [0], [], CoreSolver.solve_ahead
+
+    def counted(self: CoreSolver, step: Any) -> None:
+        ahead.append(step.name)
+        solve(self, step)
+        most[0] = max(most[0], len(self._solved))
+
+    monkeypatch.setattr(CoreSolver, "solve_ahead", counted)
+    run(plan, tmp_path / "out")
+    assert plan.target.threads == 2
+    assert ahead == [step.name for step in plan.steps[1:]]
+    assert most[0] <= 2
 
 
 SCOPE = f"{RULES}parameters: {{scope: model, density: 0.3}}\n"

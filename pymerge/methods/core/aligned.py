@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pymerge.methods.core.factors import Factors, Matrix, Product, orthonormal, split
+from pymerge.methods.core.deltas import Product
+from pymerge.methods.core.factors import Factors, split
+from pymerge.methods.core.tall import Matrix, orthonormal
 
 
 class Aligned(NamedTuple):
@@ -29,6 +31,7 @@ def one_sided(tasks: Sequence[Factors], cutoff: float, absolute: bool) -> Aligne
     From a core: Q_B R_B diag(R_1^T .. R_T^T) with [B_1 .. B_T] = Q_B R_B and A_t^T = Q_t R_t. Only s above `cutoff`,
     times the largest unless `absolute`, are taken.
     """
+    tasks = [task.double for task in tasks]
     basis, R = orthonormal(np.concatenate([task.B for task in tasks], axis=1))
     rows, sides = zip(*(orthonormal(task.A.T) for task in tasks), strict=True)
     parts = split([len(task.A) for task in tasks], R, axis=1)
@@ -46,6 +49,7 @@ def two_sided(tasks: Sequence[Factors]) -> Aligned:
 
     U are the left singular vectors of [B_1 .. B_T], V the right ones of the A_t under each other, R x d_in.
     """
+    tasks = [task.double for task in tasks]
     U = _left_vectors(np.concatenate([task.B for task in tasks], axis=1))
     V = _left_vectors(np.concatenate([task.A for task in tasks]).T)
     cores = [(U.T @ task.B) @ (task.A @ V) for task in tasks]

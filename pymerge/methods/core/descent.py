@@ -10,17 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pymerge.common.arrays import Array, ArrayLike, dtype_of, rows_of
-from pymerge.methods.core.factors import (
-    Delta,
-    Factors,
-    Matrix,
-    Product,
-    Run,
-    nothing,
-    row_space,
-    total_of,
-)
+from pymerge.methods.core.deltas import Delta, Product, Run, nothing
+from pymerge.methods.core.factors import Factors, row_space, total_of
 from pymerge.methods.core.flow import moves, shares
+from pymerge.methods.core.tall import Matrix
 from pymerge.ops.combine import Combine
 from pymerge.ops.low_rank_adam import BLOCK_ELEMENTS, LowRankAdam
 
@@ -37,15 +30,16 @@ class Descent:
     lr: float
     scale: float
 
-    def prepared(self, double: bool, in_axis: int) -> Delta:
+    def prepared(self, double: bool, in_axis: int) -> Descent:
         """It in the dtype of the sum; only of weights that are stored d_out x d_in, whose rows can be had alone."""
         assert in_axis == 1
         kind = np.float64 if double else self.Q.dtype
+        start = Product(*(matrix.astype(np.float64 if double else np.float32) for matrix in self.start))
         Q, C, P = (np.ascontiguousarray(matrix, kind) for matrix in (self.Q, self.C, self.P))
-        return replace(self, start=self.start.prepared(double, in_axis), Q=Q, C=C, P=P)
+        return replace(self, start=start, Q=Q, C=C, P=P)
 
     def add(self, run: Run, base: ArrayLike, first: int, out: ArrayLike) -> None:
-        """See `Delta`."""
+        """See `Addend`."""
         rows, width = base.shape
         Q, C = Array.of(self.Q), Array.of(self.C)
         step = max(1, BLOCK_ELEMENTS // max(1, width))
@@ -71,7 +65,7 @@ def descent(
     parts = shares(space)
     moved = np.concatenate(moves(space, parts))
     rms = math.sqrt(statistics.fmean(norm / math.prod(space.shape) for norm in space.norms))
-    start = space.product(space.joined, np.concatenate(space.L))
+    start = space.product(space.B, np.concatenate(space.L)).product()
     kind = np.float64 if double else np.float32
-    Q, C, P = (matrix.astype(kind) for matrix in (space.Q, total_of(parts), space.joined @ moved))
+    Q, C, P = (matrix.astype(kind) for matrix in (space.basis.matrix(), total_of(parts), space.B.times(moved)))
     return Descent(start, Q, C, P, iterations, rate(rms), scale)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pymerge.methods.core.factors import Matrix, total_of
+from pymerge.methods.core.factors import total_of
+from pymerge.methods.core.tall import Matrix
 from pymerge.ops._philox import uniform_words
 
 # Philox's numbers are of 32 bits.

@@ -1,36 +1,33 @@
 """Task vectors as products of factors, tau_t = B_t A_t, and the row space that all of them lie in.
 
-Arrays of numpy, in float64: what is computed of factors is small, and takes less time than importing PyTorch.
+Arrays of numpy: what is computed of factors is small, and takes less time than importing PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pymerge.common.arrays import Array, ArrayLike
-from pymerge.ops._op import Op
-from pymerge.ops.low_rank_sum import LowRankSum
-
-Matrix = NDArray[Any]  # float64, unless it says otherwise
-# Runs an op on the chosen backend.
-Run = Callable[[Op[Any]], Any]
+from pymerge.common.arrays import Array
+from pymerge.common.dtypes import ITEM_SIZES
+from pymerge.methods.core.deltas import Spanned
+from pymerge.methods.core.tall import Basis, Matrix, Tall, basis_of
 
 # A product whose norm is below this share of its factors' is rounding: its columns cancel each other.
 _ROUNDING = 1e-14
-# Most that inner products of columns may differ from orthonormal ones where a second Cholesky factor makes them
-# so to rounding.
-_NEARLY_ORTHONORMAL = 1e-2
-# Rows of a long matrix that are multiplied at once.
-_ROWS = 512
 
 
 class Factors(NamedTuple):
-    """tau_t = B A of a linear weight, d_out x d_in; of rank 0 where the task did not touch it."""
+    """tau_t = B A of a linear weight, d_out x d_in; of rank 0 where the task did not touch it.
+
+    Both are float64, or float32 where that holds them.
+    """
 
     B: Matrix  # d_out x r
     A: Matrix  # r x d_in
@@ -45,127 +42,136 @@ class Factors(NamedTuple):
         """Whether neither factor holds NaN or infinity."""
         return bool(np.isfinite(self.B).all()) and bool(np.isfinite(self.A).all())
 
-
-class Delta(Protocol):
-    """scale * X of a weight, which nobody forms as a whole."""
-
-    def prepared(self, double: bool, in_axis: int) -> Delta:
-        """It in the dtype of the sum with W_0, float64 or float32, for rows as they are stored."""
-
-    def add(self, run: Run, base: ArrayLike, first: int, out: ArrayLike) -> None:
-        """Write W_0 plus rows from `first` on to `out`, rounded once; of what is prepared.
-
-        Args:
-            base: these rows of W_0; of at least that dtype's precision or less.
-            out: contiguous memory for as many.
-        """
+    @property
+    def double(self) -> Factors:
+        """It in float64."""
+        return Factors(self.B.astype(np.float64, copy=False), self.A.astype(np.float64, copy=False))
 
 
-class Product(NamedTuple):
-    """X = P K, scales in K."""
+class Tasks(Sequence[Factors]):
+    """The factors of all tasks of a weight in two tall matrices.
 
-    P: Matrix  # d_out x k
-    K: Matrix  # k x d_in
+    Args:
+        left: [B_1 .. B_T], d_out x R.
+        right: [A_1^T .. A_T^T], d_in x R.
+        ranks: of each task.
+    """
 
-    def times(self, scale: float) -> Product:
-        """scale * X."""
-        return Product(self.P, self.K * scale)
+    def __init__(self, left: Matrix, right: Matrix, ranks: Sequence[int]) -> None:
+        self.left = left
+        self.right = right
+        self.ranks = tuple(ranks)
+        self.places = [slice(*ends) for ends in pairwise(accumulate(ranks, initial=0))]
 
-    def whole(self) -> Matrix:
-        """X, d_out x d_in."""
-        return self.P @ self.K
+    @classmethod
+    def of(cls, tasks: Sequence[Factors]) -> Tasks:
+        """Tasks as they are, or joined."""
+        if isinstance(tasks, Tasks):
+            return tasks
+        left = np.concatenate([task.B for task in tasks], axis=1)
+        right = np.concatenate([task.A.T for task in tasks], axis=1)
+        return cls(left, np.ascontiguousarray(right), [len(task.A) for task in tasks])
 
-    def prepared(self, double: bool, in_axis: int) -> Product:
-        """See `Delta`."""
-        left, right = (self.K.T, self.P.T) if in_axis == 0 else (self.P, self.K)
-        kind = np.float64 if double else np.float32
-        return Product(np.ascontiguousarray(left, kind), np.ascontiguousarray(right, kind))
+    @classmethod
+    def empty(cls, shape: tuple[int, int], ranks: Sequence[int], double: bool) -> Tasks:
+        """Room for tasks of these ranks, in pages of its own, until they are `put`."""
+        sides = [(rows, sum(ranks)) for rows in shape]
+        code = "F64" if double else "F32"
+        left, right = (Array.mapped(math.prod(side) * ITEM_SIZES[code]).at(0, code, side).numpy() for side in sides)
+        return cls(left, right, ranks)
 
-    def add(self, run: Run, base: ArrayLike, first: int, out: ArrayLike) -> None:
-        """See `Delta`. Every element has the same bits, whichever rows are asked for."""
-        rows = self.P[first : first + base.shape[0]]
-        run(LowRankSum(base, Array.of(rows), Array.of(self.K), out=out))
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    @overload
+    def __getitem__(self, index: int) -> Factors: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Factors]: ...
+    def __getitem__(self, index: int | slice) -> Factors | list[Factors]:
+        if isinstance(index, slice):
+            return [self[t] for t in range(len(self))[index]]
+        place = self.places[index]
+        return Factors(self.left[:, place], self.right[:, place].T)
+
+    def put(self, task: int, B: Matrix, A: Matrix) -> None:
+        """Fill in the factors of a task."""
+        self.left[:, self.places[task]] = B
+        self.right[:, self.places[task]] = A.T
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return len(self.left), len(self.right)
+
+    def columns(self, kept: Sequence[int]) -> list[int]:
+        """Numbers of the columns of some tasks."""
+        return [column for t in kept for column in range(len(self.left.T))[self.places[t]]]
 
 
 @dataclass(frozen=True, eq=False)
 class RowSpace:
     """tau_t = B_t L_t Q^T of the tasks that are not zero, with orthonormal columns Q, d_in x q, q <= d_in.
 
-    Q spans the rows of all A_t, those of zero tasks too, and `beside`, rows that were asked for: beside = U Q^T.
+    Q spans the rows of all A_t, those of zero tasks too, and of ones, if these were asked for: 1 = U Q^T.
     """
 
-    shape: tuple[int, int]  # (d_out, d_in)
-    B: tuple[Matrix, ...]  # of each task d_out x r_t
-    L: tuple[Matrix, ...]  # of each task r_t x q
-    Q: Matrix
+    tasks: Tasks
+    kept: tuple[int, ...]  # numbers of the tasks that are not zero
+    squares: tuple[Matrix, ...]  # of each of them B_t^T B_t
+    L: tuple[Matrix, ...]  # of each of them r_t x q
+    basis: Basis
     norms: tuple[float, ...]  # n_t, squared Frobenius norms, above 0
-    U: Matrix  # rows x q, of `beside`
+    U: Matrix  # 1 x q, or 0 x q
 
     def __len__(self) -> int:
         """Number of tasks that are not zero."""
-        return len(self.B)
+        return len(self.kept)
 
     @property
-    def joined(self) -> Matrix:
-        """[B_1 .. B_T], d_out x R."""
-        return np.concatenate(self.B, axis=1)
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.tasks.shape
 
-    def grams(self, B: Sequence[Matrix]) -> list[Matrix]:
-        """L_t^T (B_t^T B_t) L_t of each task, q x q."""
-        return [L.T @ (left.T @ left) @ L for L, left in zip(self.L, B, strict=True)]
+    @cached_property
+    def B(self) -> Tall:
+        """[B_1 .. B_T] of the tasks that are not zero, d_out x R."""
+        if len(self.kept) == len(self.tasks):
+            return Tall(self.tasks.left)
+        return Tall(self.tasks.left[:, self.tasks.columns(self.kept)])
 
-    def product(self, P: Matrix, core: Matrix) -> Product:
-        """X = P core Q^T, by the smaller of the ranks that it can have."""
-        if P.shape[1] > self.Q.shape[1]:
-            return Product(P @ core, self.Q.T)
-        return Product(P, core @ self.Q.T)
+    def squared(self, squares: Sequence[Matrix]) -> list[Matrix]:
+        """L_t^T S_t L_t of each task, q x q."""
+        return [L.T @ square @ L for L, square in zip(self.L, squares, strict=True)]
+
+    def product(self, P: Tall, core: Matrix) -> Spanned:
+        """X = P core Q^T."""
+        return Spanned(P, core @ self.basis.X.T, self.basis.tall)
 
     def only(self, kept: Sequence[int]) -> RowSpace:
         """The same space with some of its tasks."""
-        B, L = (tuple(part[t] for t in kept) for part in (self.B, self.L))
-        return replace(self, B=B, L=L, norms=tuple(self.norms[t] for t in kept))
+        if len(kept) == len(self):
+            return self
+        squares, L = (tuple(part[t] for t in kept) for part in (self.squares, self.L))
+        numbers, norms = tuple(self.kept[t] for t in kept), tuple(self.norms[t] for t in kept)
+        return replace(self, kept=numbers, squares=squares, L=L, norms=norms)
 
 
-def row_space(tasks: Sequence[Factors], beside: Matrix | None = None) -> RowSpace:
-    """The space of the rows of all tasks, finite, of one shape; `beside`: further rows that it contains."""
-    shape = tasks[0].shape
-    rows = np.zeros((0, shape[1])) if beside is None else beside
-    Q, R = orthonormal(np.concatenate([*(task.A for task in tasks), rows]).T)
-    *L, U = split([*(len(task.A) for task in tasks), len(rows)], R.T, axis=0)
-    norms = [float(((task.B.T @ task.B @ part) * part).sum()) for task, part in zip(tasks, L, strict=True)]
-    sizes = [float(np.linalg.norm(task.B) * np.linalg.norm(task.A)) for task in tasks]
-    kept = [t for t, size in enumerate(sizes) if norms[t] > (_ROUNDING * size) ** 2]
-    B = tuple(tasks[t].B for t in kept)
-    return RowSpace(shape, B, tuple(L[t] for t in kept), Q, tuple(norms[t] for t in kept), U)
+def row_space(tasks: Sequence[Factors], squares: Sequence[Matrix] | None = None, *, ones: bool = False) -> RowSpace:
+    """The space of the rows of all tasks, finite, of one shape; with `ones` it contains a row of these.
 
-
-def orthonormal(M: Matrix) -> tuple[Matrix, Matrix]:
-    """Q and R of M = Q R, with orthonormal columns Q, as many as M's smaller side.
-
-    By Cholesky factors of the Gram matrix, twice, which is several times faster than reflections: the second time makes
-    up for what the first one loses. Columns that nearly depend on each other are left to reflections.
+    Args:
+        squares: B_t^T B_t of each task, where they are known.
     """
-    gram: Matrix = M.T @ M
-    sizes = np.sqrt(np.diag(gram))
-    if M.shape[1] <= M.shape[0] and sizes.all():
-        try:
-            once = np.linalg.cholesky(gram / sizes / sizes[:, None]).T * sizes
-            Q = _times(M, np.linalg.inv(once), np.empty(M.shape))
-            gram = Q.T @ Q
-            if np.abs(gram - np.eye(len(gram))).max(initial=0.0) < _NEARLY_ORTHONORMAL:
-                twice = np.linalg.cholesky(gram).T
-                return _times(Q, np.linalg.inv(twice), Q), twice @ once
-        except np.linalg.LinAlgError:  # not positive definite
-            pass
-    Q, R = np.linalg.qr(M)
-    return Q, R
-
-
-def _times(M: Matrix, X: Matrix, out: Matrix) -> Matrix:
-    """M X, X square, a few rows at a time: `out` may be M."""
-    for first in range(0, len(M), _ROWS):
-        out[first : first + _ROWS] = M[first : first + _ROWS] @ X
-    return out
+    found = Tasks.of(tasks)
+    basis = basis_of(Tall(found.right, ones))
+    *L, U = split([*found.ranks, int(ones)], basis.R.T, axis=0)
+    if squares is None:
+        squares = [Tall(found.left[:, place]).gram() for place in found.places]
+    norms = [float(((square @ part) * part).sum()) for square, part in zip(squares, L, strict=True)]
+    sizes = [float(np.trace(square)) * float((part * part).sum()) for square, part in zip(squares, L, strict=True)]
+    kept = [t for t, size in enumerate(sizes) if norms[t] > _ROUNDING**2 * size]
+    chosen = tuple(squares[t] for t in kept), tuple(L[t] for t in kept)
+    return RowSpace(found, tuple(kept), *chosen, basis, tuple(norms[t] for t in kept), U)
 
 
 def split(sizes: Sequence[int], M: Matrix, axis: int) -> list[Matrix]:
@@ -181,13 +187,7 @@ def total_of(matrices: Iterable[Any]) -> Any:
     return total
 
 
-def nothing(shape: tuple[int, int]) -> Product:
-    """X = 0."""
-    return Product(np.zeros((shape[0], 0)), np.zeros((0, shape[1])))
-
-
-def plain_sum(tasks: Sequence[Factors], weight: float = 1.0) -> Product:
+def plain_sum(tasks: Sequence[Factors], weight: float = 1.0) -> Spanned:
     """X = weight * sum_t tau_t."""
-    return Product(
-        np.concatenate([task.B for task in tasks], axis=1), np.concatenate([task.A for task in tasks])
-    ).times(weight)
+    found = Tasks.of(tasks)
+    return Spanned(Tall(found.left), weight * np.eye(sum(found.ranks)), Tall(found.right))

@@ -8,14 +8,16 @@ from itertools import accumulate
 
 import numpy as np
 
-from pymerge.methods.core.factors import Factors, Matrix, Product, RowSpace, nothing, row_space, total_of
+from pymerge.methods.core.deltas import Product, Spanned, nothing
+from pymerge.methods.core.factors import Factors, RowSpace, row_space, total_of
+from pymerge.methods.core.tall import Matrix
 from pymerge.ops.spectral_filter import FLOOR, RANK_SLACK, Rank, kept
 
 # lambda t below which (1 - e^{-lambda t}) / lambda is t to rounding.
 _STANDING = 1e-16
 
 
-def flow(tasks: Sequence[Factors], time: float) -> Product:
+def flow(tasks: Sequence[Factors], time: float) -> Product | Spanned:
     """Gradient flow for a time, as `gradient_flow` has it, without its series."""
     space = row_space(tasks)
     if not len(space):
@@ -26,7 +28,7 @@ def flow(tasks: Sequence[Factors], time: float) -> Product:
     return _moved(space, parts, vectors, time * (-np.expm1(-x) / x))
 
 
-def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product:
+def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product | Spanned:
     """A filter on the leading eigenvectors of A, as `spectral_filter` has it: those of all d_in are counted.
 
     B_0 has no part in the other d_in - q, whose eigenvalue is 0, so that they only count where a rank is chosen.
@@ -48,8 +50,7 @@ def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product:
 
 def shares(space: RowSpace) -> list[Matrix]:
     """G_t / n_t of A = Q (sum_t G_t / n_t) Q^T, q x q."""
-    tasks = zip(space.L, space.B, space.norms, strict=True)
-    return [L.T @ (B.T @ B / norm) @ L for L, B, norm in tasks]
+    return space.squared([square / norm for square, norm in zip(space.squares, space.norms, strict=True)])
 
 
 def moves(space: RowSpace, parts: Sequence[Matrix]) -> list[Matrix]:
@@ -62,7 +63,7 @@ def moves(space: RowSpace, parts: Sequence[Matrix]) -> list[Matrix]:
     return [-L @ (first + last) for L, first, last in zip(space.L, before, after, strict=True)]
 
 
-def _moved(space: RowSpace, parts: Sequence[Matrix], basis: Matrix, gain: Matrix) -> Product:
+def _moved(space: RowSpace, parts: Sequence[Matrix], basis: Matrix, gain: Matrix) -> Spanned:
     """X_0 + B_0 V diag(gain) V^T with V = Q basis."""
     rows = [L + (move @ basis * gain) @ basis.T for L, move in zip(space.L, moves(space, parts), strict=True)]
-    return space.product(space.joined, np.concatenate(rows))
+    return space.product(space.B, np.concatenate(rows))

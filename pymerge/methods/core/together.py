@@ -11,7 +11,7 @@ import numpy as np
 from pymerge.common.arrays import Array
 from pymerge.methods.actions import Run
 from pymerge.methods.core.entries import from_key, majority
-from pymerge.methods.core.factors import Matrix
+from pymerge.methods.core.tall import Matrix
 from pymerge.methods.rows import Rows
 from pymerge.methods.selection import Magnitudes, Selection, digits, passes_to_select
 
