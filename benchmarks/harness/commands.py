@@ -64,6 +64,7 @@ SUITES: Mapping[str, Mapping[str, Command]] = {
         "language": Command("benchmarks.quality.language_train", "make the suite minilm4"),
         "show": Command("benchmarks.quality.show", "tables of what was measured"),
         "plot": Command("benchmarks.quality.plot", "draw what was measured"),
+        "explore": Command("benchmarks.quality.explore", "formulas that no method has, on validation examples"),
         "smoke": Command("benchmarks.quality.smoke", "two of the example's experts, in seconds"),
     },
     "tables": {

@@ -74,12 +74,17 @@ class GlyphSuite:
         return model
 
     @torch.no_grad()
+    def answers(self, model: nn.Module, task: str, seed: int, part: Part) -> tuple[Tensor, Tensor]:
+        """Logits of the task's images through its frozen head, and their labels."""
+        images, labels = self._samples(task, seed, part)
+        found = [self.logits(task, seed, model(batch)) for batch in torch.split(images, BATCH)]
+        return torch.cat(found), labels
+
     def accuracy(self, model: nn.Module | Path, task: str, seed: int, part: Part) -> float:
         """Percent of the task's images recognised, with its frozen head."""
         network = self.load(model) if isinstance(model, Path) else model
-        images, labels = self._samples(task, seed, part)
-        found = [self.logits(task, seed, network(batch)).argmax(1) for batch in torch.split(images, BATCH)]
-        return 100 * (torch.cat(found) == labels).double().mean().item()
+        logits, labels = self.answers(network, task, seed, part)
+        return 100 * (logits.argmax(1) == labels).double().mean().item()
 
     def logits(self, task: str, seed: int, output: Any) -> Tensor:
         """Through the frozen head of the task."""

@@ -53,16 +53,22 @@ class LanguageSuite:
         """The float32 network of a checkpoint."""
         return load_encoder(folder)
 
+    def answers(
+        self, model: SentenceEncoder, task: str, seed: int, part: Literal["validation", "test"]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of the task's texts through its frozen head, and their labels."""
+        examples = self._examples(seed)
+        found = features(model, examples[f"{task}.{part}.tokens"])
+        logits = cosine_logits(found, examples[f"{task}.mean"], examples[f"{task}.head"])
+        return logits, examples[f"{task}.{part}.labels"]
+
     def accuracy(
         self, model: SentenceEncoder | Path, task: str, seed: int, part: Literal["validation", "test"]
     ) -> float:
         """Percent of the task's texts that a model (or checkpoint) gets right, with the task's frozen head."""
         encoder = self.load(model) if isinstance(model, Path) else model
-        examples = self._examples(seed)
-        found = features(encoder, examples[f"{task}.{part}.tokens"])
-        logits = cosine_logits(found, examples[f"{task}.mean"], examples[f"{task}.head"])
-        correct = logits.argmax(1) == examples[f"{task}.{part}.labels"]
-        return 100 * correct.double().mean().item()
+        logits, labels = self.answers(encoder, task, seed, part)
+        return 100 * (logits.argmax(1) == labels).double().mean().item()
 
     def _files(self, seed: int) -> list[Path]:
         folders = [self.base(), *(self.expert(task, seed) for task in self.tasks)]

@@ -35,6 +35,9 @@ class Suite(Protocol):
     def load(self, folder: Path) -> nn.Module:
         """The float32 model of a checkpoint, merged ones included."""
 
+    def answers(self, model: nn.Module, task: str, seed: int, part: Part) -> tuple[Tensor, Tensor]:
+        """Logits of all of the task's examples through its frozen head, and their labels."""
+
     def accuracy(self, model: nn.Module | Path, task: str, seed: int, part: Part) -> float:
         """Percent of the task's examples that a model (or checkpoint) gets right."""
 

@@ -1,0 +1,120 @@
+"""The formulas that `quality explore` tries, against float64 forms of their own, and their merges in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import pymerge
+from benchmarks.quality import formulas
+from benchmarks.quality.cases import FLOW
+from benchmarks.quality.explore import Subject, ideas
+from benchmarks.quality.glyph_suite import GlyphSuite
+from benchmarks.quality.suite import scores
+
+T, ROWS, COLUMNS = 3, 5, 7
+
+
+@pytest.fixture
+def taus() -> list[Tensor]:
+    rng = torch.Generator().manual_seed(3)
+    return [torch.randn(ROWS, COLUMNS, generator=rng) for _ in range(T)]
+
+
+def unit_gram(matrix: Tensor) -> Tensor:
+    double = matrix.double()
+    return double.T @ double / double.pow(2).sum()
+
+
+@pytest.mark.parametrize("start", [1.0, 1 / T])
+def test_flow_is_the_solution_of_the_differential_equation(taus: list[Tensor], start: float) -> None:
+    A = torch.stack([unit_gram(tau) for tau in taus]).sum(0)
+    B = torch.stack([tau.double() @ unit_gram(tau) for tau in taus]).sum(0)
+    X0 = start * torch.stack(taus).double().sum(0)
+    decay = torch.matrix_exp(-2.5 * A)
+    expected = X0 @ decay + B @ torch.linalg.pinv(A) @ (torch.eye(COLUMNS) - decay)
+    torch.testing.assert_close(formulas.flow(taus, 2.5, start=start), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_task_that_did_not_touch_the_matrix_has_no_part_in_the_equations(taus: list[Tensor]) -> None:
+    with_zero = formulas.flow([*taus, torch.zeros(ROWS, COLUMNS)])
+    assert torch.equal(with_zero, formulas.flow(taus))
+
+
+def test_powers_of_gram_matrices(taus: list[Tensor]) -> None:
+    tau = taus[0].T.contiguous()  # of full column rank
+    values, vectors = torch.linalg.eigh((tau.T @ tau).double())
+    likeness = formulas.with_power(tau, 0.5).double()
+    torch.testing.assert_close(likeness.T @ likeness, vectors @ values.sqrt().diag() @ vectors.T, rtol=1e-5, atol=1e-5)
+
+
+def test_two_sided_ends_at_the_solution_of_the_kronecker_system(taus: list[Tensor]) -> None:
+    left, right = torch.zeros(35, 35, dtype=torch.float64), torch.zeros(35, dtype=torch.float64)
+    for tau in taus:
+        values, vectors = torch.linalg.eigh((tau @ tau.T).double())
+        H = vectors @ values.sqrt().diag() @ vectors.T / values.sqrt().mean()
+        system = torch.kron(0.7 * H + 0.3 * torch.eye(ROWS), unit_gram(tau))
+        left += system
+        right += system @ tau.double().reshape(-1)
+    expected = torch.linalg.solve(left, right).reshape(ROWS, COLUMNS)
+    found = formulas.two_sided(taus, 0.5, 0.3, steps=150)
+    torch.testing.assert_close(found, expected.float(), rtol=2e-3, atol=2e-3)
+
+
+def test_one_task_is_itself(taus: list[Tensor]) -> None:
+    for formula in (
+        formulas.flow,
+        lambda one: formulas.towards_mean(one, 0.3),
+        lambda one: formulas.two_sided(one, 0.5, 0.3, 5),
+        lambda one: formulas.regression(one, [torch.eye(COLUMNS)]),
+    ):
+        torch.testing.assert_close(formula(taus[:1]), taus[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_ridge_is_the_mean(taus: list[Tensor]) -> None:
+    mean = torch.stack(taus).mean(0)
+    torch.testing.assert_close(formulas.towards_mean(taus, 1e6), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_regression_has_no_gradient_left(taus: list[Tensor]) -> None:
+    rng = torch.Generator().manual_seed(4)
+    moments = [x.T @ x for x in (torch.randn(20, COLUMNS, generator=rng) for _ in taus)]
+    X = formulas.regression(taus, moments, ridge=0.0).double()
+    gradient = sum((X - tau) @ (moment / moment.trace()).double() for tau, moment in zip(taus, moments, strict=True))
+    assert float(torch.as_tensor(gradient).abs().max()) < 1e-5
+
+
+def test_trimmed_keeps_the_largest() -> None:
+    found = formulas.trimmed(torch.tensor([[1.0, -4.0], [3.0, -2.0]]), 0.5)
+    assert found.tolist() == [[0.0, -4.0], [3.0, 0.0]]
+
+
+def test_flattened_keeps_the_norm_and_ends_at_equal_singular_values(taus: list[Tensor]) -> None:
+    torch.testing.assert_close(formulas.flattened(taus[0], 0.0), taus[0])
+    values = torch.linalg.svdvals(formulas.flattened(taus[0], 1.0))
+    torch.testing.assert_close(values, (taus[0].norm() / ROWS**0.5).expand(ROWS))
+
+
+def test_isotropic_has_the_mean_singular_value_of_the_sum(taus: list[Tensor]) -> None:
+    mean = torch.linalg.svdvals(torch.stack(taus).sum(0)).mean()
+    torch.testing.assert_close(torch.linalg.svdvals(formulas.isotropic(taus)), mean.expand(ROWS))
+
+
+def test_merges_in_memory_are_those_of_the_command(tmp_path: Path) -> None:
+    suite = GlyphSuite.example(("digits", "latin"))
+    subject = Subject(suite)
+    names = [name for name, _ in ideas(subject)]
+    assert len(names) == len(set(names))
+    assert {name: subject.base[name].ndim for name in subject.convolutions} == {
+        f"stem.{place}.weight": 4 for place in (0, 2, 4)
+    }
+    pymerge.merge(FLOW.config(suite, suite.tasks, 0), tmp_path / "merged", progress=False)
+    merged = suite.load(tmp_path / "merged")
+    state = subject.state(subject.flow | subject.averaged)
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-4)
+    found = subject.measure([state])["scores"]
+    assert found == pytest.approx(scores(suite, merged, suite.tasks, 0, "validation"), abs=2.5)
