@@ -4,7 +4,7 @@
 
 The first seed only. Rows say accuracy and the mean negative log-likelihood: it tells merges apart whose accuracies are
 within the chance of a few hundred examples. Merged weights are rounded to bfloat16, as checkpoints are. Where a name
-says no more, the linear weights are wudi_flow's and all other tensors averaged. METHOD.md says what came of it.
+says no more, the linear weights are wudi_flow's and all other tensors averaged. EXPLORE.md says what came of it.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def ideas(s: Subject) -> Iterator[tuple[str, Callable[[], list[Deltas]]]]:
         yield name, lambda f=formula: [s.state(s.apply(f, s.linear) | s.averaged)]
     for name, formula in _convolutions() if s.convolutions else ():
         yield name, lambda f=formula: [s.state(s.flow | s.averaged | s.apply(f, s.convolutions))]
-        for one in s.convolutions:
-            yield f"{name}, {one} alone", lambda f=formula, n=one: [s.state(s.flow | s.averaged | s.apply(f, [n]))]
+    for one in s.convolutions:
+        yield f"{one} by wudi_flow", lambda n=one: [s.state(s.flow | s.averaged | s.apply(formulas.flow, [n]))]
     for kind, names in _kinds(s).items():
         yield f"each task's own {kind}", lambda n=names: _own(s, n)
     yield from _true_inputs(s)
