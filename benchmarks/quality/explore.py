@@ -2,9 +2,10 @@
 
     python -m benchmarks quality explore [SUITE] [--only REGEX] [--threads 2]
 
-The first seed only. Rows say accuracy and the mean negative log-likelihood: it tells merges apart whose accuracies are
-within the chance of a few hundred examples. Merged weights are rounded to bfloat16, as checkpoints are. Where a name
-says no more, the linear weights are wudi_flow's and all other tensors averaged. EXPLORE.md says what came of it.
+The first seed only; of glyphs5, by which no table of methods is made, the test images too. Rows say accuracy and the
+mean negative log-likelihood: it tells merges apart whose accuracies are within the chance of a few hundred examples.
+Merged weights are rounded to bfloat16, as checkpoints are. Where a name says no more, the linear weights are
+wudi_flow's and all other tensors averaged. EXPLORE.md says what came of it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.harness import commands
 from benchmarks.harness.results import ResultsFile
 from benchmarks.quality import formulas
 from benchmarks.quality.cases import FLOW
-from benchmarks.quality.suite import Suite, mean
+from benchmarks.quality.suite import Part, Suite, mean
 from benchmarks.quality.suites import open_suite
 from benchmarks.quality.sweeps import PART
 
@@ -36,6 +37,7 @@ class Subject:
 
     def __init__(self, suite: Suite) -> None:
         self.suite, self.seed = suite, suite.seeds[0]
+        self.parts: tuple[Part, ...] = (PART, "test") if suite.name == "glyphs5" else (PART,)
         self.model = suite.load(suite.base())
         self.base = _state(self.model)
         self.experts = [_state(suite.load(suite.expert(task, self.seed))) for task in suite.tasks]
@@ -71,10 +73,15 @@ class Subject:
         for place, task in enumerate(self.suite.tasks):
             if place == 0 or len(states) > 1:
                 self.model.load_state_dict({n: t.bfloat16().to(t.dtype) for n, t in states[place].items()})
-            logits, labels = self.suite.answers(self.model, task, self.seed, PART)
+            logits, labels = self.answers(task)
             scores[task] = 100 * (logits.argmax(1) == labels).double().mean().item()
             losses[task] = F.cross_entropy(logits, labels).item()
         return {"scores": scores, "mean": mean(scores.values()), "loss": mean(losses.values())}
+
+    def answers(self, task: str) -> tuple[Tensor, Tensor]:
+        """The model's logits of a task's examples, and their labels."""
+        found = [self.suite.answers(self.model, task, self.seed, part) for part in self.parts]
+        return torch.cat([logits for logits, _ in found]), torch.cat([labels for _, labels in found])
 
     @cached_property
     def moments(self) -> dict[str, list[Tensor]]:
@@ -88,7 +95,7 @@ class Subject:
                 for name, layer in self.model.named_modules()
                 if isinstance(layer, LAYERS) and f"{name}.weight" in self.taus
             ]
-            self.suite.answers(self.model, task, self.seed, PART)
+            self.answers(task)
             for hook in hooks:
                 hook.remove()
             for name, total in sums.items():
@@ -229,7 +236,7 @@ def main(arguments: Sequence[str]) -> None:
         subject = Subject(suite)
         for name, states in ideas(subject):
             if re.search(options.only, name):
-                row = {"kind": "idea", "name": name, "part": PART, **subject.measure(states())}
+                row = {"kind": "idea", "name": name, "parts": subject.parts, **subject.measure(states())}
                 results.rows.append(row)
                 results.write()
                 print(f"{name:64} {row['mean']:6.2f} {row['loss']:7.4f}", flush=True)

@@ -13,10 +13,22 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.harness import commands
 from benchmarks.harness.results import ROOT
-from benchmarks.tables import checks, device, engines, glyphs, language, merges, methods, quality, solvers, wemoe
+from benchmarks.tables import (
+    checks,
+    device,
+    engines,
+    explore,
+    glyphs,
+    language,
+    merges,
+    methods,
+    quality,
+    solvers,
+    wemoe,
+)
 from benchmarks.tables.page import Part, written
 
-SUITES = (methods, glyphs, quality, language, solvers, merges, engines, wemoe, device, checks)
+SUITES = (methods, glyphs, quality, language, explore, solvers, merges, engines, wemoe, device, checks)
 
 
 def parts() -> Iterator[Part]:
