@@ -175,6 +175,10 @@ def _formulas() -> Iterator[tuple[str, Formula]]:
             f"two-sided, power 0.5, identity 0.3, 10 steps, scale {factor:g}",
             lambda taus, f=factor: f * formulas.two_sided(taus, 0.5, 0.3, 10),
         )
+    yield (
+        "two-sided, power 0.5, identity 0.3, 10 steps, flattened by 0.5",
+        lambda taus: formulas.flattened(formulas.two_sided(taus, 0.5, 0.3, 10), 0.5),
+    )
 
 
 def _convolutions() -> Iterator[tuple[str, Formula]]:
