@@ -91,7 +91,7 @@ def _ritz(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _converged(values: Tensor, vectors: Tensor, images: Tensor, most: float) -> Leading | None:
-    """Those before the first whose residual is longer than `most`."""
+    """Leading pairs before the first whose residual is longer than `most`."""
     residuals = (images - vectors * values).norm(dim=0).tolist()
     count = next((index for index, residual in enumerate(residuals) if not residual <= most), len(residuals))
     return Leading(vectors[:, :count], values[:count]) if count else None
