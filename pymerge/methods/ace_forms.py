@@ -30,7 +30,7 @@ _DOUBLE = 2
 
 
 def cheapest(rows: int, columns: int, tasks: int, double: bool, plain: bool = True) -> Form:
-    """Form that gives X cheapest, with the system in float64 or not; `plain`: its rows are in the span of the deltas'."""
+    """Cheapest form of X, with the system in float64 or not; `plain`: its rows are in the span of the deltas'."""
     if plain and by_rows(rows, columns, tasks):
         return "rows"
     costs = {form: flops(form, rows, columns, tasks, _DOUBLE if double else 1) for form in ("weights", "numerator")}
