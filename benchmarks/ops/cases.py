@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.ops import dense, elementwise, routed, sparse
+from benchmarks.ops import dense, elementwise, routed, sparse, spectral
 from benchmarks.ops.case import Case
 
-CASES: Mapping[str, Case] = routed.CASES | elementwise.CASES | sparse.CASES | dense.CASES
+CASES: Mapping[str, Case] = routed.CASES | elementwise.CASES | sparse.CASES | dense.CASES | spectral.CASES
 
 
 def op_of(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pymerge.common.names import block, template
-from pymerge.methods.ace import heterogeneity
+from pymerge.methods.heterogeneity import heterogeneity
 
 Matrix = tuple[tuple[float, ...], ...]
 

@@ -65,6 +65,10 @@ class Role:
         """True for the tensors that solvers work on."""
         return self.kind is Kind.LINEAR
 
+    def without_block(self, name: str) -> str:
+        """The tensor's name without the number of its block: one for all layers."""
+        return name if self.index is None else name.replace(f"{self.blocks}.{self.index}.", f"{self.blocks}.*.", 1)
+
     def part(self, number: int, outputs: int) -> slice:
         """The outputs, of so many in a matrix, that one of its parts has."""
         if self.alternating:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -9,21 +11,25 @@ from rich.text import Text
 from pymerge import env
 from pymerge.common.units import format_bytes
 from pymerge.methods import METHODS
-from pymerge.methods.base import Parameter
+from pymerge.methods.base import PASSES, Parameter
 
 
 def methods_view() -> RenderableType:
     """All methods with their parameters and sources."""
     tables: list[RenderableType] = []
     for method in METHODS.values():
-        table = Table(title=f"{method.name}: {method.summary} ({method.source})", title_justify="left", pad_edge=False)
-        table.add_column("parameter")
-        table.add_column("default")
-        table.add_column("meaning")
-        for parameter in method.parameters:
-            table.add_row(parameter.name, _default(parameter), _meaning(parameter))
-        tables.append(table)
-    return Group(*tables)
+        tables.append(_table(f"{method.name}: {method.summary} ({method.source})", method.parameters))
+    passes = _table("passes: behind any method on task vectors, beside its own parameters", PASSES)
+    return Group(*tables, passes)
+
+
+def _table(title: str, parameters: Sequence[Parameter]) -> Table:
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for column in ("parameter", "default", "meaning"):
+        table.add_column(column)
+    for parameter in parameters:
+        table.add_row(parameter.name, _default(parameter), Text(_meaning(parameter)))
+    return table
 
 
 def _default(parameter: Parameter) -> str:

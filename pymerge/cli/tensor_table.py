@@ -15,6 +15,7 @@ from pymerge.adapters.summed import of_sum
 from pymerge.checkpoint.checkpoint import TensorEntry
 from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.common.names import template
+from pymerge.methods.base import PASSES, Parameter
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
 
@@ -93,7 +94,16 @@ def _parameters(plan: Plan, step: Step) -> dict[str, Any]:
         return {}
     values = plan.method.shown(step.values)
     given = {**values.merge, **{name: list(each) for name, each in values.model.items()}}
-    return {p.name: given[p.name] for p in plan.method.parameters if p.name in given and not p.no_effect}
+    return {p.name: given[p.name] for p in plan.method.all_parameters if _is_shown(p, given)}
+
+
+def _is_shown(parameter: Parameter, given: dict[str, Any]) -> bool:
+    """Whether a parameter says something: not those without effect, and passes that there are."""
+    if parameter.name not in given or parameter.no_effect:
+        return False
+    if parameter.only_with is not None and parameter in PASSES:
+        return bool(given[parameter.only_with[0]] == parameter.only_with[1])
+    return parameter not in PASSES or given[parameter.name] != parameter.default
 
 
 def _text(parameters: dict[str, Any]) -> str:

@@ -146,7 +146,7 @@ class Checker:
             return {}
         if self.method is None:
             return dict.fromkeys(given, ())
-        known = {parameter.name: parameter for parameter in self.method.parameters}
+        known = {parameter.name: parameter for parameter in self.method.all_parameters}
         allowed = {}
         for name in given:
             if name not in known:

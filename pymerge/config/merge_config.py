@@ -197,11 +197,11 @@ def resolve(
     entries = [config.models[i] for i in model_indices]
     names = input_names or [tensor_name] * len(entries)
     required = {parameter.name for parameter in method.required({})}
-    for parameter in method.parameters:
+    for parameter in method.all_parameters:
         if parameter.scope == "merge":
             merge[parameter.name] = one(parameter, [config.parameters], tensor_name, "")
     required = {parameter.name for parameter in method.required({name: (value,) for name, value in merge.items()})}
-    for parameter in method.parameters:
+    for parameter in method.all_parameters:
         if parameter.scope == "merge":
             continue
         model[parameter.name] = tuple(
@@ -273,7 +273,7 @@ def _describe(detail: Mapping[str, Any], method: Method | None) -> str:
 def _hint(key: str, around: Location, method: Method | None) -> str:
     keys = [part for part in around if part in _FIELDS]
     fields = (_FIELDS[keys[-1]] if keys else MergeConfig).model_fields
-    if around[:1] != ("layers",) and method and any(parameter.name == key for parameter in method.parameters):
+    if around[:1] != ("layers",) and method and any(parameter.name == key for parameter in method.all_parameters):
         return f"it is a parameter of {method.name!r}: put it under 'parameters'"
     if near := nearest(key, [*fields, *(() if around else ("tokenizer_source",))]):
         return f"did you mean {near!r}?"

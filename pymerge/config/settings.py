@@ -74,7 +74,9 @@ def _canonical(value: Any) -> Any:
 def parse_setting(raw: Any, parameter: Parameter, location: Location, document: Document) -> Setting | None:
     """Read a setting of `parameter`; what is wrong goes to the document's problems (then None)."""
     before = len(document.problems)
-    if isinstance(raw, list) and any(isinstance(item, dict) for item in raw):
+    if parameter.kind == "layer_scale" and isinstance(raw, dict) and "value" not in raw:
+        entries = [Entry(_scalar(raw, parameter, location, document))]
+    elif isinstance(raw, list) and any(isinstance(item, dict) for item in raw):
         entries = [_entry(item, parameter, (*location, i), document) for i, item in enumerate(raw)]
     elif isinstance(raw, dict):
         entries = [_entry(raw, parameter, location, document)]
@@ -113,7 +115,7 @@ def _value(raw: Any, parameter: Parameter, location: Location, document: Documen
     if raw is None:
         document.add(location, f"{show(location)} is empty; give it a value or delete it")
         return None
-    if not isinstance(raw, list) or parameter.kind == "texts":
+    if not isinstance(raw, list) or parameter.kind in ("texts", "layer_scale"):
         return _scalar(raw, parameter, location, document)
     if parameter.kind not in ("number", "number_or_auto"):
         document.add(

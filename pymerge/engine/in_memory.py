@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,19 +11,21 @@ from torch import Tensor
 
 from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.constants import may_be_constant
-from pymerge.architecture.roles import Kind, Role, Rule, classify
+from pymerge.architecture.roles import Kind, Role, Rule, classify, positions
 from pymerge.backends.runner import Runner
 from pymerge.checkpoint.finite import check_values
 from pymerge.common.arrays import compute_code
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
 from pymerge.common.names import nearest
+from pymerge.engine.informed import InMemory, informed
 from pymerge.engine.state_dicts import check_integers, check_plain
 from pymerge.engine.whole import Share, merge_whole, reduce_together
 from pymerge.errors import ArgumentError
 from pymerge.methods import get_method
 from pymerge.methods.actions import Action
 from pymerge.methods.base import Method, Values
+from pymerge.methods.finish import act
 from pymerge.methods.reduce import Reduce
 from pymerge.methods.rows import Rows
 from pymerge.planner.constants import reproduces
@@ -70,7 +71,7 @@ def merge_tensors(
     solvable = like.ndim in (2, 3)
     role = Role(Kind.LINEAR if solvable else Kind.OTHER, in_axis=in_axis, stacked=like.ndim == 3)
     merger = _Merger(method, parameters, len(experts), device or like.device, backend, with_base=base is not None)
-    tensor = merger.prepared("the tensor", role, like, experts, _dtype(dtype))
+    (tensor,) = merger.informed([merger.prepared("the tensor", role, like, experts, _dtype(dtype))])
     return merger.finished(tensor, merger.reduced([tensor]))
 
 
@@ -116,11 +117,12 @@ def merge_state_dicts(
     roles = classify(described, {}, rules)
     check_integers(base, experts, roles)
     where = device or next((tensor.device for tensor in base.values()), torch.device("cpu"))
-    merger = _Merger(method, parameters, len(experts), where, backend)
+    merger = _Merger(method, parameters, len(experts), where, backend, positions=positions(roles, {}))
     tensors = [
         merger.prepared(name, roles[name], tensor, [expert[name] for expert in experts], None)
         for name, tensor in base.items()
     ]
+    tensors = merger.informed(tensors)
     states = merger.reduced(tensors)
     return {tensor.name: merger.finished(tensor, states) for tensor in tensors}
 
@@ -137,7 +139,9 @@ class _Merger:
         backend: str,
         *,
         with_base: bool = True,
+        positions: Mapping[str, float] | None = None,
     ) -> None:
+        """`positions` are those of the tensors among blocks, where all of a model are known."""
         if experts == 0:
             raise ArgumentError("no experts were given; pass at least one")
         self._method = get_method(method).given(with_base)
@@ -147,13 +151,14 @@ class _Merger:
             raise ArgumentError(wrong)
         self._values = _values(self._method, parameters, experts)
         self._run = Runner(backend, resolve_device(device))
+        self._positions = positions or {}
 
     def prepared(
         self, name: str, role: Role, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
-    ) -> _Tensor:
+    ) -> InMemory:
         """A tensor with its action, checked; None as action stands for a buffer or a constant, which is copied."""
         if role.kind is Kind.BUFFER or self._is_constant(name, role, base, experts, dtype):
-            return _Tensor(name, role, None, base, experts, base.dtype)
+            return InMemory(name, role, None, base, experts, base.dtype)
         for index, tensor in enumerate([base, *experts]):
             owner = "the base" if index == 0 else f"expert {index - 1}"
             check_values(f"{name}: {owner}", tensor, "repair it or leave it out")
@@ -162,8 +167,18 @@ class _Merger:
                     f"{name}: expert {index - 1} has shape {tuple(tensor.shape)}, the base {tuple(base.shape)}; "
                     "all must be fine-tuned from this base"
                 )
-        action = self._method.action(name, role.solvable, self._values, len(experts))
-        return _Tensor(name, role, action, base, experts, dtype or base.dtype)
+        return InMemory(name, role, self._action(name, role, len(experts)), base, experts, dtype or base.dtype)
+
+    def _action(self, name: str, role: Role, experts: int) -> Action:
+        return act(
+            self._method,
+            name,
+            role.solvable,
+            self._values,
+            experts,
+            kind=role.without_block(name),
+            position=self._positions.get(name),
+        )
 
     def _is_constant(
         self, name: str, role: Role, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None
@@ -177,12 +192,11 @@ class _Merger:
         if not all(each.dtype == base.dtype and torch.equal(each.to(base.device), base) for each in experts):
             known = bool(named_constant(name, base.shape)) and all(each.shape == base.shape for each in experts)
             return known and not any(bool(each.isnan().any()) for each in (base, *experts))
-        action = self._method.action(name, role.solvable, self._values, len(experts))
-        return reproduces(action) or not bool(torch.isfinite(base).all())
+        return reproduces(self._action(name, role, len(experts))) or not bool(torch.isfinite(base).all())
 
-    def reduced(self, tensors: Sequence[_Tensor]) -> dict[str, Share]:
+    def reduced(self, tensors: Sequence[InMemory]) -> dict[str, Share]:
         """The shares of the tensors that are merged by what all tensors together tell."""
-        groups: dict[Action, list[_Tensor]] = {}
+        groups: dict[Action, list[InMemory]] = {}
         for tensor in sorted(tensors, key=lambda tensor: tensor.name):  # of equal elements the first are taken
             if isinstance(tensor.action, Reduce) and tensor.action.scope == "model" and tensor.base.numel():
                 groups.setdefault(tensor.action, []).append(tensor)
@@ -199,7 +213,11 @@ class _Merger:
             found |= {tensor.name: share for tensor, share in zip(group, shares, strict=True)}
         return found
 
-    def finished(self, tensor: _Tensor, shares: Mapping[str, Share]) -> Tensor:
+    def informed(self, tensors: Sequence[InMemory]) -> list[InMemory]:
+        """The tensors with what all of them tell."""
+        return informed(tensors, self._run, self._rows, lambda tensor: self.finished(tensor, {}))
+
+    def finished(self, tensor: InMemory, shares: Mapping[str, Share]) -> Tensor:
         """The merged tensor, on the base's device."""
         if tensor.action is None:
             return tensor.base.clone()
@@ -209,25 +227,13 @@ class _Merger:
             raise ArgumentError(f"{tensor.name}: {error}") from error
         return merged.to(tensor.base.device)
 
-    def _rows(self, tensor: _Tensor) -> Rows:
+    def _rows(self, tensor: InMemory) -> Rows:
         base, *experts = self._moved(tensor)
         return Rows(base, experts, code_of(tensor.dtype))
 
-    def _moved(self, tensor: _Tensor) -> list[Tensor]:
+    def _moved(self, tensor: InMemory) -> list[Tensor]:
         device = torch.device(str(self._run.device))
         return [each.detach().to(device) for each in (tensor.base, *tensor.experts)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Tensor:
-    """A tensor to be merged: W_0 and W_t, and the dtype of the result."""
-
-    name: str
-    role: Role
-    action: Action | None
-    base: Tensor
-    experts: Sequence[Tensor]
-    dtype: torch.dtype
 
 
 def _values(method: Method, parameters: Mapping[str, Any], experts: int) -> Values:
@@ -239,7 +245,7 @@ def _values(method: Method, parameters: Mapping[str, Any], experts: int) -> Valu
         try:
             parameter = method.parameter(name)
         except KeyError:
-            known = [p.name for p in method.parameters]
+            known = [p.name for p in method.all_parameters]
             near = nearest(name, known)
             hint = f"did you mean {near!r}?" if near else "it has: " + ", ".join(known)
             raise ArgumentError(f"method {method.name!r} has no parameter {given!r}; {hint}") from None

@@ -16,6 +16,7 @@ from pymerge.backends.runner import Runner
 from pymerge.common.dtypes import torch_dtype
 from pymerge.engine.trace import Tracer
 from pymerge.methods.actions import Run, Solve, SolveTogether
+from pymerge.methods.finish import Finish
 from pymerge.ops._op import on_threads, one_thread
 from pymerge.ops._precision import ieee_products
 
@@ -79,7 +80,29 @@ def solve(
     `role` stands for all: of a stack each tensor is one matrix, 1 x ..., and its parts are weights of their own.
     """
     with ieee_products(bases[0].device.type):
-        return by_matrices(partial(_solve_matrices, action, run), role, bases, experts, out_dtype)
+        if not isinstance(action, Finish):
+            return by_matrices(partial(_solve_matrices, action, run), role, bases, experts, out_dtype)
+        found: list[Tensor] = []
+        for base, tasks in zip(bases, experts, strict=True):
+            if isinstance(action.inner, Solve):
+                (merged,) = solve(action.inner, role, run, [base], [tasks], "F64")
+            else:
+                merged = action.merged(run, base, tasks)
+            found.append(_finish(action, role, run, base, [merged, *tasks], out_dtype))
+        return found
+
+
+def _finish(action: Finish, role: Role, run: Run, base: Tensor, tensors: Sequence[Tensor], out_dtype: str) -> Tensor:
+    """The result of what an action has made of a tensor, in float64, and the experts, all of them as stored."""
+
+    def compute(bases: Sequence[Tensor], tasks: Sequence[Sequence[Tensor]], code: str) -> list[Tensor]:
+        with threads_for(bases[0]):
+            return [action.finished(run, *pair, code) for pair in zip(bases, tasks, strict=True)]
+
+    if not role.stacked:
+        return by_matrices(compute, role, [base], [tensors], out_dtype)[0]
+    matrices = [[each[n : n + 1] for each in (base, *tensors)] for n in range(len(base))]
+    return torch.cat([by_matrices(compute, role, [one], [own], out_dtype)[0] for one, *own in matrices])
 
 
 # Merges L matrices, d_out x d_in, given those of the base and, for each of them, those of the experts, in a dtype.
@@ -133,5 +156,5 @@ def _solve_matrices(
 
 def threads_for(matrix: Tensor) -> AbstractContextManager[None]:
     """Threads for products of a matrix of this shape: one, where they are small."""
-    rows, columns = matrix.shape
+    rows, columns = matrix.shape if matrix.ndim == 2 else (matrix.numel(), 1)
     return one_thread() if 2 * rows * columns**2 < _ONE_THREAD_FLOPS else nullcontext()

@@ -72,7 +72,7 @@ def merge_part(
         parts=parts,
         keeps_cache=plan.keeps_cache,
     ) as output:
-        done = merge_files(plan, output, output.finished, progress or NoProgress(), profile, files)
+        done = merge_files(plan, output, output.path, output.finished, progress or NoProgress(), profile, files)
     # Not before the lock is given back: of several that end together, the last to ask finds all files, and can publish.
     missing = len(output.missing)
     report = done.report(plan, out, layouts, time.perf_counter() - started)

@@ -15,6 +15,7 @@ from pymerge.common.dtypes import bytes_of
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.config.merge_config import load_config
 from pymerge.engine.executor import Executor
+from pymerge.engine.measuring import measured, measuring
 from pymerge.engine.run import processor, resolve_target
 from pymerge.engine.trace import Tracer
 from pymerge.engine.worker import Context
@@ -147,12 +148,16 @@ def _compare_plan(out: Path, plan: Plan, base: int, written: dict[str, Any], rep
 
 def _compute(plan: Plan, sink: _Checksums, progress: ProgressSink) -> None:
     """Have the executor compute the tensors of a sink again."""
+    before = batches(measuring(plan.steps), plan.budget, threads=plan.target.threads)
     queue = batches(only(plan.steps, sink.found), plan.budget, {FINISHED}, plan.target.threads)
-    progress.start(sum(job.step.bytes_of(job.piece) for batch in queue for job in batch.jobs if job.reads))
+    progress.start(sum(job.step.bytes_of(job.piece) for batch in (*before, *queue) for job in batch.jobs if job.reads))
     try:
         with Tracer() as tracer, Reader(plan.inputs.stamps) as reader:
             runner = Runner(plan.target.backend, plan.target.device)
             context = Context(runner, reader, tracer, progress, plan.config.allow_nonfinite, plan.keeps_cache)
+            known = measured(plan.steps, plan.budget, context, plan.target.threads)
+            if known is not plan.steps:
+                queue = batches(only(known, sink.found), plan.budget, {FINISHED}, plan.target.threads)
             Executor(context, sink, plan.target.threads).run(queue, plan.budget.tensors)
     finally:
         progress.close()

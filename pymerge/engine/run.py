@@ -19,6 +19,7 @@ from pymerge.common.devices import Device, resolve_device
 from pymerge.common.events import event, logger
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.engine.executor import Executor
+from pymerge.engine.measuring import measured, measuring
 from pymerge.engine.memory import peak_resident_bytes
 from pymerge.engine.publishing import publish, verified
 from pymerge.engine.report import MergeReport
@@ -110,7 +111,7 @@ def run(
     if manifest is not None and manifest["identity"] == identity and not overwrite:
         return verified(plan, out, started, progress)
     with whole_directory(plan, out, identity, overwrite=overwrite) as output:
-        done = merge_files(plan, output, output.finished, progress, profile)
+        done = merge_files(plan, output, output.path, output.finished, progress, profile)
         publish(plan, output)
     report = done.report(plan, output.path, [*plan.layouts, *output.beside], time.perf_counter() - started)
     event("finished", report.lines()[0], **asdict(report))
@@ -182,12 +183,17 @@ class Done:
 def merge_files(
     plan: Plan,
     output: Sink,
+    folder: Path,
     finished: frozenset[str],
     progress: ProgressSink,
     profile: Path | None = None,
     files: Collection[str] | None = None,
 ) -> Done:
-    """Merge the files of a plan, all or only these `files`, but for those that are `finished`."""
+    """Merge the files of a plan, all or only these `files`, but for those that are `finished`.
+
+    Args:
+        output: of the output directory `folder`, which this process holds.
+    """
     device, extras = plan.target.device, plan.extras
     _peak_device_memory(device, reset=True)
     if plan.budget.device_limit is not None:
@@ -200,13 +206,18 @@ def merge_files(
         merging, beside = (
             batches(steps, plan.budget, finished | others, plan.target.threads) for steps in (plan.steps, extras.steps)
         )
-        jobs = [job for batch in (*merging, *beside) for job in batch.jobs]
+        before = batches(measuring(plan.steps), plan.budget, threads=plan.target.threads) if merging else []
+        jobs = [job for batch in (*before, *merging, *beside) for job in batch.jobs]
         read = sum(job.step.bytes_of(job.piece) for job in jobs if job.reads)
         progress.start(read + sum(job.step.bytes_made(job.piece) for job in jobs if job.merges))
         runner = Runner(plan.target.backend, device)
         context = Context(runner, reader, tracer, progress, plan.config.allow_nonfinite, plan.keeps_cache)
         executor = Executor(context, output, plan.target.threads)
         try:
+            if merging:
+                known = measured(plan.steps, plan.budget, context, plan.target.threads, folder)
+                if known is not plan.steps:
+                    merging = batches(known, plan.budget, finished | others, plan.target.threads)
             executor.run(merging, plan.budget.tensors)
             executor.run(beside, plan.budget.host)
         finally:

@@ -16,6 +16,7 @@ from pymerge.common.units import parse_bytes
 from pymerge.errors import ArgumentError
 from pymerge.live.cache import Cache
 from pymerge.live.evaluate import Evaluator
+from pymerge.live.informed import informed, trimmed
 from pymerge.live.many import merge_group
 from pymerge.live.models import Models, Source
 from pymerge.live.modules import Model, signature_of
@@ -109,7 +110,7 @@ class Merger:
     @property
     def varying(self) -> tuple[str, ...]:
         """Names of the parameters that later merges may change."""
-        known = self._models.method.parameters
+        known = self._models.method.all_parameters
         return tuple(each.name for each in known if (each.varies or self._solves_again) and not each.no_effect)
 
     @property
@@ -140,7 +141,7 @@ class Merger:
         if self._prepared:
             return
         with torch.no_grad():
-            steps = [step for steps in self._models.steps(self._settings) for step in steps]
+            steps = trimmed(self._evaluator, self._models.steps(self._settings))
             self._evaluator.prepare(steps, solve=not self._solves_again)
         self._prepared = True
 
@@ -247,7 +248,7 @@ class Merger:
 
     def _decided(self, settings: Settings, targets: Sequence[WeightTarget] | None = None) -> Iterator[Decided]:
         """Steps of each weight, for the dtypes of targets where there are some; shares of steps that have one."""
-        decided = self._models.steps(settings)
+        decided = informed(self._evaluator, self._models.steps(settings))
         if targets is not None:
             pairs = zip(decided, targets, strict=True)
             decided = [tuple(in_dtype(step, target.dtype) for step in steps) for steps, target in pairs]

@@ -13,6 +13,7 @@ from pymerge.common.dtypes import torch_dtype
 from pymerge.common.names import listed
 from pymerge.common.progress import NoProgress
 from pymerge.engine.executor import Executor
+from pymerge.engine.measuring import measured
 from pymerge.engine.trace import Tracer
 from pymerge.engine.worker import Context
 from pymerge.errors import PymergeError
@@ -51,7 +52,8 @@ def write_steps(plan: Plan, steps: Sequence[Step], places: Mapping[str, Tensor],
         runner = Runner(plan.target.backend, plan.target.device)
         context = Context(runner, reader, tracer, NoProgress(), plan.config.allow_nonfinite, True)
         try:
-            queue = batches(steps, plan.budget, threads=plan.target.threads)
+            known = measured(steps, plan.budget, context, plan.target.threads)
+            queue = batches(known, plan.budget, threads=plan.target.threads)
             Executor(context, sink, plan.target.threads).run(queue, plan.budget.tensors)
         except BaseException as error:
             if atomic:

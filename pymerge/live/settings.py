@@ -73,6 +73,8 @@ def read_settings(method: Method, parameters: Mapping[str, Any], experts: int, n
     for given, value in parameters.items():
         parameter = _parameter(method, given)
         name = parameter.name
+        if parameter.kind == "layer_scale" and isinstance(value, Mapping) and value.keys() & {"power", "lines"}:
+            value = parameter.parse(value)
         if isinstance(value, Mapping):
             check_patterns(name, value, names)
         if parameter.scope == "merge":
@@ -111,7 +113,7 @@ def _parameter(method: Method, given: str) -> Parameter:
     try:
         return method.parameter(given.rstrip("_"))
     except KeyError:
-        known = [parameter.name for parameter in method.parameters]
+        known = [parameter.name for parameter in method.all_parameters]
         near = nearest(given.rstrip("_"), known)
         hint = f"did you mean {near!r}?" if near else "it has: " + ", ".join(known)
         raise ArgumentError(f"method {method.name!r} has no parameter {given!r}; {hint}") from None

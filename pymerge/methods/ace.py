@@ -6,13 +6,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pymerge.common.arrays import as_tensor, compute_code
 from pymerge.methods import ace_forms as forms
 from pymerge.methods.actions import Action, Kept, Run, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.eigenvectors import KeptAce, Ridged
+from pymerge.methods.heterogeneity import AT_THE_POLE, TINY, Gamma, Variant, heterogeneity, near_the_pole
 from pymerge.methods.kept import add_to_base
 from pymerge.methods.precision import ACE_CONDITIONS, ACE_CONDITIONS_OF_ROWS, by_rows, largest_eigenvalue, small, tell
 from pymerge.methods.rows import Rows
@@ -29,30 +30,10 @@ if TYPE_CHECKING:
     from pymerge.methods.core.deltas import Product, Spanned
     from pymerge.methods.core.factors import Factors
 
-# Keeps logarithms and divisions of the released code finite. It belongs to the released numbers.
-_TINY = 1e-12
 # A centred trace this far below the uncentred one is rounding: all rows of the delta are equal.
 _NO_COVARIANCE = 1e-24
 # Times the limit for float32: a system that was estimated to be within it is solved again only beyond that.
 _SLACK = 1.5
-
-Variant = Literal["released", "paper"]
-
-
-def heterogeneity(norms: Sequence[float], variant: Variant) -> float:
-    """gamma = Var_t[log n_t] / Mean_t[log n_t]^2 of the squared norms n_t; NaN for one task.
-
-    "released": unbiased variance, and 1e-12 inside the logarithm and in the denominator. "paper": population
-    variance. gamma is not invariant to the scale of the deltas: it has a pole where the mean of log n_t is 0.
-    """
-    if len(norms) < 2:
-        return math.nan
-    if variant == "released":
-        logs = [math.log(norm + _TINY) for norm in norms]
-        return statistics.variance(logs) / (statistics.fmean(logs) ** 2 + _TINY)
-    logs = [math.log(norm) for norm in norms]
-    mean = statistics.fmean(logs)
-    return statistics.pvariance(logs) / mean**2 if mean != 0.0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -70,6 +51,7 @@ class SolveAce(Ridged):
     variant: Variant
     scale: float
     precision: Precision
+    gamma: Gamma = "released"
     label: ClassVar[str] = "ace"
 
     def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
@@ -151,9 +133,9 @@ class SolveAce(Ridged):
         if not kept:
             return plain_sum(tasks, 1.0 / len(tasks))
         found = found.only(kept)
-        tiny = _TINY if released else 0.0
+        tiny = TINY if released else 0.0
         weights = [1.0 / (trace + tiny) if heterogeneous else 1.0 for trace in found.traces]
-        mean = statistics.fmean(found.space.norms) + _TINY
+        mean = statistics.fmean(found.space.norms) + TINY
         formula = Formula(
             weights,
             [self.eps * weight for weight in weights],
@@ -186,19 +168,26 @@ class SolveAce(Ridged):
         """Whether gamma exceeds the threshold. A threshold below 0 forces yes, infinity no; one task alone says no."""
         if self.gamma_threshold < 0:
             return True
-        return bool(heterogeneity(norms, self.variant) > self.gamma_threshold)
+        return bool(heterogeneity(norms, self.variant, self.gamma) > self.gamma_threshold)
+
+    @property
+    def minds_delta_size(self) -> bool:
+        return self.gamma == "released" and 0 <= self.gamma_threshold < math.inf
+
+    def remark(self, delta_rms: float, norms: Sequence[float]) -> str | None:
+        return AT_THE_POLE if near_the_pole(norms) and self.is_heterogeneous(norms) else None
 
     def refined_delta(self, run: Run, base: Tensor, experts: Sequence[Tensor], stats: Stats, dtype: str) -> Tensor:
         """X of heterogeneous tasks, d_out x d_in, computed in this dtype."""
         released = self.variant == "released"
-        tiny = _TINY if released else 0.0
+        tiny = TINY if released else 0.0
         weights = [1.0 / (p + tiny) for p in stats.traces.tolist()]
         ridges = [self.eps * weight for weight in weights]
 
         system, numerator = run(NormalEquations(base, experts, weights, stats.means, None, dtype, ridges))
         prior = (system.sum(dim=0) - sum(ridges)) / system.shape[0]
         if released:  # not in the paper
-            prior = prior / (float(stats.norms.mean()) + _TINY)
+            prior = prior / (float(stats.norms.mean()) + TINY)
         row = forms.mean_row(run, base, experts, stats.means, weights, dtype)
         right = numerator
         if not released:  # the released numerator has the centred deltas; the paper's, the deltas
@@ -273,6 +262,14 @@ class Ace(SolverMethod):
             varies=False,
         ),
         Parameter(
+            "gamma",
+            "choice",
+            "released",
+            "measure of heterogeneity; scale_free: one that no common factor of the task vectors changes",
+            choices=("released", "scale_free"),
+            varies=False,
+        ),
+        Parameter(
             "k_frac",
             "number",
             0.3,
@@ -295,6 +292,7 @@ class Ace(SolverMethod):
             merge["variant"],
             merge["scale"],
             merge["precision"],
+            merge["gamma"],
         )
 
 

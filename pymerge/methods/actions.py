@@ -65,12 +65,21 @@ class Action(ABC):
         """Bytes beside inputs and output that a piece of this shape needs: in native code on arrays, or on tensors."""
 
     @property
+    def beforehand(self) -> int:
+        """Number of times that all tensors with such an action are read before one is merged, for what they tell."""
+        return 0
+
+    @property
     def minds_delta_size(self) -> bool:
         """Whether `remark` has something to say for some sizes: then a few rows are read when the plan is made."""
         return False
 
-    def remark(self, delta_rms: float) -> str | None:
-        """Advice to a user who would merge deltas of this root mean square, with the remedy."""
+    def remark(self, delta_rms: float, norms: Sequence[float]) -> str | None:
+        """Advice to a user who would merge deltas of this root mean square, with the remedy.
+
+        Args:
+            norms: about the squared norms of a matrix's deltas, of the tasks that touched it.
+        """
         return None
 
 
@@ -115,6 +124,9 @@ class Solve(Action):
 
     scale: float  # of X, what is added to W_0
     by_products: ClassVar[bool] = False  # whether products of its matrices take all of the time
+
+    def check_shape(self, shape: tuple[int, int], experts: int) -> None:
+        """Raise ArgumentError, when a merge is planned, for a matrix of a shape that it cannot solve."""
 
     def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
         """Keep what merges of these matrices by this action with other parameters that may vary can be made from.
@@ -237,8 +249,8 @@ class InCore(Action):
     def minds_delta_size(self) -> bool:
         return self.solve.minds_delta_size
 
-    def remark(self, delta_rms: float) -> str | None:
-        return self.solve.remark(delta_rms)
+    def remark(self, delta_rms: float, norms: Sequence[float]) -> str | None:
+        return self.solve.remark(delta_rms, norms)
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         (rows, columns), rank, elements = self.shape, self.rank, math.prod(shape)

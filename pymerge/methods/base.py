@@ -15,7 +15,11 @@ from pymerge.methods.actions import Action
 
 # Values that a config or a call gives to each parameter: several where they differ between tensors.
 Given = Mapping[str, Collection[Any]]
-ParameterKind = Literal["number", "integer", "flag", "choice", "number_or_auto", "texts"]
+ParameterKind = Literal[
+    "number", "integer", "flag", "choice", "number_or_auto", "number_or_none", "texts", "layer_scale"
+]
+# Words that may stand in place of a number.
+_WORDS = {"number_or_auto": "auto", "number_or_none": "none"}
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,13 @@ class Parameter:
             if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
                 return tuple(texts)
             raise self._wrong(value, "a list of regular expressions")
-        if self.kind == "number_or_auto" and value == "auto":
-            return "auto"
+        if self.kind == "layer_scale":
+            return self._layer_scale(value)
+        word = _WORDS.get(self.kind)
+        if word is not None and value == word:
+            return word
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            suffix = ' or "auto"' if self.kind == "number_or_auto" else ""
+            suffix = "" if word is None else f' or "{word}"'
             raise self._wrong(value, ("a whole number" if self.kind == "integer" else "a number") + suffix)
         if self.kind == "integer":
             if not math.isfinite(value) or value != int(value):
@@ -84,6 +91,21 @@ class Parameter:
             return float(value)
         except OverflowError:
             raise self._wrong(value, "a number that fits a float") from None
+
+    def _layer_scale(self, value: Any) -> str | tuple[str, float] | tuple[str, float, float]:
+        """ "none", ("power", p) or ("lines", a, b), from that or from a mapping."""
+        if value == "none":
+            return "none"
+        if isinstance(value, Mapping) and len(value) == 1:
+            ((rule, numbers),) = value.items()
+            given = [rule, *numbers] if isinstance(numbers, (list, tuple)) else [rule, numbers]
+        else:
+            given = list(value) if isinstance(value, (list, tuple)) else []
+        rule, *numbers = given or [None]
+        plain = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in numbers)
+        if plain and len(numbers) == {"power": 1, "lines": 2}.get(rule) and all(map(math.isfinite, numbers)):
+            return (rule, *map(float, numbers))
+        raise self._wrong(value, "none, {power: p} or {lines: [a, b]}, with finite numbers")
 
     def _wrong(self, value: Any, expected: str) -> ArgumentError:
         written = _as_meant(value, flag=self.kind == "flag") if isinstance(value, str) else None
@@ -112,6 +134,45 @@ COMPAT = Parameter(
     "none",
     "mergekit: reproduce what it does differently by mistake (docs/methods.md)",
     choices=("mergekit", "none"),
+)
+
+
+# Passes on what a method adds to a base (pymerge.methods.finish): parameters beside each method's own.
+PASSES = (
+    Parameter(
+        "calibrate",
+        "choice",
+        "none",
+        "scale each singular direction of the merged delta by what the tasks ask for",
+        choices=("none", "svc"),
+        varies=False,
+    ),
+    Parameter(
+        "calibrate_alpha",
+        "number",
+        1.0,
+        "least that a task counts for: 1 only shrinks, 1 / T lets an average grow",
+        above=0.0,
+        varies=False,
+        only_with=("calibrate", "svc"),
+    ),
+    Parameter(
+        "boost",
+        "number_or_none",
+        "none",
+        "then raise its small singular values: those behind this share of their sum (0.01)",
+        minimum=0.0,
+        maximum=1.0,
+        varies=False,
+    ),
+    Parameter(
+        "layer_scale",
+        "layer_scale",
+        "none",
+        "then scale layers: {power: p} by their norms among those of their kind, {lines: [a, b]} from a in the first "
+        "block to a + b in the last",
+        varies=False,
+    ),
 )
 
 
@@ -151,6 +212,11 @@ class Method(ABC):
             f"{'is' if len(experts) == 1 else 'are'} listed ({', '.join(experts)}); {remedy}"
         )
 
+    @property
+    def all_parameters(self) -> tuple[Parameter, ...]:
+        """Its own parameters, and those of the passes behind it."""
+        return (*self.parameters, *PASSES)
+
     def required(self, given: Given) -> list[Parameter]:
         """Parameters that must be given, if these are; a value that cannot be read may be any."""
         unread = [name for name, values in given.items() if not values]
@@ -159,7 +225,7 @@ class Method(ABC):
 
     def clash(self, given: Given) -> str | None:
         """Complaint about parameters that cannot be given together, or not alone; None if there is nothing wrong."""
-        for each in self.parameters:
+        for each in self.all_parameters:
             if each.name in given and self._replaced(each, given):
                 return f"{each.instead!r} stands in place of {each.name!r}, and both are given; delete one of the two"
             if each.name in given and each.only_with is not None:
@@ -179,12 +245,12 @@ class Method(ABC):
 
     def parameter(self, name: str) -> Parameter:
         """The parameter of this name; KeyError if the method has none."""
-        return next_by_name(self.parameters, name)
+        return next_by_name(self.all_parameters, name)
 
     def defaults(self, experts: int) -> Values:
         """The default values for `experts` models."""
         return Values(
-            {p.name: p.default for p in self.parameters if p.scope == "merge"},
+            {p.name: p.default for p in self.all_parameters if p.scope == "merge"},
             {p.name: (p.default,) * experts for p in self.parameters if p.scope == "model"},
         )
 

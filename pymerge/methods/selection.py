@@ -183,6 +183,16 @@ class Selection:
         return Thresholds(np.array(keys, np.int64), np.array(ends, np.int64))
 
 
+def magnitudes(keys: Sequence[int]) -> list[float]:
+    """The magnitudes that keys stand for, of float32 or, where they are larger than its keys can be, of float64."""
+    import numpy as np
+
+    found = np.array(keys, np.int64)
+    if (found >> 31).any():
+        return [float(each) for each in found.view(np.float64)]
+    return [float(each) for each in found.astype(np.int32).view(np.float32)]
+
+
 def in_float32(key: int) -> tuple[int, bool]:
     """The largest key of float32 that is not above one of float64, and whether both are the same number."""
     import numpy as np

@@ -3,20 +3,18 @@ singular values equal."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pymerge.methods.actions import Action, Kept, Run, Solve
+from pymerge.methods.actions import Action, Run
 from pymerge.methods.base import Parameter, Values
-from pymerge.methods.kept import KeptDelta, add_to_base, delta_bytes
-from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod, not_a_number
+from pymerge.methods.delta import SolveDelta
+from pymerge.methods.solver import SHARED_PARAMETERS, SolverMethod
 from pymerge.ops._op import Op
 from pymerge.ops.isotropic import Isotropic
 from pymerge.ops.singular_sum import SingularSum
-from pymerge.ops.task_stats import TaskStats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,27 +24,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SolveSingular(Solve):
+class SolveSingular(SolveDelta):
     """W_0 + scale * X with X of an op that runs in float64."""
-
-    scale: float
 
     @abstractmethod
     def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
         """The op that gives X."""
 
-    def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
-        norms = run(TaskStats(base, experts)).norms.tolist()
-        if not all(map(math.isfinite, norms)):
-            return not_a_number(base, out_dtype)
-        return add_to_base(base, run(self.op(base, experts)), self.scale, out_dtype)
-
-    def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
-        finite = all(map(math.isfinite, run(TaskStats(base, experts)).norms.tolist()))
-        return KeptDelta(run(self.op(base, experts))) if finite else None
-
-    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        return delta_bytes(shape)
+    def delta(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        return run(self.op(base, experts))
 
     @property
     def has_core(self) -> bool:

@@ -97,7 +97,7 @@ class SolveWudi(SolveInterference, SolveTogether):
     def minds_delta_size(self) -> bool:
         return self.lr != "auto"
 
-    def remark(self, delta_rms: float) -> str | None:
+    def remark(self, delta_rms: float, norms: Sequence[float]) -> str | None:
         if self.lr == "auto" or not 0.0 < delta_rms < math.inf:
             return None
         suited = PUBLISHED_LR * delta_rms / PUBLISHED_DELTA_RMS

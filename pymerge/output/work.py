@@ -16,6 +16,7 @@ from pymerge.output.files import STATE_NAME
 
 LOCK_NAME = "lock"
 NOTE_NAME = "UNFINISHED.txt"
+NORMS_NAME = "norms.json"  # of what the merge adds to each layer, where their scales follow from them
 _TEMPORARY = "temporary"
 # name.host.process.random: several processes may write the same shard.
 _PARTIAL = re.compile(r"(.+)\.([^.]+)\.[0-9]+\.[0-9a-f]{8}\.partial")
@@ -53,7 +54,7 @@ class WorkNames:
     def __init__(self, shards: Iterable[str]) -> None:
         shards = list(shards)
         self.whole = {work_name(shard) for shard in shards}
-        self.fixed = {LOCK_NAME, NOTE_NAME, STATE_NAME, *self.whole, *map(record_name, shards)}
+        self.fixed = {LOCK_NAME, NOTE_NAME, NORMS_NAME, STATE_NAME, *self.whole, *map(record_name, shards)}
 
     def __contains__(self, name: str) -> bool:
         return name in self.fixed or self.is_partial(name)

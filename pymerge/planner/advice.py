@@ -27,15 +27,17 @@ def delta_warnings(plan: Plan) -> tuple[str, ...]:
     steps = [step for step in plan.steps if step.action.minds_delta_size]
     with Reader(plan.inputs.stamps) as reader:
         for step in steps:
-            rms = delta_rms(step, reader)
-            remark = step.action.remark(rms)
+            squares = delta_squares(step, reader)
+            rms = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+            matrix = math.prod(step.shape[1:] if step.role.stacked else step.shape) // step.role.parts
+            remark = step.action.remark(rms, [square * matrix for square in squares])
             if remark is not None:
                 found.setdefault(remark, []).append((rms, step.name))
     return tuple(_warning(remark, tensors, len(steps)) for remark, tensors in sorted(found.items()))
 
 
-def delta_rms(step: Step, reader: Reader) -> float:
-    """Root mean square of the deltas of the experts that touched the tensor, from a few rows; 0 if none did.
+def delta_squares(step: Step, reader: Reader) -> list[float]:
+    """Mean square of the delta of each expert that touched the tensor, from a few rows.
 
     NaN where a row holds NaN or infinity.
     """
@@ -46,8 +48,7 @@ def delta_rms(step: Step, reader: Reader) -> float:
         for number, entry in enumerate(step.experts):
             totals[number] += _squares(reader.read_bytes(entry, row, row + 1), entry.dtype, origin, step.base.dtype)
     elements = len(rows) * math.prod(step.shape[1:])
-    touched = [total / elements for total in totals if total != 0.0]
-    return math.sqrt(sum(touched) / len(touched)) if touched else 0.0
+    return [total / elements for total in totals if total != 0.0]
 
 
 def _squares(values: bytearray, dtype: str, origin: bytearray, base_dtype: str) -> float:

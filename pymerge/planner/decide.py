@@ -10,6 +10,7 @@ from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.config.merge_config import resolve
 from pymerge.methods.actions import Action, Combine, copy
 from pymerge.methods.base import Method, Values
+from pymerge.methods.finish import act
 from pymerge.planner.constants import Constant
 from pymerge.planner.match import Section
 from pymerge.planner.untouched import one_sum, untouched
@@ -74,7 +75,15 @@ def _action(
     if values is None:
         names = section.input_names(name, role)
         values = resolve(section.config, method, name, section.positions[name], section.participants, names)
-    action = method.action(name, role.solvable, values, len(section.experts))
+    action = act(
+        method,
+        name,
+        role.solvable,
+        values,
+        len(section.experts),
+        kind=role.without_block(name),
+        position=section.positions[name],
+    )
     if copies(action):
         return action, (), values
     return action, tuple(expert.tensors[name] for expert in section.experts), values

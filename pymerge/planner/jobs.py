@@ -250,7 +250,7 @@ def _most_layers(job: Job, budget: Budget, threads: int) -> int:
     step, layers = job.step, 1
     if isinstance(step.action, SolveTogether):
         layers = BATCH_ELEMENTS[budget.device] // max(1, math.prod(job.piece.shape))
-    if budget.device == "cpu" and isinstance(step.action, Solve):
+    if budget.device == "cpu" and isinstance(step.action, Solve) and step.role.solvable:
         rows, columns = worked_shape(step.role, step.action, job.piece.shape)
         if not step.action.fills_cores(rows, columns):
             layers = max(layers, min(threads, MOST_ABREAST))

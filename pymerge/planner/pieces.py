@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pymerge.architecture.roles import Role
 from pymerge.methods import reduce
 from pymerge.methods.actions import TILE_ELEMENTS, TILE_ROWS, Action, Combine, Elementwise, InCore, Solve
+from pymerge.methods.finish import Finish
 
 # Elements of the row ranges of a weight that is solved by its factors. The ranges follow from its shape alone: products
 # may round differently where they have other numbers of rows.
@@ -46,10 +47,22 @@ def smallest(role: Role, action: Action, shape: tuple[int, ...]) -> Piece:
     stack, or all."""
     if not shape or shape[0] == 0:
         return Piece(0, shape[0] if shape else 1, shape)
-    rows = 1 if by_rows(action) or (role.stacked and isinstance(action, (Solve, InCore))) else shape[0]
+    rows = 1 if by_rows(action) or (role.stacked and _one_by_one(action)) else shape[0]
     if isinstance(action, InCore):
         rows = min(rows, max(1, _CORE_ELEMENTS // max(1, math.prod(shape[1:]))))
     return Piece(0, rows, (rows, *shape[1:]))
+
+
+def _one_by_one(action: Action) -> bool:
+    """Whether each matrix of a stack is worked on by itself."""
+    return isinstance(action, InCore) or (
+        isinstance(action, Solve) and not (isinstance(action, Finish) and action.takes_stacks)
+    )
+
+
+def beside(action: Action, numel: int, experts: int) -> int:
+    """Bytes that a piece of so many elements takes beside what its matrices do."""
+    return action.beside(numel, experts) if isinstance(action, Finish) else 0
 
 
 def rows_at_once(role: Role, shape: tuple[int, ...]) -> int:
@@ -78,7 +91,7 @@ def halves(action: Action, piece: Piece) -> list[Piece]:
 def worked_shape(role: Role, action: Action, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that an action is given of a stored one: (d_out, d_in) of linear weights for solvers, of each of its
     parts; else as it is."""
-    if not isinstance(action, Solve):
+    if not isinstance(action, Solve) or not role.solvable:
         return shape
     rows, columns = shape[-2:] if role.in_axis == 1 else (shape[-1], shape[-2])
     return rows // role.parts, columns

@@ -24,8 +24,12 @@ def routed(action: Action, role: Role, base: TensorEntry, experts: Sequence[Tens
     """The action, or the same in the core: where all task vectors are known by factors, and that costs less, or the
     method is defined by them. A weight that nobody has touched is left to others.
 
-    Raises ArgumentError for a solver that needs the factors of all weights, where there are none.
+    Raises ArgumentError for a solver that needs the factors of all weights, where there are none, or cannot solve
+    matrices of this shape.
     """
+    if isinstance(action, Solve) and role.solvable:
+        rows, columns = pieces.worked_shape(role, action, base.shape)
+        action.check_shape((rows, columns), len(experts))
     found = _in_core(action, role, base, experts)
     if isinstance(found, Solve) and found.of_model:
         raise ArgumentError(WHOLE_MODEL)

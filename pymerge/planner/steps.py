@@ -180,7 +180,7 @@ class Step:
     @property
     def bytes_read(self) -> int:
         """Bytes that are read, those of every pass counted."""
-        return self.bytes_input * (1 if self.held else self.passes)
+        return self.bytes_input * (1 if self.held else self.passes + self.action.beforehand)
 
     def bytes_of(self, piece: Piece) -> int:
         """Bytes of a piece in all inputs, on the disk; of factors, its share."""
@@ -250,10 +250,10 @@ class Step:
             return Footprint(self._native_inputs(elements), scratch, output)
         inputs = elements * sum(memory_item_size(entry.dtype) for entry in self.inputs) + self.decoding_bytes
         inputs += elements * memory_item_size(self.base.dtype) * self.shares_base
-        if isinstance(self.action, Solve) and self.role.in_axis == 0:
-            scratch += inputs + output  # transposed copies
-        if isinstance(self.action, Solve) and self.role.parts > 1:
-            scratch += output + inputs * self.role.alternating  # of one part, before it is put to the others
+        if isinstance(self.action, Solve):
+            scratch += pieces.beside(self.action, elements, len(self.experts))
+            scratch += (inputs + output) * (self.role.in_axis == 0)  # transposed copies
+            scratch += (output + inputs * self.role.alternating) * (self.role.parts > 1)  # of one part
         return Footprint(inputs, scratch, output)
 
     def scratch(self, piece: Piece) -> int:

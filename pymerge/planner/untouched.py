@@ -9,6 +9,7 @@ from dataclasses import replace
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.methods.actions import Action, Combine
 from pymerge.methods.base import BaseOptional, Method
+from pymerge.methods.delta import SolveTrimmedByAll
 from pymerge.methods.reduce import Reduce
 from pymerge.planner.match import Section
 
@@ -23,6 +24,8 @@ def untouched(
     if not experts or not method.needs_base or isinstance(method, BaseOptional):
         return False
     if isinstance(action, Reduce) and action.scope == "model":
+        return False
+    if isinstance(action, SolveTrimmedByAll) and action.kept_of_all is not None:
         return False
     adapters = all(expert.base is not None for expert in section.experts)
     return adapters and all(entry.same_bytes(base) for entry in experts)

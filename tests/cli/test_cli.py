@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pymerge.backends.runner import BACKENDS, describe
 from pymerge.methods import METHODS
+from pymerge.methods.base import PASSES
 from tests.helpers.checkpoints import (
     CARRIED,
     llama,
@@ -166,6 +167,9 @@ def test_methods_lists_all_methods_and_parameters() -> None:
         assert [name for name, _ in rows] == [parameter.name for parameter in method.parameters]
         for (_, default), parameter in zip(rows, method.parameters, strict=True):
             assert (default == "required") == parameter.required
+    passes = next(part for part in sections if part.startswith("passes: "))
+    assert re.findall(r"^│(\w+) +│", passes, re.MULTILINE) == [parameter.name for parameter in PASSES]
+    assert squeezed("{lines: [a, b]}") in squeezed(passes)
 
 
 def test_env_lists_versions_and_backends_with_reasons() -> None:

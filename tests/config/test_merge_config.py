@@ -15,6 +15,7 @@ from pymerge.config.merge_config import MergeConfig, canonical, load_config, par
 from pymerge.config.references import hub_reference, model_path
 from pymerge.errors import CheckpointError, ConfigError
 from pymerge.methods import get_method
+from pymerge.methods.base import PASSES
 from tests.helpers.configs import TASK_ARITHMETIC, WUDI, problems
 
 
@@ -61,7 +62,8 @@ def test_precedence_filters_and_gradients_are_mergekits() -> None:
     assert weights("model.Embed", 0.0) == (3.0, 3.0)  # no filter of the model fits: top level
     assert weights("model.embed", 0.0) == (0.75, 0.75)  # filters are case-sensitive
     values = resolve(config, method, "model.norm", 0.0, experts)
-    assert values.merge == {"lambda": 0.5, "normalize": False, "int8_mask": False, "rescale": False}
+    passes = {parameter.name: parameter.default for parameter in PASSES}
+    assert values.merge == {"lambda": 0.5, "normalize": False, "int8_mask": False, "rescale": False, **passes}
     assert values.model["density"] == (1.0, 1.0)
 
 

@@ -36,7 +36,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "della": {"weight": 0.4, "density": 0.6, "random_seed": 3},
     "wudi": {"iterations": 20, "lr": "auto"},
     "ace": {},
+    "tact": {},
     "tsv_m": {},
+    "dc_merge": {"core_share": 0.01},
+    "star": {"calibrate": "svc", "layer_scale": {"power": 1}},
+    "lore": {"iterations": 2},
+    "resmerge": {"layer_scale": {"lines": [0.5, 1]}},
+    "doge": {"iterations": 5},
     "iso_cts": {"common_space_fraction": 0.7},
 }
 # Methods that solve adapters by their factors; their configs are called adapters_<method>.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from pymerge.engine.torch_worker import merge_rows
 from pymerge.methods import METHODS
 from pymerge.methods.rows import Rows
 from pymerge.testing.compare import as_float64
+from tests.helpers.checkpoints import load_output, write_config, write_models
 
 SHAPES = [(12, 20), (30,), (1, 9), (9, 1), (3, 4, 5), (), (1,)]
 EMPTY = [(0,), (0, 4), (4, 0), (2, 0, 3)]
@@ -107,3 +110,26 @@ def check_shows_nonfinite(method: str, value: float, in_base: bool, reads_base: 
     if reads_base or not in_base:
         merged = merge_rows(action, Runner(), Rows(base, experts, code_of(base.dtype)))
         assert not bool(merged.isfinite().all())
+
+
+def check_files_are_memory(folder: Path, method: str, **parameters: Any) -> None:
+    """Merge a small model from files and in memory, odd shapes, a stack and a Conv1D among its weights: same bits."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        "model.embed_tokens.weight": (17, 12),
+        "model.layers.0.mlp.up_proj.weight": (23, 12),
+        "model.layers.0.mlp.experts.down_proj": (2, 12, 9),
+        "model.layers.0.input_layernorm.weight": (12,),
+        "h.0.attn.c_attn.weight": (12, 36),
+        "h.0.attn.c_attn.bias": (36,),
+    }
+    base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    models = write_models(folder, base, experts=3)
+    config = write_config(models, method, experts=3, **parameters)
+    pymerge.merge(config, folder / "out", device="cpu", progress=False)
+    experts = [load_output(folder / f"e{number}") for number in range(3)]
+    in_memory = pymerge.merge_state_dicts(base, experts, method, **parameters)
+    merged = load_output(folder / "out")
+    assert merged.keys() == in_memory.keys()
+    assert [name for name, tensor in merged.items() if not torch.equal(tensor, in_memory[name])] == []
+    assert not all(torch.equal(merged[name], base[name]) for name in base)

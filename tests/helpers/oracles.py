@@ -99,6 +99,17 @@ def filter_delta(base: Matrix, experts: list[Matrix], time: float, rank: float |
     return start - start @ V * h @ V.T + D @ V * (h / clamped) @ V.T, start
 
 
+def tact_delta(base: Matrix, experts: list[Matrix], kappa: float) -> Matrix:
+    """Return X of TACT, by numpy's pseudo-inverse with the cutoff of float32."""
+    left, covariance = np.zeros_like(base), np.zeros((base.shape[1], base.shape[1]))
+    for expert in experts:
+        tau = expert - base
+        kept = tau * kept_magnitudes(tau, 0, max(1, round(kappa * tau.size)))
+        left += tau @ kept.T @ kept
+        covariance += kept.T @ kept
+    return left @ np.linalg.pinv(covariance, rcond=base.shape[1] * 2.0**-23, hermitian=True)
+
+
 def polar_factor(M: Matrix) -> Matrix:
     """P Q^T of M = P S Q^T."""
     P, _, Qh = np.linalg.svd(M, full_matrices=False)
@@ -116,6 +127,153 @@ def tsv_delta(base: Matrix, experts: list[Matrix]) -> Matrix:
         columns = slice(t * k, (t + 1) * k)
         U[:, columns], s[columns], V[:, columns] = P[:, :k], values[:k], Qh[:k].T
     return polar_factor(U) * s @ polar_factor(V).T
+
+
+def dc_delta(
+    base: Matrix,
+    experts: list[Matrix],
+    core_share: float = 1e-3,
+    rank: int | None = None,
+    smoothing: str = "none",
+) -> Matrix:
+    """Return X of DC-Merge for task vectors of full rank: bases of r columns, or of `rank` a task, the rest of the
+    core outside the blocks that the tasks have set to 0."""
+    taus, size = [expert - base for expert in experts], min(base.shape)
+    k = size // len(taus) if rank is None else rank
+    side = size if rank is None else k * len(taus)
+    U, V, cut = np.zeros((base.shape[0], size)), np.zeros((base.shape[1], size)), []
+    for t, tau in enumerate(taus):
+        P, s, Qh = np.linalg.svd(tau, full_matrices=False)
+        U[:, t * k : t * k + k], V[:, t * k : t * k + k] = P[:, :k], Qh[:k].T
+        weights = s[:k]
+        if smoothing == "avg":
+            weights = np.full(k, s[:k].mean())
+        if smoothing == "linear":
+            weights = np.linspace(min(5.0, s[0] / s[k - 1]), 1.0, k)
+            weights = weights / weights.sum() * s[:k].sum()
+        cut.append(P[:, :k] * weights @ Qh[:k])
+    U, V = polar_factor(U)[:, :side], polar_factor(V)[:, :side]
+    cores = []
+    for tau in cut:
+        core = U.T @ tau @ V
+        largest = np.sort(np.abs(core).reshape(-1))[::-1][max(1, int(core_share * side**2)) - 1]
+        cores.append(np.where(np.abs(core) >= largest, core, 0.0))
+    stack = np.stack(cores)
+    agrees = np.sign(stack) == np.sign(stack.sum(0))
+    agrees &= stack.sum(0) != 0
+    merged = (stack * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
+    blocks = np.kron(np.eye(side // k), np.ones((k, k)))
+    inside = np.zeros((side, side))
+    inside[: len(blocks), : len(blocks)] = blocks
+    return U @ (merged * inside) @ V.T
+
+
+def calibrated(X: Matrix, base: Matrix, experts: list[Matrix], alpha: float = 1.0) -> Matrix:
+    """Return X by SVC, one direction and one task after the other."""
+    U, s, Vh = np.linalg.svd(X, full_matrices=False)
+    factors = []
+    for direction in U.T:
+        merged, parts = direction @ X, []
+        for expert in experts:
+            own = direction @ (expert - base)
+            parts.append(max(merged @ own / max(own @ own, 1e-12), alpha))
+        factors.append(len(experts) / sum(parts))
+    return U * (s * np.array(factors)) @ Vh
+
+
+def boosted(X: Matrix, beta: float) -> Matrix:
+    """Return X by Subspace-Boosting, but for directions that are rounding."""
+    U, s, Vh = np.linalg.svd(X, full_matrices=False)
+    if not X.any():
+        return X
+    rank = int((s > max(X.shape) * 2.0**-23 * s[0]).sum())
+    U, s, Vh = U[:, :rank], s[:rank], Vh[:rank]
+    cut = next((i for i in range(len(s)) if s[: i + 1].sum() / s.sum() >= beta), len(s) - 1)
+    return U * np.where(np.arange(len(s)) > cut, s[cut], s) @ Vh
+
+
+def leading(M: Matrix, rank: int, restored: bool = False) -> Matrix:
+    """Return what the leading singular directions hold of a matrix, its nuclear norm restored if asked."""
+    U, s, Vh = np.linalg.svd(M, full_matrices=False)
+    kept = s[:rank] * (s.sum() / s[:rank].sum() if restored else 1.0)
+    return U[:, :rank] * kept @ Vh[:rank]
+
+
+def shrunk(M: Matrix, mu: float, rule: str) -> Matrix:
+    """Return a matrix with shrunk singular values; for the squared norm the threshold is searched by halving."""
+    U, s, Vh = np.linalg.svd(M, full_matrices=False)
+    low, high = 0.0, mu * float(s.sum())
+    for _ in range(200):  # of t = mu * sum max(s - t, 0)
+        middle = (low + high) / 2
+        low, high = (middle, high) if mu * np.maximum(s - middle, 0).sum() > middle else (low, middle)
+    threshold = {"svt": mu, "exact_nuc": mu / 2, "exact_sq": high}[rule]
+    return U * np.maximum(s - threshold, 0) @ Vh
+
+
+def resmerge_delta(
+    base: Matrix, experts: list[Matrix], largest: float = 1.0, least: float = 0.7, head: float = 0.2
+) -> Matrix:
+    """Return X of ResMerge for two tasks or more, all of whose residuals and leading directions are not 0."""
+    taus = [expert - base for expert in experts]
+    heads = [leading(tau, 1) for tau in taus]
+    residuals = [tau - own for tau, own in zip(taus, heads, strict=True)]
+    units = [R / (np.linalg.norm(R) + 1e-8) for R in residuals]
+    pairs = [(i, j) for i in range(len(taus)) for j in range(i)]
+
+    def cosine(one: Matrix, two: Matrix) -> float:
+        sizes = np.linalg.norm(one) * np.linalg.norm(two)
+        return float((one * two).sum() / sizes) if sizes > 0 else 0.0
+
+    total = sum(units)
+    agreement = min(max(float(np.mean([cosine(q, total) for q in units])), 0.0), 1.0)
+    A = sum(residuals) / len(taus)
+    if np.linalg.norm(total) > 1e-8 and agreement > 1 / np.sqrt(len(taus)):
+        alike = np.mean([cosine(units[i], units[j]) for i, j in pairs])
+        beta = largest - (largest - least) * ((alike + 1) / 2 + (agreement + 1) / 2) / 2
+        A = total / np.linalg.norm(total) * agreement**beta * np.mean([np.linalg.norm(R) for R in residuals])
+    common = float(np.mean([max(0.0, cosine(heads[i], heads[j])) for i, j in pairs]))
+    mean = sum(heads) / len(taus)
+    if min(common, float(np.linalg.norm(mean)), float(np.linalg.norm(A))) < 1e-8:
+        return A
+    return A + mean / np.linalg.norm(mean) * head * common * np.linalg.norm(A)
+
+
+def doge_thresholds(taus: list[list[Matrix]], density: float) -> list[float]:
+    """The least magnitude that is kept of each task, of all elements of its weights: n - int(density n) from below."""
+    found = []
+    for own in taus:
+        flat = np.sort(np.abs(np.concatenate([tau.reshape(-1) for tau in own])))
+        found.append(float(flat[max(flat.size - int(flat.size * density), 1) - 1]))
+    return found
+
+
+def doge_delta(
+    taus: list[Matrix],
+    thresholds: list[float],
+    scale: float = 0.07,
+    steps: int = 400,
+    lr: float = 1e-4,
+    subspace: int = 6,
+) -> Matrix:
+    """Return X of DOGE: the gradient from the loss's inner products, row by row, an explicit projector."""
+    size = min(taus[0].shape)
+    lengths = [scale / np.linalg.norm(tau) for tau in taus]
+    parts = [np.linalg.svd(tau, full_matrices=False)[0][:, : int(size / len(taus))] for tau in taus]
+    count = int(size / subspace)
+    Q = np.linalg.svd(np.hstack(parts), full_matrices=False)[0][:, :count] if len(taus) > 1 else parts[0][:, :count]
+    keep = np.eye(len(taus[0])) - Q @ Q.T
+    D, m, v = (np.zeros_like(taus[0]) for _ in range(3))
+    for step in range(1, steps + 1):
+        total = sum(length * (tau + D) for length, tau in zip(lengths, taus, strict=True))
+        gradient = np.zeros_like(D)
+        for tau in taus:
+            for row in range(len(tau)):
+                gradient[row] -= 2 * sum(lengths) * (tau[row] @ (tau[row] - total[row])) * tau[row]
+        gradient = keep @ gradient
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        D = D - lr * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+    zipped = zip(lengths, taus, thresholds, strict=True)
+    return sum(length * np.where(np.abs(tau) >= threshold, tau + D, 0.0) for length, tau, threshold in zipped)
 
 
 def iso_delta(base: Matrix, experts: list[Matrix], common: float = 1.0) -> Matrix:

@@ -34,7 +34,7 @@ def test_a_config_has_all_parameters_at_their_defaults(name: str) -> None:
     config = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     assert (config["_target_"], config["merge_method"]) == (TARGET, name)
     given = dict(config["parameters"]) | ({"weight": config["weights"]} if "weights" in config else {})
-    wanted = {each.name: each for each in METHODS[name].parameters if not each.no_effect and each.only_with is None}
+    wanted = {each.name: each for each in METHODS[name].all_parameters if not each.no_effect and each.only_with is None}
     assert given.keys() == wanted.keys()
     assert {key: wanted[key].parse(value) for key, value in given.items()} == {
         key: each.default for key, each in wanted.items()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+import pymerge
 from pymerge.backends.runner import Runner
 from pymerge.methods.ace import SolveAce
 from pymerge.methods.ace_forms import Tasks, by_numerator, by_products_of_rows, by_weights
@@ -86,6 +89,27 @@ def test_all_ways_to_compute_the_closed_form_agree(shape, double):
     }
     for form, X in forms.items():
         assert relative_error(as_float64(X), expected) < tolerance, form
+
+
+def test_scale_free_heterogeneity_is_the_same_for_all_scales_and_the_released_one_is_not():
+    """Norms a factor of 3 apart, in deltas of any size: by the released gamma they differ near norm 1 alone."""
+    base = torch.zeros(12, 10, dtype=torch.float64)
+    _, experts = make_weights(12, 10, 3, dtype=torch.float64)
+    taus = [expert / expert.norm() * size for expert, size in zip(experts, (0.5, 1.0, 1.5), strict=True)]
+    found: dict[tuple[str, float], bool] = {}
+    for gamma in ("released", "scale_free"):
+        for scale in (1e-2, 1.0, 1e2):
+            own = [scale * tau for tau in taus]
+            # A relative ridge, so that all but the choice between the formulas scales with the deltas.
+            given = {"gamma": gamma, "eps": 1e-3 * scale**2}
+            X, *either = (
+                as_float64(pymerge.merge_tensors(base, own, "ace", **given, gamma_threshold=threshold))
+                for threshold in (0.3, math.inf, -1.0)
+            )
+            assert any(np.array_equal(X, other) for other in either)
+            found[gamma, scale] = np.array_equal(X, either[1])
+    assert [found["released", scale] for scale in (1e-2, 1.0, 1e2)] == [False, True, False]
+    assert [found["scale_free", scale] for scale in (1e-2, 1.0, 1e2)] == [True, True, True]
 
 
 def test_ace_heterogeneity_decides_by_gamma():

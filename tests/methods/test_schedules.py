@@ -19,6 +19,7 @@ from pymerge.cli.tensor_table import plan_json
 from pymerge.config.merge_config import load_config, resolve
 from pymerge.errors import ArgumentError, ConfigError
 from pymerge.methods import get_method
+from pymerge.methods.base import PASSES
 from pymerge.methods.schedules import SCHEDULE, weights_of
 from pymerge.testing.compare import as_float64
 from tests.helpers.checkpoints import llama, llama_config, write_models
@@ -125,7 +126,8 @@ def test_plan_shows_decay_with_ema_alone() -> None:
     shown = method.shown(values)
     assert (shown.merge, shown.model) == ({"schedule": "ema", "decay": 0.5}, {"weight": (0.5, 0.5)})
     shown = method.shown(resolve(linear({"weight": 3}), method, "w", 0.0, [0, 1]))
-    assert (shown.merge, shown.model) == ({"normalize": True}, {"weight": (3.0, 3.0)})
+    passes = {parameter.name: parameter.default for parameter in PASSES}  # left out where the plan is printed
+    assert (shown.merge, shown.model) == ({"normalize": True, **passes}, {"weight": (3.0, 3.0)})
 
 
 def linear(parameters: dict[str, Any], own: dict[str, Any] | None = None) -> Any:

@@ -15,6 +15,7 @@ from pymerge.methods import METHODS
 from pymerge.testing.cases import make_weights
 from pymerge.testing.compare import as_float64, relative_error
 from tests.helpers.oracles import iso_delta, tsv_delta
+from tests.helpers.solvers import merged_delta
 
 # (d_out, d_in, T): small, tall, wide, one row, one column, one task.
 SHAPES = [(7, 9, 3), (96, 64, 8), (40, 96, 4), (1, 16, 3), (16, 1, 1), (12, 10, 1)]
@@ -25,12 +26,6 @@ PUBLISHED = {
 }
 NAMES = list(PUBLISHED)
 TOLERANCE = 1e-6  # of X, which is returned in float32
-
-
-def merged_delta(base, experts, method, **parameters):
-    """X in float64, so that adding it to W_0 rounds nothing away."""
-    merged = pymerge.merge_tensors(base, experts, method, dtype=torch.float64, **parameters)
-    return as_float64(merged) - as_float64(base)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

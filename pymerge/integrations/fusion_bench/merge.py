@@ -95,7 +95,7 @@ class Merge(LightningFabricMixin, BaseAlgorithm):
     def _parameters(self, method: Method, names: list[str]) -> dict[str, Any]:
         """All parameters that are given; those of each model as lists in the pool's order."""
         given = dict(_plain(self.parameters) or {})
-        known = {each.name: each for each in method.parameters}
+        known = {each.name: each for each in method.all_parameters}
         if self.weights is not None:
             if _WEIGHT not in known:
                 raise ArgumentError(f"method {method.name!r} has no weights; delete weights")

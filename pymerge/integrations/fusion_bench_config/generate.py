@@ -45,7 +45,7 @@ def _lines(method: Method) -> Iterator[str]:
     yield from _comment(f"{method.summary} ({method.source})")
     yield f"_target_: {TARGET}"
     yield f"merge_method: {method.name}"
-    own = [each for each in method.parameters if _stands(each)]
+    own = [each for each in method.all_parameters if _stands(each)]
     yield "parameters:" if own else "parameters: {}"
     for each in own:
         yield from _comment(_meaning(each), "  ")

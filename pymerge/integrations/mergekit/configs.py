@@ -91,4 +91,4 @@ def _parameters(method: str, *, of_model: bool) -> Collection[str]:
     """Names of a method's parameters: of those that one model may have, or of all. An unknown method is told later."""
     if method not in METHODS:
         return ()
-    return {each.name for each in METHODS[method].parameters if each.scope == "model" or not of_model}
+    return {each.name for each in METHODS[method].all_parameters if each.scope == "model" or not of_model}

@@ -33,6 +33,7 @@ _TYPES: dict[str, Any] = {
     "flag": bool,
     "choice": str,
     "number_or_auto": float | str,
+    "number_or_none": float | str,
     "texts": str | tuple[str, ...],  # hashable, as mergekit wants
 }
 
@@ -87,7 +88,7 @@ def _adapter(name: str, method: Method) -> MergeMethod:
             MISSING if each.required else each.default,
             each.summary,
         )
-        for each in method.parameters
+        for each in method.all_parameters
         if each.name not in _left_out(method)
     ]
     if isinstance(method, SolverMethod):
@@ -106,9 +107,11 @@ def _adapter(name: str, method: Method) -> MergeMethod:
 
 
 def _left_out(method: Method) -> set[str]:
-    """Parameters that stand for a required one: mergekit wants that one whatever else is given."""
+    """Parameters that stand for a required one: mergekit wants that one whatever else is given. And what needs more
+    than one tensor, which is all that it hands over."""
     instead = {each.instead for each in method.parameters if each.instead}
-    return instead | {each.name for each in method.parameters if each.only_with and each.only_with[0] in instead}
+    found = {each.name for each in method.parameters if each.only_with and each.only_with[0] in instead}
+    return instead | found | {each.name for each in method.all_parameters if each.kind == "layer_scale"}
 
 
 def _implementation(method: Method) -> Callable[..., Tensor]:
@@ -157,7 +160,7 @@ def _rules(method: Method, name: str, role: Role, in_axis: int | None, vocabular
 def _values(method: Method, given: dict[str, Any], entries: Sequence[TensorEntry]) -> dict[str, Any]:
     """Parameters as the Python interface takes them, but for those that have their defaults."""
     values: dict[str, Any] = {}
-    for parameter in method.parameters:
+    for parameter in method.all_parameters:
         if parameter.name not in given:
             continue
         value = given[parameter.name]
@@ -165,7 +168,8 @@ def _values(method: Method, given: dict[str, Any], entries: Sequence[TensorEntry
             values[parameter.name] = [_read(parameter, each) for each in value.values_for(entries)]
         elif value != parameter.default:
             values[parameter.name] = _read(parameter, value)
-    if values.get("scope") == "model":
+    scopes = [values.get(each.name, each.default) for each in method.parameters if each.name == "scope"]
+    if "model" in scopes:
         raise ArgumentError(
             f"scope: model of {method.name!r} needs the whole model, and mergekit hands over one tensor at a time; "
             "merge by the engine: pymerge.integrations.mergekit.replace_engine()"
@@ -175,7 +179,7 @@ def _values(method: Method, given: dict[str, Any], entries: Sequence[TensorEntry
 
 def _read(parameter: Parameter, value: Any) -> Any:
     """A value as the parameter takes it: mergekit leaves 1e-5 of YAML a text where a text may stand, too."""
-    if parameter.kind == "number_or_auto" and isinstance(value, str) and value != "auto":
+    if parameter.kind in ("number_or_auto", "number_or_none") and isinstance(value, str) and value != parameter.default:
         try:
             return float(value)
         except ValueError:

@@ -49,7 +49,7 @@ def _config(
     parameters: Mapping[str, Any],
 ) -> dict[str, Any]:
     found = get_method(method)
-    known = {parameter.name: parameter for parameter in found.parameters}
+    known = {parameter.name: parameter for parameter in found.all_parameters}
     own: list[dict[str, Any]] = [{} for _ in names]
     given = {key.rstrip("_"): value for key, value in parameters.items()}
     if weights is not None:

@@ -1,4 +1,4 @@
-"""TSV-M, Iso-C and Iso-CTS on the cores of low-rank task vectors: they turn with orthonormal bases of both sides."""
+"""TSV-M, DC-Merge, Iso-C and Iso-CTS on the cores of low-rank task vectors: they turn with bases of both sides."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pymerge.methods.core.deltas import Product, Spanned, nothing
 from pymerge.methods.core.factors import Factors, RowSpace, Tasks, row_space, split
 from pymerge.methods.core.tall import Basis, Matrix, Tall, basis_of
 from pymerge.ops._singular import triplets_of_product
+from pymerge.ops.cover_sum import Smoothing, covered, entries_kept, kept_of
 from pymerge.ops.isotropic import equalised
 from pymerge.ops.singular_sum import kept_of_each, orthogonal_sum
 
@@ -23,6 +24,18 @@ def orthogonal(tasks: Sequence[Factors]) -> Product | Spanned:
     count, larger = kept_of_each(space.shape, len(tasks)), max(space.shape)
     triplets = [triplets_of_product(part, L, count, larger) for part, L in zip(parts, space.L, strict=True)]
     return space.product(basis.tall, basis.X @ orthogonal_sum(triplets))
+
+
+def covering(tasks: Sequence[Factors], rank: int | None, smoothing: Smoothing, core_share: float) -> Product | Spanned:
+    """DC-Merge, as `cover_sum` has it."""
+    space, gram = _space(tasks)
+    if not len(space):
+        return nothing(space.shape)
+    basis, parts = _between(space, gram)
+    count, larger = kept_of(space.shape, len(tasks), rank), max(space.shape)
+    triplets = [triplets_of_product(part, L, count, larger) for part, L in zip(parts, space.L, strict=True)]
+    entries = entries_kept(space.shape, len(tasks), rank, core_share)
+    return space.product(basis.tall, basis.X @ covered(triplets, entries, smoothing))
 
 
 def isotropic(tasks: Sequence[Factors], common: float, over_rank: bool) -> Product | Spanned:

@@ -33,6 +33,7 @@ SOLVERS = [
     ("ace", {"eps": 1e-2, "gamma_threshold": 0.3}),
     ("ace", {"gamma_threshold": -1.0, "eps": 1e-2, "k_frac": 1.0}),
     ("tsv_m", {"scale": 0.5}),
+    ("dc_merge", {"core_share": 1.0, "scale": 0.5}),
     ("iso_c", {}),
     ("iso_c", {"mean_over": "rank"}),
     ("iso_cts", {"common_space_fraction": 0.5}),
@@ -86,6 +87,14 @@ def test_the_core_gives_what_the_whole_matrices_give(method, parameters, layer):
     agree(core(layer, method, **parameters), whole(layer, method, **parameters))
 
 
+@pytest.mark.parametrize("smoothing", ["avg", "linear"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_dc_merge_for_adapters_takes_so_many_directions(rank, smoothing):
+    layer, parameters = Layer(24, 16, (3, 2, 3)), {"variant": "lora", "rank": rank, "smoothing": smoothing}
+    for share in (0.02, 1.0):
+        agree(*(form(layer, "dc_merge", core_share=share, **parameters) for form in (core, whole)))
+
+
 @pytest.mark.parametrize("threshold", [math.inf, -1.0])
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_a_small_ridge_costs_the_digits_that_the_condition_takes(variant, threshold):
@@ -131,7 +140,7 @@ def test_wudi_by_factors_in_float32_is_no_worse_than_with_whole_matrices(rms):
     assert float((moved - exact).norm()) < 1e-5 * float(exact.norm())
 
 
-@pytest.mark.parametrize("method", ["wudi_flow", "swudi_a", "ace", "tsv_m", "iso_c", "iso_cts"])
+@pytest.mark.parametrize("method", ["wudi_flow", "swudi_a", "ace", "tsv_m", "dc_merge", "iso_c", "iso_cts"])
 def test_only_the_task_vectors_matter(method):
     """Other factors of the same task vectors, ranks in another order, and ranks of zeros change nothing."""
     layer, action = Layer(30, 22, (3, 2, 3)), action_of(method, 3)
