@@ -19,7 +19,8 @@ from pymerge.common.devices import Device, resolve_device
 from pymerge.common.events import event, logger
 from pymerge.common.progress import NoProgress, ProgressSink
 from pymerge.engine.executor import Executor
-from pymerge.engine.measuring import measured, measuring
+from pymerge.engine.measuring import measured as informed
+from pymerge.engine.measuring import measuring
 from pymerge.engine.memory import peak_resident_bytes
 from pymerge.engine.publishing import publish, verified
 from pymerge.engine.report import MergeReport
@@ -215,7 +216,7 @@ def merge_files(
         executor = Executor(context, output, plan.target.threads)
         try:
             if merging:
-                known = measured(plan.steps, plan.budget, context, plan.target.threads, folder)
+                known = informed(plan.steps, plan.budget, context, plan.target.threads, folder)
                 if known is not plan.steps:
                     merging = batches(known, plan.budget, finished | others, plan.target.threads)
             executor.run(merging, plan.budget.tensors)
