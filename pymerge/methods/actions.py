@@ -75,10 +75,8 @@ class Action(ABC):
         return False
 
     def remark(self, delta_rms: float, norms: Sequence[float]) -> str | None:
-        """Advice to a user who would merge deltas of this root mean square, with the remedy.
-
-        Args:
-            norms: about the squared norms of a matrix's deltas, of the tasks that touched it.
+        """Advice to a user who would merge deltas of this root mean square, with the remedy; `norms` are about the squared
+        norms of a matrix's deltas, of the tasks that touched it.
         """
         return None
 

@@ -16,7 +16,8 @@ from pymerge.ops.cover_sum import CoverSum, Smoothing, check_room
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.methods.core.factors import Factors, Product
+    from pymerge.methods.core.deltas import Product, Spanned
+    from pymerge.methods.core.factors import Factors
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class SumCovered(SolveSingular):
     def op(self, base: Tensor, experts: Sequence[Tensor]) -> Op[Tensor]:
         return CoverSum(base, experts, self.rank, self.smoothing, self.core_share)
 
-    def run_core(self, tasks: Sequence[Factors]) -> Product:
+    def run_core(self, tasks: Sequence[Factors]) -> Product | Spanned:
         from pymerge.methods.core.singular import covering
 
         return covering(tasks, self.rank, self.smoothing, self.core_share).times(self.scale)
