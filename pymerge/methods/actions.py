@@ -75,7 +75,7 @@ class Action(ABC):
         return False
 
     def remark(self, delta_rms: float, norms: Sequence[float]) -> str | None:
-        """Advice to a user who would merge deltas of this root mean square, with the remedy; `norms` are about the squared
+        """Advice to a user who would merge deltas of this root mean square, with the remedy; `norms`: about the squared
         norms of a matrix's deltas, of the tasks that touched it.
         """
         return None
