@@ -35,14 +35,18 @@ def run_part(
     started = time.perf_counter()
     number, count = part
     identity = begin(plan, out)
-    manifest = read_manifest(out)
-    if manifest is not None and manifest["identity"] == identity:
-        report = replace(nothing_done(plan, out, started), part=part, already_done=True)
+    done = replace(nothing_done(plan, out, started), part=part, already_done=True)
+    if _is_published(out, identity):
+        report = done
     else:
         files = assign(plan, count)[number - 1]
-        report = replace(merge_part(plan, out, files, identity, progress, profile, parts=count), part=part)
-        published = read_manifest(out)
-        if published is not None and published["identity"] == identity:  # meanwhile, by another part
+        try:
+            report = replace(merge_part(plan, out, files, identity, progress, profile, parts=count), part=part)
+        except OutputError:
+            if not _is_published(out, identity):
+                raise
+            report = done  # by another part, between the look above and the lock
+        if _is_published(out, identity):  # meanwhile, by another part
             report = replace(report, missing_files=0, already_done=True)
     event("finished", report.lines()[0], **asdict(report))
     return report
@@ -95,8 +99,7 @@ def finalize(plan: Plan, out: Path, *, verify: bool | None = None, progress: Pro
     """
     started = time.perf_counter()
     identity = begin(plan, out)
-    manifest = read_manifest(out)
-    if manifest is not None and manifest["identity"] == identity:
+    if _is_published(out, identity):
         return verified(plan, out, started, progress or NoProgress())
     output = whole_directory(plan, out, identity).adopt(verify=verify)
     with output:
@@ -104,6 +107,12 @@ def finalize(plan: Plan, out: Path, *, verify: bool | None = None, progress: Pro
     report = replace(nothing_done(plan, out, started), files=len(plan.files))
     event("finished", report.lines()[0], **asdict(report))
     return report
+
+
+def _is_published(out: Path, identity: dict[str, str]) -> bool:
+    """Whether `out` holds this very merge, whole."""
+    manifest = read_manifest(out)
+    return manifest is not None and manifest["identity"] == identity
 
 
 def conclude(plan: Plan, output: OutputDirectory) -> None:
