@@ -1,4 +1,5 @@
 # Every target sets up what it needs in .venv: nothing is installed outside this directory.
+MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 Identity = dict[str, str]
 
 _PARTS_SHOWN = 4
-_SHOWN = 100  # characters of a name or value
+_SHOWN = 100  # characters of a value
 
 
 def is_identity(value: object) -> bool:
@@ -22,7 +22,7 @@ def is_identity(value: object) -> bool:
 def differences(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """One text for each part that differs, such as "device (was cpu, is cuda)", in the order of names."""
     return [
-        f"{_shown(part)} (was {_shown(recorded.get(part))}, is {_shown(now.get(part))})"
+        f"{part} (was {_shown(recorded.get(part))}, is {_shown(now.get(part))})"
         for part in sorted({*recorded, *now})
         if recorded.get(part) != now.get(part)
     ]

@@ -29,7 +29,9 @@ def write(folder: Path, method: str, form: str, **more: Any) -> Path:
     """Write the models of a form, and small ones, which load what the method needs."""
     name, shape, dtype = FORMS[form]
     most = METHODS[method].most_experts
-    parameters = {each.name: KNOWN[each.name] for each in METHODS[method].parameters if each.name in KNOWN} | more
+    parameters = {
+        each.name: KNOWN[each.name] for each in METHODS[method].parameters if each.name in KNOWN and not each.choices
+    } | more
     for place, size in ((folder / "small", tuple(min(each, 24) for each in shape)), (folder, shape)):
         write_models(place, {name: (0.1 * torch.randn(size)).to(dtype)})
         write_config(place, method, experts=2 if most is None else most, **parameters)

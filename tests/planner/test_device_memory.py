@@ -40,7 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def steps_of(folder: Path, method: str) -> tuple[Step, ...]:
     known = {"density": 0.5, "weight": 0.5, "epsilon": 0.1, "gamma": 0.01, "t": 0.3, "select_topk": 0.5}
-    parameters = {each.name: known[each.name] for each in METHODS[method].parameters if each.name in known}
+    parameters = {
+        each.name: known[each.name] for each in METHODS[method].parameters if each.name in known and not each.choices
+    }
     most = METHODS[method].most_experts
     config = write_config(folder, method, experts=2 if most is None else most, **parameters)
     return api.plan(config, device="cpu").steps

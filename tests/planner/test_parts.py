@@ -21,7 +21,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
-@pytest.mark.parametrize(("method", "little"), [("linear", "30KB"), ("wudi_flow", "600KB")])
+@pytest.mark.parametrize(("method", "little"), [("linear", "30KB"), ("wudi_flow", "1MB")])
 def test_every_file_is_in_one_part_whatever_the_memory(models: Path, method: str, little: str, count: int) -> None:
     config = write_config(models, method)
     plans = [api.plan(config, device="cpu", max_shard_size="50KB", memory=memory) for memory in ("1GiB", little)]

@@ -127,7 +127,9 @@ def test_flops(models: Path) -> None:
     assert flops == tasks * (product + 2 * 2 * 16**2 * 40) + 7 * product
     plan = planned(models, "ace")
     product = 2 * rows * columns**2
-    assert steps(plan)[UP].flops == tasks * 2 * product + columns**3 // 3 + 2 * product
+    # Half of each Gram; shares of all tasks but one in d_in x d_in, and the deltas by them.
+    shares = (tasks - 1) * (2 * columns**3 + product)
+    assert steps(plan)[UP].flops == tasks * product // 2 + columns**3 // 3 + shares
     assert plan.flops == sum(step.flops for step in plan.steps)
 
 
