@@ -60,7 +60,7 @@ def adapters() -> Iterator[Part]:
         "adapters-layers",
         table(head, [on_factors(each) for each in rows("adapters", part="layers", form="core and sum")]),
     )
-    merged = dict.fromkeys(each["method"] for each in rows("adapters", part="merges", form="pymerge"))
+    merged = dict.fromkeys(each["method"] for each in rows("adapters-merges", form="pymerge"))
     head = ["1.2 B parameters", *(f"{count} adapter{'s' * (count > 1)}" for count in COUNTS), "peak memory"]
     yield Block(ADAPTERS, "adapters-merges", table(head, [of_adapters(method) for method in merged]))
 
@@ -76,7 +76,7 @@ def on_factors(each: Content) -> list[str]:
 
 def of_adapters(method: str) -> list[str]:
     """Whole merges by a method: seconds by the number of adapters, if it was timed, and the memory that they took."""
-    found = rows("adapters", part="merges", form="pymerge", size="1.2B", method=method)
+    found = rows("adapters-merges", form="pymerge", size="1.2B", method=method)
     walls = {each["adapters"]: seconds(each) for each in found}
     peaks = [f"{pick(each['peak'] for each in found) / 2**20:.0f}" for pick in (min, max)]
     return [f"`{method}`", *(walls.get(count, "") for count in COUNTS), f"{peaks[0]} to {peaks[1]} MiB"]

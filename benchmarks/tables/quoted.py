@@ -10,7 +10,17 @@ from benchmarks.harness.results import RESULTS, Content, load
 MACHINE = "amd-epyc"  # whose results the pages quote, but of these suites
 INTEL = "intel-r-xeon-r-processor"
 MACHINES = dict.fromkeys(
-    ("adapters", "explore-glyphs5", "explore-minilm4", "integrations", "merger", "parity-tests", "parts"), INTEL
+    (
+        "adapters",
+        "adapters-merges",
+        "explore-glyphs5",
+        "explore-minilm4",
+        "integrations",
+        "merger",
+        "parity-tests",
+        "parts",
+    ),
+    INTEL,
 )
 
 
