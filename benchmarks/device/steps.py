@@ -17,7 +17,13 @@ OPS = (
     "tests/backends/test_graphs.py",
     "tests/backends/test_measured.py",
 )
-ENGINE = ("tests/engine/test_cuda_transfer.py", "tests/engine/test_torch_worker.py", "tests/methods", "tests/wemoe")
+ENGINE = (
+    "tests/engine/test_cuda_transfer.py",
+    "tests/engine/test_streams.py",
+    "tests/engine/test_torch_worker.py",
+    "tests/methods",
+    "tests/wemoe",
+)
 # Ops that have kernels of ours, timed for the table that `auto` chooses by.
 TIMED = ("combine", "trim_threshold", "magnitude_mask", "random_mask", "sparse_combine", "wudi_adam", "routed_linear")
 METHODS = ("task_arithmetic", "ties", "wudi_flow", "ace")

@@ -1,12 +1,15 @@
-"""Linear weights solved as they are stored: matrix by matrix, several side by side on the cores of a CPU."""
+"""Linear weights solved as they are stored: matrix by matrix, several side by side on the cores of a CPU or on streams."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,22 +22,30 @@ from pymerge.methods.actions import Run, Solve, SolveTogether
 from pymerge.methods.finish import Finish
 from pymerge.ops._op import on_threads, one_thread
 from pymerge.ops._precision import ieee_products
+from pymerge.planner.jobs import BATCH_ELEMENTS, MOST_ABREAST
 
 # A product below this takes less than a millisecond: waiting for other threads costs more than they give, and small
 # float64 products round differently for each number of them.
 _ONE_THREAD_FLOPS = 2**25
 
 
-class Abreast:
-    """Solves layers of one shape side by side, on a CPU: each on a thread of its own, by its part of PyTorch's threads.
+_CUDA: Any = torch.cuda  # PyTorch gives streams no types
 
-    LAPACK's routines are on one thread, so that no bit depends on how many there are; here each core has its own.
+
+class Abreast:
+    """Solves layers of one shape side by side, each on a thread of its own.
+
+    On a CPU each has its part of PyTorch's threads: LAPACK's routines are on one thread, so that no bit depends on how
+    many there are, and so each core has its own. On CUDA each has a stream: one layer's small factors, and what Python
+    waits for, leave the device to another's products. What a thread allocates is of its stream, and it waits for all
+    that it has put there before it hands its result on.
     """
 
     def __init__(self, run: Runner, tracer: Tracer) -> None:
         self._run = run
         self._tracer = tracer
         self._pool: ThreadPoolExecutor | None = None
+        self._streams = threading.local()
 
     def solve(
         self,
@@ -47,24 +58,44 @@ class Abreast:
     ) -> list[Tensor]:
         """Merge L layers as `solve` does; their names are for the trace."""
         threads = torch.get_num_threads()
-        abreast = 1 if self._run.device.type == "cuda" else min(len(bases), threads)
+        device = self._run.device.type
+        together = device == "cuda" and isinstance(action, SolveTogether) and _are_together(bases)
+        abreast = 1 if together else min(len(bases), threads if device == "cpu" else MOST_ABREAST["cuda"])
         if abreast < 2:
             return solve(action, role, self._run, bases, experts, out_dtype)
 
         def alone(base: Tensor, tasks: list[Tensor], name: str) -> list[Tensor]:
-            with self._tracer.span("solve", name), on_threads(threads // abreast, threads):
+            lane = on_threads(threads // abreast, threads) if device == "cpu" else self._stream()
+            with self._tracer.span("solve", name), lane:
                 return solve(action, role, self._run, [base], [tasks], out_dtype)
 
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pymerge-solve")
+            most = threads if device == "cpu" else abreast
+            self._pool = ThreadPoolExecutor(most, thread_name_prefix="pymerge-solve")
         solving = [self._pool.submit(alone, *layer) for layer in zip(bases, experts, names, strict=True)]
         wait(solving)  # all, even where one fails: their memory is free then
         return list(chain.from_iterable(future.result() for future in solving))
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """This thread's stream, current; at the end all that is on it is done."""
+        if not hasattr(self._streams, "own"):
+            self._streams.own = _CUDA.Stream(self._run.device)
+        with _CUDA.stream(self._streams.own):
+            try:
+                yield
+            finally:
+                self._streams.own.synchronize()
 
     def close(self) -> None:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+def _are_together(bases: Sequence[Tensor]) -> bool:
+    """Whether layers on CUDA are so small that they are one batch, not several side by side."""
+    return sum(math.prod(base.shape) for base in bases) <= BATCH_ELEMENTS["cuda"]
 
 
 def solve(

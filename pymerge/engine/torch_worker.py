@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from itertools import chain
 
@@ -35,7 +35,7 @@ from pymerge.methods.actions import Action, Combine, Elementwise, Run, Solve
 from pymerge.methods.reduce import Reduce, merge_whole
 from pymerge.methods.rows import Rows
 from pymerge.ops._op import at_most_threads
-from pymerge.planner.jobs import READ_THREADS, Batch, Job
+from pymerge.planner.jobs import Batch, Job, read_threads
 from pymerge.planner.pieces import by_rows
 
 
@@ -58,8 +58,10 @@ class TorchWorker:
         self._inputs: dict[tuple[int, int], Future[list[Tensor]]] = {}  # of pieces between two passes
         # Elementwise work waits on memory, and readers need the processor beside it: a team of threads that does not
         # get all its cores waits for a time slice at every barrier.
-        self._elementwise_threads = max(1, torch.get_num_threads() - READ_THREADS)
-        self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="pymerge-read")
+        readers = read_threads(self._run.device.type)
+        self._elementwise_threads = max(1, torch.get_num_threads() - readers)
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="pymerge-read")
+        self._gathering = ThreadPoolExecutor(readers, thread_name_prefix="pymerge-gather")  # waits for readers
         self._abreast = Abreast(self._run, self._tracer)
 
     def start(self, job: Job) -> Future[list[Tensor]]:
@@ -77,14 +79,27 @@ class TorchWorker:
             rooms = [self._transfer.prepare(entry, job.piece) for entry in job.step.inputs]
         except (MemoryError, RuntimeError) as error:
             return failed(error)
-        return self._readers.submit(self._load, job, rooms)
+        if job.step.shares_base:
+            return self._readers.submit(self._load_adapters, job, rooms)
+        return self._gathering.submit(self._load, job, rooms)
 
     def _load(self, job: Job, rooms: Sequence[Tensor | None]) -> list[Tensor]:
-        """Read the inputs of a job; by a thread of the pool."""
+        """Have the inputs of a job read, side by side."""
+        self._announce(job)
+        inputs = zip(job.step.inputs, rooms, strict=True)
+        loads = [self._readers.submit(self._load_one, job, self._reader, *each) for each in inputs]
+        wait(loads)  # all, even where one fails: their memory is free then
+        return [load.result() for load in loads]
+
+    def _load_adapters(self, job: Job, rooms: Sequence[Tensor | None]) -> list[Tensor]:
+        """Read the base and the adapters that are made of its rows; by a thread of the pool."""
+        self._announce(job)
+        reader = self._sharing(job)
+        return [self._load_one(job, reader, entry, room) for entry, room in zip(job.step.inputs, rooms, strict=True)]
+
+    def _announce(self, job: Job) -> None:
         for entry in job.step.inputs:
             self._reader.announce(entry, job.piece.start, job.piece.stop)
-        reader = self._sharing(job) if job.step.shares_base else self._reader
-        return [self._load_one(job, reader, entry, room) for entry, room in zip(job.step.inputs, rooms, strict=True)]
 
     def _sharing(self, job: Job) -> SharedRows:
         """A reader that has the base's rows, of which the adapters' are made."""
@@ -149,6 +164,7 @@ class TorchWorker:
 
     def close(self) -> None:
         """End the threads that read and solve."""
+        self._gathering.shutdown(cancel_futures=True)  # first: it hands work to the readers
         self._readers.shutdown(cancel_futures=True)
         self._abreast.close()
 

@@ -13,7 +13,7 @@ from pymerge.errors import PlanError
 from pymerge.methods.actions import Solve
 from pymerge.planner import pieces
 from pymerge.planner.budget import DEVICE_SHARE, Budget
-from pymerge.planner.jobs import READ_AHEAD, READ_THREADS, Job, jobs, room
+from pymerge.planner.jobs import READ_AHEAD, Job, jobs, read_threads, room
 from pymerge.planner.pieces import Piece
 from pymerge.planner.steps import Step
 
@@ -66,7 +66,7 @@ def _more(needed: int, budget: Budget) -> str:
 
 def pinned_bytes(steps: Sequence[Step], budget: Budget) -> int:
     """Bytes of the host for buffers between files and a device: one for each thread that reads, one to write from."""
-    return (READ_THREADS + 1) * staging_bytes(jobs(steps)) if budget.device == "cuda" else 0
+    return (read_threads(budget.device) + 1) * staging_bytes(jobs(steps)) if budget.device == "cuda" else 0
 
 
 def staging_bytes(queue: Iterable[Job]) -> int:
@@ -85,7 +85,7 @@ def _chunk(step: Step, budget: Budget) -> int:
     if budget.device != "cuda":
         return CHUNK_ELEMENTS
     largest = max(ITEM_SIZES[code] for code in (step.dtype, *(entry.dtype for entry in step.inputs)))
-    pinned = min(DEVICE_CHUNK_BYTES, budget.host // 2 // (READ_THREADS + 1))
+    pinned = min(DEVICE_CHUNK_BYTES, budget.host // 2 // (read_threads(budget.device) + 1))
     return max(CHUNK_ELEMENTS, pinned // largest)
 
 

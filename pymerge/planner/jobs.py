@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
+from pymerge.env import usable_cpus
 from pymerge.methods.actions import Solve, SolveTogether
 from pymerge.planner.budget import Budget
 from pymerge.planner.pieces import Piece, worked_shape
@@ -18,15 +19,17 @@ READ_AHEAD = 2
 WRITE_BEHIND = 2
 # Pieces of other tensors between two passes of one, if there are so many: the first pass is all done then.
 BETWEEN_PASSES = 8
-READ_THREADS = 4
+# Threads that read for PyTorch, at most, by device: a file is read by several to be as fast as the way to a GPU.
+READ_THREADS = {"cpu": 4, "cuda": 8}
 # Pieces of a few MiB that the disk is given at once: one alone waits for its answer.
 WRITE_THREADS = 4
 FINISHED = ""  # no file of a plan
 # Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; a
 # core of a CPU it does. Untimed: a guess at what a GPU takes.
 BATCH_ELEMENTS = {"cpu": 0, "cuda": 16 * 2**20}
-# Layers that are computed side by side on the cores of a CPU, at most: each takes memory of its own.
-MOST_ABREAST = 8
+# Layers that are computed side by side, at most, on the cores of a CPU or on streams of a GPU, where one's factors leave
+# room for another's products: each takes memory of its own.
+MOST_ABREAST = {"cpu": 8, "cuda": 2}
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ class Batch:
         """Name of the first tensor, and how many jobs are with it, for people."""
         more = len(self.jobs) - 1
         return self.jobs[0].step.name + (f" and {more} more of its shape" if more else "")
+
+
+def read_threads(device: str) -> int:
+    """Threads that read for PyTorch, to a device of this kind: on CUDA no more than the machine has cores, or four."""
+    return READ_THREADS["cpu"] if device == "cpu" else min(READ_THREADS[device], max(READ_THREADS["cpu"], usable_cpus()))
 
 
 def jobs(steps: Iterable[Step]) -> Iterator[Job]:
@@ -228,7 +236,7 @@ def batches(steps: Sequence[Step], budget: Budget, finished: Collection[str] = (
     """The jobs of a plan (see `ordered`) in batches, each at the place of its first job.
 
     So the pieces of one tensor stay in order, and which ones are together does not depend on other shards. On a CPU
-    the jobs of a batch are computed side by side, by so many threads together.
+    the jobs of a batch are computed side by side, by so many threads together; on CUDA as one, or on streams.
     """
     found: list[list[Job]] = []
     filling: dict[Hashable, list[Job]] = {}
@@ -250,10 +258,12 @@ def _most_layers(job: Job, budget: Budget, threads: int) -> int:
     step, layers = job.step, 1
     if isinstance(step.action, SolveTogether):
         layers = BATCH_ELEMENTS[budget.device] // max(1, math.prod(job.piece.shape))
-    if budget.device == "cpu" and isinstance(step.action, Solve) and step.role.solvable:
-        rows, columns = worked_shape(step.role, step.action, job.piece.shape)
-        if not step.action.fills_cores(rows, columns):
-            layers = max(layers, min(threads, MOST_ABREAST))
+    if isinstance(step.action, Solve) and step.role.solvable:
+        most = MOST_ABREAST[budget.device]
+        if budget.device == "cuda":
+            layers = max(layers, most)
+        elif not step.action.fills_cores(*worked_shape(step.role, step.action, job.piece.shape)):
+            layers = max(layers, min(threads, most))
     return min(layers, budget.tensors // max(1, room(job.footprint)))
 
 

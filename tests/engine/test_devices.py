@@ -22,7 +22,7 @@ from pymerge.engine.trace import Tracer
 from pymerge.ops import _bitmask
 from pymerge.ops.sparse_combine import SparseCombine
 from pymerge.planner.fit import CHUNK_ELEMENTS, DEVICE_CHUNK_BYTES, fit
-from pymerge.planner.jobs import READ_THREADS
+from pymerge.planner.jobs import read_threads
 from pymerge.testing.cases import task_case
 from pymerge.testing.compare import assert_same
 from tests.helpers.checkpoints import write_config, write_models
@@ -77,7 +77,7 @@ def test_pieces_for_a_device_are_large_and_fit_pinned_memory(tmp_path: Path) -> 
     assert len(fit(plan.steps, large)[0].pieces) == 1
     assert 4 * math.prod(plan.steps[0].shape) <= DEVICE_CHUNK_BYTES
     pinned = 2**24
-    little = replace(large, host=2 * (READ_THREADS + 1) * pinned)
+    little = replace(large, host=2 * (read_threads("cuda") + 1) * pinned)
     assert 4 * math.prod(fit(plan.steps, little)[0].pieces[0].shape) == pinned
 
 
