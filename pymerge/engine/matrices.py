@@ -1,4 +1,4 @@
-"""Linear weights solved as they are stored: matrix by matrix, several side by side on the cores of a CPU or on streams."""
+"""Linear weights solved as they are stored: matrix by matrix, several side by side, on cores or on streams."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ FINISHED = ""  # no file of a plan
 # Elements of the layers that are computed as one batch, by device; 0 for none. One small layer does not fill a GPU; a
 # core of a CPU it does. Untimed: a guess at what a GPU takes.
 BATCH_ELEMENTS = {"cpu": 0, "cuda": 16 * 2**20}
-# Layers that are computed side by side, at most, on the cores of a CPU or on streams of a GPU, where one's factors leave
-# room for another's products: each takes memory of its own.
+# Layers that are computed side by side, at most, on the cores of a CPU or on streams of a GPU, where the factors of one
+# leave room for products of another: each takes memory of its own.
 MOST_ABREAST = {"cpu": 8, "cuda": 2}
 
 
@@ -121,8 +121,9 @@ class Batch:
 
 
 def read_threads(device: str) -> int:
-    """Threads that read for PyTorch, to a device of this kind: on CUDA no more than the machine has cores, or four."""
-    return READ_THREADS["cpu"] if device == "cpu" else min(READ_THREADS[device], max(READ_THREADS["cpu"], usable_cpus()))
+    """Threads that read for PyTorch, to a device of this kind: on CUDA as many as the machine has cores, from 4 to 8."""
+    least = READ_THREADS["cpu"]
+    return least if device == "cpu" else min(READ_THREADS[device], max(least, usable_cpus()))
 
 
 def jobs(steps: Iterable[Step]) -> Iterator[Job]:

@@ -1,4 +1,4 @@
-"""Layers side by side on a device: each on a stream of its own, and whole before it is handed on; readers by machine."""
+"""Layers side by side on a device: each on a stream of its own, whole before it is handed on."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from pymerge.methods.actions import Solve
 from pymerge.ops._op import Op
 from pymerge.planner import jobs
 from pymerge.planner.jobs import batches, read_threads
+from pymerge.planner.plan import Plan
 from tests.helpers.checkpoints import tree, write_config, write_models
 
 NEEDS_A_DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -114,7 +115,7 @@ def test_a_failure_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
     experts[1][2] = torch.randn(3, 3)
     with Tracer() as tracer:
         abreast = Abreast(Elsewhere(cuda), tracer)
-        with pytest.raises(Exception, match="shape|size"):
+        with pytest.raises(Exception, match=r"shape|size"):
             abreast.solve(action_of("ace"), LINEAR, bases, experts, "F32", ["one", "two"])
         abreast.close()
     assert [stream.pending for stream in cuda.streams] == [[], []]
@@ -127,7 +128,7 @@ def test_two_large_layers_are_side_by_side_on_a_device_if_there_is_memory(tmp_pa
         plan = api.plan(write_config(tmp_path, method), device="cpu")
         one = plan.steps[0].footprint(plan.steps[0].pieces[0])
 
-        def sizes(limit: int) -> list[int]:
+        def sizes(limit: int, plan: Plan = plan) -> list[int]:
             budget = replace(plan.budget, device="cuda", tensors=limit)
             return [len(batch.jobs) for batch in batches(plan.steps, budget)]
 
