@@ -121,7 +121,7 @@ class Batch:
 
 
 def read_threads(device: str) -> int:
-    """Threads that read for PyTorch, to a device of this kind: on CUDA as many as the machine has cores, from 4 to 8."""
+    """Threads that read for PyTorch, to a device of this kind: on CUDA as many as there are cores, from 4 to 8."""
     least = READ_THREADS["cpu"]
     return least if device == "cpu" else min(READ_THREADS[device], max(least, usable_cpus()))
 
