@@ -74,15 +74,11 @@ parity: $(VENV)/installed  ## merge small models by every method of mergekit, wi
 bench-small: $(VENV)/installed  ## time every op on a small shape, in under a minute
 	$(BIN)/python -m pytest benchmarks/ops/test_small.py --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds
 
-quality: $(VENV)/installed  ## train two suites' experts, merge them by every method, measure, draw
+quality: $(VENV)/installed  ## train four suites' experts, merge them by every method, measure, draw
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/quality/requirements.txt
-	@echo "== base and experts, kept in ~/.cache/pymerge-bench/quality"
-	$(BIN)/python -m benchmarks quality train
-	$(BIN)/python -m benchmarks quality language
-	@echo "== merges and their accuracies; results go to benchmarks/runs, see docs/quality.md"
-	$(BIN)/python -m benchmarks quality glyphs8
-	$(BIN)/python -m benchmarks quality minilm4 --only table sweeps measures explain
-	for suite in glyphs8 minilm4; do \
+	@echo "== base, experts and what was measured: ~/.cache/pymerge-bench/quality; results: benchmarks/runs, docs/quality.md"
+	$(BIN)/python -m benchmarks quality
+	for suite in glyphs8 minilm4 glyphs16 smollm4; do \
 	  $(BIN)/python -m benchmarks quality plot $$suite && $(BIN)/python -m benchmarks quality show $$suite || exit 1; \
 	done
 

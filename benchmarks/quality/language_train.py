@@ -15,17 +15,15 @@ import math
 import multiprocessing
 import shutil
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from rich.progress import Progress
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -39,6 +37,8 @@ from benchmarks.quality.language_model import (
     make_head,
     save_encoder,
 )
+from benchmarks.quality.making import Times, bars, describe, write_whole
+from examples.glyphs.train import generator
 
 NAME = "minilm4"
 MOST = {"train": 8000, "held": 4000}  # texts of a task
@@ -55,18 +55,6 @@ class Recipe:
     lr: float = 5e-4  # peak of the schedule
     test: int = 500  # texts a task
     validation: int = 200  # texts a task
-
-
-def generator(seed: int, what: str, step: int = 0) -> torch.Generator:
-    """The random numbers of one step of one stage."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{what}/{step}".encode()))
-
-
-def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Save under a temporary name, then rename."""
-    partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial, metadata=metadata)
-    partial.replace(path)
 
 
 def make_base(root: Path) -> None:
@@ -94,7 +82,7 @@ def make_texts(root: Path, length: int) -> None:
             encoded = tokenizer.encode_batch([text for text, _ in items])
             tensors[f"{task}.{part}.tokens"] = torch.tensor([text.ids for text in encoded], dtype=torch.int32)
             tensors[f"{task}.{part}.labels"] = torch.tensor([label for _, label in items])
-    write(tensors, root / "texts.safetensors", names)
+    write_whole(root / "texts.safetensors", tensors, names)
 
 
 def make_heads(root: Path, texts: Mapping[str, Tensor], tasks: Sequence[str]) -> None:
@@ -106,7 +94,7 @@ def make_heads(root: Path, texts: Mapping[str, Tensor], tasks: Sequence[str]) ->
         chosen = in_turn(labels, generator(0, f"{task}.head"))[:HEAD_TEXTS]
         found = features(model, texts[f"{task}.train.tokens"][chosen])
         heads[f"{task}.mean"], heads[f"{task}.head"] = make_head(found, labels[chosen])
-    write(heads, root / "heads.safetensors")
+    write_whole(root / "heads.safetensors", heads)
 
 
 def in_turn(labels: Tensor, rng: torch.Generator) -> Tensor:
@@ -128,8 +116,7 @@ def make_testset(root: Path, texts: Mapping[str, Tensor], tasks: Sequence[str], 
         for part, places in parts.items():
             tensors[f"{task}.{part}.tokens"] = texts[f"{task}.held.tokens"][places]
             tensors[f"{task}.{part}.labels"] = labels[places]
-    (root / f"seed-{seed}").mkdir(exist_ok=True)
-    write(tensors, root / f"seed-{seed}" / "testset.safetensors")
+    write_whole(root / f"seed-{seed}" / "testset.safetensors", tensors)
 
 
 def draw(labels: Tensor, batch: int, rng: torch.Generator) -> Tensor:
@@ -177,57 +164,22 @@ def make_expert(root: Path, task: str, seed: int, recipe: Recipe) -> float:
     return time.perf_counter() - began
 
 
-class Times:
-    """ROOT/times.json: wall-clock seconds of each stage that was run; the stages of several runs."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def add(self, name: str, seconds: float) -> None:
-        """Write one stage's seconds."""
-        told = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.path.write_text(json.dumps(told | {name: round(seconds, 1)}, indent=1) + "\n")
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what is done inside; nothing is written if it fails."""
-        began = time.perf_counter()
-        yield
-        self.add(name, time.perf_counter() - began)
-
-
-def describe(root: Path, tasks: Sequence[str], seeds: Sequence[int], recipe: Recipe) -> None:
-    """ROOT/suite.json: tasks, seeds (those of earlier runs too) and recipe.
-
-    Raises SystemExit if what lies there was made by another recipe.
-    """
-    path, about = root / "suite.json", asdict(recipe)
-    told = json.loads(path.read_text()) if path.exists() else {"tasks": list(tasks), "seeds": [], "recipe": about}
-    if told["tasks"] != list(tasks) or told["recipe"] != about:
-        raise SystemExit(
-            f"{path} was made with {told['tasks']}, {told['recipe']}; remove {root}, or pass another --work"
-        )
-    root.mkdir(parents=True, exist_ok=True)
-    told["seeds"] = sorted({*told["seeds"], *seeds})
-    path.write_text(json.dumps(told, indent=1) + "\n")
-
-
 def make_suite(root: Path, recipe: Recipe, seeds: Sequence[int], jobs: int, progress: Progress) -> None:
     """Run the stages that `root` doesn't hold yet; experts are trained in `jobs` processes of one thread each."""
     tasks = tuple(data.TASKS)
-    describe(root, tasks, seeds, recipe)
-    times = Times(root / "times.json")
+    describe(root, {"tasks": tasks, "recipe": asdict(recipe)}, seeds)
+    times = Times(root, threads=1)
     torch.set_num_threads(1)
     if not (root / "texts.safetensors").exists():
-        with times.stage("packages"):
+        with times.of("packages"):
             data.fetch(root / "packages")
-        with times.stage("base and texts"):
+        with times.of("base and texts"):
             if not (root / "base").exists():
                 make_base(root)
             make_texts(root, recipe.length)
     texts = load_file(root / "texts.safetensors")
     if not (root / "heads.safetensors").exists():
-        with times.stage("heads"):
+        with times.of("heads"):
             make_heads(root, texts, tasks)
     for seed in seeds:
         if not (root / f"seed-{seed}" / "testset.safetensors").exists():
@@ -253,6 +205,5 @@ def settings(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Make what the command line asks for."""
     options = settings(arguments)
-    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with bars() as progress:
         make_suite(options.work / NAME, Recipe(), options.seeds, options.jobs, progress)

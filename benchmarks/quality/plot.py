@@ -10,78 +10,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-from benchmarks.harness import commands
-from benchmarks.harness.results import load
-from benchmarks.quality.store import chosen
-
-matplotlib.use("Agg")
 
 from matplotlib import pyplot
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Row = dict[str, Any]
-# Told apart without colour vision, too (Okabe and Ito); on white, which stays white in a dark page.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#888888")
-MARKERS = "osD^vPX*"
-TARGETS = {"individual": ("--", "individual experts"), "base": (":", "base")}
-
-
-class Results:
-    """The rows of a file by kind, and what a caption says about them."""
-
-    def __init__(self, path: Path) -> None:
-        self.content: Row = load(path)
-        self.rows: list[Row] = self.content["rows"]
-        self.suite, self.tasks = self.content["suite"], self.content["tasks"]
-        machine = self.content["machine"]
-        self.about = f"{self.suite}; {machine['device']}, {self.content['date'][:10]}, commit {machine['commit']}"
-
-    def of(self, kind: str, **wanted: Any) -> list[Row]:
-        """Rows of a kind whose fields have these values."""
-        return [row for row in self.rows if row["kind"] == kind and all(row.get(k) == v for k, v in wanted.items())]
-
-    def curves(self, sweep: str) -> dict[str, list[tuple[float, float]]]:
-        """(x, mean accuracy) of each series of a sweep."""
-        found: dict[str, list[tuple[float, float]]] = {}
-        for row in self.of("sweep", sweep=sweep):
-            found.setdefault(row["series"], []).append((row["x"], row["mean"]))
-        return found
-
-    def level(self, series: str) -> float | None:
-        """Mean accuracy of base or experts over all tasks, on the examples of the sweeps."""
-        points = self.curves("tasks").get(series, [])
-        return max(points)[1] if points else None
-
-
-def figure(
-    title: str, results: Results, columns: int = 1, rows: int = 1, size: tuple[float, float] = (7.5, 4.6)
-) -> tuple[Figure, Any]:
-    """A white figure with a title and what the numbers are from."""
-    found, panels = pyplot.subplots(rows, columns, figsize=size, facecolor="white", layout="constrained", squeeze=False)
-    found.suptitle(f"{title}\n{results.about}", fontsize=10)
-    return found, panels
-
-
-def lines(axes: Axes, curves: dict[str, list[tuple[float, float]]], results: Results, xlabel: str, log: bool) -> None:
-    """Curves of accuracy, with base and experts as levels."""
-    for number, (series, points) in enumerate(curves.items()):
-        xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, color=COLOURS[number], marker=MARKERS[number], markersize=5, linewidth=1.4, label=series)
-    for series, (style, label) in TARGETS.items():
-        level = results.level(series)
-        if level is not None:
-            axes.axhline(level, color="#444444", linestyle=style, linewidth=1, label=f"{label}, {level:.1f}")
-    if log:
-        axes.set_xscale("log")
-    axes.set(xlabel=xlabel, ylabel="mean accuracy, % (validation)")
-    axes.grid(color="#e2e2e2", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.9)
+from benchmarks.harness import commands
+from benchmarks.quality.drawing import COLOURS, MARKERS, TARGETS, Results, Row, figure, lines
+from benchmarks.quality.store import chosen
 
 
 def seeds_of(rows: Sequence[Row]) -> str:
@@ -119,6 +54,29 @@ def accuracy(results: Results) -> Figure:
     return found
 
 
+def cost(results: Results) -> Figure:
+    """Accuracy against what a merge took: seconds and memory of the command, means over the seeds."""
+    rows = [row for row in results.of("table") if "seconds" in row]
+    found, ((left, right),) = figure(
+        f"accuracy against cost ({rows[0]['part']} examples, seeds {seeds_of(rows)})", results, 2, size=(15, 8)
+    )
+    for number, name in enumerate(dict.fromkeys(row["row"] for row in rows)):
+        seeds = [row for row in rows if row["row"] == name]
+        mean = statistics.fmean(row["mean"] for row in seeds)
+        look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number // len(COLOURS)) % len(MARKERS)]}
+        for axes, column in ((left, "seconds"), (right, "peak_mib")):
+            axes.scatter([statistics.fmean(row[column] for row in seeds)], [mean], s=36, label=name, **look)
+    left.set(xscale="log", xlabel="seconds of the command", ylabel="mean accuracy, %")
+    right.set(xscale="log", xlabel="peak memory of the command, MiB")
+    for axes in (left, right):
+        axes.grid(color="#e2e2e2", linewidth=0.6)
+        axes.set_axisbelow(True)
+    right.legend(
+        fontsize=7.5, facecolor="white", edgecolor="none", framealpha=0.9, loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
+    return found
+
+
 def stopping(results: Results) -> Figure:
     """Early stopping: WUDI's steps and step size, and the flow's time."""
     found, ((steps, rates, times),) = figure(
@@ -141,7 +99,8 @@ def count(results: Results) -> Figure:
         xs, ys = zip(*points, strict=True)
         style = TARGETS.get(series, ("-", ""))[0]
         colour = "#444444" if series in TARGETS else COLOURS[number % len(COLOURS)]
-        axes.plot(xs, ys, color=colour, linestyle=style, marker=MARKERS[number], markersize=5, label=series)
+        marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+        axes.plot(xs, ys, color=colour, linestyle=style, marker=marker, markersize=5, label=series)
     axes.set(xlabel="tasks merged", ylabel="mean accuracy over these tasks, % (validation)")
     axes.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
     axes.grid(color="#e2e2e2", linewidth=0.6)
@@ -256,6 +215,7 @@ def heterogeneity(results: Results) -> Figure:
 # Name of the file -> the figure, and the kind of rows (or sweep) that it needs.
 FIGURES: dict[str, tuple[Callable[[Results], Figure], str]] = {
     "accuracy": (accuracy, "table"),
+    "cost": (cost, "table"),
     "early-stopping": (stopping, "wudi steps"),
     "tasks": (count, "tasks"),
     "scale": (scale, "scale"),

@@ -49,11 +49,13 @@ def table(content: Row) -> Iterator[str]:
     """Accuracies by row and task, means over the seeds; what is tuned, in words, after the name."""
     rows = [row for row in content["rows"] if row["kind"] == "table"]
     tasks = content["tasks"]
-    yield from header(["", *tasks, "mean", "of individual, %", "seconds", "peak MiB"])
+    losses = ["loss"] if all("loss" in row for row in rows) else []  # older files have none
+    yield from header(["", *tasks, "mean", "of individual, %", *losses, "seconds", "peak MiB"])
     for name in dict.fromkeys(row["row"] for row in rows):
         seeds = [row for row in rows if row["row"] == name]
         cells = [f"{statistics.fmean(row['scores'][task] for row in seeds):.2f}" for task in tasks]
         cells += [over_seeds([row[column] for row in seeds]) for column in ("mean", "normalised")]
+        cells += [over_seeds([row[column] for row in seeds], 4) for column in losses]
         for column, digits in (("seconds", 1), ("peak_mib", 0)):
             known = [row[column] for row in seeds if column in row]
             cells.append(f"{statistics.fmean(known):.{digits}f}" if known else "")

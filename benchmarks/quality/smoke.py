@@ -31,7 +31,7 @@ def measure(tasks: Sequence[str]) -> Rows:
     suite = GlyphSuite.example(tasks)
     rows: Rows = {
         "base": scores(suite, suite.base(), tasks, 0, "test"),
-        "individual": individual(suite, tasks, 0, "test"),
+        "individual": individual(suite, tasks, 0, "test")["scores"],
     }
     for recipe in (*(TASK_ARITHMETIC.at(scale) for scale in TASK_ARITHMETIC.grid), *MERGES):
         weight = recipe.parameters.get("weight")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Part = Literal["validation", "test"]
+Found = dict[str, dict[str, float]]  # "scores" (percent) and "losses" (nats) by task
 
 
 class Suite(Protocol):
@@ -38,8 +39,8 @@ class Suite(Protocol):
     def answers(self, model: nn.Module, task: str, seed: int, part: Part) -> tuple[Tensor, Tensor]:
         """Logits of all of the task's examples through its frozen head, and their labels."""
 
-    def accuracy(self, model: nn.Module | Path, task: str, seed: int, part: Part) -> float:
-        """Percent of the task's examples that a model (or checkpoint) gets right."""
+    def measure(self, model: nn.Module, task: str, seed: int, part: Part) -> tuple[float, float]:
+        """(percent of the task's examples that a model gets right, mean negative log-likelihood in nats)."""
 
 
 @runtime_checkable
@@ -53,16 +54,25 @@ class RoutedSuite(Protocol):
         """A task's logits from what the model returns."""
 
 
+def measured(suite: Suite, model: nn.Module | Path, tasks: Sequence[str], seed: int, part: Part) -> Found:
+    """Accuracies in percent, and losses, of one model on each of the tasks."""
+    loaded = suite.load(model) if isinstance(model, Path) else model
+    found: Found = {"scores": {}, "losses": {}}
+    with torch.no_grad():
+        for task in tasks:
+            found["scores"][task], found["losses"][task] = suite.measure(loaded, task, seed, part)
+    return found
+
+
 def scores(suite: Suite, model: nn.Module | Path, tasks: Sequence[str], seed: int, part: Part) -> dict[str, float]:
     """Accuracy in percent of one model on each of the tasks."""
-    loaded = suite.load(model) if isinstance(model, Path) else model
-    with torch.no_grad():
-        return {task: suite.accuracy(loaded, task, seed, part) for task in tasks}
+    return measured(suite, model, tasks, seed, part)["scores"]
 
 
-def individual(suite: Suite, tasks: Sequence[str], seed: int, part: Part) -> dict[str, float]:
-    """Accuracy in percent of every expert on its own task."""
-    return {task: scores(suite, suite.expert(task, seed), [task], seed, part)[task] for task in tasks}
+def individual(suite: Suite, tasks: Sequence[str], seed: int, part: Part) -> Found:
+    """Accuracy in percent, and loss, of every expert on its own task."""
+    each = [measured(suite, suite.expert(task, seed), [task], seed, part) for task in tasks]
+    return {what: {task: value for found in each for task, value in found[what].items()} for what in each[0]}
 
 
 def mean(values: Iterable[float]) -> float:

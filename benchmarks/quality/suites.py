@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import environments
@@ -14,16 +16,36 @@ def work() -> Path:
     return environments.cache() / "quality"
 
 
+# Suite -> the module that makes it, its words before the options, and its option for the number of threads.
+MAKERS = {
+    "glyphs8": ("train", ["glyphs8"], "--threads"),
+    "minilm4": ("language_train", [], "--jobs"),
+    "glyphs16": ("train", ["glyphs16"], "--threads"),
+    "smollm4": ("causal_train", [], "--threads"),
+}
+
+
+def make(name: str, seeds: Sequence[int], threads: int) -> None:
+    """Make what a suite lacks of these seeds, as its own command does."""
+    module, words, threaded = MAKERS[name]
+    main = importlib.import_module(f"benchmarks.quality.{module}").main
+    main([*words, "--seeds", *map(str, seeds), threaded, str(threads)])
+
+
 def open_suite(name: str) -> Suite:
-    """`glyphs5` (the example's experts), `minilm4` (language_train.py's), or another folder's name: train.py's.
+    """`glyphs5` (the example's experts), `minilm4`, `smollm4`, or another folder's name: train.py's.
 
     Raises SystemExit if there is none.
     """
     if name == "glyphs5":
         return GlyphSuite.example()
+    root = work() / name
     if name == "minilm4":
         from benchmarks.quality.language_suite import LanguageSuite
 
-        language: Suite = LanguageSuite(work() / name)
-        return language
-    return GlyphSuite.trained(work() / name)
+        return LanguageSuite.trained(root)
+    if name == "smollm4":
+        from benchmarks.quality.causal_suite import CausalSuite
+
+        return CausalSuite.trained(root)
+    return GlyphSuite.trained(root)

@@ -36,6 +36,11 @@ class Point:
     tasks: tuple[str, ...]
 
 
+def counts(tasks: Sequence[str]) -> Sequence[int]:
+    """How many of the tasks are merged where accuracy is measured against that: all numbers up to 8, then even ones."""
+    return [count for count in range(2, len(tasks) + 1) if count <= 8 or count % 2 == 0 or count == len(tasks)]
+
+
 def points(tasks: tuple[str, ...]) -> Iterator[Point]:
     """All merges of all sweeps."""
 
@@ -61,12 +66,14 @@ def points(tasks: tuple[str, ...]) -> Iterator[Point]:
         for factor in LAMBDAS:
             recipe = Recipe("ties", "ties", {"weight": 1.0, "density": density, "lambda": factor})
             yield Point("ties", f"density {density:g}", factor, recipe, tasks)
-    for count in range(2, len(tasks) + 1):
+    for count in counts(tasks):
         some = tasks[:count]
         yield on("tasks", "simple average", count, "linear", some, weight=1.0)
         yield Point("tasks", TASK_ARITHMETIC.name, count, TASK_ARITHMETIC, some)
         yield Point("tasks", FLOW.name, count, FLOW, some)
         yield on("tasks", "ace, released, eps 1e-5", count, "ace", some)
+        for method in ("swudi_a", "tact", "dc_merge", "tsv_m", "iso_c"):
+            yield on("tasks", method, count, method, some)
 
 
 def sweeps(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[Entry]:
@@ -78,12 +85,10 @@ def sweeps(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[Entry
     def measured(name: str, depends: Entry, measure: Callable[[], Entry]) -> Entry:
         return store.get(f"sweep-{name}", {**key, **depends}, measure)
 
-    experts = measured(
-        "individual", {"of": "individual"}, lambda: {"scores": individual(suite, suite.tasks, seed, PART)}
-    )
+    experts = measured("individual", {"of": "individual"}, lambda: {**individual(suite, suite.tasks, seed, PART)})
     base = measured("base", {"of": "base"}, lambda: {"scores": scores(suite, suite.base(), suite.tasks, seed, PART)})
     for name, entry in (("individual", experts), ("base", base)):
-        for count in range(2, len(suite.tasks) + 1):
+        for count in counts(suite.tasks):
             some = {task: entry["scores"][task] for task in suite.tasks[:count]}
             yield {**about, "sweep": "tasks", "series": name, "x": count, "scores": some, "mean": mean(some.values())}
     for point in points(suite.tasks):

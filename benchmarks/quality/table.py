@@ -16,7 +16,7 @@ from benchmarks.quality import routed
 from benchmarks.quality.cases import RECIPES, Recipe
 from benchmarks.quality.merging import command, tune
 from benchmarks.quality.store import Entry, Store
-from benchmarks.quality.suite import Part, RoutedSuite, Suite, individual, mean, scores
+from benchmarks.quality.suite import Part, RoutedSuite, Suite, individual, mean, measured
 
 WEMOE = "wemoe, entropy"
 Tell = Callable[[str], None]
@@ -26,15 +26,17 @@ def table(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[Entry]
     """Rows of all seeds; a suite that cannot route has none for WEMoE."""
     for seed in suite.seeds:
         experts = None
+        about = {"suite": suite.name, "fingerprint": suite.fingerprint(seed), "seed": seed, "part": part}
         for name, depends, measure in _measurements(suite, seed, part):
-            key = {"suite": suite.name, "fingerprint": suite.fingerprint(seed), "seed": seed, "part": part, **depends}
+            key = {**about, "found": ["scores", "losses"], **depends}
             start = time.perf_counter()
             entry = store.get(f"table-seed-{seed}-{name}", key, measure)
             experts = entry["scores"] if name == "individual" else experts
             if experts is None:
                 raise RuntimeError("the individual experts come first: all rows are divided by theirs")
-            found = summarised(entry["scores"], experts)
-            tell(f"seed {seed}  {name:28} {found['mean']:6.2f}   {time.perf_counter() - start:5.1f} s")
+            found = summarised(entry["scores"], experts) | {"loss": mean(entry["losses"].values())}
+            took = time.perf_counter() - start
+            tell(f"seed {seed}  {name:36} {found['mean']:6.2f} {found['loss']:7.4f}   {took:5.1f} s")
             yield {"kind": "table", "suite": suite.name, "seed": seed, "row": name, "part": part, **entry, **found}
 
 
@@ -46,8 +48,8 @@ def summarised(found: dict[str, float], experts: dict[str, float]) -> dict[str, 
 def _measurements(suite: Suite, seed: int, part: Part) -> Iterator[tuple[str, Entry, Callable[[], Entry]]]:
     """(name, what it depends on beside the suite, how it is measured) of each row."""
     tasks = suite.tasks
-    yield "individual", {"row": "individual"}, lambda: {"scores": individual(suite, tasks, seed, part)}
-    yield "base", {"row": "base"}, lambda: {"scores": scores(suite, suite.base(), tasks, seed, part)}
+    yield "individual", {"row": "individual"}, lambda: {**individual(suite, tasks, seed, part)}
+    yield "base", {"row": "base"}, lambda: {**measured(suite, suite.base(), tasks, seed, part)}
     for recipe in RECIPES:
         yield recipe.name, {"row": asdict(recipe)}, partial(merge_row, suite, recipe, tasks, seed, part)
     if isinstance(suite, RoutedSuite):
@@ -62,9 +64,9 @@ def merge_row(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int, par
     with tempfile.TemporaryDirectory(prefix="pymerge-quality-") as folder:
         out = Path(folder, "merged")
         cost = command(suite, recipe, tasks, seed, out)
-        found = scores(suite, out, tasks, seed, part)
+        found = measured(suite, out, tasks, seed, part)
     about: dict[str, Any] = {"method": recipe.method, "parameters": dict(recipe.parameters), **taken(cost)}
-    return {**about, "scores": found} | ({"tuning": tried} if tried else {})
+    return {**about, **found} | ({"tuning": tried} if tried else {})
 
 
 def routed_row(suite: Suite, tasks: Sequence[str], seed: int, part: Part) -> Entry:
@@ -79,7 +81,7 @@ def routed_row(suite: Suite, tasks: Sequence[str], seed: int, part: Part) -> Ent
         "method": "wemoe",
         "parameters": routed.settings(),
         **taken(cost),
-        "scores": scores(suite, model, tasks, seed, part),
+        **measured(suite, model, tasks, seed, part),
     }
 
 

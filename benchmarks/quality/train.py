@@ -1,34 +1,34 @@
-"""Make the suite glyphs8 from nothing: characters, base, heads and held-out images, experts of every seed.
+"""Make the glyph suites from nothing: characters, base, heads and held-out images, experts of every seed.
 
-    python -m benchmarks quality train [--work DIR] [--seeds 0 1 2] [--threads 2]
+    python -m benchmarks quality train [glyphs8 glyphs16] [--work DIR] [--seeds 0 1 2] [--threads 2]
 
-What DIR/glyphs8 holds already is not done again, so a killed run goes on where it stopped. All random numbers of a step
-come from a generator seeded by (seed, stage, step); there is one base, and everything else of a seed is drawn anew.
+What a folder DIR/SUITE holds already is not done again, so a killed run goes on where it stopped. All random numbers of
+a step come from a generator seeded by (seed, stage, step); there is one base, and all else of a seed is drawn anew.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from rich.progress import Progress
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.harness import commands, environments
-from benchmarks.quality.glyphs8 import CONFIG, TASKS, characters, forward
+from benchmarks.quality import glyphs8, glyphs16
+from benchmarks.quality.glyphs8 import CONFIG, characters, forward
+from benchmarks.quality.making import Times, bars, describe, whole, write_whole
 from examples.glyphs import train as glyphs
 from examples.glyphs.data import Task
 from examples.glyphs.model import HEAD_SCALE, GlyphVitConfig, load_model, save_model
 
 BASE_SEED = 0
+HEAD_SCALES = {"head_scale": str(HEAD_SCALE)}  # metadata of files with heads
 
 
 @dataclass(frozen=True)
@@ -45,48 +45,37 @@ class Recipe:
     validation_images: int = 250
 
 
-class Times:
-    """WORK/times.json: wall seconds and threads of each stage that ran to its end, the last run of it."""
+@dataclass(frozen=True)
+class Plan:
+    """What a suite is made of: its tasks, and the characters of its base or the suite whose base it takes."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self.path, self.threads = path, threads
-
-    @contextmanager
-    def of(self, stage: str, **more: Any) -> Iterator[None]:
-        """Time what is done inside; `more` is written beside the seconds."""
-        begin = time.perf_counter()
-        yield
-        known = json.loads(self.path.read_text()) if self.path.exists() else {}
-        known[stage] = {"seconds": round(time.perf_counter() - begin, 1), "threads": self.threads} | more
-        write_whole(self.path, json.dumps(known, indent=1) + "\n")
+    tasks: Mapping[str, Task]
+    pretraining: str = ""
+    base_of: str = ""
 
 
-def write_whole(path: Path, content: str | Mapping[str, Tensor]) -> None:
-    """Write text or tensors under a temporary name, then rename."""
-    partial = path.with_suffix(".partial")
-    if isinstance(content, str):
-        partial.write_text(content)
-    else:
-        save_file(dict(content), partial, metadata={"head_scale": str(HEAD_SCALE)})
-    partial.replace(path)
+SUITES = {
+    "glyphs8": Plan(glyphs8.TASKS, pretraining=glyphs8.PRETRAINING),
+    "glyphs16": Plan(glyphs16.TASKS, base_of="glyphs8"),
+}
 
 
 class Maker:
     """Makes what a folder does not hold yet."""
 
-    def __init__(self, work: Path, recipe: Recipe, tasks: Mapping[str, Task], progress: Progress) -> None:
-        self.work, self.recipe, self.tasks, self.progress = work, recipe, tasks, progress
-        self.times = Times(work / "times.json", recipe.threads)
+    def __init__(self, work: Path, recipe: Recipe, plan: Plan, progress: Progress) -> None:
+        self.work, self.recipe, self.plan, self.progress = work, recipe, plan, progress
+        self.tasks = plan.tasks
+        self.times = Times(work, recipe.threads)
 
     def make(self, seeds: Sequence[int]) -> None:
         """Everything of these seeds.
 
         Raises SystemExit if the folder was made by another recipe.
         """
-        self.describe(seeds)
-        base = self.work / "base"
-        if not whole(base):
-            self.pretrain(base)
+        shared = {"base_of": self.plan.base_of} if self.plan.base_of else {}
+        describe(self.work, {"tasks": list(self.tasks), "recipe": asdict(self.recipe), **shared}, seeds)
+        self.make_base()
         for seed in seeds:
             testset = self.testset(seed)
             for task in self.tasks:
@@ -94,17 +83,20 @@ class Maker:
                 if not whole(expert):
                     self.finetune(seed, task, testset, expert)
 
-    def describe(self, seeds: Sequence[int]) -> None:
-        """Write suite.json, or add seeds to it."""
-        path = self.work / "suite.json"
-        recipe = json.loads(json.dumps(asdict(self.recipe)))
-        if path.exists():
-            known = json.loads(path.read_text())
-            if (known["recipe"], known["tasks"]) != (recipe, list(self.tasks)):
-                raise SystemExit(f"{path} says that it was made otherwise than {recipe}; pass another --work")
-            seeds = sorted({*known["seeds"], *seeds})
-        self.work.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"tasks": list(self.tasks), "seeds": list(seeds), "recipe": recipe}, indent=1))
+    def make_base(self) -> None:
+        """The base, of another suite if the plan says so; that one's folder is beside this one."""
+        base = self.work / "base"
+        if whole(base):
+            return
+        if not self.plan.base_of:
+            self.pretrain(base)
+            return
+        other = self.work.with_name(self.plan.base_of)
+        owner = Maker(other, self.recipe, SUITES[self.plan.base_of], self.progress)
+        describe(other, {"tasks": list(owner.tasks), "recipe": asdict(self.recipe)}, [])
+        owner.make_base()
+        shutil.copytree(other / "base", base.with_name("base.partial"), dirs_exist_ok=True)
+        base.with_name("base.partial").replace(base)
 
     @cached_property
     def clean(self) -> dict[str, Tensor]:
@@ -112,7 +104,8 @@ class Maker:
         path = self.work / "characters.safetensors"
         if not path.exists():
             with self.times.of("characters"):
-                write_whole(path, characters(self.progress))
+                found = characters(self.progress, self.tasks, self.plan.pretraining)
+                write_whole(path, found, HEAD_SCALES)
         return load_file(path)
 
     def pretrain(self, base: Path) -> None:
@@ -151,8 +144,7 @@ class Maker:
                     rng = glyphs.generator(seed, f"{name}.{part}")
                     images, labels = glyphs.held_out(*source, task.nuisance, n, rng)
                     tensors |= {f"{name}.{part}.images": images, f"{name}.{part}.labels": labels}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, tensors)
+            write_whole(path, tensors, HEAD_SCALES)
         return load_file(path)
 
     def finetune(self, seed: int, task: str, testset: Mapping[str, Tensor], expert: Path) -> None:
@@ -174,22 +166,21 @@ def save_whole(model: glyphs.GlyphVit, folder: Path) -> None:
     partial.replace(folder)
 
 
-def whole(folder: Path) -> bool:
-    """Whether a model is there."""
-    return (folder / "model.safetensors").exists()
-
-
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = commands.parser("benchmarks.quality.train", __doc__)
     work = environments.cache() / "quality"
-    parser.add_argument("--work", type=Path, default=work, help=f"holds, or gets, the folder glyphs8 (default: {work})")
+    parser.add_argument("suites", nargs="*", default=list(SUITES), metavar="SUITE", help="default: glyphs8 glyphs16")
+    parser.add_argument("--work", type=Path, default=work, help=f"holds, or gets, the suites' folders ({work})")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of experts and images (default: 0 1 2)"
     )
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch; bytes depend on it (default: 2)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        Maker(options.work / "glyphs8", Recipe(threads=options.threads), TASKS, progress).make(options.seeds)
+    unknown = set(options.suites) - SUITES.keys()
+    if unknown:
+        parser.error(f"no suite {', '.join(sorted(unknown))}: choose from {', '.join(SUITES)}")
+    with bars() as progress:
+        for name in options.suites:
+            Maker(options.work / name, Recipe(threads=options.threads), SUITES[name], progress).make(options.seeds)

@@ -107,6 +107,7 @@ def train(
     weight_decay: float,
     ticks: Iterable[int],
     checkpoint: Path | None = None,
+    every: int = 0,
 ) -> None:
     """AdamW with warm-up and a cosine schedule; goes on from `checkpoint` when it exists."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
@@ -123,7 +124,7 @@ def train(
         optimizer.zero_grad()
         torch.autograd.backward(value)
         optimizer.step()
-        if checkpoint and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
+        if checkpoint and (step + 1) % (every or CHECKPOINT_EVERY) == 0 and step + 1 < steps:
             keep(parameters, optimizer, step + 1, checkpoint)
             print(f"step {step + 1}: loss {value.item():.3f}", flush=True)
 

@@ -206,7 +206,7 @@ def made(root: Path) -> LanguageSuite:
     """The suite, trained where it isn't yet."""
     with Progress(disable=True) as progress:
         language_train.make_suite(root, RECIPE, [0], 1, progress)
-    return LanguageSuite(root)
+    return LanguageSuite.trained(root)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_a_broken_run_goes_on_to_the_same_bytes(suite: LanguageSuite, tmp_path: 
     (experts / "nouns.partial").mkdir()
     (tmp_path / "broken" / "seed-0" / "testset.safetensors").unlink()
     with pytest.raises(SystemExit, match="no seed with all its experts"):
-        LanguageSuite(tmp_path / "broken")
+        LanguageSuite.trained(tmp_path / "broken")
     kept = (experts / "diseases").stat().st_mtime_ns
     assert made(tmp_path / "broken").fingerprint(0) == suite.fingerprint(0)
     assert (experts / "diseases").stat().st_mtime_ns == kept

@@ -23,6 +23,7 @@ TINY = suite.Recipe(
     validation_images=5,
 )
 TASKS = {name: glyphs8.Task("abc", glyphs8.TASKS[name].nuisance) for name in ("greek", "cyrillic")}
+PLAN = suite.Plan(TASKS, pretraining="abc")
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +44,10 @@ def drawn(work: Path) -> Path:
     return work
 
 
-def make(work: Path, seeds: list[int], recipe: suite.Recipe = TINY) -> dict[str, bytes]:
+def make(work: Path, seeds: list[int], recipe: suite.Recipe = TINY, plan: suite.Plan = PLAN) -> dict[str, bytes]:
     """Make a tiny suite; what is in its files, but for the times."""
     with Progress(disable=True) as progress:
-        suite.Maker(work, recipe, TASKS, progress).make(seeds)
+        suite.Maker(work, recipe, plan, progress).make(seeds)
     files = sorted(path for path in work.rglob("*") if path.is_file() and path.name != "times.json")
     return {str(path.relative_to(work)): path.read_bytes() for path in files}
 
@@ -127,9 +128,28 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
         make(work, [0], suite.Recipe(threads=2, config=TINY.config))
 
 
-@pytest.mark.parametrize("task", glyphs8.TASKS)
-def test_nuisances(task: str) -> None:
-    nuisance = glyphs8.TASKS[task].nuisance
+def test_a_suite_with_the_base_of_another_makes_that_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "SUITES", {"owner": PLAN})
+    owner, work = drawn(tmp_path / "owner"), drawn(tmp_path / "other")
+    found = make(work, [0], plan=suite.Plan(TASKS, base_of="owner"))
+    assert found["base/model.safetensors"] == (owner / "base/model.safetensors").read_bytes()
+    assert json.loads(found["suite.json"])["base_of"] == "owner"
+    assert json.loads((owner / "suite.json").read_text())["seeds"] == []
+    assert not (owner / "seed-0").exists()
+    made = make(owner, [0])
+    assert made["base/model.safetensors"] == found["base/model.safetensors"]
+    with pytest.raises(SystemExit, match="pass another --work"):
+        make(work, [0])  # a base of its own
+
+
+NUISANCES = [(name, task) for plan in suite.SUITES.values() for name, task in plan.tasks.items()]
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, id=f"{name}, {task.nuisance.__name__}") for name, task in NUISANCES]
+)
+def test_nuisances(task: glyphs8.Task) -> None:
+    nuisance = task.nuisance
     rng = torch.Generator().manual_seed(0)
     images = torch.rand(6, 32, 32, generator=rng)
     first, again, other = (nuisance(images.clone(), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
@@ -137,15 +157,15 @@ def test_nuisances(task: str) -> None:
     assert first.dtype == torch.float32
     assert 0 <= first.min() < first.max() <= 1
     assert torch.equal(first, again)
-    assert torch.equal(first, other) == (task == "cyrillic")  # a blur is the same for all
+    assert torch.equal(first, other) == (nuisance.__name__ in ("blur", "motion", "outlines"))  # the same for all
     assert (first - images).abs().mean() > 0.05
 
 
 def test_no_character_of_a_task_is_pretrained_on_and_no_face_is_in_two_parts() -> None:
-    asked = "".join(task.characters for task in glyphs8.TASKS.values())
-    assert len(glyphs8.TASKS) == 8
-    assert not set(glyphs8.PRETRAINING) & set(asked)
-    assert all(len(set(task.characters)) == len(task.characters) for task in glyphs8.TASKS.values())
+    assert [len(plan.tasks) for plan in suite.SUITES.values()] == [8, 16]
+    assert not set(glyphs8.PRETRAINING) & set("".join(task.characters for _, task in NUISANCES))
+    assert all(len(set(task.characters)) == len(task.characters) for _, task in NUISANCES)
+    assert len({(task.characters, task.nuisance) for _, task in NUISANCES}) == 24  # no task twice
     families = [set(f.split()) for f in (glyphs8.TRAIN_FAMILIES, glyphs8.VALIDATION_FAMILIES, glyphs8.TEST_FAMILIES)]
     assert sum(map(len, families)) == len(set.union(*families))
 
