@@ -85,6 +85,8 @@ def layered(recipe: Recipe) -> Recipe:
 TSV_M = Recipe("tsv_m", "tsv_m")
 AVERAGE = Recipe("task arithmetic, 1/T", "task_arithmetic", {"weight": PER_TASK})
 TACT, DC_MERGE, RESMERGE, DOGE = (Recipe(name, name) for name in ("tact", "dc_merge", "resmerge", "doge"))
+# Passes behind a method work on single tensors, so doge's density must be a share of each.
+DOGE_BY_TENSOR = Recipe("doge, scope tensor", "doge", {"scope": "tensor"})
 STAR, CART, LORE = (Recipe(name, name) for name in ("star", "cart", "lore"))
 
 RECIPES = (
@@ -121,7 +123,7 @@ RECIPES = (
     Recipe("cart, lambda tuned", "cart", {}, "lambda", SCALES, 0.1),
     LORE,
     Recipe("lore, lambda tuned", "lore", {}, "lambda", (*FACTORS, 3.0, 4.0), 1.0),
-    *(calibrated(recipe) for recipe in (FLOW, TSV_M, TACT, DC_MERGE, DOGE)),
+    *(calibrated(recipe) for recipe in (FLOW, TSV_M, TACT, DC_MERGE, DOGE_BY_TENSOR)),
     *(calibrated(recipe, PER_TASK) for recipe in (AVERAGE, RESMERGE, STAR, CART, LORE)),
     *(boosted(recipe) for recipe in (FLOW, TSV_M, AVERAGE)),
     *(layered(recipe) for recipe in (FLOW, TSV_M, AVERAGE)),
