@@ -67,7 +67,7 @@ def cost(results: Results) -> Figure:
         for axes, column in ((left, "seconds"), (right, "peak_mib")):
             axes.scatter([statistics.fmean(row[column] for row in seeds)], [mean], s=36, label=name, **look)
     left.set(xscale="log", xlabel="seconds of the command", ylabel="mean accuracy, %")
-    right.set(xscale="log", xlabel="peak memory of the command, MiB")
+    right.set(xlabel="peak memory of the command, MiB")
     for axes in (left, right):
         axes.grid(color="#e2e2e2", linewidth=0.6)
         axes.set_axisbelow(True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import merging, show
-from benchmarks.quality.cases import RECIPES, TASK_ARITHMETIC
+from benchmarks.quality import merging, show, suites
+from benchmarks.quality.cases import PER_TASK, RECIPES, TASK_ARITHMETIC
 from benchmarks.quality.explain import exact
 from benchmarks.quality.glyph_suite import GlyphSuite
 from benchmarks.quality.measures import natural
 from benchmarks.quality.store import Store
 from benchmarks.quality.suite import RoutedSuite
+from benchmarks.quality.sweeps import counts
 from benchmarks.quality.table import summarised
 from pymerge import plan
 from pymerge.planner.steps import Step
@@ -96,3 +98,58 @@ def test_the_table_shows_means_and_deviations_over_seeds() -> None:
     ]
     *_, last = show.table({"tasks": ["a"], "rows": rows})
     assert last == "| ace | 72.00 | 72.00 ± 2.83 | 80.00 ± 0.00 | 2.5 | 300 |"
+    *_, last = show.table({"tasks": ["a"], "rows": [row | {"loss": 1.5} for row in rows]})
+    assert last == "| ace | 72.00 | 72.00 ± 2.83 | 80.00 ± 0.00 | 1.5000 ± 0.0000 | 2.5 | 300 |"
+
+
+def test_accuracy_is_drawn_against_cost_and_against_more_series_than_there_are_colours(tmp_path: Path) -> None:
+    plot = pytest.importorskip("benchmarks.quality.plot")
+    methods = [f"method {number}" for number in range(12)]
+    rows = [
+        {
+            "kind": "table",
+            "row": method,
+            "seed": seed,
+            "part": "test",
+            "scores": {"a": 50.0 + seed},
+            "mean": 50.0 + seed,
+        }
+        | ({} if method == "method 0" else {"seconds": 1.0 + seed, "peak_mib": 300.0})
+        for method in methods
+        for seed in (0, 1)
+    ]
+    rows += [
+        {"kind": "sweep", "sweep": "tasks", "series": method, "x": x, "mean": 60.0 - x}
+        for method in methods
+        for x in (2, 3)
+    ]
+    content = {"suite": "small", "tasks": ["a"], "date": "2026-12-01", "machine": {"device": "here", "commit": "c"}}
+    (tmp_path / "small.json").write_text(json.dumps({**content, "schema": 1, "rows": rows}))
+    found = list(plot.draw(plot.Results(tmp_path / "small.json"), tmp_path, ("cost", "tasks")))
+    assert [path.name for path in found] == ["quality-small-cost.png", "quality-small-tasks.png"]
+    assert all(path.stat().st_size > 10_000 for path in found)
+
+
+@pytest.mark.parametrize("suite", suites.MAKERS)
+def test_makers_have_the_options_that_the_one_command_passes(
+    suite: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, words, threaded = suites.MAKERS[suite]
+    monkeypatch.setitem(suites.MAKERS, suite, (module, [*words, "--work", "nowhere"], threaded))
+    with pytest.raises(SystemExit):
+        suites.make(suite, ["one"], 2)  # type: ignore[list-item]
+    assert "argument --seeds: invalid int value: 'one'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        suites.make(suite, [0], "two")  # type: ignore[arg-type]
+    assert f"argument {threaded}: invalid int value: 'two'" in capsys.readouterr().err
+
+
+def test_a_value_that_depends_on_the_number_of_tasks() -> None:
+    suite = GlyphSuite.example()
+    recipe = merging.Recipe("average", "task_arithmetic", {"weight": PER_TASK, "lambda": 1.0})
+    assert recipe.config(suite, suite.tasks[:4], 0)["parameters"] == {"weight": 0.25, "lambda": 1.0}
+
+
+def test_all_numbers_of_tasks_up_to_eight_and_even_ones_beyond() -> None:
+    assert list(counts("a" * 5)) == [2, 3, 4, 5]
+    assert list(counts("a" * 13)) == [2, 3, 4, 5, 6, 7, 8, 10, 12, 13]
