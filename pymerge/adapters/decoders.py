@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.decoded import Decoder, ReadRows, Span
@@ -27,7 +28,7 @@ class OfAdapter(Decoder):
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
-    @property
+    @cached_property
     def dtype(self) -> str:
         return "F64" if any(part.dtype == "F64" for part in self.parts) else "F32"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.decoded import ReadRows
@@ -30,7 +31,7 @@ class Matrix:
     transposed: bool = False
     blocks: int = 1
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         rows, columns = len(range(*self.rows)), len(range(*self.columns)) * self.blocks
         return (columns, rows) if self.transposed else (rows, columns)
@@ -89,7 +90,8 @@ class Loader:
         """Rows of a factor, reading no more than them where that can be."""
         import numpy as np
 
-        if factor.entry in self._whole or factor.blocks > 1 or factor.columns[2] != 1:
+        known = bool(self._whole) and factor.entry in self._whole  # an entry's hash takes time
+        if known or factor.blocks > 1 or factor.columns[2] != 1:
             return self.values(factor, kept=True)[start:stop]
         begin, _, step = factor.rows
         if not factor.transposed:

@@ -90,6 +90,8 @@ class OpenFiles:
 
     def _close_idle(self, keep: int) -> None:
         """Close unused descriptors, least recently used first, until `keep` are open. The lock is held."""
+        if len(self._descriptors) <= keep:
+            return
         for path in list(self._descriptors):
             if len(self._descriptors) <= keep:
                 break

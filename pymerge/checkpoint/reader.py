@@ -119,8 +119,10 @@ class Reader:
             shape, _, _ = _span(entry, start_row, stop_row)
             fill_decoded(self.read_bytes, entry, out, start_row, start_row + shape[0])
             return
-        with self.places([entry], start_row, stop_row) as [(descriptor, offset)]:
+        _, offset, _ = _span(entry, start_row, stop_row)
+        with self._files.descriptor(entry.file) as descriptor:
             _fill(entry, descriptor, out, offset, out.nbytes)
+            self._files.check(entry.file, descriptor)
 
     @contextmanager
     def places(

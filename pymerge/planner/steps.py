@@ -148,17 +148,18 @@ class Step:
 
     def bytes_of_input(self, entry: TensorEntry, start: int, stop: int) -> int:
         """Bytes that are read of files for rows of an input; an adapter's are made of the base's, which are there."""
-        if entry in self._on_base:
+        if self._on_base and id(entry) in self._on_base:
             rows, own = max(1, self._rows), sum(part.stored_bytes for part in entry.adapter_parts)
             return own * stop // rows - own * start // rows
         return entry.stored_in(start, stop)
 
     @cached_property
-    def _on_base(self) -> frozenset[TensorEntry]:
-        """The experts that are adapters of the base, where that is read."""
+    def _on_base(self) -> frozenset[int]:
+        """The experts that are adapters of the base, where that is read: by identity, as their hashes take longer than
+        the work of a piece."""
         if not self.reads_base or self.base.needs_torch or self.base.dtype not in NATIVE:
             return frozenset()
-        return frozenset(entry for entry in self.experts if entry.adapter_parts and _base_of(entry, self.base))
+        return frozenset(id(entry) for entry in self.experts if entry.adapter_parts and _base_of(entry, self.base))
 
     @property
     def shares_base(self) -> bool:
