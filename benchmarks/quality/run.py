@@ -1,6 +1,6 @@
 """Makes suites of tasks, and measures what each merge is worth on them.
 
-    python -m benchmarks quality [SUITE ...] [--seeds 0 1 2] [--threads 2] [--only table] [--part test]
+    python -m benchmarks quality [SUITE ...] [--seeds 0 1 2] [--threads 2] [--only table] [--rows REGEX] [--part test]
 
 Without a SUITE all four are made first, where they are not whole: `glyphs8` and `glyphs16` (`quality train`),
 `minilm4` (`quality language`), `smollm4` (`quality causal`). A suite that is named is measured as it is; `glyphs5` is
@@ -15,6 +15,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: all that the suite has; 0 1 2 where it is made")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=STAGES, help="default: what suits the suite")
+    parser.add_argument("--rows", default="", help="a regular expression: rows of the table whose names it is found in")
     parser.add_argument("--part", choices=("test", "validation"), default="test", help="examples of the table")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     options = parser.parse_args(arguments)
@@ -68,7 +70,8 @@ def run(name: str, options: argparse.Namespace) -> None:
         f"quality-{suite.name}", "cpu", suite=suite.name, tasks=suite.tasks, seeds=suite.seeds, options=settings
     )
     for stage in stages:
-        for row in STAGES[stage](suite, store, options.part, lambda line: print(line, flush=True)):
+        measure = partial(table, wanted=options.rows) if stage == "table" else STAGES[stage]
+        for row in measure(suite, store, options.part, lambda line: print(line, flush=True)):
             results.rows.append(row)
             results.write()
     print(f"written to {results.path}")

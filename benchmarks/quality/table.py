@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +23,14 @@ WEMOE = "wemoe, entropy"
 Tell = Callable[[str], None]
 
 
-def table(suite: Suite, store: Store, part: Part, tell: Tell) -> Iterator[Entry]:
-    """Rows of all seeds; a suite that cannot route has none for WEMoE."""
+def table(suite: Suite, store: Store, part: Part, tell: Tell, wanted: str = "") -> Iterator[Entry]:
+    """Rows of all seeds, or those whose names `wanted` is found in; a suite that cannot route has none for WEMoE."""
     for seed in suite.seeds:
         experts = None
         about = {"suite": suite.name, "fingerprint": suite.fingerprint(seed), "seed": seed, "part": part}
         for name, depends, measure in _measurements(suite, seed, part):
+            if name != "individual" and not re.search(wanted, name):
+                continue
             key = {**about, "found": ["scores", "losses"], **depends}
             start = time.perf_counter()
             entry = store.get(f"table-seed-{seed}-{name}", key, measure)
