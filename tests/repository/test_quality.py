@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.quality import merging, show, suites
 from benchmarks.quality.cases import PER_TASK, RECIPES, TASK_ARITHMETIC
@@ -15,7 +16,7 @@ from benchmarks.quality.measures import natural
 from benchmarks.quality.store import Store
 from benchmarks.quality.suite import RoutedSuite
 from benchmarks.quality.sweeps import counts
-from benchmarks.quality.table import summarised
+from benchmarks.quality.table import summarised, table
 from pymerge import plan
 from pymerge.planner.steps import Step
 
@@ -153,3 +154,16 @@ def test_a_value_that_depends_on_the_number_of_tasks() -> None:
 def test_all_numbers_of_tasks_up_to_eight_and_even_ones_beyond() -> None:
     assert list(counts("a" * 5)) == [2, 3, 4, 5]
     assert list(counts("a" * 13)) == [2, 3, 4, 5, 6, 7, 8, 10, 12, 13]
+
+
+def test_chosen_rows_have_accuracies_and_losses(tmp_path: Path) -> None:
+    suite = GlyphSuite.example(("digits",))
+    individual, base = table(suite, Store(tmp_path, {}), "validation", lambda line: None, "^base$")
+    assert (individual["row"], base["row"]) == ("individual", "base")
+    for row, folder in ((individual, suite.expert("digits", 0)), (base, suite.base())):
+        logits, labels = suite.answers(suite.load(folder), "digits", 0, "validation")
+        likelihoods = logits.double().log_softmax(1)[torch.arange(len(labels)), labels]
+        assert row["losses"]["digits"] == pytest.approx(-float(likelihoods.mean()), rel=1e-5)
+        assert row["loss"] == row["losses"]["digits"]
+        assert row["mean"] == pytest.approx(100 * float((logits.argmax(1) == labels).double().mean()))
+    assert base["normalised"] == pytest.approx(100 * base["mean"] / individual["mean"])
