@@ -156,7 +156,7 @@ class Runner:
     Native code works on arrays with one thread, so that several jobs may run side by side, and on tensors with as many
     as PyTorch has.
 
-    On CUDA float32 is IEEE's, whatever the process has set.
+    Float32 is IEEE's, whatever the process has set.
 
     Raises BackendError at construction if the backend or device cannot be used, ArgumentError from a call whose
     arguments do not fit together. `choices` tells what computed each op last; each reason is logged once. Calls may

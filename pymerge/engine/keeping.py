@@ -12,6 +12,7 @@ from pymerge.common.arrays import as_tensor
 from pymerge.engine.matrices import by_matrices, threads_for
 from pymerge.methods.actions import Kept, Run, Solve
 from pymerge.methods.rows import Rows
+from pymerge.ops._precision import ieee_products
 from pymerge.planner import pieces
 
 
@@ -21,7 +22,7 @@ def keep_whole(action: Solve, role: Role, run: Run, rows: Rows) -> list[Kept] | 
 
     def keep(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], code: str) -> list[Tensor]:
         for base, tasks in zip(bases, experts, strict=True):
-            with threads_for(base):
+            with threads_for(base), ieee_products(base.device.type):
                 found.append(action.keep(run, base, tasks))
         return list(bases)
 
@@ -39,7 +40,7 @@ def merge_kept(kept: Sequence[Kept], action: Solve, role: Role, base: Tensor, ou
     def merge(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], code: str) -> list[Tensor]:
         merged = []
         for matrix in bases:
-            with threads_for(matrix):
+            with threads_for(matrix), ieee_products(matrix.device.type):
                 merged.append(next(rest).merge(action, matrix, code))
         return merged
 

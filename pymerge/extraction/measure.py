@@ -20,6 +20,7 @@ from pymerge.extraction.deltas import BLOCK, Delta, difference, is_held
 from pymerge.extraction.factorise import Triplets, algorithm_of, factorise, scratch
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.targets import TensorPair
+from pymerge.ops._precision import ieee_products
 
 # Bytes for an element of a block that is being read: of both models, upcast, their difference, also in float64.
 _READING = 40
@@ -70,7 +71,8 @@ def cut(target: TensorPair, options: ExtractOptions, deltas: Iterable[Delta]) ->
     for number, delta in enumerate(deltas):
         algorithm = algorithm_of(target.shape, options, held=delta.held)
         try:
-            triplets = factorise(delta, options, key_of(options.seed, target.name, number))
+            with ieee_products("cpu"):
+                triplets = factorise(delta, options, key_of(options.seed, target.name, number))
         except RuntimeError as error:  # LAPACK's; memory that runs out is one, too
             if is_out_of_memory(error):
                 raise

@@ -111,6 +111,16 @@ def test_many_are_what_each_is(method: str, fixed: dict[str, Any], later: Later)
         assert same(merged, merger.merge(**parameters))
 
 
+def test_later_merges_are_the_same_whatever_precision_is_set() -> None:
+    base, experts = models()
+    expected = pymerge.Merger(base, experts, "wudi_flow").merge(time=30.0)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert same(pymerge.Merger(base, experts, "wudi_flow").merge(time=30.0), expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_many_in_little_memory_come_in_groups() -> None:
     base, experts = models()
     model = sum(tensor.nbytes for tensor in base.values())

@@ -112,10 +112,51 @@ def test_the_last_of_several_threads_gives_it_back() -> None:
     assert MATMUL.fp32_precision == "tf32"
 
 
-def test_ops_on_a_cpu_leave_the_setting_alone() -> None:
-    high()
+def of_cpus() -> None:
+    CPU.fp32_precision = "bf16"
+
+
+def of_every_library() -> None:
+    torch.backends.fp32_precision = "bf16"  # type: ignore[attr-defined]
+
+
+CPU_WAYS = [nothing, high, medium, every_precision, of_cpus, of_every_library]
+
+
+@pytest.mark.parametrize("way", CPU_WAYS)
+def test_products_of_a_cpu_are_ieee_inside_and_as_they_were_outside(way: Callable[[], None]) -> None:
+    way()
+    before = settings()
+    assert way is nothing or CPU.fp32_precision in ("tf32", "bf16")
     with ieee_products("cpu"):
-        assert MATMUL.fp32_precision == "tf32"
+        assert CPU.fp32_precision in ("none", "ieee")
+        with ieee_products("cpu"):
+            assert CPU.fp32_precision in ("none", "ieee")
+        assert CPU.fp32_precision in ("none", "ieee")
+    assert settings() == before
+    with pytest.raises(ValueError, match="inside"), ieee_products("cpu"):
+        raise ValueError("inside")
+    assert settings() == before
+
+
+def test_what_is_set_for_all_libraries_still_counts_on_a_cpu_afterwards() -> None:
+    of_every_library()
+    with ieee_products("cpu"):
+        pass
+    torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    assert CPU.fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize("way", [medium, of_cpus, of_every_library])
+@pytest.mark.parametrize("method", ["wudi_flow", "ace", "iso_c"])
+def test_a_merge_on_a_cpu_is_the_same_whatever_is_set(way: Callable[[], None], method: str) -> None:
+    """Where the processor multiplies in bfloat16 these have other bits in products of this size."""
+    case = task_case((256, 192), [torch.float32] * 4)
+    expected = merge_tensors(case.base, case.experts, method, device="cpu")
+    way()
+    before = settings()
+    assert torch.equal(merge_tensors(case.base, case.experts, method, device="cpu"), expected)
+    assert settings() == before
 
 
 def test_ops_of_a_runner_on_a_device_are_computed_so(monkeypatch: pytest.MonkeyPatch) -> None:
