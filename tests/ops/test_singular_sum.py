@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from pymerge.backends.native.singular_sum import _single_times
 from pymerge.backends.runner import Runner
 from pymerge.common.arrays import Array
 from pymerge.errors import ArgumentError
@@ -89,3 +90,15 @@ def test_orthogonalised_columns() -> None:
     torch.testing.assert_close(factor.mT @ factor, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-12)
     twice = orthogonalised(torch.cat([factor, factor], dim=1))
     torch.testing.assert_close(twice, torch.cat([factor, factor], dim=1) / math.sqrt(2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e6])
+def test_vectors_by_float32_are_measured(spread: float) -> None:
+    """Those of singular values far below the others are rounding in float32, and are formed in float64 then."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(rows, 64, generator=generator, dtype=torch.float64))[0] for rows in (300, 200)
+    )
+    s = torch.logspace(0, -math.log10(spread), 64, dtype=torch.float64)
+    found = _single_times((left * s) @ right.mT, right / s)
+    assert float((found - left).norm()) <= 4e-6 * 8.0
