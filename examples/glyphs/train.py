@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 CACHE = Path(tempfile.gettempdir(), "pymerge-glyphs")
 BATCH = 128
 TEST_IMAGES, VALIDATION_IMAGES = 400, 80  # a task
-CHECKPOINT_EVERY = 500  # steps of pretraining
+CHECKPOINT_EVERY = 100  # steps of pretraining
 
 Nuisance = Callable[[Tensor, torch.Generator], Tensor]
 Forward = Callable[[GlyphVit, Tensor], Tensor]  # features of images, in another arithmetic if need be
