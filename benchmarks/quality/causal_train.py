@@ -39,7 +39,7 @@ class Recipe:
     threads: int = 2
     length: int = 64  # tokens that are predicted of a block
     batch: int = 16  # blocks
-    steps: int = 100
+    steps: int = 80
     lr: float = 3e-4  # peak of the schedule
     test: int = 64  # blocks a task
     validation: int = 32  # blocks a task
