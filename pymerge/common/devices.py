@@ -28,8 +28,15 @@ class Device:
         return self.type if self.index is None else f"{self.type}:{self.index}"
 
 
-def resolve_device(device: str | torch.device) -> Device:
-    """ "auto" is CUDA where there is one, else the CPU. BackendError for a device that cannot be used here."""
+def resolve_device(device: str | torch.device, without: str = "use --device cpu") -> Device:
+    """ "auto" is CUDA where there is one, else the CPU.
+
+    Args:
+        without: remedy for a machine without a CUDA device.
+
+    Raises:
+        BackendError: a device that cannot be used here.
+    """
     name = str(device)
     if name == "auto":
         return Device("cuda" if _cuda_devices() else "cpu")
@@ -37,7 +44,7 @@ def resolve_device(device: str | torch.device) -> Device:
     if found is None:
         raise BackendError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
     resolved = Device(found[1], None if found[2] is None else int(found[2]))
-    check_device(resolved)
+    check_device(resolved, without)
     return resolved
 
 
@@ -49,20 +56,20 @@ def resolve_devices(names: str) -> list[str]:
     if names == "all":
         count = _cuda_devices()
         if not count:
-            raise BackendError("devices all: PyTorch sees no CUDA device here; use --device cpu")
+            raise BackendError("devices all: PyTorch sees no CUDA device here; leave --devices out")
         return [f"cuda:{number}" for number in range(count)]
-    found = [str(resolve_device(name.strip())) for name in names.split(",")]
+    found = [str(resolve_device(name.strip(), "leave --devices out")) for name in names.split(",")]
     if len({name.partition(":")[0] for name in found}) > 1:
         raise BackendError(f"devices {names}: the bytes of a merge are those of one kind of device; name one kind")
     return found
 
 
-def check_device(device: Device | torch.device) -> None:
-    """Raise BackendError unless this device can be used here."""
+def check_device(device: Device | torch.device, without: str = "use --device cpu") -> None:
+    """Raise BackendError, with the remedy `without` where there is no CUDA device, unless this one can be used here."""
     if device.type not in ("cpu", "cuda"):
         raise BackendError(f"device {str(device)!r} is not supported; choose cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= (count := _cuda_devices()):
-        remedy = f"choose one of cuda:0 to cuda:{count - 1}, or cpu" if count else "use --device cpu"
+        remedy = f"choose one of cuda:0 to cuda:{count - 1}, or cpu" if count else without
         raise BackendError(f"device {str(device)!r} was asked for and PyTorch sees {count}; {remedy}")
 
 

@@ -94,8 +94,15 @@ def test_a_size_that_is_none(models: Path, option: str, size: str) -> None:
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", "meta", "cuda:99"])
 def test_a_device_that_is_not_there(models: Path, device: str) -> None:
-    remedy = "use --device cpu" if device == "cuda:99" else "choose"
+    remedy = "cpu" if device == "cuda:99" else "choose"
     refused(models, 7, repr(device), remedy, args=("--device", device))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the remedy is of a machine without a GPU")
+@pytest.mark.parametrize("devices", ["all", "cuda:0", "cuda:0,cuda:1"])
+def test_devices_that_are_not_there_name_a_remedy_that_works(models: Path, devices: str) -> None:
+    # --device cpu, which a single device is told to use, is refused beside --devices.
+    refused(models, 7, "PyTorch sees", "leave --devices out", args=("--devices", devices))
 
 
 def test_cuda_is_never_replaced_by_the_cpu(models: Path) -> None:
