@@ -16,7 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import pymerge
 from pymerge import api
-from pymerge.errors import ArgumentError, PlanError, PymergeError
+from pymerge.errors import PlanError, PymergeError
 from tests.adapters.test_peft import _quiet, gpt2, layers, llama, save, trained, vit
 
 peft = pytest.importorskip("peft")
@@ -312,70 +312,6 @@ def test_models_without_a_peft_model_around_them() -> None:
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=2e-6)
 
 
-def bad_biases() -> Any:
-    return trained(llama(), config(bias="lora_only"))
-
-
-def bad_kind() -> Any:
-    return trained(llama(), peft.LoHaConfig(r=2, target_modules=LLAMA))
-
-
-def bad_variant() -> Any:
-    return trained(llama(), config(alora_invocation_tokens=[1, 2]))
-
-
-def bad_merged() -> Any:
-    model = two()
-    model.merge_adapter(["default"])
-    return model
-
-
-def bad_meta() -> Any:
-    model = two()
-    model.add_adapter("empty", config(), low_cpu_mem_usage=True)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "arguments", "message"),
-    [
-        (two, {"adapters": ["deflaut"]}, "did you mean 'default'"),
-        (two, {"adapters": "default"}, "list of names"),
-        (two, {"adapters": ["other", "other"]}, "once"),
-        (two, {"adapters": []}, "list of names"),
-        (two, {"adapter_name": "other"}, "already"),
-        (two, {"adapter_name": "a.b"}, "without dots"),
-        (two, {"weights": [1.0, 2.0]}, r"weight.* 2 values for 1"),
-        (two, {"weights": {"other": 1.0}}, "one for each"),
-        (two, {"method": "tise"}, "did you mean 'ties'"),
-        (two, {"method": "ties", "densty": 0.5}, "density"),
-        (two, {"method": "ties", "density": 0.5}, "--rank"),
-        (two, {"rank": 0}, "rank"),
-        (two, {"full_tensors": "mrege"}, "error, merge"),
-        (llama, {}, "no adapters of PEFT"),
-        (bad_biases, {}, "bias='lora_only'.* give full_tensors='skip'"),
-        (bad_kind, {}, "LOHA.*save_as_lora"),
-        (bad_variant, {}, "activated LoRA"),
-        (bad_merged, {}, r"unmerge_adapter\(\)"),
-        (bad_meta, {"adapters": ["empty"]}, "meta device"),
-        (lambda: trained(llama(), config(modules_to_save=["norm"])), {}, "layernorm.*full-tensors save"),
-    ],
-)
-def test_a_refusal_leaves_the_model_as_it_was(make: Any, arguments: dict[str, Any], message: str) -> None:
-    model = make()
-    before, state = weights(model), {name: each.requires_grad for name, each in model.named_parameters()}
-    adapters = dict(getattr(model, "peft_config", {}))
-    with pytest.raises(PymergeError, match=message):
-        integration.add_merged_adapter(
-            model, **{"adapters": ["default"], "adapter_name": "new", "method": "task_arithmetic", **arguments}
-        )
-    assert getattr(model, "peft_config", {}) == adapters
-    assert {name: each.requires_grad for name, each in model.named_parameters()} == state
-    after = weights(model)
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before if not before[name].is_meta)
-
-
 def test_quantised_weights_need_not_be_read() -> None:
     """The shapes of a base whose weights are codes are those that its layers say; only reading them is refused."""
     model = two()
@@ -396,8 +332,3 @@ def test_a_classifier_and_its_head() -> None:
         integration.add_merged_adapter(model, ["default"], "again", full_tensors="merge")
         model.set_adapter("again")
         torch.testing.assert_close(model.eval()(picture).logits, wanted, rtol=0, atol=1e-6)
-
-
-def test_arguments_are_errors_of_arguments() -> None:
-    with pytest.raises(ArgumentError):
-        integration.merge_adapters_into(two(), ["nobody"])
