@@ -155,8 +155,7 @@ class Step:
 
     @cached_property
     def _on_base(self) -> frozenset[int]:
-        """The experts that are adapters of the base, where that is read: by identity, as their hashes take longer than
-        the work of a piece."""
+        """The experts that are adapters of the base, where that is read: by identity, as hashes take long."""
         if not self.reads_base or self.base.needs_torch or self.base.dtype not in NATIVE:
             return frozenset()
         return frozenset(id(entry) for entry in self.experts if entry.adapter_parts and _base_of(entry, self.base))
