@@ -27,19 +27,28 @@ def triplets(taus: Matrices) -> list[Triplets]:
     return [Triplets(*torch.linalg.svd(tau, full_matrices=False)) for tau in taus]
 
 
-def equations(taus: Matrices, likenesses: Matrices) -> tuple[Tensor, Tensor]:
+def equations(taus: Matrices, likenesses: Matrices, relative: bool = False) -> tuple[Tensor, Tensor]:
     """A = sum_t K_t, B = sum_t tau_t K_t with K_t the Gram matrix of a likeness of tau_t, its trace 1.
 
-    A task whose likeness is 0 has no part in either.
+    Where `relative`, errors count beside the task's own change: K_t has the trace c / ||tau_t||^2, c such that their
+    mean is 1. A task whose likeness is 0 has no part in either.
     """
+    traces = torch.stack([tau.double().square().sum() for tau in taus])
+    traces = torch.where(traces > 0, 1 / traces, 0.0) if relative else torch.ones(len(taus))
+    traces = traces / traces.mean()
     A = torch.zeros(taus[0].shape[1], taus[0].shape[1])
     B = torch.zeros_like(taus[0])
-    for tau, likeness in zip(taus, likenesses, strict=True):
+    for tau, likeness, trace in zip(taus, likenesses, traces.tolist(), strict=True):
         if likeness.any():
-            K = likeness.T @ likeness / likeness.pow(2).sum()
+            K = trace * (likeness.T @ likeness / likeness.pow(2).sum())
             A += K
             B += tau @ K
     return A, B
+
+
+def average(taus: Matrices) -> Tensor:
+    """The mean."""
+    return torch.stack(list(taus)).mean(0)
 
 
 def flow(taus: Matrices, time: float = 300.0, likenesses: Matrices | None = None, start: float = 1.0) -> Tensor:
@@ -53,11 +62,31 @@ def flow(taus: Matrices, time: float = 300.0, likenesses: Matrices | None = None
     return (X.double() + (residual * gains) @ vectors.T).float()
 
 
+def as_long_as_a_task(taus: Matrices, relative: bool) -> Tensor:
+    """The flow from the mean, stopped where the norm of X is the root mean square of the task vectors' norms."""
+    A, B = (matrix.double() for matrix in equations(taus, taus, relative))
+    X = average(taus).double()
+    goal = torch.stack([tau.double().square().sum() for tau in taus]).mean().sqrt()
+    values, vectors = torch.linalg.eigh(A)
+    residual, values = (B - X @ A) @ vectors, values.clamp(min=1e-14)
+
+    def at(time: float) -> Tensor:
+        return X + (residual * (-torch.expm1(-values * time) / values)) @ vectors.T
+
+    low, high = -3.0, 7.0  # powers of ten; the norm is taken to grow in between
+    if at(10**high).norm() <= goal:
+        return at(10**high).float()
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(10**middle).norm() < goal else (low, middle)
+    return at(10**low).float()
+
+
 def towards_mean(taus: Matrices, ridge: float) -> Tensor:
     """The exact minimiser with a ridge that pulls to the mean: `ridge` T / d_in for each input, of a trace of T."""
     A, B = equations(taus, taus)
     pull = ridge * len(taus) / len(A)
-    mean = torch.stack(list(taus)).mean(0)
+    mean = average(taus)
     return torch.linalg.solve((A + pull * torch.eye(len(A))).double(), (B + pull * mean).double().T).T.float()
 
 
@@ -81,21 +110,44 @@ def flattened(X: Tensor, share: float) -> Tensor:
     return (U * (changed * S.norm() / changed.norm())) @ Vh
 
 
+def capped(X: Tensor, means: float) -> Tensor:
+    """Singular values no larger than `means` times their mean."""
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    return (U * S.clamp(max=means * S.mean())) @ Vh
+
+
+def raised(X: Tensor, means: float) -> Tensor:
+    """Singular values no smaller than `means` times their mean."""
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    return (U * S.clamp(min=means * S.mean())) @ Vh
+
+
+def calibrated(X: Tensor, taus: Matrices, least: float) -> Tensor:
+    """SVC: s_r T / sum_t max(<u_r X, u_r tau_t> / ||u_r tau_t||^2, least) for the singular value s_r of X."""
+    U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    rows = [U.T @ tau.double() for tau in taus]
+    shares = [S * (row * Vh).sum(1) / row.square().sum(1).clamp(min=1e-12) for row in rows]
+    total = torch.stack(shares).clamp(min=least).sum(0)
+    return ((U * (S * len(taus) / total)) @ Vh).float()
+
+
 def isotropic(taus: Matrices) -> Tensor:
     """Iso-C."""
     U, S, Vh = torch.linalg.svd(torch.stack(list(taus)).sum(0).double(), full_matrices=False)
     return (S.mean() * U @ Vh).float()
 
 
-def two_sided(taus: Matrices, power: float, blend: float, steps: int, start: float = 1.0) -> Tensor:
+def two_sided(
+    taus: Matrices, power: float, blend: float, steps: int, start: float = 1.0, likenesses: Matrices | None = None
+) -> Tensor:
     """Conjugate gradients on sum_t tr(H_t (X - tau_t) K_t (X - tau_t)^T), for `steps`, from `start` times the sum.
 
     K_t = tau_t^T tau_t, of trace 1, stands for the inputs of the task. H_t = (tau_t tau_t^T)^power, its mean eigenvalue
     1, stands for what the task's loss asks of the outputs, as in Kronecker-factored Fisher matrices; `blend` of it is
-    the identity.
+    the identity. Both are of `likenesses` where these are given.
     """
     pairs = []
-    for U, S, Vh in triplets(taus):
+    for U, S, Vh in triplets(taus if likenesses is None else likenesses):
         energy, outputs = S.square(), S.pow(2 * power)
         H = (U * outputs) @ U.T / outputs.sum() * len(U)
         pairs.append(((1 - blend) * H + blend * torch.eye(len(U)), (Vh.T * energy) @ Vh / energy.sum()))
@@ -117,6 +169,11 @@ def two_sided(taus: Matrices, power: float, blend: float, steps: int, start: flo
         last, square = square, residual.square().sum()
         direction = residual + square / last * direction
     return X
+
+
+def halfway(taus: Matrices, likenesses: Matrices | None = None) -> Tensor:
+    """The two-sided loss as most rows have it: outputs by the root, 0.3 of it the identity, ten steps."""
+    return two_sided(taus, 0.5, 0.3, 10, likenesses=likenesses)
 
 
 def regression(taus: Matrices, inputs: Matrices, ridge: float = 1e-2) -> Tensor:

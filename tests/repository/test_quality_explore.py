@@ -11,8 +11,9 @@ from torch import Tensor
 import pymerge
 from benchmarks.quality import formulas
 from benchmarks.quality.cases import FLOW
-from benchmarks.quality.explore import Subject, ideas
 from benchmarks.quality.glyph_suite import GlyphSuite
+from benchmarks.quality.ideas import ideas
+from benchmarks.quality.subject import Subject
 from benchmarks.quality.suite import scores
 
 T, ROWS, COLUMNS = 3, 5, 7
