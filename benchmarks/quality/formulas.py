@@ -36,7 +36,7 @@ def equations(taus: Matrices, likenesses: Matrices, relative: bool = False) -> t
     traces = torch.stack([tau.double().square().sum() for tau in taus])
     traces = torch.where(traces > 0, 1 / traces, 0.0) if relative else torch.ones(len(taus))
     traces = traces / traces.mean()
-    A = torch.zeros(taus[0].shape[1], taus[0].shape[1])
+    A = torch.zeros(taus[0].shape[1], taus[0].shape[1], dtype=taus[0].dtype)
     B = torch.zeros_like(taus[0])
     for tau, likeness, trace in zip(taus, likenesses, traces.tolist(), strict=True):
         if likeness.any():
@@ -64,9 +64,10 @@ def flow(taus: Matrices, time: float = 300.0, likenesses: Matrices | None = None
 
 def as_long_as_a_task(taus: Matrices, relative: bool) -> Tensor:
     """The flow from the mean, stopped where the norm of X is the root mean square of the task vectors' norms."""
-    A, B = (matrix.double() for matrix in equations(taus, taus, relative))
-    X = average(taus).double()
-    goal = torch.stack([tau.double().square().sum() for tau in taus]).mean().sqrt()
+    taus = [tau.double() for tau in taus]
+    A, B = equations(taus, taus, relative)
+    X = average(taus)
+    goal = torch.stack([tau.square().sum() for tau in taus]).mean().sqrt()
     values, vectors = torch.linalg.eigh(A)
     residual, values = (B - X @ A) @ vectors, values.clamp(min=1e-14)
 

@@ -181,7 +181,7 @@ def _convolutions() -> Iterator[tuple[str, Formula]]:
     for ridge in (0.3, 3.0, 10.0):
         yield (
             f"convolutions with ridge {ridge:g} to the mean",
-            lambda taus, r=ridge: formulas.towardsformulas.average(taus, r),
+            lambda taus, r=ridge: formulas.towards_mean(taus, r),
         )
 
 

@@ -65,12 +65,71 @@ def test_two_sided_ends_at_the_solution_of_the_kronecker_system(taus: list[Tenso
     torch.testing.assert_close(found, expected.float(), rtol=2e-3, atol=2e-3)
 
 
+def test_two_sided_takes_its_matrices_of_likenesses(taus: list[Tensor]) -> None:
+    assert torch.equal(formulas.halfway(taus, taus), formulas.halfway(taus))
+    halves = [tau / 2 for tau in taus]  # matrices are of trace 1, so their scale is none
+    torch.testing.assert_close(formulas.halfway(taus, halves), formulas.halfway(taus), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(formulas.halfway(taus, [tau.flip(0, 1) for tau in taus]), formulas.halfway(taus))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_as_long_as_a_task_is_the_flow_from_the_mean_where_it_is_so_long(taus: list[Tensor], relative: bool) -> None:
+    taus = [tau * size for tau, size in zip(taus, (1.0, 0.5, 2.0), strict=True)]
+    squares = [float(tau.double().square().sum()) for tau in taus]
+    weights = [1 / square for square in squares] if relative else [1.0] * T
+    weights = [T * weight / sum(weights) for weight in weights]
+    grams = [weight * unit_gram(tau) for weight, tau in zip(weights, taus, strict=True)]
+    A, B = torch.stack(grams).sum(0), torch.stack([tau.double() @ K for tau, K in zip(taus, grams, strict=True)]).sum(0)
+    found = formulas.as_long_as_a_task(taus, relative).double()
+    goal = (sum(squares) / T) ** 0.5
+    assert float(found.norm()) == pytest.approx(goal, rel=1e-5)
+    mean = torch.stack(taus).double().mean(0)
+    inverse = torch.linalg.pinv(A)
+
+    def at(time: float) -> Tensor:
+        decay = torch.matrix_exp(-time * A)
+        return mean @ decay + B @ inverse @ (torch.eye(COLUMNS) - decay)
+
+    low, high = 0.0, 1e3
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(at(middle).norm()) < goal else (low, middle)
+    torch.testing.assert_close(found, at(low), rtol=1e-4, atol=1e-4)
+
+
+def test_as_long_as_a_task_ends_where_the_flow_does_if_that_is_shorter(taus: list[Tensor]) -> None:
+    opposed = [taus[0], -taus[0]]
+    torch.testing.assert_close(formulas.as_long_as_a_task(opposed, True), torch.zeros(ROWS, COLUMNS))
+
+
+@pytest.mark.parametrize("least", [1.0, 1 / T])
+def test_calibrated_divides_by_the_mean_of_what_the_tasks_keep(taus: list[Tensor], least: float) -> None:
+    X = torch.stack(taus).sum(0)
+    U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    expected = torch.zeros_like(X).double()
+    for u, s, v in zip(U.T, S, Vh, strict=True):
+        kept = [max(float(s * v @ (u @ tau.double()) / (u @ tau.double()).square().sum()), least) for tau in taus]
+        expected += s * T / sum(kept) * torch.outer(u, v)
+    torch.testing.assert_close(formulas.calibrated(X, taus, least), expected.float())
+
+
+def test_capped_and_raised_change_the_ends_of_the_spectrum(taus: list[Tensor]) -> None:
+    values = torch.linalg.svdvals(taus[0])
+    mean = float(values.mean())
+    capped, raised = formulas.capped(taus[0], 1.2), formulas.raised(taus[0], 0.8)
+    torch.testing.assert_close(torch.linalg.svdvals(capped), values.clamp(max=1.2 * mean))
+    torch.testing.assert_close(torch.linalg.svdvals(raised), values.clamp(min=0.8 * mean))
+    torch.testing.assert_close(formulas.capped(taus[0], 10.0), taus[0])
+
+
 def test_one_task_is_itself(taus: list[Tensor]) -> None:
     for formula in (
         formulas.flow,
         lambda one: formulas.towards_mean(one, 0.3),
         lambda one: formulas.two_sided(one, 0.5, 0.3, 5),
         lambda one: formulas.regression(one, [torch.eye(COLUMNS)]),
+        lambda one: formulas.as_long_as_a_task(one, True),
+        lambda one: formulas.calibrated(one[0], one, 1.0),
     ):
         torch.testing.assert_close(formula(taus[:1]), taus[0], rtol=1e-5, atol=1e-5)
 
