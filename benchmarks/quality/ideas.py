@@ -125,6 +125,10 @@ def _solved_convolutions(s: Subject) -> Iterator[tuple[str, States]]:
             )
         if s.convolutions:
             yield (
+                f"wudi_flow, convolutions by the {word} loss",
+                lambda r=relative: [s.state(s.flow | s.averaged | solved(s.convolutions, r))],
+            )
+            yield (
                 f"two-sided, calibrated, convolutions by the {word} loss",
                 lambda r=relative: [s.state(calibrated() | s.averaged | solved(s.convolutions, r))],
             )
