@@ -24,7 +24,7 @@ SMALLEST = 768
 # The longer side of a matrix of noise as a multiple of the shorter: below, some singular values are too small.
 _LONG = 1.5
 # Share of the directions, at least so many, that are looked at for large eigenvalues, and iterations on them.
-_HEAD_SHARE, _HEAD, _HEAD_ITERATIONS = 16, 128, 4
+_HEAD_SHARE, _HEAD, _HEAD_ITERATIONS = 16, 128, 6
 # Largest residual of an eigenvector of the head, as a share of the geometric mean of its eigenvalue and the others'.
 _RESIDUAL = 1e-7
 _LANCZOS_STEPS = 24
