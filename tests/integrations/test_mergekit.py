@@ -19,7 +19,7 @@ def test_inside_both_in_short() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mergekit_engine", "mergekit_methods"])
+@pytest.mark.parametrize("name", ["mergekit_engine", "mergekit_methods", "mergekit_adapters"])
 def test_inside_mergekit(name: str) -> None:
     run_inside(name, MERGEKIT_BESIDE)
 
