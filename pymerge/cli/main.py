@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pymerge.cli import options
+from pymerge.cli.collect import collect
 from pymerge.cli.console import OUT, print_lines, print_report, reported, tensor_count
 from pymerge.cli.extract import extract
 from pymerge.cli.finalize import finalize
@@ -132,6 +133,7 @@ def report(
             print_lines([f"wrote {page}"])
 
 
+app.command()(collect)
 app.command()(extract)
 app.command(cls=VerifyCommand)(verify)
 

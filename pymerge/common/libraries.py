@@ -14,6 +14,7 @@ LIBRARIES: dict[str, tuple[tuple[str, str, str | None], ...]] = {
     "fusion-bench": (("fusion-bench", "0.2.33", None),),
     "peft": (("peft", "0.18", None),),
     "ray": (("ray", "2.40", None),),
+    "collect": (("transformers", "4.46", None), ("tokenizers", "0.20", None), ("pillow", "10", None)),
     "search": (("deap", "1.4", None), ("scipy", "1.11", None)),
 }
 

@@ -45,11 +45,12 @@ ARROWS = {
     "api": f"{_CARRIED_OUT} engine",
     "extraction": f"{_CARRIED_OUT} engine api",
     "wemoe": f"{_CARRIED_OUT} engine",
+    "grams": f"{_CARRIED_OUT} engine live wemoe",
     "search": f"{_COMMON} live",
     "testing": f"{_CARRIED_OUT} engine live api",
     "__init__": f"{_CARRIED_OUT} engine live api extraction search wemoe",
     "integrations": f"{_CARRIED_OUT} engine live api extraction",
-    "cli": f"{_CARRIED_OUT} engine analysis api extraction wemoe integrations",
+    "cli": f"{_CARRIED_OUT} engine analysis api extraction wemoe grams integrations",
     "__main__": "cli",
 }
 # Compiled or Triton kernels: only backends import them, and only when they are called.

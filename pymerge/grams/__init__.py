@@ -1,0 +1,1 @@
+"""Grams of the inputs of linear weights: `pymerge collect`."""

@@ -1,0 +1,276 @@
+"""Carrying out `pymerge collect`: runs a model over data, and writes the Gram of each linear weight's inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pymerge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from pymerge.checkpoint.hub import fetch
+from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.safetensors_file import read_header
+from pymerge.common.devices import resolve_device
+from pymerge.common.events import event
+from pymerge.common.files import atomic_write, os_errors, size_and_digest
+from pymerge.common.libraries import require
+from pymerge.common.progress import CountBar
+from pymerge.config.references import hub_reference, model_path
+from pymerge.errors import ArgumentError, CheckpointError, OutputError
+from pymerge.grams.data import Batch, batches, read_samples
+from pymerge.grams.model import Linears, Opened, Weights, linears_of, load_whole, open_model
+from pymerge.grams.sums import Sums, join, keep, kept, tensors_of
+from pymerge.grams.turns import VisitedTwiceError, run_by_blocks
+from pymerge.output.lock import acquire_lock
+
+FORM = "mean of x x^T over the inputs x of each linear weight, [d_in, d_in], by the weight's name"
+_STATE, _OUTSIDE = "whole.safetensors", "outside.safetensors"
+_SECONDS = 30.0  # between two writes of all sums, where the whole model runs at once
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the numbers of a collection depend on, beside model and data."""
+
+    samples: int
+    max_tokens: int | None
+    length: int
+    batch: int
+    dtype: str
+    exclude: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was written: Grams, rows that most of them are means of, linear weights without, and how it was done."""
+
+    out: Path
+    grams: int
+    tokens: int
+    without: tuple[str, ...]
+    by_blocks: bool
+    found_there: bool = False
+
+
+def collect(
+    model: str,
+    data: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    device: str = "auto",
+    progress: bool = True,
+) -> Collected:
+    """Write the Grams of a model's inputs on data into the safetensors file `out`.
+
+    What is done is kept in a folder beside it until the file is whole: called again, it goes on there.
+
+    Raises:
+        ArgumentError: a library is missing, settings do not fit, or experts are in one tensor.
+        CheckpointError: the model or data cannot be read.
+        OutputError: `out` exists and is another collection's, or cannot be written.
+    """
+    require("collect")
+    folder, checkpoint = _open(model)
+    samples = read_samples(data, settings.samples)
+    if out.suffix != ".safetensors" or not out.parent.is_dir():
+        raise OutputError(f"{out}: is no name of a .safetensors file in a folder that exists; give one")
+    metadata = {
+        "format": "pymerge grams 1",
+        "form": FORM,
+        "model": checkpoint.origin or str(checkpoint.path.resolve()),
+        "model_sha256": _digest(checkpoint),
+        "data_sha256": samples.digest,
+        "settings": json.dumps(asdict(settings)),
+        "dtype": settings.dtype,
+        "samples": str(len(samples)),
+    }
+    if out.exists():
+        return _there(out, metadata)
+    work = out.with_name(f".{out.stem}.collecting")
+    with os_errors(work, "making the folder"):
+        work.mkdir(exist_ok=True)
+    with closing(acquire_lock(work)):
+        _begin(work, metadata)
+        opened = open_model(folder, checkpoint)
+        inputs = batches(samples, opened.model, folder, settings.length, settings.batch, settings.max_tokens)
+        run = _Collection(folder, checkpoint, opened, inputs, settings, torch.device(str(resolve_device(device))), work)
+        parts, linears, by_blocks = run.carry_out(progress)
+        counts: dict[str, int] = {}
+        for part in parts:
+            found = kept(part)
+            assert found is not None
+            counts |= found.counts
+        counts = {name: count for name, count in counts.items() if count}
+        tokens = max(counts.values(), default=0)
+        odd = {name: count for name, count in sorted(counts.items()) if count != tokens}
+        without = tuple(sorted({*linears.without, *(set(linears.layers.values()) - set(counts))}))
+        metadata |= {"tokens": str(tokens), "rows": json.dumps(odd), "without": json.dumps(without)}
+        join(parts, out, metadata)
+        shutil.rmtree(work, ignore_errors=True)
+    event("collected", f"{len(counts)} Grams of {tokens} tokens", path=out, grams=len(counts), tokens=tokens)
+    return Collected(out, len(counts), tokens, without, by_blocks)
+
+
+def _open(model: str) -> tuple[Path, Checkpoint]:
+    reference = hub_reference(model, None)
+    folder = model_path(model, None, "pymerge collect") if reference is None else fetch(*reference)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json; give the folder of a model of transformers")
+    return folder, open_checkpoint(folder)
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """A hash of a model's weight files and config."""
+    found = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for file in checkpoint.files:
+        found.update(f"{file.name} {size_and_digest(file)[1]}\n".encode())
+    return found.hexdigest()
+
+
+def _there(out: Path, metadata: dict[str, str]) -> Collected:
+    """What an existing file says, if it is the one that was asked for."""
+    header = read_header(out)
+    differing = [key for key, value in metadata.items() if header.metadata.get(key) != value and key != "model"]
+    if differing:
+        raise OutputError(
+            f"{out}: exists, and differs in {', '.join(differing)}; give another name, or delete it to collect anew"
+        )
+    without = tuple(json.loads(header.metadata["without"]))
+    return Collected(out, len(header.entries), int(header.metadata["tokens"]), without, True, found_there=True)
+
+
+def _begin(work: Path, metadata: dict[str, str]) -> None:
+    """Say whose work folder it is; one of another collection is emptied."""
+    text = json.dumps(metadata, sort_keys=True).encode()
+    mark = work / "identity.json"
+    if mark.exists() and mark.read_bytes() == text:
+        return
+    with os_errors(work, "emptying the folder"):
+        for path in work.glob("*.safetensors"):
+            path.unlink()
+    atomic_write(mark, text)
+
+
+class _Collection:
+    """One collection at work."""
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        opened: Opened,
+        inputs: Sequence[Batch],
+        settings: Settings,
+        device: torch.device,
+        work: Path,
+    ) -> None:
+        self._folder, self._checkpoint, self._opened, self._inputs = folder, checkpoint, opened, inputs
+        self._device, self._work, self._settings = device, work, settings
+        self._dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._written = torch.float64 if settings.dtype == "float64" else torch.float32
+
+    def carry_out(self, progress: bool) -> tuple[list[Path], Linears, bool]:
+        """The files that hold the Grams, the layers, and whether the model ran block by block."""
+        if self._opened.own is not None and not (self._work / _STATE).exists():
+            try:
+                return (*self._by_blocks(progress), True)
+            except (VisitedTwiceError, RuntimeError) as error:
+                if not isinstance(error, VisitedTwiceError) and "meta" not in str(error):  # weights not there
+                    raise
+                event("collect_whole", f"its blocks do not run one after the other ({error}): the whole is in memory")
+                self._opened = open_model(self._folder, self._checkpoint)
+        return (*self._whole(progress), False)
+
+    def _call(self, model: Any, batch: Batch) -> None:
+        function: Callable[..., object] = model
+        for name, argument in (("get_image_features", "pixel_values"), ("get_text_features", "input_ids")):
+            if hasattr(model, name) and list(batch) == [argument]:
+                function = getattr(model, name)
+        try:
+            function(**{name: self._cast(tensor) for name, tensor in batch.items()})
+        except (TypeError, ValueError, IndexError) as error:
+            raise ArgumentError(
+                f"{self._folder}: {type(model).__name__} does not run on {' and '.join(batch)} of "
+                f"{[list(each.shape) for each in batch.values()]} ({error}); give data of the kind that it takes, or "
+                "a smaller --length"
+            ) from error
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def _by_blocks(self, progress: bool) -> tuple[list[Path], Linears]:
+        model, exclude = self._opened.model, self._settings.exclude
+        linears = linears_of(self._opened, model, self._checkpoint, exclude)
+        with Reader(self._checkpoint.stamps) as reader, torch.no_grad():
+            weights = Weights(self._opened, reader, self._dtype, self._device)
+            weights.load_outside()
+            files = {block: self._work / f"{block}.safetensors" for block in weights.blocks}
+            inside = {block: self._layers(linears, f"{block}.") for block in files}
+            owners = [name for layers in inside.values() for name in {name for name, _ in layers}]
+            if len(set(owners)) < len(owners):
+                raise VisitedTwiceError("a weight that several blocks share")
+            outside = [pair for pair in self._layers(linears) if pair[0] not in owners]
+            files = {block: file for block, file in files.items() if inside[block]}
+            sums = Sums()
+            total = len(weights.blocks) * len(self._inputs)
+            with CountBar("collecting", total, shown=progress) as bar, sums.of(outside):
+
+                def turn(block: str, through: Callable[[Callable[[], None]], None]) -> None:
+                    weights.load(block)
+                    own = Sums()
+
+                    def after() -> None:
+                        own.forget_last()
+                        sums.forget_last()
+                        bar.advance()
+
+                    if block in files and not files[block].exists():
+                        with own.of(inside[block]):
+                            through(after)
+                        keep(files[block], own.means(self._written), own.counts)
+                    else:
+                        through(after)
+                    weights.free(block)
+
+                works = [lambda batch=batch: self._call(model, batch) for batch in self._inputs]
+                run_by_blocks(works, weights.blocks, turn)
+            last = self._work / _OUTSIDE
+            keep(last, sums.means(self._written), sums.counts)
+            return [*(file for file in files.values() if file.exists()), last], linears
+
+    def _layers(self, linears: Linears, inside: str = "") -> list[tuple[str, nn.Module]]:
+        """Layers whose path begins so, with the names of their weights."""
+        chosen = [(path, name) for path, name in linears.layers.items() if path.startswith(inside)]
+        return [(name, self._opened.model.get_submodule(path)) for path, name in chosen]
+
+    def _whole(self, progress: bool) -> tuple[list[Path], Linears]:
+        model = load_whole(self._folder, self._checkpoint, self._dtype, self._device)
+        linears = linears_of(self._opened, model, self._checkpoint, self._settings.exclude)
+        state, last = self._work / _STATE, self._work / _OUTSIDE
+        sums, done = Sums(), 0
+        if (before := kept(state)) is not None:
+            sums.sums = {name: tensor.to(self._device) for name, tensor in tensors_of(state).items()}
+            sums.counts, done = dict(before.counts), before.done
+        layers = [(name, model.get_submodule(path)) for path, name in linears.layers.items()]
+        written = time.monotonic()
+        with CountBar("collecting", len(self._inputs), shown=progress) as bar, sums.of(layers), torch.no_grad():
+            for number, batch in enumerate(self._inputs):
+                if number >= done:
+                    self._call(model, batch)
+                    sums.forget_last()
+                    if time.monotonic() - written > _SECONDS:
+                        keep(state, sums.sums, sums.counts, number + 1)
+                        written = time.monotonic()
+                bar.advance()
+        keep(last, sums.means(self._written), sums.counts)
+        return [last], linears

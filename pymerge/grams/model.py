@@ -1,0 +1,207 @@
+"""Models of transformers that hold the weights of one block at a time, and their linear layers by names of files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymerge.architecture.roles import classify
+from pymerge.checkpoint.checkpoint import Checkpoint
+from pymerge.checkpoint.reader import Reader
+from pymerge.checkpoint.safetensors_file import TensorEntry
+from pymerge.common.names import listed
+from pymerge.errors import ArgumentError, CheckpointError
+from pymerge.live.modules import place_of, tensors_of
+from pymerge.wemoe.load import model_names
+from pymerge.wemoe.modules import is_linear
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model whose weights are on the meta device, and what each of them is read from.
+
+    `own` has the entry of a parameter or buffer by one of its names; None: some cannot be read one by one, as
+    transformers makes them of several tensors of the files.
+    """
+
+    model: Any
+    own: Mapping[str, TensorEntry] | None
+
+
+def open_model(folder: Path, checkpoint: Checkpoint) -> Opened:
+    """The class of transformers that config.json names, without weights. No code of the folder is run."""
+    kind = model_class(folder, checkpoint)
+    config = kind.config_class.from_pretrained(str(folder), local_files_only=True)
+    with _parameters_on_meta():
+        model = kind(config)
+    model.tie_weights()
+    model.eval()
+    there = checkpoint.tensors
+    names = model_names(model, there, folder, partial=True)
+    own = {mine: there[name] for name, mine in names.items()}
+    state = model.state_dict(keep_vars=True)
+    own |= {name: there[name] for name in state if name in there}
+    known = {id(state[name]) for name in own}
+    shapes = all(tuple(state[name].shape) == entry.shape for name, entry in own.items())
+    whole = all(id(parameter) in known for parameter in model.parameters())
+    return Opened(model, own if shapes and whole else None)
+
+
+def load_whole(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model with all its weights, as transformers loads it."""
+    kind = model_class(folder, checkpoint)
+    try:
+        model = kind.from_pretrained(str(folder), local_files_only=True).eval().requires_grad_(False).to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it ({error}); repair the folder") from error
+    for tensor in model.state_dict(keep_vars=True).values():  # others, of rotations, stay as they were computed
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def model_class(folder: Path, checkpoint: Checkpoint) -> Any:
+    """The class that config.json names first. Raises CheckpointError where transformers has none of that name."""
+    import transformers
+
+    name = next(iter(checkpoint.config.get("architectures") or ()), None)
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: architectures names {name!r}, no model class of transformers "
+            f"{transformers.__version__}; install a version that has it, or correct the entry"
+        )
+    return found
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that are made meanwhile hold no memory; buffers do, as they are computed when a model is made."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a model by name: members of its lists of modules that have weights, none inside another."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{block}.") for block in found):
+            members = {f"{path}.{name}": member for name, member in module.named_children()}
+            found |= {name: member for name, member in members.items() if any(True for _ in member.parameters())}
+    return found
+
+
+class Weights:
+    """Weights of a model on the meta device, read into it block by block."""
+
+    def __init__(self, opened: Opened, reader: Reader, dtype: torch.dtype, device: torch.device) -> None:
+        assert opened.own is not None
+        self.blocks = blocks_of(opened.model)
+        self._model, self._reader, self._dtype, self._device = opened.model, reader, dtype, device
+        self._entries = {id(_tensor(opened.model, name)): entry for name, entry in opened.own.items()}
+        # Where each parameter stands, by its identity, and the blocks that have it: shared ones are outside all.
+        self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._inside: dict[str, dict[int, nn.Parameter]] = {"": {}}
+        owners: dict[int, set[str]] = {}
+        for path, module in opened.model.named_modules():
+            block = next((name for name in self.blocks if f"{path}.".startswith(f"{name}.")), "")
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._slots.setdefault(id(parameter), []).append((module, name))
+                    owners.setdefault(id(parameter), set()).add(block)
+                    self._inside.setdefault(block, {})[id(parameter)] = parameter
+        shared = {key for key, blocks in owners.items() if len(blocks) > 1}
+        for block, parameters in self._inside.items():
+            for key in shared & parameters.keys() if block else ():
+                self._inside[""][key] = parameters.pop(key)
+
+    def load_outside(self) -> None:
+        """Read what stands in no block, buffers of the files among it."""
+        self.load("")
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    entry = self._entries.get(id(buffer))
+                    value = buffer if entry is None else self._reader.read(entry)
+                    if entry is not None and value.is_floating_point():
+                        value = value.to(self._dtype)
+                    module._buffers[name] = value.to(self._device)
+
+    def load(self, block: str) -> None:
+        """Read the weights of a block."""
+        for key in self._inside.get(block, ()):
+            value = self._reader.read(self._entries[key]).to(self._device, self._dtype)
+            for module, name in self._slots[key]:
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+    def free(self, block: str) -> None:
+        """Give back the memory of a block."""
+        for key, parameter in self._inside.get(block, {}).items():
+            for module, name in self._slots[key]:
+                module._parameters[name] = parameter
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    found = module._parameters.get(last)
+    return found if found is not None else module._buffers[last]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Linear layers whose inputs count: by path, the name of the weight in the files; and weights that have none."""
+
+    layers: Mapping[str, str]
+    without: tuple[str, ...]
+
+
+def linears_of(opened: Opened, model: Any, checkpoint: Checkpoint, exclude: Sequence[str]) -> Linears:
+    """The layers behind the linear weights of a checkpoint, but for those whose name a pattern of `exclude` finds.
+
+    Args:
+        model: with its weights, where `opened` cannot say what they are read from.
+
+    Raises:
+        ArgumentError: experts in one tensor, whose inputs no layer has.
+    """
+    fused = [
+        name
+        for name, parameter in opened.model.named_parameters()
+        if parameter.ndim == 3 and "experts" in name.split(".") and not any(re.search(each, name) for each in exclude)
+    ]
+    if fused:
+        raise ArgumentError(
+            f"{listed(fused)}: holds the experts of a layer in one tensor, where the inputs of each cannot be seen; "
+            r"give --exclude '\.experts\.' to leave them without Grams: regmean then averages them"
+        )
+    described = {name: (entry.dtype, entry.shape) for name, entry in checkpoint.tensors.items()}
+    roles = classify(described, checkpoint.config)
+    wanted = {
+        name for name, role in roles.items() if role.solvable and not any(re.search(each, name) for each in exclude)
+    }
+    paths = {f"{path}.weight": path for path, layer in opened.model.named_modules() if is_linear(layer)}
+    if opened.own is not None:
+        named = {path: opened.own[own].name for own, path in paths.items() if own in opened.own}
+    else:
+        places = {place_of(tensor): name for name, tensor in tensors_of(str(checkpoint.path), model).items()}
+        named = {path: places.get(place_of(model.get_parameter(own).detach()), "") for own, path in paths.items()}
+    layers = {path: name for path, name in named.items() if name in wanted}
+    return Linears(layers, tuple(sorted(wanted - set(layers.values()))))
