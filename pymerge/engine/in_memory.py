@@ -29,6 +29,7 @@ from pymerge.methods.finish import act
 from pymerge.methods.reduce import Reduce
 from pymerge.methods.rows import Rows
 from pymerge.planner.constants import reproduces
+from pymerge.planner.grams import with_grams
 
 
 def merge_tensors(
@@ -167,14 +168,18 @@ class _Merger:
                     f"{name}: expert {index - 1} has shape {tuple(tensor.shape)}, the base {tuple(base.shape)}; "
                     "all must be fine-tuned from this base"
                 )
-        return InMemory(name, role, self._action(name, role, len(experts)), base, experts, dtype or base.dtype)
+        action = self._action(name, role, len(experts), tuple(base.shape))
+        return InMemory(name, role, action, base, experts, dtype or base.dtype)
 
-    def _action(self, name: str, role: Role, experts: int) -> Action:
+    def _action(self, name: str, role: Role, experts: int, shape: tuple[int, ...]) -> Action:
+        known = self._values
+        if self._method.needs_grams:
+            known = with_grams(known, role, shape, [name] * experts, None)
         return act(
             self._method,
             name,
             role.solvable,
-            self._values,
+            known,
             experts,
             kind=role.without_block(name),
             position=self._positions.get(name),
@@ -192,7 +197,9 @@ class _Merger:
         if not all(each.dtype == base.dtype and torch.equal(each.to(base.device), base) for each in experts):
             known = bool(named_constant(name, base.shape)) and all(each.shape == base.shape for each in experts)
             return known and not any(bool(each.isnan().any()) for each in (base, *experts))
-        return reproduces(self._action(name, role, len(experts))) or not bool(torch.isfinite(base).all())
+        return reproduces(self._action(name, role, len(experts), tuple(base.shape))) or not bool(
+            torch.isfinite(base).all()
+        )
 
     def reduced(self, tensors: Sequence[InMemory]) -> dict[str, Share]:
         """The shares of the tensors that are merged by what all tensors together tell."""

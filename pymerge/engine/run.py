@@ -274,3 +274,6 @@ def refuse_inputs(plan: Plan, out: Path) -> None:
         parents = {parent for file in checkpoint.files for parent in file.resolve().parents}
         if out.resolve() in {folder.resolve(), *parents}:
             raise OutputError(f"{out} holds the input {checkpoint.path}; give another directory")
+    for file in plan.inputs.grams:
+        if out.resolve() in file.resolve().parents:
+            raise OutputError(f"{out} holds the input {file}; give another directory")

@@ -96,7 +96,8 @@ def _by_patterns(parameter: Parameter, value: Any, choose: Callable[[Any], Any])
 
 def _of(name: str, value: Any, number: int, experts: int) -> Any:
     """The value of one model, of one that is for all, or a list."""
-    value = _plain(value)
+    if not isinstance(value, (list, tuple)):
+        value = _plain(value)
     if not isinstance(value, (list, tuple)):
         return value
     if len(value) != experts:

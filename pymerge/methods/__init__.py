@@ -26,6 +26,7 @@ _HOMES = {
     "swudi_a": "wudi_flow",
     "ace": "ace",
     "tact": "tact",
+    "regmean": "regmean",
     "tsv_m": "singular",
     "dc_merge": "dc_merge",
     "star": "truncated",

@@ -65,6 +65,11 @@ class Action(ABC):
         """Bytes beside inputs and output that a piece of this shape needs: in native code on arrays, or on tensors."""
 
     @property
+    def bytes_beside(self) -> int:
+        """Bytes of files that it reads by itself, beside the tensor's inputs."""
+        return 0
+
+    @property
     def beforehand(self) -> int:
         """Number of times that all tensors with such an action are read before one is merged, for what they tell."""
         return 0

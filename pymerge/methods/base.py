@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import reprlib
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from pymerge.methods.actions import Action
 # Values that a config or a call gives to each parameter: several where they differ between tensors.
 Given = Mapping[str, Collection[Any]]
 ParameterKind = Literal[
-    "number", "integer", "flag", "choice", "number_or_auto", "number_or_none", "texts", "layer_scale"
+    "number", "integer", "flag", "choice", "number_or_auto", "number_or_none", "texts", "layer_scale", "grams"
 ]
 # Words that may stand in place of a number.
 _WORDS = {"number_or_auto": "auto", "number_or_none": "none"}
@@ -77,6 +78,8 @@ class Parameter:
             raise self._wrong(value, "a list of regular expressions")
         if self.kind == "layer_scale":
             return self._layer_scale(value)
+        if self.kind == "grams":
+            return self._grams(value)
         word = _WORDS.get(self.kind)
         if word is not None and value == word:
             return word
@@ -91,6 +94,14 @@ class Parameter:
             return float(value)
         except OverflowError:
             raise self._wrong(value, "a number that fits a float") from None
+
+    def _grams(self, value: Any) -> Any:
+        """A path as text, "" for none, or what is in memory: a matrix, or matrices by the names of weights."""
+        if isinstance(value, (str, os.PathLike)):
+            return os.fspath(value)
+        if isinstance(value, Mapping) or hasattr(value, "shape"):
+            return value
+        raise self._wrong(value, "the path of a file that pymerge collect has written")
 
     def _layer_scale(self, value: Any) -> str | tuple[str, float] | tuple[str, float, float]:
         """ "none", ("power", p) or ("lines", a, b), from that or from a mapping."""
@@ -198,6 +209,11 @@ class Method(ABC):
     def given(self, base: bool) -> Method:
         """This method where a base is named, or where none is: for those that can do with and without."""
         return self
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether it merges by Grams of inputs, which are taken from data before."""
+        return any(parameter.kind == "grams" for parameter in self.parameters)
 
     def wrong_count(self, experts: Sequence[str]) -> str | None:
         """Complaint about the number of models, given their names; None if there is nothing wrong with it."""

@@ -118,6 +118,10 @@ class Finish(Solve):
         """Bytes that so many elements take whatever their matrices do: inputs in float64, and a result to measure."""
         return 8 * numel * ((0 if isinstance(self.inner, Solve) else experts + 2) + self.measured)
 
+    @property
+    def bytes_beside(self) -> int:
+        return self.inner.bytes_beside
+
     def check_shape(self, shape: tuple[int, int], experts: int) -> None:
         if isinstance(self.inner, Solve):
             self.inner.check_shape(shape, experts)

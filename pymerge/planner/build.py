@@ -27,6 +27,7 @@ from pymerge.planner.constants import Constant, differing, find_constants
 from pymerge.planner.decide import copies, decide
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.folder import FolderInputs, Whole, beside_warnings, joined, match_modules
+from pymerge.planner.grams import stamps_of, without_grams
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.integers import check_integers
 from pymerge.planner.layers import with_layers
@@ -134,11 +135,16 @@ def draft_plan(
     return Plan(
         config=config,
         method=method,
-        inputs=inputs,
+        inputs=replace(inputs, grams=stamps_of(step.action for step in steps)),
         steps=tuple(_assigned(steps, config, target, whole.sections)),
         layouts=placed,
         modules=placed_modules,
-        warnings=(*config.warnings, *warnings, *remarks((step.name, step.action) for step in steps)),
+        warnings=(
+            *config.warnings,
+            *warnings,
+            *remarks((step.name, step.action) for step in steps),
+            *without_grams((step.name, step.action) for step in steps),
+        ),
         budget=budget,
         config_json=config_json,
         dtype=wanted,

@@ -12,6 +12,7 @@ from pymerge.methods.actions import Action, Combine, copy
 from pymerge.methods.base import Method, Values
 from pymerge.methods.finish import act
 from pymerge.planner.constants import Constant
+from pymerge.planner.grams import with_grams
 from pymerge.planner.match import Section
 from pymerge.planner.untouched import one_sum, untouched
 
@@ -72,14 +73,18 @@ def _action(
     """The action of one tensor, the entries of the experts that it reads, and the parameters behind it."""
     if role.kind is Kind.BUFFER or not section.experts or name in section.copied:
         return copy(), (), None
+    names = section.input_names(name, role)
     if values is None:
-        names = section.input_names(name, role)
         values = resolve(section.config, method, name, section.positions[name], section.participants, names)
+    known = values
+    if method.needs_grams:
+        shape = section.experts[0].tensors[name].shape
+        known = with_grams(values, role, shape, names, section.config.directory)
     action = act(
         method,
         name,
         role.solvable,
-        values,
+        known,
         len(section.experts),
         kind=role.without_block(name),
         position=section.positions[name],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pymerge.adapters.folder import AdapterFiles, is_adapter, open_adapter
@@ -21,6 +21,7 @@ class Inputs:
 
     donor: Checkpoint
     experts: tuple[Checkpoint, ...]
+    grams: Mapping[Path, tuple[int, int]] = field(default_factory=dict)  # files of statistics, with their stamps
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
@@ -53,8 +54,9 @@ class Inputs:
 
     @property
     def stamps(self) -> dict[Path, tuple[int, int]]:
-        """(size, mtime_ns) of every weight file, as seen when the headers were read."""
-        return {path: stamp for checkpoint in self.all for path, stamp in checkpoint.all_stamps.items()}
+        """(size, mtime_ns) of every file of weights or statistics, as seen when the headers were read."""
+        models = {path: stamp for checkpoint in self.all for path, stamp in checkpoint.all_stamps.items()}
+        return models | dict(self.grams)
 
     def stored(self, entry: TensorEntry) -> tuple[TensorEntry, tuple[int, int]] | None:
         """A tensor in a file that is there, with size and time of the file: an entry itself, or, of a model that is

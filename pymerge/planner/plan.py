@@ -158,7 +158,7 @@ class Plan:
         Raises CheckpointError if one is not what was planned.
         """
         donor, experts = _settled(self.inputs.donor), tuple(map(_settled, self.inputs.experts))
-        inputs = Inputs(donor, experts)
+        inputs = replace(self.inputs, donor=donor, experts=experts)
         return replace(self, inputs=inputs, carried=self.carried or inputs.carried)
 
     def check_inputs(self) -> None:

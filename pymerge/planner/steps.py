@@ -140,7 +140,7 @@ class Step:
         """Bytes of the inputs on the disk."""
         if isinstance(self.action, InCore):
             return self.base.stored_bytes + self._factor_bytes
-        return sum(self.bytes_of_input(entry, 0, self._rows) for entry in self.inputs)
+        return self.action.bytes_beside + sum(self.bytes_of_input(entry, 0, self._rows) for entry in self.inputs)
 
     @property
     def _rows(self) -> int:

@@ -12,6 +12,7 @@ from pymerge import api
 from pymerge.methods import METHODS
 from tests.guarantees.test_memory import BESIDE_TENSORS, measured
 from tests.helpers.checkpoints import write_config, write_models
+from tests.helpers.collected import write_grams
 
 FORMS: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {
     "stack": ("model.layers.0.mlp.experts.down_proj", (6, 640, 640), torch.bfloat16),
@@ -34,6 +35,8 @@ def write(folder: Path, method: str, form: str, **more: Any) -> Path:
     } | more
     for place, size in ((folder / "small", tuple(min(each, 24) for each in shape)), (folder, shape)):
         write_models(place, {name: (0.1 * torch.randn(size)).to(dtype)})
+        if METHODS[method].needs_grams:
+            parameters["grams"] = write_grams(place / "grams.safetensors", {name: torch.empty(size)})
         write_config(place, method, experts=2 if most is None else most, **parameters)
     return folder
 

@@ -29,7 +29,7 @@ def test_the_configs_are_up_to_date() -> None:
     assert {file.name: file.read_text() for file in FOLDER.glob("*")} == configs()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if not METHODS[name].needs_grams])
 def test_a_config_has_all_parameters_at_their_defaults(name: str) -> None:
     config = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     assert (config["_target_"], config["merge_method"]) == (TARGET, name)
@@ -61,4 +61,4 @@ def test_they_are_packaged(tmp_path: Path) -> None:
     ]
     assert not (tmp_path / "pymerge" / "integrations" / "hydra").exists()
     built = tmp_path / "pymerge" / "integrations" / "fusion_bench_config"
-    assert len(list(built.glob("method/pymerge/*.yaml"))) == len(METHODS)
+    assert len(list(built.glob("method/pymerge/*.yaml"))) == len(configs())

@@ -22,6 +22,7 @@ from pymerge.planner.jobs import batches, read_threads
 from pymerge.planner.steps import Step
 from pymerge.planner.window import forecast
 from tests.helpers.checkpoints import refused, write_config, write_models
+from tests.helpers.collected import write_grams
 
 MIB = 2**20
 GPU = Device("cuda", 0)
@@ -44,6 +45,8 @@ def steps_of(folder: Path, method: str) -> tuple[Step, ...]:
     parameters = {
         each.name: known[each.name] for each in METHODS[method].parameters if each.name in known and not each.choices
     }
+    if METHODS[method].needs_grams:
+        parameters["grams"] = write_grams(folder / "grams.safetensors", LAYERS)
     most = METHODS[method].most_experts
     config = write_config(folder, method, experts=2 if most is None else most, **parameters)
     return api.plan(config, device="cpu").steps
