@@ -25,9 +25,17 @@ WITHOUT_GRAM = "mean, without Gram"
 class Gram(Protocol):
     """Mean of x x^T over the inputs x of a weight in one model."""
 
-    where: str  # for messages: whose it is
-    dtype: str
-    nbytes: int  # in a file, 0 in memory
+    @property
+    def where(self) -> str:
+        """Whose it is, for messages."""
+
+    @property
+    def dtype(self) -> str:
+        """Code of its dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file; 0 in memory."""
 
     def read(self) -> Tensor:
         """The matrix, d_in x d_in, finite and symmetric. Raises CheckpointError, NonFiniteError, ArgumentError."""

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pymerge
-from pymerge.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError, OutputError, PlanError
 from pymerge.engine.recheck import recheck
+from pymerge.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError, OutputError, PlanError
 from pymerge.grams.collect import Settings, collect
 from pymerge.planner.grams import HeldGram
 from tests.helpers.collected import save_model, write_texts

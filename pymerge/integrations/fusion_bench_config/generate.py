@@ -37,7 +37,9 @@ _KEYS: Mapping[str, tuple[Any, str]] = {
 
 def configs() -> dict[str, str]:
     """The text of each config, by the name of its file."""
-    return {f"{name}.yaml": "\n".join(_lines(METHODS[name])) + "\n" for name in METHODS if not METHODS[name].needs_grams}
+    return {
+        f"{name}.yaml": "\n".join(_lines(METHODS[name])) + "\n" for name in METHODS if not METHODS[name].needs_grams
+    }
 
 
 def _lines(method: Method) -> Iterator[str]:
