@@ -39,7 +39,7 @@ _SECONDS = 30.0  # between two writes of all sums, where the whole model runs at
 
 @dataclass(frozen=True)
 class Settings:
-    """What the numbers of a collection depend on, beside model and data."""
+    """Settings that the numbers of a collection depend on, beside model and data."""
 
     samples: int
     max_tokens: int | None
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Collected:
-    """What was written: Grams, rows that most of them are means of, linear weights without, and how it was done."""
+    """Result of a collection: Grams written, rows that most of them are means of, linear weights without, and how it was done."""
 
     out: Path
     grams: int
@@ -138,7 +138,7 @@ def _digest(checkpoint: Checkpoint) -> str:
 
 
 def _there(out: Path, metadata: dict[str, str]) -> Collected:
-    """What an existing file says, if it is the one that was asked for."""
+    """Result of an existing file, if it is the one that was asked for."""
     header = read_header(out)
     differing = [key for key, value in metadata.items() if header.metadata.get(key) != value and key != "model"]
     if differing:

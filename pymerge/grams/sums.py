@@ -105,7 +105,7 @@ def keep(path: Path, tensors: Mapping[str, Tensor], counts: Mapping[str, int], d
 
 
 def kept(path: Path) -> Kept | None:
-    """What such a file says of itself; None where there is none."""
+    """Counts that such a file has of itself; None where there is none."""
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as file:

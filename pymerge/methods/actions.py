@@ -65,11 +65,6 @@ class Action(ABC):
         """Bytes beside inputs and output that a piece of this shape needs: in native code on arrays, or on tensors."""
 
     @property
-    def bytes_beside(self) -> int:
-        """Bytes of files that it reads by itself, beside the tensor's inputs."""
-        return 0
-
-    @property
     def beforehand(self) -> int:
         """Number of times that all tensors with such an action are read before one is merged, for what they tell."""
         return 0
@@ -126,6 +121,7 @@ class Solve(Action):
     """Work on whole matrices, d_out x d_in, one of a stack after the other; on tensors of PyTorch."""
 
     scale: float  # of X, what is added to W_0
+    bytes_beside = 0  # of files that it reads by itself, beside the tensor's inputs
     by_products: ClassVar[bool] = False  # whether products of its matrices take all of the time
 
     def check_shape(self, shape: tuple[int, int], experts: int) -> None:

@@ -119,8 +119,8 @@ class Finish(Solve):
         return 8 * numel * ((0 if isinstance(self.inner, Solve) else experts + 2) + self.measured)
 
     @property
-    def bytes_beside(self) -> int:
-        return self.inner.bytes_beside
+    def bytes_beside(self) -> int:  # type: ignore[override]
+        return self.inner.bytes_beside if isinstance(self.inner, Solve) else 0
 
     def check_shape(self, shape: tuple[int, int], experts: int) -> None:
         if isinstance(self.inner, Solve):

@@ -85,7 +85,7 @@ class SolveGrams(SolveDelta):
         return run(PseudoSolve(S, R, cutoff))
 
     @property
-    def bytes_beside(self) -> int:
+    def bytes_beside(self) -> int:  # type: ignore[override]
         return sum(each.nbytes for each in self.grams)
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
