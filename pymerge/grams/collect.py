@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Collected:
-    """Result of a collection: Grams written, rows that most of them are means of, linear weights without, and how it was done."""
+    """Result of a collection: Grams, rows that most are means of, linear weights without, and how it was done."""
 
     out: Path
     grams: int

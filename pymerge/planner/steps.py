@@ -140,9 +140,7 @@ class Step:
         """Bytes of the inputs on the disk."""
         if isinstance(self.action, InCore):
             return self.base.stored_bytes + self._factor_bytes
-        return getattr(self.action, "bytes_beside", 0) + sum(
-            self.bytes_of_input(each, 0, self._rows) for each in self.inputs
-        )
+        return getattr(self.action, "bytes_beside", 0) + sum(self.bytes_of_input(e, 0, self._rows) for e in self.inputs)
 
     @property
     def _rows(self) -> int:
