@@ -174,7 +174,7 @@ class _Merger:
     def _action(self, name: str, role: Role, experts: int, shape: tuple[int, ...]) -> Action:
         known = self._values
         if self._method.needs_grams:
-            known = with_grams(known, role, shape, [name] * experts, None)
+            known = with_grams(known, role, shape, [[name]] * experts, None)
         return act(
             self._method,
             name,

@@ -78,8 +78,9 @@ def _action(
         values = resolve(section.config, method, name, section.positions[name], section.participants, names)
     known = values
     if method.needs_grams:
-        shape = section.experts[0].tensors[name].shape
-        known = with_grams(values, role, shape, names, section.config.directory)
+        entries = [expert.tensors[name] for expert in section.experts]
+        both = [(entry.name, other) for entry, other in zip(entries, names, strict=True)]
+        known = with_grams(values, role, entries[0].shape, both, section.config.directory)
     action = act(
         method,
         name,

@@ -75,13 +75,13 @@ class HeldGram:
 
 
 def with_grams(
-    values: Values, role: Role, shape: tuple[int, ...], names: Sequence[str], directory: Path | None
+    values: Values, role: Role, shape: tuple[int, ...], names: Sequence[Sequence[str]], directory: Path | None
 ) -> Values:
     """Values in which Grams of one tensor stand in place of what was given for a whole model.
 
     Args:
         shape: of the tensor; one that is no matrix has no Gram.
-        names: of the tensor in each expert.
+        names: of the tensor in each expert, the first that has a Gram counts: its own, and the output's.
         directory: in which files are looked for first.
 
     Raises:
@@ -89,8 +89,8 @@ def with_grams(
         ArgumentError: a Gram is not d_in x d_in, or none of a file can be one.
     """
     found: list[Any] = []
-    for number, (given, name) in enumerate(zip(values.model["grams"], names, strict=True)):
-        found.append(given if given == "" else _of_tensor(given, number, name, directory))
+    for number, (given, known) in enumerate(zip(values.model["grams"], names, strict=True)):
+        found.append(given if given == "" else _of_tensor(given, number, known, directory))
     if not role.solvable:
         return replace(values, model={**values.model, "grams": tuple(found)})
     columns = shape[-1] if role.in_axis == 1 else shape[-2]
@@ -111,18 +111,19 @@ def _size(gram: Any) -> tuple[int, ...] | None:
     return tuple(gram.tensor.shape) if isinstance(gram, HeldGram) else None
 
 
-def _of_tensor(given: Any, number: int, name: str, directory: Path | None) -> Gram | NoGram:
+def _of_tensor(given: Any, number: int, names: Sequence[str], directory: Path | None) -> Gram | NoGram:
     from pymerge.methods.regmean import NoGram
 
     if isinstance(given, str):
         path = _file(given, directory)
         header = _header(path, *_stamp(path))
-        entry = header.entries.get(name)
+        entry = next((header.entries[name] for name in names if name in header.entries), None)
         return NoGram(str(path)) if entry is None else StoredGram(entry, (header.file_bytes, header.mtime_ns))
     owner = f"grams of expert {number}"
     if not isinstance(given, Mapping):
         return HeldGram(owner, given)
-    return HeldGram(f"{owner}, {name}", given[name]) if name in given else NoGram(owner)
+    name = next((name for name in names if name in given), None)
+    return NoGram(owner) if name is None else HeldGram(f"{owner}, {name}", given[name])
 
 
 def _file(name: str, directory: Path | None) -> Path:
