@@ -172,7 +172,7 @@ def _values(method: Method, given: dict[str, Any], entries: Sequence[TensorEntry
     if "model" in scopes:
         raise ArgumentError(
             f"scope: model of {method.name!r} needs the whole model, and mergekit hands over one tensor at a time; "
-            "merge by the engine: pymerge.integrations.mergekit.replace_engine()"
+            "give scope: tensor, or merge by the engine: pymerge.integrations.mergekit.replace_engine()"
         )
     return values
 

@@ -21,7 +21,12 @@ from tests.helpers.checkpoints import fine_tuned, llama, llama_config, load_outp
 
 NAMES = {method.spec.name for method in registered_methods()}
 NEW = register_methods()
-FAST: dict[str, dict[str, Any]] = {"wudi": {"iterations": 5}, "knots": {"density": 0.5}}
+# What is fast enough, and can be computed of one tensor.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "wudi": {"iterations": 5},
+    "knots": {"density": 0.5},
+    "doge": {"iterations": 5, "scope": "tensor"},
+}
 
 
 def test_what_mergekit_does_not_have_is_registered() -> None:
@@ -35,7 +40,7 @@ def test_what_mergekit_does_not_have_is_registered() -> None:
 def test_merges_in_memory_are_pymerges(method: str) -> None:
     base = llama()
     experts = [fine_tuned(base, seed) for seed in range(2)]
-    parameters = FAST.get(method, {})
+    parameters = PARAMETERS.get(method, {})
     theirs = merge_state_dicts([*experts, base], method, base=2, parameters=parameters)
     ours = pymerge.merge_state_dicts(base, experts, method, **parameters)
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
@@ -46,6 +51,14 @@ def test_merges_in_memory_are_pymerges(method: str) -> None:
     whole = pymerge.merge_tensors(base[name], [e[name] for e in experts], method, **parameters)
     if method != "knots":  # whose random numbers follow names
         assert torch.equal(one, whole)
+
+
+def test_what_needs_the_whole_model_is_refused() -> None:
+    """It is doge's default; mergekit gives each tensor alone."""
+    base = llama()
+    experts = [fine_tuned(base, seed) for seed in range(2)]
+    with pytest.raises(ArgumentError, match=r"scope: model of 'doge' needs .* give scope: tensor, or"):
+        merge_state_dicts([*experts, base], "doge", base=2)
 
 
 def merged(folder: Path, document: dict[str, Any]) -> dict[str, Tensor]:
