@@ -87,6 +87,8 @@ SHAPES = {
     "tiny": Shape(hidden=64, inner=96, blocks=2, heads=4, key_heads=2, vocabulary=256),
     "20M": Shape(hidden=512, inner=1376, blocks=6, heads=8, key_heads=4, vocabulary=5120),
     "135M": Shape(hidden=576, inner=1536, blocks=30, heads=9, key_heads=3, vocabulary=49152),  # SmolLM2
+    # Two blocks of the next one, where whole models of other tools would take hours.
+    "1.2B-2": Shape(hidden=2048, inner=8192, blocks=2, heads=32, key_heads=8, vocabulary=2048),
     "1.2B": Shape(hidden=2048, inner=8192, blocks=16, heads=32, key_heads=8, vocabulary=128256),  # Llama 3.2
 }
 
