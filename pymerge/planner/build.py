@@ -143,7 +143,7 @@ def draft_plan(
             *config.warnings,
             *warnings,
             *remarks((step.name, step.action) for step in steps),
-            *without_grams((step.name, step.action) for step in steps),
+            *without_grams(method, ((step.name, step.action) for step in steps)),
         ),
         budget=budget,
         config_json=config_json,

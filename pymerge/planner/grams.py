@@ -16,7 +16,7 @@ from pymerge.common.names import listed
 from pymerge.config.references import places
 from pymerge.errors import ArgumentError, CheckpointError, NonFiniteError
 from pymerge.methods.actions import Action
-from pymerge.methods.base import Values
+from pymerge.methods.base import Method, Values
 from pymerge.methods.finish import Finish
 
 if TYPE_CHECKING:
@@ -175,8 +175,10 @@ def stamps_of(actions: Iterable[Action]) -> dict[Path, Stamp]:
     return found
 
 
-def without_grams(actions: Iterable[tuple[str, Action]]) -> list[str]:
+def without_grams(method: Method, actions: Iterable[tuple[str, Action]]) -> list[str]:
     """A remark on linear weights that are averaged because no model has a Gram of them."""
+    if not method.needs_grams:  # and plans of other methods import neither numpy nor PyTorch for it
+        return []
     from pymerge.methods.regmean import WITHOUT_GRAM
 
     names = [name for name, action in actions if getattr(action, "label", "") == WITHOUT_GRAM]

@@ -182,7 +182,8 @@ def test_what_a_killed_part_has_left_is_removed(slow_scene: Scene, tmp_path: Pat
     for file in left:
         (out / ".pymerge" / f"{file.split('.safetensors')[0]}.safetensors.json").unlink()
     assert slow_scene.merge(out, "--part", "1/2").code == 0
-    assert not list((out / ".pymerge").glob("*.partial"))
+    # A small file that was caught before its renaming stays: it goes with the folder.
+    assert not list((out / ".pymerge").glob("model*.partial"))
 
 
 @pytest.mark.slow
