@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from benchmarks.quality.suite import Part
 S = TypeVar("S", bound="FolderSuite")
 
 
-class FolderSuite:
+class FolderSuite(ABC):
     """ROOT/base, and for each seed ROOT/seed-S/experts/<task> and ROOT/seed-S/testset.safetensors.
 
     What a checkpoint is, and what a model answers, is left to subclasses.
@@ -69,13 +70,13 @@ class FolderSuite:
             found.update(path.read_bytes())
         return found.hexdigest()[:16]
 
+    @abstractmethod
     def load(self, folder: Path) -> nn.Module:
         """The float32 network of a checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batches_of_answers(self, model: Any, task: str, seed: int, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits and labels of all of the task's examples, some at a time."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def answers(self, model: Any, task: str, seed: int, part: Part) -> tuple[Tensor, Tensor]:

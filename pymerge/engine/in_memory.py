@@ -13,7 +13,7 @@ from pymerge.architecture.buffers import constant as named_constant
 from pymerge.architecture.constants import may_be_constant
 from pymerge.architecture.roles import Kind, Role, Rule, classify, positions
 from pymerge.backends.runner import Runner
-from pymerge.checkpoint.finite import check_values
+from pymerge.checkpoint.finite import check_values, is_finite
 from pymerge.common.arrays import compute_code
 from pymerge.common.devices import resolve_device
 from pymerge.common.dtypes import CODES, MERGED, code_of, torch_dtype
@@ -21,7 +21,7 @@ from pymerge.common.names import nearest
 from pymerge.engine.informed import InMemory, informed
 from pymerge.engine.state_dicts import check_integers, check_plain
 from pymerge.engine.whole import Share, merge_whole, reduce_together
-from pymerge.errors import ArgumentError
+from pymerge.errors import ArgumentError, NonFiniteError
 from pymerge.methods import get_method
 from pymerge.methods.actions import Action
 from pymerge.methods.base import Method, Values
@@ -62,7 +62,7 @@ def merge_tensors(
 
     Raises:
         ArgumentError: shapes, dtypes, devices or parameters that do not fit.
-        NonFiniteError: an input holds NaN or infinity.
+        NonFiniteError: an input holds NaN or infinity, or the result would.
     """
     if in_axis not in (0, 1):
         raise ArgumentError(f"in_axis is {in_axis!r}; give 1 (d_out x d_in) or 0 (d_in x d_out)")
@@ -101,7 +101,7 @@ def merge_state_dicts(
     Raises:
         ArgumentError: names, shapes, dtypes or parameters that do not fit; quantised weights; integers that
             differ between the models, but for counters of training (num_batches_tracked).
-        NonFiniteError: an input holds NaN or infinity; the message names the tensor.
+        NonFiniteError: an input holds NaN or infinity, or the result would; the message names the tensor.
     """
     for index, expert in enumerate(experts):
         missing = [name for name in base if name not in expert]
@@ -232,6 +232,11 @@ class _Merger:
             merged = merge_whole(tensor.action, tensor.role, self._run, self._rows(tensor), shares.get(tensor.name))
         except ArgumentError as error:
             raise ArgumentError(f"{tensor.name}: {error}") from error
+        if not is_finite(merged):
+            raise NonFiniteError(
+                f"{tensor.name}: the merged tensor has values that {tensor.dtype} cannot hold",
+                "give smaller parameters, or tensors of a wider dtype",
+            )
         return merged.to(tensor.base.device)
 
     def _rows(self, tensor: InMemory) -> Rows:

@@ -97,10 +97,8 @@ class Parameter:
 
     def _grams(self, value: Any) -> Any:
         """A path as text, "" for none, or what is in memory: a matrix, or matrices by the names of weights."""
-        if isinstance(value, (str, os.PathLike)):
-            return os.fspath(value)
-        if isinstance(value, Mapping) or hasattr(value, "shape"):
-            return value
+        if isinstance(value, (str, os.PathLike, Mapping)) or hasattr(value, "shape"):
+            return os.fspath(value) if isinstance(value, os.PathLike) else value
         raise self._wrong(value, "the path of a file that pymerge collect has written")
 
     def _layer_scale(self, value: Any) -> str | tuple[str, float] | tuple[str, float, float]:
@@ -119,7 +117,8 @@ class Parameter:
         raise self._wrong(value, "none, {power: p} or {lines: [a, b]}, with finite numbers")
 
     def _wrong(self, value: Any, expected: str) -> ArgumentError:
-        written = _as_meant(value, flag=self.kind == "flag") if isinstance(value, str) else None
+        numeric = isinstance(value, str) and (self.kind in ("number", "integer", "flag") or self.kind in _WORDS)
+        written = _as_meant(value, flag=self.kind == "flag") if numeric else None
         hint = f": write {written}" if written else ""
         return ArgumentError(f"parameter {self.name!r} is {reprlib.repr(value)}; it must be {expected}{hint}")
 

@@ -27,7 +27,7 @@ from pymerge.planner.constants import Constant, differing, find_constants
 from pymerge.planner.decide import copies, decide
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.folder import FolderInputs, Whole, beside_warnings, joined, match_modules
-from pymerge.planner.grams import stamps_of, without_grams
+from pymerge.planner.grams import remarks_on_grams, stamps_of
 from pymerge.planner.inputs import open_inputs
 from pymerge.planner.integers import check_integers
 from pymerge.planner.layers import with_layers
@@ -143,7 +143,7 @@ def draft_plan(
             *config.warnings,
             *warnings,
             *remarks((step.name, step.action) for step in steps),
-            *without_grams(method, ((step.name, step.action) for step in steps)),
+            *remarks_on_grams(method, steps),
         ),
         budget=budget,
         config_json=config_json,

@@ -18,6 +18,7 @@ from pymerge.errors import ArgumentError, CheckpointError, NonFiniteError
 from pymerge.methods.actions import Action
 from pymerge.methods.base import Method, Values
 from pymerge.methods.finish import Finish
+from pymerge.planner.steps import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,22 +167,37 @@ def _checked(where: str, gram: Tensor) -> Tensor:
 
 def stamps_of(actions: Iterable[Action]) -> dict[Path, Stamp]:
     """Size and time of all files of Grams that actions read."""
-    found: dict[Path, Stamp] = {}
-    for action in actions:
-        inner = action.inner if isinstance(action, Finish) else action
-        for gram in getattr(inner, "grams", ()):
-            if isinstance(gram, StoredGram):
-                found[gram.entry.file] = gram.stamp
-    return found
+    return {gram.entry.file: gram.stamp for action in actions for gram in _grams_of(action)}
 
 
-def without_grams(method: Method, actions: Iterable[tuple[str, Action]]) -> list[str]:
-    """A remark on linear weights that are averaged because no model has a Gram of them."""
+def _grams_of(action: Action) -> tuple[StoredGram, ...]:
+    """The Grams in files that an action reads, in the order of the experts."""
+    inner = action.inner if isinstance(action, Finish) else action
+    return tuple(gram for gram in getattr(inner, "grams", ()) if isinstance(gram, StoredGram))
+
+
+def remarks_on_grams(method: Method, steps: Sequence[Step]) -> list[str]:
+    """Remarks of the plan: linear weights that no model has a Gram of, and Grams that may be another model's."""
     if not method.needs_grams:  # and plans of other methods import neither numpy nor PyTorch for it
         return []
     from pymerge.methods.regmean import WITHOUT_GRAM
 
-    names = [name for name, action in actions if getattr(action, "label", "") == WITHOUT_GRAM]
-    if not names:
-        return []
-    return [f"{listed(names)}: averaged, as no model has a Gram of it; collect them, or leave it so"]
+    names = [step.name for step in steps if getattr(step.action, "label", "") == WITHOUT_GRAM]
+    found = [f"{listed(names)}: averaged, as no model has a Gram of it; collect them, or leave it so"] if names else []
+    given: dict[tuple[StoredGram, Path], Path] = {}
+    for step in steps:
+        # A Gram says nothing of the adapters that make a model.
+        pairs = zip(_grams_of(step.action), step.experts, strict=False)
+        given |= {(gram, expert.file.parent): expert.file for gram, expert in pairs if not expert.adapter_parts}
+    return found + list(dict.fromkeys(filter(None, (_doubt(gram, file) for (gram, _), file in given.items()))))
+
+
+def _doubt(gram: StoredGram, weights: Path) -> str | None:
+    """A reason to ask whether Grams are those of the model with this file."""
+    path, folder = gram.entry.file, weights.parent.resolve()
+    model = _header(path, *gram.stamp).metadata.get("model", "")
+    if os.path.isabs(model) and Path(model) != folder:
+        return f"{path}: was collected from {model}, and is given for {folder}; correct the path unless they are one"
+    if weights.stat().st_mtime_ns > gram.stamp[1]:
+        return f"{weights}: is newer than {path}, which was collected from it; collect again if it has changed since"
+    return None

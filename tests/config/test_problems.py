@@ -212,3 +212,12 @@ def test_a_flag_in_quotes() -> None:
     text = "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1, normalize: 'True'}\n"
     (problem,) = problems(text)
     assert problem.endswith("'normalize' is 'True'; it must be true or false: write true without quotes")
+
+
+@pytest.mark.parametrize("given", ["calibrate: '1'", "layer_scale: '1'"])
+def test_no_number_is_proposed_where_none_is_taken(given: str) -> None:
+    parameter = given.partition(":")[0]
+    text = f"merge_method: task_arithmetic\nbase_model: b\nmodels: [{{model: a}}]\nparameters: {{weight: 1, {given}}}\n"
+    (problem,) = problems(text)
+    assert f"{parameter!r} is '1'; it must be " in problem
+    assert "without quotes" not in problem

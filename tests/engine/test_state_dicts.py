@@ -58,6 +58,19 @@ def test_constants_known_by_their_names_are_the_bases(method: str) -> None:
         merge_state_dicts(base, [expert | {"attn_mask": torch.full((4, 4), torch.nan)}], method, weight=0.5)
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "cart", "wudi_flow"])
+def test_a_result_that_is_not_finite_is_an_error(method: str) -> None:
+    """As in a merge of files."""
+    base = {"a.weight": torch.randn(8, 6)}
+    experts = [{"a.weight": base["a.weight"] + 0.1 * torch.randn(8, 6)} for _ in range(2)]
+    huge = {"scale" if method == "wudi_flow" else "lambda": 1e308}
+    with pytest.raises(NonFiniteError, match=r"a\.weight: .* has values that torch\.float32 cannot hold"):
+        merge_state_dicts(base, experts, method, **huge)
+    small = [{"a.weight": 3e4 * torch.ones(8, 6, dtype=torch.float16)} for _ in range(3)]
+    with pytest.raises(NonFiniteError, match=r"torch\.float16 cannot hold.*wider dtype"):
+        merge_state_dicts({"a.weight": torch.zeros(8, 6, dtype=torch.float16)}, small, "task_arithmetic", weight=1.0)
+
+
 def test_upscale_refuses_quantised_experts() -> None:
     base = nn.Sequential()
     base.add_module("mlp", nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))

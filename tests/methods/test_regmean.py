@@ -218,3 +218,15 @@ def test_a_merger_and_a_merge_in_memory_take_files_and_matrices(
         merged = merger.merge()
         for name, tensor in expected.items():
             torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_grams_of_another_model_are_doubted(collected: tuple[Path, list[Path], list[Path]]) -> None:
+    """Swapped files have every name and size that they should have."""
+    base, models, files = collected
+    swapped = pymerge.plan(config_of(base, models, files[::-1]), device="cpu").warnings
+    for file, model, other in zip(files[::-1], models, models[::-1], strict=True):
+        assert f"{file}: was collected from {other}, and is given for {model}; correct the path" in " ".join(swapped)
+    assert len(swapped) == 2
+    os.utime(models[0] / "model.safetensors")
+    (newer,) = pymerge.plan(config_of(base, models, files), device="cpu").warnings
+    assert newer.startswith(f"{models[0] / 'model.safetensors'}: is newer than {files[0]}, which was collected from it")
