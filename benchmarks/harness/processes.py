@@ -41,9 +41,9 @@ def module(name: str) -> list[str]:
     return [sys.executable, "-m", name]
 
 
-def variables() -> dict[str, str]:
-    """This process's environment, in which the checkout's packages are found from any folder."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+def variables(checkout: Path = ROOT) -> dict[str, str]:
+    """This process's environment, in which the packages of this checkout, or another, are found from any folder."""
+    path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 

@@ -122,9 +122,12 @@ def _processor_lines(key: str) -> list[str]:
     return [line.split(":", 1)[1].strip() for line in lines if line.startswith(key)]
 
 
-def commit() -> str:
-    """The commit of the working tree, with "+changes" if it differs; elsewhere PYMERGE_COMMIT, or "unknown"."""
-    root = Path(__file__).resolve().parent
+def commit(tree: Path | None = None) -> str:
+    """The commit of a working tree, by default this one, with "+changes" if it differs.
+
+    Elsewhere it is PYMERGE_COMMIT, or "unknown".
+    """
+    root = tree or Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
