@@ -111,11 +111,15 @@ def _spectra(s: Subject) -> Iterator[tuple[str, Callable[[], Deltas]]]:
 def _solved_convolutions(s: Subject) -> Iterator[tuple[str, States]]:
     """Convolutions from the mean, as long as a task's, with errors beside the task's own change or not."""
 
-    def calibrated() -> Deltas:
-        return {name: formulas.calibrated(X, s.taus[name], 1 / len(s.experts)) for name, X in s.two_sided.items()}
+    def calibrated(deltas: Deltas) -> Deltas:
+        return {name: formulas.calibrated(X, s.taus[name], 1 / len(s.experts)) for name, X in deltas.items()}
 
     def solved(names: Sequence[str], relative: bool) -> Deltas:
         return s.apply(lambda taus: formulas.as_long_as_a_task(taus, relative), names)
+
+    def capped(deltas: Deltas, means: float) -> list[Deltas]:
+        linear = {name: formulas.capped(X, means) for name, X in calibrated(deltas).items()}
+        return [s.state(linear | s.averaged | solved(s.convolutions, True))]
 
     for relative, word in ((False, "absolute"), (True, "relative")):
         for name in s.convolutions:
@@ -123,26 +127,23 @@ def _solved_convolutions(s: Subject) -> Iterator[tuple[str, States]]:
                 f"two-sided, {name} by the {word} loss",
                 lambda n=name, r=relative: [s.state(s.two_sided | s.averaged | solved([n], r))],
             )
-        if s.convolutions:
-            yield (
-                f"wudi_flow, convolutions by the {word} loss",
-                lambda r=relative: [s.state(s.flow | s.averaged | solved(s.convolutions, r))],
-            )
-            yield (
-                f"two-sided, calibrated, convolutions by the {word} loss",
-                lambda r=relative: [s.state(calibrated() | s.averaged | solved(s.convolutions, r))],
-            )
-    if s.convolutions:
+        if not s.convolutions:
+            continue
         yield (
-            "two-sided, calibrated, capped at 2 means, convolutions by the relative loss",
-            lambda: [
-                s.state(
-                    {name: formulas.capped(X, 2.0) for name, X in calibrated().items()}
-                    | s.averaged
-                    | solved(s.convolutions, True)
-                )
-            ],
+            f"wudi_flow, convolutions by the {word} loss",
+            lambda r=relative: [s.state(s.flow | s.averaged | solved(s.convolutions, r))],
         )
+        for label, of in (("wudi_flow", lambda: s.flow), ("two-sided", lambda: s.two_sided)):
+            yield (
+                f"{label}, calibrated, convolutions by the {word} loss",
+                lambda d=of, r=relative: [s.state(calibrated(d()) | s.averaged | solved(s.convolutions, r))],
+            )
+    for label, of in (("wudi_flow", lambda: s.flow), ("two-sided", lambda: s.two_sided)):
+        for means in (2.0, 3.0, 5.0) if s.convolutions else ():
+            yield (
+                f"{label}, calibrated, capped at {means:g} means, convolutions by the relative loss",
+                lambda d=of, c=means: capped(d(), c),
+            )
 
 
 def _experts(s: Subject) -> Iterator[tuple[str, States]]:
