@@ -24,8 +24,10 @@ void count(const MagnitudeCountsParams& p, std::int64_t task, std::int64_t begin
             for (std::int64_t i = 0; i < n; ++i) ++table[keys[i] >> shift];
             return;
         }
-        const Key mask = (Key{1} << p.bits) - 1;
-        for_each_matching(keys, n, static_cast<Key>(prefix), above, [&](Key key) { ++table[(key >> shift) & mask]; });
+        Key list[magnitude_block + keys_room];
+        const Key low = static_cast<Key>(prefix) << above, high = low + ((Key{1} << above) - 1);
+        const std::int64_t within = keys_within(list, keys, low, high, n).within;
+        for (std::int64_t i = 0; i < within; ++i) ++table[list[i] >> shift];
     };
     for_each_key_block<A, K>(p.base, p.experts[task], begin, end, count_keys);
 }
@@ -36,22 +38,6 @@ void count_task(const MagnitudeCountsParams& p, std::int64_t task, std::int64_t 
         using A = typename decltype(tag)::type;
         p.in_double ? count<A, double>(p, task, begin, end, table) : count<A, A>(p, task, begin, end, table);
     });
-}
-
-template <class A>
-std::int64_t place_of(const MatrixView& base, const MatrixView& expert, std::uint64_t key, std::int64_t left,
-                      std::int64_t numel) {
-    for (std::int64_t begin = 0; begin < numel; begin += least) {
-        std::int64_t found = -1;
-        for_each_key_block<A>(base, expert, begin, std::min(numel, begin + least),
-                              [&](const MagnitudeKey<A>* keys, std::int64_t n, std::int64_t at) {
-                                  for (std::int64_t i = 0; i < n && left > 0; ++i) {
-                                      if (keys[i] == key && --left == 0) found = at + i + 1;
-                                  }
-                              });
-        if (found >= 0) return found;
-    }
-    return numel;
 }
 
 }  // namespace
@@ -81,8 +67,9 @@ void magnitude_counts_cpu(const MagnitudeCountsParams& p, int threads) {
 
 std::int64_t magnitude_place_cpu(const MatrixView& base, const MatrixView& expert, std::uint64_t key, std::int64_t left,
                                  std::int64_t numel) {
-    return in_delta_type(
-        base, expert, [&](auto tag) { return place_of<typename decltype(tag)::type>(base, expert, key, left, numel); });
+    return in_delta_type(base, expert, [&](auto tag) {
+        return place_of<typename decltype(tag)::type>(base, expert, key, left, 0, numel);
+    });
 }
 
 }  // namespace pymerge

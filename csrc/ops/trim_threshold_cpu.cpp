@@ -1,6 +1,10 @@
 #include "ops/trim_threshold.h"
 
 #include <array>
+#include <bit>
+#include <cmath>
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "common/check.h"
@@ -9,67 +13,101 @@
 namespace pymerge {
 namespace {
 
-constexpr std::int64_t segment = 128 * magnitude_block;  // what is counted in one table
+constexpr std::int64_t segment = 64 * magnitude_block;  // what is counted in one table
+constexpr int bin_bits = 11;
+constexpr std::size_t bins = std::size_t{1} << bin_bits;
 
-struct Digit {
-    int shift;
-    int bits;
+// Elements that a task's key is guessed from, where there are many more: runs of neighbours.
+constexpr std::int64_t run = 16;
+constexpr std::int64_t least_runs = 64, most_runs = 256;
+constexpr std::int64_t least_elements = 16 * least_runs * run;
+constexpr std::int64_t run_every = 128 * run;  // elements, or as many runs as are allowed
+
+// How many keys are in a part of a range, and of those all but its first key: in one number, to be added at once.
+class Bin {
+  public:
+    void add(bool first) { both_ += one + (first ? 0 : 1); }
+    void add_first(std::int64_t count) { both_ += one * static_cast<std::uint64_t>(count); }
+    void operator+=(Bin other) { both_ += other.both_; }
+    std::int64_t count() const { return static_cast<std::int64_t>(both_ >> 32); }
+    bool one_key() const { return static_cast<std::uint32_t>(both_) == 0; }
+
+  private:
+    static constexpr std::uint64_t one = std::uint64_t{1} << 32;
+    std::uint64_t both_ = 0;
 };
-// Of all bits of a key, from the top.
-template <class A>
-constexpr std::array<Digit, 3> digits{{{20, 11}, {10, 10}, {0, 10}}};
-template <>
-constexpr std::array<Digit, 6> digits<double>{{{52, 11}, {41, 11}, {30, 11}, {20, 10}, {10, 10}, {0, 10}}};
-constexpr std::size_t bins = 1 << 11;
 
-using Table = std::array<std::uint32_t, bins>;
+using Table = std::array<Bin, bins>;
 
-// The selection of one task, digit by digit from the top. Its deltas are A's.
+// The selection of one task: a range of keys that gets smaller until it is one. Its deltas are A's.
 template <class A>
 class Search {
   public:
     Search(const TrimThresholdParams& p, std::int64_t task)
         : p_(p),
           expert_(p.experts[task]),
-          left_(p.counts[task]),
-          tables_(static_cast<std::size_t>(chunk_count(p.numel, segment))) {}
-
-    // Counts a digit in one segment.
-    void count(std::size_t place, Digit digit) {
-        Table& table = tables_[place];
-        table.fill(0);
-        if (digit.shift == digits<A>[0].shift) {
-            count_first_digit(place, table);
-        } else {
-            count_digit(place, digit, table);
-        }
+          count_(p.counts[task]),
+          tables_(static_cast<std::size_t>(chunk_count(p.numel, segment))),
+          above_(tables_.size()) {
+        set_range(0, largest);
+        if (p.numel >= least_elements) guess();
     }
 
-    // Decides the digit that all segments have been counted by.
-    void settle(Digit digit) {
-        bin_ = std::size_t{1} << digit.bits;
-        do {
+    bool found() const { return found_; }
+
+    // Counts the keys of one segment.
+    void count(std::size_t place) {
+        Table& table = tables_[place];
+        table.fill({});
+        above_[place] = 0;
+        // Two tables: neighbours often fall into the same bin, and would wait for each other's store.
+        Table other;
+        Key list[magnitude_block + keys_room];
+        const Key rest = (Key{1} << shift_) - 1;
+        for_each_block(place, [&](const Key* keys, std::int64_t n, std::int64_t) {
+            const auto [within, above] = keys_within(list, keys, low_, high_, n);
+            above_[place] += above;
+            if (low_ == high_) return table[0].add_first(within);
+            std::int64_t i = 0;
+            for (; i + 1 < within; i += 2) {
+                table[list[i] >> shift_].add((list[i] & rest) == 0);
+                other[list[i + 1] >> shift_].add((list[i + 1] & rest) == 0);
+            }
+            if (i < within) other[list[i] >> shift_].add((list[i] & rest) == 0);
+        });
+        for (std::size_t bin = 0; bin < bins; ++bin) table[bin] += other[bin];
+    }
+
+    // Makes the range smaller, when all segments have been counted.
+    void narrow() {
+        left_ = count_ - std::accumulate(above_.begin(), above_.end(), std::int64_t{0});
+        if (left_ <= 0) return set_range(high_ + 1, largest);  // the guess was wrong
+        for (bin_ = bins; bin_ > 0; left_ -= equal_) {
             --bin_;
             equal_ = 0;
-            for (const Table& table : tables_) equal_ += table[bin_];
-            left_ -= equal_;
-        } while (left_ > 0);
-        left_ += equal_;
-        prefix_ = (prefix_ << digit.bits) | static_cast<Key>(bin_);
+            for (const Table& table : tables_) equal_ += table[bin_].count();
+            if (left_ > equal_) continue;
+            const Key first = low_ + (static_cast<Key>(bin_) << shift_);
+            found_ =
+                std::all_of(tables_.begin(), tables_.end(), [&](const Table& each) { return each[bin_].one_key(); });
+            return set_range(first, found_ ? first : std::min(high_, first + ((Key{1} << shift_) - 1)));
+        }
+        set_range(0, low_ - 1);  // it was, too
     }
 
-    std::int64_t key() const { return static_cast<std::int64_t>(prefix_); }
+    std::int64_t key() const { return static_cast<std::int64_t>(low_); }
 
     std::int64_t end() const {
         if (left_ == equal_) return p_.numel;
         std::int64_t left = left_;
         std::size_t place = 0;
-        while (tables_[place][bin_] < left) left -= tables_[place++][bin_];
-        return behind_tie(place, left);
+        while (tables_[place][bin_].count() < left) left -= tables_[place++][bin_].count();
+        return place_of<A>(p_.base, expert_, low_, left, static_cast<std::int64_t>(place) * segment, p_.numel);
     }
 
   private:
     using Key = MagnitudeKey<A>;
+    static constexpr Key largest = static_cast<Key>(-1) >> 1;
 
     // Calls f(keys, n, at) for each block of a segment.
     template <class F>
@@ -78,47 +116,46 @@ class Search {
         for_each_key_block<A>(p_.base, expert_, begin, std::min(p_.numel, begin + segment), f);
     }
 
-    void count_first_digit(std::size_t place, Table& table) const {
-        constexpr int shift = digits<A>[0].shift;
-        // Two tables: neighbours often fall into the same bin, and would wait for each other's store.
-        Table other{};
-        for_each_block(place, [&](const Key* keys, std::int64_t n, std::int64_t) {
-            std::int64_t i = 0;
-            for (; i + 1 < n; i += 2) {
-                ++table[keys[i] >> shift];
-                ++other[keys[i + 1] >> shift];
-            }
-            if (i < n) ++table[keys[i] >> shift];
-        });
-        for (std::size_t bin = 0; bin < bins; ++bin) table[bin] += other[bin];
+    // Starts from the range that the key is almost surely in, by a sample. What is found does not depend on it.
+    void guess() {
+        const std::int64_t runs = std::clamp(p_.numel / run_every, least_runs, most_runs), stride = p_.numel / runs;
+        std::vector<Key> sample;
+        for (std::int64_t i = 0; i < runs; ++i) {
+            // Anywhere in its part: at equal distances all might be of the same columns.
+            const auto anywhere =
+                static_cast<std::uint32_t>((static_cast<std::uint64_t>(i) * 0x9e3779b97f4a7c15u) >> 32);
+            const std::int64_t at = i * stride + ((anywhere * (stride - run)) >> 32);
+            for_each_key_block<A>(p_.base, expert_, at, at + run, [&](const Key* keys, std::int64_t n, std::int64_t) {
+                sample.insert(sample.end(), keys, keys + n);
+            });
+        }
+        const double size = static_cast<double>(sample.size()), margin = 3.0 * std::sqrt(size);
+        const double middle = size * (static_cast<double>(count_) / static_cast<double>(p_.numel));
+        const auto first = sample.begin() + static_cast<std::int64_t>(std::max(middle - margin, 0.0));
+        const auto last = sample.begin() + static_cast<std::int64_t>(std::min(middle + margin, size - 1.0));
+        std::nth_element(sample.begin(), first, sample.end(), std::greater<>());
+        const Key high = middle > margin ? *first : largest;
+        std::nth_element(first, last, sample.end(), std::greater<>());
+        set_range(middle + margin < size ? *last : 0, high);
     }
 
-    void count_digit(std::size_t place, Digit digit, Table& table) const {
-        const Key mask = (Key{1} << digit.bits) - 1;
-        for_each_block(place, [&](const Key* keys, std::int64_t n, std::int64_t) {
-            for_each_matching(keys, n, prefix_, digit.shift + digit.bits,
-                              [&](Key key) { ++table[(key >> digit.shift) & mask]; });
-        });
-    }
-
-    // Index behind the left-th element of the key in a segment.
-    std::int64_t behind_tie(std::size_t place, std::int64_t left) const {
-        std::int64_t end = 0;
-        for_each_block(place, [&](const Key* keys, std::int64_t n, std::int64_t at) {
-            for (std::int64_t i = 0; i < n && left > 0; ++i) {
-                if (keys[i] == prefix_ && --left == 0) end = at + i + 1;
-            }
-        });
-        return end;
+    // Cuts the range into as many parts as there are bins, or less.
+    void set_range(Key low, Key high) {
+        low_ = low, high_ = high;
+        shift_ = std::max(0, static_cast<int>(std::bit_width(high - low)) - bin_bits);
     }
 
     const TrimThresholdParams& p_;
     const MatrixView& expert_;
-    std::int64_t left_;       // elements to be taken among those that start with the prefix
-    std::int64_t equal_ = 0;  // how many those are
-    Key prefix_ = 0;
-    std::size_t bin_ = 0;  // the prefix's last digit
-    std::vector<Table> tables_;
+    std::int64_t count_;
+    Key low_, high_;          // the range
+    int shift_;               // of a key's distance from its beginning, to the number of the bin
+    std::size_t bin_ = 0;     // that the key is in
+    std::int64_t left_ = 0;   // elements to be taken of it
+    std::int64_t equal_ = 0;  // how many it has
+    bool found_ = false;
+    std::vector<Table> tables_;        // of each segment
+    std::vector<std::int64_t> above_;  // keys above the range
 };
 
 // Finds the thresholds of these tasks, whose deltas are A's.
@@ -126,13 +163,16 @@ template <class A>
 void find_thresholds(const TrimThresholdParams& p, const std::vector<std::int64_t>& tasks, int threads) {
     std::vector<Search<A>> searches;
     for (const std::int64_t task : tasks) searches.emplace_back(p, task);
-    const auto count = static_cast<std::int64_t>(tasks.size()), segments = chunk_count(p.numel, segment);
-    for (const Digit digit : digits<A>) {
+    std::vector<Search<A>*> open;
+    for (Search<A>& search : searches) open.push_back(&search);
+    while (!open.empty()) {
+        const auto count = static_cast<std::int64_t>(open.size()), segments = chunk_count(p.numel, segment);
         // Tasks take turns, so that the base's segment is still in the cache.
         for_each_item(segments * count, threads, [&](std::int64_t item) {
-            searches[static_cast<std::size_t>(item % count)].count(static_cast<std::size_t>(item / count), digit);
+            open[static_cast<std::size_t>(item % count)]->count(static_cast<std::size_t>(item / count));
         });
-        for (Search<A>& search : searches) search.settle(digit);
+        for (Search<A>* search : open) search->narrow();
+        std::erase_if(open, [](const Search<A>* search) { return search->found(); });
     }
     for (std::size_t i = 0; i < tasks.size(); ++i) {
         p.keys[tasks[i]] = searches[i].key();

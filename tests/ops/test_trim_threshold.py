@@ -79,6 +79,22 @@ def test_each_task_is_searched_in_its_own_precision(ties: bool) -> None:
             assert key == int(last.view(torch.int64 if last.dtype == torch.float64 else torch.int32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sample_that_misleads_changes_nothing(dtype: torch.dtype) -> None:
+    """Large and small elements in runs: a sample of a few runs is now and then far from how many there are of each."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        sizes = torch.rand(1024, 16, generator=generator, dtype=dtype) + 1.0
+        sizes *= torch.where(torch.randperm(1024, generator=generator) < 512, 100.0, 1.0)[:, None]
+        ordered = sizes.flatten().sort(descending=True).values
+        for count in (8_191, 8_193):
+            found = in_cpp(TrimThreshold(None, [sizes], [count]), 1)
+            assert int(found.keys[0]) == int(
+                ordered[count - 1].view(torch.int32 if dtype == torch.float32 else torch.int64)
+            )
+            assert int(found.ends[0]) == sizes.numel()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_float64_is_larger_than_infinity(backend: str) -> None:
     expert = torch.tensor([1.0, math.nan, -math.inf, 2.0, 0.0, math.inf], dtype=torch.float64)
