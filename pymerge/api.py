@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from pymerge.config.multi import Stage
+    from pymerge.output.directory import OutputDirectory
 
 
 def plan(
@@ -67,8 +69,16 @@ def plan(
         target,
         max_shard_bytes=parse_bytes(max_shard_size),
         dtype=dtype,
+        network=_seen_weights,
     )
     return replace(planned, warnings=(*planned.warnings, *delta_warnings(planned)))
+
+
+def _seen_weights(donor: Checkpoint, config: MergeConfig) -> Collection[str]:
+    """Weights whose inputs a donor's network shows, where a method runs it over data."""
+    from pymerge.grams.network import seen_weights
+
+    return seen_weights(donor, config)
 
 
 def _bytes(limit: int | str | None) -> int | None:
@@ -103,12 +113,20 @@ def run(
     sink = ProgressBar("merging") if progress else NoProgress()
     trace = None if profile is None else Path(profile)
     if part is None:
-        return carry_out(plan, Path(out), overwrite=overwrite, progress=sink, profile=trace)
+        collected = _collected(progress) if plan.method.needs_data else None
+        return carry_out(plan, Path(out), overwrite=overwrite, progress=sink, profile=trace, collected=collected)
     from pymerge.engine.parts import run_part
 
     if overwrite:
         raise ArgumentError("a part does not replace another merge, which other parts may be writing; delete it first")
     return run_part(_advised(plan, part), Path(out), part, progress=sink, profile=trace)
+
+
+def _collected(shown: bool) -> Callable[[Plan, OutputDirectory], Plan]:
+    """What runs models over data for a merge, and gives the plan that knows their inputs."""
+    from pymerge.grams.sequence import with_grams_of_data
+
+    return partial(with_grams_of_data, shown=shown)
 
 
 def finalize(

@@ -20,6 +20,7 @@ from pymerge.engine.run import processor, resolve_target
 from pymerge.engine.trace import Tracer
 from pymerge.engine.worker import Context
 from pymerge.errors import BackendError, CheckpointError, ConfigError, OutputError, PlanError
+from pymerge.methods import get_method
 from pymerge.output.files import MANIFEST_NAME
 from pymerge.output.identity import differences
 from pymerge.output.layout import ShardLayout, full_name
@@ -121,6 +122,11 @@ def _plan(out: Path, recipe: dict[str, Any]) -> Plan:
         ) from error
     try:
         config = load_config(out / recipe["config"], directory=Path(recipe["directory"]))
+        if get_method(config.merge_method).needs_data:
+            raise OutputError(
+                f"{out}: was merged by {config.merge_method}, whose models are not run over data again; verify it "
+                "without --deep, which reads all of its tensors"
+            )
         return build_plan(config, budget(target.device), target, dtype=recipe["dtype"])
     except (ConfigError, CheckpointError, PlanError) as error:
         raise OutputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from logging import INFO, WARNING
 from pathlib import Path
@@ -31,6 +31,7 @@ from pymerge.methods import METHODS
 from pymerge.output.directory import OutputDirectory
 from pymerge.output.layout import ShardLayout
 from pymerge.output.manifest import read_manifest
+from pymerge.planner.data import gram_bytes
 from pymerge.planner.jobs import batches
 from pymerge.planner.plan import Plan
 from pymerge.planner.workers import Target
@@ -89,6 +90,7 @@ def run(
     overwrite: bool = False,
     progress: ProgressSink | None = None,
     profile: Path | None = None,
+    collected: Callable[[Plan, OutputDirectory], Plan] | None = None,
 ) -> MergeReport:
     """Carry out a plan.
 
@@ -99,6 +101,8 @@ def run(
         overwrite: replace another merge that is there.
         progress: told about bytes and tensors; default: nobody.
         profile: file for a trace of all reads, computations and writes (see pymerge.engine.trace).
+        collected: of a method that needs data: runs models over it, keeps what is found in interim files of the output,
+            and gives the plan that knows it.
 
     Raises:
         OutputError, CheckpointError, BackendError: as their names say.
@@ -107,26 +111,31 @@ def run(
     """
     started = time.perf_counter()
     progress = progress or NoProgress()
-    identity = begin(plan, out)
+    identity = begin(plan, out, by_data=collected is not None)
     manifest = read_manifest(out)
     if manifest is not None and manifest["identity"] == identity and not overwrite:
         return verified(plan, out, started, progress)
     with whole_directory(plan, out, identity, overwrite=overwrite) as output:
-        done = merge_files(plan, output, output.path, output.finished, progress, profile)
+        known = plan if collected is None or not output.missing else collected(plan, output)
+        done = merge_files(known, output, output.path, output.finished, progress, profile)
         publish(plan, output)
     report = done.report(plan, output.path, [*plan.layouts, *output.beside], time.perf_counter() - started)
     event("finished", report.lines()[0], **asdict(report))
     return report
 
 
-def begin(plan: Plan, out: Path) -> dict[str, str]:
+def begin(plan: Plan, out: Path, *, by_data: bool = False) -> dict[str, str]:
     """Log a plan and refuse it where it cannot be carried out; returns the merge's identity on this processor."""
-    check(plan, out)
+    check(plan, out, by_data=by_data)
     return plan.identity(processor(plan))
 
 
-def check(plan: Plan, out: Path) -> None:
-    """Log a plan, and refuse it where it cannot be carried out."""
+def check(plan: Plan, out: Path, *, by_data: bool = False) -> None:
+    """Log a plan, and refuse it where it cannot be carried out; `by_data` says that models are run over data."""
+    if plan.method.needs_data and not by_data:
+        raise PlanError(
+            [f"{plan.method.name} merges block after block, by what those before have become; merge it by one process"]
+        )
     refuse_adapter(plan)
     _log_plan(plan)
     refuse_inputs(plan, out)
@@ -141,6 +150,7 @@ def whole_directory(plan: Plan, out: Path, identity: dict[str, str], *, overwrit
         identity=identity,
         beside=(*plan.modules, *plan.extras.layouts),
         late=plan.extras.late,
+        interim=gram_bytes(plan.steps) if plan.method.needs_data else None,
         copied=sum((plan.inputs.donor.path / file).stat().st_size for file in plan.inputs.donor.beside.copied),
         overwrite=overwrite,
         keeps_cache=plan.keeps_cache,

@@ -6,9 +6,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from pymerge.common.files import atomic_write, os_errors, size_and_digest
 from pymerge.common.libraries import require
 from pymerge.common.progress import CountBar
 from pymerge.config.references import hub_reference, model_path
-from pymerge.errors import ArgumentError, CheckpointError, OutputError
+from pymerge.errors import CheckpointError, OutputError
 from pymerge.grams.data import Batch, batches, read_samples
-from pymerge.grams.model import Linears, Opened, Weights, linears_of, load_whole, open_model
+from pymerge.grams.model import Linears, Opened, Weights, linears_of, load_whole, open_model, refuse_fused, run_on
 from pymerge.grams.sums import Sums, join, keep, kept, tensors_of
-from pymerge.grams.turns import VisitedTwiceError, run_by_blocks
+from pymerge.grams.turns import Passage, VisitedTwiceError, run_by_blocks
 from pymerge.output.lock import acquire_lock
 
 FORM = "mean of x x^T over the inputs x of each linear weight, [d_in, d_in], by the weight's name"
@@ -102,6 +103,7 @@ def collect(
     with closing(acquire_lock(work)):
         _begin(work, metadata)
         opened = open_model(folder, checkpoint)
+        refuse_fused(opened, settings.exclude)
         inputs = batches(samples, opened.model, folder, settings.length, settings.batch, settings.max_tokens)
         run = _Collection(folder, checkpoint, opened, inputs, settings, torch.device(str(resolve_device(device))), work)
         parts, linears, by_blocks = run.carry_out(progress)
@@ -192,27 +194,13 @@ class _Collection:
         return (*self._whole(progress), False)
 
     def _call(self, model: Any, batch: Batch) -> None:
-        function: Callable[..., object] = model
-        for name, argument in (("get_image_features", "pixel_values"), ("get_text_features", "input_ids")):
-            if hasattr(model, name) and list(batch) == [argument]:
-                function = getattr(model, name)
-        try:
-            function(**{name: self._cast(tensor) for name, tensor in batch.items()})
-        except (TypeError, ValueError, IndexError) as error:
-            raise ArgumentError(
-                f"{self._folder}: {type(model).__name__} does not run on {' and '.join(batch)} of "
-                f"{[list(each.shape) for each in batch.values()]} ({error}); give data of the kind that it takes, or "
-                "a smaller --length"
-            ) from error
-
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
+        run_on(model, self._folder, batch, self._dtype, self._device)
 
     def _by_blocks(self, progress: bool) -> tuple[list[Path], Linears]:
         model, exclude = self._opened.model, self._settings.exclude
         linears = linears_of(self._opened, model, self._checkpoint, exclude)
         with Reader(self._checkpoint.stamps) as reader, torch.no_grad():
-            weights = Weights(self._opened, reader, self._dtype, self._device)
+            weights = Weights(self._opened, reader.read, self._dtype, self._device)
             weights.load_outside()
             files = {block: self._work / f"{block}.safetensors" for block in weights.blocks}
             inside = {block: self._layers(linears, f"{block}.") for block in files}
@@ -225,7 +213,7 @@ class _Collection:
             total = len(weights.blocks) * len(self._inputs)
             with CountBar("collecting", total, shown=progress) as bar, sums.of(outside):
 
-                def turn(block: str, through: Callable[[Callable[[], None]], None]) -> None:
+                def turn(block: str, passage: Passage) -> None:
                     weights.load(block)
                     own = Sums()
 
@@ -236,13 +224,13 @@ class _Collection:
 
                     if block in files and not files[block].exists():
                         with own.of(inside[block]):
-                            through(after)
+                            passage.through(after)
                         keep(files[block], own.means(self._written), own.counts)
                     else:
-                        through(after)
+                        passage.through(after)
                     weights.free(block)
 
-                works = [lambda batch=batch: self._call(model, batch) for batch in self._inputs]
+                works = [partial(self._call, model, batch) for batch in self._inputs]
                 run_by_blocks(works, weights.blocks, turn)
             last = self._work / _OUTSIDE
             keep(last, sums.means(self._written), sums.counts)

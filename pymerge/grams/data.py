@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError, CheckpointError
+from pymerge.planner.data import KINDS, data_files
 
-TEXTS = (".txt", ".jsonl")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Batch = dict[str, Tensor]
 
 
@@ -40,13 +39,7 @@ def read_samples(folder: Path, most: int) -> Samples:
     are passed over. Raises CheckpointError where there is none, where texts and images lie together, or where a file
     cannot be read.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is no folder; give a folder of {_kinds()}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in TEXTS + IMAGES and path.is_file())
-    images = [path for path in files if path.suffix.lower() in IMAGES]
-    texts = [path for path in files if path.suffix.lower() in TEXTS]
-    if images and texts:
-        raise CheckpointError(f"{folder}: holds texts ({texts[0].name}) and images ({images[0].name}); give one kind")
+    texts, images = data_files(folder)
     digest = hashlib.sha256()
     if images:
         for path in images[:most]:
@@ -59,13 +52,9 @@ def read_samples(folder: Path, most: int) -> Samples:
                 break
             found.append(text)
     if not found:
-        raise CheckpointError(f"{folder}: holds no text and no image; give a folder of {_kinds()}")
+        raise CheckpointError(f"{folder}: holds no text and no image; give a folder of {KINDS}")
     digest.update(json.dumps(found).encode())
     return Samples(folder, tuple(found), (), digest.hexdigest())
-
-
-def _kinds() -> str:
-    return f"{', '.join(TEXTS)} or {', '.join(IMAGES)} files"
 
 
 def _bytes(path: Path) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from pymerge.architecture.roles import classify
 from pymerge.checkpoint.checkpoint import Checkpoint
-from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.common.names import listed
 from pymerge.errors import ArgumentError, CheckpointError
 from pymerge.live.modules import place_of, tensors_of
 from pymerge.wemoe.load import model_names
 from pymerge.wemoe.modules import is_linear
+
+Read = Callable[[TensorEntry], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ def open_model(folder: Path, checkpoint: Checkpoint) -> Opened:
         model = kind(config)
     model.tie_weights()
     model.eval()
+    for module in model.modules():  # nobody goes on from what is kept of a text
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False
     there = checkpoint.tensors
     names = model_names(model, there, folder, partial=True)
     own = {mine: there[name] for name, mine in names.items()}
@@ -108,13 +112,36 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-class Weights:
-    """Weights of a model on the meta device, read into it block by block."""
+def run_on(model: Any, folder: Path, batch: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Run a model on inputs; of models of images and texts, the half that takes them.
 
-    def __init__(self, opened: Opened, reader: Reader, dtype: torch.dtype, device: torch.device) -> None:
+    Raises ArgumentError where it does not take them.
+    """
+    function: Callable[..., object] = model
+    for name, argument in (("get_image_features", "pixel_values"), ("get_text_features", "input_ids")):
+        if hasattr(model, name) and list(batch) == [argument]:
+            function = getattr(model, name)
+    try:
+        function(**{name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in batch.items()})
+    except (TypeError, ValueError, IndexError) as error:
+        raise ArgumentError(
+            f"{folder}: {type(model).__name__} does not run on {' and '.join(batch)} of "
+            f"{[list(each.shape) for each in batch.values()]} ({error}); give data of the kind that it takes, or a "
+            "smaller length"
+        ) from error
+
+
+class Weights:
+    """Weights of a model on the meta device, read into it block by block.
+
+    Args:
+        read: gives the tensor of an entry of the model's files.
+    """
+
+    def __init__(self, opened: Opened, read: Read, dtype: torch.dtype, device: torch.device) -> None:
         assert opened.own is not None
         self.blocks = blocks_of(opened.model)
-        self._model, self._reader, self._dtype, self._device = opened.model, reader, dtype, device
+        self._model, self._read, self._dtype, self._device = opened.model, read, dtype, device
         self._entries = {id(_tensor(opened.model, name)): entry for name, entry in opened.own.items()}
         # Where each parameter stands, by its identity, and the blocks that have it: shared ones are outside all.
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -132,22 +159,27 @@ class Weights:
             for key in shared & parameters.keys() if block else ():
                 self._inside[""][key] = parameters.pop(key)
 
-    def load_outside(self) -> None:
-        """Read what stands in no block, buffers of the files among it."""
-        self.load("")
+    def load_outside(self, read: Read | None = None) -> None:
+        """Read what stands in no block, and all buffers of the files, in another way if one is given."""
+        read = read or self._read
+        self.load("", read)
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     entry = self._entries.get(id(buffer))
-                    value = buffer if entry is None else self._reader.read(entry)
+                    value = buffer if entry is None else read(entry)
                     if entry is not None and value.is_floating_point():
                         value = value.to(self._dtype)
                     module._buffers[name] = value.to(self._device)
 
-    def load(self, block: str) -> None:
-        """Read the weights of a block."""
+    def entries(self, block: str) -> list[TensorEntry]:
+        """Entries of the weights of a block."""
+        return [self._entries[key] for key in self._inside.get(block, ())]
+
+    def load(self, block: str, read: Read | None = None) -> None:
+        """Read the weights of a block, in another way if one is given."""
         for key in self._inside.get(block, ()):
-            value = self._reader.read(self._entries[key]).to(self._device, self._dtype)
+            value = (read or self._read)(self._entries[key]).to(self._device, self._dtype)
             for module, name in self._slots[key]:
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
@@ -165,6 +197,20 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return found if found is not None else module._buffers[last]  # type: ignore[return-value]
 
 
+def refuse_fused(opened: Opened, exclude: Sequence[str]) -> None:
+    """Raise ArgumentError for experts in one tensor, whose inputs no layer has, unless a pattern finds them."""
+    fused = [
+        name
+        for name, parameter in opened.model.named_parameters()
+        if parameter.ndim == 3 and "experts" in name.split(".") and not any(re.search(each, name) for each in exclude)
+    ]
+    if fused:
+        raise ArgumentError(
+            f"{listed(fused)}: holds the experts of a layer in one tensor, where the inputs of each cannot be seen; "
+            r"give --exclude '\.experts\.' to leave them without Grams: regmean then averages them"
+        )
+
+
 @dataclass(frozen=True)
 class Linears:
     """Linear layers whose inputs count: by path, the name of the weight in the files; and weights that have none."""
@@ -178,20 +224,7 @@ def linears_of(opened: Opened, model: Any, checkpoint: Checkpoint, exclude: Sequ
 
     Args:
         model: with its weights, where `opened` cannot say what they are read from.
-
-    Raises:
-        ArgumentError: experts in one tensor, whose inputs no layer has.
     """
-    fused = [
-        name
-        for name, parameter in opened.model.named_parameters()
-        if parameter.ndim == 3 and "experts" in name.split(".") and not any(re.search(each, name) for each in exclude)
-    ]
-    if fused:
-        raise ArgumentError(
-            f"{listed(fused)}: holds the experts of a layer in one tensor, where the inputs of each cannot be seen; "
-            r"give --exclude '\.experts\.' to leave them without Grams: regmean then averages them"
-        )
     described = {name: (entry.dtype, entry.shape) for name, entry in checkpoint.tensors.items()}
     roles = classify(described, checkpoint.config)
     wanted = {

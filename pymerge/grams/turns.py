@@ -3,14 +3,18 @@ time."""
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 _THREADS = 512  # of PyTorch, at most, over all runs: each starts a team of its own
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class VisitedTwiceError(Exception):
@@ -26,6 +30,7 @@ class _Run:
 
     def __init__(self, work: Callable[[], None], threads: int) -> None:
         self.block: str | None = None  # before which it stands; None: it has ended
+        self.given: Given = ((), {})  # what that block will be called with
         self.error: BaseException | None = None
         self._work = work
         self._threads = threads
@@ -49,11 +54,12 @@ class _Run:
             self._on.release()
             self._thread.join()
 
-    def stand(self, block: str) -> None:
+    def stand(self, block: str, given: Given) -> None:
         """Wait before a block; called by the run itself."""
-        self.block = block
+        self.block, self.given = block, given
         self._back.release()
         self._on.acquire()
+        self.given = ((), {})
         if self._stop:
             raise _StoppedError
 
@@ -80,10 +86,30 @@ class _Current(threading.local):
 _current = _Current()
 
 
+class Passage:
+    """The runs that stand before one block."""
+
+    def __init__(self, block: str, module: nn.Module, runs: Sequence[_Run]) -> None:
+        self._module, self._runs = module, runs
+        self._standing = [number for number, run in enumerate(runs) if run.block == block]
+
+    def try_out(self, numbers: Collection[int], after: Callable[[], None]) -> None:
+        """Run the block on copies of what these runs, by their numbers, have for it; none goes on."""
+        for number in self._standing:
+            if number in numbers:
+                arguments, named = copy.deepcopy(self._runs[number].given)
+                self._module(*arguments, **named)
+                after()
+
+    def through(self, after: Callable[[], None]) -> None:
+        """Let all runs through, one by one."""
+        for number in self._standing:
+            self._runs[number].go()
+            after()
+
+
 def run_by_blocks(
-    works: Sequence[Callable[[], None]],
-    blocks: Mapping[str, nn.Module],
-    turn: Callable[[str, Callable[[Callable[[], None]], None]], None],
+    works: Sequence[Callable[[], None]], blocks: Mapping[str, nn.Module], turn: Callable[[str, Passage], None]
 ) -> None:
     """Run all `works`, calls of one model, side by side, so that each block is passed by all before any comes to the
     next.
@@ -91,8 +117,7 @@ def run_by_blocks(
     Args:
         works: in the order in which they take their turns; one runs at a time.
         blocks: modules of the model, by name, of which none is inside another.
-        turn: called for each block with its name and a function that lets all runs through, which takes what is to be
-            called after each of them.
+        turn: called for each block with its name and the runs before it, all of which it lets through.
 
     Raises:
         VisitedTwiceError: a run has come to a block again.
@@ -110,14 +135,7 @@ def run_by_blocks(
                 if block in passed:
                     raise VisitedTwiceError(f"{block} again")
                 passed.add(block)
-
-                def through(after: Callable[[], None], block: str = block, waiting: list[_Run] = waiting) -> None:
-                    for run in waiting:
-                        if run.block == block:
-                            run.go()
-                            after()
-
-                turn(block, through)
+                turn(block, Passage(block, blocks[block], runs))
         finally:
             for run in runs:
                 run.stop()
@@ -127,14 +145,14 @@ def run_by_blocks(
 def _standing(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
     """Runs stop before each block for as long as this lasts."""
 
-    def stop_at(name: str) -> Callable[[nn.Module, object], None]:
-        def hook(module: nn.Module, inputs: object) -> None:
+    def stop_at(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if _current.run is not None:
-                _current.run.stand(name)
+                _current.run.stand(name, (inputs, named))
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(stop_at(name)) for name, module in blocks.items()]
+    hooks = [module.register_forward_pre_hook(stop_at(name), with_kwargs=True) for name, module in blocks.items()]
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ _HOMES = {
     "ace": "ace",
     "tact": "tact",
     "regmean": "regmean",
+    "regmean_pp": "regmean",
     "tsv_m": "singular",
     "dc_merge": "dc_merge",
     "star": "truncated",

@@ -17,7 +17,7 @@ from pymerge.methods.actions import Action
 # Values that a config or a call gives to each parameter: several where they differ between tensors.
 Given = Mapping[str, Collection[Any]]
 ParameterKind = Literal[
-    "number", "integer", "flag", "choice", "number_or_auto", "number_or_none", "texts", "layer_scale", "grams"
+    "number", "integer", "flag", "choice", "number_or_auto", "number_or_none", "texts", "layer_scale", "grams", "folder"
 ]
 # Words that may stand in place of a number.
 _WORDS = {"number_or_auto": "auto", "number_or_none": "none"}
@@ -80,6 +80,10 @@ class Parameter:
             return self._layer_scale(value)
         if self.kind == "grams":
             return self._grams(value)
+        if self.kind == "folder":
+            if isinstance(value, (str, os.PathLike)):
+                return os.fspath(value)
+            raise self._wrong(value, "the path of a folder")
         word = _WORDS.get(self.kind)
         if word is not None and value == word:
             return word
@@ -211,8 +215,17 @@ class Method(ABC):
 
     @property
     def needs_grams(self) -> bool:
-        """Whether it merges by Grams of inputs, which are taken from data before."""
-        return any(parameter.kind == "grams" for parameter in self.parameters)
+        """Whether it merges by Grams of inputs, which are taken from data."""
+        return any(parameter.kind in ("grams", "folder") for parameter in self.parameters)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether models are run over data as it merges."""
+        return any(parameter.kind == "folder" for parameter in self.parameters)
+
+    def seeing(self, names: Collection[str]) -> Method:
+        """This method, where it needs data, for a network that shows the inputs of these weights."""
+        return self
 
     def wrong_count(self, experts: Sequence[str]) -> str | None:
         """Complaint about the number of models, given their names; None if there is nothing wrong with it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -46,6 +46,19 @@ class NoGram:
     """Absence of a Gram from what was given for a model."""
 
     where: str
+
+
+@dataclass(frozen=True)
+class GramToCome:
+    """A Gram that data will give, once all that comes before the weight is merged."""
+
+    where: str  # the folder of the data
+    dtype: str
+    nbytes: int
+
+    def read(self) -> Tensor:
+        """Nothing yet: ArgumentError."""
+        raise ArgumentError(f"the inputs of {self.where} are not collected; merge files, by pymerge merge")
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,17 @@ class SolveGrams(SolveDelta):
         return 8 * (7 * rows * columns + 7 * columns**2)
 
 
+NON_DIAGONAL = Parameter(
+    "reduce_non_diagonal_ratio",
+    "number",
+    1.0,
+    "factor of the Grams' elements off the diagonal; 0 leaves the diagonal",
+    minimum=0.0,
+    maximum=1.0,
+    varies=False,
+)
+
+
 class RegMean(SolverMethod):
     """Least squares on the inputs of each task, by their Grams, which `pymerge collect` takes from data."""
 
@@ -115,15 +139,7 @@ class RegMean(SolverMethod):
             required=True,
             varies=False,
         ),
-        Parameter(
-            "reduce_non_diagonal_ratio",
-            "number",
-            1.0,
-            "factor of the Grams' elements off the diagonal; 0 leaves the diagonal",
-            minimum=0.0,
-            maximum=1.0,
-            varies=False,
-        ),
+        NON_DIAGONAL,
         *SHARED_PARAMETERS,
     )
 
@@ -142,13 +158,61 @@ class RegMean(SolverMethod):
                 f"has no Gram in {' and '.join(lacking)}, and has one for other models; collect it for all of them, or "
                 "name the weight under 'exclude', which averages it"
             )
-        if lacking:
-            rest = copy() if values.merge["rest"] == "base" else mean_of_tasks(experts)
-            return rest if values.merge["rest"] == "base" else replace(rest, label=WITHOUT_GRAM)
-        return self.solve(values)
+        return _without_gram(values, experts) if lacking else self.solve(values)
 
     def solve(self, values: Values) -> Action:
         return SolveGrams(values.merge["scale"], values.model["grams"], values.merge["reduce_non_diagonal_ratio"])
 
 
-METHODS = (RegMean(),)
+def _without_gram(values: Values, experts: int) -> Action:
+    return copy() if values.merge["rest"] == "base" else replace(mean_of_tasks(experts), label=WITHOUT_GRAM)
+
+
+class RegMeanPP(SolverMethod):
+    """Least squares as RegMean's, on the inputs that each weight has behind blocks that are merged already.
+
+    Args:
+        seen: names of the weights whose inputs the network shows; those of others are not known.
+    """
+
+    name = "regmean_pp"
+    summary = "regmean block by block, on inputs that come from the blocks merged before, by running over each task's data"
+    source = "RegMean++, arXiv 2508.03121"
+    parameters = (
+        Parameter(
+            "data",
+            "folder",
+            "",
+            "folder of texts or images of this model's task, as pymerge collect takes it",
+            scope="model",
+            required=True,
+            varies=False,
+        ),
+        NON_DIAGONAL,
+        Parameter("samples", "integer", 256, "texts or images of each folder, the first ones", minimum=1, varies=False),
+        Parameter("length", "integer", 512, "tokens of each text, the first ones", minimum=1, varies=False),
+        Parameter("batch", "integer", 8, "samples of one shape that run at once", minimum=1, varies=False),
+        *SHARED_PARAMETERS,
+    )
+
+    def __init__(self, seen: Collection[str] = ()) -> None:
+        self._seen = frozenset(seen)
+
+    def seeing(self, names: Collection[str]) -> RegMeanPP:
+        return RegMeanPP(names)
+
+    def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
+        if any(isinstance(each, str) for each in values.model["data"]):
+            raise ArgumentError(
+                "regmean_pp runs models over data as it merges, which needs their files; merge them with pymerge "
+                "merge, or pymerge.merge"
+            )
+        if solvable and name not in self._seen and not any(re.search(each, name) for each in values.merge["exclude"]):
+            return _without_gram(values, experts)
+        return super().action(name, solvable, values, experts)
+
+    def solve(self, values: Values) -> Action:
+        return SolveGrams(values.merge["scale"], values.model["data"], values.merge["reduce_non_diagonal_ratio"])
+
+
+METHODS = (RegMean(), RegMeanPP())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pymerge.architecture.roles import classify, unused_rules
@@ -24,6 +25,7 @@ from pymerge.planner import pieces
 from pymerge.planner.budget import Budget
 from pymerge.planner.config_differences import check_configs
 from pymerge.planner.constants import Constant, differing, find_constants
+from pymerge.planner.data import stamps_of_data
 from pymerge.planner.decide import copies, decide
 from pymerge.planner.fit import CHUNK_ELEMENTS, fit
 from pymerge.planner.folder import FolderInputs, Whole, beside_warnings, joined, match_modules
@@ -40,6 +42,7 @@ from pymerge.planner.tokens import align
 from pymerge.planner.workers import Target, worker_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+Network = Callable[[Checkpoint, MergeConfig], Collection[str]]
 
 
 def build_plan(
@@ -50,6 +53,7 @@ def build_plan(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
     planned: Mapping[str, Checkpoint] | None = None,
+    network: Network | None = None,
 ) -> Plan:
     """Plan a merge from the config and the headers of its inputs: a draft (see there), fitted into the budget.
 
@@ -58,7 +62,8 @@ def build_plan(
         ConfigError, CheckpointError: an input cannot be opened at all.
         ArgumentError: an unknown `dtype`.
     """
-    draft = draft_plan(config, budget, target, max_shard_bytes=max_shard_bytes, dtype=dtype, planned=planned)
+    more: dict[str, Any] = {"dtype": dtype, "planned": planned, "network": network}
+    draft = draft_plan(config, budget, target, max_shard_bytes=max_shard_bytes, **more)
     return replace(draft, steps=fit(draft.steps, budget))
 
 
@@ -70,6 +75,7 @@ def draft_plan(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
     planned: Mapping[str, Checkpoint] | None = None,
+    network: Network | None = None,
 ) -> Plan:
     """Plan all of a merge but the pieces of its steps, which `fit` cuts as the budget allows.
 
@@ -80,6 +86,8 @@ def draft_plan(
         max_shard_bytes: size above which a new output file is started.
         dtype: output dtype ("float32", ...), instead of the config's.
         planned: models, by their names in the config, that will be written before the merge runs (`Plan.checkpoint`).
+        network: names the weights of a donor that are merged by the inputs which its network has on data; None where
+            nobody runs it.
 
     Raises:
         PlanError, ConfigError, CheckpointError, ArgumentError: as `build_plan`, but for the memory.
@@ -94,6 +102,15 @@ def draft_plan(
     inputs = assembly.inputs if assembly else open_inputs(config, method, planned)
     problems: list[str] = []
     donor = inputs.donor
+    if method.needs_data:
+        if network is None:
+            raise PlanError(
+                [
+                    f"{config.name}: {method.name} runs models over data as it merges, which pymerge merge and "
+                    "pymerge.merge do, of a config by itself; merge by these"
+                ]
+            )
+        method = method.seeing(network(donor, config))
     described = {name: (entry.dtype, entry.shape) for name, entry in donor.tensors.items()}
     roles = classify(described, donor.config, config.rules)
     said = list(beside_warnings(inputs))
@@ -135,7 +152,7 @@ def draft_plan(
     return Plan(
         config=config,
         method=method,
-        inputs=replace(inputs, grams=stamps_of(step.action for step in steps)),
+        inputs=replace(inputs, grams=_beside(method, steps, config)),
         steps=tuple(_assigned(steps, config, target, whole.sections)),
         layouts=placed,
         modules=placed_modules,
@@ -153,6 +170,11 @@ def draft_plan(
         target=target,
         carried=inputs.carried if donor.stamps else {},
     )
+
+
+def _beside(method: Method, steps: Sequence[Step], config: MergeConfig) -> dict[Path, tuple[int, int]]:
+    """Size and time of the files of data, or of what was collected from them."""
+    return stamps_of_data(steps, config) if method.needs_data else stamps_of(step.action for step in steps)
 
 
 def _steps(

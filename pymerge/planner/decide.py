@@ -12,6 +12,7 @@ from pymerge.methods.actions import Action, Combine, copy
 from pymerge.methods.base import Method, Values
 from pymerge.methods.finish import act
 from pymerge.planner.constants import Constant
+from pymerge.planner.data import with_data
 from pymerge.planner.grams import with_grams
 from pymerge.planner.match import Section
 from pymerge.planner.untouched import one_sum, untouched
@@ -77,7 +78,10 @@ def _action(
     if values is None:
         values = resolve(section.config, method, name, section.positions[name], section.participants, names)
     known = values
-    if method.needs_grams:
+    if method.needs_data:
+        entry = section.experts[0].tensors[name]
+        known = with_data(values, role, entry.shape, entry.dtype == "F64", section.config.directory)
+    elif method.needs_grams:
         entries = [expert.tensors[name] for expert in section.experts]
         both = [(entry.name, other) for entry, other in zip(entries, names, strict=True)]
         known = with_grams(values, role, entries[0].shape, both, section.config.directory)

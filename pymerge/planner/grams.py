@@ -183,7 +183,10 @@ def remarks_on_grams(method: Method, steps: Sequence[Step]) -> list[str]:
     from pymerge.methods.regmean import WITHOUT_GRAM
 
     names = [step.name for step in steps if getattr(step.action, "label", "") == WITHOUT_GRAM]
-    found = [f"{listed(names)}: averaged, as no model has a Gram of it; collect them, or leave it so"] if names else []
+    why = "no model has a Gram of it; collect them, or leave it so"
+    if method.needs_data:
+        why = "no block of the network that transformers builds has it"
+    found = [f"{listed(names)}: averaged, as {why}"] if names else []
     given: dict[tuple[StoredGram, Path], Path] = {}
     for step in steps:
         # A Gram says nothing of the adapters that make a model.

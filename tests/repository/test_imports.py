@@ -42,7 +42,7 @@ ARROWS = {
     "engine": _CARRIED_OUT,
     "live": f"{_CARRIED_OUT} engine",
     "analysis": f"{_CARRIED_OUT} engine",
-    "api": f"{_CARRIED_OUT} engine",
+    "api": f"{_CARRIED_OUT} engine grams",
     "extraction": f"{_CARRIED_OUT} engine api",
     "wemoe": f"{_CARRIED_OUT} engine",
     "grams": f"{_CARRIED_OUT} engine live wemoe",
