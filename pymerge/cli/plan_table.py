@@ -15,6 +15,7 @@ from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.decoded import DecodedEntry
 from pymerge.common.names import template
 from pymerge.common.units import count_of, format_bytes, format_flops
+from pymerge.planner.data import folders, setting
 from pymerge.planner.fit import pinned_bytes
 from pymerge.planner.plan import Plan
 from pymerge.planner.steps import Step
@@ -56,6 +57,7 @@ def plan_view(plan: Plan) -> RenderableType:
     lines = [
         f"base    {plan.inputs.donor.path}",
         *(f"expert  {expert.path}{_applied(expert)}" for expert in plan.inputs.experts),
+        *_data(plan),
         *plan.tokens.lines,
         f"{plan.tensors} tensors, {plan.parameters:,} parameters",
         f"read {format_bytes(plan.bytes_read)}, write {format_bytes(plan.bytes_written)} in {files}, "
@@ -70,6 +72,19 @@ def plan_view(plan: Plan) -> RenderableType:
     why = [f"{reason}: {', '.join(names)}" for reason, names in reasons.items()]
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
     return Group(*map(Text, lines), table, Text("What each tensor is, and why:"), *map(Text, why), *warnings)
+
+
+def _data(plan: Plan) -> list[str]:
+    """Lines on data that models are run over, and on what that takes."""
+    if not plan.method.needs_data or not (given := folders(plan.steps)):
+        return []
+    samples = count_of(setting(plan.steps, "samples"), "sample")
+    grams = sum(getattr(step.action, "bytes_beside", 0) for step in plan.steps)
+    return [
+        *(f"data    {folder}, the first {samples}" for folder in given),
+        f"Grams of these, {format_bytes(grams)}, stay in the output's work folder until it is whole; in memory, beside "
+        "the tensors below: the weights of one block and those in none, and the hidden states of all samples",
+    ]
 
 
 def _pinned(plan: Plan) -> list[str]:

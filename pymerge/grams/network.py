@@ -58,10 +58,8 @@ def seen_weights(donor: Checkpoint, config: MergeConfig) -> frozenset[str]:
     """
     require("collect")
     if config.slices or config.modules or donor.modules or not donor.stamps:
-        raise PlanError(
-            [f"{config.name}: {config.merge_method} runs the base's own network, whole; give models alone, each one "
-             "in its files"]
-        )
+        why = "runs the network of the base as it is; give models alone, without slices and modules"
+        raise PlanError([f"{config.name}: {config.merge_method} {why}"])
     blocks = network_of(donor).blocks.values()
     found = [name for layers in blocks for name, _ in layers]
     shared = {name for name in found if found.count(name) > 1}

@@ -1,7 +1,7 @@
 """Grams of a merge by data: of each block's inputs in the merged model, taken when all blocks before are merged.
 
-A block of every expert runs on what the merged model gives it for that expert's data, its Grams are kept in the output's
-work folder, and the block is merged by them; then all data go through the merged block, to the next one.
+A block of every expert runs on what the merged model gives it for that expert's data, its Grams are kept in the work
+folder of the output, and the block is merged by them; then all data go through the merged block, to the next one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.runner import Runner
+from pymerge.checkpoint.checkpoint import Checkpoint
 from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import TensorEntry, read_header
 from pymerge.common.dtypes import code_of
@@ -130,7 +131,7 @@ class _Sequence:
         self._settle(lacking)
         layers = [(name, layer) for name, layer in self._layers[block] if name in lacking]
         for number, expert in enumerate(self._experts if lacking else ()):
-            self._weights.load(block, lambda entry, expert=expert: self._reader.read(expert.tensors[self._name(entry)]))
+            self._weights.load(block, partial(self._of_expert, expert))
             sums = Sums()
 
             def after(sums: Sums = sums) -> None:
@@ -143,6 +144,9 @@ class _Sequence:
             self._write(lacking, number, sums.means(self._dtype))
         for _ in () if lacking else owners:
             bar.advance()
+
+    def _of_expert(self, expert: Checkpoint, entry: TensorEntry) -> Tensor:
+        return self._reader.read(expert.tensors[self._name(entry)])
 
     def _lacking(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if self._files[name] not in self._output.finished]

@@ -208,6 +208,7 @@ class Method(ABC):
     needs_base: bool = True
     least_experts: ClassVar[int] = 1  # beside the base, where the method needs one
     most_experts: ClassVar[int | None] = None
+    seen: Collection[str] | None = None  # of a method that needs data: weights whose inputs a network shows, if it runs
 
     def given(self, base: bool) -> Method:
         """This method where a base is named, or where none is: for those that can do with and without."""
@@ -215,13 +216,18 @@ class Method(ABC):
 
     @property
     def needs_grams(self) -> bool:
-        """Whether it merges by Grams of inputs, which are taken from data."""
-        return any(parameter.kind in ("grams", "folder") for parameter in self.parameters)
+        """Whether it merges by Grams of inputs, which are taken from data before."""
+        return any(parameter.kind == "grams" for parameter in self.parameters)
 
     @property
     def needs_data(self) -> bool:
         """Whether models are run over data as it merges."""
         return any(parameter.kind == "folder" for parameter in self.parameters)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the models alone do not suffice: it merges by what their weights are given."""
+        return self.needs_grams or self.needs_data
 
     def seeing(self, names: Collection[str]) -> Method:
         """This method, where it needs data, for a network that shows the inputs of these weights."""

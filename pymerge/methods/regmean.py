@@ -172,11 +172,13 @@ class RegMeanPP(SolverMethod):
     """Least squares as RegMean's, on the inputs that each weight has behind blocks that are merged already.
 
     Args:
-        seen: names of the weights whose inputs the network shows; those of others are not known.
+        seen: names of the weights whose inputs a network shows; None where nobody runs one.
     """
 
     name = "regmean_pp"
-    summary = "regmean block by block, on inputs that come from the blocks merged before, by running over each task's data"
+    summary = (
+        "regmean block by block, on inputs that come from the blocks merged before, by running over each task's data"
+    )
     source = "RegMean++, arXiv 2508.03121"
     parameters = (
         Parameter(
@@ -195,19 +197,19 @@ class RegMeanPP(SolverMethod):
         *SHARED_PARAMETERS,
     )
 
-    def __init__(self, seen: Collection[str] = ()) -> None:
-        self._seen = frozenset(seen)
+    def __init__(self, seen: Collection[str] | None = None) -> None:
+        self.seen = seen
 
     def seeing(self, names: Collection[str]) -> RegMeanPP:
         return RegMeanPP(names)
 
     def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
-        if any(isinstance(each, str) for each in values.model["data"]):
+        if self.seen is None:
             raise ArgumentError(
                 "regmean_pp runs models over data as it merges, which needs their files; merge them with pymerge "
                 "merge, or pymerge.merge"
             )
-        if solvable and name not in self._seen and not any(re.search(each, name) for each in values.merge["exclude"]):
+        if solvable and name not in self.seen and not any(re.search(each, name) for each in values.merge["exclude"]):
             return _without_gram(values, experts)
         return super().action(name, solvable, values, experts)
 

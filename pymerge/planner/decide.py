@@ -78,7 +78,7 @@ def _action(
     if values is None:
         values = resolve(section.config, method, name, section.positions[name], section.participants, names)
     known = values
-    if method.needs_data:
+    if method.seen is not None:
         entry = section.experts[0].tensors[name]
         known = with_data(values, role, entry.shape, entry.dtype == "F64", section.config.directory)
     elif method.needs_grams:

@@ -178,7 +178,7 @@ def _grams_of(action: Action) -> tuple[StoredGram, ...]:
 
 def remarks_on_grams(method: Method, steps: Sequence[Step]) -> list[str]:
     """Remarks of the plan: linear weights that no model has a Gram of, and Grams that may be another model's."""
-    if not method.needs_grams:  # and plans of other methods import neither numpy nor PyTorch for it
+    if not method.needs_inputs:  # and plans of other methods import neither numpy nor PyTorch for it
         return []
     from pymerge.methods.regmean import WITHOUT_GRAM
 

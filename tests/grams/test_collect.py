@@ -258,7 +258,9 @@ def test_a_run_that_fails_ends_the_others_and_a_block_that_comes_again_is_seen()
     with pytest.raises(ValueError, match="mine"):
         run_by_blocks([calm, fail, calm], {"b": block}, lambda name, passage: passage.through(lambda: None))
     with pytest.raises(VisitedTwiceError, match="b again"):
-        run_by_blocks([lambda: block(block(torch.ones(1, 2)))], {"b": block}, lambda _, passage: passage.through(lambda: None))
+        run_by_blocks(
+            [lambda: block(block(torch.ones(1, 2)))], {"b": block}, lambda _, passage: passage.through(lambda: None)
+        )
     assert threading.active_count() == before
 
 

@@ -29,9 +29,9 @@ def save_tokenizer(folder: Path) -> Any:
     return wrapped
 
 
-def write_texts(folder: Path, count: int = 7) -> list[str]:
+def write_texts(folder: Path, count: int = 7, seed: int = 0) -> list[str]:
     """Texts of several lengths, most of them in one .jsonl file, the last in a .txt file; with targets."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     texts = [" ".join(generator.choice(_WORDS, size=3 + number % 4)) for number in range(count)]
     folder.mkdir()
     lines = [json.dumps({"text": text, "target": text.split()[0]}) for text in texts[:-1]]
@@ -40,11 +40,11 @@ def write_texts(folder: Path, count: int = 7) -> list[str]:
     return texts
 
 
-def write_images(folder: Path, count: int = 5) -> None:
+def write_images(folder: Path, count: int = 5, seed: int = 0) -> None:
     """Pictures of noise."""
     from PIL import Image
 
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     folder.mkdir()
     for number in range(count):
         Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fusion_bench_merge", "fusion_bench_parity"])
+@pytest.mark.parametrize("name", ["fusion_bench_merge", "fusion_bench_parity", "fusion_bench_regmean"])
 def test_inside_fusion_bench(name: str) -> None:
     run_inside(name, FUSION_BENCH_BESIDE)
 
@@ -29,7 +29,7 @@ def test_the_configs_are_up_to_date() -> None:
     assert {file.name: file.read_text() for file in FOLDER.glob("*")} == configs()
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not METHODS[name].needs_grams])
+@pytest.mark.parametrize("name", [name for name in METHODS if not METHODS[name].needs_inputs])
 def test_a_config_has_all_parameters_at_their_defaults(name: str) -> None:
     config = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     assert (config["_target_"], config["merge_method"]) == (TARGET, name)

@@ -38,7 +38,7 @@ _KEYS: Mapping[str, tuple[Any, str]] = {
 def configs() -> dict[str, str]:
     """The text of each config, by the name of its file."""
     return {
-        f"{name}.yaml": "\n".join(_lines(METHODS[name])) + "\n" for name in METHODS if not METHODS[name].needs_grams
+        f"{name}.yaml": "\n".join(_lines(METHODS[name])) + "\n" for name in METHODS if not METHODS[name].needs_inputs
     }
 
 

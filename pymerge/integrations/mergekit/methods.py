@@ -54,7 +54,7 @@ def register_methods(*, prefixed: bool = False) -> list[str]:
     from mergekit.merge_methods import register, registered_methods
 
     known = {method.spec.name: method for method in registered_methods()}
-    names = {name: name for name in METHODS if name not in known and not METHODS[name].needs_grams}
+    names = {name: name for name in METHODS if name not in known and not METHODS[name].needs_inputs}
     if prefixed:
         theirs = [name for name in METHODS if name in known and not _is_ours(known[name])]
         names |= {PREFIX + name: name for name in theirs if PREFIX + name not in known}

@@ -30,7 +30,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 
 def test_what_mergekit_does_not_have_is_registered() -> None:
-    assert set(NEW) == {name for name in METHODS.keys() - NAMES if not METHODS[name].needs_grams}
+    assert set(NEW) == {name for name in METHODS.keys() - NAMES if not METHODS[name].needs_inputs}
     assert set(NEW) >= {"wudi", "wudi_flow", "swudi", "swudi_a", "ace", "tsv_m", "iso_c", "iso_cts"}
     assert register_methods() == []
     assert {method.spec.name for method in registered_methods()} == NAMES | set(NEW)
