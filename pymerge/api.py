@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from pymerge.engine.report import MergeReport
 from pymerge.engine.run import resolve_target
 from pymerge.engine.run import run as carry_out
 from pymerge.errors import ArgumentError, PlanError
+from pymerge.grams.merges import seen_weights, with_grams
 from pymerge.planner.advice import delta_warnings
 from pymerge.planner.budget import HOST_SHARE, available_bytes, budget
 from pymerge.planner.build import DEFAULT_SHARD_BYTES, build_plan
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from pymerge.config.multi import Stage
-    from pymerge.output.directory import OutputDirectory
 
 
 def plan(
@@ -63,22 +62,9 @@ def plan(
     read = config if isinstance(config, MergeConfig) else load_config(config)
     methods = {read.merge_method} if device_memory is None else ()  # which is said of a GPU alone
     target = resolve_target(device, backend or env.default_backend(), methods)
-    planned = build_plan(
-        read,
-        budget(target.device, _bytes(memory), _bytes(device_memory)),
-        target,
-        max_shard_bytes=parse_bytes(max_shard_size),
-        dtype=dtype,
-        network=_seen_weights,
-    )
+    limit, most = budget(target.device, _bytes(memory), _bytes(device_memory)), parse_bytes(max_shard_size)
+    planned = build_plan(read, limit, target, max_shard_bytes=most, dtype=dtype, network=seen_weights)
     return replace(planned, warnings=(*planned.warnings, *delta_warnings(planned)))
-
-
-def _seen_weights(donor: Checkpoint, config: MergeConfig) -> Collection[str]:
-    """Weights whose inputs a donor's network shows, where a method runs it over data."""
-    from pymerge.grams.network import seen_weights
-
-    return seen_weights(donor, config)
 
 
 def _bytes(limit: int | str | None) -> int | None:
@@ -113,20 +99,13 @@ def run(
     sink = ProgressBar("merging") if progress else NoProgress()
     trace = None if profile is None else Path(profile)
     if part is None:
-        collected = _collected(progress) if plan.method.needs_data else None
-        return carry_out(plan, Path(out), overwrite=overwrite, progress=sink, profile=trace, collected=collected)
+        more: dict[str, Any] = {"collected": with_grams(shown=progress)} if plan.method.needs_data else {}
+        return carry_out(plan, Path(out), overwrite=overwrite, progress=sink, profile=trace, **more)
     from pymerge.engine.parts import run_part
 
     if overwrite:
         raise ArgumentError("a part does not replace another merge, which other parts may be writing; delete it first")
     return run_part(_advised(plan, part), Path(out), part, progress=sink, profile=trace)
-
-
-def _collected(shown: bool) -> Callable[[Plan, OutputDirectory], Plan]:
-    """What runs models over data for a merge, and gives the plan that knows their inputs."""
-    from pymerge.grams.sequence import with_grams_of_data
-
-    return partial(with_grams_of_data, shown=shown)
 
 
 def finalize(

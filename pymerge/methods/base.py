@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Action
+from pymerge.methods.spelling import as_meant
 
 # Values that a config or a call gives to each parameter: several where they differ between tensors.
 Given = Mapping[str, Collection[Any]]
@@ -78,12 +78,8 @@ class Parameter:
             raise self._wrong(value, "a list of regular expressions")
         if self.kind == "layer_scale":
             return self._layer_scale(value)
-        if self.kind == "grams":
-            return self._grams(value)
-        if self.kind == "folder":
-            if isinstance(value, (str, os.PathLike)):
-                return os.fspath(value)
-            raise self._wrong(value, "the path of a folder")
+        if self.kind in ("grams", "folder"):
+            return self._place(value)
         word = _WORDS.get(self.kind)
         if word is not None and value == word:
             return word
@@ -99,11 +95,12 @@ class Parameter:
         except OverflowError:
             raise self._wrong(value, "a number that fits a float") from None
 
-    def _grams(self, value: Any) -> Any:
-        """A path as text, "" for none, or what is in memory: a matrix, or matrices by the names of weights."""
-        if isinstance(value, (str, os.PathLike, Mapping)) or hasattr(value, "shape"):
-            return os.fspath(value) if isinstance(value, os.PathLike) else value
-        raise self._wrong(value, "the path of a file that pymerge collect has written")
+    def _place(self, value: Any) -> Any:
+        """A path as text, "" for none; of Grams also what is in memory: a matrix, or matrices by weights' names."""
+        held = self.kind == "grams" and (isinstance(value, Mapping) or hasattr(value, "shape"))
+        if held or isinstance(value, (str, os.PathLike)):
+            return value if held else os.fspath(value)
+        raise self._wrong(value, f"the path of a {'file of pymerge collect' if self.kind == 'grams' else 'folder'}")
 
     def _layer_scale(self, value: Any) -> str | tuple[str, float] | tuple[str, float, float]:
         """ "none", ("power", p) or ("lines", a, b), from that or from a mapping."""
@@ -122,24 +119,9 @@ class Parameter:
 
     def _wrong(self, value: Any, expected: str) -> ArgumentError:
         numeric = isinstance(value, str) and (self.kind in ("number", "integer", "flag") or self.kind in _WORDS)
-        written = _as_meant(value, flag=self.kind == "flag") if numeric else None
+        written = as_meant(value, flag=self.kind == "flag") if numeric else None
         hint = f": write {written}" if written else ""
         return ArgumentError(f"parameter {self.name!r} is {reprlib.repr(value)}; it must be {expected}{hint}")
-
-
-def _as_meant(text: str, *, flag: bool) -> str | None:
-    """Form in YAML of what a text seems to mean: numbers and flags without quotes, with a point; None if unknown."""
-    text = text.strip()
-    if flag:
-        return f"{text.lower()} without quotes" if text.lower() in ("true", "false") else None
-    part = re.fullmatch(r"([-+]?[\d.]+) *(%|/ *([\d.]+))", text)
-    try:
-        if part:
-            return f"{float(part[1]) / (100.0 if part[2] == '%' else float(part[3])):.12g}"
-        number = float(text.replace(",", "."))
-    except (ValueError, ZeroDivisionError):
-        return None
-    return f"{number:.12g} without quotes" if "," not in text else f"{number:.12g}"
 
 
 COMPAT = Parameter(
@@ -230,7 +212,7 @@ class Method(ABC):
         return self.needs_grams or self.needs_data
 
     def seeing(self, names: Collection[str]) -> Method:
-        """This method, where it needs data, for a network that shows the inputs of these weights."""
+        """This method for a network that shows the inputs of these weights, where it needs data."""
         return self
 
     def wrong_count(self, experts: Sequence[str]) -> str | None:
