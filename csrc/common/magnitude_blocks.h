@@ -104,7 +104,10 @@ std::int64_t place_of(const MatrixView& base, const MatrixView& expert, std::uin
                 left -= ties;
                 return;
             }
-            for (std::int64_t i = 0; left > 0; ++i) left -= keys[i] == wanted, place = at + i + 1;
+            for (std::int64_t i = 0; left > 0; ++i) {
+                left -= keys[i] == wanted;
+                place = at + i + 1;
+            }
         });
     }
     return place;

@@ -1,4 +1,4 @@
-"""`trim_threshold` in four passes over the weights, without a copy of the task vectors."""
+"""`trim_threshold` in a pass over the weights or two, without a copy of the task vectors."""
 
 from __future__ import annotations
 
