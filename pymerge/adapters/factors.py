@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint.decoded import ReadRows
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Range = tuple[int, int, int]  # start, stop, step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """A factor, picked out of a stored tensor, which counts as a matrix with its first axis as rows.
 
@@ -31,7 +31,7 @@ class Matrix:
     transposed: bool = False
     blocks: int = 1
 
-    @cached_property
+    @property
     def shape(self) -> tuple[int, int]:
         rows, columns = len(range(*self.rows)), len(range(*self.columns)) * self.blocks
         return (columns, rows) if self.transposed else (rows, columns)
@@ -43,7 +43,13 @@ class Matrix:
 
 def matrix(entry: TensorEntry, transposed: bool = False) -> Matrix:
     """All of a stored tensor as a factor."""
-    return Matrix(entry, (0, entry.shape[0], 1), (0, math.prod(entry.shape[1:]), 1), transposed)
+    return Matrix(entry, _all(entry.shape[0]), _all(math.prod(entry.shape[1:])), transposed)
+
+
+@cache
+def _all(count: int) -> Range:
+    """So many; the same object for all factors, of which adapters together have thousands."""
+    return 0, count, 1
 
 
 def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:

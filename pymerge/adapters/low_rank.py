@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pymerge.adapters.products import Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Term:
     """`scale` x `left` @ `right`, added to the rows from `first` on of the tensor, or of matrix `number` of a stack."""
 
@@ -34,20 +34,21 @@ class Term:
         return self.right.shape[0]
 
 
-@dataclass(frozen=True)
-class Magnitude:
-    """Lengths that DoRA gives to all rows of a matrix, as it is stored, or to all columns."""
-
-    entry: TensorEntry
-    of_rows: bool = True
-
-
 class _Kept:
     """Norms of columns, once they are known: they follow from all rows."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.columns: Array | None = None
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Lengths that DoRA gives to all rows of a matrix, as it is stored, or to all columns."""
+
+    entry: TensorEntry
+    of_rows: bool = True
+    kept: _Kept = field(default_factory=_Kept, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ class LowRank(OfAdapter):
     terms: tuple[Term, ...]
     stacked: bool = False
     magnitude: Magnitude | None = None
-    kept: _Kept = field(default_factory=_Kept, compare=False, repr=False)
 
     @property
     def kind(self) -> str:
@@ -92,6 +92,10 @@ class LowRank(OfAdapter):
         for term in self.terms:
             found.setdefault(term.number, []).append(term)
         return found
+
+    def _of(self, number: int) -> Sequence[Term]:
+        """The terms of a matrix of a stack; of one that is none, all."""
+        return self._numbered.get(number, ()) if self.stacked else self.terms
 
     @property
     def plain(self) -> bool:
@@ -136,7 +140,7 @@ class LowRank(OfAdapter):
 
     def rank_of(self, number: int = 0) -> int:
         """The rank of all that is added to a matrix."""
-        return sum(term.rank for term in self._numbered.get(number, []))
+        return sum(term.rank for term in self._of(number))
 
     @property
     def exact_in_single(self) -> bool:
@@ -151,7 +155,7 @@ class LowRank(OfAdapter):
         kind = np.float64 if double or not self.exact_in_single else np.float32
         loader = Loader(read, kind)
         rows = self.base.shape[-2] if self.stacked else self.base.shape[0]
-        terms = self._numbered.get(number, [])
+        terms = self._of(number)
         left, at = np.zeros((rows, self.rank_of(number)), kind), 0
         for term in terms:
             block = loader.values(term.left)
@@ -169,7 +173,7 @@ class LowRank(OfAdapter):
             for number in range(start, stop):
                 matrix = out[number - start]
                 loader.fill(matrix, self.base, number, number + 1)
-                for product in _products(loader, self._numbered.get(number, []), len(matrix), kept=True):
+                for product in _products(loader, self._of(number), len(matrix), kept=True):
                     _add(loader, product, matrix, 0)
             return
         width = math.prod(self.base.shape[1:])
@@ -196,7 +200,7 @@ class LowRank(OfAdapter):
             if self.magnitude.of_rows:
                 out *= (lengths[start : start + len(out)] / row_norms(out))[:, None]
             else:
-                out *= (lengths / self._column_norms(loader, products))[None, :]
+                out *= (lengths / self._column_norms(loader, products, self.magnitude.kept))[None, :]
 
     def _fill_sums(self, loader: Loader, products: list[_Product], out: Array, start: int) -> None:
         """W_0 and all terms, rows from `start` on."""
@@ -204,13 +208,13 @@ class LowRank(OfAdapter):
         for product in products:
             _add(loader, product, out, start)
 
-    def _column_norms(self, loader: Loader, products: list[_Product]) -> Array:
+    def _column_norms(self, loader: Loader, products: list[_Product], kept: _Kept) -> Array:
         import numpy as np
 
         from pymerge.adapters.products import add_column_squares
 
-        with self.kept.lock:
-            if self.kept.columns is None:
+        with kept.lock:
+            if kept.columns is None:
                 rows, width = self.base.shape[0], math.prod(self.base.shape[1:])
                 step = max(1, CHUNK_ELEMENTS // max(1, width))
                 squares: Array = np.zeros(width, loader.kind)
@@ -218,8 +222,8 @@ class LowRank(OfAdapter):
                     block: Array = np.empty((min(step, rows - first), width), loader.kind)
                     self._fill_sums(loader, products, block, first)
                     add_column_squares(squares, block)
-                self.kept.columns = np.sqrt(squares)
-            return self.kept.columns
+                kept.columns = np.sqrt(squares)
+            return kept.columns
 
     def scratch(self, elements: int) -> int:
         size = ITEM_SIZES[self.dtype]

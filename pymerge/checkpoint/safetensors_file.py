@@ -7,6 +7,7 @@ before anything is computed from it.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,8 @@ def read_header(path: Path | str) -> Header:
         refuse_foreign(path, prefix)
         raise CheckpointError(f"{path}: the header is not valid JSON ({error}); {AGAIN}") from error
     metadata = _check_metadata(path, raw.pop(METADATA_KEY, {}))
-    start = 8 + length
-    found = [_check_entry(path, name, fields, start) for name, fields in raw.items()]
+    start, shapes = 8 + length, {}
+    found = [_check_entry(path, name, fields, start, shapes) for name, fields in raw.items()]
     found.sort(key=lambda entry: (entry.offset, entry.offset + entry.nbytes))
     _check_no_gaps(path, found, start, status.st_size)
     entries = {entry.name: entry for entry in found}
@@ -192,7 +193,10 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < MAX_ELEMENTS  # bool is a subclass of int
 
 
-def _check_entry(path: Path, name: str, fields: object, start: int) -> TensorEntry:
+def _check_entry(
+    path: Path, name: str, fields: object, start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> TensorEntry:
+    """The entry of a tensor. Equal shapes are one object, as its dtype is: adapters have thousands of small tensors."""
     where = f"{path}: tensor {shorten(name)}"
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets; {AGAIN}")
@@ -216,7 +220,8 @@ def _check_entry(path: Path, name: str, fields: object, start: int) -> TensorEnt
             f"{where}: data_offsets [{begin}, {end}] do not span the {nbytes} bytes of {dtype} "
             f"{shorten(str(shape))}; {AGAIN}"
         )
-    return TensorEntry(name, dtype, tuple(shape), path, start + begin, nbytes)
+    sizes = tuple(shape)
+    return TensorEntry(name, sys.intern(dtype), shapes.setdefault(sizes, sizes), path, start + begin, nbytes)
 
 
 def about_dtype(dtype: str) -> str:

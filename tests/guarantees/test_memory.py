@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import resource
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from benchmarks.harness import processes
 from pymerge import api
 from pymerge.engine.memory import Heap
 from pymerge.planner import budget
@@ -117,6 +119,25 @@ def test_more_adapters_need_little_more_memory(tmp_path: Path, method: str) -> N
     added = 4 * 6 * RANK * (LONG + SHORT)
     assert many.grown - few.grown < 4 * added
     assert many.grown <= many.planned + BESIDE_TENSORS
+
+
+@pytest.mark.parametrize(("method", "few"), [("task_arithmetic", 1), ("ace", 3)])
+def test_eight_adapters_take_a_tenth_more_memory_at_most(tmp_path: Path, method: str, few: int) -> None:
+    """Of all that the process takes, with the sides of a model of 1.2 billion parameters. How far threads come ahead of
+    each other is chance, and so is some of a peak."""
+    sides = {"up": (8192, 2048), "down": (2048, 8192)}
+    base = {f"model.layers.0.mlp.{side}_proj.weight": torch.randn(shape).bfloat16() for side, shape in sides.items()}
+    write_model(tmp_path / "base", base)
+    for number in range(8):
+        products = {name: (torch.randn(len(t), 16), torch.randn(16, t.shape[1])) for name, t in base.items()}
+        write_products(tmp_path / f"e{number}", tmp_path / "base", products)
+    peaks: dict[int, list[int]] = {few: [], 8: []}
+    for _ in range(2):
+        for count, found in peaks.items():
+            config = write_config(tmp_path, method, experts=count)
+            command = [sys.executable, "-m", "pymerge", "merge", config, tmp_path / "out", "--overwrite", "--quiet"]
+            found.append(processes.run(command, processes.variables()).peak)
+    assert min(peaks[8]) < 1.1 * max(peaks[few])
 
 
 def test_one_large_shard_needs_as_much_as_many_small_ones(tmp_path: Path) -> None:

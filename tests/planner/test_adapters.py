@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from tests.helpers.adapter_merges import (
 )
 from tests.helpers.adapters import factors, opened, read_all
 from tests.helpers.checkpoints import Tensors, llama, llama_config, write_model
+from tests.helpers.factored import write_products
 
 
 @pytest.fixture
@@ -185,3 +189,25 @@ def test_a_sum_of_adapters_reads_the_base_once(models: Path) -> None:
     assert two.bytes_read <= size + 3 * adapters
     row = next(row for row in tensor_rows(two) if row["name"] == UP)
     assert [Path(each["model"]).name for each in row["inputs"]] == ["base", "a0", "a1", "a0"]
+
+
+def test_a_plan_holds_little_of_each_factor(tmp_path: Path) -> None:
+    """Adapters together have thousands of small tensors: what is known of each is what grows with their number."""
+    base = {f"model.layers.{number}.self_attn.q_proj.weight": torch.randn(8, 8) for number in range(100)}
+    write_model(tmp_path / "base", base)
+    write_products(tmp_path / "a0", tmp_path / "base", {name: (torch.randn(8, 2), torch.randn(2, 8)) for name in base})
+    for number in range(1, 9):
+        shutil.copytree(tmp_path / "a0", tmp_path / f"a{number}")
+
+    def held(count: int) -> int:
+        path = config(tmp_path, *(f"a{number}" for number in range(count)))
+        planned(path)  # what is made once, as caches
+        tracemalloc.start()
+        plan = planned(path)
+        gc.collect()
+        found, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert plan.steps
+        return found
+
+    assert held(9) - held(1) < 8 * 2 * len(base) * 1000

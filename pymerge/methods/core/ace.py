@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +15,21 @@ from pymerge.ops.spectral_refine import isotropic_term
 
 @dataclass(frozen=True, eq=False)
 class Centred:
-    """Tasks that are not zero, less their column means: C_t = B~_t L_t Q^T, B~_t = B_t - 1 b_t."""
+    """Tasks that are not zero, less their column means: C_t = B~_t L_t Q^T, B~_t = B_t - 1 b_t.
+
+    C_t^T C_t in their cores, q x q, are made from `squares` whenever they are asked for: those of all tasks at once
+    would be the most memory that a solution takes.
+    """
 
     space: RowSpace  # with 1 = U Q^T
     means: tuple[Matrix, ...]  # b_t, 1 x r_t
-    grams: tuple[Matrix, ...]  # C_t^T C_t in their cores, q x q
+    squares: tuple[Matrix, ...]  # B~_t^T B~_t
     traces: tuple[float, ...]  # p_t, squared Frobenius norms of C_t
 
     def only(self, kept: Sequence[int]) -> Centred:
         """Some of the tasks."""
-        means, grams = (tuple(part[t] for t in kept) for part in (self.means, self.grams))
-        return Centred(self.space.only(kept), means, grams, tuple(self.traces[t] for t in kept))
+        means, squares = (tuple(part[t] for t in kept) for part in (self.means, self.squares))
+        return Centred(self.space.only(kept), means, squares, tuple(self.traces[t] for t in kept))
 
 
 def centred(tasks: Sequence[Factors]) -> Centred:
@@ -37,9 +41,9 @@ def centred(tasks: Sequence[Factors]) -> Centred:
     rows = len(found.left)
     whole = [square + rows * (mean.T @ mean) for square, mean in zip(squares, means, strict=True)]
     space = row_space(found, whole, ones=True)
-    grams = space.squared([squares[t] for t in space.kept])
-    traces = tuple(float(np.trace(gram)) for gram in grams)
-    return Centred(space, tuple(means[t] for t in space.kept), tuple(grams), traces)
+    kept = tuple(squares[t] for t in space.kept)
+    traces = tuple(float(np.trace(gram)) for gram in space.squared(kept))
+    return Centred(space, tuple(means[t] for t in space.kept), kept, traces)
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,17 @@ def merged(tasks: Centred, formula: Formula) -> Spanned:
     space, rho = tasks.space, sum(formula.ridges)
     q = space.basis.size
     eye = np.eye(q)
-    covariances = [weight * gram for weight, gram in zip(formula.weights, tasks.grams, strict=True)]
-    total = total_of(covariances)
+
+    def covariances() -> Iterator[Matrix]:
+        return (weight * gram for weight, gram in zip(formula.weights, space.squared(tasks.squares), strict=True))
+
+    total = total_of(covariances())
     prior = (space.U @ total) / (space.shape[1] * formula.divisor)
     system = total + rho * eye + space.U.T @ prior
     numerator = np.concatenate(
         [
             L @ (covariance + ridge * eye)
-            for L, covariance, ridge in zip(space.L, covariances, formula.ridges, strict=True)
+            for L, covariance, ridge in zip(space.L, covariances(), formula.ridges, strict=True)
         ]
     )
     solved = np.linalg.solve(system.T, numerator.T).T  # rows of all tasks: one factor of the system
@@ -83,7 +90,7 @@ def merged(tasks: Centred, formula: Formula) -> Spanned:
     if not formula.refined:
         return space.product(left, np.concatenate([solved, of_ones]))
     share = (total if formula.paper else total + rho * eye) / len(space)
-    residual = np.concatenate([L @ (covariance - share) for L, covariance in zip(space.L, covariances, strict=True)])
+    residual = np.concatenate([L @ (covariance - share) for L, covariance in zip(space.L, covariances(), strict=True)])
     basis = basis_of(left)
     X = basis.R @ np.concatenate([solved, of_ones])
     D = basis.R @ np.concatenate([residual, np.zeros_like(of_ones)])

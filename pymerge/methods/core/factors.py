@@ -6,9 +6,10 @@ Arrays of numpy: what is computed of factors is small, and takes less time than 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, overload
 
@@ -139,9 +140,9 @@ class RowSpace:
             return Tall(self.tasks.left)
         return Tall(self.tasks.left[:, self.tasks.columns(self.kept)])
 
-    def squared(self, squares: Sequence[Matrix]) -> list[Matrix]:
-        """L_t^T S_t L_t of each task, q x q."""
-        return [L.T @ square @ L for L, square in zip(self.L, squares, strict=True)]
+    def squared(self, squares: Sequence[Matrix]) -> Iterator[Matrix]:
+        """L_t^T S_t L_t of each task, q x q, one after the other."""
+        return (L.T @ square @ L for L, square in zip(self.L, squares, strict=True))
 
     def product(self, P: Tall, core: Matrix) -> Spanned:
         """X = P core Q^T."""
@@ -181,10 +182,7 @@ def split(sizes: Sequence[int], M: Matrix, axis: int) -> list[Matrix]:
 
 def total_of(matrices: Iterable[Any]) -> Any:
     """The sum of one or more arrays or tensors, in their order; of one, itself."""
-    total, *others = matrices
-    for other in others:
-        total = total + other
-    return total
+    return reduce(operator.add, matrices)
 
 
 def plain_sum(tasks: Sequence[Factors], weight: float = 1.0) -> Spanned:

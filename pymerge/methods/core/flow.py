@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def filtered(tasks: Sequence[Factors], time: float, rank: Rank) -> Product | Spa
 
 def shares(space: RowSpace) -> list[Matrix]:
     """G_t / n_t of A = Q (sum_t G_t / n_t) Q^T, q x q."""
-    return space.squared([square / norm for square, norm in zip(space.squares, space.norms, strict=True)])
+    return [*space.squared([square / norm for square, norm in zip(space.squares, space.norms, strict=True)])]
 
 
 def moves(space: RowSpace, parts: Sequence[Matrix]) -> list[Matrix]:
@@ -58,7 +58,7 @@ def moves(space: RowSpace, parts: Sequence[Matrix]) -> list[Matrix]:
 
     Task t moves all but itself, which is summed without it and not by a difference.
     """
-    before = [np.zeros_like(parts[0]), *accumulate(parts[:-1])]
+    before = chain([np.zeros_like(parts[0])], accumulate(parts[:-1]))
     after = [*reversed([*accumulate(reversed(parts[1:]))]), np.zeros_like(parts[0])]
     return [-L @ (first + last) for L, first, last in zip(space.L, before, after, strict=True)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pymerge.common.arrays import Array
 from pymerge.methods import METHODS
 from pymerge.methods.actions import Solve
 from pymerge.methods.base import Values
-from pymerge.methods.core.factors import Factors
+from pymerge.methods.core.factors import Factors, Tasks
 from tests.helpers.factors import Layer, dense, layers
 
 # Method and parameters; those of ACE force both of its branches, with a ridge for which its system is well conditioned.
@@ -165,3 +166,21 @@ def test_columns_that_cancel_are_no_task():
     for method in ("wudi_flow", "swudi_a"):
         action = action_of(method, 3)
         agree(found(action, [*tasks, nothing]), found(action, tasks), 1e-11)
+
+
+def test_ace_takes_no_more_memory_for_more_tasks_of_the_same_rank_together() -> None:
+    """Covariances are made one after the other."""
+    rng = np.random.default_rng(0)
+
+    def peak(tasks: int, rank: int) -> int:
+        factors = [Factors(rng.standard_normal((300, rank)), rng.standard_normal((rank, 300))) for _ in range(tasks)]
+        action, joined = action_of("ace", tasks, gamma_threshold=-1.0), Tasks.of(factors)
+        action.run_core(joined)  # what is made once, as caches
+        tracemalloc.start()
+        action.run_core(joined)
+        _, found = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return found
+
+    one = 8 * 129**2  # bytes of a covariance
+    assert peak(32, 4) < peak(2, 64) + 4 * one
