@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pymerge.adapters.forms import Form, form_of, is_alone, is_of_mlx, unmerged
+from pymerge.adapters.forms import Form, form_of, is_alone, is_of_mlx, of_others, unmerged
 from pymerge.adapters.settings import merged_by_peft
 from pymerge.checkpoint.model_files import (
     ADAPTER_CONFIG,
@@ -20,7 +20,7 @@ from pymerge.checkpoint.model_files import (
 from pymerge.checkpoint.model_files import is_adapter as is_adapter_name
 from pymerge.checkpoint.safetensors_file import TensorEntry
 from pymerge.checkpoint.weight_files import choose, find_weights, has_usual, read_json
-from pymerge.checkpoint.weight_formats import format_of
+from pymerge.checkpoint.weight_formats import GGUF, format_of
 from pymerge.common.names import first_few
 from pymerge.errors import CheckpointError
 
@@ -96,12 +96,14 @@ def _is_adapter_file(file: Path) -> bool:
     if file.name in ADAPTER_WEIGHTS and config:
         return True
     form = format_of(file)
-    if file.name in DIFFUSERS_WEIGHTS or form is None or not (config or file.suffix == ".safetensors"):
+    if file.name in DIFFUSERS_WEIGHTS or form is None or form is GGUF:
         return file.name in DIFFUSERS_WEIGHTS
     try:
         names = form.read(file).entries
     except CheckpointError:
         return False  # said when it is opened as a model
+    if not config and file.suffix != ".safetensors":
+        return is_alone(names) and bool(of_others(names))
     return is_alone(names) or (config and bool(unmerged(names))) or (config and is_adapter_name(file.name))
 
 
@@ -116,6 +118,8 @@ def open_adapter(path: Path) -> AdapterFiles:
     if form is None:
         raise CheckpointError(f"{file}: is neither safetensors nor of torch.save; save the adapter with safetensors")
     header = form.read(file)
+    if said := of_others(header.entries):
+        raise CheckpointError(f"{file}: is an adapter (it has {first_few(header.entries)}); {said}")
     kind = form_of(file.name, header.entries, config, header.metadata)
     stamps = {file: (header.file_bytes, header.mtime_ns)}
     if kind in (Form.DIFFUSERS, Form.KOHYA):

@@ -17,6 +17,19 @@ _PEFT = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
 _DIFFUSERS = re.compile(r"\.lora\.(down|up)\.|[._]lora_linear_layer\.|_lora\.(down|up)\.|\.lora_(down|up)\.")
 _ENDS = (".lora_a", ".lora_b")  # mlx-lm's
 _OTHERS = (".hada_w", ".lokr_w")
+# Names of factors in forms that are not read, and how those who write them make one of it that is.
+_FOREIGN = (
+    (
+        re.compile(r"\.lora_[ab]\.weight$"),
+        "it is in torchtune's own form; save it with torchtune's FullModelHFCheckpointer, which writes it for PEFT, "
+        "too, and name the folder that has adapter_config.json",
+    ),
+    (
+        re.compile(r"(^|[._])adapter\.linear_(in|out)\.weight$"),
+        "it is in the form of Megatron and NeMo; export it for PEFT (NeMo: llm.export_ckpt with target 'hf-peft'), or "
+        "merge it into its model there and export that for transformers, and name the result",
+    ),
+)
 
 
 class Form(str, Enum):
@@ -53,6 +66,11 @@ def unmerged(tensors: Iterable[str]) -> list[str]:
     return [name for name in tensors if any(part in name for part in _PEFT) or _is_other(name)]
 
 
+def of_others(tensors: Iterable[str]) -> str:
+    """The form of factors that is not read, with the remedy; "" if there are none like that."""
+    return next((said for name in tensors for pattern, said in _FOREIGN if pattern.search(name)), "")
+
+
 def is_alone(tensors: Collection[str]) -> bool:
     """Whether a file of these tensors is an adapter alone, whatever lies beside it."""
     if any(KOHYA.fullmatch(name) and _is_other(name) for name in tensors):
@@ -61,4 +79,6 @@ def is_alone(tensors: Collection[str]) -> bool:
 
 
 def _is_other(name: str) -> bool:
-    return any(part in name for part in _OTHERS) or name.endswith(_ENDS) or _DIFFUSERS.search(name) is not None
+    if any(part in name for part in _OTHERS) or name.endswith(_ENDS):
+        return True
+    return any(pattern.search(name) for pattern in (_DIFFUSERS, *(pattern for pattern, _ in _FOREIGN)))

@@ -20,6 +20,7 @@ WEIGHT_SUFFIXES = (
     ".h5",
     ".msgpack",
     ".gguf",
+    ".nemo",
     ".onnx",
     ".onnx_data",
     ".onnx.data",

@@ -92,6 +92,8 @@ def how_to_convert(name: str) -> str:
     flag = _FLAGS.get(Path(name.removesuffix(".index.json")).suffix)
     if flag:  # the last version that reads them
         return f"convert it with transformers 4 (from_pretrained(..., {flag}=True), then save_pretrained)"
+    if name.endswith(".nemo"):
+        return "convert it with NeMo's converters to transformers; an adapter, when it is merged into its model there"
     return "give the model that it was made of, in safetensors or as a file of torch.save"
 
 

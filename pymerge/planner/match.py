@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pymerge.adapters.forms import unmerged
+from pymerge.adapters.forms import of_others, unmerged
 from pymerge.architecture.buffers import constant
 from pymerge.architecture.roles import Kind, Role, classify, positions
 from pymerge.architecture.tied import embedding_of, same_values, says_tied, tied_tensors, ties
@@ -23,6 +23,7 @@ from pymerge.planner.missing import refusal
 from pymerge.planner.naming import under_names_of
 
 _MERGED_DTYPES = {"F64", "F32", "F16", "BF16"}
+_UNMERGED = "name the adapter that PEFT has saved, as BASE+ADAPTER, or save the model after merge_and_unload"
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,8 @@ class Matcher:
         ]
         if factors := unmerged(extra):
             self.problems.append(
-                f"{expert.path} has {listed(factors)}: factors of an adapter that is not merged into its weights; name "
-                "the adapter that PEFT has saved, as BASE+ADAPTER, or save the model after merge_and_unload"
+                f"{expert.path} has {listed(factors)}: factors of an adapter that is not merged into its weights; "
+                + (of_others(factors) or _UNMERGED)
             )
             return
         constants = [name for name in extra if constant(name, expert.tensors[name].shape)]

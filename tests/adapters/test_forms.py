@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from pymerge.adapters.folder import is_adapter, open_adapter
 from pymerge.adapters.forms import Form
 from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.errors import CheckpointError
+from tests.helpers.adapter_merges import config, refusal
 from tests.helpers.checkpoints import llama, write_model
 
 PEFT = ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",)
@@ -118,3 +121,74 @@ def test_a_model_that_was_saved_with_its_adapter_on_is_no_adapter(tmp_path: Path
     found = llama() | {f"{name}.lora_a": torch.ones(2, 2) for name in ("a", "b")}
     save_file(found, tmp_path / "wrapped.safetensors")
     assert not is_adapter(tmp_path / "wrapped.safetensors")
+
+
+TORCHTUNE = ("layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight")
+MEGATRON = tuple(f"decoder.layers.0.self_attention.linear_qkv.adapter.linear_{side}.weight" for side in ("in", "out"))
+NEMO = tuple(
+    f"model.language_model.encoder.layers.0.self_attention.adapter_layer.lora_kqv_adapter.linear_{side}.weight"
+    for side in ("in", "out")
+)
+# File, names of tensors, adapter_config.json, and what is said.
+OTHERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any] | None, str]] = {
+    "torchtune": ("adapter_model.pt", TORCHTUNE, None, "torchtune's FullModelHFCheckpointer"),
+    "torchtune, before": ("adapter_0.pt", TORCHTUNE, None, "torchtune's FullModelHFCheckpointer"),
+    "torchtune, beside a config": ("adapter_0.pt", TORCHTUNE, {"peft_type": "LORA"}, "FullModelHFCheckpointer"),
+    "torchtune, in safetensors": ("any.safetensors", TORCHTUNE, None, "torchtune's FullModelHFCheckpointer"),
+    "Megatron": ("model_optim_rng.pt", MEGATRON, None, "export it for PEFT"),
+    "Megatron under PEFT's name": ("adapter_model.bin", MEGATRON, {"peft_type": "LORA"}, "export it for PEFT"),
+    "NeMo": ("model_weights.ckpt", NEMO, None, "llm.export_ckpt with target 'hf-peft'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("plus", [True, False])
+@pytest.mark.parametrize("what", OTHERS)
+def test_forms_of_others_are_refused_by_name(what: str, plus: bool, tmp_path: Path) -> None:
+    file, names, said, expected = OTHERS[what]
+    write_model(tmp_path / "base", llama())
+    folder = tmp_path / "a"
+    folder.mkdir()
+    tensors = {name: torch.ones(2, 2) for name in names}
+    if file.endswith(".safetensors"):
+        save_file(tensors, folder / file)
+    else:
+        torch.save(tensors, folder / file)
+    if said is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(said))
+    for name in ("a", f"a/{file}"):
+        message = refusal(config(tmp_path, f"base+{name}" if plus else name))
+        assert str(folder / file) in message
+        assert expected in message
+
+
+def test_llama_cpps_adapters_are_refused_by_name(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", llama())
+    writer = GGUFWriter(tmp_path / "lora.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((2, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for name in ("lora.gguf", "base+lora.gguf"):
+        message = refusal(config(tmp_path, name))
+        assert "lora.gguf: is an adapter, without the model that it is for; merge it into its model first" in message
+        assert "llama-export-lora" in message
+
+
+@pytest.mark.parametrize("name", ["nemo", "base+nemo", "nemo/a.nemo", "base+nemo/a.nemo"])
+def test_archives_of_nemo_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "base", llama())
+    (tmp_path / "nemo").mkdir()
+    (tmp_path / "nemo/a.nemo").write_bytes(b"")
+    message = refusal(config(tmp_path, name))
+    assert "a.nemo" in message
+    assert "NeMo's converters to transformers; an adapter, when it is merged into its model there" in message
+
+
+def test_a_model_with_unmerged_factors_of_others(tmp_path: Path) -> None:
+    base = llama()
+    write_model(tmp_path / "base", base)
+    write_model(tmp_path / "e0", base | {name: torch.ones(2, 2) for name in NEMO})
+    message = refusal(config(tmp_path, "e0"))
+    assert "factors of an adapter that is not merged into its weights; it is in the form of Megatron" in message
