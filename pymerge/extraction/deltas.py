@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from pymerge.checkpoint.checkpoint import TensorEntry
-from pymerge.checkpoint.finite import check_finite
+from pymerge.checkpoint.finite import check_finite, is_finite
 from pymerge.checkpoint.reader import Reader
 from pymerge.common.dtypes import upcast
 from pymerge.errors import NonFiniteError
 
 # Elements of a block of rows: of float32, 4 MiB.
 BLOCK = 2**20
+# Elements that are squared at a time: so few that they stay in a core's cache in float64.
+_SQUARED = 2**16
 # A tall matrix of more elements (tables of tokens) is not held in memory.
 HELD = 2**28
 
@@ -71,12 +73,19 @@ class Delta:
 
     def square_sum(self) -> float:
         """||D||_F^2 in float64."""
-        return sum(float(block.double().square_().sum()) for _, _, block in self.blocks())
+        rows = (part for _, _, block in self.blocks() for part in few_rows(block))
+        return sum(float(part.double().square_().sum()) for part in rows)
 
     @staticmethod
     def _ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         each = max(1, BLOCK // max(1, columns))
         yield from ((start, min(start + each, rows)) for start in range(0, rows, each))
+
+
+def few_rows(block: Tensor, columns: int | None = None) -> tuple[Tensor, ...]:
+    """Rows of a block, a few at a time, for what makes them float64 and adds up elements; or of a factor of it, as many
+    as of one with so many columns."""
+    return block.split(max(1, _SQUARED // max(1, block.shape[1] if columns is None else columns)))
 
 
 def difference(
@@ -100,7 +109,7 @@ def difference(
         ]
         wide = torch.float64 if torch.float64 in {each.dtype for each in values} else torch.float32
         delta = (values[1].to(wide) - values[0].to(wide)).float().reshape(stop - start, shape[1])
-        if not bool(torch.isfinite(delta).all()):
+        if not is_finite(delta):
             _refuse((base, expert), values, first)
         return delta
 

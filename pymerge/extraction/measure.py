@@ -16,7 +16,7 @@ from pymerge.common.dtypes import torch_dtype
 from pymerge.common.shapes import key_of
 from pymerge.engine.worker import first_line, is_out_of_memory
 from pymerge.errors import ArgumentError, NonFiniteError
-from pymerge.extraction.deltas import BLOCK, Delta, difference, is_held
+from pymerge.extraction.deltas import BLOCK, Delta, difference, few_rows, is_held
 from pymerge.extraction.factorise import Triplets, algorithm_of, factorise, scratch
 from pymerge.extraction.options import ExtractOptions
 from pymerge.extraction.targets import TensorPair
@@ -133,5 +133,6 @@ def _lost(delta: Delta, left: Tensor, right: Tensor) -> float:
     """||D - left right||_F^2 in float64, of the factors as they are written."""
     total, wide = 0.0, right.double()
     for start, stop, block in delta.blocks():
-        total += float(block.double().sub_(left[start:stop].double() @ wide).square_().sum())
+        for rows, factor in zip(few_rows(block), few_rows(left[start:stop], block.shape[1]), strict=True):
+            total += float(rows.double().sub_(factor.double() @ wide).square_().sum())
     return total
