@@ -156,7 +156,8 @@ def read_header(path: Path | str) -> Header:
         refuse_foreign(path, prefix)
         raise CheckpointError(f"{path}: the header is not valid JSON ({error}); {AGAIN}") from error
     metadata = _check_metadata(path, raw.pop(METADATA_KEY, {}))
-    start, shapes = 8 + length, {}
+    start = 8 + length
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     found = [_check_entry(path, name, fields, start, shapes) for name, fields in raw.items()]
     found.sort(key=lambda entry: (entry.offset, entry.offset + entry.nbytes))
     _check_no_gaps(path, found, start, status.st_size)
