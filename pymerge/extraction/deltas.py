@@ -85,7 +85,7 @@ class Delta:
 def few_rows(block: Tensor, columns: int | None = None) -> tuple[Tensor, ...]:
     """Rows of a block, a few at a time, for what makes them float64 and adds up elements; or of a factor of it, as many
     as of one with so many columns."""
-    return block.split(max(1, _SQUARED // max(1, block.shape[1] if columns is None else columns)))
+    return torch.split(block, max(1, _SQUARED // max(1, block.shape[1] if columns is None else columns)))
 
 
 def difference(
