@@ -76,7 +76,7 @@ def _measurements(suite: Suite, seed: int, part: Part) -> Iterator[tuple[str, st
         depends = {"own": chosen, "recipe": asdict(FLOW)}
         yield OWN, f"each task's own {kind}", depends, partial(_own, suite, chosen, seed, part)
     if isinstance(suite, RoutedSuite):
-        yield ROUTED, "not adapted", routed.settings(), partial(_unadapted, suite, seed, part)
+        yield ROUTED, "not adapted", routed.MLPS.parameters(), partial(_unadapted, suite, seed, part)
 
 
 def _merge(suite: Suite, recipe: Recipe, seed: int, part: Part) -> Entry:
@@ -128,4 +128,5 @@ def _own(suite: Suite, chosen: Sequence[str], seed: int, part: Part) -> Entry:
 
 
 def _unadapted(suite: Suite, seed: int, part: Part) -> Entry:
-    return {"scores": scores(suite, routed.upscaled(suite, suite.tasks, seed), suite.tasks, seed, part)}
+    model = routed.upscaled(suite, suite.tasks, seed, routed.MLPS)
+    return {"scores": scores(suite, model, suite.tasks, seed, part)}

@@ -19,7 +19,6 @@ from benchmarks.quality.merging import command, tune
 from benchmarks.quality.store import Entry, Store
 from benchmarks.quality.suite import Part, RoutedSuite, Suite, individual, mean, measured
 
-WEMOE = "wemoe, entropy"
 Tell = Callable[[str], None]
 
 
@@ -56,7 +55,9 @@ def _measurements(suite: Suite, seed: int, part: Part) -> Iterator[tuple[str, En
     for recipe in RECIPES:
         yield recipe.name, {"row": asdict(recipe)}, partial(merge_row, suite, recipe, tasks, seed, part)
     if isinstance(suite, RoutedSuite):
-        yield WEMOE, {"row": WEMOE, **routed.settings()}, lambda: routed_row(suite, tasks, seed, part)
+        for setting in routed.SETTINGS.values():
+            depends = {"row": setting.parameters()}
+            yield setting.name, depends, partial(routed_row, suite, tasks, seed, part, setting)
 
 
 def merge_row(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int, part: Part) -> Entry:
@@ -72,17 +73,17 @@ def merge_row(suite: Suite, recipe: Recipe, tasks: Sequence[str], seed: int, par
     return {**about, **found} | ({"tuning": tried} if tried else {})
 
 
-def routed_row(suite: Suite, tasks: Sequence[str], seed: int, part: Part) -> Entry:
+def routed_row(suite: Suite, tasks: Sequence[str], seed: int, part: Part, setting: routed.Setting) -> Entry:
     """Adapt in a process of its own, measure here."""
     with tempfile.TemporaryDirectory(prefix="pymerge-quality-") as folder:
         routers = Path(folder, "routers.safetensors")
-        arguments = [suite.name, str(seed), ",".join(tasks), str(routers)]
+        arguments = [suite.name, str(seed), ",".join(tasks), setting.name, str(routers)]
         cost = run([*processes.module("benchmarks.quality.routed"), *arguments], processes.variables())
-        model = routed.upscaled(suite, tasks, seed)
+        model = routed.upscaled(suite, tasks, seed, setting)
         model.load_router(routers)
     return {
         "method": "wemoe",
-        "parameters": routed.settings(),
+        "parameters": setting.parameters(),
         **taken(cost),
         **measured(suite, model, tasks, seed, part),
     }

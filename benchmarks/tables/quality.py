@@ -26,7 +26,7 @@ README = (
     "simple average",
     "base",
 )
-NOT_STATIC = ("individual", "wemoe, entropy")
+NOT_STATIC = ("individual", "wemoe, entropy", "wemoe, everything routed")
 
 
 def parts() -> Iterator[Part]:

@@ -18,7 +18,7 @@ OWN_OPTIONS: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args
 
 
 def wemoe(context: typer.Context) -> None:
-    """Merged models whose MLPs mix base and experts for each input: build, info, adapt."""
+    """Merged models whose modules mix base and experts for each input: build, info, adapt."""
     with reported():
         from pymerge.cli.wemoe import wemoe_app
 

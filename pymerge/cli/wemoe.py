@@ -57,7 +57,7 @@ def info_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a WEMoE model.", show_default=False)],
     log_json: options.LogJson = None,
 ) -> None:
-    """Say what a WEMoE directory holds: experts, MLPs, routers, sizes."""
+    """Say what a WEMoE directory holds: experts, modules, routers, sizes."""
     with recording(log_json):
         spec = read_spec(folder)
         storage, router = spec.storage, spec.router
@@ -71,7 +71,7 @@ def info_command(
         print_lines(
             [
                 f"{spec.architecture}, {spec.tasks} experts: {', '.join(spec.experts)}",
-                f"{len(paths)} MLPs of {sum(len(module.parameters) for module in spec.modules)} parameters: "
+                f"{len(paths)} modules of {sum(len(module.parameters) for module in spec.modules)} parameters: "
                 + ", ".join(paths[:_NAMES_SHOWN])
                 + (f" and {rest} more" if rest > 0 else ""),
                 f"{number} of depth {router.depth}{code}, {sum(entry.numel for entry in stored):,} parameters, "
@@ -82,11 +82,11 @@ def info_command(
             ]
         )
         sizes = {"stored_bytes": storage.stored_bytes, "dense_bytes": storage.dense_bytes}
-        event("wemoe_info", f"{folder}: {spec.tasks} experts, {len(paths)} MLPs", experts=spec.experts, **sizes)
+        event("wemoe_info", f"{folder}: {spec.tasks} experts, {len(paths)} modules", experts=spec.experts, **sizes)
 
 
 wemoe_app = typer.Typer(
-    help="Merged models whose MLPs mix base and experts for each input.",
+    help="Merged models whose modules mix base and experts for each input.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

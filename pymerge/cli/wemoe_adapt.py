@@ -26,6 +26,7 @@ from pymerge.wemoe.router_file import ROUTER_NAME
 
 class Loss(str, Enum):
     entropy = "entropy"
+    choice = "choice"
     supervised = "supervised"
     distillation = "distillation"
 
@@ -58,7 +59,7 @@ def adapt_command(
         list[str] | None,
         typer.Option(metavar="TASK=DIR", help="The expert that distillation follows.", show_default=False),
     ] = None,
-    loss: Annotated[Loss, typer.Option(help="What is minimised; entropy needs inputs alone.")] = Loss.entropy,
+    loss: Annotated[Loss, typer.Option(help="What is minimised; entropy and choice need inputs alone.")] = Loss.entropy,
     steps: Annotated[int, typer.Option(min=1, help="Steps of Adam.")] = 1000,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-4,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of each task in a step.")] = 16,

@@ -1,4 +1,4 @@
-"""WEMoE: merged models whose MLPs mix base and experts for each input (arXiv 2402.00433, 2410.21804)."""
+"""WEMoE: merged models whose modules mix base and experts for each input (arXiv 2402.00433, 2410.21804)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adaptation of the routers, on unlabelled batches (entropy), labelled ones, or the experts' outputs."""
+"""Adaptation of the routers, on unlabelled batches (entropy, choice), labelled ones, or the experts' outputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from pymerge.errors import ArgumentError, NonFiniteError
 from pymerge.wemoe.adapt_state import load_state, save_state
 from pymerge.wemoe.model import RoutedModel
 
-Loss = Literal["entropy", "supervised", "distillation"]
+Loss = Literal["entropy", "choice", "distillation", "supervised"]
 Logits = Callable[[str, Any], Tensor]  # (task, output of the model) -> logits
 
 _EPS = 1e-8
@@ -68,8 +68,9 @@ def adapt(
             model's arguments, or a pair (either of these, labels); labels may also be a mapping's "labels".
         steps: Adam steps in total, those of a resumed run among them.
         lr: Adam's learning rate; its other parameters are PyTorch's defaults.
-        loss: "entropy" of the predictions, arXiv 2402.00433 equation 7; "supervised", cross entropy with labels;
-            "distillation", KL divergence from the predictions of `teachers`.
+        loss: "entropy" of the predictions, arXiv 2402.00433 equation 7; "choice", the squared distance of the gates
+            from 1 for the task's own expert and 0 for the others (needs inputs alone, no predictions); "supervised",
+            cross entropy with labels; "distillation", KL divergence from the predictions of `teachers`.
         logits: takes a task's logits (B x classes, or B x S x vocabulary) from the model's output; default: the output
             itself, or its `logits`. It is also given the teachers' outputs.
         teachers: for each task what gives the expert's output for a batch.
@@ -147,6 +148,18 @@ def entropy(logits: Tensor) -> Tensor:
     return -(shares * (shares + _EPS).log()).sum(-1).mean()
 
 
+def choice(model: RoutedModel, task: str, positional: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """Mean over modules and samples of |g - e|^2, e being 1 for the task's own expert and 0 for the others.
+
+    The modules' inputs are those of the task's own expert, as far as it is routed. Forward alone: there is no graph but
+    the routers'.
+    """
+    wanted = torch.zeros(model.spec.tasks, device=next(model.model.parameters()).device)
+    wanted[model.spec.experts.index(task)] = 1.0
+    said = model.routers_say(wanted, *positional, **named)
+    return torch.stack([(gates - wanted).square().sum(1).mean() for gates in said]).mean()
+
+
 def _check(
     model: RoutedModel,
     loaders: Mapping[str, Iterable[Any]],
@@ -157,8 +170,8 @@ def _check(
 ) -> None:
     if not loaders:
         raise ArgumentError("adapt: no loaders were given; pass one for each task")
-    if loss not in ("entropy", "supervised", "distillation"):
-        raise ArgumentError(f"adapt: unknown loss {loss!r}; choose entropy, supervised or distillation")
+    if loss not in get_args(Loss):
+        raise ArgumentError(f"adapt: unknown loss {loss!r}; choose one of {', '.join(get_args(Loss))}")
     if loss == "distillation" and (teachers is None or set(teachers) != set(loaders)):
         raise ArgumentError(f"adapt: distillation needs a teacher for each of {', '.join(loaders)}; pass teachers")
     own = model.model.state_dict()
@@ -168,6 +181,12 @@ def _check(
         odd = sorted(set(head) - set(own))
         if odd:
             raise ArgumentError(f"adapt: the head of task {task!r} has {odd[0]!r}, the model has not; leave it out")
+    strange = sorted(set(loaders) - set(model.spec.experts))
+    if loss == "choice" and strange:
+        raise ArgumentError(
+            f"adapt: task {strange[0]!r} is no expert, and loss 'choice' wants a task's own; name tasks as the "
+            f"experts: {', '.join(model.spec.experts)}"
+        )
     if autocast not in (None, torch.bfloat16):
         raise ArgumentError(f"adapt: autocast to {autocast} would need loss scaling; give torch.bfloat16 or None")
     if not any(parameter.requires_grad for parameter in model.routers.parameters()):
@@ -228,6 +247,8 @@ def _task_loss(
         found: Tensor = logits(task, output) if logits is not None else getattr(output, "logits", output)
         return found
 
+    if loss == "choice":
+        return choice(model, task, positional, named)
     output = predictions(functional_call(model, swap, positional, named) if swap else model(*positional, **named))
     if loss == "entropy":
         return entropy(_last(output, mask))

@@ -75,8 +75,8 @@ class BuildPlan:
         shared = "one shared router" if spec.router.shared else f"{router_count(spec)} routers"
         return [
             f"WEMoE of {spec.tasks} experts: {', '.join(spec.experts)}",
-            f"{len(spec.modules)} MLPs mixed per input, {spec.modules[0].path} to {spec.modules[-1].path}; {shared} of "
-            f"depth {spec.router.depth}, {format_bytes(routers)}",
+            f"{len(spec.modules)} modules mixed per input, {spec.modules[0].path} to {spec.modules[-1].path}; {shared} "
+            f"of depth {spec.router.depth}, {format_bytes(routers)}",
             f"task vectors: {storage.kind} {storage.dtype}, {exactly}{format_bytes(self.stored_bytes)} in "
             f"{len(self.task_vectors)} files; dense {format_bytes(self.dense_bytes)}",
             f"beside the plain checkpoint: read {format_bytes(extras.bytes_read)}, write "
@@ -96,7 +96,7 @@ class BuildReport:
         storage = self.spec.storage
         return [
             *self.merge.lines(),
-            f"{len(self.spec.modules)} MLPs mix {self.spec.tasks} experts; task vectors: {storage.kind}, "
+            f"{len(self.spec.modules)} modules mix {self.spec.tasks} experts; task vectors: {storage.kind}, "
             f"{format_bytes(storage.stored_bytes)} (dense {format_bytes(storage.dense_bytes)})",
         ]
 

@@ -42,8 +42,8 @@ def _identity(spec: Spec, seed: int, files: Sequence[TaskVectorFile]) -> Mapping
 def _note(spec: Spec) -> str:
     kind = spec.storage.kind.replace("_", "-")
     return (
-        f"{len(spec.modules)} of its MLPs mix {spec.tasks} experts for every input (WEMoE, arXiv 2402.00433; {kind} "
-        "task vectors): load it with `pymerge.wemoe.load`, or as a plain model whose MLPs are the base's. "
+        f"{len(spec.modules)} of its modules mix {spec.tasks} experts for every input (WEMoE, arXiv 2402.00433; {kind} "
+        "task vectors): load it with `pymerge.wemoe.load`, or as a plain model in which they are the base's. "
     )
 
 

@@ -1,4 +1,4 @@
-"""MLPs among the tensors of a checkpoint, found from its architecture without weights."""
+"""Modules to mix among the tensors of a checkpoint, found from its architecture without weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def empty_model(base: Checkpoint, architecture: str | None = None) -> nn.Module:
         transformers = importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"{base.path}: finding its MLPs needs transformers; pip install 'pymerge-engine[transformers]', or give "
+            f"{base.path}: finding its modules needs transformers; pip install 'pymerge-engine[transformers]', or give "
             "model= in Python"
         ) from error
     listed = base.config.get("architectures")
@@ -59,7 +59,7 @@ def empty_model(base: Checkpoint, architecture: str | None = None) -> nn.Module:
 
 
 def find_mlps(base: Checkpoint, model: nn.Module, pattern: str | None) -> list[ModuleSpec]:
-    """The MLPs of `model`, in its order, with their parameters under the names that the checkpoint has.
+    """The modules of `model` to mix, in its order, with their parameters under the names that the checkpoint has.
 
     Raises ArgumentError if nothing matches, CheckpointError if a parameter has no tensor of its shape.
     """
@@ -75,7 +75,7 @@ def find_mlps(base: Checkpoint, model: nn.Module, pattern: str | None) -> list[M
                 has = "is missing" if stored is None else f"is {list(base.tensors[stored].shape)} there"
                 raise CheckpointError(
                     f"{base.path}: {own!r} {shape} of {type(model).__name__} {has}; save the base with this version "
-                    "of transformers, or set wemoe.modules to MLPs that it has"
+                    "of transformers, or set wemoe.modules to some that it has"
                 )
             parameters[stored] = shape
         found.append(module.model_copy(update={"parameters": parameters}))

@@ -15,7 +15,7 @@ from pymerge.checkpoint.checkpoint import open_checkpoint
 from pymerge.errors import ArgumentError, CheckpointError
 from pymerge.ops.routed.task_storage import Tasks
 from pymerge.wemoe.model import RoutedModel
-from pymerge.wemoe.modules import RoutedLinear
+from pymerge.wemoe.modules import RoutedLayer
 from pymerge.wemoe.router import make_routers
 from pymerge.wemoe.router_file import read_routers, write_routers
 from pymerge.wemoe.spec import read_spec, write_spec
@@ -78,8 +78,8 @@ def load_plain(folder: Path, architecture: str, model: nn.Module | None = None) 
 def save(module: RoutedModel, path: Path | str, max_shard_bytes: int = 1 << 30) -> None:
     """Write a module as a WEMoE directory; `load` gives it back (transposed weights are stored as the model has them).
 
-    The plain checkpoint holds the base's MLPs; a transformers model is written by its own save_pretrained. Raises
-    OutputError, or ArgumentError if the directory exists.
+    In the plain checkpoint what is mixed is the base's; a transformers model is written by its own save_pretrained.
+    Raises OutputError, or ArgumentError if the directory exists.
     """
     folder = Path(path)
     if folder.exists():
@@ -95,23 +95,19 @@ def save(module: RoutedModel, path: Path | str, max_shard_bytes: int = 1 << 30) 
     inverse = {
         own: name for name, own in model_names(plain, open_checkpoint(folder).tensors, folder, partial=True).items()
     }
-    layers = {name: layer for name, layer in module.model.named_modules() if isinstance(layer, RoutedLinear)}
+    layers = {name: layer for name, layer in module.model.named_modules() if isinstance(layer, RoutedLayer)}
     writer = TaskVectorWriter(folder, max_shard_bytes)
     parameters: dict[str, dict[str, list[int]]] = {unit.path: {} for unit in module.units}
     own_parameters = dict(plain.named_parameters())
     dense = 0
     for own, layer in layers.items():
-        vectors = {"weight": layer.tasks.transposed() if layer.transposed else layer.tasks, "bias": layer.bias_tasks}
-        for kind, tasks in vectors.items():
+        for kind, tasks in {"weight": layer.stored_tasks, "bias": layer.bias_tasks}.items():
             if tasks is None:
                 continue
-            name = inverse[f"{own}.{kind}"]
-            shape = list(own_parameters[f"{own}.{kind}"].shape)
-            parameters[layer.unit.path][name] = shape
-            dense += (
-                module.spec.tasks * own_parameters[f"{own}.{kind}"].numel() * module.spec.storage.torch_dtype.itemsize
-            )
-            writer.add(encode(name, tasks, module.spec.storage))
+            name, own_parameter = inverse[f"{own}.{kind}"], own_parameters[f"{own}.{kind}"]
+            parameters[layer.unit.path][name] = list(own_parameter.shape)
+            dense += module.spec.tasks * own_parameter.numel() * module.spec.storage.torch_dtype.itemsize
+            writer.add(encode(name, own_parameter.shape, tasks, module.spec.storage))
     writer.close()
     sizes = {"dense_bytes": dense, "stored_bytes": writer.stored_bytes}
     storage = module.spec.storage.model_copy(update=sizes)

@@ -1,4 +1,4 @@
-"""RoutedModel: a model whose MLPs mix base and experts for each input; all else is the architecture's own code."""
+"""RoutedModel: a model whose modules mix base and experts for each input; all else is the architecture's own code."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from pymerge.errors import ArgumentError
 from pymerge.ops.routed.task_storage import Tasks
-from pymerge.wemoe.modules import Call, RoutedLinear, Shared, Unit, call_hooks, is_linear
+from pymerge.wemoe.convolution import RoutedConvolution, is_convolution
+from pymerge.wemoe.modules import RoutedLayer, RoutedLinear, is_linear
 from pymerge.wemoe.router_file import read_routers, write_routers
 from pymerge.wemoe.spec import Spec
+from pymerge.wemoe.units import Call, Given, Shared, Unit, call_hooks
 
 
 class RoutedModel(nn.Module):
@@ -35,10 +37,10 @@ class RoutedModel(nn.Module):
         task_vectors: Mapping[str, Tasks | Tensor],
         routers: nn.ModuleList,
     ) -> None:
-        """Replace, in `model` itself, the linear layers of `spec`.
+        """Replace, in `model` itself, the layers of `spec`.
 
         Args:
-            model: the architecture with the static merge and base MLPs.
+            model: the architecture with the static merge, and the base's weights in what is mixed.
             spec: modules, experts, routers; parameters by checkpoint names.
             names: the model's own name for each of these.
             task_vectors: for each checkpoint name Tasks (weights) or T x n (biases), oriented as the parameter is.
@@ -60,12 +62,7 @@ class RoutedModel(nn.Module):
                     assert not isinstance(tasks, Tensor)
                     assert bias is None or isinstance(bias, Tensor)
                     path = names[name].removesuffix(".weight")
-                    original = model.get_submodule(path)
-                    if not is_linear(original):
-                        raise ArgumentError(
-                            f"{path} is a {type(original).__name__}, not a linear layer; list linear layers only"
-                        )
-                    routed = RoutedLinear(original, tasks, bias, unit)
+                    routed = _routed(path, model.get_submodule(path), tasks, bias, unit)
                     parent, _, child = path.rpartition(".")
                     setattr(model.get_submodule(parent), child, routed)
         model.requires_grad_(False)
@@ -112,6 +109,19 @@ class RoutedModel(nn.Module):
         return {unit.path: unit.kept.clone() for unit in self.units if unit.kept is not None}
 
     @torch.no_grad()
+    def routers_say(self, gates: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Gates as each router says (B x T), while this model runs as one that is merged by `gates` (T).
+
+        Only routers have a graph: each sees the input that its module would have.
+        """
+        self._shared.given = given = Given(gates[None])
+        try:
+            self(*args, **kwargs)
+        finally:
+            self._shared.given = None
+        return given.said
+
+    @torch.no_grad()
     def merge_for(self, *args: Any, **kwargs: Any) -> nn.Module:
         """A plain static model of the architecture, merged by the mean gates of this batch (the model's arguments).
 
@@ -125,10 +135,10 @@ class RoutedModel(nn.Module):
         return self.static({path: gates[0] for path, gates in self.gates().items()})
 
     def static(self, gates: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """A copy as a plain model: MLPs mixed by gates (module path -> T), or the base's without them."""
+        """A copy as a plain model: modules mixed by gates (path -> T), or the base's without them."""
         memo: dict[int, Any] = {}
         for layer in self.model.modules():
-            if isinstance(layer, RoutedLinear):
+            if isinstance(layer, RoutedLayer):
                 memo[id(layer)] = layer.plain(None if gates is None else gates[layer.unit.path])
         # Hooks hold this object: a plain copy has none.
         self._remove_hooks()
@@ -169,6 +179,17 @@ class RoutedModel(nn.Module):
     def _finished(self) -> None:
         for unit in self.units:
             unit.reset()
+
+
+def _routed(path: str, original: nn.Module, tasks: Tasks, bias: Tensor | None, unit: Unit) -> RoutedLayer:
+    """Layer that takes the place of another. Raises ArgumentError for one whose weight cannot be mixed."""
+    if is_linear(original):
+        return RoutedLinear(original, tasks, bias, unit)
+    if is_convolution(original):
+        return RoutedConvolution(original, tasks, bias, unit)
+    raise ArgumentError(
+        f"{path} is a {type(original).__name__}, neither a linear layer nor a convolution; list these only"
+    )
 
 
 def _callers(model: nn.Module) -> list[nn.Module]:

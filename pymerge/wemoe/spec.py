@@ -14,7 +14,8 @@ from pymerge.common.files import atomic_write
 from pymerge.errors import CheckpointError
 
 SPEC_NAME = "wemoe.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had linear layers only
+_READ = (1, 2)
 
 Size = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
@@ -75,9 +76,9 @@ class StorageSpec(_Strict):
 
 
 class ModuleSpec(_Strict):
-    """One upscaled MLP: its path (the name of its router), d of its input, and its parameters with their shapes.
+    """One upscaled module: its path (the name of its router), d of what the router sees, its parameters' shapes.
 
-    Names and shapes are those of the checkpoint's tensors: weights and biases of linear layers only.
+    Names and shapes are those of the checkpoint's tensors: weights and biases of linear layers and convolutions only.
     """
 
     path: Name
@@ -85,15 +86,16 @@ class ModuleSpec(_Strict):
     parameters: Annotated[dict[Name, list[Size]], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _linear_layers_only(self) -> ModuleSpec:
+    def _layers_only(self) -> ModuleSpec:
         for name, shape in self.parameters.items():
             layer, _, kind = name.rpartition(".")
-            if kind == "weight" and len(shape) == 2:
+            if kind == "weight" and 2 <= len(shape) <= 5:
                 continue
             if kind == "bias" and len(shape) == 1 and f"{layer}.weight" in self.parameters:
                 continue
             raise ValueError(
-                f"{name} {shape} is neither the weight (2-D) of a linear layer nor a bias (1-D) beside one"
+                f"{name} {shape} is neither the weight of a linear layer (2-D) or convolution (3-D to 5-D) nor a bias "
+                "(1-D) beside one"
             )
         return self
 
@@ -113,8 +115,10 @@ class Spec(_Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Spec:
-        if self.version != FORMAT_VERSION:
-            raise ValueError(f"version {self.version} is not {FORMAT_VERSION}, the only one that this release reads")
+        if self.version not in _READ:
+            raise ValueError(f"version {self.version} is none of {_READ}, which this release reads")
+        if self.version == 1 and any(len(shape) > 2 for module in self.modules for shape in module.parameters.values()):
+            raise ValueError("version 1 has no convolutions, and a module has one")
         if len(set(self.experts)) != len(self.experts):
             raise ValueError(f"experts {self.experts} repeat a name")
         paths = [module.path for module in self.modules]

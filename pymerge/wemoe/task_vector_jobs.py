@@ -72,7 +72,7 @@ class StoreTaskVectors(Encode):
         storage = self.parameter.storage
         tau = task_vector(base, expert, None, compute_dtype(base))
         self._check(entry, base, expert, tau)
-        found = encode(self.parameter.name, compress([tau], storage), storage)
+        found = encode(self.parameter.name, self.parameter.shape, compress([tau], storage), storage)
         for tensor in found.values():
             self._check(entry, base, expert, tensor)
         return found

@@ -12,7 +12,7 @@ from pymerge.common.dtypes import ITEM_SIZES, code_of
 from pymerge.ops.routed.task_storage import NARROW_COLUMNS
 from pymerge.output.layout import ShardLayout, layout_file
 from pymerge.wemoe.spec import StorageSpec
-from pymerge.wemoe.task_vectors import TASKS_PREFIX
+from pymerge.wemoe.task_vectors import TASKS_PREFIX, matrix_shape
 
 # Of a dense task vector, computed at a time: the float32 forms of that many elements stay in the cache.
 CHUNK_ELEMENTS = 2**17
@@ -22,7 +22,7 @@ Described = tuple[str, str, tuple[int, ...]]  # name, dtype code, shape
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """One parameter of an MLP, W_0 and W_t, and the tensors that its task vectors are stored as.
+    """One parameter that is mixed, W_0 and W_t, and the tensors that its task vectors are stored as.
 
     `stored` are as `pymerge.wemoe.task_vectors.encode` gives them; pruned entries, and ranks by energy, are the most
     there can be.
@@ -51,7 +51,7 @@ class StoredParameter:
     @cached_property
     def stored(self) -> list[Described]:
         tasks, code = len(self.experts), code_of(self.storage.torch_dtype)
-        rows, columns = self.shape if len(self.shape) == 2 else (1, self.numel)
+        rows, columns = matrix_shape(self.shape)
         if self.storage.kind == "pruned":
             kept = tasks * self._kept
             narrow = "U16" if columns <= NARROW_COLUMNS else "I32"
@@ -86,7 +86,7 @@ class StoredParameter:
             # Magnitudes and their copy for the selection; then a mask, and the entries with their places as int64.
             work = max(2 * item * n, n + (40 + item) * self._kept)
         else:
-            rows, columns = self.shape
+            rows, columns = matrix_shape(self.shape)
             small = min(rows, columns)
             # float64: two copies of tau, both factors twice, and what LAPACK's divide and conquer takes.
             work = 8 * (2 * n + 2 * small * (rows + columns) + 5 * small * small + 16 * small)

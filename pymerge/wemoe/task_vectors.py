@@ -6,6 +6,7 @@ A parameter NAME has tensors NAME::values and, by kind, others: see `encode`.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,9 +31,11 @@ _AGAIN = "build the directory again"
 def compress(taus: Sequence[Tensor], storage: StorageSpec) -> Tasks | Tensor:
     """T task vectors of one parameter (float32 or wider) in the form they are kept in.
 
-    Tasks for those of a weight (2-D); T x n for those of a bias (1-D), pruned if weights are, never low-rank.
+    Tasks for those of a weight, as a matrix; T x n for those of a bias (1-D), pruned if weights are, never low-rank.
     """
-    dtype, matrix = storage.torch_dtype, taus[0].ndim == 2
+    dtype, matrix = storage.torch_dtype, taus[0].ndim > 1
+    if matrix:
+        taus = [tau.flatten(1) for tau in taus]
     if storage.kind == "pruned" and storage.ratio is not None:
         sparse = pruned_tasks([tau if matrix else tau[None] for tau in taus], storage.ratio, dtype)
         return sparse if matrix else torch.cat([sparse.dense(task) for task in range(len(taus))])
@@ -42,8 +45,13 @@ def compress(taus: Sequence[Tensor], storage: StorageSpec) -> Tasks | Tensor:
     return DenseTasks(values) if matrix else values
 
 
-def encode(name: str, vectors: Tasks | Tensor, storage: StorageSpec) -> dict[str, Tensor]:
-    """The stored tensors of one parameter, from what `compress` gives.
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a parameter as a matrix: all axes but the first are columns; a bias is one row."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
+
+
+def encode(name: str, shape: Sequence[int], vectors: Tasks | Tensor, storage: StorageSpec) -> dict[str, Tensor]:
+    """The stored tensors of one parameter of this shape, from what `compress` gives.
 
     dense: `values` [T, *shape]. pruned: `values` and `columns` (uint16; int32 above 65,536 columns) of the entries
     kept, task after task and row after row, and `counts` (int32, [T, rows]) of entries in each row; a bias is one row.
@@ -59,7 +67,8 @@ def encode(name: str, vectors: Tasks | Tensor, storage: StorageSpec) -> dict[str
         ranks = torch.bincount(vectors.owners, minlength=vectors.count).to(torch.int32)
         found = {"left": vectors.left, "right": vectors.right, "ranks": ranks}
     else:
-        found = {"values": vectors.values if isinstance(vectors, DenseTasks) else vectors}
+        values = vectors.values if isinstance(vectors, DenseTasks) else vectors
+        found = {"values": values.view(-1, *shape)}
     return {f"{name}::{field}": tensor.contiguous() for field, tensor in found.items()}
 
 
@@ -67,7 +76,7 @@ def decode(
     name: str, shape: Sequence[int], tasks: int, storage: StorageSpec, stored: TaskVectorFiles
 ) -> Tasks | Tensor:
     """Task vectors of one parameter: Tasks of a weight, [T, n] of a bias. Raises CheckpointError if they don't fit."""
-    matrix = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
+    matrix = matrix_shape(shape)
     dtype = storage.torch_dtype
     if storage.kind == "pruned":
         counts = stored.take(f"{name}::counts", torch.int32, (tasks, matrix[0])).to(torch.int64).flatten()
@@ -83,8 +92,8 @@ def decode(
             raise stored.error(f"{name}::columns", f"points outside the {matrix[1]} columns")
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         sparse = SparseTasks(values, columns, starts, matrix)
-        return sparse if len(shape) == 2 else torch.cat([sparse.dense(task) for task in range(tasks)])
-    if storage.kind == "low_rank" and len(shape) == 2:
+        return sparse if len(shape) > 1 else torch.cat([sparse.dense(task) for task in range(tasks)])
+    if storage.kind == "low_rank" and len(shape) > 1:
         ranks = stored.take(f"{name}::ranks", torch.int32, (tasks,)).to(torch.int64)
         if bool((ranks < 0).any()) or bool((ranks > min(matrix)).any()):
             raise stored.error(f"{name}::ranks", f"has ranks outside 0 to {min(matrix)}")
@@ -94,7 +103,7 @@ def decode(
         owners = torch.repeat_interleave(torch.arange(tasks), ranks)
         return LowRankTasks(left, right, owners, tasks)
     values = stored.take(f"{name}::values", dtype, (tasks, *shape))
-    return DenseTasks(values) if len(shape) == 2 else values
+    return DenseTasks(values.flatten(2)) if len(shape) > 1 else values
 
 
 def index_bytes(weight_map: Mapping[str, str], nbytes: int) -> bytes:

@@ -14,6 +14,7 @@ from pymerge.errors import ArgumentError
 from pymerge.ops._op import compute_dtype, task_vector
 from pymerge.ops.combine import Combine
 from pymerge.ops.routed.task_storage import Tasks
+from pymerge.wemoe.convolution import is_convolution
 from pymerge.wemoe.model import RoutedModel
 from pymerge.wemoe.modules import is_linear, is_transposed, runner
 from pymerge.wemoe.router import make_routers
@@ -39,11 +40,12 @@ def upscale(
     """A RoutedModel of a copy of `base`; the base itself is left as it is.
 
     Args:
-        base: any module; its MLPs are made of nn.Linear or Conv1D layers.
+        base: any module; what is routed of it is made of nn.Linear or Conv1D layers and convolutions.
         experts: state dicts of the same architecture, by name or in order.
-        static: what parameters outside the MLPs become, by name; default W_0 + init_lambda sum_t tau_t.
-        modules: regular expression that matches the whole path of each MLP; default: by the field's usual names. An
-            MLP that is split into `intermediate` and `output`, as BERT's, goes by the first.
+        static: what parameters that are not routed become, by name; default W_0 + init_lambda sum_t tau_t.
+        modules: regular expression that matches the whole path of each module to route (an MLP, attention, a
+            convolutional stem, a whole block); default: MLPs, by the field's usual names. An MLP that is split into
+            `intermediate` and `output`, as BERT's, goes by the first.
         storage: how task vectors are kept; default dense bfloat16.
         router: default depth 2, one for each module.
         init_lambda: gates at the start.
@@ -102,10 +104,11 @@ def check_expert(label: str, expert: Mapping[str, Tensor], state: Mapping[str, T
 
 
 def find_modules(model: nn.Module, pattern: str | None) -> Iterator[ModuleSpec]:
-    """The MLPs of a model, in its own order; see `upscale`. Raises ArgumentError if there is none."""
+    """The modules of a model to route, in its own order; see `upscale`. Raises ArgumentError if there is none."""
     count, inside = 0, None
     for path, module in model.named_modules():
-        if inside is not None and path.startswith(inside):
+        # The model itself has no path, by which its router could go.
+        if not path or (inside is not None and path.startswith(inside)):
             continue
         last = path.rpartition(".")[2]
         if pattern is None:
@@ -114,7 +117,11 @@ def find_modules(model: nn.Module, pattern: str | None) -> Iterator[ModuleSpec]:
             matches = re.fullmatch(pattern, path) is not None
         if not matches:
             continue
-        layers = {f"{path}.{name}".strip("."): layer for name, layer in module.named_modules() if is_linear(layer)}
+        layers: dict[str, nn.Module] = {
+            f"{path}.{name}".strip("."): layer
+            for name, layer in module.named_modules()
+            if is_linear(layer) or is_convolution(layer)
+        }
         if last == "intermediate":
             layers |= _output_of(model, path)
         if not layers and pattern is None:
@@ -122,8 +129,8 @@ def find_modules(model: nn.Module, pattern: str | None) -> Iterator[ModuleSpec]:
         count, inside = count + 1, f"{path}."
         yield _module_spec(path, module, layers)
     if not count:
-        what = "by the usual names" if pattern is None else f"that {pattern!r} matches as a whole"
-        raise ArgumentError(f"upscale: {type(model).__name__} has no MLP {what}; give modules='REGEX' of module paths")
+        what = "MLP by the usual names" if pattern is None else f"module that {pattern!r} matches as a whole"
+        raise ArgumentError(f"upscale: {type(model).__name__} has no {what}; give modules='REGEX' of module paths")
 
 
 def _output_of(model: nn.Module, path: str) -> dict[str, nn.Linear]:
@@ -136,20 +143,26 @@ def _output_of(model: nn.Module, path: str) -> dict[str, nn.Linear]:
     return {name: layer} if is_linear(layer) else {}
 
 
-def _module_spec(path: str, module: nn.Module, layers: Mapping[str, nn.Linear]) -> ModuleSpec:
+def _module_spec(path: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> ModuleSpec:
     own = {f"{path}.{name}" for name, parameter in module.named_parameters() if parameter.ndim > 1}
     odd = sorted(own - {f"{name}.weight" for name in layers})
     if odd or not layers:
         raise ArgumentError(
-            f"upscale: {path!r} holds {odd[0] if odd else 'no linear layer'}, and only linear layers can be routed; "
-            "give modules='REGEX' of MLPs made of nn.Linear or Conv1D"
+            f"upscale: {path!r} holds {odd[0] if odd else 'no such layer'}, and only linear layers and convolutions "
+            "can be routed; give modules='REGEX' of modules made of nn.Linear, Conv1D, nn.Conv1d, 2d or 3d"
         )
-    first = next(iter(layers.values()))
     weights: dict[str, list[int]] = {}
     for name, layer in layers.items():
         weights |= {f"{name}.{kind}": list(parameter.shape) for kind, parameter in layer.named_parameters()}
-    hidden = first.weight.shape[0 if is_transposed(first) else 1]
-    return ModuleSpec(path=path, hidden_size=int(hidden), parameters=weights)
+    return ModuleSpec(path=path, hidden_size=_width(next(iter(layers.values()))), parameters=weights)
+
+
+def _width(first: nn.Module) -> int:
+    """d of what a router sees: the input of a linear layer, the output of a convolution."""
+    if is_convolution(first):
+        return first.out_channels
+    assert is_linear(first)
+    return int(first.weight.shape[0 if is_transposed(first) else 1])
 
 
 @torch.no_grad()
@@ -161,7 +174,7 @@ def _merge_rest(
     parameters: set[str],
     init_lambda: float,
 ) -> None:
-    """Set everything outside the MLPs, in place; `state` is the base's (tied tensors of `model` share memory)."""
+    """Set everything that is not routed, in place; `state` is the base's (tied tensors of `model` share memory)."""
     for name, tensor in model.state_dict().items():
         if name in parameters or not tensor.is_floating_point():
             continue
@@ -172,4 +185,4 @@ def _merge_rest(
         elif name in static:
             tensor.copy_(static[name])
         else:
-            raise ArgumentError(f"upscale: static has no {name!r}; give every tensor outside the MLPs")
+            raise ArgumentError(f"upscale: static has no {name!r}; give every tensor that is not routed")

@@ -26,7 +26,9 @@ QUIET: dict[str, Any] = {"progress": False, "lr": 0.01}
 def vit(tiny: Callable[[str], Any], **settings: Any) -> tuple[wemoe.RoutedModel, dict[str, Any], dict[str, Any]]:
     """A routed ViT, unlabelled batches of two tasks, and the experts as teachers."""
     model, _, experts = tiny("vit")
-    routed = wemoe.upscale(model, experts[:2], storage=wemoe.StorageSpec(dtype="float32"), **settings)
+    routed = wemoe.upscale(
+        model, dict(zip("ab", experts, strict=False)), storage=wemoe.StorageSpec(dtype="float32"), **settings
+    )
     generator = torch.Generator().manual_seed(2)
     batches = {
         task: [{"pixel_values": torch.randn(4, 3, 8, 8, generator=generator)} for _ in range(2)] for task in "ab"
@@ -46,7 +48,7 @@ def test_entropy_is_that_of_the_predictions() -> None:
     assert float(entropy(logits)) == pytest.approx(float(expected), rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["entropy", "supervised", "distillation"])
+@pytest.mark.parametrize("loss", ["entropy", "choice", "supervised", "distillation"])
 @pytest.mark.parametrize("reduce", ["batch", "sample"])
 def test_each_loss_falls_and_only_routers_move(tiny: Callable[[str], Any], loss: Any, reduce: Any) -> None:
     routed, batches, teachers = vit(tiny)

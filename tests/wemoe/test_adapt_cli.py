@@ -64,7 +64,7 @@ def loaded(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model" / ROUTER)
 
 
-@pytest.mark.parametrize("loss", ["entropy", "supervised", "distillation"])
+@pytest.mark.parametrize("loss", ["entropy", "choice", "supervised", "distillation"])
 def test_routers_are_those_that_the_library_adapts(vit: Path, loss: str) -> None:
     routed = wemoe.load(vit / "model", dtype=torch.float32)
     sets = {task: read_dataset(vit / f"{task}.safetensors", routed.model, 4) for task in "ab"}

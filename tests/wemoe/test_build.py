@@ -215,7 +215,7 @@ def test_what_cannot_be_built_is_refused(tiny: Callable[[str], Any], tmp_path: P
     refused(ConfigError, "'base_model' is missing", base_model=None, merge_method="linear", parameters={"weight": 1.0})
     refused(ConfigError, "is listed twice; list each expert once", models=[{"model": e0}, {"model": e0}])
     refused(ConfigError, "models lists only the base; add", models=[{"model": base}])
-    refused(ArgumentError, "has no MLP that 'nothing' matches", wemoe={"modules": "nothing"})
+    refused(ArgumentError, "has no module that 'nothing' matches", wemoe={"modules": "nothing"})
     refused(CheckpointError, "'Nothing' is no model class of transformers", wemoe={"architecture": "Nothing"})
     refused(CheckpointError, "of BertModel is missing; save the base", wemoe={"architecture": "BertModel"})
     with pytest.raises(ConfigError, match="'wemoe' is a section for pymerge wemoe build"):

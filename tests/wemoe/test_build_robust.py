@@ -227,7 +227,7 @@ def test_commands(tmp_path: Path) -> None:
     assert not out.exists()
     done = pymerge("wemoe", "build", file, out, "--max-shard-size", "4KB")
     assert done.code == 0, done
-    assert "2 MLPs mix 2 experts; task vectors: pruned, 2.83KiB (dense 9.00KiB)" in done.out
+    assert "2 modules mix 2 experts; task vectors: pruned, 2.83KiB (dense 9.00KiB)" in done.out
     found = pymerge("wemoe", "info", out)
     assert found.code == 0, found
     assert "LlamaForCausalLM, 2 experts: e0, e1\n" in found.out

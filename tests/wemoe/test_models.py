@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_named(tiny: Callable[[str], Any]) -> None:
         wemoe.upscale(model, [])
     with pytest.raises(ArgumentError, match=r"expert 'a' has no '.*'; give experts fine-tuned from this base"):
         wemoe.upscale(model, {"a": {}})
-    with pytest.raises(ArgumentError, match="no MLP that 'nothing' matches as a whole; give modules='REGEX'"):
+    with pytest.raises(ArgumentError, match="no module that 'nothing' matches as a whole; give modules='REGEX'"):
         wemoe.upscale(model, experts, modules="nothing")
     with pytest.raises(ArgumentError, match=r"'bert.embeddings' holds bert.embeddings.*, and only linear layers"):
         wemoe.upscale(model, experts, modules="bert.embeddings")
