@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.quality.suite import Suite
+from benchmarks.quality.inputs import SAMPLES, grams
+from benchmarks.quality.suite import Suite, TrainingSuite
 
 PER_TASK = "1/T"  # a parameter's value that depends on the number of tasks
 
@@ -43,6 +44,25 @@ class Recipe:
         }
 
 
+@dataclass(frozen=True)
+class DataRecipe(Recipe):
+    """A row that uses training examples of each task, by Grams of what its expert's layers read of them."""
+
+    samples: int = SAMPLES
+
+    def at(self, value: float) -> DataRecipe:
+        return replace(self, parameters={**self.parameters, self.tuned: value}, tuned="", grid=(), start=0.0)
+
+    def config(self, suite: Suite, tasks: Sequence[str], seed: int) -> dict[str, Any]:
+        """What `pymerge merge` is given. Raises TypeError for a suite without training examples."""
+        if not isinstance(suite, TrainingSuite):
+            raise TypeError(f"{suite.name} has no training examples")
+        found = super().config(suite, tasks, seed)
+        for task, model in zip(tasks, found["models"], strict=True):
+            model["parameters"] = {"grams": str(grams(suite, task, seed))}
+        return found
+
+
 # The exact minimiser of WUDI's loss: gradient flow for so long that no direction is left on its way.
 EXACT_TIME = 1e9
 # ViT-B/32's settings of SWUDI, arXiv 2606.07289.
@@ -50,6 +70,7 @@ SWUDI_CLIP = {"time": 1300.0, "rank_ratio": 0.65}
 SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 LAMBDAS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+RATIOS = (0.0, 0.1, 0.3, 0.6, 0.8, 0.9, 0.95, 1.0)  # of RegMean's elements off the diagonal
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # TIES and DARE keep a fifth of each task vector: the share that TIES was published with.
 DENSITY = 0.2
@@ -123,6 +144,8 @@ RECIPES = (
     Recipe("cart, lambda tuned", "cart", {}, "lambda", SCALES, 0.1),
     LORE,
     Recipe("lore, lambda tuned", "lore", {}, "lambda", (*FACTORS, 3.0, 4.0), 1.0),
+    DataRecipe("regmean, with training data", "regmean"),
+    DataRecipe("regmean, with training data, ratio tuned", "regmean", {}, "reduce_non_diagonal_ratio", RATIOS, 0.9),
     *(calibrated(recipe) for recipe in (FLOW, TSV_M, TACT, DC_MERGE, DOGE_BY_TENSOR)),
     *(calibrated(recipe, PER_TASK) for recipe in (AVERAGE, RESMERGE, STAR, CART, LORE)),
     *(boosted(recipe) for recipe in (FLOW, TSV_M, AVERAGE)),

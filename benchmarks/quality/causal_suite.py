@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.quality.folder_suite import FolderSuite
 from benchmarks.quality.suite import Part
+from examples.glyphs.train import generator
 
 BATCH = 16  # blocks; their logits are 200 MB
 
@@ -23,6 +24,13 @@ class CausalSuite(FolderSuite):
     """Blocks of tokens, each of which is an example but for a block's first: right is the likeliest next token."""
 
     maker = "causal"
+
+    def training(self, task: str, seed: int, count: int) -> Iterator[Tensor]:
+        """Tokens of training blocks, without their last, which is only predicted."""
+        blocks = load_file(self.root / "texts.safetensors")[f"{task}.train"]
+        chosen = torch.randperm(len(blocks), generator=generator(seed, f"{task}.inputs"))[:count]
+        for some in blocks[chosen].split(BATCH):
+            yield some[:, :-1].long()
 
     def load(self, folder: Path) -> LlamaForCausalLM:
         """The float32 network of a checkpoint."""

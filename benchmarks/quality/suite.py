@@ -54,6 +54,14 @@ class RoutedSuite(Protocol):
         """A task's logits from what the model returns."""
 
 
+@runtime_checkable
+class TrainingSuite(Suite, Protocol):
+    """A suite that has its training examples, for methods that use data; a `Suite` without this has no such rows."""
+
+    def training(self, task: str, seed: int, count: int) -> Iterable[Tensor]:
+        """Inputs of the model, `count` of the task's training examples in all; nothing in them is padded."""
+
+
 def measured(suite: Suite, model: nn.Module | Path, tasks: Sequence[str], seed: int, part: Part) -> Found:
     """Accuracies in percent, and losses, of one model on each of the tasks."""
     loaded = suite.load(model) if isinstance(model, Path) else model

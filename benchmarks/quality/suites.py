@@ -48,4 +48,6 @@ def open_suite(name: str) -> Suite:
         from benchmarks.quality.causal_suite import CausalSuite
 
         return CausalSuite.trained(root)
-    return GlyphSuite.trained(root)
+    from benchmarks.quality.glyph_training import TrainedGlyphs
+
+    return TrainedGlyphs.trained(root)

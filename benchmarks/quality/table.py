@@ -14,10 +14,10 @@ from typing import Any
 from benchmarks.harness import processes
 from benchmarks.harness.processes import Cost, run
 from benchmarks.quality import routed
-from benchmarks.quality.cases import RECIPES, Recipe
+from benchmarks.quality.cases import RECIPES, DataRecipe, Recipe
 from benchmarks.quality.merging import command, tune
 from benchmarks.quality.store import Entry, Store
-from benchmarks.quality.suite import Part, RoutedSuite, Suite, individual, mean, measured
+from benchmarks.quality.suite import Part, RoutedSuite, Suite, TrainingSuite, individual, mean, measured
 
 Tell = Callable[[str], None]
 
@@ -53,6 +53,8 @@ def _measurements(suite: Suite, seed: int, part: Part) -> Iterator[tuple[str, En
     yield "individual", {"row": "individual"}, lambda: {**individual(suite, tasks, seed, part)}
     yield "base", {"row": "base"}, lambda: {**measured(suite, suite.base(), tasks, seed, part)}
     for recipe in RECIPES:
+        if isinstance(recipe, DataRecipe) and not isinstance(suite, TrainingSuite):
+            continue
         yield recipe.name, {"row": asdict(recipe)}, partial(merge_row, suite, recipe, tasks, seed, part)
     if isinstance(suite, RoutedSuite):
         for setting in routed.SETTINGS.values():

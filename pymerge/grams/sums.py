@@ -122,7 +122,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def join(parts: Sequence[Path], out: Path, metadata: Mapping[str, str]) -> None:
     """Write all tensors of files into one, in the order of their names, a tensor in memory at a time.
 
-    It is whole, or not there. Raises OutputError.
+    It is whole, or not there: until then it lies beside the first of them. Raises OutputError.
     """
     where: dict[str, Path] = {}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -130,7 +130,7 @@ def join(parts: Sequence[Path], out: Path, metadata: Mapping[str, str]) -> None:
         with safe_open(part, framework="pt") as file:
             where |= dict.fromkeys(file.keys(), part)
     at = 0
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = parts[0].with_name(f".{out.name}.tmp")
     for name in sorted(where):
         with safe_open(where[name], framework="pt") as file:
             view = file.get_slice(name)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.quality import merging, show, suites
-from benchmarks.quality.cases import PER_TASK, RECIPES, TASK_ARITHMETIC
+from benchmarks.quality.cases import PER_TASK, RECIPES, TASK_ARITHMETIC, DataRecipe
 from benchmarks.quality.explain import exact
 from benchmarks.quality.glyph_suite import GlyphSuite
+from benchmarks.quality.inputs import SAMPLES, grams
 from benchmarks.quality.measures import natural
 from benchmarks.quality.store import Store
 from benchmarks.quality.suite import RoutedSuite
@@ -49,7 +51,9 @@ def test_tuning_climbs_to_the_peak(monkeypatch: pytest.MonkeyPatch, peak: float,
     assert max(values, key=lambda one: one["mean"])["value"] == peak
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe", [each for each in RECIPES if not isinstance(each, DataRecipe)], ids=lambda recipe: recipe.name
+)
 def test_every_recipe_is_a_merge_of_the_examples_experts(recipe: merging.Recipe) -> None:
     suite = GlyphSuite.example()
     assert isinstance(suite, RoutedSuite)
@@ -57,6 +61,35 @@ def test_every_recipe_is_a_merge_of_the_examples_experts(recipe: merging.Recipe)
     found = plan((recipe.at(recipe.start) if recipe.tuned else recipe).config(suite, suite.tasks, 0))
     assert len(found.steps) == 45
     assert all(len(step.experts) == 5 for step in found.steps)
+
+
+class Seen(GlyphSuite):
+    """The example, whose validation images stand for those of training, which it does not have."""
+
+    def training(self, task: str, seed: int, count: int) -> list[torch.Tensor]:
+        return list(self.examples(seed)[f"{task}.validation.images"][:count].float().div(255).split(50))
+
+
+def test_rows_that_use_data_have_grams_of_every_linear_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYMERGE_BENCH_CACHE", str(tmp_path))
+    suite = Seen.example(("digits", "latin"))
+    found = [recipe for recipe in RECIPES if isinstance(recipe, DataRecipe)]
+    assert len(found) == 2
+    for recipe in found:
+        config = (recipe.at(recipe.start) if recipe.tuned else recipe).config(suite, suite.tasks, 0)
+        planned = plan(config)
+        assert {step.action.label for step in planned.steps if step.role.solvable} == {"regmean"}
+        assert len(planned.inputs.grams) == 2
+    inputs: list[torch.Tensor] = []
+    model = suite.load(suite.expert("latin", 0))
+    model.get_submodule("blocks.1.mlp.fc1").register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    for images in suite.training("latin", 0, SAMPLES):
+        model(images)
+    rows = torch.cat(inputs).double().flatten(0, 1)
+    gram = load_file(grams(suite, "latin", 0))["blocks.1.mlp.fc1.weight"]
+    torch.testing.assert_close(gram.double(), rows.mT @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="glyphs5 has no training examples"):
+        found[0].config(GlyphSuite.example(), suite.tasks, 0)
 
 
 def time_of(step: Step) -> float:
