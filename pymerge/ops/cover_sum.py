@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Smoothing = Literal["none", "avg", "linear"]
 # Most that the first singular value of a linear smoothing is of the last one.
 _STEEPEST = 5.0
+# Share of the largest entry of a core below which a difference is rounding: entries that differ by less are equal, and
+# sums below it are 0. Equal models, and smoothing by the mean, make entries equal that rounding would choose among.
+_EQUAL = 1e-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +96,12 @@ def covered(triplets: Sequence[Triplets], entries: int, smoothing: Smoothing) ->
     for left, s, right in triplets:
         core = (U.T @ left * _smooth(s, smoothing)) @ (right.T @ V)
         cores.append(_largest(core, entries))
+    rounding = _EQUAL * max((float(abs(core).max()) for core in cores if core.shape[0]), default=0.0)
     X, end = (U @ xp.zeros_like(cores[0])) @ V.T, 0
     for size in sizes:
         block = slice(end, end + size)
         end += size
-        X = X + U[:, block] @ _elected([core[block, block] for core in cores]) @ V[:, block].T
+        X = X + U[:, block] @ _elected([core[block, block] for core in cores], rounding) @ V[:, block].T
     return X
 
 
@@ -123,16 +127,16 @@ def _largest(core: Matrix, entries: int) -> Matrix:
         threshold = flat.kthvalue(size - entries + 1).values
     else:
         threshold = functions(core).partition(flat, size - entries)[size - entries]
-    return core * (magnitudes >= threshold)
+    return core * (magnitudes >= threshold - _EQUAL * magnitudes.max())
 
 
-def _elected(blocks: Sequence[Matrix]) -> Matrix:
-    """At each entry, the mean of those that have the sign of the sum of all; 0 where that is 0."""
+def _elected(blocks: Sequence[Matrix], rounding: float) -> Matrix:
+    """At each entry, the mean of those that have the sign of the sum of all; 0 where that is 0 but for rounding."""
     xp = functions(blocks[0])
     total = blocks[0] * 0
     for block in blocks:
         total = total + block
-    sign = xp.sign(total)
+    sign = xp.sign(total) * (abs(total) > rounding)
     kept, count = total * 0, total * 0
     for block in blocks:
         agrees = (xp.sign(block) == sign) * (sign != 0)

@@ -26,7 +26,8 @@ class Doge(Op["Tensor"]):
     l_t = scale / ||tau_t||_F, m_t the elements of tau_t at least `thresholds[t]` large. D comes from Adam on
     sum_t sum_i <tau_ti, tau_ti - sum_s l_s (tau_si + D_i)>^2 over tasks t and rows i, from 0, with gradients
     g - Q Q^T g. Q holds the int(r / subspace) leading left singular vectors of [U_1 .. U_T], U_t the int(r / T)
-    leading ones of each task. Tasks that did not touch the weight are left out.
+    leading ones of each task. Tasks that did not touch the weight are left out, and not
+    counted in T.
 
     Source: DOGE, arXiv 2501.01230, as in FusionBench's doge_ta (Adam's step size, the number of steps and how Q is
     found are in its code alone).
@@ -65,18 +66,18 @@ class Doge(Op["Tensor"]):
         taus = torch.stack([tau for tau, _, _ in touched])
         with one_thread():
             lengths = [self.scale / float(tau.norm()) for tau in taus]
-        D = self._correction(taus, lengths, len(experts))
+        D = self._correction(taus, lengths)
         for tau, (_, expert, threshold), length in zip(taus, touched, lengths, strict=True):
             # Magnitudes as they are selected by, in the precision of the weights.
             large = task_vector(base, expert, None, compute_dtype(base, expert)).abs().double() >= threshold
             X.add_((tau + D) * large, alpha=length)
         return X.to(dtype)
 
-    def _correction(self, taus: Tensor, lengths: Sequence[float], tasks: int) -> Tensor:
+    def _correction(self, taus: Tensor, lengths: Sequence[float]) -> Tensor:
         """D."""
         import torch
 
-        basis, total = self._basis(taus, tasks), sum(lengths)
+        basis, total = self._basis(taus), sum(lengths)
         weights = taus.new_tensor(lengths)
         rest = taus - (taus * weights[:, None, None]).sum(dim=0)
         D, mean, square = (torch.zeros_like(taus[0]) for _ in range(3))
@@ -94,16 +95,16 @@ class Doge(Op["Tensor"]):
             D.addcdiv_(mean, size, value=-self.lr / (1.0 - _BETAS[0] ** step))
         return D
 
-    def _basis(self, taus: Tensor, tasks: int) -> Tensor:
+    def _basis(self, taus: Tensor) -> Tensor:
         """Q, d_out x k; k is less where task vectors have fewer directions."""
         import torch
 
         shape = (taus.shape[1], taus.shape[2])
         count = int(min(shape) / self.subspace)
         if len(taus) == 1:  # its own vectors, which are orthonormal: none of them leads
-            basis: Tensor = numerical_triplets(taus[0], min(count, kept_of_each(shape, tasks)))[0]
+            basis: Tensor = numerical_triplets(taus[0], count)[0]
             return basis
-        parts = torch.cat([numerical_triplets(tau, kept_of_each(shape, tasks))[0] for tau in taus], dim=1)
+        parts = torch.cat([numerical_triplets(tau, kept_of_each(shape, len(taus)))[0] for tau in taus], dim=1)
         if min(count, parts.shape[1]) == 0:
             return parts[:, :0]
         U, s, _ = leading_triplets(parts, min(count, *parts.shape))

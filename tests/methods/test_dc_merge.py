@@ -55,6 +55,21 @@ def test_one_task_is_cut_to_its_largest_entries():
     assert relative_error(merged_delta(base, experts, "dc_merge", core_share=5 / 256), P * s @ Qh) < 1e-9
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_does_not_choose_among_equal_entries(seed):
+    """Equal models, opposite ones, and values smoothed to their mean: entries are equal in exact arithmetic."""
+    base, (expert,) = make_weights(24, 32, 1, dtype=torch.float64, seed=seed)
+    tau = as_float64(expert) - as_float64(base)
+    P, s, Qh = np.linalg.svd(tau, full_matrices=False)
+    # The core of each has the first value's half at two entries of the diagonal and at two beside it.
+    first = 0.5 * s[0] * np.outer(P[:, 0], Qh[0])
+    assert relative_error(merged_delta(base, [expert, expert.clone()], "dc_merge"), first) < 1e-9
+    against = merged_delta(base, [expert, 2 * base - expert], "dc_merge", core_share=0.1)
+    assert np.linalg.norm(against) < 1e-9 * np.linalg.norm(tau)
+    smoothed = s[:4].mean() * P[:, :4] @ Qh[:4]
+    assert relative_error(merged_delta(base, [expert], "dc_merge", variant="lora", rank=4), smoothed) < 1e-9
+
+
 def test_does_not_depend_on_the_scale_of_the_deltas():
     base, experts = make_weights(32, 48, 4, dtype=torch.float64)
     large = [base + 64 * (expert - base) for expert in experts]

@@ -91,7 +91,6 @@ def test_the_ends():
 def test_untouched_tasks_are_left_out_and_broken_ones_show():
     base, experts = make_weights(6, 8, 2)
     assert torch.equal(pymerge.merge_tensors(base, [base, base.clone()], "doge"), base)
-    assert pymerge.merge_tensors(base, [*experts, base.clone()], "doge", iterations=3).isfinite().all()
     experts[1][0, 0] = math.inf
     values = METHODS["doge"].defaults(2)
     action = METHODS["doge"].action("x", True, values, 2)
@@ -100,6 +99,15 @@ def test_untouched_tasks_are_left_out_and_broken_ones_show():
     assert action.knowing([0.0, 0.0]).run(Runner(), base, experts, "F32").isnan().all()
     with pytest.raises(ArgumentError, match="'calibrate' works on each tensor, and scope: model"):
         pymerge.merge_tensors(base, [base], "doge", calibrate="svc")
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3])
+def test_a_task_that_did_not_touch_the_weight_changes_nothing(tasks):
+    """Not the number of directions that the others are given, either."""
+    base, experts = make_weights(24, 18, tasks, dtype=torch.float64)
+    more = {"scope": "tensor", "subspace": 3, **STEPS}
+    alone = merged_delta(base, experts, "doge", **more)
+    assert relative_error(merged_delta(base, [*experts, base.clone()], "doge", **more), alone) < 1e-12
 
 
 @pytest.mark.parametrize("more", [{}, {"scope": "tensor", "calibrate": "svc"}], ids=str)
