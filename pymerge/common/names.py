@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from pymerge.errors import ArgumentError
+
 _LISTED = 5
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -52,3 +54,12 @@ def listed(names: Iterable[str]) -> str:
     count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
     rest = len(names) - _LISTED
     return f"{count}: {', '.join(names[:_LISTED])}" + (f" and {rest} more" if rest > 0 else "")
+
+
+def checked_pattern(text: str, before: str = "") -> str:
+    """The text, if it is a regular expression. Raises ArgumentError, which begins with `before`."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ArgumentError(f"{before}{shorten(text)} is not a regular expression ({error}); correct it") from None
+    return text

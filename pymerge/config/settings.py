@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -139,15 +138,9 @@ def _value(raw: Any, parameter: Parameter, location: Location, document: Documen
 
 def _scalar(raw: Any, parameter: Parameter, location: Location, document: Document) -> Any:
     try:
-        value = parameter.parse(raw)
-        if parameter.kind == "texts":
-            for pattern in value:
-                re.compile(pattern)
-        return value
+        return parameter.parse(raw)
     except ArgumentError as error:
         document.add(location, f"{show(location)}: {error}")
-    except re.error as error:
-        document.add(location, f"{show(location)}: {error.pattern!r} is not a regular expression ({error}); correct it")
     return None
 
 

@@ -103,7 +103,11 @@ def merge_state_dicts(
             differ between the models, but for counters of training (num_batches_tracked).
         NonFiniteError: an input holds NaN or infinity, or the result would; the message names the tensor.
     """
+    check_plain("the base", base)
+    if isinstance(experts, Mapping):
+        raise ArgumentError("experts is one mapping; pass a list of them, one for each expert")
     for index, expert in enumerate(experts):
+        check_plain(f"expert {index}", expert)
         missing = [name for name in base if name not in expert]
         extra = [name for name in expert if name not in base]
         if missing or extra:
@@ -111,9 +115,6 @@ def merge_state_dicts(
                 f"expert {index} has other tensors than the base: missing {missing[:3]}, extra {extra[:3]}; "
                 "pass state dicts of the same architecture"
             )
-    check_plain("the base", base)
-    for index, expert in enumerate(experts):
-        check_plain(f"expert {index}", expert)
     described = {name: (code_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in base.items()}
     roles = classify(described, {}, rules)
     check_integers(base, experts, roles)

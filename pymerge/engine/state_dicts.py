@@ -15,7 +15,16 @@ from pymerge.planner.integers import COUNTERS, integer_weights
 
 
 def check_plain(owner: str, state: Mapping[str, Tensor]) -> None:
-    """Raise ArgumentError, which says whose it is, if a state dict is quantised."""
+    """Raise ArgumentError, which says whose it is, if a state dict has anything but tensors, or is quantised."""
+    if not isinstance(state, Mapping):
+        raise ArgumentError(
+            f"{owner} is a {type(state).__name__}; pass a mapping of names to tensors, as state_dict() gives"
+        )
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            kind = f"{type(tensor).__module__}.{type(tensor).__name__}".removeprefix("builtins.")
+            made = "torch.from_numpy makes one" if kind == "numpy.ndarray" else "leave it out, if it is no weight"
+            raise ArgumentError(f"{owner} has a {kind} under {name!r}, and no tensor of PyTorch; {made}")
     real = {name: tensor for name, tensor in state.items() if not tensor.is_complex()}
     described = {name: (code_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in real.items()}
     if found := quantised(described):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pymerge.common.dtypes import CODES
+from pymerge.common.names import checked_pattern
 from pymerge.errors import ArgumentError
 
 Algorithm = Literal["auto", "random", "gram", "svd"]
@@ -66,10 +67,7 @@ class ExtractOptions:
         if self.algorithm == "random" and self.most is None:
             raise ArgumentError("algorithm random has to know the largest rank; give rank or max_rank as well")
         for pattern in (*self.include, *self.exclude):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ArgumentError(f"{pattern!r} is no regular expression ({error}); correct it") from None
+            checked_pattern(pattern)
 
     @property
     def most(self) -> int | None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from pymerge.common.names import checked_pattern
 from pymerge.errors import ArgumentError
 from pymerge.methods.actions import Action
 from pymerge.methods.spelling import as_meant
@@ -74,7 +75,7 @@ class Parameter:
         if self.kind == "texts":
             texts = [value] if isinstance(value, str) else value
             if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
-                return tuple(texts)
+                return tuple(checked_pattern(text, f"parameter {self.name!r}: ") for text in texts)
             raise self._wrong(value, "a list of regular expressions")
         if self.kind == "layer_scale":
             return self._layer_scale(value)

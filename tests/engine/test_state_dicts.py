@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -78,3 +79,27 @@ def test_upscale_refuses_quantised_experts() -> None:
     expert |= {"mlp.0.weight": torch.ones(4, 4, dtype=torch.int8), "mlp.0.weight_scale": torch.ones(4)}
     with pytest.raises(ArgumentError, match=r"upscale: expert 'a' is quantised \(compressed-tensors"):
         upscale(base, {"a": expert})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.ones((2, 3)), r"expert 1 has a numpy.ndarray under 'up_proj.weight', and no tensor .*torch.from_numpy"),
+        ("text", r"expert 1 has a str under 'up_proj.weight', .*; leave it out"),
+        (None, r"expert 1 has a NoneType under 'up_proj.weight'"),
+    ],
+)
+def test_what_is_no_tensor_is_told_by_its_name(value: object, message: str) -> None:
+    base = {"up_proj.weight": torch.ones(2, 3)}
+    with pytest.raises(ArgumentError, match=message):
+        merge_state_dicts(base, [base, {"up_proj.weight": value}], "task_arithmetic", weight=1)
+
+
+def test_one_mapping_is_no_list_of_experts_and_a_broken_pattern_is_told() -> None:
+    base = {"up_proj.weight": torch.ones(2, 3)}
+    with pytest.raises(ArgumentError, match="experts is one mapping; pass a list of them"):
+        merge_state_dicts(base, base, "wudi")
+    with pytest.raises(ArgumentError, match="expert 0 is a list; pass names and tensors"):
+        merge_state_dicts(base, [[torch.ones(2, 3)]], "wudi")
+    with pytest.raises(ArgumentError, match=r"parameter 'exclude': '\(' is not a regular expression"):
+        merge_state_dicts(base, [base], "wudi", exclude=["("])
