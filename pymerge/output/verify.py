@@ -63,8 +63,8 @@ def verify(
         for name, shard in shards.items():
             try:
                 _verify_shard(path / name, manifest, shard, report, progress, allow_nonfinite)
-            except CheckpointError as error:
-                report.problems.append(str(error))
+            except CheckpointError as error:  # whose remedy is for inputs
+                report.problems.append(f"{str(error).rpartition('; ')[0]}; restore it or merge again")
     finally:
         progress.close()
     _verify_files(path, manifest, report)

@@ -176,9 +176,9 @@ def _manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
     [
         (
             lambda path: _first_shard(path).unlink(),
-            ["cannot be opened", "parameters, the manifest", "the base"],
+            ["cannot be opened .*; restore it or merge again", "parameters, the manifest", "the base"],
         ),
-        (_truncate, ["is cut short", "parameters, the manifest", "the base"]),
+        (_truncate, ["is cut short .*; restore it or merge again", "parameters, the manifest", "the base"]),
         (_rename_tensor, ["lacks 'F64.x'", "has unknown 'F64.y'"]),
         (_reshape, [r"shape is \[4, 6\], not \[6, 4\]"]),
         (_retype, ["dtype is I64, not F64"]),
