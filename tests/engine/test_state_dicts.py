@@ -99,7 +99,7 @@ def test_one_mapping_is_no_list_of_experts_and_a_broken_pattern_is_told() -> Non
     base = {"up_proj.weight": torch.ones(2, 3)}
     with pytest.raises(ArgumentError, match="experts is one mapping; pass a list of them"):
         merge_state_dicts(base, base, "wudi")
-    with pytest.raises(ArgumentError, match="expert 0 is a list; pass names and tensors"):
+    with pytest.raises(ArgumentError, match="expert 0 is a list; pass a mapping of names to tensors"):
         merge_state_dicts(base, [[torch.ones(2, 3)]], "wudi")
     with pytest.raises(ArgumentError, match=r"parameter 'exclude': '\(' is not a regular expression"):
         merge_state_dicts(base, [base], "wudi", exclude=["("])
