@@ -24,9 +24,10 @@ from pymerge.common.devices import resolve_device
 from pymerge.common.events import event
 from pymerge.common.files import atomic_write, os_errors, size_and_digest
 from pymerge.common.libraries import require
+from pymerge.common.names import checked_pattern, listed
 from pymerge.common.progress import CountBar
 from pymerge.config.references import hub_reference, model_path
-from pymerge.errors import CheckpointError, OutputError
+from pymerge.errors import CheckpointError, NonFiniteError, OutputError
 from pymerge.grams.data import Batch, batches, read_samples
 from pymerge.grams.model import Linears, Opened, Weights, linears_of, load_whole, open_model, refuse_fused, run_on
 from pymerge.grams.sums import Sums, join, keep, kept, tensors_of
@@ -81,6 +82,8 @@ def collect(
         OutputError: `out` exists and is another collection's, or cannot be written.
     """
     require("collect")
+    for pattern in settings.exclude:
+        checked_pattern(pattern, "--exclude ")
     folder, checkpoint = _open(model)
     samples = read_samples(data, settings.samples)
     if out.suffix != ".safetensors" or not out.parent.is_dir():
@@ -242,7 +245,7 @@ class _Collection:
         return [(name, self._opened.model.get_submodule(path)) for path, name in chosen]
 
     def _whole(self, progress: bool) -> tuple[list[Path], Linears]:
-        model = load_whole(self._folder, self._checkpoint, self._dtype, self._device)
+        model, missing = load_whole(self._folder, self._checkpoint, self._dtype, self._device)
         linears = linears_of(self._opened, model, self._checkpoint, self._settings.exclude)
         state, last = self._work / _STATE, self._work / _OUTSIDE
         sums, done = Sums(), 0
@@ -260,5 +263,12 @@ class _Collection:
                         keep(state, sums.sums, sums.counts, number + 1)
                         written = time.monotonic()
                 bar.advance()
-        keep(last, sums.means(self._written), sums.counts)
+        try:
+            keep(last, sums.means(self._written), sums.counts)
+        except NonFiniteError as error:
+            if not missing:
+                raise
+            raise NonFiniteError(
+                f"{self._folder}: lacks {listed(missing)}, and {error.found}", "give a model that has them"
+            ) from None
         return [last], linears

@@ -111,6 +111,11 @@ def batches(samples: Samples, model: Any, folder: Path, length: int, size: int, 
         if tokens is not None and taken and count > tokens:
             break
         taken.append(inputs)
+    if not taken:
+        raise CheckpointError(
+            f"{samples.folder}: the tokenizer of {folder} makes no token of any text; give texts of other characters "
+            "than blanks, or repair the tokenizer"
+        )
     shapes: dict[Any, list[Batch]] = {}
     for inputs in taken:
         shapes.setdefault(tuple((name, tuple(each.shape)) for name, each in inputs.items()), []).append(inputs)

@@ -58,17 +58,24 @@ def open_model(folder: Path, checkpoint: Checkpoint) -> Opened:
     return Opened(model, own if shapes and whole else None)
 
 
-def load_whole(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with all its weights, as transformers loads it."""
+def load_whole(
+    folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, tuple[str, ...]]:
+    """The model with all its weights, as transformers loads it, and the names of those that its files have not.
+
+    Transformers draws these at random: here they are NaN, and so is what depends on them, if anything counts that does.
+    """
     kind = model_class(folder, checkpoint)
     try:
-        model = kind.from_pretrained(str(folder), local_files_only=True).eval().requires_grad_(False).to(device)
+        model, found = kind.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it ({error}); repair the folder") from error
-    for tensor in model.state_dict(keep_vars=True).values():  # others, of rotations, stay as they were computed
+    model.eval().requires_grad_(False).to(device)
+    missing = tuple(sorted(found["missing_keys"]))
+    for name, tensor in model.state_dict(keep_vars=True).items():  # others, of rotations, stay as they were computed
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-    return model
+            tensor.data = torch.full_like(tensor, torch.nan, dtype=dtype) if name in missing else tensor.data.to(dtype)
+    return model, missing
 
 
 def model_class(folder: Path, checkpoint: Checkpoint) -> Any:

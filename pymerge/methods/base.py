@@ -74,15 +74,14 @@ class Parameter:
             raise self._wrong(value, "one of " + ", ".join(self.choices))
         if self.kind == "texts":
             texts = [value] if isinstance(value, str) else value
-            if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
-                return tuple(checked_pattern(text, f"parameter {self.name!r}: ") for text in texts)
-            raise self._wrong(value, "a list of regular expressions")
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+                raise self._wrong(value, "a list of regular expressions")
+            return tuple(checked_pattern(text, f"parameter {self.name!r}: ") for text in texts)
         if self.kind == "layer_scale":
             return self._layer_scale(value)
         if self.kind in ("grams", "folder"):
             return self._place(value)
-        word = _WORDS.get(self.kind)
-        if word is not None and value == word:
+        if (word := _WORDS.get(self.kind)) is not None and value == word:
             return word
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             suffix = "" if word is None else f' or "{word}"'

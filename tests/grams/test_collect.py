@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pymerge.cli.main import app
-from pymerge.errors import ArgumentError, CheckpointError, OutputError
+from pymerge.errors import ArgumentError, CheckpointError, NonFiniteError, OutputError
 from pymerge.grams import collect as module
 from pymerge.grams.collect import Collected, Settings, collect
 from pymerge.grams.turns import VisitedTwiceError, run_by_blocks
@@ -242,6 +242,36 @@ def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'NoSuchModel', no model class"):
         run(tmp_path / "model", tmp_path / "data", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_weights_that_are_not_there_count_only_where_they_are_used(tmp_path: Path) -> None:
+    """Transformers draws what the files lack at random."""
+    save_model("llama", tmp_path / "model")
+    write_texts(tmp_path / "data")
+    file, out = tmp_path / "model" / "model.safetensors", tmp_path / "out.safetensors"
+    whole = load_file(file)
+    run(tmp_path / "model", tmp_path / "data", out)
+    grams = load_file(out)
+    out.unlink()
+    # The last norm is used by the head alone, which has no Gram.
+    save_file({name: each for name, each in whole.items() if name != "model.norm.weight"}, file, {"format": "pt"})
+    run(tmp_path / "model", tmp_path / "data", out)
+    for name, gram in load_file(out).items():
+        torch.testing.assert_close(gram, grams[name], rtol=1e-9, atol=1e-12)
+    out.unlink()
+    lost = "model.layers.0.mlp.up_proj.weight"
+    save_file({name: each for name, each in whole.items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(
+        NonFiniteError, match=rf"/model: lacks 1 tensor: {lost}, and inputs of .* not finite; give a model"
+    ):
+        run(tmp_path / "model", tmp_path / "data", out)
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.txt").write_text(" \n")
+    with pytest.raises(CheckpointError, match="makes no token of any text"):
+        run(tmp_path / "model", tmp_path / "blank", out)
+    with pytest.raises(ArgumentError, match=r"--exclude '\(' is not a regular expression"):
+        run(tmp_path / "model", tmp_path / "data", out, Settings(256, None, 512, 2, "float32", ("(",)))
+    assert not out.exists()
 
 
 def test_a_run_that_fails_ends_the_others_and_a_block_that_comes_again_is_seen() -> None:
