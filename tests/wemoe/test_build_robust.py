@@ -135,7 +135,8 @@ def test_a_build_that_is_killed_anywhere_goes_on_to_the_same_bytes(tmp_path: Pat
     assert tree(out) == expected
     assert place > 80
     shards = len(list(out.glob("*.safetensors")))
-    assert set(kept) >= {0, shards} and len(set(kept)) > shards / 2  # early, late, and many times between
+    assert set(kept) >= {0, shards}
+    assert len(set(kept)) > shards / 2
 
 
 def test_only_unfinished_files_are_made_again(tmp_path: Path) -> None:
