@@ -11,6 +11,8 @@ from benchmarks.tables.quoted import row, rows
 
 LIVE, ADAPTERS = "docs/live.md", "docs/adapters.md"
 COUNTS = (1, 3, 8)  # adapters of a merge
+EXTRACTED = {"two blocks of 1.2 B": "two blocks", "1.2 B": "1.2B"}  # what a table says -> run
+THROUGH = ("integrations", "1.2B ties")  # runs of merges through mergekit's run_merge
 
 
 def parts() -> Iterator[Part]:
@@ -27,10 +29,20 @@ def parts() -> Iterator[Part]:
         "integrations",
         table(
             ["parameters", "method", "mergekit, s", "pymerge, s", "reading and writing, s", "faster"],
-            [through_run_merge(each) for each in rows("integrations", form="pymerge")],
+            [through_run_merge(name, each) for name in THROUGH for each in rows("integrations", name, form="pymerge")],
         ),
     )
+    head = ["rank 16", "pymerge, s", "mergekit, s", "faster", "peak memory"]
+    yield Block("docs/extract.md", "extraction", table(head, [extracted(*each) for each in EXTRACTED.items()]))
     yield from apart()
+
+
+def extracted(said: str, name: str) -> list[str]:
+    """An adapter out of a model, beside mergekit's."""
+    ours, theirs = (row("adapters-extraction", name, form=form) for form in ("pymerge", "mergekit"))
+    walls = [f"{each['wall']['median']:.1f}" for each in (ours, theirs)]
+    peaks = [f"{each['peak'] / 2**20:.0f}" for each in (ours, theirs)]
+    return [said, *walls, f"{ours['speedup_over_mergekit']:.1f}x", f"{peaks[0]} against {peaks[1]} MiB"]
 
 
 def apart() -> Iterator[Part]:
@@ -44,10 +56,10 @@ def apart() -> Iterator[Part]:
     yield Said(page, "one thread each takes {} s, by one process with two {} s", _walls(solved, "two", "one"))
 
 
-def through_run_merge(each: Content) -> list[str]:
+def through_run_merge(name: str, each: Content) -> list[str]:
     """A merge by mergekit's `run_merge`, with either engine, and its floor."""
-    same = {name: each[name] for name in ("size", "method")}
-    forms = {one["form"]: one["wall"]["median"] for one in rows("integrations", **same)}
+    same = {key: each[key] for key in ("size", "method")}
+    forms = {one["form"]: one["wall"]["median"] for one in rows("integrations", name, **same)}
     walls = [f"{forms[form]:.2f}" for form in ("mergekit", "pymerge", "floor")]
     return [each["size"], f"`{each['method']}`", *walls, f"{each['speedup_over_mergekit']:.1f}x"]
 

@@ -8,7 +8,7 @@ from benchmarks.tables.page import Block, Part, table
 from benchmarks.tables.quoted import rows, run
 
 PAGE = "benchmarks/quality/EXPLORE.md"
-SUITES = ("explore-glyphs5", "explore-minilm4")
+SUITES = ("explore-glyphs5", "explore-glyphs8", "explore-minilm4")
 
 
 def parts() -> Iterator[Part]:

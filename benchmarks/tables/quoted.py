@@ -12,13 +12,17 @@ INTEL = "intel-r-xeon-r-processor"
 MACHINES = dict.fromkeys(
     (
         "adapters",
+        "adapters-extraction",
         "adapters-merges",
         "explore-glyphs5",
+        "explore-glyphs8",
         "explore-minilm4",
         "integrations",
         "merger",
         "parity-tests",
         "parts",
+        "solver-merges",
+        "solvers-ace",
     ),
     INTEL,
 )

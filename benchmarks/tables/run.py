@@ -18,6 +18,7 @@ from benchmarks.tables import (
     device,
     engines,
     explore,
+    floors,
     glyphs,
     language,
     merges,
@@ -28,7 +29,7 @@ from benchmarks.tables import (
 )
 from benchmarks.tables.page import Part, written
 
-SUITES = (methods, glyphs, quality, language, explore, solvers, merges, engines, wemoe, device, checks)
+SUITES = (methods, glyphs, quality, language, explore, solvers, floors, merges, engines, wemoe, device, checks)
 
 
 def parts() -> Iterator[Part]:
