@@ -120,6 +120,7 @@ def merge_state_dicts(
     check_integers(base, experts, roles)
     where = device or next((tensor.device for tensor in base.values()), torch.device("cpu"))
     merger = _Merger(method, parameters, len(experts), where, backend, positions=positions(roles, {}))
+    merger.check_grams(base)
     tensors = [
         merger.prepared(name, roles[name], tensor, [expert[name] for expert in experts], None)
         for name, tensor in base.items()
@@ -154,6 +155,16 @@ class _Merger:
         self._values = _values(self._method, parameters, experts)
         self._run = Runner(backend, resolve_device(device))
         self._positions = positions or {}
+
+    def check_grams(self, base: Mapping[str, Tensor]) -> None:
+        """Raise ArgumentError for Grams of tensors that the models have not: a weight without one is averaged."""
+        for index, grams in enumerate(self._values.model.get("grams", ())):
+            if isinstance(grams, Mapping) and (unknown := next((name for name in grams if name not in base), None)):
+                near = nearest(unknown, base)
+                raise ArgumentError(
+                    f"grams of expert {index}: no tensor is called {unknown!r}{f'; {near} is' if near else ''}; "
+                    "name each Gram as the weight whose inputs it is of"
+                )
 
     def prepared(
         self, name: str, role: Role, base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype | None

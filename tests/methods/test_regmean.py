@@ -230,3 +230,14 @@ def test_grams_of_another_model_are_doubted(collected: tuple[Path, list[Path], l
     os.utime(models[0] / "model.safetensors")
     (newer,) = pymerge.plan(config_of(base, models, files), device="cpu").warnings
     assert newer.startswith(f"{models[0] / 'model.safetensors'}: is newer than {files[0]}, which was collected from it")
+
+
+def test_grams_in_memory_of_no_tensor_are_refused() -> None:
+    """A weight without a Gram is averaged, so a wrong name would go unseen."""
+    base = {"a.weight": torch.randn(4, 3)}
+    experts = [{"a.weight": torch.randn(4, 3)} for _ in range(2)]
+    good = {"a.weight": torch.eye(3)}
+    with pytest.raises(ArgumentError, match=r"grams of expert 1: no tensor is called 'a\.weigth'; a\.weight is"):
+        pymerge.merge_state_dicts(base, experts, "regmean", grams=[good, {"a.weigth": torch.eye(3)}])
+    merged = pymerge.merge_state_dicts(base, experts, "regmean", grams=[good, good])
+    torch.testing.assert_close(merged["a.weight"], (experts[0]["a.weight"] + experts[1]["a.weight"]) / 2)
