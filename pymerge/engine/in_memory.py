@@ -70,7 +70,8 @@ def merge_tensors(
         raise ArgumentError("no experts were given; pass at least one")
     like = experts[0] if base is None else base
     solvable = like.ndim in (2, 3)
-    role = Role(Kind.LINEAR if solvable else Kind.OTHER, in_axis=in_axis, stacked=like.ndim == 3)
+    kernel = like.ndim in (4, 5) and like.shape[1] > 1
+    role = Role(Kind.LINEAR if solvable else Kind.OTHER, in_axis=in_axis, stacked=like.ndim == 3, kernel=kernel)
     merger = _Merger(method, parameters, len(experts), device or like.device, backend, with_base=base is not None)
     (tensor,) = merger.informed([merger.prepared("the tensor", role, like, experts, _dtype(dtype))])
     return merger.finished(tensor, merger.reduced([tensor]))
@@ -193,6 +194,7 @@ class _Merger:
             role.solvable,
             known,
             experts,
+            kernel=role.kernel,
             kind=role.without_block(name),
             position=self._positions.get(name),
         )

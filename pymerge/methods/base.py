@@ -281,6 +281,10 @@ class Method(ABC):
             experts: number of experts T.
         """
 
+    def kernel_action(self, name: str, values: Values) -> Action | None:
+        """The action for the weight of a convolution, d_out x d_in x window; None: as for any tensor that is not solved."""
+        return None
+
 
 class BaseOptional(Method):
     """A method that uses the base where one is named, and does without where none is."""
