@@ -282,7 +282,7 @@ class Method(ABC):
         """
 
     def kernel_action(self, name: str, values: Values) -> Action | None:
-        """The action for the weight of a convolution, d_out x d_in x window; None: as for any tensor that is not solved."""
+        """The action for the weight of a convolution, d_out x d_in x window; None: that of other tensors."""
         return None
 
 

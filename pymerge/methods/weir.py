@@ -1,5 +1,5 @@
-"""Weir, a method of our own: gradient flow on linear weights, its spectrum calibrated and kept below a crest; convolutions
-solved by relative errors. docs/method-weir.md has its reasons and its evidence."""
+"""Weir, a method of our own: gradient flow on linear weights, its spectrum calibrated and kept below a crest;
+convolutions solved by relative errors. docs/method-weir.md has its reasons and its evidence."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # Time of the flow: wudi_flow's.
 TIME = 300.0
-# No singular value is larger than so many times their mean.
-CREST = 3.0
+# No singular value is larger than so many times their root mean square, ||X|| / sqrt(rank).
+CREST = 1.75
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ class Weir(SolverMethod):
     """Weir: no parameter to tune."""
 
     name = "weir"
-    summary = "gradient flow with a calibrated, capped spectrum, convolutions by relative errors; nothing to tune, data-free"
+    summary = (
+        "gradient flow with a calibrated, capped spectrum, convolutions by relative errors; nothing to tune, data-free"
+    )
     source = "pymerge, docs/method-weir.md"
     parameters = (*SHARED_PARAMETERS, PRECISION)
 

@@ -24,8 +24,8 @@ class Calibrate(Op["Tensor"]):
     """X' = U diag(gamma s) V^T of X = U diag(s) V^T, d_out x d_in, in X's dtype; computed in float64.
 
     gamma_r = T / sum_t max(s_tr, alpha), with s_tr = <a_r, a_tr> / max(||a_tr||^2, 1e-12) the part that a_r = u_r^T X
-    has of what task t asks for, a_tr = u_r^T tau_t. Singular values that are rounding are left out. Those that end above
-    `most` times their mean are brought down to that.
+    has of what task t asks for, a_tr = u_r^T tau_t. Singular values that are rounding are left out. Those that end
+    above `most` times their root mean square are brought down to that.
 
     Source: Singular Value Calibration, arXiv 2602.05536, algorithm 1; `most` is ours, for docs/method-weir.md.
     """
@@ -60,6 +60,6 @@ class Calibrate(Op["Tensor"]):
             total += (along / responses.square().sum(dim=1).clamp(min=_TINY)).clamp(min=self.alpha)
         s = s * len(self.experts) / total
         if math.isfinite(self.most) and len(s) > 0:
-            s = s.clamp(max=self.most * float(s.mean()))
+            s = s.clamp(max=self.most * float(s.square().mean().sqrt()))
         calibrated: Tensor = (U * s) @ V.mT
         return calibrated.to(X.dtype)

@@ -135,15 +135,15 @@ def length_delta(base: Matrix, experts: list[Matrix], steps: int = 400) -> Matri
 
 
 def weir_delta(base: Matrix, experts: list[Matrix]) -> Matrix:
-    """Return X of weir on a linear weight: wudi_flow's, calibrated with 1 / T, no singular value above three means; of
-    one task, its own."""
+    """Return X of weir on a linear weight: wudi_flow's, calibrated with 1 / T, no singular value above 1.75 times
+    their root mean square; of one task, its own."""
     touched = [expert for expert in experts if np.any(expert - base)]
     if len(touched) == 1:
         return touched[0] - base
     X = calibrated(filter_delta(base, touched, 300.0)[0], base, touched, 1 / len(touched))
     U, s, Vh = np.linalg.svd(X, full_matrices=False)
     kept = s[s > max(base.shape) * 2.0**-23 * s[0]]
-    return U[:, : len(kept)] * np.minimum(kept, 3.0 * kept.mean()) @ Vh[: len(kept)]
+    return U[:, : len(kept)] * np.minimum(kept, 1.75 * np.sqrt(np.mean(kept**2))) @ Vh[: len(kept)]
 
 
 def polar_factor(M: Matrix) -> Matrix:

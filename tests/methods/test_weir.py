@@ -33,7 +33,7 @@ def test_linear_weights(shape: tuple[int, int, int], dtype: torch.dtype) -> None
 
 
 def steep(rows: int, columns: int, tasks: int, dtype: torch.dtype = torch.float64):
-    """Task vectors with one direction that is several times the mean of all: the crest cuts it."""
+    """Task vectors with one direction that is several times as large as others: the crest cuts it."""
     base, experts = make_weights(rows, columns, tasks)
     generator = torch.Generator().manual_seed(6)
     u, v = torch.randn(rows, 1, generator=generator), torch.randn(1, columns, generator=generator)
@@ -44,7 +44,7 @@ def test_the_crest_cuts_what_is_above_it_and_nothing_else() -> None:
     base, experts = steep(64, 64, 3)
     calibrated = {"calibrate": "svc", "calibrate_alpha": 1 / 3}
     whole = torch.linalg.svdvals(torch.from_numpy(merged_delta(base, experts, "wudi_flow", **calibrated)))
-    crest = 3 * float(whole.mean())
+    crest = 1.75 * float(whole.square().mean().sqrt())
     assert float(whole[0]) > 1.2 * crest
     found = torch.linalg.svdvals(torch.from_numpy(merged_delta(base, experts, "weir")))
     torch.testing.assert_close(found, whole.clamp(max=crest), rtol=1e-6, atol=0)
@@ -72,7 +72,7 @@ def flat(kernel: torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    "shape, solved",
+    ("shape", "solved"),
     [((8, 6, 5), True), ((8, 6, 1, 1), True), ((8, 1, 3, 3), False), ((3, 8, 300), False), ((4, 2, 2, 3, 3), True)],
     ids=str,
 )
@@ -120,7 +120,7 @@ def test_what_is_not_finite_is_said() -> None:
 def test_files_give_what_tensors_in_memory_give(tmp_path: Path) -> None:
     check_files_are_memory(tmp_path, "weir")
     check_files_are_memory(tmp_path / "scaled", "weir", layer_scale={"power": 1})
-    base, experts = kernels(torch.bfloat16)
+    base, _ = kernels(torch.bfloat16)
     models = write_models(tmp_path / "kernels", {KERNEL: base, "norm.weight": torch.ones(8)}, experts=3)
     config = write_config(models, "weir", experts=3)
     pymerge.merge(config, models / "out", device="cpu", progress=False)
@@ -128,4 +128,5 @@ def test_files_give_what_tensors_in_memory_give(tmp_path: Path) -> None:
     merged = load_output(models / "out")[KERNEL]
     assert torch.equal(merged, pymerge.merge_tensors(base, tasks, "weir"))
     step = next(step for step in pymerge.plan(config).steps if step.name == KERNEL)
-    assert step.action.label == "weir, kernel" and step.flops > 0
+    assert step.action.label == "weir, kernel"
+    assert step.flops > 0
