@@ -70,18 +70,9 @@ class SolveKernel(SolveDelta):
 
     label: ClassVar[str] = "weir, kernel"
 
-    def run(self, run: Run, base: Tensor, experts: Sequence[Tensor], out_dtype: str) -> Tensor:
-        flat = [tensor.reshape(len(base), -1) for tensor in (base, *experts)]
-        return super().run(run, flat[0], flat[1:], out_dtype).reshape(base.shape)
-
-    def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> None:
-        return None
-
-    def kept_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        return 0
-
     def delta(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        return run(FlowToLength(base, experts))
+        X = run(FlowToLength(base.flatten(1), [expert.flatten(1) for expert in experts]))
+        return X.view(base.shape)
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns, size = _flattened(shape, experts)

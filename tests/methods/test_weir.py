@@ -106,6 +106,20 @@ def test_one_task_comes_back_untouched_ones_do_not_count_and_scale() -> None:
     torch.testing.assert_close(2 * halved, pymerge.merge_tensors(kernel, tasks, "weir") - kernel, rtol=1e-9, atol=1e-15)
 
 
+def test_later_merges_of_a_merger_are_those_of_files(tmp_path: Path) -> None:
+    """X of a linear weight and of a convolution is kept: another scale is a sum."""
+    base = {KERNEL: kernels()[0], "mlp.up_proj.weight": steep(16, 12, 1)[0]}
+    models = write_models(tmp_path, base, experts=3)
+    merger = pymerge.Merger(models / "base", [models / f"e{number}" for number in range(3)], "weir")
+    for scale in (1.0, 0.5):
+        merged = merger.merge(scale=scale)
+        out = tmp_path / f"out-{scale}"
+        pymerge.merge(write_config(models, "weir", experts=3, scale=scale), out, device="cpu", progress=False)
+        expected = load_output(out)
+        assert all(torch.equal(merged[name], expected[name]) for name in base)
+    assert merger.cache_bytes >= 8 * sum(tensor.numel() for tensor in base.values())
+
+
 def test_what_is_not_finite_is_said() -> None:
     base, experts = make_weights(6, 8, 2)
     experts[1][0, 0] = math.inf
