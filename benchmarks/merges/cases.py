@@ -19,6 +19,7 @@ CONFIGS: dict[str, tuple[str, bool]] = {
     "arcee_fusion": ("", True),
     "ace": ("", False),
     "wudi_flow": ("", False),
+    "weir": ("", False),
     "wudi": ("", False),
     "tsv_m": ("", False),
     "iso_c": ("", False),

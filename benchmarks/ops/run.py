@@ -249,7 +249,8 @@ def main(arguments: Sequence[str]) -> None:
             results.rows += bench.rows
             results.content["clocks_after"] = clocks(options.device)
             results.write()
-            console.print(table(bench.rows))
+            if bench.rows:
+                console.print(table(bench.rows))
     rates = ", ".join(f"{dtype} GEMM {rate / 1e9:.0f} GFLOP/s" for dtype, rate in limits.gemm.items())
     print(f"limits measured in this run: copy {limits.copy / 1e9:.1f} GB/s, {rates}\nwritten to {results.path}")
     wrong = [f"{row['op']} {row['backend']}" for row in results.rows if row["kind"] == "disagreement"]

@@ -14,6 +14,7 @@ from pymerge.ops.boost import Boost
 from pymerge.ops.calibrate import Calibrate
 from pymerge.ops.cover_sum import CoverSum
 from pymerge.ops.doge import Doge
+from pymerge.ops.flow_to_length import FlowToLength
 from pymerge.ops.leading_part import LeadingPart
 from pymerge.ops.pseudo_solve import PseudoSolve
 from pymerge.ops.resmerge import Resmerge
@@ -135,6 +136,22 @@ def _descended(layer: Layer) -> tuple[Tensor, ...]:
     return ((lengths[:, None, None] * (taus + D.detach())).sum(0),)
 
 
+def _lengthened(layer: Layer) -> tuple[Tensor, ...]:
+    taus = _taus(layer)
+    norms = torch.stack([tau.square().sum() for tau in taus])
+    A = torch.stack([tau.mT @ tau / n**2 for tau, n in zip(taus, norms, strict=True)]).sum(0)
+    B = torch.stack([tau @ (tau.mT @ tau) / n**2 for tau, n in zip(taus, norms, strict=True)]).sum(0)
+    mean = torch.stack(taus).mean(0)
+    values, V = torch.linalg.eigh(A)
+    values = values.clamp(min=1e-14 * values[-1])
+    start, residual, low, high = mean @ V, (B - mean @ A) @ V, -6.0, 10.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        X = start + residual * -torch.expm1(-values * 10**middle / values[-1]) / values
+        low, high = (middle, high) if X.norm() < norms.mean().sqrt() else (low, middle)
+    return (X @ V.mT,)
+
+
 def _svd_work(size: Size, count: int) -> float:
     return 7 * count * (4 * size.numel * size.small + 22 * size.small**3)
 
@@ -184,6 +201,19 @@ CASES: Mapping[str, Case] = {
             _calibrated,
             work=lambda size: _svd_work(size, 1) + 4 * size.tasks * size.numel * size.small,
             memory=_matrices,
+        ),
+    ),
+    "flow_to_length": Case(
+        lambda layer: FlowToLength(layer.base, layer.experts),
+        flops=lambda layer: layer.size.tasks * layer.size.product,
+        bytes=lambda size, item: weights_read(size, item) + 8 * size.numel,
+        work=lambda size: EIGEN * size.d_in**3 + 4 * size.tasks * size.product,
+        computes="float64",
+        peer=Peer(
+            "both matrices and all eigenvectors of one",
+            _lengthened,
+            work=lambda size: EIGEN * size.d_in**3 + 4 * size.tasks * size.product,
+            memory=lambda size: _matrices(size) + 8 * (2 * size.tasks + 6) * size.d_in**2,
         ),
     ),
     "boost": Case(

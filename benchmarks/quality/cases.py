@@ -105,6 +105,7 @@ def layered(recipe: Recipe) -> Recipe:
 
 TSV_M = Recipe("tsv_m", "tsv_m")
 AVERAGE = Recipe("task arithmetic, 1/T", "task_arithmetic", {"weight": PER_TASK})
+WEIR = Recipe("weir", "weir")
 TACT, DC_MERGE, RESMERGE, DOGE = (Recipe(name, name) for name in ("tact", "dc_merge", "resmerge", "doge"))
 # Passes behind a method work on single tensors, so doge's density must be a share of each.
 DOGE_BY_TENSOR = Recipe("doge, scope tensor", "doge", {"scope": "tensor"})
@@ -121,6 +122,7 @@ RECIPES = (
     Recipe("wudi, exact solution", "wudi_flow", {"time": EXACT_TIME}),
     FLOW,
     scaled("wudi_flow", {"time": 300.0}),
+    WEIR,
     Recipe("swudi, t = 1300, 0.65", "swudi", SWUDI_CLIP),
     Recipe("swudi_a", "swudi_a"),
     scaled("swudi_a"),

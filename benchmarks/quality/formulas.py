@@ -117,6 +117,18 @@ def capped(X: Tensor, means: float) -> Tensor:
     return (U * S.clamp(max=means * S.mean())) @ Vh
 
 
+def below_crest(X: Tensor, times: float) -> Tensor:
+    """Singular values no larger than so many times their root mean square."""
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    return (U * S.clamp(max=times * S.square().mean().sqrt())) @ Vh
+
+
+def saturated(X: Tensor, means: float) -> Tensor:
+    """Singular values s / sqrt(1 + (s / m)^2), m that many times their mean: a cap without a corner."""
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    return (U * (S / (1 + (S / (means * S.mean())).square()).sqrt())) @ Vh
+
+
 def raised(X: Tensor, means: float) -> Tensor:
     """Singular values no smaller than `means` times their mean."""
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)

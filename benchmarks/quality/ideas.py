@@ -28,6 +28,7 @@ def ideas(s: Subject) -> Iterator[tuple[str, States]]:
     for name, deltas in _spectra(s):
         yield name, lambda d=deltas: [s.state(d() | s.averaged)]
     yield from _solved_convolutions(s)
+    yield from _crests(s)
     for kind, names in _kinds(s).items():
         yield f"each task's own {kind}", lambda n=names: _own(s, n)
     yield from _true_inputs(s)
@@ -144,6 +145,25 @@ def _solved_convolutions(s: Subject) -> Iterator[tuple[str, States]]:
                 f"{label}, calibrated, capped at {means:g} means, convolutions by the relative loss",
                 lambda d=of, c=means: capped(d(), c),
             )
+
+
+def _crests(s: Subject) -> Iterator[tuple[str, States]]:
+    """Where the spectrum of the calibrated flow is cut, with solved convolutions; what weir was chosen from."""
+    changes: dict[str, Callable[[Tensor], Tensor]] = {}
+    for means in (2.0, 2.5, 3.0):
+        changes[f"capped at {means:g} means"] = lambda X, c=means: formulas.capped(X, c)  # type: ignore[misc]
+    for means in (3.0, 4.0, 5.0):
+        changes[f"saturated at {means:g} means"] = lambda X, c=means: formulas.saturated(X, c)  # type: ignore[misc]
+    for times in (1.25, 1.5, 1.75, 2.0):
+        changes[f"below {times:g} root mean squares"] = lambda X, c=times: formulas.below_crest(X, c)  # type: ignore[misc]
+
+    def state(change: Callable[[Tensor], Tensor]) -> list[Deltas]:
+        linear = {n: change(formulas.calibrated(X, s.taus[n], 1 / len(s.experts))) for n, X in s.flow.items()}
+        kernels = s.apply(lambda taus: formulas.as_long_as_a_task(taus, True), s.convolutions)
+        return [s.state(linear | s.averaged | kernels)]
+
+    for label, change in changes.items():
+        yield f"crest: {label}", lambda f=change: state(f)
 
 
 def _experts(s: Subject) -> Iterator[tuple[str, States]]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import commands
-from benchmarks.quality.cases import FLOW, TASK_ARITHMETIC, Recipe
+from benchmarks.quality.cases import FLOW, TASK_ARITHMETIC, WEIR, Recipe
 from benchmarks.quality.glyph_suite import EXAMPLE_TASKS, GlyphSuite
 from benchmarks.quality.merging import merged_scores
 from benchmarks.quality.suite import individual, mean, scores
@@ -22,7 +22,7 @@ from benchmarks.quality.suite import individual, mean, scores
 # The first two of the example, whatever they show; --pairs shows how the others do.
 TASKS = EXAMPLE_TASKS[:2]
 EXPECTED = Path(__file__).with_name("expected_smoke.json")
-MERGES = (Recipe("wudi, lr auto", "wudi", {"lr": "auto"}), FLOW, Recipe("ace", "ace"))
+MERGES = (Recipe("wudi, lr auto", "wudi", {"lr": "auto"}), FLOW, WEIR, Recipe("ace", "ace"))
 Rows = dict[str, dict[str, float]]
 
 

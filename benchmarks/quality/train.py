@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.harness import commands, environments
 from benchmarks.quality import glyphs8, glyphs16
-from benchmarks.quality.glyphs8 import CONFIG, characters, forward
+from benchmarks.quality.glyphs8 import CONFIG, characters, fast_products, forward
 from benchmarks.quality.making import Times, bars, describe, whole, write_whole
 from examples.glyphs import train as glyphs
 from examples.glyphs.data import Task
@@ -36,6 +36,7 @@ class Recipe:
     """Everything that decides the bytes of a suite, beside the packages."""
 
     threads: int = 2
+    products: str = "bfloat16"  # of training; or float32
     config: GlyphVitConfig = CONFIG
     pretrain_steps: int = 3500
     pretrain_lr: float = 1e-3
@@ -66,6 +67,7 @@ class Maker:
     def __init__(self, work: Path, recipe: Recipe, plan: Plan, progress: Progress) -> None:
         self.work, self.recipe, self.plan, self.progress = work, recipe, plan, progress
         self.tasks = plan.tasks
+        self.forward = partial(forward, products=recipe.products)
         self.times = Times(work, recipe.threads)
 
     def make(self, seeds: Sequence[int]) -> None:
@@ -115,7 +117,7 @@ class Maker:
         half_done = self.work / "pretraining.safetensors"
         with self.times.of("base", resumed=half_done.exists()):
             steps, lr = self.recipe.pretrain_steps, self.recipe.pretrain_lr
-            model = glyphs.pretrain(self.recipe.config, sampler, BASE_SEED, steps, lr, ticks, half_done, forward)
+            model = glyphs.pretrain(self.recipe.config, sampler, BASE_SEED, steps, lr, ticks, half_done, self.forward)
             save_whole(model, base)
         half_done.unlink(missing_ok=True)
 
@@ -155,7 +157,7 @@ class Maker:
         steps, lr = self.recipe.finetune_steps, self.recipe.finetune_lr
         ticks = self.progress.track(range(steps), description=f"seed {seed}: {task}")
         with self.times.of(f"seed-{seed}/{task}"):
-            glyphs.finetune(model, sampler, task, self.tasks[task].nuisance, head, seed, steps, lr, ticks, forward)
+            glyphs.finetune(model, sampler, task, self.tasks[task].nuisance, head, seed, steps, lr, ticks, self.forward)
             save_whole(model, expert)
 
 
@@ -176,6 +178,13 @@ def main(arguments: Sequence[str]) -> None:
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of experts and images (default: 0 1 2)"
     )
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch; bytes depend on it (default: 2)")
+    fast = fast_products()
+    parser.add_argument(
+        "--products",
+        choices=("bfloat16", "float32"),
+        default=fast,
+        help=f"dtype of products of training; bytes depend on it (default: what is fast on this machine, {fast})",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     unknown = set(options.suites) - SUITES.keys()
@@ -183,4 +192,6 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"no suite {', '.join(sorted(unknown))}: choose from {', '.join(SUITES)}")
     with bars() as progress:
         for name in options.suites:
-            Maker(options.work / name, Recipe(threads=options.threads), SUITES[name], progress).make(options.seeds)
+            Maker(
+                options.work / name, Recipe(threads=options.threads, products=options.products), SUITES[name], progress
+            ).make(options.seeds)

@@ -21,6 +21,7 @@ MACHINES = dict.fromkeys(
         "merger",
         "parity-tests",
         "parts",
+        "quality-minilm4-weir",
         "solver-merges",
         "solvers-ace",
     ),

@@ -25,11 +25,12 @@ from benchmarks.tables import (
     methods,
     quality,
     solvers,
+    weir,
     wemoe,
 )
 from benchmarks.tables.page import Part, written
 
-SUITES = (methods, glyphs, quality, language, explore, solvers, floors, merges, engines, wemoe, device, checks)
+SUITES = (methods, glyphs, quality, language, explore, solvers, floors, merges, engines, weir, wemoe, device, checks)
 
 
 def parts() -> Iterator[Part]:

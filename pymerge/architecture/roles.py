@@ -46,7 +46,9 @@ class Role:
 
     `in_axis` is the input axis of a linear weight's matrix: 1 for d_out x d_in (nn.Linear), 0 for
     d_in x d_out (GPT-2's Conv1D). A stacked weight holds E such matrices along its first axis. A matrix may hold
-    several weights, its `parts`, along d_out: gate and up, above each other, or `alternating` row by row.
+    several weights, its `parts`, along d_out: gate and up, above each other, or `alternating` row by row. A `kernel`
+    is the weight of a convolution, d_out x d_in x window, all of whose outputs have the same inputs: with the window
+    flattened, a matrix.
     `blocks` and `index` name the block of the tensor: "model.layers" and 3 for model.layers.3.mlp.up_proj.weight;
     "" and None outside.
     """
@@ -59,6 +61,7 @@ class Role:
     index: int | None = None
     parts: int = 1
     alternating: bool = False
+    kernel: bool = False
 
     @property
     def solvable(self) -> bool:
@@ -88,6 +91,10 @@ class Role:
 
 
 _NORM_PARAMETERS = {"weight", "gamma", "scale"}
+# Fewest and most axes of a convolution's weight: one to three of the window.
+_KERNEL_AXES = (3, 5)
+# Longest window: what is longer is a stack of matrices that nothing else tells.
+_WINDOW = 256
 
 
 def classify(tensors: Tensors, config: Mapping[str, Any], rules: Sequence[Rule] = ()) -> dict[str, Role]:
@@ -197,7 +204,10 @@ def _by_evidence(name: str, facts: Facts) -> Role:
     if axes == 3 and _is_expert_stack(name, parameter, shape, facts):
         return Role(Kind.LINEAR, stacked=True)
     if axes != 2:
-        return Role(Kind.OTHER, reason=f"{axes} axes")
+        low, high = _KERNEL_AXES
+        kernel = low <= axes <= high and parameter == "weight" and max(shape[2:]) <= _WINDOW
+        kernel = kernel and shape[1] > 1  # depthwise ones have one channel
+        return Role(Kind.OTHER, reason=f"{axes} axes", kernel=kernel)
     if parameter not in ("weight", "in_proj_weight") and facts.bias(name) is None:
         return Role(Kind.OTHER, reason="not called weight")  # nothing says which axis is its input, if any is
     return _matrix(name, module, shape, facts)

@@ -69,8 +69,8 @@ def merge_tensors(
     if not experts:
         raise ArgumentError("no experts were given; pass at least one")
     like = experts[0] if base is None else base
-    solvable = like.ndim in (2, 3)
-    role = Role(Kind.LINEAR if solvable else Kind.OTHER, in_axis=in_axis, stacked=like.ndim == 3)
+    kind = Kind.LINEAR if like.ndim in (2, 3) else Kind.OTHER
+    role = Role(kind, in_axis, stacked=like.ndim == 3, kernel=like.ndim in (4, 5) and like.shape[1] > 1)
     merger = _Merger(method, parameters, len(experts), device or like.device, backend, with_base=base is not None)
     (tensor,) = merger.informed([merger.prepared("the tensor", role, like, experts, _dtype(dtype))])
     return merger.finished(tensor, merger.reduced([tensor]))
@@ -184,15 +184,15 @@ class _Merger:
         return InMemory(name, role, action, base, experts, dtype or base.dtype)
 
     def _action(self, name: str, role: Role, experts: int, shape: tuple[int, ...]) -> Action:
-        known = self._values
-        if self._method.needs_grams:
-            known = with_grams(known, role, shape, [[name]] * experts, None)
+        grams = [[name]] * experts if self._method.needs_grams else None
+        known = self._values if grams is None else with_grams(self._values, role, shape, grams, None)
         return act(
             self._method,
             name,
             role.solvable,
             known,
             experts,
+            kernel=role.kernel,
             kind=role.without_block(name),
             position=self._positions.get(name),
         )

@@ -19,7 +19,6 @@ from pymerge.planner.plan import Plan
 # Models whose modules of experts say of themselves that their stacks are E x d_in x d_out; PEFT takes the axes of all
 # others in the order of nn.Linear, whatever they are.
 _TRANSPOSED = {"gpt_oss", "openai_privacy_filter", "aria"}
-_CONVOLUTION = (3, 5)  # axes of the kernels of Conv1d to Conv3d
 UNSTACKED = "single experts of a model whose experts transformers stacks, and PEFT stacks no factors of"
 
 Place = Literal["factors", "saved", "bias", "nowhere"]
@@ -136,8 +135,7 @@ def _with_factors(target: TensorPair, role: Role, config: Mapping[str, Any], opt
         return replace(target, place="factors", transposed=role.in_axis == 0, uniform=is_numbered(target.name))
     if role.kind is Kind.LINEAR:
         return replace(target, reason="parameters of no module that PEFT adapts")
-    low, high = _CONVOLUTION
-    if role.kind is Kind.OTHER and last == "weight" and low <= len(shape) <= high and shape[1] > 1:
+    if role.kernel:
         return replace(target, place="factors", kernel=tuple(shape[1:]))
     return target
 

@@ -25,6 +25,7 @@ _HOMES = {
     "swudi": "wudi_flow",
     "swudi_a": "wudi_flow",
     "ace": "ace",
+    "weir": "weir",
     "tact": "tact",
     "regmean": "regmean",
     "regmean_pp": "regmean",

@@ -20,8 +20,7 @@ Given = Mapping[str, Collection[Any]]
 ParameterKind = Literal[
     "number", "integer", "flag", "choice", "number_or_auto", "number_or_none", "texts", "layer_scale", "grams", "folder"
 ]
-# Words that may stand in place of a number.
-_WORDS = {"number_or_auto": "auto", "number_or_none": "none"}
+_WORDS = {"number_or_auto": "auto", "number_or_none": "none"}  # that may stand in place of a number
 
 
 @dataclass(frozen=True)
@@ -223,10 +222,8 @@ class Method(ABC):
         wanted = f"{'exactly' if most == least else 'at least'} {least} model{'' if least == 1 else 's'}"
         beside = " beside the base" if self.needs_base else ""
         remedy = "add models" if len(experts) < least else "delete models, or choose a method that takes more"
-        return (
-            f"{self.name!r} merges {wanted}{beside}, and {len(experts)} "
-            f"{'is' if len(experts) == 1 else 'are'} listed ({', '.join(experts)}); {remedy}"
-        )
+        found = f"{len(experts)} {'is' if len(experts) == 1 else 'are'} listed ({', '.join(experts)})"
+        return f"{self.name!r} merges {wanted}{beside}, and {found}; {remedy}"
 
     @property
     def all_parameters(self) -> tuple[Parameter, ...]:
@@ -235,8 +232,7 @@ class Method(ABC):
 
     def required(self, given: Given) -> list[Parameter]:
         """Parameters that must be given, if these are; a value that cannot be read may be any."""
-        unread = [name for name, values in given.items() if not values]
-        needed = [each for each in self.parameters if each.required and each.instead not in unread]
+        needed = [each for each in self.parameters if each.required and given.get(each.instead, True)]
         return [each for each in needed if not self._replaced(each, given)]
 
     def clash(self, given: Given) -> str | None:
@@ -280,6 +276,10 @@ class Method(ABC):
             values: parameter values of this tensor.
             experts: number of experts T.
         """
+
+    def kernel_action(self, name: str, values: Values) -> Action | None:
+        """The action for the weight of a convolution, d_out x d_in x window; None: that of other tensors."""
+        return None
 
 
 class BaseOptional(Method):

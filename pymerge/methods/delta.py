@@ -57,4 +57,5 @@ class SolveTrimmedByAll(SolveDelta):
 
 
 def _finite(run: Run, base: Tensor, experts: Sequence[Tensor]) -> bool:
-    return all(map(math.isfinite, run(TaskStats(base, experts)).norms.tolist()))
+    stats = run(TaskStats(base.flatten(1), [expert.flatten(1) for expert in experts]))  # of kernels as matrices
+    return all(map(math.isfinite, stats.norms.tolist()))

@@ -128,19 +128,29 @@ class Finish(Solve):
 
 
 def act(
-    method: Method, name: str, solvable: bool, values: Values, experts: int, *, kind: str, position: float | None
+    method: Method,
+    name: str,
+    solvable: bool,
+    values: Values,
+    experts: int,
+    *,
+    kernel: bool,
+    kind: str,
+    position: float | None,
 ) -> Action:
     """The action of a method for one tensor, with the passes that its parameters ask for.
 
     Args:
         name, solvable, values, experts: as of `Method.action`.
+        kernel: whether it is the weight of a convolution (pymerge.architecture.roles).
         kind: name of the tensor without the number of its block: the same for all layers that are scaled together.
         position: of its block, 0 to 1, 0 outside of blocks; None where the other tensors of the model are not known.
 
     Raises:
         ArgumentError: passes that cannot be had.
     """
-    action = method.action(name, solvable, values, experts)
+    own = method.kernel_action(name, values) if kernel else None
+    action = own or method.action(name, solvable, values, experts)
     given = {each.name: values.merge.get(each.name, each.default) for each in PASSES}
     asked = [each.name for each in PASSES if each.only_with is None and given[each.name] != "none"]
     if not asked:

@@ -58,10 +58,14 @@ class SolverMethod(Method):
         """The action for a linear weight."""
 
     def action(self, name: str, solvable: bool, values: Values, experts: int) -> Action:
-        excluded = any(re.search(pattern, name) for pattern in values.merge["exclude"])
-        if solvable and not excluded:
+        if solvable and not self.excluded(name, values):
             return self.solve(values)
         return copy() if values.merge["rest"] == "base" else mean_of_tasks(experts)
+
+    @staticmethod
+    def excluded(name: str, values: Values) -> bool:
+        """Whether the tensor is not to be solved."""
+        return any(re.search(pattern, name) for pattern in values.merge["exclude"])
 
 
 class Equations(NamedTuple):

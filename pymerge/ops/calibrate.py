@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,9 +24,10 @@ class Calibrate(Op["Tensor"]):
     """X' = U diag(gamma s) V^T of X = U diag(s) V^T, d_out x d_in, in X's dtype; computed in float64.
 
     gamma_r = T / sum_t max(s_tr, alpha), with s_tr = <a_r, a_tr> / max(||a_tr||^2, 1e-12) the part that a_r = u_r^T X
-    has of what task t asks for, a_tr = u_r^T tau_t. Singular values that are rounding are left out.
+    has of what task t asks for, a_tr = u_r^T tau_t. Singular values that are rounding are left out. Those that end
+    above `most` times their root mean square are brought down to that.
 
-    Source: Singular Value Calibration, arXiv 2602.05536, algorithm 1.
+    Source: Singular Value Calibration, arXiv 2602.05536, algorithm 1; `most` is ours, for docs/method-weir.md.
     """
 
     summary = "singular values of a merged delta calibrated by the tasks' projections (SVC)"
@@ -34,13 +36,16 @@ class Calibrate(Op["Tensor"]):
     base: ArrayLike  # W_0, d_out x d_in, floating point
     experts: Sequence[ArrayLike]  # T matrices W_t of the same shape; each may have its own floating dtype
     alpha: float = 1.0  # above 0: with 1 directions can only shrink, with 1 / T they can grow up to T times
+    most: float = math.inf  # at least 1
 
     def check(self) -> None:
-        """Raise ArgumentError unless all matrices have one shape and alpha is above 0."""
+        """Raise ArgumentError unless all matrices have one shape, alpha is above 0 and `most` at least 1."""
         check_task_tensors("calibrate", self.base, self.experts, ndim=2)
         check_matrix("calibrate", "delta", as_tensor(self.delta), (self.base.shape[0], self.base.shape[1]))
         if not self.alpha > 0:
             raise ArgumentError(f"calibrate: alpha is {self.alpha}; give a number above 0")
+        if not self.most >= 1:
+            raise ArgumentError(f"calibrate: most is {self.most}; give a number of at least 1")
 
     def reference(self) -> Tensor:
         """One decomposition, and a product for each task."""
@@ -53,5 +58,8 @@ class Calibrate(Op["Tensor"]):
             responses = U.mT @ task_vector(base, as_tensor(expert), None, torch.float64)
             along = s * (responses * V.mT).sum(dim=1)
             total += (along / responses.square().sum(dim=1).clamp(min=_TINY)).clamp(min=self.alpha)
-        calibrated: Tensor = (U * (s * len(self.experts) / total)) @ V.mT
+        s = s * len(self.experts) / total
+        if math.isfinite(self.most) and len(s) > 0:
+            s = s.clamp(max=self.most * float(s.square().mean().sqrt()))
+        calibrated: Tensor = (U * s) @ V.mT
         return calibrated.to(X.dtype)

@@ -91,6 +91,7 @@ def _action(
         role.solvable,
         known,
         len(section.experts),
+        kernel=role.kernel,
         kind=role.without_block(name),
         position=section.positions[name],
     )

@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wudi": {"iterations": 20, "lr": "auto"},
     "ace": {},
     "tact": {},
+    "weir": {},
     "tsv_m": {},
     "dc_merge": {"core_share": 0.01},
     "star": {"calibrate": "svc", "layer_scale": {"power": 1}},

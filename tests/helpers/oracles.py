@@ -110,6 +110,42 @@ def tact_delta(base: Matrix, experts: list[Matrix], kappa: float) -> Matrix:
     return left @ np.linalg.pinv(covariance, rcond=base.shape[1] * 2.0**-23, hermitian=True)
 
 
+def length_delta(base: Matrix, experts: list[Matrix], steps: int = 400) -> Matrix:
+    """Return X of gradient flow on relative errors from the mean, stopped at the root mean square of the tasks' norms:
+    its time by bisection, the flow by the exponential of the whole linear system's matrix.
+    """
+    taus = [expert - base for expert in experts if np.any(expert - base)]
+    norms = [np.linalg.norm(tau) ** 2 for tau in taus]
+    A = sum(tau.T @ tau / norm**2 for tau, norm in zip(taus, norms, strict=True))
+    B = sum(tau @ tau.T @ tau / norm**2 for tau, norm in zip(taus, norms, strict=True))
+    length, mean = np.sqrt(np.mean(norms)), sum(taus) / len(taus)
+    values, V = np.linalg.eigh(A)
+    target = B @ np.linalg.pinv(A, rcond=1e-12, hermitian=True)  # the flow never leaves the rows of the task vectors
+
+    def at(time: float) -> Matrix:
+        return target + (mean - target) @ (V * np.exp(-np.maximum(values, 0.0) * time)) @ V.T
+
+    low, high = 0.0, 1e10 / values.max()
+    if np.linalg.norm(at(high)) <= length:
+        return at(high)
+    for _ in range(steps):
+        middle = (low + high) / 2 if low == 0.0 or high / low < 4 else np.sqrt(low * high)
+        low, high = (middle, high) if np.linalg.norm(at(middle)) < length else (low, middle)
+    return at(low)
+
+
+def weir_delta(base: Matrix, experts: list[Matrix]) -> Matrix:
+    """Return X of weir on a linear weight: wudi_flow's, calibrated with 1 / T, no singular value above 1.75 times
+    their root mean square; of one task, its own."""
+    touched = [expert for expert in experts if np.any(expert - base)]
+    if len(touched) == 1:
+        return touched[0] - base
+    X = calibrated(filter_delta(base, touched, 300.0)[0], base, touched, 1 / len(touched))
+    U, s, Vh = np.linalg.svd(X, full_matrices=False)
+    kept = s[s > max(base.shape) * 2.0**-23 * s[0]]
+    return U[:, : len(kept)] * np.minimum(kept, 1.75 * np.sqrt(np.mean(kept**2))) @ Vh[: len(kept)]
+
+
 def polar_factor(M: Matrix) -> Matrix:
     """P Q^T of M = P S Q^T."""
     P, _, Qh = np.linalg.svd(M, full_matrices=False)

@@ -33,6 +33,7 @@ ELEMENTWISE: list[tuple[str, dict[str, Any], Later]] = [
     ("sce", {}, [{"select_topk": 0.5}, {}]),
     ("tsv_m", {}, [{"scale": 0.5}, {"scale": 1.5, "rest": "base"}]),
     ("tact", {}, [{"scale": 0.5}]),
+    ("weir", {}, [{"scale": 0.5}]),
     ("doge", {"iterations": 3, "scope": "model"}, [{"scale": 0.5}]),
     ("wudi", {"iterations": 5}, [{"scale": 0.5}, {}]),
     ("swudi_a", {}, [{"scale": 0.5}, {}]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,19 @@ def test_reference(shape: tuple[int, int, int], dtype: torch.dtype, alpha: float
     assert found.dtype == torch.float64
     assert relative_error(as_float64(found), expected) < 1e-9
     assert Calibrate(X.float(), base, experts, alpha).reference().dtype == torch.float32
+
+
+@pytest.mark.parametrize("most", [1.0, 1.5, math.inf])
+def test_no_singular_value_is_above_so_many_times_their_root_mean_square(most: float) -> None:
+    base, experts = make_weights(30, 20, 3, dtype=torch.float64)
+    X = total(base, experts) + 0.02 * torch.outer(torch.ones(30).double(), torch.ones(20).double())
+    U, s, Vh = torch.linalg.svd(Calibrate(X, base, experts, 0.5).reference(), full_matrices=False)
+    limit = most * float(s.square().mean().sqrt())
+    assert math.isinf(most) or float(s[0]) > 1.1 * limit
+    found = Calibrate(X, base, experts, 0.5, most).reference()
+    torch.testing.assert_close(found, U * s.clamp(max=limit) @ Vh, rtol=1e-9, atol=1e-12)
+    flat = Calibrate(torch.zeros(30, 20), base, experts, 0.5, most).reference()
+    assert not flat.any()
 
 
 def test_one_task_and_equal_tasks() -> None:
@@ -85,3 +100,5 @@ def test_bad_arguments_are_named() -> None:
         Calibrate(torch.zeros(4, 3), base, [base]).check()
     with pytest.raises(ArgumentError, match=r"calibrate: alpha is 0.0; give a number above 0"):
         Calibrate(base, base, [base], 0.0).check()
+    with pytest.raises(ArgumentError, match=r"calibrate: most is 0.5; give a number of at least 1"):
+        Calibrate(base, base, [base], 1.0, 0.5).check()

@@ -74,7 +74,9 @@ def test_methods_whose_ops_are_all_in_native_code(models: Path, method: str, par
     assert not found.needs_torch
 
 
-@pytest.mark.parametrize("method", ["wudi", "wudi_flow", "ace", "tact", "tsv_m", "dc_merge", "lore", "doge", "iso_c"])
+@pytest.mark.parametrize(
+    "method", ["wudi", "wudi_flow", "ace", "tact", "weir", "tsv_m", "dc_merge", "lore", "doge", "iso_c"]
+)
 def test_solvers_need_pytorch_for_linear_weights_alone(models: Path, method: str) -> None:
     found = plan(models, method)
     assert workers(found) == {UP: "torch", NORM: "native", COUNTER: "native"}

@@ -1,0 +1,69 @@
+"""What docs/method-weir.md quotes: what its constants were chosen from, and how it does beside other methods."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+
+from benchmarks.tables.page import Block, Part, Said, table
+from benchmarks.tables.quality import mean, spread
+from benchmarks.tables.quoted import row, rows
+
+PAGE = "docs/method-weir.md"
+GLYPHS, TEXTS, LARGER = "explore-glyphs5", "explore-minilm4", "explore-glyphs8"
+TESTED = "quality-minilm4-weir"
+CUT = "crest: "
+# Of the table of the suite: what tells the place of a method without parameters.
+OTHERS = (
+    "individual",
+    "iso_c, tuned",
+    "iso_cts, scale tuned",
+    "wudi_flow, scale tuned",
+    "swudi_a, scale tuned",
+    "ace, scale tuned",
+    "tsv_m, tuned",
+    "tact, scale tuned",
+    "dc_merge, scale tuned",
+    "wudi_flow, t = 300",
+    "swudi_a",
+    "tact",
+    "dc_merge",
+    "tsv_m",
+    "ties, tuned",
+    "simple average",
+    "base",
+)
+
+
+def parts() -> Iterator[Part]:
+    """The page's tables and numbers."""
+    lines = []
+    for found in rows(TEXTS):
+        name = found["name"]
+        if name.startswith(CUT):
+            on_glyphs = row(GLYPHS, "crest", name=name)
+            numbers = [f"{on_glyphs['mean']:.1f}", f"{on_glyphs['loss']:.3f}"]
+            lines.append([name.removeprefix(CUT), *numbers, f"{found['mean']:.1f}", f"{found['loss']:.3f}"])
+    yield Block(PAGE, "weir-crest", table(["", "glyphs5", "its loss", "minilm4", "its loss"], lines))
+    known = {found["row"] for found in rows(TESTED, kind="table")}
+    chosen = sorted(known & {"weir", *OTHERS}, key=lambda name: -mean(TESTED, name))
+    lines = [[f"**{name}**" if name == "weir" else name, spread(TESTED, name, "mean"), above(name)] for name in chosen]
+    yield Block(PAGE, "weir-minilm4", table(["", "mean accuracy, %", "weir above it by"], lines))
+    cut = "wudi_flow, calibrated, capped at {} means, convolutions by the relative loss"
+    scores = [row(LARGER, name=cut.format(means))["mean"] for means in (2, 3)]
+    flow = max(found["mean"] for found in rows(LARGER) if found["name"].startswith("wudi_flow, scale"))
+    numbers = [f"{value:.1f}" for value in (*scores, flow)]
+    yield Said(PAGE, "cut at 2 and 3 means has {} and {}, the flow at its best scale {}:", numbers)
+
+
+def above(name: str) -> str:
+    """How many points weir is above a row, and the standard error over pairs of seed and task."""
+    if name == "weir":
+        return ""
+    pairs = []
+    for found in rows(TESTED, kind="table", row="weir"):
+        other = row(TESTED, kind="table", row=name, seed=found["seed"])
+        pairs += [found["scores"][task] - other["scores"][task] for task in found["scores"]]
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{statistics.fmean(pairs):+.1f} ± {error:.1f}"
