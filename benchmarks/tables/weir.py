@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterator
 
+from benchmarks.quality.smoke import EXPECTED
 from benchmarks.tables.page import Block, Part, Said, table
 from benchmarks.tables.quality import mean, spread
 from benchmarks.tables.quoted import row, rows
@@ -55,6 +57,9 @@ def parts() -> Iterator[Part]:
     flow = max(found["mean"] for found in rows(LARGER) if found["name"].startswith("wudi_flow, scale"))
     numbers = [f"{value:.1f}" for value in (*scores, flow)]
     yield Said(PAGE, "cut at 2 and 3 means has {} and {}, the flow at its best scale {}:", numbers)
+    smoke = json.loads(EXPECTED.read_text())["rows"]
+    two = [f"{smoke[name]['mean']:.1f}" for name in ("weir", "wudi_flow, t = 300")]
+    yield Said(PAGE, "two glyph tasks are merged: {} and {} on the two of `make quality-smoke`", two)
 
 
 def above(name: str) -> str:

@@ -21,6 +21,7 @@ FORMS: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {
     "wide": ("model.layers.0.mlp.down_proj.weight", (512, 2048), torch.float32),
     "tall": ("model.layers.0.mlp.up_proj.weight", (2048, 512), torch.bfloat16),
     "long": ("model.layers.0.mlp.up_proj.weight", (1600, 800), torch.bfloat16),  # polar factors by products
+    "kernel": ("stem.0.weight", (512, 128, 3, 3), torch.float32),
     "table": ("model.embed_tokens.weight", (40_000, 256), torch.bfloat16),
 }
 KNOWN = {"density": 0.5, "weight": 0.5, "epsilon": 0.1, "gamma": 0.01, "t": 0.3, "select_topk": 0.5, "iterations": 2}
@@ -58,6 +59,8 @@ def check(folder: Path) -> None:
         ("linear", "table", {}),
         ("iso_c", "long", {}),
         ("tsv_m", "long", {}),
+        ("weir", "tall", {}),
+        ("weir", "kernel", {}),
     ],
 )
 def test_the_least_limit_is_kept(tmp_path: Path, method: str, form: str, parameters: dict[str, Any]) -> None:
