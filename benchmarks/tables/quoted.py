@@ -26,7 +26,7 @@ MACHINES = dict.fromkeys(
         "solvers-ace",
     ),
     INTEL,
-)
+) | {"solver-merges-ace": f"{INTEL}-2-80ghz"}
 
 
 @cache
