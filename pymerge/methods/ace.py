@@ -217,8 +217,10 @@ class SolveAce(Ridged):
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
-        refined = 0 if self.gamma_threshold == math.inf else ace_refined.scratch(rows, columns, experts)
-        return max(refined, forms.scratch(rows, columns, experts))
+        most = forms.scratch(rows, columns, experts)
+        if self.gamma_threshold == math.inf:
+            return most
+        return max(most, ace_refined.scratch(rows, columns, experts, self.variant == "released"))
 
 
 class Ace(SolverMethod):

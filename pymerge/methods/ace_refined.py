@@ -72,15 +72,15 @@ def _is_split(shape: tuple[int, int], tasks: int, released: bool) -> bool:
     return min(shape) >= ace_split.LEAST and ((released and by_rows(*shape, tasks)) or tasks < _MANY)
 
 
-def scratch(rows: int, columns: int, tasks: int) -> int:
+def scratch(rows: int, columns: int, tasks: int, released: bool) -> int:
     """Bytes beside inputs and output, at most."""
     size = rows * columns
     # By the numerator: covariance, system, factor, one task's Gram, or eigenvectors and LAPACK's work; numerator,
     # solution, total, residual and four temporaries, in float64.
     most = 8 * (6 * columns**2 + 8 * size)
-    if min(rows, columns) < ace_split.LEAST:
+    if not _is_split((rows, columns), tasks, released):
         return most
-    return max(most, ace_split.scratch(rows, columns, tasks))
+    return max(most, ace_split.scratch(rows, columns, tasks, released))
 
 
 def by_numerator(run: Run, tasks: Scaled, dtype: str) -> tuple[Tensor, Tensor]:

@@ -228,14 +228,13 @@ def _solve(run: Run, A: Tensor, right: Tensor, ridge: float, U: Tensor) -> Tenso
     return rest.addmm_(along, U.mT - back)
 
 
-def scratch(rows: int, columns: int, tasks: int) -> int:
+def scratch(rows: int, columns: int, tasks: int, released: bool) -> int:
     """Bytes beside inputs and output, at most."""
     size, thin = rows * columns, 8 * COLUMNS * (tasks * rows + 3 * columns)
+    if released and by_rows_of(rows, columns, tasks):
+        # Rests and Z; K, what is factorised and its factor; coefficients of X and D, and of the right side.
+        stacked = tasks * rows
+        return 8 * tasks * size + 20 * stacked**2 + 56 * rows * stacked + 40 * size + thin
     # Shares and Grams of all tasks but one, S, its factors, and two temporaries; rests, a difference and its product, X
     # and D and four temporaries.
-    weights = 8 * (2 * tasks + 6) * columns**2 + 4 * (tasks + 14) * size
-    if not by_rows_of(rows, columns, tasks):
-        return weights + thin
-    # Rests and Z; K, what is factorised and its factor; coefficients of X and D, and of the right side.
-    stacked = tasks * rows
-    return max(weights, 8 * tasks * size + 20 * stacked**2 + 56 * rows * stacked + 40 * size) + thin
+    return 8 * (2 * tasks + 6) * columns**2 + 4 * (tasks + 14) * size + thin
