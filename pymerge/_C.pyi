@@ -38,6 +38,7 @@ def combine_files(
     check_inputs: bool,
     /,
 ) -> tuple[bool, int, int, int, int]: ...
+def part_digests(digests: int, data: int, nbytes: int, part: int, /) -> int: ...
 def combine_vectors(  # weights float64, T x columns or T x rows
     out: Matrix,
     base: Matrix | None,

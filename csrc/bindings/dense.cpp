@@ -2,6 +2,7 @@
 #include "bindings/arguments.h"
 #include "common/finite.h"
 #include "io/combine_files.h"
+#include "io/part_digests.h"
 #include "ops/combine.h"
 #include "ops/combine_vectors.h"
 #include "ops/low_rank_sum.h"
@@ -51,6 +52,10 @@ void combine_vectors(const Output& out, const std::optional<MatrixView>& base, c
     combine_vectors_cpu(
         {out, or_none(base), tensors.data(), pointer<const double>(weights), by_columns, count(tensors), rows, columns},
         threads);
+}
+
+std::int64_t part_digests(Address digests, Address data, std::int64_t nbytes, std::int64_t part) {
+    return part_digests_cpu({pointer<std::uint8_t>(digests), pointer<const std::uint8_t>(data), nbytes, part});
 }
 
 bool is_finite(const MatrixView& tensor) { return is_finite_cpu(tensor.data, tensor.dtype, tensor.row_stride); }
@@ -116,6 +121,7 @@ void define_dense(py::module_& module) {
     module.def("combine", &combine, Unlocked());
     module.def("combine_files", &combine_files, Unlocked());
     module.def("combine_vectors", &combine_vectors, Unlocked());
+    module.def("part_digests", &part_digests, Unlocked());
     module.def("is_finite", &is_finite, Unlocked());
     module.def("low_rank_sum", &low_rank_sum, Unlocked());
     module.def("task_sum", &task_sum, Unlocked());

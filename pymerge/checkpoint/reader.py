@@ -31,6 +31,8 @@ CHUNK_BYTES = 64 << 20
 _DENSE_BYTES, _SPARSE_BYTES = 4 << 20, 4 << 10
 # The page cache holds files in blocks of at most this size.
 _LARGEST_FOLIO = 2 << 20
+# What is announced at once of a file that is read from front to back: tensors are often smaller than a call is worth.
+_ANNOUNCED_BYTES = 8 << 20
 
 
 class Reader:
@@ -41,6 +43,7 @@ class Reader:
 
     def __init__(self, stamps: Mapping[Path, tuple[int, int]]) -> None:
         self._files = OpenFiles(stamps)
+        self._announced: dict[Path, tuple[int, int]] = {}  # the last range of each file
 
     def __enter__(self) -> Reader:
         return self
@@ -163,7 +166,14 @@ class Reader:
             for span in _stored_rows(entry, start_row, stop_row):
                 self.announce(*span)
             return
-        self._advise(entry, start_row, stop_row, "POSIX_FADV_WILLNEED", 1)
+        _, start, nbytes = _span(entry, start_row, stop_row)
+        first, last = self._announced.get(entry.file, (0, -1))
+        goes_on = first <= start <= last
+        if goes_on and start + nbytes <= last:
+            return
+        stop = start + (max(nbytes, _ANNOUNCED_BYTES) if goes_on else nbytes)
+        self._announced[entry.file] = start, stop
+        self._advise(entry.file, start, stop, "POSIX_FADV_WILLNEED")
 
     def release(self, entry: TensorEntry, start_row: int = 0, stop_row: int | None = None) -> None:
         """Tell the kernel that these rows are not needed again, so that inputs do not fill the page cache."""
@@ -173,16 +183,16 @@ class Reader:
             for span in _stored_rows(entry, start_row, stop_row):
                 self.release(*span)
             return
-        # Pages that the range covers in part stay; those at its start belong to rows that have been read before.
-        self._advise(entry, start_row, stop_row, "POSIX_FADV_DONTNEED", _LARGEST_FOLIO)
-
-    def _advise(self, entry: TensorEntry, start_row: int, stop_row: int | None, advice: str, alignment: int) -> None:
         _, offset, nbytes = _span(entry, start_row, stop_row)
+        # Pages that the range covers in part stay; those at its start belong to rows that have been read before.
+        start = offset // _LARGEST_FOLIO * _LARGEST_FOLIO if nbytes else offset
+        self._advise(entry.file, start, offset + nbytes, "POSIX_FADV_DONTNEED")
+
+    def _advise(self, file: Path, start: int, stop: int, advice: str) -> None:
         # Length 0 would mean "to the end of the file". macOS has no posix_fadvise; this is only advice.
-        if nbytes and hasattr(os, "posix_fadvise"):
-            start = offset // alignment * alignment
-            with self._files.descriptor(entry.file) as descriptor:
-                os.posix_fadvise(descriptor, start, offset + nbytes - start, getattr(os, advice))
+        if stop > start and hasattr(os, "posix_fadvise"):
+            with self._files.descriptor(file) as descriptor:
+                os.posix_fadvise(descriptor, start, stop - start, getattr(os, advice))
 
 
 def _span(entry: TensorEntry, start_row: int, stop_row: int | None) -> tuple[tuple[int, ...], int, int]:

@@ -39,8 +39,8 @@ Kind = Literal[
     "wait for inputs",
     "wait for the writer",
 ]
-_IO = ("read", "write", "combine")
-_COMPUTING = ("compute", "combine", "encode", "core")
+_IO = frozenset(("read", "write", "combine"))
+_COMPUTING = frozenset(("compute", "combine", "encode", "core"))
 _PROCESS = {"name": "pymerge"}
 
 
@@ -85,7 +85,7 @@ class Tracer:
         self._nvtx = _nvtx() if nvtx else None
         self._lock = threading.Lock()
         self._started = self._changed = time.perf_counter_ns()  # changed: when a span began or ended last
-        self._active: dict[str, int] = {}  # spans under way, by kind
+        self._io = self._computing = 0  # spans under way that do either
         self._totals: dict[str, int] = {}  # ns by kind
         self._io_ns = self._hidden_ns = 0
         self._steps: dict[str, dict[str, int]] = {}  # ns by tensor and kind
@@ -129,12 +129,15 @@ class Tracer:
         """A span begins (1) or ends (-1) now; returns the time."""
         with self._lock:
             now = time.perf_counter_ns()
-            if any(self._active.get(io) for io in _IO):
+            if self._io:
                 self._io_ns += now - self._changed
-                if any(self._active.get(each) for each in _COMPUTING):
+                if self._computing:
                     self._hidden_ns += now - self._changed
             self._changed = now
-            self._active[kind] = self._active.get(kind, 0) + count
+            if kind in _IO:
+                self._io += count
+            if kind in _COMPUTING:
+                self._computing += count
             if count < 0:
                 self._totals[kind] = self._totals.get(kind, 0) + now - began
                 step = self._steps.setdefault(name, {})

@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,17 +21,17 @@ from pymerge.checkpoint.reader import Reader
 from pymerge.checkpoint.safetensors_file import read_header
 from pymerge.common.devices import resolve_device
 from pymerge.common.events import event
-from pymerge.common.files import atomic_write, os_errors, size_and_digest
+from pymerge.common.files import size_and_digest
 from pymerge.common.libraries import require
 from pymerge.common.names import checked_pattern, listed
 from pymerge.common.progress import CountBar
 from pymerge.config.references import hub_reference, model_path
-from pymerge.errors import CheckpointError, NonFiniteError, OutputError
+from pymerge.errors import ArgumentError, CheckpointError, NonFiniteError, OutputError
 from pymerge.grams.data import Batch, batches, read_samples
 from pymerge.grams.model import Linears, Opened, Weights, linears_of, load_whole, open_model, refuse_fused, run_on
 from pymerge.grams.sums import Sums, join, keep, kept, tensors_of
 from pymerge.grams.turns import Passage, VisitedTwiceError, run_by_blocks
-from pymerge.output.lock import acquire_lock
+from pymerge.grams.work import clear, work_folder
 
 FORM = "mean of x x^T over the inputs x of each linear weight, [d_in, d_in], by the weight's name"
 _STATE, _OUTSIDE = "whole.safetensors", "outside.safetensors"
@@ -77,7 +76,7 @@ def collect(
     What is done is kept in a folder beside it until the file is whole: called again, it goes on there.
 
     Raises:
-        ArgumentError: a library is missing, settings do not fit, or experts are in one tensor.
+        ArgumentError: a library is missing, settings do not fit, leave no weight, or experts are in one tensor.
         CheckpointError: the model or data cannot be read.
         OutputError: `out` exists and is another collection's, or cannot be written.
     """
@@ -100,15 +99,13 @@ def collect(
     }
     if out.exists():
         return _there(out, metadata)
+    opened = open_model(folder, checkpoint)
+    refuse_fused(folder, opened, settings.exclude)
+    inputs = batches(samples, opened.model, folder, settings.length, settings.batch, settings.max_tokens)
+    where = torch.device(str(resolve_device(device)))
     work = out.with_name(f".{out.stem}.collecting")
-    with os_errors(work, "making the folder"):
-        work.mkdir(exist_ok=True)
-    with closing(acquire_lock(work)):
-        _begin(work, metadata)
-        opened = open_model(folder, checkpoint)
-        refuse_fused(opened, settings.exclude)
-        inputs = batches(samples, opened.model, folder, settings.length, settings.batch, settings.max_tokens)
-        run = _Collection(folder, checkpoint, opened, inputs, settings, torch.device(str(resolve_device(device))), work)
+    with work_folder(work, metadata):
+        run = _Collection(folder, checkpoint, opened, inputs, settings, where, work)
         parts, linears, by_blocks = run.carry_out(progress)
         counts: dict[str, int] = {}
         for part in parts:
@@ -116,7 +113,13 @@ def collect(
             assert found is not None
             counts |= found.counts
         counts = {name: count for name, count in counts.items() if count}
-        tokens = max(counts.values(), default=0)
+        if not counts:
+            clear(work)
+            raise ArgumentError(
+                f"{folder}: none of {listed(sorted(linears.layers.values()))} has inputs on {data}; give data that the "
+                "part of the model takes that they are in, or exclude less"
+            )
+        tokens = max(counts.values())
         odd = {name: count for name, count in sorted(counts.items()) if count != tokens}
         without = tuple(sorted({*linears.without, *(set(linears.layers.values()) - set(counts))}))
         metadata |= {"tokens": str(tokens), "rows": json.dumps(odd), "without": json.dumps(without)}
@@ -154,18 +157,6 @@ def _there(out: Path, metadata: dict[str, str]) -> Collected:
     return Collected(out, len(header.entries), int(header.metadata["tokens"]), without, True, found_there=True)
 
 
-def _begin(work: Path, metadata: dict[str, str]) -> None:
-    """Say whose work folder it is; one of another collection is emptied."""
-    text = json.dumps(metadata, sort_keys=True).encode()
-    mark = work / "identity.json"
-    if mark.exists() and mark.read_bytes() == text:
-        return
-    with os_errors(work, "emptying the folder"):
-        for path in work.glob("*.safetensors"):
-            path.unlink()
-    atomic_write(mark, text)
-
-
 class _Collection:
     """One collection at work."""
 
@@ -200,8 +191,8 @@ class _Collection:
         run_on(model, self._folder, batch, self._dtype, self._device)
 
     def _by_blocks(self, progress: bool) -> tuple[list[Path], Linears]:
-        model, exclude = self._opened.model, self._settings.exclude
-        linears = linears_of(self._opened, model, self._checkpoint, exclude)
+        model = self._opened.model
+        linears = self._linears(model)
         with Reader(self._checkpoint.stamps) as reader, torch.no_grad():
             weights = Weights(self._opened, reader.read, self._dtype, self._device)
             weights.load_outside()
@@ -239,6 +230,19 @@ class _Collection:
             keep(last, sums.means(self._written), sums.counts)
             return [*(file for file in files.values() if file.exists()), last], linears
 
+    def _linears(self, model: Any) -> Linears:
+        """The layers whose inputs count. Raises ArgumentError where there is none."""
+        found = linears_of(self._opened, model, self._checkpoint, self._settings.exclude)
+        if not found.layers:
+            left, remedy = "", "give a model that has some"
+            if given := self._settings.exclude:
+                left, remedy = f" that --exclude {' --exclude '.join(map(repr, given))} leaves", "exclude less"
+            raise ArgumentError(
+                f"{self._folder}: has no linear weight{left} whose inputs can be seen, so that there would be no Gram; "
+                f"{remedy}"
+            )
+        return found
+
     def _layers(self, linears: Linears, inside: str = "") -> list[tuple[str, nn.Module]]:
         """Layers whose path begins so, with the names of their weights."""
         chosen = [(path, name) for path, name in linears.layers.items() if path.startswith(inside)]
@@ -246,7 +250,7 @@ class _Collection:
 
     def _whole(self, progress: bool) -> tuple[list[Path], Linears]:
         model, missing = load_whole(self._folder, self._checkpoint, self._dtype, self._device)
-        linears = linears_of(self._opened, model, self._checkpoint, self._settings.exclude)
+        linears = self._linears(model)
         state, last = self._work / _STATE, self._work / _OUTSIDE
         sums, done = Sums(), 0
         if (before := kept(state)) is not None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import ArgumentError, CheckpointError
-from pymerge.planner.data import KINDS, data_files
+from pymerge.planner.data import data_files
 
 Batch = dict[str, Tensor]
 
@@ -37,7 +38,7 @@ def read_samples(folder: Path, most: int) -> Samples:
 
     A .txt file is one text; a line of a .jsonl file is a text, or an object with "text" and maybe "target". Other files
     are passed over. Raises CheckpointError where there is none, where texts and images lie together, or where a file
-    cannot be read.
+    cannot be read or holds nothing.
     """
     texts, images = data_files(folder)
     digest = hashlib.sha256()
@@ -45,16 +46,9 @@ def read_samples(folder: Path, most: int) -> Samples:
         for path in images[:most]:
             digest.update(hashlib.sha256(_bytes(path)).digest())
         return Samples(folder, (), tuple(images[:most]), digest.hexdigest())
-    found: list[tuple[str, str | None]] = []
-    for path in texts:
-        for text in _texts(path):
-            if len(found) == most:
-                break
-            found.append(text)
-    if not found:
-        raise CheckpointError(f"{folder}: holds no text and no image; give a folder of {KINDS}")
+    found = tuple(islice(chain.from_iterable(map(_texts, texts)), most))
     digest.update(json.dumps(found).encode())
-    return Samples(folder, tuple(found), (), digest.hexdigest())
+    return Samples(folder, found, (), digest.hexdigest())
 
 
 def _bytes(path: Path) -> bytes:
@@ -72,11 +66,13 @@ def _decoded(path: Path) -> str:
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str | None]]:
-    if path.suffix.lower() == ".txt":
-        if whole := _decoded(path):
-            yield whole, None
+    whole = _decoded(path)
+    if path.suffix.lower() == ".txt" and whole:
+        yield whole, None
         return
-    for number, line in enumerate(_decoded(path).split("\n"), 1):
+    if not whole.strip():
+        raise CheckpointError(f"{path}: is empty; write a text into it, or remove it")
+    for number, line in enumerate(whole.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -204,8 +204,9 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return found if found is not None else module._buffers[last]  # type: ignore[return-value]
 
 
-def refuse_fused(opened: Opened, exclude: Sequence[str]) -> None:
-    """Raise ArgumentError for experts in one tensor, whose inputs no layer has, unless a pattern finds them."""
+def refuse_fused(folder: Path, opened: Opened, exclude: Sequence[str]) -> None:
+    """Raise ArgumentError for experts in one tensor of the model of a folder, whose inputs no layer has, unless a
+    pattern finds them."""
     fused = [
         name
         for name, parameter in opened.model.named_parameters()
@@ -213,8 +214,8 @@ def refuse_fused(opened: Opened, exclude: Sequence[str]) -> None:
     ]
     if fused:
         raise ArgumentError(
-            f"{listed(fused)}: holds the experts of a layer in one tensor, where the inputs of each cannot be seen; "
-            r"give --exclude '\.experts\.' to leave them without Grams: regmean then averages them"
+            f"{folder}: {listed(fused)}: holds the experts of a layer in one tensor, where the inputs of each cannot "
+            r"be seen; give --exclude '\.experts\.' to leave them without Grams: regmean then averages them"
         )
 
 

@@ -162,7 +162,7 @@ def act(
         )
     if isinstance(action, Combine) and not action.weights and action.on_base:
         return action
-    _check_alone(action, asked[0])
+    _check_alone(method, action, asked[0])
     scale, power = _layer_scale(given["layer_scale"], position)
     if solvable and (given["boost"] != "none" or given["calibrate"] != "none" or power != 0.0):
         beta = None if given["boost"] == "none" else float(given["boost"])
@@ -195,16 +195,18 @@ def _scaled(action: Action, scale: float) -> Action:
     return Finish(action, scale=scale)
 
 
-def _check_alone(action: Action, asked: str) -> None:
+def _check_alone(method: Method, action: Action, asked: str) -> None:
     if isinstance(action, Reduce):
         of_model = action.scope == "model"
     else:
         of_model = isinstance(action, Solve) and action.of_model
         of_model |= isinstance(action, SolveTrimmedByAll) and action.kept_of_all is not None
     if of_model:
+        scopes = [each for parameter in method.parameters if parameter.name == "scope" for each in parameter.choices]
+        narrower = " or ".join(f"scope: {each}" for each in scopes if each != "model")
         raise ArgumentError(
-            f"{asked!r} works on each tensor, and scope: model on all of them together; give the scope of a tensor or "
-            f"layer, or delete {asked!r}"
+            f"{asked!r} works on each tensor, and scope: model on all of them together; give {narrower}, or delete "
+            f"{asked!r}"
         )
 
 

@@ -59,10 +59,10 @@ class Op(ABC, Generic[Result]):
                 continue
             if field.endswith("dtype"):
                 found.add(value)
-            elif hasattr(value, "data_ptr"):  # the common case, without a generator
+            elif isinstance(value, (list, tuple)):
+                found.update([tensor.dtype for tensor in tensors(value)])
+            elif isinstance(value, Array) or hasattr(value, "data_ptr"):
                 found.add(value.dtype)
-            else:
-                found.update([tensor.dtype for tensor in tensors((value,))])
         return frozenset(code_of(dtype) for dtype in found if _is_floating(dtype))
 
     takes_batches: ClassVar[bool] = False  # whether its tensors may be a batch of layers of one shape

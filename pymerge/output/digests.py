@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
+
+from pymerge.backends import native
 
 # Bytes of a part. Pieces of a tensor seldom end where a part does, and what is begun is copied; parts are much
 # smaller than pieces, and still take a hundred times what it takes to call the hash function.
 PART_BYTES = 1 << 18
-_TASK_BYTES = 1 << 20  # of parts that are hashed together, to be worth handing to another thread
+_TASK_BYTES = 1 << 22  # of parts that are hashed together, to be worth handing to another thread
 _SIZE = hashlib.sha256().digest_size
 
 
@@ -70,7 +72,17 @@ class Digest:
 
     def _hash(self, data: memoryview, offset: int) -> None:
         """Hash parts, of which the first begins at byte `offset`."""
-        for start in range(0, len(data), PART_BYTES):
-            number = (offset + start) // PART_BYTES
-            found = hashlib.sha256(data[start : start + PART_BYTES]).digest()
-            self._found[_SIZE * number : _SIZE * (number + 1)] = found
+        found = memoryview(self._found)[_SIZE * (offset // PART_BYTES) :]
+        done = 0
+        if len(data) > PART_BYTES and _has_native():
+            from pymerge.backends.native.part_digests import part_digests
+
+            done = part_digests(found, data, PART_BYTES)
+        for number in range(done, -(-len(data) // PART_BYTES)):
+            part = data[PART_BYTES * number : PART_BYTES * (number + 1)]
+            found[_SIZE * number : _SIZE * (number + 1)] = hashlib.sha256(part).digest()
+
+
+@cache
+def _has_native() -> bool:
+    return native.missing() is None

@@ -23,8 +23,10 @@ CHUNK_ELEMENTS = 3 * 2**19
 # Bytes of one input of such a range on a device, which has started a hundred launches before it has read as little.
 DEVICE_CHUNK_BYTES = 2**28
 # Bytes of the inputs up to which a tensor that is reduced before it is merged is held meanwhile, on a CPU; larger ones
-# are read again for each pass. The memory of a GPU is there to be used: there a tensor is held whole if it fits.
-HELD_BYTES = 2**28
+# are read again for each pass. Those are mostly the one table of a model: nothing else will use such memory again, and
+# to fill it for the first time takes longer than to copy from the page cache twice. The memory of a GPU is there to be
+# used: there a tensor is held whole if it fits.
+HELD_BYTES = 5 * 2**25
 
 
 def fit(steps: Sequence[Step], budget: Budget) -> tuple[Step, ...]:

@@ -193,7 +193,7 @@ class Step:
         """Bytes of a piece in the output."""
         return self.nbytes if isinstance(self.action, Encode) else math.prod(piece.shape) * ITEM_SIZES[self.dtype]
 
-    @property
+    @cached_property
     def in_passes(self) -> bool:
         """Whether the tensor is reduced, and then merged, piece by piece."""
         return isinstance(self.action, Reduce) and (len(self.pieces) > 1 or self.group is not None)

@@ -14,10 +14,11 @@ from pymerge.planner.jobs import READ_AHEAD, WRITE_BEHIND, WRITE_THREADS, Batch,
 # do not stop the reading.
 SMALL_BYTES = 16 * 2**20
 _MOST_PIECES = 16
-# Jobs of a pool that may wait for their turn to be written or added, where passes only map: a disk now and then stops
-# for a moment, and they are done meanwhile.
+# Jobs of a pool that may wait for their turn, where some are of passes that only map: a disk now and then stops for a
+# moment, and they are done meanwhile.
 MOST_WAITING = 30
-# Pieces that are merged before the turn of those that threads work on. The writer holds one more.
+# Pieces that are merged before the turn of those that threads work on. The writer holds one more. Each lies in memory
+# of its own, and memory that has not been used before costs more than merging into it.
 DONE_AHEAD = 1
 
 
@@ -26,7 +27,7 @@ class PoolShare:
     """Memory and threads of a pool, beside the jobs that `Window` holds against each other.
 
     `threads` jobs are worked on at a time, in `working` bytes together; 0 threads: each job in its turn, alone.
-    `ahead` further ones may wait for their turn.
+    `ahead` further ones may wait for their turn, of those that merge DONE_AHEAD.
     """
 
     threads: int
@@ -79,6 +80,7 @@ class Waiting(NamedTuple):
     held: int  # bytes from its admission on
     peak: int  # in its turn
     known: int = 0  # of the peak, what is in memory before it is admitted
+    merges: bool = False  # of a pooled one: whether it makes a part of the output
 
 
 class Window:
@@ -95,8 +97,9 @@ class Window:
         self._limit = limit - share.working
         self._share = share
         self._waiting: deque[Waiting] = deque()
-        self._pooled = 0
+        self._pooled = self._merging = 0  # of those, how many
         self.held = 0  # bytes of all admitted jobs
+        self._asked: tuple[Batch, Waiting] | None = None  # for the last time, as several ask one after the other
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -108,6 +111,8 @@ class Window:
         new = self.entry(batch)
         if new.pooled:
             if self._pooled >= self._share.threads + self._share.ahead:
+                return False
+            if new.merges and self._merging >= self._share.threads + DONE_AHEAD:
                 return False
         else:
             others = len(self) - self._pooled
@@ -126,12 +131,14 @@ class Window:
         new = self.entry(batch)
         self._waiting.append(new)
         self._pooled += new.pooled
+        self._merging += new.merges
         self.held += new.held
 
     def pop(self) -> None:
         """The first batch has had its turn; what it held is free, or with the writer."""
         first = self._waiting.popleft()
         self._pooled -= first.pooled
+        self._merging -= first.merges
         self.held -= first.held
 
     @property
@@ -141,15 +148,20 @@ class Window:
 
     def entry(self, batch: Batch) -> Waiting:
         """Bytes that a batch holds from its admission on, and in its turn."""
+        if self._asked is None or self._asked[0] is not batch:
+            self._asked = batch, self._entry(batch)
+        return self._asked[1]
+
+    def _entry(self, batch: Batch) -> Waiting:
         footprint = batch.footprint
         if not batch.pooled:
             return Waiting(False, footprint.inputs, footprint.peak)
         job = batch.jobs[0]
         known = known_bytes(job)
         if not self._share.threads:
-            return Waiting(True, 0, known + working_bytes(job) + footprint.output, known)
+            return Waiting(True, 0, known + working_bytes(job) + footprint.output, known, job.merges)
         held = waiting_bytes(job)
-        return Waiting(True, held, known + held, known)
+        return Waiting(True, held, known + held, known, job.merges)
 
 
 def may_wait(outputs: Sequence[tuple[bool, int]]) -> bool:

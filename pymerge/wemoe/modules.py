@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import TypeGuard
 
@@ -18,7 +19,7 @@ from pymerge.ops.routed.task_storage import DenseTasks, LowRankTasks, SparseTask
 from pymerge.wemoe.units import Unit
 
 
-class RoutedLayer(nn.Module):
+class RoutedLayer(nn.Module, ABC):
     """Takes the place of a layer whose weight is mixed for each sample from the base's and the task vectors.
 
     `weight` (d_out x ...) and `bias` are the base's, frozen; task vectors are buffers, of the weight as a matrix d_out
@@ -62,9 +63,9 @@ class RoutedLayer(nn.Module):
         """The task vectors, oriented as the parameter that they were made of."""
         return self.tasks
 
+    @abstractmethod
     def tokens(self, x: Tensor) -> Tensor:
         """Tokens (B x S x d) that the router sees of the layer's input, where it is the first of its unit."""
-        raise NotImplementedError
 
     def mixed_weights(self, gates: Tensor, dtype: torch.dtype) -> Tensor:
         """Weights (K x d_out x d_in) mixed by gates (K x T), without a gradient."""

@@ -58,6 +58,31 @@ def test_tensors_are_fresh_and_writable(checkpoint: Checkpoint) -> None:
         assert equal_bytes(reader.read(entry), load_file(checkpoint.files[0])["F32.matrix"])
 
 
+def test_files_are_announced_in_long_ranges(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte that is announced is advised; what goes on where the last range ended, with more behind it."""
+    advised: list[tuple[int, int]] = []
+
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            advised.append((offset, offset + length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(reader_module, "_ANNOUNCED_BYTES", 500)
+    entries = sorted((entry for entry in checkpoint.tensors.values() if entry.nbytes), key=lambda entry: entry.offset)
+    first, far = entries[0], entries[-1]
+    with Reader(checkpoint.stamps) as reader:
+        reader.announce(first)
+        assert advised == [(first.offset, first.offset + first.nbytes)]
+        for entry in entries:
+            reader.announce(entry)
+            assert any(start <= entry.offset and entry.offset + entry.nbytes <= stop for start, stop in advised)
+        assert len(advised) < len(entries) // 2
+        advised.clear()
+        reader.announce(first)  # from the front again
+        reader.announce(far)
+        assert advised == [(each.offset, each.offset + each.nbytes) for each in (first, far)]
+
+
 def test_small_chunks_give_the_same_bytes(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "CHUNK_BYTES", 7)
     expected = load_file(checkpoint.files[0])

@@ -18,6 +18,8 @@ from pymerge.cli.main import app
 from pymerge.errors import ArgumentError, CheckpointError, NonFiniteError, OutputError
 from pymerge.grams import collect as module
 from pymerge.grams.collect import Collected, Settings, collect
+from pymerge.grams.data import read_samples
+from pymerge.grams.model import Opened, open_model
 from pymerge.grams.turns import VisitedTwiceError, run_by_blocks
 from tests.helpers.collected import (
     hooked_grams,
@@ -44,6 +46,11 @@ def text_inputs(folder: Path, texts: list[str], targets: bool = False) -> list[d
         return torch.tensor([tokenizer(text)["input_ids"]])
 
     return [{"input_ids": ids(text)} | ({"labels": ids(text.split()[0])} if targets else {}) for text in texts]
+
+
+def hidden(folder: Path) -> list[str]:
+    """Names that begin with a dot, as those of work folders do."""
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -74,7 +81,7 @@ def test_grams_are_those_that_hooks_see_of_one_text_at_a_time(tmp_path: Path, fa
     assert about["dtype"] == "float64"
     if family != "t5":
         assert int(about["tokens"]) == sum(len(text.split()) for text in texts)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert hidden(tmp_path) == []
 
 
 def test_images_and_float32(tmp_path: Path) -> None:
@@ -210,8 +217,9 @@ def test_limits_count(tmp_path: Path) -> None:
 def test_experts_in_one_tensor_are_refused_by_name_and_can_be_left_out(tmp_path: Path) -> None:
     save_model("mixtral", tmp_path / "model")
     write_texts(tmp_path / "data")
-    with pytest.raises(ArgumentError, match=r"model\.layers\.0\.mlp\.experts.*--exclude '\\\.experts\\\.'"):
+    with pytest.raises(ArgumentError, match=r"/model: .*model\.layers\.0\.mlp\.experts.*--exclude '\\\.experts\\\.'"):
         run(tmp_path / "model", tmp_path / "data", tmp_path / "out.safetensors")
+    assert hidden(tmp_path) == []
     settings = Settings(256, None, 512, 2, "float32", (r"\.experts\.",))
     found = run(tmp_path / "model", tmp_path / "data", tmp_path / "out.safetensors", settings)
     grams = load_file(tmp_path / "out.safetensors")
@@ -242,6 +250,64 @@ def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'NoSuchModel', no model class"):
         run(tmp_path / "model", tmp_path / "data", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+    assert hidden(tmp_path) == []
+
+
+def test_what_is_kept_outlasts_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model("llama", tmp_path / "model")
+    write_texts(tmp_path / "data")
+    join, out = module.join, tmp_path / "out.safetensors"
+
+    def fail(*arguments: Any) -> None:
+        raise OutputError("no space")
+
+    monkeypatch.setattr(module, "join", fail)
+    with pytest.raises(OutputError, match="no space"):
+        run(tmp_path / "model", tmp_path / "data", out)
+    work = tmp_path / ".out.collecting"
+    kept = {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
+    assert len(kept) == 3
+    (tmp_path / "data" / "c.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"c\.txt: is empty"):
+        run(tmp_path / "model", tmp_path / "data", out)
+    (tmp_path / "data" / "c.txt").unlink()
+    assert {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors")} == kept
+    monkeypatch.setattr(module, "join", join)
+    run(tmp_path / "model", tmp_path / "data", out)
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_file_without_grams_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    model = save_model("llama", tmp_path / "model")
+    write_texts(tmp_path / "data")
+    out = tmp_path / "out.safetensors"
+    if whole:
+        monkeypatch.setattr(module, "open_model", lambda *given: Opened(open_model(*given).model, None))
+    with pytest.raises(ArgumentError, match=r"/model: has no linear weight that --exclude '\.' leaves .* exclude less"):
+        run(tmp_path / "model", tmp_path / "data", out, Settings(256, None, 512, 2, "float32", (".",)))
+    assert not out.exists()
+    assert hidden(tmp_path) == []
+
+    def without_blocks(self: Any, model: Any, batch: Any) -> None:
+        """A run that comes to no linear weight."""
+
+    monkeypatch.setattr(module._Collection, "_call", without_blocks)
+    names = re.escape("model.layers.0.mlp.down_proj.weight")
+    with pytest.raises(ArgumentError, match=rf"/model: none of 14 tensors: {names}.* has inputs on .*/data; give data"):
+        run(tmp_path / "model", tmp_path / "data", out)
+    assert len([name for name, _ in model.named_parameters() if ".layers." in name and "norm" not in name]) == 14
+    assert not out.exists()
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize(("name", "content"), [("c.txt", ""), ("c.jsonl", ""), ("c.jsonl", "\n \n")])
+def test_an_empty_file_is_named(tmp_path: Path, name: str, content: str) -> None:
+    write_texts(tmp_path / "data")
+    (tmp_path / "data" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"/data/{name}: is empty; write a text into it, or remove it"):
+        read_samples(tmp_path / "data", 256)
+    assert len(read_samples(tmp_path / "data", 7)) == 7  # which come before it
 
 
 def test_weights_that_are_not_there_count_only_where_they_are_used(tmp_path: Path) -> None:

@@ -104,8 +104,9 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(folder: Path) -> None:
         with largest_file(limit), pytest.raises(OutputError):
             collect(model, data, out, SETTINGS, device="cpu", progress=False)
         assert not out.exists()
-        kept.append(sorted(path.name for path in work.iterdir() if path.suffix == ".safetensors"))
-        assert not [path.name for path in (*work.iterdir(), *folder.iterdir()) if path.suffix == ".tmp"]
+        assert not list(folder.rglob("*.tmp"))
+        kept.append(sorted(path.name for path in work.glob("*.safetensors")))
+        assert work.exists() == bool(kept[-1])  # a folder that nobody could go on from is not left
     assert [len(names) for names in kept] == [0, 3]
     collect(model, data, out, SETTINGS, device="cpu", progress=False)
     assert out.read_bytes() == whole

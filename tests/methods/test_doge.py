@@ -97,8 +97,10 @@ def test_untouched_tasks_are_left_out_and_broken_ones_show():
     with pytest.raises(ArgumentError, match="give scope: tensor"):
         action.run(Runner(), base, [base, base], "F32")
     assert action.knowing([0.0, 0.0]).run(Runner(), base, experts, "F32").isnan().all()
-    with pytest.raises(ArgumentError, match="'calibrate' works on each tensor, and scope: model"):
+    narrower = "'calibrate' works on each tensor, and scope: model on all of them together; give scope: tensor, or"
+    with pytest.raises(ArgumentError, match=narrower):
         pymerge.merge_tensors(base, [base], "doge", calibrate="svc")
+    pymerge.merge_tensors(base, [base], "doge", calibrate="svc", scope="tensor")
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3])

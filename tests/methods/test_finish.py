@@ -219,7 +219,8 @@ def test_what_cannot_be_had_is_refused(tmp_path: Path) -> None:
             pymerge.merge_tensors(base, experts, "ties", layer_scale=wrong)
     write_models(tmp_path, llama())
     config = write_config(tmp_path, "ties", weight=1.0, density=0.5, scope="model", boost=0.01)
-    with pytest.raises(PlanError, match="'boost' works on each tensor, and scope: model on all of them together"):
+    together = "'boost' works on each tensor, and scope: model on all of them together"
+    with pytest.raises(PlanError, match=f"{together}; give scope: tensor, or delete 'boost'"):
         pymerge.plan(config, device="cpu")
     with pytest.raises(ConfigError, match=r"parameter 'boost' is 2; it must be at most 1"):
         pymerge.plan(write_config(tmp_path, "ties", weight=1.0, boost=2), device="cpu")

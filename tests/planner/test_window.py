@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,24 @@ def test_the_forecast_keeps_to_the_limit(batches: list[Batch], extra: int, threa
 def test_native_threads_as_the_machine_and_the_memory_allow(limit: int, threads: int, expected: PoolShare) -> None:
     queue = [in_native(1000), in_native(10), in_native(0)]
     assert pool_share(queue, limit, threads) == expected
+
+
+def test_passes_that_map_run_further_ahead_than_those_that_merge() -> None:
+    """What is merged lies in memory of its own until its turn."""
+    window = Window(10**9, PoolShare(2, 2 * READ, 30))
+    mapped = Batch((replace(in_native(0).jobs[0], number=-1),))  # of a pass before the last
+    merged = in_native(1000)
+    for _ in range(2 + DONE_AHEAD):
+        assert window.admits(merged)
+        window.push(merged)
+    assert not window.admits(merged)
+    for _ in range(30 - DONE_AHEAD):
+        assert window.admits(mapped)
+        window.push(mapped)
+    assert not window.admits(mapped)
+    window.pop()
+    assert window.admits(merged)
+    assert window.admits(mapped)
 
 
 def test_native_threads_leave_the_memory_to_the_largest_job_of_pytorch() -> None:

@@ -36,7 +36,7 @@ ARROWS = {
     "architecture": _READ,
     "tokenizers": _READ,
     "adapters": f"{_READ} architecture",
-    "output": _READ,
+    "output": f"{_READ} backends",
     "config": _SAID,
     "planner": _PLANNED,
     "engine": _CARRIED_OUT,
