@@ -10,21 +10,25 @@ from benchmarks.tables.quoted import row, rows, run
 
 PAGE = "benchmarks/README.md"
 RIDGES = (1e-2, 1e-5)
+# Runs of whole merges, and the methods in them that a later one has.
+LATER: dict[str, tuple[str, ...]] = {"solver-merges": ("ace",), "solver-merges-ace": ()}
 
 
 def parts() -> Iterator[Part]:
     """What is quoted of them."""
     head = ["", "before", "now", "faster", "cores busy", "operations alone", "over them"]
-    yield Block(PAGE, "solver-merges", table(head, [merged(each) for each in rows("solver-merges", form="pymerge")]))
+    for suite, later in LATER.items():
+        found = [merged(suite, each) for each in rows(suite, form="pymerge") if each["method"] not in later]
+        yield Block(PAGE, suite, table(head, found))
     shapes = dict.fromkeys((each["d_out"], each["d_in"], each["tasks"]) for each in rows("solvers-ace"))
     head = ["d_out x d_in, tasks", *(f"eps {eps:g}" for eps in RIDGES), "at most, by operations"]
     yield Block(PAGE, "solvers-ace", table(head, [released(*shape) for shape in shapes]))
 
 
-def merged(each: Content) -> list[str]:
+def merged(suite: str, each: Content) -> list[str]:
     """A whole merge by this version and the one before."""
-    before = row("solver-merges", form="beside", method=each["method"])
-    floor = each["flops"] / run("solver-merges")["gemm"]
+    before = row(suite, form="beside", method=each["method"])
+    floor = each["flops"] / run(suite)["gemm"]
     return [
         f"`{each['method']}`",
         *(f"{one['wall']['median']:.1f} s" for one in (before, each)),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pymerge.common.arrays import as_tensor, compute_code
 from pymerge.methods import ace_forms as forms
+from pymerge.methods import ace_refined
 from pymerge.methods.actions import Action, Kept, Run, mean_of_tasks
 from pymerge.methods.base import Parameter, Values
 from pymerge.methods.eigenvectors import KeptAce, Ridged
@@ -18,9 +19,8 @@ from pymerge.methods.kept import add_to_base
 from pymerge.methods.precision import ACE_CONDITIONS, ACE_CONDITIONS_OF_ROWS, by_rows, largest_eigenvalue, small, tell
 from pymerge.methods.rows import Rows
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Precision, SolverMethod, not_a_number
+from pymerge.methods.split_deltas import Scaled
 from pymerge.ops.normal_equations import NormalEquations
-from pymerge.ops.spd_solve import SpdSolve
-from pymerge.ops.spectral_refine import SpectralRefine
 from pymerge.ops.task_stats import Stats, TaskStats
 from pymerge.ops.task_sum import TaskSum
 
@@ -70,10 +70,8 @@ class SolveAce(Ridged):
         stats = Stats(stats.norms[kept], stats.traces[kept], stats.means[kept])
 
         wide = self.precision == "float64" or compute_code(base, *experts) == "F64"
-        # The refinement amplifies errors by the inverse of the gap between two singular values.
         if heterogeneous:
-            double = wide or self.precision == "auto"
-            X = self.refined_delta(run, base, experts, stats, "F64" if double else "F32")
+            X = self.refined_delta(run, base, experts, stats, wide)
         else:
             X = self.plain_delta(run, base, experts, stats, wide)
         return add_to_base(base, X, self.scale, out_dtype)
@@ -177,31 +175,15 @@ class SolveAce(Ridged):
     def remark(self, delta_rms: float, norms: Sequence[float]) -> str | None:
         return AT_THE_POLE if near_the_pole(norms) and self.is_heterogeneous(norms) else None
 
-    def refined_delta(self, run: Run, base: Tensor, experts: Sequence[Tensor], stats: Stats, dtype: str) -> Tensor:
-        """X of heterogeneous tasks, d_out x d_in, computed in this dtype."""
+    def refined_delta(self, run: Run, base: Tensor, experts: Sequence[Tensor], stats: Stats, wide: bool) -> Tensor:
+        """X of heterogeneous tasks, d_out x d_in: in float64 if `wide`, else what loses nothing by it in float32."""
         released = self.variant == "released"
         tiny = TINY if released else 0.0
         weights = [1.0 / (p + tiny) for p in stats.traces.tolist()]
         ridges = [self.eps * weight for weight in weights]
-
-        system, numerator = run(NormalEquations(base, experts, weights, stats.means, None, dtype, ridges))
-        prior = (system.sum(dim=0) - sum(ridges)) / system.shape[0]
-        if released:  # not in the paper
-            prior = prior / (float(stats.norms.mean()) + TINY)
-        row = forms.mean_row(run, base, experts, stats.means, weights, dtype)
-        right = numerator
-        if not released:  # the released numerator has the centred deltas; the paper's, the deltas
-            right = numerator + (row + row.new_tensor(ridges) @ stats.means.to(row.dtype))
-        X = run(SpdSolve(system, right, prior, sum(ridges))).X
-
-        average = system / len(experts)
-        if not released:  # the paper's has no ridge in it
-            average.diagonal().sub_(sum(ridges) / len(experts))
-        residual = numerator + row
-        residual -= run(TaskSum(base, experts, ridges, stats.means, dtype))
-        total = run(TaskSum(base, experts, [1.0] * len(experts), dtype=dtype))
-        residual.addmm_(total, average, alpha=-1.0)
-        return run(SpectralRefine(X, residual, self.refined(base.shape)))
+        divisor = float(stats.norms.mean()) + TINY if released else 1.0  # not in the paper
+        tasks = Scaled(base, experts, stats.means, weights, ridges, divisor, released)
+        return ace_refined.merged(run, tasks, self.refined(base.shape), "float64" if wide else self.precision)
 
     def keep(self, run: Run, base: Tensor, experts: Sequence[Tensor]) -> Kept | None:
         """Eigenvectors, of tasks that are not heterogeneous: others are refined by a decomposition for every eps."""
@@ -229,14 +211,16 @@ class SolveAce(Ridged):
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         rows, columns = shape
+        if self.gamma_threshold < 0:  # else the weights tell whether they are refined, and the plan has not read them
+            return ace_refined.flops(rows, columns, experts, self.refined(shape), self.variant == "released")
         return forms.flops(forms.cheapest(rows, columns, experts, double=True), rows, columns, experts)
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns = shape
-        # Refined: covariance, system, factor, one task's Gram, or eigenvectors and LAPACK's work; numerator, solution,
-        # total, residual and four temporaries, in float64 at worst.
-        refined = 0 if self.gamma_threshold == math.inf else 8 * (6 * columns**2 + 8 * rows * columns)
-        return max(refined, forms.scratch(rows, columns, experts))
+        most = forms.scratch(rows, columns, experts)
+        if self.gamma_threshold == math.inf:
+            return most
+        return max(most, ace_refined.scratch(rows, columns, experts, self.variant == "released"))
 
 
 class Ace(SolverMethod):

@@ -83,15 +83,21 @@ def leading_triplets(M: Matrix, k: int, gram: Gram = whole_gram, times: Times = 
     Signs, and bases inside groups of equal singular values, are arbitrary; U V^T does not depend on them unless a
     group is cut by k.
     """
+    U, s, V = _leading_and_values(M, k, gram, times)
+    return U, s[:k], V
+
+
+def _leading_and_values(M: Matrix, k: int, gram: Gram, times: Times) -> Triplets:
+    """`leading_triplets`, but with all singular values."""
     M, xp = in_double(M), functions(M)
     tall = M.shape[0] >= M.shape[1]
     values, vectors = eigenvectors(gram(M if tall else M.T))
-    s = xp.sqrt(xp.clip(xp.flip(values, (0,))[:k], 0.0, None))
-    if float(s[-1]) <= _GRAM_LIMIT * float(s[0]):
+    s = xp.sqrt(xp.clip(xp.flip(values, (0,)), 0.0, None))
+    if float(s[k - 1]) <= _GRAM_LIMIT * float(s[0]):
         U, s, Vh = singular_vectors(M)
-        return U[:, :k], s[:k], Vh[:k].T
+        return U[:, :k], s, Vh[:k].T
     basis = xp.flip(vectors, (1,))[:, :k]
-    other = times(M if tall else M.T, basis / s)
+    other = times(M if tall else M.T, basis / s[:k])
     return (other, s, basis) if tall else (basis, s, other)
 
 
@@ -108,12 +114,25 @@ def numerical_triplets(
     `scale` is the size of what M was computed from, where that is larger than M's largest singular value, `larger` the
     larger side of the weight that M is the core of, if it is one.
     """
+    U, s, V = numerical_triplets_and_values(M, k, scale, larger, gram, times)
+    return U, s[: U.shape[1]], V
+
+
+def numerical_triplets_and_values(
+    M: Matrix,
+    k: int,
+    scale: Matrix | None = None,
+    larger: int | None = None,
+    gram: Gram = whole_gram,
+    times: Times = matmul,
+) -> Triplets:
+    """`numerical_triplets`, but with all singular values where there are triplets."""
     if k == 0 or not M.any():
         M = in_double(M)
         return M[:, :0], M[:1, :0].reshape(-1), M.T[:, :0]
-    U, s, V = leading_triplets(M, k, gram, times)
-    count = int((s > (larger or max(M.shape)) * WEIGHT_EPS * (s[0] if scale is None else scale)).sum())
-    return U[:, :count], s[:count], V[:, :count]
+    U, s, V = _leading_and_values(M, k, gram, times)
+    count = int((s[:k] > (larger or max(M.shape)) * WEIGHT_EPS * (s[0] if scale is None else scale)).sum())
+    return U[:, :count], s, V[:, :count]
 
 
 def triplets_of_product(P: Matrix, K: Matrix, k: int, larger: int) -> Triplets:

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import matmul
+from typing import TYPE_CHECKING, NamedTuple
 
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import Op, check_matrix
-from pymerge.ops._singular import Matrix, numerical_triplets
+from pymerge.ops._singular import (
+    Gram,
+    Matrix,
+    Times,
+    numerical_triplets,
+    numerical_triplets_and_values,
+    whole_gram,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Refined(NamedTuple):
+    """X with its term, and how far the term moves with D + X."""
+
+    X: Tensor  # d_out x d_in, in X's dtype
+    # To first order the Frobenius norm of the term's error over that of an error of D + X, of one that is even in all
+    # directions; infinity where the k-th singular value is the next one, too.
+    sensitivity: float
+
+
 @dataclass(frozen=True, eq=False)
-class SpectralRefine(Op["Tensor"]):
+class SpectralRefine(Op[Refined]):
     """X + mean(s_1..s_k) U_k V_k^T with U S V^T the singular value decomposition of D + X.
 
-    Computed in float64: the truncated polar factor amplifies errors by 1 / (s_k - s_{k+1}). The mean is over k values,
-    and directions whose singular value is rounding are left out of U_k V_k^T: where the rank is below k, the published
-    form adds arbitrary directions there, so that it is not defined.
+    Decomposed in float64: the truncated polar factor amplifies errors by 1 / (s_k - s_{k+1}). The mean is over k
+    values, and directions whose singular value is rounding are left out of U_k V_k^T: where the rank is below k, the
+    published form adds arbitrary directions there, so that it is not defined.
 
     Source: ACE-Merging, arXiv 2603.02945, spectral refinement.
     """
@@ -39,14 +57,37 @@ class SpectralRefine(Op["Tensor"]):
         if not 1 <= k <= min(X.shape):
             raise ArgumentError(f"spectral_refine: k is {k}; give 1 to {min(X.shape)} for shape {tuple(X.shape)}")
 
-    def reference(self) -> Tensor:
+    def reference(self) -> Refined:
         """X in its own dtype, the term rounded to it once."""
-        X = self.X
-        refined: Tensor = X + isotropic_term(self.D.double() + X.double(), self.k).to(X.dtype)
-        return refined
+        left, right, sensitivity = term_factors(self.D.double() + self.X.double(), self.k)
+        return Refined(self.X + (left @ right.mT).to(self.X.dtype), sensitivity)
+
+
+def term_factors(M: Matrix, k: int, gram: Gram = whole_gram, times: Times = matmul) -> tuple[Matrix, Matrix, float]:
+    """Factors of `isotropic_term` of a matrix, d_out x r and d_in x r for r <= k, and its sensitivity."""
+    U, s, V = numerical_triplets_and_values(M, k, gram=gram, times=times)
+    count = U.shape[1]
+    if not count:
+        return U, V, 0.0
+    mean = float(s[:count].sum()) / k
+    return U * mean, V, mean * _sensitivity(s, count, abs(M.shape[0] - M.shape[1])) / math.sqrt(M.shape[0] * M.shape[1])
 
 
 def isotropic_term(M: Matrix, k: int, larger: int | None = None) -> Matrix:
     """mean(s_1..s_k) U_k V_k^T of M in float64; `larger`: of the sides of the weight that M is the core of."""
     U, s, V = numerical_triplets(M, k, larger=larger)
     return s.sum() / k * (U @ V.T)
+
+
+def _sensitivity(s: Tensor, count: int, beyond: int) -> float:
+    """Frobenius norm of the error of U_k V_k^T, for errors of M of variance 1 in all elements; s: all singular values,
+    `beyond` the difference of the sides.
+
+    An error E, in the basis of singular vectors, turns two kept directions by (E_ij - E_ji) / (s_i + s_j), a kept one
+    and one that isn't by (s_i E_ij + s_j E_ji) / (s_i^2 - s_j^2), and one out of M's span by E_ij / s_i.
+    """
+    squares = s.square()
+    kept, rest = squares[:count], squares[count:]
+    across = 2.0 * ((kept[:, None] + rest) / (kept[:, None] - rest).square()).sum()
+    inside = (2.0 / (s[:count, None] + s[:count]).square()).sum() - (0.5 / kept).sum()
+    return math.sqrt(float(across + inside + beyond * (1.0 / kept).sum()))

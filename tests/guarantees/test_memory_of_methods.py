@@ -61,6 +61,9 @@ def check(folder: Path) -> None:
         ("tsv_m", "long", {}),
         ("weir", "tall", {}),
         ("weir", "kernel", {}),
+        ("ace", "long", {"gamma_threshold": -1.0}),  # refined: by matrices of d_in x d_in, and by products of rows
+        ("ace", "wide", {"gamma_threshold": -1.0}),
+        ("ace", "wide", {"gamma_threshold": -1.0, "variant": "paper"}),
     ],
 )
 def test_the_least_limit_is_kept(tmp_path: Path, method: str, form: str, parameters: dict[str, Any]) -> None:

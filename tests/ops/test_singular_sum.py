@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pymerge.backends.native.singular_sum import _single_times
+from pymerge.backends.native._products import single_times
 from pymerge.backends.runner import Runner
 from pymerge.common.arrays import Array
 from pymerge.errors import ArgumentError
@@ -100,5 +100,5 @@ def test_vectors_by_float32_are_measured(spread: float) -> None:
         torch.linalg.qr(torch.randn(rows, 64, generator=generator, dtype=torch.float64))[0] for rows in (300, 200)
     )
     s = torch.logspace(0, -math.log10(spread), 64, dtype=torch.float64)
-    found = _single_times((left * s) @ right.mT, right / s)
+    found = single_times((left * s) @ right.mT, right / s)
     assert float((found - left).norm()) <= 4e-6 * 8.0

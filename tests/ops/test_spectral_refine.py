@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ def test_reference(shape: tuple[int, int], k: int, dtype: torch.dtype) -> None:
     X, D = (matrix.to(dtype) for matrix in matrices(*shape))
     U, s, Vh = np.linalg.svd(X.double().numpy() + D.double().numpy(), full_matrices=False)
     expected = X.double().numpy() + s[:k].mean() * U[:, :k] @ Vh[:k]
-    found = SpectralRefine(X, D, k).reference()
+    found = SpectralRefine(X, D, k).reference().X
     assert found.dtype == dtype
     np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-6)
 
@@ -51,30 +53,62 @@ def test_directions_of_rounding_are_left_out(shape: tuple[int, int], rank: int, 
     X = (left * s @ right.mT).to(dtype)
     D = torch.zeros_like(X)
     expected = X.double() + s.sum() / k * (left @ right.mT)
-    found = SpectralRefine(X, D, k).reference().double()
+    found = SpectralRefine(X, D, k).reference().X.double()
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     noise = 1e-13 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    moved = SpectralRefine(X, (D + noise).to(dtype), k).reference().double()
+    moved = SpectralRefine(X, (D + noise).to(dtype), k).reference().X.double()
     torch.testing.assert_close(moved, found, rtol=0, atol=tolerance)
 
 
 def test_nothing_is_added_to_zeros() -> None:
     X = torch.zeros(5, 4)
-    assert_same("zeros", SpectralRefine(X, X, 3).reference(), X)
+    assert_same("zeros", SpectralRefine(X, X, 3).reference().X, X)
 
 
-def test_a_backend_without_it_takes_the_reference() -> None:
-    X, D = matrices(20, 12)
-    run, op = Runner("native"), SpectralRefine(X, D, 4)
-    assert_same("X", run(op), op.reference())
-    assert run.choices["spectral_refine"].backend == "reference"
+@pytest.mark.parametrize(("shape", "k"), [((20, 12), 4), ((700, 600), 90), ((800, 1300), 240), ((1300, 780), 780)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_native_is_the_reference_to_rounding(shape: tuple[int, int], k: int, dtype: torch.dtype) -> None:
+    """Large ones have products in float32 beside a float32 X."""
+    X, D = matrices(*shape)
+    run, op = Runner("native"), SpectralRefine(X.to(dtype), D, k)
+    found, expected = run(op), op.reference()
+    assert run.choices["spectral_refine"].backend == "native"
+    assert found.X.dtype == dtype
+    term = float((expected.X - X).norm())
+    assert float((found.X - expected.X).norm()) <= term * (1e-12 if dtype == torch.float64 else 2e-6)
+    assert found.sensitivity == pytest.approx(expected.sensitivity, rel=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "k"), [((60, 60), 20), ((200, 50), 50), ((40, 90), 12)])
+@pytest.mark.parametrize("gap", [0.02, 1e-4])
+def test_sensitivity_tells_how_far_the_term_moves(shape: tuple[int, int], k: int, gap: float) -> None:
+    generator = torch.Generator().manual_seed(k)
+    size = min(shape)
+    left, right = (
+        torch.linalg.qr(torch.randn(side, size, generator=generator, dtype=torch.float64))[0] for side in shape
+    )
+    s = torch.linspace(3, 1, size, dtype=torch.float64)
+    if k < size:
+        s[k] = s[k - 1] * (1.0 - gap)
+    D, X = left * s @ right.mT, torch.zeros(shape, dtype=torch.float64)
+    expected, moved = SpectralRefine(X, D, k).reference(), []
+    for _ in range(20):
+        error = torch.randn(shape, generator=generator, dtype=torch.float64)
+        error *= 1e-9 / error.norm()
+        moved.append(float((SpectralRefine(X, D + error, k).reference().X - expected.X).norm()) / 1e-9)
+    root_mean_square = math.sqrt(sum(each**2 for each in moved) / len(moved))
+    assert 0.6 * root_mean_square < expected.sensitivity < 1.7 * root_mean_square
+
+
+def test_sensitivity_where_the_cut_is_between_equal_values_is_infinite() -> None:
+    assert SpectralRefine(torch.zeros(4, 4), torch.eye(4), 2).reference().sensitivity == math.inf
 
 
 def test_strides_change_nothing_beyond_rounding() -> None:
     X, D = matrices(20, 12)
-    found = SpectralRefine(X.mT.contiguous().mT, D.mT.contiguous().mT, 4).reference()
-    torch.testing.assert_close(found, SpectralRefine(X, D, 4).reference(), rtol=0, atol=1e-12)
+    found = SpectralRefine(X.mT.contiguous().mT, D.mT.contiguous().mT, 4).reference().X
+    torch.testing.assert_close(found, SpectralRefine(X, D, 4).reference().X, rtol=0, atol=1e-12)
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
@@ -83,7 +117,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append(SpectralRefine(X, D, 20).reference())
+        results.append(SpectralRefine(X, D, 20).reference().X)
     torch.set_num_threads(threads)
     assert_same("2 threads", results[1], results[0])
 

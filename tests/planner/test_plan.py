@@ -16,6 +16,7 @@ from pymerge.architecture.roles import Kind
 from pymerge.common.devices import Device
 from pymerge.engine.run import run
 from pymerge.errors import ArgumentError, PlanError
+from pymerge.methods import ace_refined
 from pymerge.methods.ace import SolveAce
 from pymerge.methods.actions import Combine, add_task_vectors, copy
 from pymerge.methods.wudi import SolveWudi
@@ -131,6 +132,22 @@ def test_flops(models: Path) -> None:
     shares = (tasks - 1) * (2 * columns**3 + product)
     assert steps(plan)[UP].flops == tasks * product // 2 + columns**3 // 3 + shares
     assert plan.flops == sum(step.flops for step in plan.steps)
+    # Refined for certain: by the numerator, as these are small; D; the Gram, eigenvectors and two products of the term.
+    refined = steps(planned(models, "ace", gamma_threshold=-1.0))[UP].flops
+    short, k = min(rows, columns), int(0.3 * min(rows, columns))
+    term = max(rows, columns) * short**2 + 4 * rows * columns * k + 9 * short**3
+    assert refined == tasks * (product // 2 + product) + columns**3 // 3 + 2 * product + term
+
+
+@pytest.mark.parametrize(("shape", "by_rows"), [((512, 512), False), ((300, 2000), True)])
+def test_operations_of_refined_ace_are_those_of_its_forms(shape: tuple[int, int], by_rows: bool) -> None:
+    rows, columns = shape
+    term, product = max(shape) * min(shape) ** 2 + 4 * rows * columns * 90 + 9 * min(shape) ** 3, 2 * rows * columns**2
+    found = ace_refined.flops(rows, columns, 3, 90, released=True) - term
+    if by_rows:
+        assert found == 900**2 * columns + 900**3 // 3 + 2 * rows * 900**2 + 2 * rows * 900 * columns
+    else:
+        assert found == 3 * product // 2 + columns**3 // 3 + 2 * (2 * columns**3 + product)
 
 
 def test_a_tied_head_is_written_once_and_the_plan_says_so(tmp_path: Path) -> None:

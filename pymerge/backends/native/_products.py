@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pymerge.backends.native._arguments import address, flat, matrix, numbers, rows_contiguous
+from pymerge.ops._op import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 # one. The width is no power of two: panels of 256 float64 columns would fall on the same cache lines.
 _HALF_FROM = 512
 _PANEL = 320
+# Most that a product in float32 may be wrong, as a share of its norm, and the random vectors that it is measured on.
+LARGEST_ERROR = 2e-6
+_PROBES = 16
 
 
 def write_task_sum(
@@ -58,6 +62,18 @@ def mirror(gram: Tensor) -> Tensor:
     for start, stop in _panels(gram.shape[0]):
         gram[start:stop, stop:] = gram[stop:, start:stop].mT
     return gram
+
+
+def single_times(M: Tensor, N: Tensor) -> Tensor:
+    """M N by float32, the longer side's vectors; in float64 where random vectors show that float32 is not enough."""
+    import torch
+
+    product: Tensor = (M.to(torch.float32) @ N.to(torch.float32)).double()
+    probes = torch.randn(N.shape[1], _PROBES, generator=torch.Generator().manual_seed(0), dtype=M.dtype)
+    with one_thread():  # what decides must not depend on their number
+        exact = M @ (N @ probes)
+        enough = float((product @ probes - exact).norm()) <= LARGEST_ERROR * float(exact.norm())
+    return product if enough else M @ N
 
 
 def symmetric_product(left: Tensor, right: Tensor, *, alpha: float = 1.0, less: Tensor | None = None) -> Tensor:

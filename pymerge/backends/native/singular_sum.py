@@ -6,17 +6,15 @@ from __future__ import annotations
 from operator import matmul
 from typing import TYPE_CHECKING
 
-from pymerge.backends.native._inverse_root import LARGEST_ERROR, SMALLEST, inverse_root, is_long
-from pymerge.backends.native._products import half_gram, write_task_sum
+from pymerge.backends.native._inverse_root import SMALLEST, inverse_root, is_long
+from pymerge.backends.native._products import half_gram, single_times, write_task_sum
 from pymerge.common.arrays import as_tensor
-from pymerge.ops._op import compute_dtype, one_thread
+from pymerge.ops._op import compute_dtype
 from pymerge.ops._singular import numerical_triplets, turned_orthogonal
 from pymerge.ops.singular_sum import SingularSum, kept_of_each, orthogonal_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_PROBES = 16
 
 
 def compute(op: SingularSum, threads: int) -> Tensor:
@@ -27,7 +25,7 @@ def compute(op: SingularSum, threads: int) -> Tensor:
     dtype, shape = compute_dtype(base, *experts), (base.shape[0], base.shape[1])
     count, triplets = kept_of_each(shape, len(experts)), []
     large = dtype == torch.float32 and min(shape) >= SMALLEST
-    times = _single_times if large and is_long(*shape) else matmul
+    times = single_times if large and is_long(*shape) else matmul
     tau = torch.empty(shape, dtype=torch.float64)
     for expert in experts:
         write_task_sum(tau, base, [expert], [1.0], None, threads)
@@ -40,18 +38,6 @@ def compute(op: SingularSum, threads: int) -> Tensor:
         U, s, V = (torch.cat(part, dim=-1) for part in zip(*triplets, strict=True))
         X = (_orthogonal(U) * s.to(dtype)) @ _orthogonal(V).mT
     return X
-
-
-def _single_times(M: Tensor, N: Tensor) -> Tensor:
-    """M N by float32, the longer side's vectors; in float64 where random vectors show that float32 is not enough."""
-    import torch
-
-    product: Tensor = (M.to(torch.float32) @ N.to(torch.float32)).double()
-    probes = torch.randn(N.shape[1], _PROBES, generator=torch.Generator().manual_seed(0), dtype=M.dtype)
-    with one_thread():  # what decides must not depend on their number
-        exact = M @ (N @ probes)
-        enough = float((product @ probes - exact).norm()) <= LARGEST_ERROR * float(exact.norm())
-    return product if enough else M @ N
 
 
 def _orthogonal(U: Tensor) -> Tensor:
