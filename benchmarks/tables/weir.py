@@ -49,7 +49,7 @@ def parts() -> Iterator[Part]:
             lines.append([name.removeprefix(CUT), *numbers, f"{found['mean']:.1f}", f"{found['loss']:.3f}"])
     yield Block(PAGE, "weir-crest", table(["", "glyphs5", "its loss", "minilm4", "its loss"], lines))
     known = {found["row"] for found in rows(TESTED, kind="table")}
-    chosen = sorted(known & {"weir", *OTHERS}, key=lambda name: -mean(TESTED, name))
+    chosen = sorted(known & {"weir", *OTHERS}, key=lambda name: (-mean(TESTED, name), name))
     lines = [[f"**{name}**" if name == "weir" else name, spread(TESTED, name, "mean"), above(name)] for name in chosen]
     yield Block(PAGE, "weir-minilm4", table(["", "mean accuracy, %", "weir above it by"], lines))
     cut = "wudi_flow, calibrated, capped at {} means, convolutions by the relative loss"
