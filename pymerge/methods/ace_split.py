@@ -124,8 +124,8 @@ def by_weights(run: Run, tasks: Scaled, k: int) -> Parts | None:
 
 
 def by_rows(run: Run, tasks: Scaled, k: int) -> Parts | None:
-    """As released, by the products K = Z Z^T of all rows of all sqrt(w_t) C_t: with e = sum_t e_t, S^-1 is applied to
-    rows of Z as (K + e I)^-1 is to their coefficients, and X and D are coefficients times Z.
+    """X and D as released, by the products K = Z Z^T of all rows of all sqrt(w_t) C_t: with e = sum_t e_t, S^-1 is
+    applied to rows of Z as (K + e I)^-1 is to their coefficients, and X and D are coefficients times Z.
 
     None where (K + e I)^-1 cannot be had in float32 beside the leading directions.
     """

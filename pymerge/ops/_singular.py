@@ -93,7 +93,7 @@ def _leading_and_values(M: Matrix, k: int, gram: Gram, times: Times) -> Triplets
     tall = M.shape[0] >= M.shape[1]
     values, vectors = eigenvectors(gram(M if tall else M.T))
     s = xp.sqrt(xp.clip(xp.flip(values, (0,)), 0.0, None))
-    if float(s[k - 1]) <= _GRAM_LIMIT * float(s[0]):
+    if float(s[:k][-1]) <= _GRAM_LIMIT * float(s[0]):  # a core may have fewer than k
         U, s, Vh = singular_vectors(M)
         return U[:, :k], s, Vh[:k].T
     basis = xp.flip(vectors, (1,))[:, :k]
