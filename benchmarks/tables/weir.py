@@ -57,6 +57,9 @@ def parts() -> Iterator[Part]:
     flow = max(found["mean"] for found in rows(LARGER) if found["name"].startswith("wudi_flow, scale"))
     numbers = [f"{value:.1f}" for value in (*scores, flow)]
     yield Said(PAGE, "cut at 2 and 3 means has {} and {}, the flow at its best scale {}:", numbers)
+    cost = [row("weir-merges", kind="merge", form="pymerge", method=name) for name in ("weir", "wudi_flow")]
+    numbers = [text for each in cost for text in (f"{each['wall']['median']:.0f}", f"{each['peak'] / 2**30:.1f}")]
+    yield Said(PAGE, "on two cores {} s and {} GiB at its peak, `wudi_flow` {} s and {} GiB in the same run", numbers)
     smoke = json.loads(EXPECTED.read_text())["rows"]
     two = [f"{smoke[name]['mean']:.1f}" for name in ("weir", "wudi_flow, t = 300")]
     yield Said(PAGE, "two glyph tasks are merged: {} and {} on the two of `make quality-smoke`", two)
