@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -151,11 +152,11 @@ def _crests(s: Subject) -> Iterator[tuple[str, States]]:
     """Where the spectrum of the calibrated flow is cut, with solved convolutions; what weir was chosen from."""
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
     for means in (2.0, 2.5, 3.0):
-        changes[f"capped at {means:g} means"] = lambda X, c=means: formulas.capped(X, c)  # type: ignore[misc]
+        changes[f"capped at {means:g} means"] = partial(formulas.capped, means=means)
     for means in (3.0, 4.0, 5.0):
-        changes[f"saturated at {means:g} means"] = lambda X, c=means: formulas.saturated(X, c)  # type: ignore[misc]
+        changes[f"saturated at {means:g} means"] = partial(formulas.saturated, means=means)
     for times in (1.25, 1.5, 1.75, 2.0):
-        changes[f"below {times:g} root mean squares"] = lambda X, c=times: formulas.below_crest(X, c)  # type: ignore[misc]
+        changes[f"below {times:g} root mean squares"] = partial(formulas.below_crest, times=times)
 
     def state(change: Callable[[Tensor], Tensor]) -> list[Deltas]:
         linear = {n: change(formulas.calibrated(X, s.taus[n], 1 / len(s.experts))) for n, X in s.flow.items()}

@@ -112,8 +112,7 @@ def tact_delta(base: Matrix, experts: list[Matrix], kappa: float) -> Matrix:
 
 def length_delta(base: Matrix, experts: list[Matrix], steps: int = 400) -> Matrix:
     """Return X of gradient flow on relative errors from the mean, stopped at the root mean square of the tasks' norms:
-    its time by bisection, the flow by the exponential of the whole linear system's matrix.
-    """
+    its time by bisection, the flow by the exponential of the whole system."""
     taus = [expert - base for expert in experts if np.any(expert - base)]
     norms = [np.linalg.norm(tau) ** 2 for tau in taus]
     A = sum(tau.T @ tau / norm**2 for tau, norm in zip(taus, norms, strict=True))
@@ -142,8 +141,7 @@ def weir_delta(base: Matrix, experts: list[Matrix]) -> Matrix:
         return touched[0] - base
     X = calibrated(filter_delta(base, touched, 300.0)[0], base, touched, 1 / len(touched))
     U, s, Vh = np.linalg.svd(X, full_matrices=False)
-    kept = s[s > max(base.shape) * 2.0**-23 * s[0]]
-    return U[:, : len(kept)] * np.minimum(kept, 1.75 * np.sqrt(np.mean(kept**2))) @ Vh[: len(kept)]
+    return U * np.minimum(s, 1.75 * np.sqrt(np.mean(s[s > max(base.shape) * 2.0**-23 * s[0]] ** 2))) @ Vh
 
 
 def polar_factor(M: Matrix) -> Matrix:
