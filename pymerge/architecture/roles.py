@@ -206,7 +206,8 @@ def _by_evidence(name: str, facts: Facts) -> Role:
     if axes != 2:
         low, high = _KERNEL_AXES
         kernel = low <= axes <= high and parameter == "weight" and max(shape[2:]) <= _WINDOW
-        kernel = kernel and shape[1] > 1  # depthwise ones have one channel
+        # Depthwise ones have one channel; of three axes, a stack has few matrices, and they are wider than that.
+        kernel = kernel and shape[1] > 1 and (axes > low or shape[2] < shape[0])
         return Role(Kind.OTHER, reason=f"{axes} axes", kernel=kernel)
     if parameter not in ("weight", "in_proj_weight") and facts.bias(name) is None:
         return Role(Kind.OTHER, reason="not called weight")  # nothing says which axis is its input, if any is

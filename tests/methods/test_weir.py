@@ -73,11 +73,19 @@ def flat(kernel: torch.Tensor):
 
 @pytest.mark.parametrize(
     ("shape", "solved"),
-    [((8, 6, 5), True), ((8, 6, 1, 1), True), ((8, 1, 3, 3), False), ((3, 8, 300), False), ((4, 2, 2, 3, 3), True)],
+    [
+        ((8, 6, 5), True),
+        ((8, 6, 1, 1), True),
+        ((8, 1, 3, 3), False),
+        ((3, 8, 300), False),
+        ((8, 16, 12), False),
+        ((4, 2, 2, 3, 3), True),
+    ],
     ids=str,
 )
 def test_which_tensors_are_convolutions(shape: tuple[int, ...], solved: bool) -> None:
-    """Depthwise ones have inputs of their own for each output; a third axis of 300 is no window."""
+    """Depthwise ones have inputs of their own for each output; a third axis of 300 is no window,
+    nor is one that is longer than the first: these are matrices in a stack."""
     generator = torch.Generator().manual_seed(1)
     base = {KERNEL: torch.randn(shape, generator=generator, dtype=torch.float64)}
     experts = [{KERNEL: base[KERNEL] + torch.randn(shape, generator=generator).double()} for _ in range(2)]
