@@ -123,6 +123,16 @@ def below_crest(X: Tensor, times: float) -> Tensor:
     return (U * S.clamp(max=times * S.square().mean().sqrt())) @ Vh
 
 
+def below_unless_agreed(X: Tensor, taus: Matrices, times: float) -> Tensor:
+    """Of a singular value above so many root mean squares, only the part that the tasks agree on, as Calibrate's."""
+    U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    rows = torch.stack([U.T @ tau.double() for tau in taus])
+    energies = rows.square().sum(2).sum(0)
+    agreed = (rows.sum(0).square().sum(1) - energies) / ((len(taus) - 1) * energies.clamp(min=1e-12))
+    crest = times * S.square().mean().sqrt()
+    return ((U * torch.where(crest < S, crest + (S - crest) * agreed.clamp(0, 1), S)) @ Vh).float()
+
+
 def saturated(X: Tensor, means: float) -> Tensor:
     """Singular values s / sqrt(1 + (s / m)^2), m that many times their mean: a cap without a corner."""
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -155,16 +155,27 @@ def _crests(s: Subject) -> Iterator[tuple[str, States]]:
         changes[f"capped at {means:g} means"] = partial(formulas.capped, means=means)
     for means in (3.0, 4.0, 5.0):
         changes[f"saturated at {means:g} means"] = partial(formulas.saturated, means=means)
-    for times in (1.25, 1.5, 1.75, 2.0):
+    for times in (1.25, 1.5, 1.75, 2.0, 2.5, 3.5, 5.0):
         changes[f"below {times:g} root mean squares"] = partial(formulas.below_crest, times=times)
+    changes["not cut"] = lambda X: X
 
-    def state(change: Callable[[Tensor], Tensor]) -> list[Deltas]:
-        linear = {n: change(formulas.calibrated(X, s.taus[n], 1 / len(s.experts))) for n, X in s.flow.items()}
+    @cache
+    def calibrated() -> Deltas:
+        return {name: formulas.calibrated(X, s.taus[name], 1 / len(s.experts)) for name, X in s.flow.items()}
+
+    def state(linear: Deltas) -> list[Deltas]:
         kernels = s.apply(lambda taus: formulas.as_long_as_a_task(taus, True), s.convolutions)
         return [s.state(linear | s.averaged | kernels)]
 
     for label, change in changes.items():
-        yield f"crest: {label}", lambda f=change: state(f)
+        yield f"crest: {label}", lambda f=change: state({name: f(X) for name, X in calibrated().items()})
+    for times in (1.75, 7 / len(s.experts)):
+        yield (
+            f"crest: below {times:.3g} root mean squares, but for what tasks agree on",
+            lambda c=times: state(
+                {name: formulas.below_unless_agreed(X, s.taus[name], c) for name, X in calibrated().items()}
+            ),
+        )
 
 
 def _experts(s: Subject) -> Iterator[tuple[str, States]]:

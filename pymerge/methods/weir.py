@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 
 # Time of the flow: wudi_flow's.
 TIME = 300.0
-# No singular value is larger than so many times their root mean square, ||X|| / sqrt(rank).
-CREST = 1.75
+
+
+def crest(tasks: int) -> float:
+    """Largest singular value of X by the root mean square of all, ||X|| / sqrt(rank), for so many tasks.
+
+    Few tasks leave little to cut: what is cut is theirs. A task alone comes back as it is.
+    """
+    return max(1.75, 7.0 / tasks) if tasks > 1 else math.inf
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,7 @@ class FlowBelowCrest(SolveDelta):
         system = self.flow.equations(run, base, experts, norms)
         X = system.X.add_(self.flow.displacement(run, system))
         del system
-        most = CREST if len(experts) > 1 else math.inf  # a task alone comes back as it is
-        return run(Calibrate(X, base, experts, 1.0 / len(experts), most))
+        return run(Calibrate(X, base, experts, 1.0 / len(experts), crest(len(experts))))
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         small, large = sorted(shape)

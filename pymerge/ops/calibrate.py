@@ -24,8 +24,10 @@ class Calibrate(Op["Tensor"]):
     """X' = U diag(gamma s) V^T of X = U diag(s) V^T, d_out x d_in, in X's dtype; computed in float64.
 
     gamma_r = T / sum_t max(s_tr, alpha), with s_tr = <a_r, a_tr> / max(||a_tr||^2, 1e-12) the part that a_r = u_r^T X
-    has of what task t asks for, a_tr = u_r^T tau_t. Singular values that are rounding are left out. Those that end
-    above `most` times their root mean square are brought down to that.
+    has of what task t asks for, a_tr = u_r^T tau_t. Singular values that are rounding are left out. Of those that end
+    above c, `most` times their root mean square, only the part is kept that tasks agree on: c + (s_r - c) max(g_r, 0)
+    with g_r = (||sum_t a_tr||^2 - sum_t ||a_tr||^2) / ((T - 1) sum_t ||a_tr||^2), 1 where all ask for the same, 0 where
+    what they ask for is orthogonal.
 
     Source: Singular Value Calibration, arXiv 2602.05536, algorithm 1; `most` is ours, for docs/method-weir.md.
     """
@@ -36,16 +38,18 @@ class Calibrate(Op["Tensor"]):
     base: ArrayLike  # W_0, d_out x d_in, floating point
     experts: Sequence[ArrayLike]  # T matrices W_t of the same shape; each may have its own floating dtype
     alpha: float = 1.0  # above 0: with 1 directions can only shrink, with 1 / T they can grow up to T times
-    most: float = math.inf  # at least 1
+    most: float = math.inf  # at least 1; finite only with two tasks or more
 
     def check(self) -> None:
-        """Raise ArgumentError unless all matrices have one shape, alpha is above 0 and `most` at least 1."""
+        """Raise ArgumentError unless all have one shape, alpha is above 0 and `most` at least 1, inf for one task."""
         check_task_tensors("calibrate", self.base, self.experts, ndim=2)
         check_matrix("calibrate", "delta", as_tensor(self.delta), (self.base.shape[0], self.base.shape[1]))
         if not self.alpha > 0:
             raise ArgumentError(f"calibrate: alpha is {self.alpha}; give a number above 0")
         if not self.most >= 1:
             raise ArgumentError(f"calibrate: most is {self.most}; give a number of at least 1")
+        if len(self.experts) == 1 and self.most < math.inf:
+            raise ArgumentError(f"calibrate: most is {self.most} for one task, which agrees with nobody; leave it out")
 
     def reference(self) -> Tensor:
         """One decomposition, and a product for each task."""
@@ -53,13 +57,19 @@ class Calibrate(Op["Tensor"]):
 
         X, base = as_tensor(self.delta), as_tensor(self.base)
         U, s, V = numerical_triplets(X, min(X.shape))
-        total = torch.zeros_like(s)
+        total, energies = torch.zeros_like(s), torch.zeros_like(s)
+        summed = torch.zeros_like(V.mT) if self.most < math.inf else None  # rank x d_in
         for expert in self.experts:
             responses = U.mT @ task_vector(base, as_tensor(expert), None, torch.float64)
-            along = s * (responses * V.mT).sum(dim=1)
-            total += (along / responses.square().sum(dim=1).clamp(min=_TINY)).clamp(min=self.alpha)
+            energy = responses.square().sum(dim=1)
+            total += (s * (responses * V.mT).sum(dim=1) / energy.clamp(min=_TINY)).clamp(min=self.alpha)
+            if summed is not None:
+                summed += responses
+                energies += energy
         s = s * len(self.experts) / total
-        if math.isfinite(self.most) and len(s) > 0:
-            s = s.clamp(max=self.most * float(s.square().mean().sqrt()))
+        if summed is not None and len(s) > 0:
+            agreed = (summed.square().sum(dim=1) - energies) / ((len(self.experts) - 1) * energies.clamp(min=_TINY))
+            crest = self.most * s.square().mean().sqrt()
+            s = torch.where(s > crest, crest + (s - crest) * agreed.clamp(0, 1), s)
         calibrated: Tensor = (U * s) @ V.mT
         return calibrated.to(X.dtype)

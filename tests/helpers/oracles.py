@@ -134,14 +134,24 @@ def length_delta(base: Matrix, experts: list[Matrix], steps: int = 400) -> Matri
 
 
 def weir_delta(base: Matrix, experts: list[Matrix]) -> Matrix:
-    """Return X of weir on a linear weight: wudi_flow's, calibrated with 1 / T, no singular value above 1.75 times
-    their root mean square; of one task, its own."""
+    """Return X of weir on a linear weight: wudi_flow's, calibrated with 1 / T, below a crest; of one task, its own."""
     touched = [expert for expert in experts if np.any(expert - base)]
     if len(touched) == 1:
         return touched[0] - base
     X = calibrated(filter_delta(base, touched, 300.0)[0], base, touched, 1 / len(touched))
+    return below_crest(X, [expert - base for expert in touched], max(1.75, 7 / len(touched)))
+
+
+def below_crest(X: Matrix, taus: list[Matrix], most: float) -> Matrix:
+    """Return X with singular values above c = `most` root mean squares brought down by what tasks do not agree on."""
     U, s, Vh = np.linalg.svd(X, full_matrices=False)
-    return U * np.minimum(s, 1.75 * np.sqrt(np.mean(s[s > max(base.shape) * 2.0**-23 * s[0]] ** 2))) @ Vh
+    crest = most * np.sqrt(np.mean(s[s > max(X.shape) * 2.0**-23 * s[0]] ** 2))
+    for r in np.flatnonzero(s > crest):
+        asked = [U[:, r] @ tau for tau in taus]
+        pairs = [a @ b for i, a in enumerate(asked) for j, b in enumerate(asked) if i != j]
+        agreed = sum(pairs) / (len(taus) - 1) / sum(a @ a for a in asked)
+        s[r] = crest + (s[r] - crest) * max(agreed, 0.0)
+    return U * s @ Vh
 
 
 def polar_factor(M: Matrix) -> Matrix:

@@ -14,7 +14,7 @@ from pymerge.errors import ArgumentError
 from pymerge.ops.calibrate import Calibrate
 from pymerge.testing.cases import LAYOUTS, lay_out, make_weights
 from pymerge.testing.compare import as_float64, assert_same, relative_error
-from tests.helpers.oracles import calibrated
+from tests.helpers.oracles import below_crest, calibrated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,16 +40,30 @@ def test_reference(shape: tuple[int, int, int], dtype: torch.dtype, alpha: float
 
 
 @pytest.mark.parametrize("most", [1.0, 1.5, math.inf])
-def test_no_singular_value_is_above_so_many_times_their_root_mean_square(most: float) -> None:
+@pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
+def test_of_what_is_above_the_crest_only_what_tasks_agree_on_is_kept(most: float, shared: float) -> None:
+    """One large direction: the first task's alone, or in part or wholly that of all."""
     base, experts = make_weights(30, 20, 3, dtype=torch.float64)
-    X = total(base, experts) + 0.02 * torch.outer(torch.ones(30).double(), torch.ones(20).double())
-    U, s, Vh = torch.linalg.svd(Calibrate(X, base, experts, 0.5).reference(), full_matrices=False)
-    limit = most * float(s.square().mean().sqrt())
-    assert math.isinf(most) or float(s[0]) > 1.1 * limit
-    found = Calibrate(X, base, experts, 0.5, most).reference()
-    torch.testing.assert_close(found, U * s.clamp(max=limit) @ Vh, rtol=1e-9, atol=1e-12)
-    flat = Calibrate(torch.zeros(30, 20), base, experts, 0.5, most).reference()
-    assert not flat.any()
+    large = 0.05 * torch.outer(torch.ones(30).double(), torch.ones(20).double())
+    experts = [expert + (1.0 if place == 0 else shared) * large for place, expert in enumerate(experts)]
+    X = total(base, experts) / 3
+    whole = as_float64(Calibrate(X, base, experts, 1 / 3).reference())
+    found = as_float64(Calibrate(X, base, experts, 1 / 3, most).reference())
+    expected = below_crest(whole, [as_float64(expert - base) for expert in experts], most)
+    assert relative_error(found, expected) < 1e-9
+    lost = relative_error(found, whole)
+    bounds = {0.0: (0.3, 1), 0.5: (0.1, 0.5), 1.0: (1e-7, 1e-4)}[shared] if math.isfinite(most) else (-1, 1e-12)
+    assert bounds[0] < lost < bounds[1]
+
+
+@pytest.mark.parametrize("most", [1.0, 1.75])
+def test_equal_tasks_come_back_whatever_the_crest(most: float) -> None:
+    base, experts = make_weights(30, 20, 1, dtype=torch.float64)
+    tau = experts[0] - base + 0.02
+    experts = [base + tau] * 4
+    found = Calibrate(4 * tau, base, experts, 1 / 4, most).reference()
+    torch.testing.assert_close(found, tau, rtol=1e-9, atol=1e-12)
+    assert not Calibrate(torch.zeros(30, 20), base, experts, 0.5, most).reference().any()
 
 
 def test_one_task_and_equal_tasks() -> None:
@@ -101,4 +115,6 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ArgumentError, match=r"calibrate: alpha is 0.0; give a number above 0"):
         Calibrate(base, base, [base], 0.0).check()
     with pytest.raises(ArgumentError, match=r"calibrate: most is 0.5; give a number of at least 1"):
-        Calibrate(base, base, [base], 1.0, 0.5).check()
+        Calibrate(base, base, [base, base], 1.0, 0.5).check()
+    with pytest.raises(ArgumentError, match=r"calibrate: most is 2.0 for one task, which agrees with nobody"):
+        Calibrate(base, base, [base], 1.0, 2.0).check()
