@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -33,7 +34,7 @@ This folder belongs to a pymerge run that has not finished. If none is running:
 """
 
 
-class HeldDirectory:
+class HeldDirectory(ABC):
     """An output directory, its lock, and the sink of what is written there. It is a context that ends in `abandon`."""
 
     def __init__(
@@ -81,9 +82,9 @@ class HeldDirectory:
         for task in self.take(tensor_name, data):
             task.run()
 
+    @abstractmethod
     def abandon(self) -> None:
         """Stop writing, and give the lock back."""
-        raise NotImplementedError
 
     def _own(self, state: State, finished: dict[str, Record]) -> None:
         """Note that the directory is ours."""
