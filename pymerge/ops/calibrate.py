@@ -27,7 +27,7 @@ class Calibrate(Op["Tensor"]):
     has of what task t asks for, a_tr = u_r^T tau_t. Singular values that are rounding are left out. Those that end
     above `most` times their root mean square are brought down to that.
 
-    Source: Singular Value Calibration, arXiv 2602.05536, algorithm 1; `most` is ours, for docs/method-weir.md.
+    Source: Singular Value Calibration, arXiv 2602.05536, algorithm 1; `most` and `rounding` are ours, for docs/method-weir.md.
     """
 
     summary = "singular values of a merged delta calibrated by the tasks' projections (SVC)"
@@ -37,15 +37,21 @@ class Calibrate(Op["Tensor"]):
     experts: Sequence[ArrayLike]  # T matrices W_t of the same shape; each may have its own floating dtype
     alpha: float = 1.0  # above 0: with 1 directions can only shrink, with 1 / T they can grow up to T times
     most: float = math.inf  # at least 1
+    # A response of a task of at most this share of ||tau_t||_F is none: s_tr is 0, and counts as alpha. With None as
+    # released: ||a_tr||^2 counts as at least 1e-12, so that gamma is not the same for deltas of another size.
+    rounding: float | None = None
 
     def check(self) -> None:
-        """Raise ArgumentError unless all matrices have one shape, alpha is above 0 and `most` at least 1."""
+        """Raise ArgumentError unless all matrices have one shape, alpha is above 0, `most` at least 1, and `rounding` none
+        or at least 0."""
         check_task_tensors("calibrate", self.base, self.experts, ndim=2)
         check_matrix("calibrate", "delta", as_tensor(self.delta), (self.base.shape[0], self.base.shape[1]))
         if not self.alpha > 0:
             raise ArgumentError(f"calibrate: alpha is {self.alpha}; give a number above 0")
         if not self.most >= 1:
             raise ArgumentError(f"calibrate: most is {self.most}; give a number of at least 1")
+        if self.rounding is not None and not self.rounding >= 0:
+            raise ArgumentError(f"calibrate: rounding is {self.rounding}; give a number of at least 0, or None")
 
     def reference(self) -> Tensor:
         """One decomposition, and a product for each task."""
@@ -55,9 +61,14 @@ class Calibrate(Op["Tensor"]):
         U, s, V = numerical_triplets(X, min(X.shape))
         total = torch.zeros_like(s)
         for expert in self.experts:
-            responses = U.mT @ task_vector(base, as_tensor(expert), None, torch.float64)
+            tau = task_vector(base, as_tensor(expert), None, torch.float64)
+            least = 0.0 if self.rounding is None else (self.rounding * float(tau.norm())) ** 2
+            responses = U.mT @ tau
             along = s * (responses * V.mT).sum(dim=1)
-            total += (along / responses.square().sum(dim=1).clamp(min=_TINY)).clamp(min=self.alpha)
+            squares = responses.square_().sum(dim=1)
+            if self.rounding is None:
+                squares.clamp_(min=_TINY)
+            total += torch.where(squares > least, along / squares, 0.0).clamp(min=self.alpha)
         s = s * len(self.experts) / total
         if math.isfinite(self.most) and len(s) > 0:
             s = s.clamp(max=self.most * float(s.square().mean().sqrt()))
