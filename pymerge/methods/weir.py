@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 TIME = 300.0
 # No singular value is larger than so many times their root mean square, ||X|| / sqrt(rank).
 CREST = 1.75
-# The longest task vector over the shortest from which on the flow is in float64, on d_in x d_in matrices and on products
-# of rows. Calibration divides by what a task has in a direction: an error beside the longest is large beside the others.
+# The longest task vector over the shortest from which on the flow is in float64, on d_in x d_in matrices and on
+# products of rows. Calibration divides by what a task has in a direction, where errors are those beside the longest.
 APART, APART_OF_ROWS = 8.0, 300.0
 
 
@@ -92,8 +92,8 @@ class SolveKernel(SolveDelta):
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         rows, columns, size = _flattened(shape, experts)
-        # In float64: all task vectors twice, X, the mean; products, eigenvectors, LAPACK's work; what flows, six times.
-        return 8 * ((2 * experts + 4) * rows * columns + 6 * size**2 + size * columns + 6 * rows * size + 2 * rows**2)
+        # In float64: task vectors thrice, X, the mean; products, eigenvectors, LAPACK's work; what flows, six times.
+        return 8 * ((3 * experts + 4) * rows * columns + 6 * size**2 + size * columns + 6 * rows * size + 2 * rows**2)
 
 
 def _flattened(shape: tuple[int, ...], experts: int) -> tuple[int, int, int]:

@@ -27,7 +27,8 @@ class Calibrate(Op["Tensor"]):
     has of what task t asks for, a_tr = u_r^T tau_t. Singular values that are rounding are left out. Those that end
     above `most` times their root mean square are brought down to that.
 
-    Source: Singular Value Calibration, arXiv 2602.05536, algorithm 1; `most` and `rounding` are ours, for docs/method-weir.md.
+    Source: Singular Value Calibration, arXiv 2602.05536, algorithm 1; `most` and `rounding` are ours
+    (docs/method-weir.md).
     """
 
     summary = "singular values of a merged delta calibrated by the tasks' projections (SVC)"
@@ -42,8 +43,7 @@ class Calibrate(Op["Tensor"]):
     rounding: float | None = None
 
     def check(self) -> None:
-        """Raise ArgumentError unless all matrices have one shape, alpha is above 0, `most` at least 1, and `rounding` none
-        or at least 0."""
+        """Raise ArgumentError unless all matrices have one shape, and numbers are in their ranges."""
         check_task_tensors("calibrate", self.base, self.experts, ndim=2)
         check_matrix("calibrate", "delta", as_tensor(self.delta), (self.base.shape[0], self.base.shape[1]))
         if not self.alpha > 0:
