@@ -49,6 +49,9 @@ PRECISION = Parameter(
     varies=False,
 )
 
+# Squares of the elements of deltas that are longer, or shorter by as much, are beyond what float32 holds.
+_LARGEST_NORM = 1e28
+
 
 class SolverMethod(Method):
     """A method that solves linear weights and leaves every other tensor to the `rest` rule."""
@@ -139,6 +142,8 @@ class SolveInterference(Solve):
     ) -> Equations:
         """The equations formed in one dtype, F32 or F64, for steps in another."""
         weights = [1.0 / norm if norm > 0 else 0.0 for norm in norms]
+        if not all(1.0 / _LARGEST_NORM < norm < _LARGEST_NORM for norm in norms if norm > 0):
+            products = "F64"
         X = run(TaskSum(base, experts, [1.0] * len(experts), dtype=products))
         A, B = run(NormalEquations(base, experts, weights, origin=X, dtype=products))
         return Equations(X, A.to(torch_dtype(steps)), B.to(torch_dtype(steps)), mean_size(base, norms))

@@ -135,17 +135,20 @@ def length_delta(base: Matrix, experts: list[Matrix], steps: int = 400) -> Matri
 
 def weir_delta(base: Matrix, experts: list[Matrix]) -> Matrix:
     """Return X of weir on a linear weight: wudi_flow's, calibrated with 1 / T, below a crest; of one task, its own."""
-    touched = [expert for expert in experts if np.any(expert - base)]
-    if len(touched) == 1:
-        return touched[0] - base
-    X = calibrated(filter_delta(base, touched, 300.0)[0], base, touched, 1 / len(touched))
-    return below_crest(X, [expert - base for expert in touched], max(1.75, 7 / len(touched)))
+    taus = [expert - base for expert in experts if np.any(expert - base)]
+    if len(taus) == 1:
+        return taus[0]
+    X = filter_delta(np.zeros_like(base), taus, 300.0)[0]
+    s = np.linalg.svd(X, compute_uv=False)
+    rank = int((s > max(base.shape) * 2.0**-23 * s[0]).sum())
+    return below_crest(calibrated(X, 0.0, taus, 1 / len(taus), tiny=0.0), taus, max(1.75, 7 / len(taus)), rank)
 
 
-def below_crest(X: Matrix, taus: list[Matrix], most: float) -> Matrix:
-    """Return X with singular values above c = `most` root mean squares brought down by what tasks do not agree on."""
+def below_crest(X: Matrix, taus: list[Matrix], most: float, rank: int) -> Matrix:
+    """Return X with singular values above `most` root mean squares, of so many, brought down to that, but for the part
+    that tasks agree on."""
     U, s, Vh = np.linalg.svd(X, full_matrices=False)
-    crest = most * np.sqrt(np.mean(s[s > max(X.shape) * 2.0**-23 * s[0]] ** 2))
+    crest = most * np.linalg.norm(s) / np.sqrt(rank)
     for r in np.flatnonzero(s > crest):
         asked = [U[:, r] @ tau for tau in taus]
         pairs = [a @ b for i, a in enumerate(asked) for j, b in enumerate(asked) if i != j]
@@ -212,15 +215,18 @@ def dc_delta(
     return U @ (merged * inside) @ V.T
 
 
-def calibrated(X: Matrix, base: Matrix, experts: list[Matrix], alpha: float = 1.0) -> Matrix:
-    """Return X by SVC, one direction and one task after the other."""
+def calibrated(
+    X: Matrix, base: Matrix | float, experts: list[Matrix], alpha: float = 1.0, tiny: float = 1e-12
+) -> Matrix:
+    """Return X by SVC, one direction and one task after the other; a response of 0 asks for nothing."""
     U, s, Vh = np.linalg.svd(X, full_matrices=False)
     factors = []
     for direction in U.T:
         merged, parts = direction @ X, []
         for expert in experts:
             own = direction @ (expert - base)
-            parts.append(max(merged @ own / max(own @ own, 1e-12), alpha))
+            square = max(own @ own, tiny)
+            parts.append(max(merged @ own / square, alpha) if square > 0 else alpha)
         factors.append(len(experts) / sum(parts))
     return U * (s * np.array(factors)) @ Vh
 

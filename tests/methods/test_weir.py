@@ -123,6 +123,30 @@ def test_one_task_comes_back_untouched_ones_do_not_count_and_scale() -> None:
     torch.testing.assert_close(2 * halved, pymerge.merge_tensors(kernel, tasks, "weir") - kernel, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1e19])
+@pytest.mark.parametrize("shape", [(12, 16, 3), (150, 160, 3), (24, 160, 3)], ids=str)
+def test_the_size_of_all_deltas_changes_nothing_else(shape: tuple[int, int, int], size: float) -> None:
+    """Also beyond the squares that float32 holds, and where responses in small directions are tiny."""
+    base, experts = steep(*shape)
+    taus = [(expert - base) / 1e-3 for expert in experts]
+    zero = torch.zeros_like(base, dtype=torch.float32)
+    own = [(size * tau).float() for tau in taus]
+    expected = weir_delta(as_float64(zero), [as_float64(tau) / size for tau in own])
+    assert relative_error(merged_delta(zero, own, "weir") / size, expected) < 2e-5
+
+
+@pytest.mark.parametrize("ratio", [1e-2, 1e-4, 1e-7])
+@pytest.mark.parametrize("shape", [(150, 160, 3), (24, 160, 3)], ids=str)
+def test_a_task_that_hardly_touched_the_weight(shape: tuple[int, int, int], ratio: float) -> None:
+    """Calibration divides by what each task has in a direction, which is little here: the flow is in float64."""
+    base, experts = make_weights(*shape, dtype=torch.float64)
+    taus = [expert - base for expert in experts]
+    own = [tau.float() for tau in (*taus[:-1], ratio * taus[-1])]
+    zero = torch.zeros_like(own[0])
+    expected = weir_delta(as_float64(zero), [as_float64(tau) for tau in own])
+    assert relative_error(merged_delta(zero, own, "weir"), expected) < 2e-5
+
+
 def test_later_merges_of_a_merger_are_those_of_files(tmp_path: Path) -> None:
     """X of a linear weight and of a convolution is kept: another scale is a sum."""
     base = {KERNEL: kernels()[0], "mlp.up_proj.weight": steep(16, 12, 1)[0]}

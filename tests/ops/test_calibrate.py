@@ -49,7 +49,7 @@ def test_of_what_is_above_the_crest_only_what_tasks_agree_on_is_kept(most: float
     X = total(base, experts) / 3
     whole = as_float64(Calibrate(X, base, experts, 1 / 3).reference())
     found = as_float64(Calibrate(X, base, experts, 1 / 3, most).reference())
-    expected = below_crest(whole, [as_float64(expert - base) for expert in experts], most)
+    expected = below_crest(whole, [as_float64(expert - base) for expert in experts], most, 20)
     assert relative_error(found, expected) < 1e-9
     lost = relative_error(found, whole)
     bounds = {0.0: (0.3, 1), 0.5: (0.1, 0.5), 1.0: (1e-7, 1e-4)}[shared] if math.isfinite(most) else (-1, 1e-12)
@@ -64,6 +64,30 @@ def test_equal_tasks_come_back_whatever_the_crest(most: float) -> None:
     found = Calibrate(4 * tau, base, experts, 1 / 4, most).reference()
     torch.testing.assert_close(found, tau, rtol=1e-9, atol=1e-12)
     assert not Calibrate(torch.zeros(30, 20), base, experts, 0.5, most).reference().any()
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-9, 1e9])
+def test_with_rounding_the_size_of_the_deltas_changes_nothing_else(size: float) -> None:
+    base, experts = make_weights(24, 16, 3, dtype=torch.float64)
+    taus = [expert - base for expert in experts]
+    taus[0][:8] = 0.0
+    taus[1][8:] = 0.0
+    zero = torch.zeros_like(base)
+    expected = calibrated(as_float64(sum(taus)), 0.0, [as_float64(tau) for tau in taus], 1 / 3, tiny=0.0)
+    X = Calibrate(size * sum(taus), zero, [size * tau for tau in taus], 1 / 3, rounding=2.0**-23).reference() / size
+    assert relative_error(as_float64(X), expected) < 1e-9
+
+
+def test_with_rounding_a_response_that_is_rounding_is_none() -> None:
+    """Two tasks on rows of their own: what the other has in a direction is 0, or as good as 0, and counts as alpha."""
+    base, noise = torch.zeros(2, 2, dtype=torch.float64), 1e-12
+    X = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    tasks = [
+        torch.tensor([[2.0, 0.0], [noise, 0.0]], dtype=torch.float64),
+        torch.tensor([[noise, 0.0], [0.0, 1.0]], dtype=torch.float64),
+    ]
+    found = Calibrate(X, base, tasks, 0.5, rounding=2.0**-23).reference()
+    torch.testing.assert_close(found, X * 2 / 1.5, rtol=1e-9, atol=1e-9)
 
 
 def test_one_task_and_equal_tasks() -> None:
@@ -118,3 +142,5 @@ def test_bad_arguments_are_named() -> None:
         Calibrate(base, base, [base, base], 1.0, 0.5).check()
     with pytest.raises(ArgumentError, match=r"calibrate: most is 2.0 for one task, which agrees with nobody"):
         Calibrate(base, base, [base], 1.0, 2.0).check()
+    with pytest.raises(ArgumentError, match=r"calibrate: rounding is -1.0; give a number of at least 0, or None"):
+        Calibrate(base, base, [base], rounding=-1.0).check()

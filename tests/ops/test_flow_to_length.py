@@ -72,12 +72,31 @@ def test_a_flow_that_never_is_as_long_ends() -> None:
     assert float(found.norm()) < 1e-6 * float(tau.norm())
 
 
-@pytest.mark.parametrize("factor", [1e-6, 1e6])
+@pytest.mark.parametrize("shape", [(6, 24), (20, 12)], ids=str)
+@pytest.mark.parametrize("ratio", [1e-3, 1e-5, 1e-7])
+def test_a_task_that_hardly_touched_the_weight_does_not_undo_the_others(shape: tuple[int, int], ratio: float) -> None:
+    """Its rows are all but gone from X, as its relative error asks; in the other directions X is that of the others."""
+    base, experts = uneven(*shape, 3)
+    taus = [expert - base for expert in experts]
+    taus[1] *= ratio
+    taus[1][3:] = 0.0
+    Q = torch.linalg.qr(taus[1][:3].mT)[0]
+    beside = torch.eye(shape[1], dtype=torch.float64) - Q @ Q.mT
+    X = FlowToLength(torch.zeros_like(base), taus).reference()
+    length = math.sqrt(sum(float(tau.square().sum()) for tau in taus) / 3)
+    assert float(X.norm()) == pytest.approx(length, rel=1e-6)
+    assert float((X @ Q).norm()) < 10 * ratio * length
+    others = length_delta(np.zeros(shape), [as_float64(tau @ beside) for tau in (taus[0], taus[2])])
+    cosine = np.sum(as_float64(X) * others) / np.linalg.norm(as_float64(X)) / np.linalg.norm(others)
+    assert cosine > 0.9
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1e-6, 1e6, 1e160])
 def test_it_scales_with_the_task_vectors(factor: float) -> None:
     base, experts = uneven(20, 30, 3)
     X = FlowToLength(torch.zeros_like(base), [expert - base for expert in experts]).reference()
     scaled = FlowToLength(torch.zeros_like(base), [factor * (expert - base) for expert in experts]).reference()
-    assert relative_error(as_float64(scaled), factor * as_float64(X)) < 1e-9
+    assert relative_error(as_float64(scaled) / factor, as_float64(X)) < 1e-9
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
