@@ -123,12 +123,13 @@ def below_crest(X: Tensor, times: float) -> Tensor:
     return (U * S.clamp(max=times * S.square().mean().sqrt())) @ Vh
 
 
-def below_unless_agreed(X: Tensor, taus: Matrices, times: float) -> Tensor:
-    """Of a singular value above so many root mean squares, only the part that the tasks agree on, as Calibrate's."""
+def tempered(X: Tensor, taus: Matrices, times: float) -> Tensor:
+    """As TemperSpectrum: calibrated by the part of what all tasks ask for, below a crest but for what they agree on."""
     U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
     rows = torch.stack([U.T @ tau.double() for tau in taus])
-    energies = rows.square().sum(2).sum(0)
-    agreed = (rows.sum(0).square().sum(1) - energies) / ((len(taus) - 1) * energies.clamp(min=1e-12))
+    energies, asked = rows.square().sum(2).sum(0), rows.sum(0)
+    S = S / (S * (asked * Vh).sum(1) / energies).clamp(min=1 / len(taus))
+    agreed = (asked.square().sum(1) - energies) / ((len(taus) - 1) * energies)
     crest = times * S.square().mean().sqrt()
     return ((U * torch.where(crest < S, crest + (S - crest) * agreed.clamp(0, 1), S)) @ Vh).float()
 

@@ -169,12 +169,10 @@ def _crests(s: Subject) -> Iterator[tuple[str, States]]:
 
     for label, change in changes.items():
         yield f"crest: {label}", lambda f=change: state({name: f(X) for name, X in calibrated().items()})
-    for times in (1.75, 7 / len(s.experts)):
+    for times in sorted({1.75, 7 / len(s.experts)}):
         yield (
-            f"crest: below {times:.3g} root mean squares, but for what tasks agree on",
-            lambda c=times: state(
-                {name: formulas.below_unless_agreed(X, s.taus[name], c) for name, X in calibrated().items()}
-            ),
+            f"tempered: below {times:.3g} root mean squares",
+            lambda c=times: state({name: formulas.tempered(X, s.taus[name], c) for name, X in s.flow.items()}),
         )
 
 

@@ -25,7 +25,19 @@ MACHINES = dict.fromkeys(
         "solvers-ace",
     ),
     INTEL,
-) | dict.fromkeys(("explore-minilm4", "quality-minilm4-weir", "solver-merges-ace", "weir-merges"), NEWER_INTEL)
+) | dict.fromkeys(
+    (
+        "explore-glyphs5-of-2",
+        "explore-glyphs5-of-3",
+        "explore-minilm4",
+        "explore-minilm4-of-2",
+        "explore-minilm4-of-3",
+        "quality-minilm4-weir",
+        "solver-merges-ace",
+        "weir-merges",
+    ),
+    NEWER_INTEL,
+)
 # Single runs of these suites that are of another machine than the rest.
 OF_RUNS = dict.fromkeys((("integrations", "integrations"), ("explore-glyphs5", "crest")), NEWER_INTEL)
 

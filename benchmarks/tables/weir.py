@@ -41,13 +41,14 @@ OTHERS = (
 def parts() -> Iterator[Part]:
     """The page's tables and numbers."""
     lines = []
-    for found in rows(TEXTS):
+    for found in rows(TEXTS, "crest"):
         name = found["name"]
         if name.startswith(CUT):
             on_glyphs = row(GLYPHS, "crest", name=name)
             numbers = [f"{on_glyphs['mean']:.1f}", f"{on_glyphs['loss']:.3f}"]
             lines.append([name.removeprefix(CUT), *numbers, f"{found['mean']:.1f}", f"{found['loss']:.3f}"])
     yield Block(PAGE, "weir-crest", table(["", "glyphs5", "its loss", "minilm4", "its loss"], lines))
+    yield Block(PAGE, "weir-few", few())
     known = {found["row"] for found in rows(TESTED, kind="table")}
     chosen = sorted(known & {"weir", *OTHERS}, key=lambda name: (-mean(TESTED, name), name))
     lines = [[f"**{name}**" if name == "weir" else name, spread(TESTED, name, "mean"), above(name)] for name in chosen]
@@ -63,6 +64,25 @@ def parts() -> Iterator[Part]:
     smoke = json.loads(EXPECTED.read_text())["rows"]
     two = [f"{smoke[name]['mean']:.1f}" for name in ("weir", "wudi_flow, t = 300")]
     yield Said(PAGE, "two glyph tasks are merged: {} and {} on the two of `make quality-smoke`", two)
+
+
+def few() -> list[str]:
+    """Where the spectrum may be cut for two and three tasks, by the mean accuracy over groups of a suite's tasks."""
+    columns = [(suite, tasks) for suite in (GLYPHS, TEXTS) for tasks in (2, 3)]
+    tempered = "tempered: below {:.3g} root mean squares"
+    names = {name: [name] * len(columns) for name in (f"wudi_flow, scale {scale:g}" for scale in (0.8, 1.0, 1.2, 1.4))}
+    names |= {
+        f"below {times:g} root mean squares": [f"crest: below {times:g} root mean squares"] * len(columns)
+        for times in (1.25, 1.75, 2.5, 3.5, 5)
+    }
+    names["not cut"] = ["crest: not cut"] * len(columns)
+    names["**weir**"] = [tempered.format(7 / tasks) for _, tasks in columns]
+    lines = []
+    for label, each in names.items():
+        found = [row(f"{suite}-of-{tasks}", name=name) for (suite, tasks), name in zip(columns, each, strict=True)]
+        lines.append([label, *(f"{one['mean']:.1f}" for one in found)])
+    heads = [f"{suite.removeprefix('explore-')}, {tasks} tasks" for suite, tasks in columns]
+    return table(["", *heads], lines)
 
 
 def above(name: str) -> str:

@@ -11,30 +11,25 @@ from typing import TYPE_CHECKING, ClassVar
 from pymerge.methods.actions import Action, Run
 from pymerge.methods.base import Values
 from pymerge.methods.delta import SolveDelta
-from pymerge.methods.precision import by_rows, tell
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Precision, SolverMethod
 from pymerge.methods.wudi_flow import SolveFlow
-from pymerge.ops._singular import WEIGHT_EPS
-from pymerge.ops.calibrate import Calibrate
 from pymerge.ops.flow_to_length import FlowToLength
 from pymerge.ops.task_stats import TaskStats
+from pymerge.ops.temper_spectrum import TemperSpectrum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Time of the flow: wudi_flow's.
 TIME = 300.0
-# The longest task vector over the shortest from which on the flow is in float64, on d_in x d_in matrices and on
-# products of rows. Calibration divides by what a task has in a direction, where errors are those beside the longest.
-APART, APART_OF_ROWS = 8.0, 300.0
 
 
 def crest(tasks: int) -> float:
     """Largest singular value of X by the root mean square of all, ||X|| / sqrt(rank), for so many tasks.
 
-    Few tasks leave little to cut: what is cut is theirs. A task alone comes back as it is.
+    Few tasks leave little to cut: what is cut is theirs.
     """
-    return max(1.75, 7.0 / tasks) if tasks > 1 else math.inf
+    return max(1.75, 7.0 / tasks)
 
 
 @dataclass(frozen=True)
@@ -58,16 +53,10 @@ class FlowBelowCrest(SolveDelta):
         if not touched:
             return base.new_zeros(base.shape)
         experts, norms = [experts[t] for t in touched], [norms[t] for t in touched]
-        flow, (rows, columns) = self.flow, base.shape
-        apart = math.sqrt(max(norms) / min(norms))
-        most_apart = APART_OF_ROWS if by_rows(rows, columns, len(experts)) else APART
-        if self.precision == "auto" and apart > most_apart:
-            tell(self.label, base.shape, "all", f"task vectors {apart:.3g} times apart in length")
-            flow = replace(flow, precision="float64")
-        system = flow.equations(run, base, experts, norms)
-        X = system.X.add_(flow.displacement(run, system))
+        system = self.flow.equations(run, base, experts, norms)
+        X = system.X.add_(self.flow.displacement(run, system))
         del system
-        return run(Calibrate(X, base, experts, 1.0 / len(experts), crest(len(experts)), WEIGHT_EPS))
+        return run(TemperSpectrum(X, base, experts, crest(len(experts))))
 
     def flops(self, shape: tuple[int, ...], experts: int) -> int:
         small, large = sorted(shape)
@@ -76,9 +65,8 @@ class FlowBelowCrest(SolveDelta):
 
     def scratch(self, shape: tuple[int, ...], experts: int, native: bool) -> int:
         numel, small = math.prod(shape), min(shape, default=1)
-        # In float64: X and what becomes of it, vectors of both sides, a task vector, what it answers, LAPACK's work.
-        flow = self.flow if self.precision == "float32" else replace(self.flow, precision="float64")
-        return max(flow.scratch(shape, experts, native), 8 * (7 * numel + 8 * small**2))
+        # In float64: X, what becomes of it, its vectors, a task vector, what it and all ask for, LAPACK's work.
+        return max(self.flow.scratch(shape, experts, native), 8 * (8 * numel + 8 * small**2))
 
 
 @dataclass(frozen=True)

@@ -134,27 +134,27 @@ def length_delta(base: Matrix, experts: list[Matrix], steps: int = 400) -> Matri
 
 
 def weir_delta(base: Matrix, experts: list[Matrix]) -> Matrix:
-    """Return X of weir on a linear weight: wudi_flow's, calibrated with 1 / T, below a crest; of one task, its own."""
+    """Return X of weir on a linear weight: wudi_flow's, tempered below 7 / T or 1.75 root mean squares."""
     taus = [expert - base for expert in experts if np.any(expert - base)]
-    if len(taus) == 1:
-        return taus[0]
-    X = filter_delta(np.zeros_like(base), taus, 300.0)[0]
-    s = np.linalg.svd(X, compute_uv=False)
-    rank = int((s > max(base.shape) * 2.0**-23 * s[0]).sum())
-    return below_crest(calibrated(X, 0.0, taus, 1 / len(taus), tiny=0.0), taus, max(1.75, 7 / len(taus)), rank)
+    return tempered(filter_delta(np.zeros_like(base), taus, 300.0)[0], taus, max(1.75, 7 / len(taus)))
 
 
-def below_crest(X: Matrix, taus: list[Matrix], most: float, rank: int) -> Matrix:
-    """Return X with singular values above `most` root mean squares, of so many, brought down to that, but for the part
-    that tasks agree on."""
+def tempered(X: Matrix, taus: list[Matrix], most: float) -> Matrix:
+    """Return X with its singular values scaled and below a crest, one direction after the other."""
     U, s, Vh = np.linalg.svd(X, full_matrices=False)
-    crest = most * np.linalg.norm(s) / np.sqrt(rank)
-    for r in np.flatnonzero(s > crest):
-        asked = [U[:, r] @ tau for tau in taus]
-        pairs = [a @ b for i, a in enumerate(asked) for j, b in enumerate(asked) if i != j]
-        agreed = sum(pairs) / (len(taus) - 1) / sum(a @ a for a in asked)
-        s[r] = crest + (s[r] - crest) * max(agreed, 0.0)
-    return U * s @ Vh
+    rank = int((s > max(X.shape) * 2.0**-23 * s[0]).sum())
+    asked = [[U[:, r] @ tau for tau in taus] for r in range(rank)]
+    energies = [sum(a @ a for a in each) for each in asked]
+    values = np.zeros_like(s)
+    for r in range(rank):
+        part = sum(s[r] * Vh[r] @ a for a in asked[r]) / energies[r]
+        values[r] = s[r] / max(part, 1 / len(taus))
+    crest = most * np.linalg.norm(values) / np.sqrt(rank)
+    for r in np.flatnonzero(values > crest):
+        pairs = sum(a @ b for i, a in enumerate(asked[r]) for j, b in enumerate(asked[r]) if i != j)
+        agreed = pairs / (len(taus) - 1) / energies[r] if len(taus) > 1 else 1.0
+        values[r] = crest + (values[r] - crest) * max(agreed, 0.0)
+    return U * values @ Vh
 
 
 def polar_factor(M: Matrix) -> Matrix:
@@ -215,18 +215,15 @@ def dc_delta(
     return U @ (merged * inside) @ V.T
 
 
-def calibrated(
-    X: Matrix, base: Matrix | float, experts: list[Matrix], alpha: float = 1.0, tiny: float = 1e-12
-) -> Matrix:
-    """Return X by SVC, one direction and one task after the other; a response of 0 asks for nothing."""
+def calibrated(X: Matrix, base: Matrix, experts: list[Matrix], alpha: float = 1.0) -> Matrix:
+    """Return X by SVC, one direction and one task after the other."""
     U, s, Vh = np.linalg.svd(X, full_matrices=False)
     factors = []
     for direction in U.T:
         merged, parts = direction @ X, []
         for expert in experts:
             own = direction @ (expert - base)
-            square = max(own @ own, tiny)
-            parts.append(max(merged @ own / square, alpha) if square > 0 else alpha)
+            parts.append(max(merged @ own / max(own @ own, 1e-12), alpha))
         factors.append(len(experts) / sum(parts))
     return U * (s * np.array(factors)) @ Vh
 

@@ -41,17 +41,18 @@ def steep(rows: int, columns: int, tasks: int, dtype: torch.dtype = torch.float6
 
 
 @pytest.mark.parametrize(("tasks", "times"), [(2, 3.5), (3, 7 / 3), (4, 1.75), (6, 1.75)])
-def test_the_crest_cuts_what_is_above_it_and_nothing_else(tasks: int, times: float) -> None:
-    """The large direction is one task's alone: nearly nothing of it is agreed on."""
+def test_the_crest_cuts_what_one_task_alone_has_above_it(tasks: int, times: float) -> None:
+    """Its large direction is shared by nobody: it is at the crest, and nothing else is above."""
     base, experts = make_weights(64, 64, tasks, dtype=torch.float64)
     experts[0] = steep(64, 64, tasks, size=5e-2)[1][0]
-    calibrated = {"calibrate": "svc", "calibrate_alpha": 1 / tasks}
-    whole = torch.linalg.svdvals(torch.from_numpy(merged_delta(base, experts, "wudi_flow", **calibrated)))
-    crest = times * float(whole.square().mean().sqrt())
-    assert float(whole[0]) > 1.2 * crest
     found = torch.linalg.svdvals(torch.from_numpy(merged_delta(base, experts, "weir")))
-    assert float(found[0]) == pytest.approx(crest, rel=0.02)
-    torch.testing.assert_close(found[found < crest * (1 - 1e-9)], whole[whole < crest], rtol=1e-6, atol=1e-12)
+    flow = torch.linalg.svdvals(torch.from_numpy(merged_delta(base, experts, "wudi_flow")))
+    assert float(found[0]) < 0.8 * float(flow[0])
+    # The crest is of what was not cut yet, whose root mean square is that of what is left, or more.
+    assert times * 0.98 < float(found[0] / found.square().mean().sqrt())
+    shared = [expert + (experts[0] - base) for expert in experts]
+    whole = torch.linalg.svdvals(torch.from_numpy(merged_delta(base, shared, "weir")))
+    assert float(whole[0]) > 1.5 * float(found[0])  # what all ask for is not cut
 
 
 def test_equal_experts_come_back() -> None:
@@ -138,7 +139,7 @@ def test_the_size_of_all_deltas_changes_nothing_else(shape: tuple[int, int, int]
 @pytest.mark.parametrize("ratio", [1e-2, 1e-4, 1e-7])
 @pytest.mark.parametrize("shape", [(150, 160, 3), (24, 160, 3)], ids=str)
 def test_a_task_that_hardly_touched_the_weight(shape: tuple[int, int, int], ratio: float) -> None:
-    """Calibration divides by what each task has in a direction, which is little here: the flow is in float64."""
+    """Its part is nearly nothing of what all ask for."""
     base, experts = make_weights(*shape, dtype=torch.float64)
     taus = [expert - base for expert in experts]
     own = [tau.float() for tau in (*taus[:-1], ratio * taus[-1])]
