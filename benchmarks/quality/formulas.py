@@ -31,10 +31,11 @@ def equations(taus: Matrices, likenesses: Matrices, relative: bool = False) -> t
     """A = sum_t K_t, B = sum_t tau_t K_t with K_t the Gram matrix of a likeness of tau_t, its trace 1.
 
     Where `relative`, errors count beside the task's own change: K_t has the trace c / ||tau_t||^2, c such that their
-    mean is 1. A task whose likeness is 0 has no part in either.
+    mean is 1, and less where ||tau_t||^2 is below a sixteenth of its mean. A task whose likeness is 0 has no part in
+    either.
     """
-    traces = torch.stack([tau.double().square().sum() for tau in taus])
-    traces = torch.where(traces > 0, 1 / traces, 0.0) if relative else torch.ones(len(taus))
+    norms = torch.stack([tau.double().square().sum() for tau in taus])
+    traces = norms / norms.clamp(min=norms.mean() / 16).square() if relative and norms.any() else torch.ones(len(taus))
     traces = traces / traces.mean()
     A = torch.zeros(taus[0].shape[1], taus[0].shape[1], dtype=taus[0].dtype)
     B = torch.zeros_like(taus[0])

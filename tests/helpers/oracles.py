@@ -115,8 +115,9 @@ def length_delta(base: Matrix, experts: list[Matrix], steps: int = 400) -> Matri
     its time by bisection, the flow by the exponential of the whole system."""
     taus = [expert - base for expert in experts if np.any(expert - base)]
     norms = [np.linalg.norm(tau) ** 2 for tau in taus]
-    A = sum(tau.T @ tau / norm**2 for tau, norm in zip(taus, norms, strict=True))
-    B = sum(tau @ tau.T @ tau / norm**2 for tau, norm in zip(taus, norms, strict=True))
+    weights = [max(norm, np.mean(norms) / 16) ** -2.0 for norm in norms]
+    A = sum(weight * tau.T @ tau for tau, weight in zip(taus, weights, strict=True))
+    B = sum(weight * tau @ tau.T @ tau for tau, weight in zip(taus, weights, strict=True))
     length, mean = np.sqrt(np.mean(norms)), sum(taus) / len(taus)
     values, V = np.linalg.eigh(A)
     target = B @ np.linalg.pinv(A, rcond=1e-12, hermitian=True)  # the flow never leaves the rows of the task vectors
