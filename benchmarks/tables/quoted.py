@@ -32,6 +32,7 @@ MACHINES = dict.fromkeys(
         "explore-minilm4",
         "explore-minilm4-of-2",
         "explore-minilm4-of-3",
+        "quality-glyphs8-weir",
         "quality-minilm4-weir",
         "solver-merges-ace",
         "weir-merges",
@@ -39,7 +40,9 @@ MACHINES = dict.fromkeys(
     NEWER_INTEL,
 )
 # Single runs of these suites that are of another machine than the rest.
-OF_RUNS = dict.fromkeys((("integrations", "integrations"), ("explore-glyphs5", "crest")), NEWER_INTEL)
+OF_RUNS = dict.fromkeys(
+    (("integrations", "integrations"), ("explore-glyphs5", "crest"), ("explore-glyphs8", "crest")), NEWER_INTEL
+)
 
 
 @cache
