@@ -13,7 +13,7 @@ from pymerge.methods.base import Values
 from pymerge.methods.delta import SolveDelta
 from pymerge.methods.solver import PRECISION, SHARED_PARAMETERS, Precision, SolverMethod
 from pymerge.methods.wudi_flow import SolveFlow
-from pymerge.ops.flow_to_length import FlowToLength
+from pymerge.ops.flow_to_length import SHORTEST, FlowToLength
 from pymerge.ops.task_stats import TaskStats
 from pymerge.ops.temper_spectrum import TemperSpectrum
 
@@ -52,7 +52,8 @@ class FlowBelowCrest(SolveDelta):
         touched = [t for t, norm in enumerate(norms) if norm > 0]
         if not touched:
             return base.new_zeros(base.shape)
-        experts, norms = [experts[t] for t in touched], [norms[t] for t in touched]
+        experts, least = [experts[t] for t in touched], SHORTEST * sum(norms) / len(touched)
+        norms = [max(norms[t], least) for t in touched]
         system = self.flow.equations(run, base, experts, norms)
         X = system.X.add_(self.flow.displacement(run, system))
         del system

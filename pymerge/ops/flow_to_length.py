@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # An n_t below this share of their mean counts as it: errors of a task that hardly touched the weight would weigh
 # without bound beside its own change, and X be next to nothing.
-_SHORTEST = 1 / 16
+SHORTEST = 1 / 16
 # Eigenvalues at or below this share of the largest are rounding: directions where nothing moves.
 _NOISE = 1e-13
 # Powers of ten of 1 / largest eigenvalue between which the time lies, and steps that halve what is between.
@@ -61,7 +61,7 @@ class FlowToLength(Op["Tensor"]):
         square = math.fsum(norms) / len(norms)  # of the length
 
         # Z^T Z = A in the unit in which its largest weight is 1: the time alone depends on it.
-        weights = [1.0 / max(norm, _SHORTEST * square) ** 2 for norm in norms]
+        weights = [1.0 / max(norm, SHORTEST * square) ** 2 for norm in norms]
         weights = [weight / max(weights) for weight in weights]
         Z = torch.cat([tau * math.sqrt(weight) for tau, weight in zip(taus, weights, strict=True)])
         values, V = _row_space(Z)

@@ -79,12 +79,19 @@ def ace_delta(
     return X
 
 
-def filter_delta(base: Matrix, experts: list[Matrix], time: float, rank: float | str = 1.0) -> tuple[Matrix, Matrix]:
-    """Return (X, X_0) of SWUDI's filters: exponential for a time (infinite: none) on the leading eigenvectors."""
+def filter_delta(
+    base: Matrix, experts: list[Matrix], time: float, rank: float | str = 1.0, least: float = 0.0
+) -> tuple[Matrix, Matrix]:
+    """Return (X, X_0) of SWUDI's filters: exponential for a time (infinite: none) on the leading eigenvectors.
+
+    Each task's error counts by 1 / ||tau_t||^2, of at least the share `least` of their mean.
+    """
     taus = [expert - base for expert in experts if np.any(expert - base)]
     start = sum(taus)
-    C = sum(tau.T @ tau / np.linalg.norm(tau) ** 2 for tau in taus)
-    D = sum(tau @ tau.T @ tau / np.linalg.norm(tau) ** 2 for tau in taus)
+    squares = [np.linalg.norm(tau) ** 2 for tau in taus]
+    squares = [max(square, least * np.mean(squares)) for square in squares]
+    C = sum(tau.T @ tau / square for tau, square in zip(taus, squares, strict=True))
+    D = sum(tau @ tau.T @ tau / square for tau, square in zip(taus, squares, strict=True))
     values, V = np.linalg.eigh(C)
     clamped = np.maximum(values, 1e-8)
     h = np.ones_like(values) if np.isinf(time) else -np.expm1(-clamped * time)
@@ -137,7 +144,7 @@ def length_delta(base: Matrix, experts: list[Matrix], steps: int = 400) -> Matri
 def weir_delta(base: Matrix, experts: list[Matrix]) -> Matrix:
     """Return X of weir on a linear weight: wudi_flow's, tempered below 7 / T or 1.75 root mean squares."""
     taus = [expert - base for expert in experts if np.any(expert - base)]
-    return tempered(filter_delta(np.zeros_like(base), taus, 300.0)[0], taus, max(1.75, 7 / len(taus)))
+    return tempered(filter_delta(np.zeros_like(base), taus, 300.0, least=1 / 16)[0], taus, max(1.75, 7 / len(taus)))
 
 
 def tempered(X: Matrix, taus: list[Matrix], most: float) -> Matrix:
