@@ -19,12 +19,14 @@ from pymerge.ops.leading_part import LeadingPart
 from pymerge.ops.pseudo_solve import PseudoSolve
 from pymerge.ops.resmerge import Resmerge
 from pymerge.ops.shrink import Shrink
+from pymerge.ops.temper_spectrum import TemperSpectrum
 from pymerge.ops.trimmed_equations import TrimmedEquations
 
 CUTOFF = 1e-5
 MU = 1e-3
 DOGE_STEPS, DOGE_LR = 5, 1e-6
 BETA = 0.3  # large, so that rounding is not raised
+CREST = 1.75  # of TemperSpectrum
 CORE_SHARE = 0.05  # of the small cores here, so that several entries are kept
 
 
@@ -77,6 +79,17 @@ def _calibrated(layer: Layer) -> tuple[Tensor, ...]:
     responses = U.mT @ taus
     parts = (s[:, None] * Vh * responses).sum(-1) / responses.square().sum(-1).clamp(min=1e-12)
     return (U * (s * len(taus) / parts.clamp(min=1.0).sum(0)) @ Vh,)
+
+
+def _tempered(layer: Layer) -> tuple[Tensor, ...]:
+    taus = torch.stack(_taus(layer))
+    U, s, Vh = torch.linalg.svd(taus.sum(0), full_matrices=False)
+    responses = U.mT @ taus
+    energies, asked = responses.square().sum(-1).sum(0), responses.sum(0)
+    s = s / ((s[:, None] * Vh * asked).sum(-1) / energies).clamp(min=1 / len(taus))
+    agreed = (asked.square().sum(-1) / energies - 1) / (len(taus) - 1)
+    crest = CREST * s.square().mean().sqrt()
+    return (U * torch.where(s > crest, crest + (s - crest) * agreed.clamp(min=0), s) @ Vh,)
 
 
 def _boosted(layer: Layer) -> tuple[Tensor, ...]:
@@ -199,6 +212,20 @@ CASES: Mapping[str, Case] = {
         peer=Peer(
             "SVC's singular value decomposition",
             _calibrated,
+            work=lambda size: _svd_work(size, 1) + 4 * size.tasks * size.numel * size.small,
+            memory=_matrices,
+        ),
+    ),
+    "temper_spectrum": Case(
+        lambda layer: TemperSpectrum(sum(_taus(layer)), layer.base, layer.experts, CREST),
+        flops=lambda layer: (layer.size.tasks + 4) * 2 * layer.size.small * layer.size.numel,
+        bytes=lambda size, item: weights_read(size, item) + 16 * size.numel,
+        work=lambda size: EIGEN * size.small**3 + 2 * (size.tasks + 2) * 2 * size.numel * size.small,
+        computes="float64",
+        settings=f"below {CREST:g} root mean squares",
+        peer=Peer(
+            "a singular value decomposition",
+            _tempered,
             work=lambda size: _svd_work(size, 1) + 4 * size.tasks * size.numel * size.small,
             memory=_matrices,
         ),
