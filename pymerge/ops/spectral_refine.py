@@ -15,11 +15,16 @@ from pymerge.ops._singular import (
     Times,
     numerical_triplets,
     numerical_triplets_and_values,
+    singular_vectors,
     whole_gram,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Errors of the eigenvalues of a float64 Gram as a share of the largest, about, and how far they may turn a direction at
+# the cut into the next one before an SVD tells them apart.
+_OF_GRAM, _TURNED = 1e-15, 1e-5
 
 
 class Refined(NamedTuple):
@@ -69,6 +74,9 @@ def term_factors(M: Matrix, k: int, gram: Gram = whole_gram, times: Times = matm
     count = U.shape[1]
     if not count:
         return U, V, 0.0
+    if count < len(s) and _OF_GRAM * float(s[0]) ** 2 > _TURNED * float(s[count - 1] ** 2 - s[count] ** 2):
+        left, s, right = singular_vectors(M)
+        U, V = left[:, :count], right[:count].T
     mean = float(s[:count].sum()) / k
     return U * mean, V, mean * _sensitivity(s, count, abs(M.shape[0] - M.shape[1])) / math.sqrt(M.shape[0] * M.shape[1])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
 from pymerge.ops.spectral_refine import SpectralRefine
-from pymerge.testing.compare import assert_same
+from pymerge.testing.compare import as_float64, assert_same, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,3 +131,16 @@ def test_bad_arguments_are_named() -> None:
     for k in (0, 4):
         with pytest.raises(ArgumentError, match=r"spectral_refine: k is .; give 1 to 3 for shape \(3, 4\)"):
             SpectralRefine(X, X, k).check()
+
+
+def test_a_cut_between_near_values_far_below_the_largest_is_that_of_an_svd() -> None:
+    """Values of 1e-4, and 1e-6 apart of that: eigenvectors of a Gram matrix mix the two directions there."""
+    generator = torch.Generator().manual_seed(4)
+    U, V = (torch.linalg.qr(torch.randn(n, 40, generator=generator, dtype=torch.float64))[0] for n in (60, 50))
+    s = torch.logspace(0.0, -3.0, 40, dtype=torch.float64)
+    s[20:] *= 1e-4 / float(s[20])
+    s[19] = s[20] * 1.000001
+    X = torch.zeros(60, 50, dtype=torch.float64)
+    found = SpectralRefine(X, (U * s) @ V.mT, 20).reference().X
+    expected = float(s[:20].mean()) * U[:, :20] @ V[:, :20].mT
+    assert relative_error(as_float64(found), as_float64(expected)) < 1e-6
