@@ -13,7 +13,6 @@ from pymerge.ops._singular import (
     Gram,
     Matrix,
     Times,
-    numerical_triplets,
     numerical_triplets_and_values,
     singular_vectors,
     whole_gram,
@@ -77,14 +76,14 @@ def term_factors(M: Matrix, k: int, gram: Gram = whole_gram, times: Times = matm
     if count < len(s) and _OF_GRAM * float(s[0]) ** 2 > _TURNED * float(s[count - 1] ** 2 - s[count] ** 2):
         left, s, right = singular_vectors(M)
         U, V = left[:, :count], right[:count].T
-    mean = float(s[:count].sum()) / k
+    mean = float(s[:k].sum()) / k
     return U * mean, V, mean * _sensitivity(s, count, abs(M.shape[0] - M.shape[1])) / math.sqrt(M.shape[0] * M.shape[1])
 
 
 def isotropic_term(M: Matrix, k: int, larger: int | None = None) -> Matrix:
     """mean(s_1..s_k) U_k V_k^T of M in float64; `larger`: of the sides of the weight that M is the core of."""
-    U, s, V = numerical_triplets(M, k, larger=larger)
-    return s.sum() / k * (U @ V.T)
+    U, s, V = numerical_triplets_and_values(M, k, larger=larger)
+    return s[:k].sum() / k * (U @ V.T)
 
 
 def _sensitivity(s: Tensor, count: int, beyond: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pymerge.backends.runner import Runner
 from pymerge.errors import ArgumentError
-from pymerge.ops.spectral_refine import SpectralRefine
+from pymerge.ops.spectral_refine import SpectralRefine, isotropic_term
 from pymerge.testing.compare import as_float64, assert_same, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +59,26 @@ def test_directions_of_rounding_are_left_out(shape: tuple[int, int], rank: int, 
     noise = 1e-13 * torch.randn(shape, generator=generator, dtype=torch.float64)
     moved = SpectralRefine(X, (D + noise).to(dtype), k).reference().X.double()
     torch.testing.assert_close(moved, found, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(60, 60), (200, 50), (40, 90)], ids=str)
+def test_the_mean_counts_values_that_are_rounding_of_the_weights(shape: tuple[int, int]) -> None:
+    """Deltas of low rank in 16 bits: their directions are left out, but the mean is over k values, as published."""
+    generator, k = torch.Generator().manual_seed(3), 24
+    size = min(shape)
+    left, right = (
+        torch.linalg.qr(torch.randn(side, size, generator=generator, dtype=torch.float64))[0] for side in shape
+    )
+    s = torch.full((size,), 0.5 * max(shape) * 2.0**-23, dtype=torch.float64)
+    s[:4] = 1.0
+    D, X = left * s @ right.mT, torch.zeros(shape, dtype=torch.float64)
+    mean = float(s[:k].mean())
+    assert mean > (1 + 1e-5) * 4 / k
+    expected = mean * left[:, :4] @ right[:, :4].mT
+    for found in (SpectralRefine(X, D, k).reference().X, Runner("native")(SpectralRefine(X, D, k)).X):
+        assert float((found - expected).norm() / expected.norm()) < 1e-9
+    term = isotropic_term(as_float64(D), k)
+    assert relative_error(term, as_float64(expected)) < 1e-9
 
 
 def test_nothing_is_added_to_zeros() -> None:
