@@ -42,10 +42,14 @@ def merged(run: Run, tasks: Scaled, k: int, precision: Precision) -> Tensor:
         parts = ace_split.by_rows(run, tasks, k) if rows else ace_split.by_weights(run, tasks, k)
         reason = "no float32 factor"
         if parts is not None:
-            X, sensitivity = run(SpectralRefine(parts.X, parts.D, k))
+            X, sensitivity, margin = run(SpectralRefine(parts.X, parts.D, k))
             error = math.hypot(parts.error, sensitivity * parts.beside) / float(X.norm())
             reason = f"error estimated at {error:.2g}"
-            if error <= _LARGEST_ERROR:
+            # How far an error that is even in all directions moves a singular value, at most.
+            moved = parts.beside * (1 / math.sqrt(d_out) + 1 / math.sqrt(d_in))
+            if margin <= 2 * moved:
+                reason = "a singular value may or may not be rounding"
+            elif error <= _LARGEST_ERROR:
                 tell("ace", shape, "leading directions and decomposition", reason)
                 return X
             del X

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pymerge.errors import ArgumentError
 from pymerge.ops._op import Op, check_matrix
 from pymerge.ops._singular import (
+    WEIGHT_EPS,
     Gram,
     Matrix,
     Times,
@@ -33,6 +34,9 @@ class Refined(NamedTuple):
     # To first order the Frobenius norm of the term's error over that of an error of D + X, of one that is even in all
     # directions; infinity where the k-th singular value is the next one, too.
     sensitivity: float
+    # Of s_1..s_k, the least distance from what counts as rounding: an error as large may leave a direction
+    # out, or let one in.
+    margin: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,21 +67,25 @@ class SpectralRefine(Op[Refined]):
 
     def reference(self) -> Refined:
         """X in its own dtype, the term rounded to it once."""
-        left, right, sensitivity = term_factors(self.D.double() + self.X.double(), self.k)
-        return Refined(self.X + (left @ right.mT).to(self.X.dtype), sensitivity)
+        left, right, *doubts = term_factors(self.D.double() + self.X.double(), self.k)
+        return Refined(self.X + (left @ right.mT).to(self.X.dtype), *doubts)
 
 
-def term_factors(M: Matrix, k: int, gram: Gram = whole_gram, times: Times = matmul) -> tuple[Matrix, Matrix, float]:
-    """Factors of `isotropic_term` of a matrix, d_out x r and d_in x r for r <= k, and its sensitivity."""
+def term_factors(
+    M: Matrix, k: int, gram: Gram = whole_gram, times: Times = matmul
+) -> tuple[Matrix, Matrix, float, float]:
+    """Factors of `isotropic_term` of a matrix, d_out x r and d_in x r for r <= k, its sensitivity and its margin."""
     U, s, V = numerical_triplets_and_values(M, k, gram=gram, times=times)
     count = U.shape[1]
     if not count:
-        return U, V, 0.0
+        return U, V, 0.0, math.inf
     if count < len(s) and _OF_GRAM * float(s[0]) ** 2 > _TURNED * float(s[count - 1] ** 2 - s[count] ** 2):
         left, s, right = singular_vectors(M)
         U, V = left[:, :count], right[:count].T
     mean = float(s[:k].sum()) / k
-    return U * mean, V, mean * _sensitivity(s, count, abs(M.shape[0] - M.shape[1])) / math.sqrt(M.shape[0] * M.shape[1])
+    margin = float((s[:k] - max(M.shape) * WEIGHT_EPS * s[0]).abs().min())
+    sensitivity = mean * _sensitivity(s, count, abs(M.shape[0] - M.shape[1])) / math.sqrt(M.shape[0] * M.shape[1])
+    return U * mean, V, sensitivity, margin
 
 
 def isotropic_term(M: Matrix, k: int, larger: int | None = None) -> Matrix:

@@ -10,11 +10,11 @@ from pymerge.ops.spectral_refine import Refined, SpectralRefine, term_factors
 
 
 def compute(op: SpectralRefine, threads: int) -> Refined:
-    """X and its sensitivity."""
+    """X, its sensitivity and its margin."""
     import torch
 
     X, single = op.X, op.X.dtype == torch.float32 and min(op.X.shape) >= SMALLEST
-    left, right, sensitivity = term_factors(op.D.double().add(X), op.k, half_gram, single_times if single else matmul)
+    left, right, *doubts = term_factors(op.D.double().add(X), op.k, half_gram, single_times if single else matmul)
     if single:
-        return Refined(torch.addmm(X, left.float(), right.float().mT), sensitivity)
-    return Refined(X + (left @ right.mT).to(X.dtype), sensitivity)
+        return Refined(torch.addmm(X, left.float(), right.float().mT), *doubts)
+    return Refined(X + (left @ right.mT).to(X.dtype), *doubts)
