@@ -57,12 +57,18 @@ def parts() -> Iterator[Part]:
     flow = max(found["mean"] for found in rows(LARGER, "crest") if found["name"].startswith("wudi_flow, scale"))
     numbers = [f"{value:.1f}" for value in (*scores, flow)]
     yield Said(PAGE, "first seed of `glyphs8` it has {}, without a crest {}, the flow at its best scale {}", numbers)
-    cost = [row("weir-merges", kind="merge", form="pymerge", method=name) for name in ("weir", "wudi_flow")]
-    numbers = [text for each in cost for text in (f"{each['wall']['median']:.0f}", f"{each['peak'] / 2**30:.1f}")]
-    yield Said(PAGE, "on two cores {} s and {} GiB at its peak, `wudi_flow` {} s and {} GiB in the same run", numbers)
+    words = "on two cores {} s and {} GiB at its peak, `wudi_flow` {} s and {} GiB in the same run"
+    yield Said(PAGE, words, costs("weir-merges"))
+    yield Said(PAGE, "blocks: {} s and {} GiB, `wudi_flow` {} s and {} GiB (`--size 1.2B-2`)", costs("blocks"))
     smoke = json.loads(EXPECTED.read_text())["rows"]
     two = [f"{smoke[name]['mean']:.1f}" for name in ("weir", "wudi_flow, t = 300")]
     yield Said(PAGE, "Two glyph tasks: {}, `wudi_flow` {} on the two of `make quality-smoke`", two)
+
+
+def costs(run: str) -> list[str]:
+    """Seconds and peak of weir and of wudi_flow in one run."""
+    found = [row("weir-merges", run, kind="merge", form="pymerge", method=name) for name in ("weir", "wudi_flow")]
+    return [text for each in found for text in (f"{each['wall']['median']:.0f}", f"{each['peak'] / 2**30:.1f}")]
 
 
 def few() -> list[str]:
