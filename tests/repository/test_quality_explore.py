@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import pymerge
-from benchmarks.quality import formulas
+from benchmarks.quality import explore, formulas
 from benchmarks.quality.cases import FLOW
 from benchmarks.quality.glyph_suite import GlyphSuite
 from benchmarks.quality.ideas import ideas
 from benchmarks.quality.subject import Subject
 from benchmarks.quality.suite import scores
+from pymerge.ops.temper_spectrum import TemperSpectrum
 
 T, ROWS, COLUMNS = 3, 5, 7
 
@@ -178,3 +179,21 @@ def test_merges_in_memory_are_those_of_the_command(tmp_path: Path) -> None:
         torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-4)
     found = subject.measure([state])["scores"]
     assert found == pytest.approx(scores(suite, merged, suite.tasks, 0, "validation"), abs=2.5)
+
+
+def test_tempered_is_what_the_op_computes(taus: list[Tensor]) -> None:
+    X, base = torch.stack(taus).sum(0), torch.zeros(ROWS, COLUMNS)
+    expected = TemperSpectrum(X, base, taus, 1.1).reference()
+    torch.testing.assert_close(formulas.tempered(X, taus, 1.1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_are_some_of_the_tasks_and_rows_their_means() -> None:
+    subjects = explore.groups("glyphs5", 2)
+    assert [len(s.experts) for s in subjects] == [2, 2, 2, 2]
+    assert len({s.suite.tasks for s in subjects}) == 4
+    assert len(explore.groups("glyphs5", 0)) == 1
+    measured = [{"mean": float(place), "loss": 2.0 * place} for place in range(4)]
+    found = explore.together(subjects, measured)
+    assert (found["mean"], found["loss"]) == (1.5, 3.0)
+    assert found["scores"][", ".join(subjects[3].suite.tasks)] == 3.0
+    assert explore.together(subjects[:1], measured[:1]) is measured[0]
