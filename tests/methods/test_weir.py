@@ -16,7 +16,7 @@ from pymerge.testing.cases import make_weights
 from pymerge.testing.compare import as_float64, relative_error
 from tests.helpers.checkpoints import load_output, write_config, write_models
 from tests.helpers.methods import check_files_are_memory
-from tests.helpers.oracles import length_delta, weir_delta
+from tests.helpers.oracles_weir import length_delta, weir_delta
 from tests.helpers.solvers import merged_delta
 
 # (d_out, d_in, T): small, tall, wide, one row, one column, one task.

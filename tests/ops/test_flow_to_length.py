@@ -14,7 +14,7 @@ from pymerge.errors import ArgumentError
 from pymerge.ops.flow_to_length import FlowToLength
 from pymerge.testing.cases import LAYOUTS, lay_out, make_weights
 from pymerge.testing.compare import as_float64, assert_same, relative_error
-from tests.helpers.oracles import length_delta
+from tests.helpers.oracles_weir import length_delta
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from pymerge.errors import ArgumentError
 from pymerge.ops.temper_spectrum import TemperSpectrum
 from pymerge.testing.cases import LAYOUTS, lay_out, make_weights
 from pymerge.testing.compare import as_float64, assert_same, relative_error
-from tests.helpers.oracles import tempered
+from tests.helpers.oracles_weir import tempered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
